@@ -1,0 +1,90 @@
+//! What the user asked for, handed to the programs as read-only globals before loading.
+
+/// How many values of one filter the kernel decides on; with more, the user half alone decides.
+pub const MAX_FILTER_VALUES: usize = 8;
+
+/// An address range: `address` under `mask`, IPv4 as IPv4-mapped.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// Already masked, in network order, as two big-endian halves in host integers.
+    pub address: [u64; 2],
+    /// Likewise.
+    pub mask: [u64; 2],
+}
+
+/// Read-only parameters. A count of 0 means that the filter was not given.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Params {
+    /// Take user stacks (0 or 1).
+    pub user_stack: u32,
+    /// Take kernel stacks (0 or 1).
+    pub kernel_stack: u32,
+    /// The kernel has `bpf_get_socket_cookie` for these programs (0 or 1).
+    pub has_cookie_helper: u32,
+    /// The kernel has `bpf_task_pt_regs` and `bpf_get_current_task_btf` for these programs (0 or 1).
+    pub has_pt_regs_helper: u32,
+    /// `tcp_send_reset` has a third argument, the reason (0 or 1).
+    pub has_reset_reason: u32,
+    /// Times to live are being noted (0 or 1).
+    pub ttl: u32,
+    /// Always 0: keeps what follows at a multiple of 8.
+    pub reserved: u32,
+    /// Only tasks whose process is in `FOLLOWED` (0 or 1).
+    pub by_process: u32,
+    /// How many of `local_ports` count.
+    pub local_port_count: u32,
+    /// How many of `remote_ports` count.
+    pub remote_port_count: u32,
+    /// How many of `ports` count; these match at either end.
+    pub port_count: u32,
+    /// How many of `netns` count.
+    pub netns_count: u32,
+    /// How many of `ranges` count; these match at either end.
+    pub range_count: u32,
+    /// Host order.
+    pub local_ports: [u16; MAX_FILTER_VALUES],
+    /// Host order.
+    pub remote_ports: [u16; MAX_FILTER_VALUES],
+    /// Host order.
+    pub ports: [u16; MAX_FILTER_VALUES],
+    /// Inode numbers of network namespaces.
+    pub netns: [u32; MAX_FILTER_VALUES],
+    /// A program is attached to `tcp_destroy_sock`, so that entries live until then (0 or 1).
+    pub has_destroy: u32,
+    /// Address ranges.
+    pub ranges: [Range; MAX_FILTER_VALUES],
+}
+
+impl Params {
+    /// Nothing asked for: no stacks, no filters, no optional helper.
+    pub const NONE: Self = Self {
+        user_stack: 0,
+        kernel_stack: 0,
+        has_cookie_helper: 0,
+        has_pt_regs_helper: 0,
+        has_reset_reason: 0,
+        ttl: 0,
+        reserved: 0,
+        by_process: 0,
+        local_port_count: 0,
+        remote_port_count: 0,
+        port_count: 0,
+        netns_count: 0,
+        range_count: 0,
+        local_ports: [0; MAX_FILTER_VALUES],
+        remote_ports: [0; MAX_FILTER_VALUES],
+        ports: [0; MAX_FILTER_VALUES],
+        netns: [0; MAX_FILTER_VALUES],
+        has_destroy: 0,
+        ranges: [Range { address: [0; 2], mask: [0; 2] }; MAX_FILTER_VALUES],
+    };
+}
+
+// 14 * 4 + 3 * 16 + 32 = 136, then 8 * 32: every member is naturally aligned, so this sum says "no padding".
+const _: () = assert!(size_of::<Params>() == 136 + MAX_FILTER_VALUES * size_of::<Range>());
+
+// SAFETY: `repr(C)`, integers only, and the assertion above shows that there is no padding.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for Params {}

@@ -1,0 +1,408 @@
+//! The records that the programs write and the user half reads.
+//!
+//! A [`Connection`] is at once the value that gathers a socket's facts while it lives and, copied whole, the body of
+//! the record written when it ends ([`tag::CLOSE`]) or when a RST is sent or received ([`tag::RESET`]).
+//! A fact that could not be read is [`UNKNOWN_U64`] or [`UNKNOWN_U32`], never 0.
+
+/// Layout version, in every header. A reader that finds another one refuses the record.
+pub const VERSION: u16 = 1;
+
+/// A 64-bit fact that could not be read.
+pub const UNKNOWN_U64: u64 = u64::MAX;
+/// A 32-bit fact that could not be read.
+pub const UNKNOWN_U32: u32 = u32::MAX;
+
+/// What a record is.
+pub mod tag {
+    /// A connection's end is over: a [`super::Connection`].
+    pub const CLOSE: u16 = 1;
+    /// A RST was sent or received: a [`super::Connection`] whose `reset` says which.
+    pub const RESET: u16 = 2;
+    /// The owner of a socket that ended in softirq turned up: an [`super::Owner`].
+    pub const OWNER: u16 = 3;
+    /// A process that was not seen before touched a socket: a [`super::Process`], in the `PROCESSES` ring.
+    pub const PROCESS: u16 = 4;
+}
+
+/// Directions of a RST.
+pub mod direction {
+    /// There was none.
+    pub const NONE: u8 = 0;
+    /// This host sent it.
+    pub const SENT: u8 = 1;
+    /// This host received it, or aborted as if it had (see `tcp_reset()` on late data).
+    pub const RECEIVED: u8 = 2;
+}
+
+/// Who opened a connection.
+pub mod role {
+    /// Older than the trace.
+    pub const UNKNOWN: u8 = 0;
+    /// It called `connect()`.
+    pub const CLIENT: u8 = 1;
+    /// It was born of a listener.
+    pub const SERVER: u8 = 2;
+}
+
+/// How the holder of a connection is known, who neither opened it nor acted on it.
+pub mod holder {
+    /// There is none.
+    pub const NONE: u32 = 0;
+    /// It has the socket open, as a look at all descriptors has shown.
+    pub const DESCRIPTOR: u32 = 1;
+    /// It listens on the port that the connection came in by, and had not accepted it.
+    pub const LISTENER: u32 = 2;
+}
+
+/// The first thing that happened to a connection on its way to the end.
+pub mod first_move {
+    /// Nothing yet.
+    pub const NONE: u8 = 0;
+    /// This host's application (FIN or abort).
+    pub const LOCAL: u8 = 1;
+    /// A packet of the peer (FIN or RST).
+    pub const PEER: u8 = 2;
+    /// A timer, a limit or an ICMP error.
+    pub const KERNEL: u8 = 3;
+    /// The socket was destroyed from outside.
+    pub const ADMIN: u8 = 4;
+}
+
+/// Whether a RST of this host's own may come after the change of state that ended the connection.
+pub mod reset_after {
+    /// No: FINs went both ways, or the RST came before.
+    pub const NEVER: u32 = 0;
+    /// In the same system call: `__tcp_close()` and `tcp_disconnect()` change the state first.
+    pub const SYSCALL: u32 = 1;
+    /// In the same softirq: `tcp_rcv_state_process()` found data for a connection that is closed on this side. The
+    /// socket may be destroyed before the RST goes.
+    pub const SOFTIRQ: u32 = 2;
+}
+
+macro_rules! layout {
+    ($(#[$meta:meta])* $name:ident ($size:expr) { $($(#[$doc:meta])* $field:ident: $type:ty),* $(,)? }) => {
+        $(#[$meta])*
+        #[repr(C)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[cfg_attr(feature = "user", derive(
+            zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable, zerocopy::KnownLayout
+        ))]
+        pub struct $name { $($(#[$doc])* pub $field: $type),* }
+
+        const _: () = assert!(size_of::<$name>() == $size, "the layout changed: raise VERSION");
+    };
+}
+
+layout! {
+    /// What every record begins with.
+    Header (8) {
+        /// One of [`tag`].
+        tag: u16,
+        /// [`VERSION`].
+        version: u16,
+        /// Length of the whole record in bytes.
+        length: u32,
+    }
+}
+
+/// An IPv6 address, or an IPv4 one as IPv4-mapped, in network order: four words as they lie in memory, since the BPF
+/// target moves bytes one by one.
+pub type Address = [u32; 4];
+
+/// `address`, network order as it lies in memory, as IPv4-mapped (RFC 4291, 2.5.5.2).
+#[inline]
+pub const fn mapped(address: u32) -> Address {
+    [0, 0, 0xffff_u32.to_be(), address]
+}
+
+layout! {
+    /// Both ends of a connection, seen from this host.
+    Endpoints (48) {
+        /// This end.
+        local: Address,
+        /// The other end; all zero when unknown.
+        remote: Address,
+        /// `AF_INET` or `AF_INET6` as the socket has it; 0 when unknown.
+        family: u16,
+        /// Host order.
+        local_port: u16,
+        /// Host order.
+        remote_port: u16,
+        /// Always 0.
+        reserved: u16,
+        /// Inode number of the network namespace; [`UNKNOWN_U32`] when not readable.
+        netns: u32,
+        /// Always 0.
+        reserved2: u32,
+    }
+}
+
+layout! {
+    /// A task that acted on a socket in its own context. `pid` 0 means that there was none.
+    Task (64) {
+        /// Process id in the initial namespace (the kernel's tgid).
+        pid: u32,
+        /// Thread id.
+        tid: u32,
+        /// Real user id in the initial namespace.
+        uid: u32,
+        /// `task_struct.flags`, or 0 when not readable.
+        flags: u32,
+        /// `task_struct.exit_code`; only meaningful with `PF_EXITING`.
+        exit_code: i32,
+        /// System call number, or -1 when not readable.
+        syscall: i32,
+        /// The thread's name, cut to 15 bytes, ended by a zero.
+        comm: [u8; 16],
+        /// Address of its `mm_struct`: tells one program image from the next; 0 once given up.
+        mm: u64,
+        /// Key into `STACKS`; 0 when not taken or empty.
+        user_stack: u64,
+        /// Likewise.
+        kernel_stack: u64,
+    }
+}
+
+layout! {
+    /// What the kernel counts for a socket, at one moment.
+    Sample (48) {
+        /// Payload sent, each byte once.
+        bytes_sent: u64,
+        /// Payload received, each byte once.
+        bytes_received: u64,
+        /// Segments sent again.
+        retransmits: u32,
+        /// Smoothed round trip time, microseconds; 0 when never measured.
+        rtt_us: u32,
+        /// Bytes received that the application has not read.
+        unread: u32,
+        /// Bytes written that the peer has not acknowledged.
+        unacknowledged: u32,
+        /// Jiffies since data was last sent (`lsndtime`); meaningless when none was.
+        sent_ago: u32,
+        /// Jiffies since data was last received (`lrcvtime`); meaningless when none was.
+        received_ago: u32,
+        /// `TCP_USER_TIMEOUT`, milliseconds; 0 when not set.
+        user_timeout: u32,
+        /// Always 0.
+        reserved: u32,
+    }
+}
+
+layout! {
+    /// A RST.
+    Reset (24) {
+        /// When, nanoseconds of `CLOCK_BOOTTIME`; 0 when there was none.
+        at: u64,
+        /// `enum sk_rst_reason` of the running kernel, or [`UNKNOWN_U32`].
+        reason: u32,
+        /// One of [`direction`].
+        direction: u8,
+        /// State of the socket when it happened; 0 without a socket.
+        state: u8,
+        /// 1 when a packet was being answered, 0 for a RST of this host's own accord.
+        answer: u8,
+        /// 1 when it was received in a state in which `tcp_reset()` also runs for late data, without any RST.
+        ambiguous: u8,
+        /// Time to live of the RST, or, for one that was sent, of the packet that it answers; 0 when not read.
+        ttl: u8,
+        /// Time to live of the peer's first packet; 0 when not read.
+        handshake_ttl: u8,
+        /// Always 0.
+        reserved: [u8; 6],
+    }
+}
+
+/// Changes of state that are kept: the longest orderly life has 7, the rest is room for a reconnect in SYN_RECV.
+/// Of a longer one the last place is overwritten.
+pub const MAX_STEPS: usize = 10;
+
+layout! {
+    /// One end of a connection.
+    Connection (560) {
+        /// Filled when it is written to the ring.
+        header: Header,
+        /// The socket's address, an identity while it lives. Never shown.
+        sock: u64,
+        /// When it was first seen, nanoseconds of `CLOCK_BOOTTIME`; with `sock`, an identity for ever.
+        born: u64,
+        /// When it was established; 0 if never, or before the trace.
+        established: u64,
+        /// When the first move of the teardown came; 0 if there was none.
+        moved: u64,
+        /// When it reached CLOSE; 0 while it lives.
+        ended: u64,
+        /// `jiffies64` when it ended.
+        jiffies: u64,
+        /// Socket cookie, or 0.
+        cookie: u64,
+        /// Inode number of the socket, or 0 when it has no descriptor.
+        inode: u64,
+        /// Where from and where to.
+        endpoints: Endpoints,
+        /// Who called `connect()`.
+        opener: Task,
+        /// Who acted first on this side: close, shutdown, exit, …
+        actor: Task,
+        /// Who has it open, or would have accepted it; only looked for where neither of the two above is known.
+        holder: Task,
+        /// Facts at the first move; all unknown before.
+        at_move: Sample,
+        /// Facts at the end.
+        at_end: Sample,
+        /// The RST that ended it, or the one this record tells of.
+        reset: Reset,
+        /// When each of `states` was entered.
+        times: [u64; MAX_STEPS],
+        /// Path of states, `steps` of them.
+        states: [u8; MAX_STEPS],
+        /// How many of `states` are filled.
+        steps: u8,
+        /// One of [`role`].
+        role: u8,
+        /// One of [`first_move`].
+        first_move: u8,
+        /// State before CLOSE.
+        last_state: u8,
+        /// `sk_shutdown` at the end.
+        shutdown: u8,
+        /// 1 when a process held the socket's lock at the end.
+        owned: u8,
+        /// `sk_err` at the end, or [`i32::MIN`] when not readable.
+        error: i32,
+        /// 1 once its CLOSE record was written.
+        told: u32,
+        /// `sk_flags` at the end, or [`UNKNOWN_U64`].
+        sock_flags: u64,
+        /// Jiffies of `SO_LINGER`'s time at the end, or [`UNKNOWN_U64`].
+        linger: u64,
+        /// One of [`reset_after`].
+        reset_after: u32,
+        /// One of [`holder`].
+        holder_kind: u32,
+    }
+}
+
+layout! {
+    /// Who closed, or has open, the descriptor of a socket that had ended in softirq, with no owner known then.
+    Owner (96) {
+        /// What every record begins with.
+        header: Header,
+        /// [`Connection::sock`] of the record that lacked it.
+        sock: u64,
+        /// [`Connection::born`] of the record that lacked it.
+        born: u64,
+        /// Who.
+        task: Task,
+        /// 1 if it merely has the descriptor open, 0 if it closed it.
+        holds: u32,
+        /// Always 0.
+        reserved: u32,
+    }
+}
+
+layout! {
+    /// A process (or a program image: exec counts) that touches a socket for the first time in this trace.
+    Process (24) {
+        /// What every record begins with.
+        header: Header,
+        /// Process id in the initial namespace.
+        pid: u32,
+        /// Always 0.
+        reserved: u32,
+        /// Address of its `mm_struct`.
+        mm: u64,
+    }
+}
+
+impl Task {
+    /// Nobody.
+    pub const NONE: Self = Self {
+        pid: 0,
+        tid: 0,
+        uid: 0,
+        flags: 0,
+        exit_code: 0,
+        syscall: -1,
+        comm: [0; 16],
+        mm: 0,
+        user_stack: 0,
+        kernel_stack: 0,
+    };
+}
+
+impl Sample {
+    /// Nothing readable.
+    pub const UNKNOWN: Self = Self {
+        bytes_sent: UNKNOWN_U64,
+        bytes_received: UNKNOWN_U64,
+        retransmits: UNKNOWN_U32,
+        rtt_us: UNKNOWN_U32,
+        unread: UNKNOWN_U32,
+        unacknowledged: UNKNOWN_U32,
+        sent_ago: UNKNOWN_U32,
+        received_ago: UNKNOWN_U32,
+        user_timeout: UNKNOWN_U32,
+        reserved: 0,
+    };
+}
+
+impl Connection {
+    /// A life about which nothing is known yet. It becomes the `TEMPLATE` that new entries are copied from.
+    #[expect(clippy::cast_possible_truncation, reason = "560 fits")]
+    pub const NEW: Self = Self {
+        header: Header { tag: 0, version: VERSION, length: size_of::<Self>() as u32 },
+        sock: 0,
+        born: 0,
+        established: 0,
+        moved: 0,
+        ended: 0,
+        jiffies: 0,
+        cookie: 0,
+        inode: 0,
+        endpoints: Endpoints {
+            local: [0; 4],
+            remote: [0; 4],
+            family: 0,
+            local_port: 0,
+            remote_port: 0,
+            reserved: 0,
+            netns: UNKNOWN_U32,
+            reserved2: 0,
+        },
+        opener: Task::NONE,
+        actor: Task::NONE,
+        holder: Task::NONE,
+        at_move: Sample::UNKNOWN,
+        at_end: Sample::UNKNOWN,
+        reset: Reset {
+            at: 0,
+            reason: UNKNOWN_U32,
+            direction: direction::NONE,
+            state: 0,
+            answer: 0,
+            ambiguous: 0,
+            ttl: 0,
+            handshake_ttl: 0,
+            reserved: [0; 6],
+        },
+        times: [0; MAX_STEPS],
+        states: [0; MAX_STEPS],
+        steps: 0,
+        role: role::UNKNOWN,
+        first_move: first_move::NONE,
+        last_state: 0,
+        shutdown: 0,
+        owned: 0,
+        error: i32::MIN,
+        told: 0,
+        sock_flags: UNKNOWN_U64,
+        linger: UNKNOWN_U64,
+        reset_after: reset_after::NEVER,
+        holder_kind: holder::NONE,
+    };
+}
+
+// SAFETY: `repr(C)`; zerocopy's `IntoBytes` has proved that there is no padding.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for Connection {}

@@ -1,0 +1,19 @@
+//! Stacks, kept once each in the `STACKS` map and named in records by the hash of their frames.
+
+/// Frames a stack can have, the kernel's own default limit (`kernel.perf_event_max_stack`). Deeper ones keep their
+/// innermost 127.
+pub const MAX_FRAMES: usize = 127;
+
+/// A value of the `STACKS` map.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Stack {
+    /// How many of `frames` are filled.
+    pub count: u64,
+    /// Return addresses, innermost first.
+    pub frames: [u64; MAX_FRAMES],
+}
+
+// SAFETY: `repr(C)`, 64-bit integers only: no padding, and any bytes are valid.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for Stack {}
