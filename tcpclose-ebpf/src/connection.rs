@@ -1,0 +1,190 @@
+//! The life of a socket, as it is kept in `CONNECTIONS`.
+
+use aya_ebpf::{
+    EbpfContext,
+    helpers::generated::{bpf_jiffies64, bpf_ktime_get_boot_ns},
+};
+use tcpclose_common::{
+    record::{Connection, MAX_STEPS, UNKNOWN_U64, first_move, reset_after, role, tag},
+    tcp::{sock_flag, state},
+};
+
+use crate::{
+    emit, listener,
+    maps::{CONNECTIONS, count, global, template},
+    sock::{self, Record},
+    task,
+};
+
+/// Nanoseconds of `CLOCK_BOOTTIME`.
+#[inline(always)]
+pub fn now() -> u64 {
+    // SAFETY: the helper has no precondition.
+    unsafe { bpf_ktime_get_boot_ns() }
+}
+
+/// `jiffies64`.
+#[inline(always)]
+pub fn jiffies() -> u64 {
+    // SAFETY: the helper has no precondition.
+    unsafe { bpf_jiffies64() }
+}
+
+/// The entry of `sk`.
+///
+/// The kernel changes a socket's state under its lock, so that two programs never work on one entry at once; that is
+/// why a plain reference will do.
+#[inline(always)]
+pub fn find(sk: u64) -> Option<&'static mut Connection> {
+    // SAFETY: a valid, aligned map value; entries of an LRU map stay readable until the program ends.
+    CONNECTIONS.get_ptr_mut(sk).map(|entry| unsafe { &mut *entry })
+}
+
+/// Begins a new life at the address `sk`. What was there before is over: addresses are used again within microseconds.
+#[inline(always)]
+pub fn begin(sk: u64, now: u64) -> Option<&'static mut Connection> {
+    let known = CONNECTIONS.get_ptr(sk).is_some();
+    // SAFETY: read-only data of this object, always initialised.
+    if CONNECTIONS.insert(sk, unsafe { &*template() }, 0).is_err() {
+        count!(connections_failed);
+        return None;
+    }
+    if !known {
+        count!(connections_added);
+    }
+    let connection = find(sk)?;
+    connection.sock = sk;
+    connection.born = now;
+    Some(connection)
+}
+
+/// The entry of `sk`, or a new one for a socket that is older than the trace (or was evicted).
+#[inline(always)]
+pub fn find_or_begin(sk: u64, now: u64) -> Option<&'static mut Connection> {
+    match find(sk) {
+        Some(connection) => Some(connection),
+        None => begin(sk, now),
+    }
+}
+
+/// Forgets `sk`.
+#[inline(always)]
+pub fn forget(sk: u64) {
+    if CONNECTIONS.remove(sk).is_ok() {
+        count!(connections_removed);
+    }
+}
+
+/// Notes that `state` was entered.
+#[inline(always)]
+pub fn step(connection: &mut Connection, state: u8, now: u64) {
+    let steps = usize::from(connection.steps);
+    let index = if steps < MAX_STEPS { steps } else { MAX_STEPS - 1 };
+    connection.states[index] = state;
+    connection.times[index] = now;
+    if steps < MAX_STEPS {
+        connection.steps = (steps + 1) as u8;
+    }
+}
+
+/// The state that was entered last; 0 if none was seen.
+#[inline(always)]
+pub fn last_state(connection: &Connection) -> u8 {
+    let last = usize::from(connection.steps).wrapping_sub(1);
+    if last < MAX_STEPS { connection.states[last] } else { 0 }
+}
+
+/// Notes the first move of the teardown, and what the socket's counters say then; later moves change nothing.
+#[inline(always)]
+pub fn moved(connection: &mut Connection, sk: u64, by: u8, now: u64) {
+    if connection.first_move != first_move::NONE {
+        return;
+    }
+    connection.first_move = by;
+    connection.moved = now;
+    connection.jiffies = jiffies();
+    sock::sample(sk, connection.jiffies, &mut connection.at_move);
+}
+
+/// Notes the current task as the one that acted on this side, if it is the first and if it is a process.
+#[inline(always)]
+pub fn acted(ctx: &impl EbpfContext, connection: &mut Connection) {
+    if connection.actor.pid == 0 && !task::is_nobody() {
+        task::current(ctx, &mut connection.actor);
+    }
+}
+
+/// The socket goes to CLOSE: notes how, and writes the record.
+#[inline(always)]
+pub fn end(ctx: &impl EbpfContext, sk: u64, from: u8, now: u64, cookie: u64, record: Option<&Record<'_>>) {
+    let Some(connection) = find_or_begin(sk, now) else {
+        return;
+    };
+    let (error, shutdown, linger) = sock::end(sk);
+    // Plain numbers, not options: what an option that is `None` leaves unset is read all the same by the code that LLVM
+    // makes of it, and kernels before 6.3 refuse that.
+    let flags = sock::flags(sk).unwrap_or(UNKNOWN_U64);
+    let owned = sock::owned(sk) == Some(true);
+    let has_no_socket = sock::socket(sk) == Some(0);
+    step(connection, state::CLOSE, now);
+    sock::endpoints(sk, record, &mut connection.endpoints);
+    connection.ended = now;
+    connection.cookie = cookie;
+    connection.last_state = from;
+    connection.error = error;
+    connection.shutdown = shutdown;
+    connection.linger = linger;
+    connection.owned = u8::from(owned);
+    connection.inode = sock::inode(sk);
+    connection.sock_flags = flags;
+    connection.jiffies = jiffies();
+    sock::sample(sk, connection.jiffies, &mut connection.at_end);
+    if connection.first_move == first_move::NONE {
+        // The end is the first move. If there was another one before the trace, its time and what the counters said then
+        // stay unknown.
+        connection.moved = now;
+        connection.at_move = connection.at_end;
+    }
+    // An abort of the application's own: no error was set, the socket is not an orphan that merely ran its course, and
+    // either a process holds it or it never had a descriptor (a child in the queue of a listener that closes). From
+    // FIN_WAIT2 and later states an orderly end looks the same, but there the actor is known already.
+    let alive = flags != UNKNOWN_U64 && flags & sock_flag::DEAD == 0;
+    let aborted = error == 0
+        && alive
+        && (owned || has_no_socket)
+        && (from == state::ESTABLISHED
+            || from == state::CLOSE_WAIT
+            || from == state::SYN_SENT
+            || from == state::SYN_RECV);
+    if aborted {
+        acted(ctx, connection);
+    }
+    if connection.actor.pid == 0 && alive && has_no_socket && connection.role == role::SERVER {
+        // Reset or timed out while it waited to be accepted.
+        listener::name(connection);
+    }
+    let done = flags != UNKNOWN_U64 && flags & sock_flag::DONE != 0;
+    connection.reset_after = if connection.reset.ambiguous != 0 {
+        reset_after::SOFTIRQ
+    } else if error != 0 || connection.reset.at != 0 {
+        reset_after::NEVER
+    } else if from == state::FIN_WAIT2 && !done {
+        // Usually the small TIME_WAIT socket takes over here. But if the segment that acknowledged our FIN brought data,
+        // tcp_rcv_state_process() aborts in just the same way, and answers with a RST.
+        if alive { reset_after::SYSCALL } else { reset_after::SOFTIRQ }
+    } else if alive
+        && (from == state::ESTABLISHED
+            || from == state::CLOSE_WAIT
+            || from == state::SYN_RECV
+            || from == state::FIN_WAIT1)
+    {
+        reset_after::SYSCALL
+    } else {
+        reset_after::NEVER
+    };
+    connection.told = 1;
+    emit::connection(connection, tag::CLOSE);
+    if global!(PARAMS.has_destroy) == 0 {
+        forget(sk);
+    }
+}

@@ -1,0 +1,54 @@
+//! `tcp:tcp_destroy_sock`: the end of a socket's life, once for every TCP socket.
+
+use aya_ebpf::{
+    EbpfContext,
+    macros::{btf_tracepoint, tracepoint},
+    programs::{BtfTracePointContext, TracePointContext},
+};
+use tcpclose_common::record::{Header, Owner, Task, VERSION, tag};
+
+use crate::{connection, emit, maps::global, sock::Record, task};
+
+/// `TP_PROTO(struct sock *sk)`.
+#[btf_tracepoint(function = "tcp_destroy_sock")]
+pub fn destroy_sock(ctx: BtfTracePointContext) -> i32 {
+    destroyed(&ctx, ctx.arg::<u64>(0));
+    0
+}
+
+#[tracepoint]
+pub fn destroy_sock_classic(ctx: TracePointContext) -> i32 {
+    let record = Record { ctx: &ctx, layout: global!(DESTROY_SOCK_RECORD) };
+    if let Some(sk) = record.get::<u64>(record.layout.skaddr) {
+        destroyed(&ctx, sk);
+    }
+    0
+}
+
+#[inline(always)]
+fn destroyed(ctx: &impl EbpfContext, sk: u64) {
+    let Some(connection) = connection::find(sk) else {
+        return;
+    };
+    if connection.told == 0 && connection.steps != 0 {
+        // Nobody saw it go to CLOSE: the kernel skipped the program, and its understudy. That is when it was over.
+        let from = connection::last_state(connection);
+        connection::end(ctx, sk, from, connection::now(), 0, None);
+    }
+    // It ended in softirq with a descriptor still open. Whoever closes the descriptor now is its owner, and not always
+    // the one who opened it: a socket in CLOSE is destroyed by its last close alone (inet_csk_destroy_sock() under
+    // __tcp_close()).
+    if connection.told != 0 && connection.inode != 0 && connection.actor.pid == 0 && !task::is_nobody() {
+        let mut owner = Owner {
+            header: Header { tag: tag::OWNER, version: VERSION, length: size_of::<Owner>() as u32 },
+            sock: sk,
+            born: connection.born,
+            task: Task::NONE,
+            holds: 0,
+            reserved: 0,
+        };
+        task::meet(&mut owner.task);
+        emit::owner(&mut owner);
+    }
+    connection::forget(sk);
+}

@@ -1,0 +1,119 @@
+//! `iter/task_file`: a look at every descriptor of every process, in all network namespaces at once. Run by the user half
+//! at the start, for sockets older than the trace, and when a socket has ended in softirq with nobody known to own it.
+
+use aya_ebpf::{cty::c_void, helpers::bpf_get_current_pid_tgid};
+use tcpclose_common::{
+    record::{Connection, Header, Owner, Task, VERSION, first_move, holder, role, tag},
+    tcp::state,
+};
+
+use crate::{
+    connection, emit,
+    kernel::member,
+    listener,
+    maps::{SELF, global},
+    sock,
+};
+
+/// The context is a `struct bpf_iter__task_file`. Returns 0: go on.
+#[unsafe(link_section = "iter/task_file")]
+#[unsafe(no_mangle)]
+extern "C" fn inventory(ctx: *mut c_void) -> i32 {
+    let ctx = ctx as u64;
+    if let Some(own) = SELF.get_ptr_mut(0) {
+        // The iterator runs in the task that reads it.
+        // SAFETY: a valid, aligned map value; whoever else writes it writes the same.
+        unsafe { *own = (bpf_get_current_pid_tgid() >> 32) as u32 };
+    }
+    if let Some(task) = member::<u64>(ctx, global!(STRUCTS.iter_task))
+        && let Some(file) = member::<u64>(ctx, global!(STRUCTS.iter_file))
+    {
+        if let Some(sk) = sock::of_file(file) {
+            held(sk, task);
+        }
+    }
+    0
+}
+
+/// `task` has `sk` open. The file, and so the socket, can not go away while the iterator looks at it.
+#[inline(always)]
+fn held(sk: u64, task: u64) {
+    let Some(state) = sock::state(sk) else { return };
+    let mut holder = Task::NONE;
+    describe(task, &mut holder);
+    if state == state::LISTEN {
+        listener::opened(sk, &holder);
+        return;
+    }
+    if let Some(connection) = connection::find(sk) {
+        if connection.told != 0 && connection.actor.pid == 0 {
+            still_open(connection, sk, &holder);
+        }
+        if connection.actor.pid == 0 && connection.holder.pid == 0 {
+            connection.holder = holder;
+            connection.holder_kind = holder::DESCRIPTOR;
+        } else if connection.role == role::UNKNOWN && connection.established == 0 {
+            // A socket from before the trace, seen in the first pass, which had not met its listener yet.
+            connection.role = side(listener::exists(connection));
+        }
+        return;
+    }
+    if state == state::CLOSE {
+        // Not connected yet, or over before anybody looked.
+        return;
+    }
+    let now = connection::now();
+    let Some(connection) = connection::begin(sk, now) else { return };
+    connection.holder = holder;
+    connection.holder_kind = holder::DESCRIPTOR;
+    sock::endpoints(sk, None, &mut connection.endpoints);
+    connection::step(connection, state, now);
+    if listener::exists(connection) {
+        connection.role = role::SERVER;
+    }
+    // Who moved first is told by the state; when, nobody knows.
+    match state {
+        state::CLOSE_WAIT | state::LAST_ACK => connection.first_move = first_move::PEER,
+        state::FIN_WAIT1 | state::FIN_WAIT2 => connection.first_move = first_move::LOCAL,
+        _ => {}
+    }
+}
+
+/// How long after an end somebody waits to hear who has the socket open, nanoseconds.
+const AWAITED: u64 = 1_000_000_000;
+
+/// It ended in softirq, and `holder` has it open: tells so of the first holder, and of the one who opened it.
+#[inline(always)]
+fn still_open(connection: &Connection, sk: u64, holder: &Task) {
+    let first = connection.holder.pid == 0 || holder.pid == connection.holder.pid;
+    let awaited = connection::now().wrapping_sub(connection.ended) < AWAITED;
+    if !awaited || !(first || holder.pid == connection.opener.pid) {
+        return;
+    }
+    let mut owner = Owner {
+        header: Header { tag: tag::OWNER, version: VERSION, length: size_of::<Owner>() as u32 },
+        sock: sk,
+        born: connection.born,
+        task: *holder,
+        holds: 1,
+        reserved: 0,
+    };
+    emit::owner(&mut owner);
+}
+
+#[inline(always)]
+fn side(listens: bool) -> u8 {
+    if listens { role::SERVER } else { role::CLIENT }
+}
+
+/// What is known of a task that is not running here.
+#[inline(always)]
+fn describe(task: u64, to: &mut Task) {
+    to.pid = member(task, global!(STRUCTS.task_tgid)).unwrap_or(0);
+    to.tid = member(task, global!(STRUCTS.task_pid)).unwrap_or(0);
+    to.comm = member(task, global!(STRUCTS.task_comm)).unwrap_or([0; 16]);
+    to.mm = member(task, global!(STRUCTS.task_mm)).unwrap_or(0);
+    if let Some(cred) = member::<u64>(task, global!(STRUCTS.task_cred)) {
+        to.uid = member(cred, global!(STRUCTS.cred_uid)).unwrap_or(0);
+    }
+}

@@ -1,0 +1,27 @@
+//! `net:netif_receive_skb`: a packet came in. Attached for `--ttl` alone, because it runs for every packet; of nearly all
+//! of them it only looks at the flags.
+//!
+//! The time to live of a connection's first packet and of a RST wait in `TTLS` until the hooks on the socket ask for them.
+
+use aya_ebpf::{
+    macros::{btf_tracepoint, tracepoint},
+    programs::{BtfTracePointContext, TracePointContext},
+};
+
+use crate::{maps::global, sock::Record, ttl};
+
+/// `TP_PROTO(struct sk_buff *skb)`.
+#[btf_tracepoint(function = "netif_receive_skb")]
+pub fn receive_skb(ctx: BtfTracePointContext) -> i32 {
+    ttl::seen(ctx.arg::<u64>(0));
+    0
+}
+
+#[tracepoint]
+pub fn receive_skb_classic(ctx: TracePointContext) -> i32 {
+    let record = Record { ctx: &ctx, layout: global!(RECEIVE_SKB_RECORD) };
+    if let Some(skb) = record.get::<u64>(record.layout.skbaddr) {
+        ttl::seen(skb);
+    }
+    0
+}

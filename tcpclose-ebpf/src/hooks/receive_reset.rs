@@ -1,0 +1,69 @@
+//! `tcp:tcp_receive_reset`: `tcp_reset()` runs, because a RST came or because data came after this host had closed.
+
+use aya_ebpf::{
+    macros::{btf_tracepoint, tracepoint},
+    programs::{BtfTracePointContext, TracePointContext},
+};
+use tcpclose_common::{
+    record::{UNKNOWN_U32, direction, tag},
+    tcp::{shutdown, state},
+};
+
+use crate::{
+    connection, emit,
+    maps::global,
+    sock::{self, Record},
+    ttl,
+};
+
+/// `TP_PROTO(struct sock *sk)`.
+#[btf_tracepoint(function = "tcp_receive_reset")]
+pub fn receive_reset(ctx: BtfTracePointContext) -> i32 {
+    received(ctx.arg::<u64>(0), None);
+    0
+}
+
+#[tracepoint]
+pub fn receive_reset_classic(ctx: TracePointContext) -> i32 {
+    let record = Record { ctx: &ctx, layout: global!(RECEIVE_RESET_RECORD) };
+    if let Some(sk) = record.get::<u64>(record.layout.skaddr) {
+        received(sk, Some(&record));
+    }
+    0
+}
+
+#[inline(always)]
+fn received(sk: u64, record: Option<&Record<'_>>) {
+    let now = connection::now();
+    let Some(connection) = connection::find_or_begin(sk, now) else {
+        return;
+    };
+    // Without BTF the last change of state tells as much.
+    let from = match sock::state(sk) {
+        Some(state) => state,
+        None => connection::last_state(connection),
+    };
+    let (_, shut, _) = sock::end(sk);
+    let reset = &mut connection.reset;
+    reset.at = now;
+    reset.reason = UNKNOWN_U32;
+    reset.direction = direction::RECEIVED;
+    reset.state = from;
+    reset.answer = 0;
+    // tcp_rcv_state_process() calls tcp_reset() in these states for data after RCV_SHUTDOWN, and sends a RST next:
+    // the user half drops this record if one follows.
+    reset.ambiguous = u8::from(
+        shut & shutdown::RECEIVE != 0
+            && (from == state::FIN_WAIT1
+                || from == state::FIN_WAIT2
+                || from == state::CLOSE_WAIT
+                || from == state::CLOSING
+                || from == state::LAST_ACK),
+    );
+    connection.jiffies = connection::jiffies();
+    connection.inode = sock::inode(sk);
+    sock::endpoints(sk, record, &mut connection.endpoints);
+    connection.reset.ttl = ttl::of(&connection.endpoints, true).reset;
+    sock::sample(sk, connection.jiffies, &mut connection.at_end);
+    emit::connection(connection, tag::RESET);
+}

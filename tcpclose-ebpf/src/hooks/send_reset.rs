@@ -1,0 +1,103 @@
+//! `tcp:tcp_send_reset`: this host sends a RST, of its own accord (then without a packet, and after it was sent) or in
+//! answer to a packet (then before). From 6.10 on also without a socket, and for one in TIME_WAIT.
+
+use aya_ebpf::{
+    helpers::generated::bpf_probe_read_kernel,
+    macros::{btf_tracepoint, tracepoint},
+    programs::{BtfTracePointContext, TracePointContext},
+};
+use tcpclose_common::{
+    record::{Connection, UNKNOWN_U32, direction, tag},
+    tcp::state,
+};
+
+use crate::{
+    connection, emit, listener,
+    maps::{Slot, count, global, template},
+    packet,
+    sock::{self, Record},
+};
+
+/// `TP_PROTO(const struct sock *sk, const struct sk_buff *skb__nullable)`, from 6.10 on also
+/// `const enum sk_rst_reason reason`.
+#[btf_tracepoint(function = "tcp_send_reset")]
+pub fn send_reset(ctx: BtfTracePointContext) -> i32 {
+    let reason = if global!(PARAMS.has_reset_reason) != 0 { ctx.arg::<u32>(2) } else { UNKNOWN_U32 };
+    sent(ctx.arg::<u64>(0), ctx.arg::<u64>(1), reason, None);
+    0
+}
+
+#[tracepoint]
+pub fn send_reset_classic(ctx: TracePointContext) -> i32 {
+    let record = Record { ctx: &ctx, layout: global!(SEND_RESET_RECORD) };
+    let layout = record.layout;
+    let sk = record.get::<u64>(layout.skaddr).unwrap_or(0);
+    let skb = record.get::<u64>(layout.skbaddr).unwrap_or(0);
+    let reason = record.get::<u32>(layout.reason).unwrap_or(UNKNOWN_U32);
+    sent(sk, skb, reason, Some(&record));
+    0
+}
+
+#[inline(always)]
+fn sent(sk: u64, skb: u64, reason: u32, record: Option<&Record<'_>>) {
+    let now = connection::now();
+    let state = if sk == 0 { 0 } else { sock::state(sk).unwrap_or(0) };
+    let full =
+        state != 0 && state != state::TIME_WAIT && state != state::NEW_SYN_RECV && state != state::LISTEN;
+    if let (true, Some(connection)) = (full, connection::find(sk)) {
+        tell(connection, sk, skb, state, reason, now, record);
+        return;
+    }
+    // No connection: the record is built in a slot of its own.
+    let Some(slot) = Slot::take() else {
+        count!(records_lost);
+        return;
+    };
+    // SAFETY: the slot is ours, and both sides are a whole `Connection`.
+    let connection = unsafe {
+        let connection = &raw mut (*slot.get()).connection;
+        bpf_probe_read_kernel(connection.cast(), size_of::<Connection>() as u32, template().cast());
+        &mut *connection
+    };
+    connection.sock = sk;
+    connection.born = now;
+    tell(connection, sk, skb, state, reason, now, record);
+}
+
+#[inline(always)]
+fn tell(
+    connection: &mut Connection,
+    sk: u64,
+    skb: u64,
+    state: u8,
+    reason: u32,
+    now: u64,
+    record: Option<&Record<'_>>,
+) {
+    let reset = &mut connection.reset;
+    reset.at = now;
+    reset.reason = reason;
+    reset.direction = direction::SENT;
+    // What it was in before it was aborted says more than CLOSE.
+    reset.state = if state == state::CLOSE && connection.ended != 0 { connection.last_state } else { state };
+    reset.answer = u8::from(skb != 0);
+    if connection.ended == 0 {
+        if sk != 0 || skb == 0 {
+            sock::endpoints(sk, record, &mut connection.endpoints);
+        }
+        if connection.endpoints.remote_port == 0 {
+            packet::endpoints(skb, &mut connection.endpoints, &mut connection.reset);
+        }
+        if connection.endpoints.remote_port == 0 {
+            sock::endpoints(0, record, &mut connection.endpoints);
+        }
+        connection.jiffies = connection::jiffies();
+        if connection.established != 0 {
+            sock::sample(sk, connection.jiffies, &mut connection.at_end);
+        }
+    }
+    if state == state::LISTEN {
+        listener::name(connection);
+    }
+    emit::connection(connection, tag::RESET);
+}

@@ -1,0 +1,140 @@
+//! `sock:inet_sock_set_state`: a socket's state changes. It fires before `sk_state` is written, under the socket's lock.
+//! TIME_WAIT and request sockets never show here; FIN_WAIT2 goes to CLOSE when the small TIME_WAIT socket takes over.
+
+use aya_ebpf::{
+    EbpfContext,
+    helpers::{bpf_get_current_pid_tgid, generated::bpf_get_socket_cookie},
+    macros::{btf_tracepoint, tracepoint},
+    programs::{BtfTracePointContext, TracePointContext},
+};
+use aya_log_ebpf::debug;
+use tcpclose_common::{
+    record::{Task, first_move, role},
+    tcp::{IPPROTO_TCP, state},
+};
+
+use crate::{
+    connection, listener,
+    maps::global,
+    sock::{self, Record},
+    task, ttl,
+};
+
+/// `TP_PROTO(const struct sock *sk, const int oldstate, const int newstate)`.
+///
+/// The kernel does not run a program on a CPU where it is running already (`__bpf_trace_run()`, since 6.1): a change of
+/// state in a softirq that interrupts this program would be lost. [`set_state_nested`] takes it.
+#[btf_tracepoint(function = "inet_sock_set_state")]
+pub fn set_state(ctx: BtfTracePointContext) -> i32 {
+    set_state_btf(&ctx);
+    0
+}
+
+/// The same program once more, attached after the first: does its work where that was not run. Whether it was is seen in
+/// the entry, which nobody else changes between the two, because the socket is locked.
+#[btf_tracepoint(function = "inet_sock_set_state")]
+pub fn set_state_nested(ctx: BtfTracePointContext) -> i32 {
+    let new = ctx.arg::<i32>(2) as u8;
+    let was_run = match connection::find(ctx.arg::<u64>(0)) {
+        Some(connection) => connection::last_state(connection) == new,
+        None => false,
+    };
+    if !was_run {
+        set_state_btf(&ctx);
+    }
+    0
+}
+
+#[inline(always)]
+fn set_state_btf(ctx: &BtfTracePointContext) {
+    let sk = ctx.arg::<u64>(0);
+    if sock::protocol(sk) != Some(IPPROTO_TCP) {
+        return;
+    }
+    let (old, new) = (ctx.arg::<i32>(1), ctx.arg::<i32>(2));
+    let cookie = if global!(PARAMS.has_cookie_helper) != 0 && new == i32::from(state::CLOSE) {
+        // The helper wants the pointer as the context holds it, before any arithmetic.
+        // SAFETY: the loader has checked that this kernel has the helper for this kind of program.
+        unsafe { bpf_get_socket_cookie(ctx.arg::<*mut core::ffi::c_void>(0)) }
+    } else {
+        0
+    };
+    changed(ctx, sk, old as u8, new as u8, cookie, None);
+}
+
+#[tracepoint]
+pub fn set_state_classic(ctx: TracePointContext) -> i32 {
+    let record = Record { ctx: &ctx, layout: global!(SET_STATE_RECORD) };
+    let layout = record.layout;
+    let Some(protocol) = record.get::<u16>(layout.protocol) else { return 0 };
+    let Some(sk) = record.get::<u64>(layout.skaddr) else { return 0 };
+    let Some(old) = record.get::<i32>(layout.oldstate) else { return 0 };
+    let Some(new) = record.get::<i32>(layout.newstate) else { return 0 };
+    if protocol == IPPROTO_TCP {
+        changed(&ctx, sk, old as u8, new as u8, 0, Some(&record));
+    }
+    0
+}
+
+#[inline(always)]
+fn changed(ctx: &impl EbpfContext, sk: u64, old: u8, new: u8, cookie: u64, record: Option<&Record<'_>>) {
+    // Not the socket's address: the verifier forbids to take a pointer to pieces, which printing does.
+    debug!(ctx, "{} -> {} while process {} runs", old, new, bpf_get_current_pid_tgid() >> 32);
+    // A repeated state is `close()` after `shutdown()`, and changes nothing. Listeners are no connections.
+    if old == new {
+        return;
+    }
+    if new == state::LISTEN {
+        // In the context of listen(), like SYN_SENT in that of connect(). No stack: it opened no connection.
+        let mut task = Task::NONE;
+        task::identify(&mut task);
+        listener::opened(sk, &task);
+        return;
+    }
+    if old == state::LISTEN && new == state::CLOSE {
+        listener::closed(sk);
+        return;
+    }
+    let now = connection::now();
+    if new == state::CLOSE {
+        connection::end(ctx, sk, old, now, cookie, record);
+        return;
+    }
+    let born = old == state::CLOSE || old == state::LISTEN;
+    let found = if born { connection::begin(sk, now) } else { connection::find_or_begin(sk, now) };
+    let Some(connection) = found else {
+        return;
+    };
+    connection::step(connection, new, now);
+    match new {
+        state::SYN_SENT => {
+            // Always in the connecting task's own context: tcp_v4_connect(), tcp_v6_connect().
+            connection.role = role::CLIENT;
+            sock::endpoints(sk, record, &mut connection.endpoints);
+            // MPTCP's further subflows are connected by a worker of the kernel's, which is nobody's process.
+            if !task::is_nobody() {
+                task::current(ctx, &mut connection.opener);
+            }
+        }
+        state::SYN_RECV => {
+            if old == state::LISTEN {
+                connection.role = role::SERVER;
+            }
+            sock::endpoints(sk, record, &mut connection.endpoints);
+        }
+        state::ESTABLISHED => {
+            connection.established = now;
+            sock::endpoints(sk, record, &mut connection.endpoints);
+            connection.reset.handshake_ttl = ttl::of(&connection.endpoints, true).handshake;
+        }
+        state::FIN_WAIT1 | state::LAST_ACK => {
+            connection::moved(connection, sk, first_move::LOCAL, now);
+            // In softirq only when a child was shut down before it was established; then nobody acted here.
+            if sock::owned(sk) != Some(false) {
+                connection::acted(ctx, connection);
+            }
+        }
+        state::CLOSE_WAIT => connection::moved(connection, sk, first_move::PEER, now),
+        _ => {}
+    }
+}

@@ -1,0 +1,82 @@
+//! Who listens where: the owner of what is never accepted.
+
+use tcpclose_common::{
+    offsets::ABSENT,
+    record::{Connection, Task, UNKNOWN_U32, holder},
+};
+
+use crate::{
+    kernel::member,
+    maps::{LISTENERS, Listener, global},
+};
+
+/// Key of the listener that a connection in `netns` to `port` comes in by.
+#[inline(always)]
+fn key(netns: u32, port: u16) -> u64 {
+    u64::from(netns) << 16 | u64::from(port)
+}
+
+#[inline(always)]
+fn key_of(sk: u64) -> Option<u64> {
+    let net: u64 = member(sk, global!(STRUCTS.sk_net))?;
+    let netns: u32 = member(net, global!(STRUCTS.net_inum))?;
+    // tcp_set_state() clears the first of the two copies before it tells of CLOSE.
+    let port = match member::<u16>(sk, global!(STRUCTS.sk_num))? {
+        0 => u16::from_be(member(sk, global!(STRUCTS.sk_sport))?),
+        port => port,
+    };
+    if port == 0 || global!(STRUCTS.sk_num) == ABSENT { None } else { Some(key(netns, port)) }
+}
+
+/// `task` listens on `sk`.
+#[inline(always)]
+pub fn opened(sk: u64, task: &Task) {
+    let Some(key) = key_of(sk) else { return };
+    let mut listener = Listener { sock: sk, task: *task, shared: 0 };
+    if let Some(other) = LISTENERS.get_ptr(key) {
+        // SAFETY: a valid map value.
+        let other = unsafe { &*other };
+        if other.sock == sk {
+            return;
+        }
+        listener.shared = u64::from(other.shared != 0 || other.task.pid != task.pid);
+    }
+    // If there is no room, nobody will be named.
+    let _ = LISTENERS.insert(key, &listener, 0);
+}
+
+/// `sk` does not listen any more.
+#[inline(always)]
+pub fn closed(sk: u64) {
+    let Some(key) = key_of(sk) else { return };
+    if let Some(listener) = LISTENERS.get_ptr(key) {
+        // SAFETY: a valid map value.
+        if unsafe { (*listener).sock } == sk {
+            let _ = LISTENERS.remove(key);
+        }
+    }
+}
+
+/// Whether somebody listens where this connection came in.
+#[inline(always)]
+pub fn exists(connection: &Connection) -> bool {
+    let ends = &connection.endpoints;
+    ends.netns != UNKNOWN_U32 && LISTENERS.get_ptr(key(ends.netns, ends.local_port)).is_some()
+}
+
+/// Names the process that would have accepted this connection.
+#[inline(always)]
+pub fn name(connection: &mut Connection) {
+    let ends = &connection.endpoints;
+    if ends.netns == UNKNOWN_U32 {
+        return;
+    }
+    if let Some(listener) = LISTENERS.get_ptr(key(ends.netns, ends.local_port)) {
+        // SAFETY: a valid map value.
+        let listener = unsafe { &*listener };
+        if listener.shared == 0 {
+            connection.holder = listener.task;
+            connection.holder_kind = holder::LISTENER;
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! The kernel half of tcpclose.
+//!
+//! One file a hook in `hooks`; each hook keeps the life of its socket up to date in `CONNECTIONS` (`connection.rs`)
+//! and, when an end is over or a RST went, hands it to `emit.rs`, the only writer of the ring buffer.
+//!
+//! Built for `bpfel-unknown-none` by `cargo xtask build`. For any other target this is an empty program, so that
+//! `cargo build --workspace` and `cargo clippy --workspace` work without the BPF toolchain.
+#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+
+#[cfg(target_arch = "bpf")]
+mod connection;
+#[cfg(target_arch = "bpf")]
+mod emit;
+#[cfg(target_arch = "bpf")]
+mod filter;
+#[cfg(target_arch = "bpf")]
+mod hooks;
+#[cfg(target_arch = "bpf")]
+mod kernel;
+#[cfg(target_arch = "bpf")]
+mod listener;
+#[cfg(target_arch = "bpf")]
+mod maps;
+#[cfg(target_arch = "bpf")]
+mod packet;
+#[cfg(target_arch = "bpf")]
+mod sock;
+#[cfg(target_arch = "bpf")]
+mod stack;
+#[cfg(target_arch = "bpf")]
+mod task;
+#[cfg(target_arch = "bpf")]
+mod ttl;
+
+#[cfg(not(target_arch = "bpf"))]
+fn main() {
+    eprintln!(
+        "This is the kernel half of tcpclose, built for the wrong target. `cargo xtask build` builds both halves."
+    );
+}
+
+#[cfg(target_arch = "bpf")]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    // The verifier accepts a program only if this can not be reached.
+    loop {}
+}
+
+/// The kernel lets only GPL-compatible programs read its memory.
+#[cfg(target_arch = "bpf")]
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,60 @@
+//! Reads the ends of the packet that a RST answers: for a RST without a socket, and for one of a listener, the
+//! tracepoints of some kernels tell no remote end.
+
+use tcpclose_common::{
+    record::{Address, Endpoints, Reset, UNKNOWN_U32, mapped},
+    tcp::{AF_INET, AF_INET6},
+};
+
+use crate::{
+    kernel::{member, read},
+    maps::global,
+};
+
+/// Fills in both ends as the packet's receiver sees them (its destination is our local end), the network namespace of
+/// the device it came by, and its time to live. Leaves everything alone if the packet can not be read.
+#[inline(always)]
+pub fn endpoints(skb: u64, to: &mut Endpoints, reset: &mut Reset) {
+    // One after the other: LLVM reads what a failed one left unset if all are read first and then tested, and kernels
+    // before 6.3 refuse that.
+    let Some(head) = member::<u64>(skb, global!(STRUCTS.skb_head)) else { return };
+    let Some(network) = member::<u16>(skb, global!(STRUCTS.skb_network_header)) else { return };
+    let Some(transport) = member::<u16>(skb, global!(STRUCTS.skb_transport_header)) else { return };
+    let ip = head + u64::from(network);
+    let tcp = head + u64::from(transport);
+    let Some(first) = read::<u8>(ip) else { return };
+    // RFC 791, 3.1 and RFC 8200, 3: where the headers keep version, time to live and addresses.
+    match first >> 4 {
+        4 => {
+            let Some(source) = read::<u32>(ip + 12) else { return };
+            let Some(destination) = read::<u32>(ip + 16) else { return };
+            to.family = AF_INET;
+            to.remote = mapped(source);
+            to.local = mapped(destination);
+            reset.ttl = read(ip + 8).unwrap_or(0);
+        }
+        6 => {
+            let Some(source) = read::<Address>(ip + 8) else { return };
+            let Some(destination) = read::<Address>(ip + 24) else { return };
+            to.family = AF_INET6;
+            to.remote = source;
+            to.local = destination;
+            reset.ttl = read(ip + 7).unwrap_or(0);
+        }
+        _ => return,
+    }
+    // RFC 9293, 3.1: source port, destination port.
+    to.remote_port = read::<u16>(tcp).map_or(0, u16::from_be);
+    to.local_port = read::<u16>(tcp + 2).map_or(0, u16::from_be);
+    if to.netns == UNKNOWN_U32 {
+        to.netns = netns(skb).unwrap_or(UNKNOWN_U32);
+    }
+}
+
+/// Inode number of the network namespace of the device that a packet came by.
+#[inline(always)]
+pub fn netns(skb: u64) -> Option<u32> {
+    let dev: u64 = member(skb, global!(STRUCTS.skb_dev))?;
+    let net: u64 = member(dev, global!(STRUCTS.dev_net))?;
+    member(net, global!(STRUCTS.net_inum))
+}

@@ -1,0 +1,223 @@
+//! Reads a `struct sock` through the offsets of the running kernel.
+
+use aya_ebpf::programs::TracePointContext;
+use tcpclose_common::{
+    offsets::{ABSENT, RecordOffsets},
+    record::{Address, Endpoints, Sample, UNKNOWN_U32, UNKNOWN_U64, mapped},
+    tcp::{AF_INET, AF_INET6, IPPROTO_TCP, sock_flag, state},
+};
+
+use crate::{kernel::member, maps::global};
+
+/// A classic tracepoint's record: where a kernel without BTF tells a socket's addresses.
+#[derive(Clone, Copy)]
+pub struct Record<'a> {
+    pub ctx: &'a TracePointContext,
+    /// Where its members are.
+    pub layout: RecordOffsets,
+}
+
+impl Record<'_> {
+    /// Reads a member; `None` if this kernel's record has none such.
+    #[inline(always)]
+    pub fn get<T>(&self, offset: u16) -> Option<T> {
+        use aya_ebpf::EbpfContext as _;
+        member(self.ctx.as_ptr() as u64, offset)
+    }
+}
+
+/// `S_IFMT` and `S_IFSOCK` of `include/uapi/linux/stat.h`.
+const S_IFMT: u16 = 0o170_000;
+const S_IFSOCK: u16 = 0o140_000;
+
+/// The sock behind a file, if it is a TCP socket's.
+#[inline(always)]
+pub fn of_file(file: u64) -> Option<u64> {
+    let inode: u64 = member(file, global!(STRUCTS.file_inode))?;
+    let mode: u16 = member(inode, global!(STRUCTS.inode_mode))?;
+    if mode & S_IFMT != S_IFSOCK {
+        return None;
+    }
+    let socket: u64 = member(file, global!(STRUCTS.file_private))?;
+    let sk: u64 = member(socket, global!(STRUCTS.socket_sk))?;
+    let family: u16 = member(sk, global!(STRUCTS.sk_family))?;
+    let is_tcp = (family == AF_INET || family == AF_INET6) && protocol(sk) == Some(IPPROTO_TCP);
+    if is_tcp { Some(sk) } else { None }
+}
+
+/// Fills in the ends of `sk`, from the sock itself where its layout is known, else from the tracepoint's record.
+/// What is there already stays where nothing better is found: a failed connect has lost its ports by the time it ends.
+#[inline(always)]
+pub fn endpoints(sk: u64, record: Option<&Record<'_>>, to: &mut Endpoints) {
+    if to.local_port != 0 && to.remote_port != 0 {
+        // Known since it was established, or since the SYN of a socket that was bound; they do not change any more.
+        return;
+    }
+    let Some(family) = member::<u16>(sk, global!(STRUCTS.sk_family)) else {
+        if let Some(record) = record {
+            endpoints_of_record(record, to);
+        }
+        return;
+    };
+    let mut local_port: u16 = member(sk, global!(STRUCTS.sk_num)).unwrap_or(0);
+    if local_port == 0 && self::state(sk) != Some(state::TIME_WAIT) {
+        // tcp_set_state() gives the port back before it tells of CLOSE: inet_put_port() clears one of its two copies.
+        local_port = member::<u16>(sk, global!(STRUCTS.sk_sport)).map_or(0, u16::from_be);
+    }
+    let remote_port = member::<u16>(sk, global!(STRUCTS.sk_dport)).map_or(0, u16::from_be);
+    to.family = family;
+    if local_port != 0 {
+        to.local_port = local_port;
+    }
+    if let Some(net) = member::<u64>(sk, global!(STRUCTS.sk_net)) {
+        to.netns = member(net, global!(STRUCTS.net_inum)).unwrap_or(UNKNOWN_U32);
+    }
+    if remote_port == 0 {
+        // tcp_disconnect() and inet_hash_connect()'s failure clear the remote end.
+        return;
+    }
+    to.remote_port = remote_port;
+    if family == AF_INET6 {
+        if let Some(local) = member::<Address>(sk, global!(STRUCTS.sk_v6_rcv_saddr))
+            && let Some(remote) = member::<Address>(sk, global!(STRUCTS.sk_v6_daddr))
+        {
+            to.local = local;
+            to.remote = remote;
+        }
+    } else if family == AF_INET {
+        if let Some(local) = member(sk, global!(STRUCTS.sk_rcv_saddr)) {
+            to.local = mapped(local);
+        }
+        if let Some(remote) = member(sk, global!(STRUCTS.sk_daddr)) {
+            to.remote = mapped(remote);
+        }
+    }
+}
+
+/// Both shapes of record (see [`RecordOffsets`]).
+#[inline(always)]
+fn endpoints_of_record(record: &Record<'_>, to: &mut Endpoints) {
+    let layout = record.layout;
+    if let Some(family) = record.get::<u16>(layout.family) {
+        to.family = family;
+    }
+    if let Some(local) = record.get::<Address>(layout.saddr_v6)
+        && let Some(remote) = record.get::<Address>(layout.daddr_v6)
+    {
+        let remote_port = record.get(layout.dport).unwrap_or(0);
+        if remote_port != 0 {
+            to.local = local;
+            to.remote = remote;
+            to.remote_port = remote_port;
+        }
+        let local_port = record.get(layout.sport).unwrap_or(0);
+        if local_port != 0 {
+            to.local_port = local_port;
+        }
+    } else {
+        sockaddr(record, layout.local_sockaddr, &mut to.family, &mut to.local, &mut to.local_port);
+        sockaddr(record, layout.remote_sockaddr, &mut to.family, &mut to.remote, &mut to.remote_port);
+    }
+}
+
+/// `struct sockaddr_in` and `struct sockaddr_in6`: family, port in network order, then the address at 4 or at 8.
+#[inline(always)]
+fn sockaddr(record: &Record<'_>, at: u16, family: &mut u16, address: &mut Address, port: &mut u16) {
+    if at == ABSENT {
+        return;
+    }
+    *family = record.get(at).unwrap_or(0);
+    *port = record.get::<u16>(at + 2).map_or(0, u16::from_be);
+    if *family == AF_INET6 {
+        if let Some(found) = record.get(at + 8) {
+            *address = found;
+        }
+    } else if *family == AF_INET {
+        if let Some(found) = record.get(at + 4) {
+            *address = mapped(found);
+        }
+    }
+}
+
+/// Whether a process holds the socket's lock, so that the current task is the one that acts (or works off the backlog
+/// while it does). `None` when that can not be read.
+#[inline(always)]
+pub fn owned(sk: u64) -> Option<bool> {
+    member::<i32>(sk, global!(STRUCTS.sk_lock_owned)).map(|owned| owned != 0)
+}
+
+/// `sk_flags`, `enum sock_flags`.
+#[inline(always)]
+pub fn flags(sk: u64) -> Option<u64> {
+    member(sk, global!(STRUCTS.sk_flags))
+}
+
+/// Address of the `struct socket`, 0 for a socket that has none (not accepted yet, or orphaned).
+#[inline(always)]
+pub fn socket(sk: u64) -> Option<u64> {
+    member(sk, global!(STRUCTS.sk_socket))
+}
+
+/// Inode number of the socket's descriptor, as `/proc/PID/fd` shows it; 0 when it has none.
+#[inline(always)]
+pub fn inode(sk: u64) -> u64 {
+    match socket(sk) {
+        Some(socket) if socket != 0 => member(socket, global!(STRUCTS.socket_inode)).unwrap_or(0),
+        _ => 0,
+    }
+}
+
+/// What the kernel counts for this socket, now.
+#[inline(always)]
+pub fn sample(sk: u64, jiffies: u64, to: &mut Sample) {
+    // SOCK_DONE says that the FIN was received. It takes a sequence number, which bytes_received and rcv_nxt count.
+    let fin = u32::from(flags(sk).is_some_and(|flags| flags & sock_flag::DONE != 0));
+    if let Some(sent) = member::<u64>(sk, global!(STRUCTS.tcp_bytes_sent))
+        && let Some(again) = member::<u64>(sk, global!(STRUCTS.tcp_bytes_retrans))
+    {
+        to.bytes_sent = sent.wrapping_sub(again);
+    }
+    if let Some(received) = member::<u64>(sk, global!(STRUCTS.tcp_bytes_received)) {
+        to.bytes_received = received.saturating_sub(u64::from(fin));
+    }
+    to.retransmits = member(sk, global!(STRUCTS.tcp_total_retrans)).unwrap_or(UNKNOWN_U32);
+    to.rtt_us = member::<u32>(sk, global!(STRUCTS.tcp_srtt_us)).map_or(UNKNOWN_U32, |srtt| srtt >> 3);
+    if let Some(next) = member::<u32>(sk, global!(STRUCTS.tcp_rcv_nxt))
+        && let Some(copied) = member::<u32>(sk, global!(STRUCTS.tcp_copied_seq))
+    {
+        to.unread = next.wrapping_sub(copied).saturating_sub(fin);
+    }
+    if let Some(written) = member::<u32>(sk, global!(STRUCTS.tcp_write_seq))
+        && let Some(acknowledged) = member::<u32>(sk, global!(STRUCTS.tcp_snd_una))
+    {
+        to.unacknowledged = written.wrapping_sub(acknowledged);
+    }
+    to.user_timeout = member(sk, global!(STRUCTS.icsk_user_timeout)).unwrap_or(UNKNOWN_U32);
+    let now = jiffies as u32;
+    to.sent_ago =
+        member::<u32>(sk, global!(STRUCTS.tcp_lsndtime)).map_or(UNKNOWN_U32, |at| now.wrapping_sub(at));
+    to.received_ago =
+        member::<u32>(sk, global!(STRUCTS.icsk_lrcvtime)).map_or(UNKNOWN_U32, |at| now.wrapping_sub(at));
+}
+
+/// Facts about the way a socket ended: `(sk_err, sk_shutdown, linger time in jiffies)`.
+#[inline(always)]
+pub fn end(sk: u64) -> (i32, u8, u64) {
+    (
+        member(sk, global!(STRUCTS.sk_err)).unwrap_or(i32::MIN),
+        member(sk, global!(STRUCTS.sk_shutdown)).unwrap_or(0),
+        member(sk, global!(STRUCTS.sk_lingertime)).unwrap_or(UNKNOWN_U64),
+    )
+}
+
+/// `sk_protocol`; `None` when not readable.
+#[inline(always)]
+pub fn protocol(sk: u64) -> Option<u16> {
+    member(sk, global!(STRUCTS.sk_protocol))
+}
+
+/// Current `sk_state`.
+#[inline(always)]
+pub fn state(sk: u64) -> Option<u8> {
+    member(sk, global!(STRUCTS.sk_state))
+}
