@@ -1,0 +1,352 @@
+//! Executable mappings of a process, and the files behind them.
+//!
+//! A file's path says little: it may lead elsewhere in our mount namespace, or to a newer version by now, and
+//! a function name read from the wrong file would be a lie. So a mapped file is known by what `stat` says of
+//! it, and nothing is ever read from a file that has not been compared with that.
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::fs::{self, File, Metadata, OpenOptions};
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
+
+/// How many executable mappings of one process are kept. The kernel allows 65530 of all kinds; a process with
+/// thousands of executable ones holds code that was made at run time.
+const MAX_MAPPINGS: usize = 4096;
+
+/// How many files are held open, see [`Module`].
+const MAX_HELD: usize = 192;
+
+/// What the kernel appends to the path of a file that has been removed.
+const DELETED: &[u8] = b" (deleted)";
+
+/// An executable mapping.
+#[derive(Clone, Debug)]
+pub struct Mapping {
+    /// First address.
+    pub start: u64,
+    /// First address behind it.
+    pub end: u64,
+    /// Offset of `start` in the file, in bytes.
+    pub offset: u64,
+    /// Where the file's first byte is mapped, or would be.
+    pub base: u64,
+    /// What is mapped.
+    pub backing: Backing,
+}
+
+/// What is behind a mapping.
+#[derive(Clone, Debug)]
+pub enum Backing {
+    /// A file.
+    File {
+        /// Its path as the process sees it, without the kernel's mark for removed files.
+        path: Arc<Path>,
+        /// The file; `None` if it could not be looked at, or is no longer to be had.
+        module: Option<Arc<Module>>,
+    },
+    /// The code that the kernel maps into every process.
+    Vdso,
+    /// Memory without a file, such as that of a just-in-time compiler.
+    Anonymous,
+}
+
+/// Tells one version of one file from all others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Identity {
+    device: u64,
+    inode: u64,
+    size: u64,
+    modified: (i64, i64),
+}
+
+impl Identity {
+    /// `None` for what is not a regular file: only those are ever opened.
+    fn of(metadata: &Metadata) -> Option<Self> {
+        metadata.is_file().then(|| Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            size: metadata.size(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+        })
+    }
+
+    /// Whether an open file is this one, and has not been written to since.
+    pub fn is(&self, file: &File) -> bool {
+        file.metadata().is_ok_and(|metadata| Self::of(&metadata) == Some(*self))
+    }
+
+    /// Opens the file at `path` if it is this one.
+    fn open(&self, path: &Path) -> Option<File> {
+        // Looked at first, since opening a device can do things; and not waited for, in case it is a pipe by
+        // now.
+        if Self::of(&fs::metadata(path).ok()?)? != *self {
+            return None;
+        }
+        let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+        let file = OpenOptions::new().read(true).custom_flags(flags).open(path).ok()?;
+        self.is(&file).then_some(file)
+    }
+}
+
+/// A file that processes have mapped.
+///
+/// Where its path leads to it from here, it is opened when it is needed. Where not, because it was removed or
+/// is in another mount namespace, it is held open from the start, as the process, and its namespace with it,
+/// may be gone when the file is needed. At most 192 files are held; those beyond that can be read only while
+/// a process has them mapped. An open file keeps its file system busy, which is why they are let go of some
+/// time after the process.
+#[derive(Debug)]
+pub struct Module {
+    identity: Identity,
+    host: Option<PathBuf>,
+    held: Option<Held>,
+}
+
+#[derive(Debug)]
+struct Held {
+    file: File,
+    /// How many of these there are is how many files are held.
+    _ticket: Arc<()>,
+}
+
+impl Module {
+    /// Which file it is.
+    pub fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    /// Whether it is kept open.
+    pub fn is_held(&self) -> bool {
+        self.held.is_some()
+    }
+
+    /// Its path in our own mount namespace.
+    pub fn host_path(&self) -> Option<&Path> {
+        self.host.as_deref()
+    }
+
+    /// Opens it. Process `pid`, which has it mapped from `start` to `end`, helps where it still runs.
+    /// `None` if the file, as it was when it was first seen, is nowhere to be found any more.
+    pub fn open(&self, pid: u32, start: u64, end: u64) -> Option<File> {
+        let held = || self.held.as_ref().and_then(|held| held.file.try_clone().ok());
+        let host = || self.host.as_ref().and_then(|path| self.identity.open(path));
+        let mapped = || self.identity.open(&map_file(pid, start, end));
+        // A held file too may have been written to since.
+        held().filter(|file| self.identity.is(file)).or_else(host).or_else(mapped)
+    }
+}
+
+/// All modules that some mapping refers to.
+#[derive(Debug, Default)]
+pub(super) struct Modules {
+    known: HashMap<Identity, Weak<Module>>,
+    prune_at: usize,
+    tickets: Arc<()>,
+}
+
+impl Modules {
+    /// How many files are held open.
+    pub(super) fn held(&self) -> usize {
+        Arc::strong_count(&self.tickets) - 1
+    }
+
+    /// The executable mappings of a process in the order of addresses, from the content of its
+    /// `/proc/PID/maps`. `exe` is the path of its program.
+    pub(super) fn mappings(&mut self, pid: u32, maps: &[u8], exe: Option<&Path>) -> Vec<Mapping> {
+        // A file is mapped in several pieces; one look at it is enough.
+        let mut seen: HashMap<(Vec<u8>, u64), Option<Arc<Module>>> = HashMap::new();
+        let mut mappings = Vec::new();
+        for found in parse(maps).take(MAX_MAPPINGS) {
+            let Region { start, end, offset, base, device, inode, path } = found;
+            let backing = match path {
+                b"[vdso]" => Backing::Vdso,
+                [b'/', ..] => {
+                    let raw = unescape(path);
+                    let (path, deleted) = undeleted(&raw);
+                    let module = seen
+                        .entry((device.to_vec(), inode))
+                        .or_insert_with(|| {
+                            let map_file = map_file(pid, start, end);
+                            self.module(pid, path, deleted, inode, &map_file, exe)
+                        })
+                        .clone();
+                    Backing::File { path: path.into(), module }
+                }
+                _ => Backing::Anonymous,
+            };
+            mappings.push(Mapping { start, end, offset, base, backing });
+        }
+        mappings
+    }
+
+    fn module(
+        &mut self,
+        pid: u32,
+        path: &Path,
+        deleted: bool,
+        inode: u64,
+        map_file: &Path,
+        exe: Option<&Path>,
+    ) -> Option<Arc<Module>> {
+        // The link in map_files leads to the mapped file itself, whatever its path leads to by now; so does
+        // that of the program. Following the former takes CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE. Without,
+        // the path has to do, as the process sees it; it must then lead to the inode that is mapped. Device
+        // numbers are not compared: those in `maps` are the file system's, which on btrfs and overlayfs
+        // `stat` does not report.
+        let exe_link = PathBuf::from(format!("/proc/{pid}/exe"));
+        let seen_path = below(&format!("/proc/{pid}/root"), path);
+        let (link, metadata) = if let Ok(metadata) = fs::metadata(map_file) {
+            (map_file, metadata)
+        } else if let Some(metadata) = fs::metadata(&exe_link).ok().filter(|_| exe == Some(path)) {
+            (exe_link.as_path(), metadata)
+        } else if let Some(metadata) =
+            fs::metadata(&seen_path).ok().filter(|it| !deleted && it.ino() == inode)
+        {
+            (seen_path.as_path(), metadata)
+        } else {
+            return None;
+        };
+        let identity = Identity::of(&metadata)?;
+        if let Some(module) = self.known.get(&identity).and_then(Weak::upgrade) {
+            return Some(module);
+        }
+        let here = fs::metadata(path).ok().and_then(|metadata| Identity::of(&metadata));
+        let host = (here == Some(identity)).then(|| path.to_owned());
+        let held = (host.is_none() && self.held() < MAX_HELD)
+            .then(|| identity.open(link))
+            .flatten()
+            .map(|file| Held { file, _ticket: self.tickets.clone() });
+        let module = Arc::new(Module { identity, host, held });
+        if self.known.len() >= self.prune_at {
+            self.known.retain(|_, module| module.strong_count() > 0);
+            self.prune_at = (2 * self.known.len()).max(256);
+        }
+        self.known.insert(identity, Arc::downgrade(&module));
+        Some(module)
+    }
+}
+
+/// A line of `/proc/PID/maps`.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Region<'a> {
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+    offset: u64,
+    base: u64,
+    /// Major and minor number, as they stand there.
+    device: &'a [u8],
+    inode: u64,
+    /// As it stands there; empty where there is none.
+    pub(crate) path: &'a [u8],
+}
+
+/// The executable mappings in the content of a `/proc/PID/maps`. Lines that are not understood are left out.
+pub(crate) fn parse(maps: &[u8]) -> impl Iterator<Item = Region<'_>> {
+    // A file's pieces lie one behind the other, the one with its beginning first.
+    let mut first: Option<(&[u8], u64, u64)> = None;
+    maps.split(|byte| *byte == b'\n').filter_map(move |line| {
+        let (mut region, permissions) = parse_line(line)?;
+        if region.offset == 0 {
+            first = Some((region.device, region.inode, region.start));
+        }
+        region.base = match first {
+            Some((device, inode, base)) if (device, inode) == (region.device, region.inode) => base,
+            _ => region.start.saturating_sub(region.offset),
+        };
+        (permissions.get(2) == Some(&b'x')).then_some(region)
+    })
+}
+
+fn parse_line(line: &[u8]) -> Option<(Region<'_>, &[u8])> {
+    let mut fields = line.splitn(6, |byte| *byte == b' ');
+    let range = fields.next()?;
+    let dash = range.iter().position(|byte| *byte == b'-')?;
+    let (start, end) = (hexadecimal(&range[..dash])?, hexadecimal(&range[dash + 1..])?);
+    let permissions = fields.next()?;
+    let offset = hexadecimal(fields.next()?)?;
+    let device = fields.next()?;
+    let inode = str::from_utf8(fields.next()?).ok()?.parse().ok()?;
+    let path = fields.next().unwrap_or_default().trim_ascii_start();
+    (start < end).then_some((Region { start, end, offset, base: start, device, inode, path }, permissions))
+}
+
+fn hexadecimal(digits: &[u8]) -> Option<u64> {
+    u64::from_str_radix(str::from_utf8(digits).ok()?, 16).ok()
+}
+
+/// The kernel writes a line feed in a path as `\012`.
+fn unescape(path: &[u8]) -> Vec<u8> {
+    let mut rest = path;
+    let mut plain = Vec::with_capacity(path.len());
+    while let Some((byte, tail)) = rest.split_first() {
+        if let Some(tail) = rest.strip_prefix(b"\\012") {
+            plain.push(b'\n');
+            rest = tail;
+        } else {
+            plain.push(*byte);
+            rest = tail;
+        }
+    }
+    plain
+}
+
+/// The path of a file without the kernel's mark for removed ones, and whether it bore it.
+pub(super) fn undeleted(path: &[u8]) -> (&Path, bool) {
+    match path.strip_suffix(DELETED) {
+        Some(path) => (Path::new(OsStr::from_bytes(path)), true),
+        None => (Path::new(OsStr::from_bytes(path)), false),
+    }
+}
+
+/// An absolute path as seen from another root directory.
+fn below(root: &str, path: &Path) -> PathBuf {
+    Path::new(root).join(path.strip_prefix("/").unwrap_or(path))
+}
+
+fn map_file(pid: u32, start: u64, end: u64) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}/map_files/{start:x}-{end:x}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_the_executable_lines() {
+        let text = b"\
+55d000000000-55d000001000 r--p 00000000 fe:00 77                         /usr/bin/a b\n\
+55d000001000-55d000003000 r-xp 00001000 fe:00 77                         /usr/bin/a b\n\
+55d000003000-55d000004000 rw-p 00003000 fe:00 77                         /usr/bin/a b\n\
+7f0000000000-7f0000001000 r-xp 00000000 00:00 0 \n\
+7f0000002000-7f0000003000 r-xp 00005000 fe:00 78                         /usr/lib/l.so (deleted)\n\
+7fff00000000-7fff00002000 r-xp 00000000 00:00 0                          [vdso]\n";
+        let found: Vec<_> = parse(text).map(|it| (it.start, it.offset, it.base, it.path)).collect();
+        assert_eq!(
+            found,
+            [
+                (0x55d0_0000_1000, 0x1000, 0x55d0_0000_0000, &b"/usr/bin/a b"[..]),
+                (0x7f00_0000_0000, 0, 0x7f00_0000_0000, b""),
+                (0x7f00_0000_2000, 0x5000, 0x7eff_ffff_d000, b"/usr/lib/l.so (deleted)"),
+                (0x7fff_0000_0000, 0, 0x7fff_0000_0000, b"[vdso]"),
+            ]
+        );
+    }
+
+    #[test]
+    fn leaves_out_what_it_does_not_understand() {
+        let text = b"\n-\nzz-1 r-xp 0 0 0\n2-1 r-xp 0 0:0 0\n1-2\n1-2 r-xp\n1-2 r-xp 0 0:0 x /a\n1-2 r-xp 0 0:0 9 /a\xff";
+        let found: Vec<_> = parse(text).map(|it| it.path.to_vec()).collect();
+        assert_eq!(found, [b"/a\xff"]);
+    }
+
+    #[test]
+    fn takes_paths_apart() {
+        assert_eq!(unescape(b"/a\\012b\\0123\\01"), b"/a\nb\n3\\01");
+        assert_eq!(undeleted(b"/a (deleted)"), (Path::new("/a"), true));
+        assert_eq!(undeleted(b"/a"), (Path::new("/a"), false));
+        assert_eq!(below("/proc/1/root", Path::new("/a/b")), Path::new("/proc/1/root/a/b"));
+    }
+}

@@ -1,0 +1,79 @@
+//! Looks at processes the moment they are seen for the first time.
+//!
+//! In a thread of its own: a command such as curl is gone a millisecond after it has closed its socket, and the main
+//! loop may be busy naming the frames of another one for longer than that.
+
+use std::{
+    io,
+    os::fd::AsFd as _,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+};
+
+use anyhow::{Context as _, Result};
+use aya::maps::{MapData, RingBuf};
+use bytes::Bytes;
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+};
+
+use super::process::Processes;
+use crate::decode::{Record, decode};
+
+/// Notices that could not be read.
+static UNDECODABLE: AtomicU64 = AtomicU64::new(0);
+
+/// How many notices could not be read so far.
+pub fn undecodable() -> u64 {
+    UNDECODABLE.load(Ordering::Relaxed)
+}
+
+/// Starts the thread, which ends with the process.
+///
+/// # Errors
+/// The thread cannot be started.
+pub fn start(mut ring: RingBuf<MapData>, processes: Arc<Mutex<Processes>>) -> Result<()> {
+    let watch = move || {
+        hurry();
+        loop {
+            drain(&mut ring, &processes);
+            let mut wanted = [PollFd::new(ring.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut wanted, PollTimeout::NONE) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => {
+                    log::warn!("cannot wait for new processes any more: {}", io::Error::from(error));
+                    return;
+                }
+            }
+        }
+    };
+    thread::Builder::new().name("watch".to_owned()).spawn(watch).context("cannot start a thread")?;
+    Ok(())
+}
+
+/// Lets this thread run before others: it is in a race with a process that ends, and what it does takes a fraction of a
+/// millisecond for each new process. Without the privilege (`CAP_SYS_NICE`) it stays as it is and loses more often.
+fn hurry() {
+    let priority = libc::sched_param { sched_priority: 1 };
+    // SAFETY: the call reads one structure, which is there; 0 is the calling thread.
+    if unsafe { libc::sched_setscheduler(0, libc::SCHED_RR, &raw const priority) } != 0 {
+        log::debug!("cannot raise a thread's priority: {}", io::Error::last_os_error());
+    }
+}
+
+fn drain(ring: &mut RingBuf<MapData>, processes: &Mutex<Processes>) {
+    while let Some(item) = ring.next() {
+        let bytes = Bytes::copy_from_slice(&item);
+        drop(item);
+        match decode(&bytes) {
+            Ok(Record::Process(process)) => super::lock(processes).notice(process.pid, process.mm),
+            Ok(_) | Err(_) => {
+                UNDECODABLE.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+}

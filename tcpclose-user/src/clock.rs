@@ -1,0 +1,108 @@
+//! The kernel half's clocks → wall time and milliseconds.
+
+use jiff::Timestamp;
+use nix::time::{ClockId, clock_gettime};
+
+use crate::event::Time;
+
+/// Relates `CLOCK_BOOTTIME` and jiffies to the wall clock.
+#[derive(Clone, Copy, Debug)]
+pub struct Clock {
+    /// Wall time minus boot time, nanoseconds.
+    wall_minus_boot: i128,
+    /// Boot time minus monotonic time: how long the host was suspended, nanoseconds.
+    suspended: i128,
+    /// Jiffies a second, once a record has shown them.
+    hz: Option<u32>,
+}
+
+/// Values that `CONFIG_HZ` can have (`kernel/Kconfig.hz`, and 1024 for Alpha's sake left out).
+const RATES: [u32; 5] = [100, 250, 300, 500, 1000];
+
+impl Clock {
+    /// Reads the clocks.
+    pub fn new() -> Self {
+        let mut clock = Self { wall_minus_boot: 0, suspended: 0, hz: None };
+        clock.synchronize();
+        clock
+    }
+
+    /// Reads the clocks again, so that a wall clock that was set, or a suspend, shifts only what comes after.
+    pub fn synchronize(&mut self) {
+        let boot = nanoseconds(ClockId::CLOCK_BOOTTIME);
+        self.wall_minus_boot = nanoseconds(ClockId::CLOCK_REALTIME) - boot;
+        self.suspended = boot - nanoseconds(ClockId::CLOCK_MONOTONIC);
+    }
+
+    /// Nanoseconds of `CLOCK_BOOTTIME` now.
+    pub fn boot_now() -> u64 {
+        u64::try_from(nanoseconds(ClockId::CLOCK_BOOTTIME)).unwrap_or(0)
+    }
+
+    /// Wall time of a moment in boot time.
+    pub fn time(&self, boot: u64) -> Time {
+        let wall = i128::from(boot) + self.wall_minus_boot;
+        // Out of jiff's range only if the host's clock is ten thousand years off.
+        Time(Timestamp::from_nanosecond(wall).unwrap_or(Timestamp::UNIX_EPOCH))
+    }
+
+    /// Now, on the wall clock.
+    pub fn now() -> Time {
+        Time(Timestamp::now())
+    }
+
+    /// Milliseconds that `jiffies` are. `seen` is a moment at which `jiffies64` and boot time were both read.
+    pub fn jiffies_to_millis(&mut self, jiffies: u32, seen: (u64, u64)) -> f64 {
+        let hz = *self.hz.get_or_insert_with(|| hz(seen.0, i128::from(seen.1) - self.suspended));
+        f64::from(jiffies) * 1000.0 / f64::from(hz)
+    }
+}
+
+impl Default for Clock {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn nanoseconds(clock: ClockId) -> i128 {
+    // These clocks exist on every kernel that has BPF.
+    clock_gettime(clock)
+        .map_or(0, |time| i128::from(time.tv_sec()) * 1_000_000_000 + i128::from(time.tv_nsec()))
+}
+
+/// Jiffies a second. They start at -300 seconds as a 32-bit number (`INITIAL_JIFFIES`, `include/linux/jiffies.h`), so
+/// one reading beside the monotonic clock is enough to tell which of the possible rates it is.
+fn hz(jiffies64: u64, monotonic: i128) -> u32 {
+    let expected =
+        |rate: u32| (1_i128 << 32) + i128::from(rate) * (monotonic - 300_000_000_000) / 1_000_000_000;
+    let distance = |rate: &u32| (expected(*rate) - i128::from(jiffies64)).abs();
+    RATES.into_iter().min_by_key(distance).unwrap_or(RATES[0])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hz_from_one_reading() {
+        for rate in RATES {
+            for seconds in [1_i128, 2, 60, 299, 302, 3_600, 40_000_000] {
+                let jiffies = (1_i128 << 32) + i128::from(rate) * (seconds - 300);
+                // A clock that started half a second late.
+                let monotonic = seconds * 1_000_000_000 - if seconds > 400 { 500_000_000 } else { 0 };
+                assert_eq!(hz(u64::try_from(jiffies).unwrap(), monotonic), rate, "{seconds} s at {rate} Hz");
+            }
+        }
+    }
+
+    #[test]
+    fn boot_time_is_wall_time() {
+        let clock = Clock::new();
+        let before = Timestamp::now();
+        let now = clock.time(Clock::boot_now()).0;
+        let after = Timestamp::now();
+        // The two clocks were read one after the other, a scheduler's whim apart.
+        let slack = jiff::SignedDuration::from_secs(1);
+        assert!(now + slack >= before && now <= after + slack, "{before} {now} {after}");
+    }
+}

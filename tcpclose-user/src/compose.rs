@@ -1,0 +1,301 @@
+//! Endings → events: puts what is known about an ending into the words of the contract.
+
+use std::{
+    collections::HashMap,
+    net::Ipv6Addr,
+    time::{Duration, Instant},
+};
+
+use tcpclose_common::{
+    record::{Address, Connection, Endpoints, Sample, Task, UNKNOWN_U32, UNKNOWN_U64, direction, role},
+    tcp::state,
+};
+
+use crate::{
+    attribute::{Attributor, process::Image},
+    clock::Clock,
+    correlate::Ending,
+    event::{
+        self, Close, Direction, Event, Family, Frame, Frames, LastData, Opener, Process, Reset, Role, State,
+        Step, millis,
+    },
+    stacks::Stacks,
+    symbolize::Symbolizer,
+    verdict::{self, ResetReasons},
+};
+
+/// Everything that words are made of.
+pub struct Composer {
+    /// Owners.
+    pub attributor: Attributor,
+    /// Stacks that records refer to.
+    pub stacks: Stacks,
+    /// Names for their frames.
+    pub symbolizer: Symbolizer,
+    /// Times.
+    pub clock: Clock,
+    /// Names of reset reasons.
+    pub reasons: ResetReasons,
+    /// Stacks that were named, by process, program image and key; with a time to ask again where a name was missing.
+    named: HashMap<(u32, u64, u64), (Frames, Option<Instant>)>,
+}
+
+/// How many named stacks are kept. Beyond it all are forgotten and named again.
+const MAX_NAMED: usize = 4_096;
+
+/// How long a frame without a name stays so.
+const ASK_AGAIN: Duration = Duration::from_secs(10);
+
+impl Composer {
+    /// Made of these.
+    pub fn new(attributor: Attributor, stacks: Stacks, reasons: ResetReasons) -> Self {
+        let (symbolizer, clock) = (Symbolizer::default(), Clock::new());
+        Self { attributor, stacks, symbolizer, clock, reasons, named: HashMap::new() }
+    }
+
+    /// The lines that tell of `ending`: its RSTs, then its close.
+    pub fn events(&mut self, ending: &Ending) -> Vec<Event> {
+        let process = self.attributor.owner(ending);
+        let opener = ending.connection().and_then(|connection| self.opener(connection));
+        let mut events = Vec::with_capacity(ending.resets.len() + 1);
+        for reset in &ending.resets {
+            events.push(self.reset(reset, process.clone(), opener.clone()));
+        }
+        if let Some(close) = &ending.close {
+            events.push(self.close(close, process, opener));
+        }
+        events
+    }
+
+    /// Lets go of files that are kept open for programs that have ended.
+    pub fn sweep(&mut self) {
+        self.attributor.sweep();
+        self.symbolizer.sweep();
+    }
+
+    fn close(&mut self, close: &Connection, process: Option<Process>, opener: Option<Opener>) -> Event {
+        let verdict = verdict::of(close, &self.reasons);
+        let (idle_ms, last_data) = self.idle(close, &close.at_move, close.moved);
+        Event::Close(Box::new(Close {
+            time: self.clock.time(close.ended),
+            seq: 0,
+            connection: self.connection(close, close.ended),
+            process,
+            closed_by: verdict.closed_by,
+            ended: verdict.ended,
+            trigger: verdict.trigger,
+            signal: verdict.signal,
+            cause: verdict.cause,
+            idle_ms,
+            last_data,
+            close_wait_ms: close_wait(close).map(millis),
+            states: steps(close),
+            stack: self.stack(&close.actor),
+            opener,
+        }))
+    }
+
+    fn reset(&mut self, record: &Connection, process: Option<Process>, opener: Option<Opener>) -> Event {
+        let reset = &record.reset;
+        let (idle_ms, last_data) = self.idle(record, &record.at_end, reset.at);
+        let sent = reset.direction == direction::SENT;
+        Event::Reset(Box::new(Reset {
+            time: self.clock.time(reset.at),
+            seq: 0,
+            connection: self.connection(record, reset.at),
+            process,
+            direction: if sent { Direction::Sent } else { Direction::Received },
+            reason: verdict::reason(reset.reason, &self.reasons).map(str::to_owned),
+            cause: Some(verdict::reset_cause(record, &self.reasons)),
+            state: State::from_kernel(reset.state),
+            idle_ms,
+            last_data,
+            ttl: (!sent && reset.ttl != 0).then_some(reset.ttl),
+            handshake_ttl: (!sent && reset.handshake_ttl != 0).then_some(reset.handshake_ttl),
+            // Nobody here acted when a RST came, or when the kernel answered a packet with one.
+            stack: if sent && reset.answer == 0 { self.stack(&record.actor) } else { None },
+            opener,
+        }))
+    }
+
+    fn connection(&self, connection: &Connection, at: u64) -> event::Connection {
+        let (family, local, remote) = ends(&connection.endpoints);
+        let established = connection.established;
+        // At its end, or, for a RST that ended nothing, then.
+        let sample = &connection.at_end;
+        event::Connection {
+            family,
+            local,
+            remote,
+            netns: known(connection.endpoints.netns),
+            cookie: (connection.cookie != 0).then_some(connection.cookie),
+            role: match connection.role {
+                role::CLIENT => Some(Role::Client),
+                role::SERVER => Some(Role::Server),
+                _ => None,
+            },
+            opened: (established != 0).then(|| self.clock.time(established)),
+            age_ms: (established != 0).then(|| millis(at.saturating_sub(established))),
+            bytes_sent: (sample.bytes_sent != UNKNOWN_U64).then_some(sample.bytes_sent),
+            bytes_received: (sample.bytes_received != UNKNOWN_U64).then_some(sample.bytes_received),
+            retransmits: known(sample.retransmits),
+            rtt_us: known(sample.rtt_us).filter(|rtt| *rtt != 0),
+        }
+    }
+
+    fn idle(&mut self, connection: &Connection, sample: &Sample, at: u64) -> (Option<f64>, Option<LastData>) {
+        let Some((jiffies, way)) = verdict::last_data(sample) else {
+            return (None, None);
+        };
+        (Some(self.clock.jiffies_to_millis(jiffies, (connection.jiffies, at))), way)
+    }
+
+    fn opener(&mut self, connection: &Connection) -> Option<Opener> {
+        let process = self.attributor.opener(connection)?;
+        let stack = self.stack(&connection.opener);
+        Some(Opener { process: Some(process), stack })
+    }
+
+    fn stack(&mut self, task: &Task) -> Option<event::Stack> {
+        if task.pid == 0 {
+            return None;
+        }
+        let user = self.named(task, task.user_stack, Self::user);
+        let kernel =
+            self.named(task, task.kernel_stack, |composer, _, frames| composer.symbolizer.kernel(frames));
+        (user.is_some() || kernel.is_some()).then_some(event::Stack { user, kernel })
+    }
+
+    /// The frames of the stack `key` of `task`, named by `name` unless they were lately.
+    fn named(
+        &mut self,
+        task: &Task,
+        key: u64,
+        name: impl FnOnce(&mut Self, &Task, &[u64]) -> Vec<Frame>,
+    ) -> Option<Frames> {
+        let known = (task.pid, task.mm, key);
+        if let Some((frames, until)) = self.named.get(&known)
+            && until.is_none_or(|until| Instant::now() < until)
+        {
+            return Some(frames.clone());
+        }
+        let addresses = self.stacks.frames(key)?;
+        let frames = name(self, task, &addresses);
+        // A function that was compiled at run time may get its name later.
+        let until = frames.iter().any(|frame| frame.symbol.is_none()).then(|| Instant::now() + ASK_AGAIN);
+        if self.named.len() >= MAX_NAMED {
+            self.named.clear();
+        }
+        let frames = Frames::from(frames);
+        self.named.insert(known, (frames.clone(), until));
+        Some(frames)
+    }
+
+    fn user(&mut self, task: &Task, frames: &[u64]) -> Vec<Frame> {
+        let image = self.attributor.image(task, frames);
+        let frames = plausible(image.as_deref(), frames);
+        self.symbolizer.user(image.as_deref(), frames)
+    }
+}
+
+/// The frames that can be true. The kernel follows frame pointers, and where a function kept none it ends up in data:
+/// an address that is not in any executable mapping is not a frame, and nothing after it is either.
+fn plausible<'a>(image: Option<&Image>, frames: &'a [u64]) -> &'a [u64] {
+    let Some(image) = image.filter(|image| !image.mappings.is_empty()) else {
+        // Of a process that nothing is known of, only the instruction pointer is sure.
+        return &frames[..frames.len().min(1)];
+    };
+    let end = frames.iter().position(|address| image.mapping(*address).is_none());
+    &frames[..end.unwrap_or(frames.len()).max(1).min(frames.len())]
+}
+
+fn known(value: u32) -> Option<u32> {
+    (value != UNKNOWN_U32).then_some(value)
+}
+
+/// Both ends; an end of which neither address nor port is known is `None`.
+fn ends(ends: &Endpoints) -> (Option<Family>, Option<event::Endpoint>, Option<event::Endpoint>) {
+    let end = |address: Address, port: u16| {
+        (address != [0; 4] || port != 0)
+            .then(|| event::Endpoint { address: ip(address).to_canonical(), port })
+    };
+    let (local, remote) = (end(ends.local, ends.local_port), end(ends.remote, ends.remote_port));
+    // An IPv6 socket on mapped addresses speaks IPv4.
+    let family = match remote.or(local) {
+        Some(end) if ends.family != 0 => {
+            Some(if end.address.is_ipv4() { Family::Ipv4 } else { Family::Ipv6 })
+        }
+        _ => None,
+    };
+    (family, local, remote)
+}
+
+fn ip(address: Address) -> Ipv6Addr {
+    let mut octets = [0; 16];
+    for (to, word) in octets.chunks_exact_mut(4).zip(address) {
+        to.copy_from_slice(&word.to_ne_bytes());
+    }
+    octets.into()
+}
+
+/// The path of states, times relative to the first.
+fn steps(connection: &Connection) -> Vec<Step> {
+    let count = usize::from(connection.steps).min(connection.states.len());
+    let first = connection.times[0];
+    let path = connection.states.iter().zip(&connection.times).take(count);
+    path.filter_map(|(number, at)| {
+        Some(Step { state: State::from_kernel(*number)?, at_ms: millis(at.saturating_sub(first)) })
+    })
+    .collect()
+}
+
+/// Nanoseconds between entering CLOSE_WAIT and leaving it.
+fn close_wait(connection: &Connection) -> Option<u64> {
+    let count = usize::from(connection.steps).min(connection.states.len());
+    let entered = connection.states[..count].iter().position(|number| *number == state::CLOSE_WAIT)?;
+    let left = connection.times[..count].get(entered + 1)?;
+    Some(left.saturating_sub(connection.times[entered]))
+}
+
+#[cfg(test)]
+mod tests {
+    use tcpclose_common::record;
+
+    use super::*;
+
+    fn words(text: &str) -> Address {
+        let octets = text.parse::<Ipv6Addr>().unwrap().octets();
+        std::array::from_fn(|word| u32::from_ne_bytes(octets[word * 4..][..4].try_into().unwrap()))
+    }
+
+    #[test]
+    fn mapped_addresses_are_ipv4() {
+        let mut endpoints = Connection::NEW.endpoints;
+        assert_eq!(ends(&endpoints), (None, None, None));
+        endpoints.family = 10;
+        endpoints.local = record::mapped(u32::from(std::net::Ipv4Addr::new(10, 0, 0, 1)).to_be());
+        endpoints.remote = words("::ffff:10.0.0.2");
+        (endpoints.local_port, endpoints.remote_port) = (80, 4711);
+        let (family, local, remote) = ends(&endpoints);
+        assert_eq!(family, Some(Family::Ipv4));
+        assert_eq!(local.unwrap().address.to_string(), "10.0.0.1");
+        assert_eq!(remote.unwrap().address.to_string(), "10.0.0.2");
+        endpoints.remote = words("fd00::2");
+        assert_eq!(ends(&endpoints).0, Some(Family::Ipv6));
+    }
+
+    #[test]
+    fn time_in_close_wait() {
+        let mut connection = Connection::NEW;
+        connection.states[..3].copy_from_slice(&[state::ESTABLISHED, state::CLOSE_WAIT, state::LAST_ACK]);
+        connection.times[..3].copy_from_slice(&[5, 100, 350]);
+        connection.steps = 2;
+        assert_eq!(close_wait(&connection), None, "not left yet");
+        connection.steps = 3;
+        assert_eq!(close_wait(&connection), Some(250));
+        connection.states[1] = state::FIN_WAIT1;
+        assert_eq!(close_wait(&connection), None);
+        connection.steps = u8::MAX;
+        assert_eq!(steps(&connection).len(), 3, "a count that lies is cut, and 0 is no state");
+    }
+}

@@ -1,0 +1,179 @@
+//! The user's filters: as much as the kernel half can decide goes there, and all of it is decided again here, on what
+//! is finally known.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use tcpclose_common::params::{MAX_FILTER_VALUES, Params, Range};
+
+use crate::{
+    cli::{EventKind, FilterArgs},
+    event::{Cause, Connection, Endpoint, Event, Process},
+};
+
+/// See the module.
+#[derive(Clone, Debug, Default)]
+pub struct Filter(FilterArgs);
+
+impl Filter {
+    /// Of what was typed.
+    pub fn new(args: FilterArgs) -> Self {
+        Self(args)
+    }
+
+    /// Processes to follow from the start.
+    pub fn pids(&self) -> &[u32] {
+        &self.0.pid
+    }
+
+    /// Writes to `params` what the kernel half is to decide. A filter with more values than it has room for is left to
+    /// [`Self::wants`].
+    pub fn to_kernel(&self, params: &mut Params) {
+        params.by_process = u32::from(!self.0.pid.is_empty());
+        params.port_count = fill(&mut params.ports, &self.0.port);
+        params.local_port_count = fill(&mut params.local_ports, &self.0.local_port);
+        params.remote_port_count = fill(&mut params.remote_ports, &self.0.remote_port);
+        params.netns_count = fill(&mut params.netns, &self.0.netns);
+        let ranges: Vec<_> = self.0.address.iter().map(range).collect();
+        params.range_count = fill(&mut params.ranges, &ranges);
+    }
+
+    /// Whether to tell this event. Losses are always told.
+    pub fn wants(&self, event: &Event) -> bool {
+        let (kind, connection, process, cause) = match event {
+            Event::Close(close) => (EventKind::Close, &close.connection, &close.process, close.cause),
+            Event::Reset(reset) => (EventKind::Reset, &reset.connection, &reset.process, reset.cause),
+            Event::Lingering(_) | Event::Lost(_) => return true,
+        };
+        self.wants_event(kind, cause)
+            && self.wants_connection(connection)
+            && self.wants_process(process.as_ref())
+    }
+
+    fn wants_event(&self, kind: EventKind, cause: Option<Cause>) -> bool {
+        (self.0.event.is_empty() || self.0.event.contains(&kind))
+            && (self.0.cause.is_empty() || cause.is_some_and(|cause| self.0.cause.contains(&cause)))
+    }
+
+    fn wants_connection(&self, connection: &Connection) -> bool {
+        let (local, remote) = (connection.local, connection.remote);
+        let has = |wanted: &[u16], ends: &[Option<Endpoint>]| {
+            wanted.is_empty() || ends.iter().flatten().any(|end| wanted.contains(&end.port))
+        };
+        has(&self.0.port, &[local, remote])
+            && has(&self.0.local_port, &[local])
+            && has(&self.0.remote_port, &[remote])
+            && (self.0.netns.is_empty()
+                || connection.netns.is_some_and(|netns| self.0.netns.contains(&netns)))
+            && (self.0.address.is_empty()
+                || [local, remote]
+                    .iter()
+                    .flatten()
+                    .any(|end| self.0.address.iter().any(|range| range.contains(&end.address))))
+    }
+
+    fn wants_process(&self, process: Option<&Process>) -> bool {
+        (self.0.pid.is_empty() || process.is_some_and(|process| self.0.pid.contains(&process.pid)))
+            && (self.0.comm.is_empty() || process.is_some_and(|process| self.0.comm.contains(&process.comm)))
+            && (self.0.container.is_empty()
+                || process.and_then(|process| process.container.as_ref()).is_some_and(|container| {
+                    self.0.container.iter().any(|wanted| container.starts_with(wanted.as_str()))
+                }))
+    }
+}
+
+/// Copies the values if there is room for all of them. Returns how many count.
+fn fill<T: Copy>(room: &mut [T; MAX_FILTER_VALUES], values: &[T]) -> u32 {
+    if values.len() > MAX_FILTER_VALUES {
+        return 0;
+    }
+    room[..values.len()].copy_from_slice(values);
+    u32::try_from(values.len()).unwrap_or(0)
+}
+
+/// A range as the kernel half compares it: IPv4 as IPv4-mapped.
+fn range(net: &IpNet) -> Range {
+    let (address, bits) = match net.network() {
+        IpAddr::V4(address) => (address.to_ipv6_mapped().to_bits(), 96 + u32::from(net.prefix_len())),
+        IpAddr::V6(address) => (address.to_bits(), u32::from(net.prefix_len())),
+    };
+    let mask = u128::MAX.checked_shl(128 - bits).unwrap_or(0);
+    Range { address: halves(address & mask), mask: halves(mask) }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "the two halves of a number")]
+fn halves(bits: u128) -> [u64; 2] {
+    [(bits >> 64) as u64, bits as u64]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sink::examples;
+
+    fn kernel(args: FilterArgs) -> Params {
+        let mut params = Params::NONE;
+        Filter::new(args).to_kernel(&mut params);
+        params
+    }
+
+    #[test]
+    fn what_the_kernel_decides() {
+        let params = kernel(FilterArgs { port: vec![80, 443], pid: vec![1], ..FilterArgs::default() });
+        assert_eq!((params.port_count, params.ports[0], params.ports[1], params.by_process), (2, 80, 443, 1));
+        let ports: Vec<_> = (1..=9).collect();
+        assert_eq!(kernel(FilterArgs { port: ports, ..FilterArgs::default() }).port_count, 0, "too many");
+    }
+
+    #[test]
+    fn ranges_of_both_families() {
+        let ten = range(&"10.1.2.3/8".parse().unwrap());
+        assert_eq!(ten.mask, [u64::MAX, 0xffff_ffff_ff00_0000]);
+        assert_eq!(ten.address, [0, 0x0000_ffff_0a00_0000]);
+        let all = range(&"::/0".parse().unwrap());
+        assert_eq!((all.mask, all.address), ([0, 0], [0, 0]));
+        let one = range(&"fd00::1/128".parse().unwrap());
+        assert_eq!((one.mask, one.address), ([u64::MAX, u64::MAX], [0xfd00_0000_0000_0000, 1]));
+    }
+
+    #[test]
+    fn each_filter_keeps_others_out() {
+        let event = examples::orderly();
+        let Event::Close(close) = &event else { panic!("a close") };
+        let process = close.process.clone().unwrap();
+        let (local, remote) = (close.connection.local.unwrap(), close.connection.remote.unwrap());
+        let none = FilterArgs::default;
+        let cases: [(FilterArgs, FilterArgs); 8] = [
+            (
+                FilterArgs { pid: vec![process.pid], ..none() },
+                FilterArgs { pid: vec![process.pid + 1], ..none() },
+            ),
+            (
+                FilterArgs { comm: vec![process.comm], ..none() },
+                FilterArgs { comm: vec!["x".into()], ..none() },
+            ),
+            (FilterArgs { port: vec![remote.port], ..none() }, FilterArgs { port: vec![1], ..none() }),
+            (
+                FilterArgs { local_port: vec![local.port], ..none() },
+                FilterArgs { local_port: vec![remote.port], ..none() },
+            ),
+            (
+                FilterArgs { remote_port: vec![remote.port], ..none() },
+                FilterArgs { remote_port: vec![local.port], ..none() },
+            ),
+            (
+                FilterArgs { address: vec![remote.address.into()], ..none() },
+                FilterArgs { address: vec!["198.18.0.0/15".parse().unwrap()], ..none() },
+            ),
+            (
+                FilterArgs { event: vec![EventKind::Close], ..none() },
+                FilterArgs { event: vec![EventKind::Reset], ..none() },
+            ),
+            (none(), FilterArgs { cause: vec![Cause::UnreadData], ..none() }),
+        ];
+        for (lets_through, keeps_out) in cases {
+            assert!(Filter::new(lets_through.clone()).wants(&event), "{lets_through:?}");
+            assert!(!Filter::new(keeps_out.clone()).wants(&event), "{keeps_out:?}");
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! What has to be known of the running kernel before the programs can be loaded: BTF gives offsets in structs and
+//! names of reset reasons, tracefs gives the layout of tracepoint records.
+
+pub mod btf;
+pub mod format;
+pub mod offsets;
+pub mod tracefs;
+
+use std::collections::BTreeMap;
+use std::fs;
+
+use anyhow::{Context as _, Result};
+use tcpclose_common::offsets::StructOffsets;
+
+use self::btf::Btf;
+use self::offsets::Missing;
+
+/// Everything that is read out of BTF, in one go.
+#[derive(Debug)]
+pub struct TypeFacts {
+    /// Where the members are that the programs read.
+    pub offsets: StructOffsets,
+    /// What [`Self::offsets`] lacks, and why.
+    pub missing: Vec<Missing>,
+    /// Names of `enum sk_rst_reason` without their common prefix, such as 11 `TCP_ABORT_ON_CLOSE`. Numbers above 10
+    /// differ between kernels. Empty before 6.10; `MAX` is the last.
+    pub reset_reasons: BTreeMap<i64, String>,
+    /// Whether a raw tracepoint program on `tcp_send_reset` gets a reason as its third argument, as from 6.10 on.
+    /// `None` if BTF does not say.
+    pub send_reset_has_reason: Option<bool>,
+    /// How many parameters `inet_csk_accept()` has. `None` if BTF does not say.
+    pub accept_params: Option<usize>,
+}
+
+impl TypeFacts {
+    /// Takes the facts out of raw BTF.
+    ///
+    /// # Errors
+    /// The bytes are not BTF.
+    pub fn parse(bytes: &[u8]) -> Result<Self> {
+        let btf = Btf::parse(bytes)?;
+        let (offsets, missing) = offsets::struct_offsets(&btf);
+        Ok(Self {
+            offsets,
+            missing,
+            reset_reasons: btf.enum_values("sk_rst_reason", "SK_RST_REASON_"),
+            // `void *`, sock, skb, and then the reason.
+            send_reset_has_reason: btf.func_proto_params("btf_trace_tcp_send_reset").map(|count| count >= 4),
+            accept_params: btf.func_params("inet_csk_accept"),
+        })
+    }
+
+    /// Takes the facts out of the running kernel's BTF, in about 10 ms.
+    ///
+    /// # Errors
+    /// [`btf::VMLINUX`] cannot be read, which usually means that the kernel was built without it.
+    pub fn of_running_kernel() -> Result<Self> {
+        let bytes = fs::read(btf::VMLINUX).with_context(|| {
+            format!(
+                "cannot read {}, where a kernel built with CONFIG_DEBUG_INFO_BTF describes its types",
+                btf::VMLINUX
+            )
+        })?;
+        Self::parse(&bytes).with_context(|| format!("cannot make sense of {}", btf::VMLINUX))
+    }
+}
+
+/// Reduced BTF of several kernels, by name. See `fixtures/README.md`.
+#[cfg(test)]
+const FIXTURES: [(&str, &[u8]); 6] = [
+    ("5.10-amd64", include_bytes!("../../fixtures/btf/5.10-amd64.btf")),
+    ("6.1-amd64", include_bytes!("../../fixtures/btf/6.1-amd64.btf")),
+    ("6.12-amd64", include_bytes!("../../fixtures/btf/6.12-amd64.btf")),
+    ("6.12-arm64", include_bytes!("../../fixtures/btf/6.12-arm64.btf")),
+    ("6.18-amd64", include_bytes!("../../fixtures/btf/6.18-amd64.btf")),
+    ("7.2-amd64", include_bytes!("../../fixtures/btf/7.2-amd64.btf")),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reset_reasons_came_with_6_10() {
+        for (name, bytes) in FIXTURES {
+            let facts = TypeFacts::parse(bytes).unwrap();
+            let old = ["5.10-amd64", "6.1-amd64"].contains(&name);
+            assert_eq!(facts.send_reset_has_reason, Some(!old), "{name}");
+            // `bpftool btf dump` of the whole BTF; not in the reduced one of every fixture.
+            if let Some(params) = facts.accept_params {
+                assert_eq!(params, if old { 4 } else { 2 }, "{name}");
+            }
+            // As `bpftool btf dump` shows them for 6.12, 6.18 and 7.2.
+            let reasons: Vec<_> =
+                facts.reset_reasons.iter().map(|(&value, name)| (value, name.as_str())).collect();
+            if old {
+                assert_eq!(reasons, [], "{name}");
+            } else {
+                assert_eq!(reasons.len(), 26, "{name}");
+                assert_eq!(reasons[0], (0, "NOT_SPECIFIED"), "{name}");
+                assert_eq!(reasons[1], (1, "NO_SOCKET"), "{name}");
+                assert_eq!(reasons[11], (11, "TCP_ABORT_ON_CLOSE"), "{name}");
+                assert_eq!(reasons[17], (17, "MPTCP_RST_EUNSPEC"), "{name}");
+                assert_eq!(reasons[25], (25, "MAX"), "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn btf_and_format_agree_on_reset_reasons() {
+        for (name, format) in [
+            ("6.12-amd64", include_str!("../../fixtures/format/6.12/tcp_send_reset")),
+            ("6.18-amd64", include_str!("../../fixtures/format/6.18/tcp_send_reset")),
+            ("7.2-amd64", include_str!("../../fixtures/format/7.2/tcp_send_reset")),
+        ] {
+            let (_, bytes) = FIXTURES.into_iter().find(|(fixture, _)| *fixture == name).unwrap();
+            let from_btf = TypeFacts::parse(bytes).unwrap().reset_reasons;
+            assert_eq!(format::Format::parse(format).unwrap().value_names("reason"), from_btf, "{name}");
+        }
+    }
+
+    #[test]
+    fn running_kernel() {
+        if !fs::exists(btf::VMLINUX).unwrap() {
+            eprintln!("skipped: this kernel has no {}", btf::VMLINUX);
+            return;
+        }
+        let facts = TypeFacts::of_running_kernel().unwrap();
+        assert_eq!(facts.offsets.sk_daddr, 0, "skc_daddr is the first member of sock_common");
+        let missing: Vec<_> = facts.missing.iter().map(|missing| missing.field).collect();
+        assert!(missing.iter().all(|field| *field == "thread_size"), "{missing:?}");
+    }
+}

@@ -1,0 +1,251 @@
+//! Finds tracefs, and where nobody has mounted it, mounts it for this program alone.
+//!
+//! Tracefs is where the layout of tracepoint records is described, and aya looks there for a tracepoint's number, at
+//! the two usual places only. Not every machine has it mounted. Mounting it for all to see would change the host, so
+//! [`ensure`] does it in a mount namespace of its own, and [`with`] in one that is gone when the work is done.
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::{fmt, fs, io, thread};
+
+use anyhow::Context as _;
+use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+
+use super::format::Format;
+
+/// Where tracefs usually is: its own place since Linux 4.1, and the older one inside debugfs. aya 0.14 looks at the
+/// same two.
+const PLACES: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
+
+/// A tracefs that can be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tracefs {
+    root: PathBuf,
+    mounted_here: bool,
+}
+
+impl Tracefs {
+    /// The directory it is mounted at.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Whether [`ensure`] mounted it. Then only the thread that called it, and threads and processes which that one
+    /// starts later, can see it.
+    pub fn mounted_here(&self) -> bool {
+        self.mounted_here
+    }
+
+    /// Whether the kernel has that tracepoint, such as `tcp/tcp_send_reset`.
+    pub fn has_event(&self, event: &str) -> bool {
+        self.event(event).is_dir()
+    }
+
+    /// The layout of an event's records. `event` is group and name, such as `tcp/tcp_send_reset`.
+    ///
+    /// # Errors
+    /// The kernel has no such tracepoint, or its file cannot be read or understood.
+    pub fn format(&self, event: &str) -> anyhow::Result<Format> {
+        let path = self.event(event).join("format");
+        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        Format::parse(&text).with_context(|| format!("cannot make sense of {}", path.display()))
+    }
+
+    fn event(&self, event: &str) -> PathBuf {
+        self.root.join("events").join(event)
+    }
+}
+
+/// Why there is no tracefs to read: four sentences, the last one a command.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Error {
+    /// What failed.
+    pub failed: String,
+    /// What was found.
+    pub found: String,
+    /// What was needed.
+    pub needed: String,
+    /// What to run, or else to do, before trying again.
+    pub fix: String,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { failed, found, needed, fix } = self;
+        write!(f, "{failed}\n  found:  {found}\n  needed: {needed}\n  fix:    {fix}")
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// Looks for a tracefs that is mounted already; `None` if there is none.
+///
+/// # Errors
+/// There is one and this user may not read it.
+pub fn find() -> Result<Option<Tracefs>, Error> {
+    find_in(&PLACES)
+}
+
+/// Finds tracefs, or mounts it at `/sys/kernel/tracing` in a mount namespace that the calling thread gets for itself.
+///
+/// The new namespace takes over what the host mounts and unmounts later on, but hands nothing back. Only the calling
+/// thread moves, and whatever it starts from then on follows, processes included; other threads stay. So this belongs
+/// at the very start of the program, or in a thread of its own, as [`with`] does. `/proc/PID/root` of other processes
+/// is not affected. aya remembers where tracefs was, or that there was none, so the first look has to be this one.
+///
+/// # Errors
+/// There is a tracefs but it may not be read, or there is none and it may not be mounted: that takes `CAP_SYS_ADMIN`.
+pub fn ensure() -> Result<Tracefs, Error> {
+    if let Some(tracefs) = find()? {
+        return Ok(tracefs);
+    }
+    let [place, _] = PLACES;
+    mount_privately(place).map_err(|(step, errno)| cannot_mount(place, step, errno))?;
+    match find()? {
+        Some(tracefs) => Ok(Tracefs { mounted_here: true, ..tracefs }),
+        // A kernel without events has a tracefs without the directory.
+        None => Err(cannot_mount(place, "find tracepoints in tracefs", Errno::ENODEV)),
+    }
+}
+
+/// Calls `work` with tracefs at hand. Where it has to be mounted first, `work` runs in a thread of its own, and the
+/// mount is gone when it returns: what it opened and attached stays, and neither this process nor those it starts
+/// ever see it.
+///
+/// # Errors
+/// Those of [`ensure`]; `work` has not been called then.
+///
+/// # Panics
+/// If `work` does.
+pub fn with<T: Send>(work: impl FnOnce(&Tracefs) -> T + Send) -> Result<T, Error> {
+    if let Some(tracefs) = find()? {
+        return Ok(work(&tracefs));
+    }
+    thread::scope(|scope| {
+        let thread = scope.spawn(|| ensure().map(|tracefs| work(&tracefs)));
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+fn find_in(places: &[&str]) -> Result<Option<Tracefs>, Error> {
+    let mut denied = None;
+    for place in places {
+        // The mount point is there, empty, also when nothing is mounted.
+        match fs::read_dir(Path::new(place).join("events")) {
+            Ok(_) => return Ok(Some(Tracefs { root: place.into(), mounted_here: false })),
+            // When it is debugfs that may not be entered, there is no saying what is in it.
+            Err(error) if error.kind() == ErrorKind::PermissionDenied && Path::new(place).exists() => {
+                denied.get_or_insert_with(|| cannot_read(place, &error));
+            }
+            Err(_) => {}
+        }
+    }
+    denied.map_or(Ok(None), Err)
+}
+
+fn mount_privately(place: &'static str) -> Result<(), (&'static str, Errno)> {
+    let none = None::<&str>;
+    unshare(CloneFlags::CLONE_NEWNS).map_err(|errno| ("make a mount namespace", errno))?;
+    // Slave, not private: file systems that are mounted later, such as those of new containers, are wanted when their
+    // programs' symbols are read.
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
+        .map_err(|errno| ("keep mounts from the host", errno))?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("tracefs"), place, Some("tracefs"), flags, none).map_err(|errno| ("mount tracefs", errno))
+}
+
+fn cannot_read(place: &str, error: &io::Error) -> Error {
+    Error {
+        failed: format!("cannot read the tracepoints in {place}"),
+        found: format!("its events directory gives: {error}"),
+        needed: "to be root, or a tracefs that one of this user's groups may read".to_owned(),
+        fix: format!("sudo mount -o remount,gid=$(id -g),mode=750 {place}"),
+    }
+}
+
+fn cannot_mount(place: &str, step: &str, errno: Errno) -> Error {
+    let looked = PLACES.join(" or ");
+    let (needed, fix) = match errno {
+        Errno::ENODEV => (
+            "a kernel built with CONFIG_EVENT_TRACING".to_owned(),
+            "boot a kernel that has tracefs in /proc/filesystems".to_owned(),
+        ),
+        Errno::ENOENT | Errno::ENOTDIR => (
+            format!("the directory {place}, which sysfs has"),
+            format!("in a container, pass it in: podman run -v {place}:{place}:ro …"),
+        ),
+        _ => (
+            format!("tracefs mounted at {place}, or CAP_SYS_ADMIN to mount it"),
+            // Without options only root could read it.
+            format!("sudo mount -t tracefs -o gid=$(id -g),mode=750 tracefs {place}"),
+        ),
+    };
+    let failed = format!("cannot {step}: {}", errno.desc());
+    Error { failed, found: format!("no tracefs at {looked}"), needed, fix }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_the_first_place_with_events() {
+        let base = std::env::temp_dir().join(format!("tcpclose-tracefs-{}", std::process::id()));
+        let (empty, full) = (base.join("empty"), base.join("full"));
+        fs::create_dir_all(&empty).unwrap();
+        fs::create_dir_all(full.join("events/tcp/tcp_send_reset")).unwrap();
+        let format = include_str!("../../fixtures/format/6.18/tcp_send_reset");
+        fs::write(full.join("events/tcp/tcp_send_reset/format"), format).unwrap();
+
+        let [none, empty, full] =
+            [base.join("none"), empty, full].map(|path| path.into_os_string().into_string().unwrap());
+        assert_eq!(find_in(&[&none, &empty]), Ok(None));
+        let tracefs = find_in(&[&none, &empty, &full]).unwrap().unwrap();
+        assert_eq!(tracefs.root(), Path::new(&full));
+        assert!(!tracefs.mounted_here());
+        assert!(tracefs.has_event("tcp/tcp_send_reset"));
+        assert!(!tracefs.has_event("tcp/tcp_no_such_event"));
+        assert_eq!(tracefs.format("tcp/tcp_send_reset").unwrap(), Format::parse(format).unwrap());
+        let error = tracefs.format("tcp/tcp_no_such_event").unwrap_err().to_string();
+        assert!(error.ends_with("events/tcp/tcp_no_such_event/format"), "{error}");
+
+        fs::remove_dir_all(base).unwrap();
+    }
+
+    #[test]
+    fn errors_end_in_a_command() {
+        let error = cannot_mount(PLACES[0], "mount tracefs", Errno::EPERM).to_string();
+        assert_eq!(
+            error,
+            "cannot mount tracefs: Operation not permitted\n  \
+             found:  no tracefs at /sys/kernel/tracing or /sys/kernel/debug/tracing\n  \
+             needed: tracefs mounted at /sys/kernel/tracing, or CAP_SYS_ADMIN to mount it\n  \
+             fix:    sudo mount -t tracefs -o gid=$(id -g),mode=750 tracefs /sys/kernel/tracing"
+        );
+    }
+
+    /// Mounts and mount namespace of this thread, as it sees them.
+    fn mounts() -> (String, PathBuf) {
+        let namespace = fs::read_link("/proc/thread-self/ns/mnt").unwrap();
+        (fs::read_to_string("/proc/thread-self/mountinfo").unwrap(), namespace)
+    }
+
+    #[test]
+    #[ignore = "mounts tracefs, for which it needs CAP_SYS_ADMIN"]
+    fn leaves_no_mount_behind() {
+        let before = mounts();
+        let was_there = find().unwrap().is_some();
+        let inside = with(|tracefs| {
+            assert_eq!(tracefs.mounted_here(), !was_there);
+            let format = tracefs.format("sock/inet_sock_set_state").unwrap();
+            assert_eq!(format.record_offsets().skaddr, 8);
+            mounts()
+        });
+        let (_, namespace) = inside.unwrap();
+        assert_eq!(namespace == before.1, was_there, "own namespace only if it was needed");
+        assert_eq!(mounts(), before);
+        assert_eq!(find().unwrap().is_some(), was_there);
+    }
+}

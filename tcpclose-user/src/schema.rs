@@ -1,0 +1,95 @@
+//! The reference of the output: the JSON Schema of a line, made from the types that are written.
+
+use schemars::Schema;
+use schemars::generate::SchemaSettings;
+
+use crate::event::Event;
+
+/// The JSON Schema of one line of `-o json`.
+pub fn schema() -> Schema {
+    // The contract of what is written, not of what could be read back: only there is a field that may be null
+    // still a field that is always present.
+    SchemaSettings::draft2020_12().for_serialize().into_generator().into_root_schema_for::<Event>()
+}
+
+/// The same, as `tcpclose schema` prints it: indented, with a newline at its end.
+pub fn pretty() -> String {
+    format!("{:#}\n", schema().to_value())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use crate::schema::{pretty, schema};
+    use crate::sink::examples;
+
+    /// Every schema that `node` holds for its property `key`, and whether it is always there.
+    fn properties<'a>(root: &'a Value, node: &'a Value, key: &str) -> Vec<(&'a Value, bool)> {
+        let mut found = Vec::new();
+        if let Some(property) = node.get("properties").and_then(|all| all.get(key)) {
+            let required = node["required"].as_array().is_some_and(|all| all.iter().any(|name| name == key));
+            found.push((property, required));
+        }
+        if let Some(reference) = node.get("$ref").and_then(Value::as_str) {
+            let target = root.pointer(reference.strip_prefix('#').expect("a local reference"));
+            found.extend(properties(root, target.expect("a definition"), key));
+        }
+        for other in ["anyOf", "oneOf"].iter().filter_map(|name| node.get(*name)?.as_array()).flatten() {
+            found.extend(properties(root, other, key));
+        }
+        found
+    }
+
+    fn items<'a>(root: &'a Value, node: &'a Value) -> &'a Value {
+        if let Some(items) = node.get("items") {
+            return items;
+        }
+        let reference = node["$ref"].as_str().expect("items or a reference");
+        items(root, root.pointer(&reference[1..]).expect("a definition"))
+    }
+
+    fn check(root: &Value, node: &Value, value: &Value, path: &str) {
+        match value {
+            Value::Object(fields) => {
+                for (key, value) in fields {
+                    let path = format!("{path}.{key}");
+                    let found = properties(root, node, key);
+                    let [(property, required)] = found[..] else {
+                        panic!("{path} is described {} times", found.len());
+                    };
+                    assert!(required, "{path} is always written, and the schema does not say so");
+                    check(root, property, value, &path);
+                }
+            }
+            Value::Array(values) => {
+                for value in values {
+                    check(root, items(root, node), value, path);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn describes_every_field_that_is_written() {
+        let schema = schema().to_value();
+        for event in examples::all() {
+            let value = serde_json::to_value(&event).expect("serializable");
+            let variants = schema["oneOf"].as_array().expect("one schema an event");
+            let variant = variants
+                .iter()
+                .find(|variant| variant["properties"]["event"]["const"] == value["event"])
+                .expect("a schema for each event");
+            check(&schema, variant, &value, value["event"].as_str().expect("a name"));
+        }
+    }
+
+    #[test]
+    fn prints_itself_as_json() {
+        let printed: Value = serde_json::from_str(&pretty()).expect("JSON");
+        assert_eq!(printed, schema().to_value());
+        assert_eq!(printed["title"], "Event");
+        assert!(pretty().ends_with("}\n"));
+    }
+}

@@ -1,0 +1,249 @@
+//! Events as the tests need them.
+
+use crate::event::{
+    Attribution, Cause, Close, ClosedBy, Connection, Direction, Ended, Endpoint, Event, Family, Frame,
+    Holder, LastData, Lingering, LingeringKind, Lost, LostPlace, Opener, Process, Reset, Role, Stack, State,
+    Step, Time, Trigger,
+};
+
+pub(crate) fn all() -> Vec<Event> {
+    vec![orderly(), unread_data(), unknown_owner(), ipv6(), reset_sent(), injected(), lingering(), lost()]
+}
+
+/// nginx, whose client stopped waiting.
+pub(crate) fn orderly() -> Event {
+    Event::Close(Box::new(Close {
+        time: time("2026-03-01T12:01:02.123456789Z"),
+        seq: 1,
+        connection: connection("10.0.0.1:443", "10.0.0.2:51512"),
+        process: Some(process(4312, "nginx", Attribution::Accept)),
+        closed_by: Some(ClosedBy::Peer),
+        ended: Some(Ended::Fin),
+        trigger: Some(Trigger::Close),
+        signal: None,
+        cause: None,
+        idle_ms: Some(350.25),
+        last_data: Some(LastData::Received),
+        close_wait_ms: Some(1.5),
+        states: vec![
+            Step { state: State::Established, at_ms: 0.0 },
+            Step { state: State::CloseWait, at_ms: 1200.0 },
+            Step { state: State::LastAck, at_ms: 1201.5 },
+            Step { state: State::Close, at_ms: 1202.0 },
+        ],
+        stack: Some(Stack { user: Some(vec![libc("close"), line()].into()), kernel: None }),
+        opener: Some(Opener {
+            process: Some(process(4311, "nginx", Attribution::Accept)),
+            stack: Some(Stack { user: Some(vec![libc("accept4")].into()), kernel: None }),
+        }),
+    }))
+}
+
+/// The worst that IPv4 has to offer.
+pub(crate) fn unread_data() -> Event {
+    let Event::Close(mut close) = orderly() else { unreachable!() };
+    close.connection = connection("192.168.100.101:65535", "203.100.113.222:54321");
+    close.process = Some(process(4_194_303, "systemd-resolve", Attribution::Syscall));
+    close.closed_by = Some(ClosedBy::Local);
+    close.ended = Some(Ended::ResetSent);
+    close.trigger = Some(Trigger::Signal);
+    close.signal = Some("SIGKILL".into());
+    close.cause = Some(Cause::UnreadData);
+    close.last_data = Some(LastData::Sent);
+    close.close_wait_ms = None;
+    close.stack = Some(Stack {
+        user: None,
+        kernel: Some(vec![kernel("tcp_close", 0x1c), kernel("do_exit", 0)].into()),
+    });
+    close.opener = Some(Opener { process: close.process.clone(), stack: None });
+    Event::Close(close)
+}
+
+/// Of which next to nothing is known.
+pub(crate) fn unknown_owner() -> Event {
+    Event::Close(Box::new(Close {
+        time: time("2026-03-01T12:01:03Z"),
+        seq: 1,
+        connection: Connection {
+            family: None,
+            local: None,
+            remote: None,
+            netns: None,
+            cookie: None,
+            role: None,
+            opened: None,
+            age_ms: None,
+            bytes_sent: None,
+            bytes_received: None,
+            retransmits: None,
+            rtt_us: None,
+        },
+        process: None,
+        closed_by: None,
+        ended: None,
+        trigger: None,
+        signal: None,
+        cause: None,
+        idle_ms: None,
+        last_data: None,
+        close_wait_ms: None,
+        states: Vec::new(),
+        stack: None,
+        opener: None,
+    }))
+}
+
+/// A keepalive that went unanswered.
+pub(crate) fn ipv6() -> Event {
+    let Event::Close(mut close) = unknown_owner() else { unreachable!() };
+    close.connection = connection("[2001:db8:1234:5678:9abc:def0:1234:5678]:65535", "[::1]:443");
+    close.connection.family = Some(Family::Ipv6);
+    close.process = Some(process(77, "envoy", Attribution::Procfs));
+    close.closed_by = Some(ClosedBy::Kernel);
+    close.ended = Some(Ended::Timeout);
+    close.cause = Some(Cause::KeepaliveTimeout);
+    Event::Close(close)
+}
+
+/// An answer to a packet for no socket at all.
+pub(crate) fn reset_sent() -> Event {
+    let mut connection = connection("10.0.0.1:81", "10.0.0.2:51512");
+    connection.age_ms = None;
+    connection.opened = None;
+    Event::Reset(Box::new(Reset {
+        time: time("2026-03-01T12:01:02.5Z"),
+        seq: 1,
+        connection,
+        process: None,
+        direction: Direction::Sent,
+        reason: Some("NO_SOCKET".into()),
+        cause: Some(Cause::NoListener),
+        state: None,
+        idle_ms: None,
+        last_data: None,
+        ttl: None,
+        handshake_ttl: None,
+        stack: None,
+        opener: None,
+    }))
+}
+
+/// A RST that somebody else may have sent.
+pub(crate) fn injected() -> Event {
+    let Event::Reset(mut reset) = reset_sent() else { unreachable!() };
+    reset.connection = connection("192.168.100.101:54321", "203.100.113.222:65535");
+    reset.process = Some(process(4_194_303, "systemd-resolve", Attribution::Connect));
+    reset.direction = Direction::Received;
+    reset.reason = None;
+    reset.cause = Some(Cause::SuspectedInjection);
+    reset.state = Some(State::Established);
+    reset.idle_ms = Some(0.35);
+    reset.last_data = Some(LastData::Sent);
+    reset.ttl = Some(249);
+    reset.handshake_ttl = Some(57);
+    reset.opener = Some(Opener {
+        process: reset.process.clone(),
+        stack: Some(Stack {
+            user: Some(vec![libc("connect")].into()),
+            kernel: Some(vec![kernel("tcp_v4_connect", 8)].into()),
+        }),
+    });
+    Event::Reset(reset)
+}
+
+pub(crate) fn lingering() -> Event {
+    Event::Lingering(Box::new(Lingering {
+        time: time("2026-03-01T12:02:00Z"),
+        seq: 1,
+        connection: connection("10.0.0.1:443", "10.0.0.2:51512"),
+        process: Some(process(4312, "java", Attribution::Listener)),
+        state: State::CloseWait,
+        since: Some(time("2026-03-01T12:01:45Z")),
+        for_ms: Some(15_000.0),
+        unread_bytes: Some(0),
+        holders: Some(vec![
+            Holder { pid: 4312, comm: "java".into(), fd: 7 },
+            Holder { pid: 4400, comm: "worker".into(), fd: 12 },
+        ]),
+        opener: None,
+        kind: LingeringKind::Leaked,
+    }))
+}
+
+pub(crate) fn lost() -> Event {
+    Event::Lost(Lost { time: time("2026-03-01T12:01:02Z"), seq: 1, place: LostPlace::RingBuffer, count: 17 })
+}
+
+pub(crate) fn time(text: &str) -> Time {
+    Time(text.parse().expect("a time"))
+}
+
+fn connection(local: &str, remote: &str) -> Connection {
+    Connection {
+        family: Some(Family::Ipv4),
+        local: Some(endpoint(local)),
+        remote: Some(endpoint(remote)),
+        netns: Some(4_026_531_840),
+        cookie: Some(4097),
+        role: Some(Role::Server),
+        opened: Some(time("2026-03-01T12:01:00.92Z")),
+        age_ms: Some(1203.4),
+        bytes_sent: Some(5120),
+        bytes_received: Some(331),
+        retransmits: Some(0),
+        rtt_us: Some(210),
+    }
+}
+
+fn endpoint(text: &str) -> Endpoint {
+    let address: std::net::SocketAddr = text.parse().expect("address and port");
+    Endpoint { address: address.ip(), port: address.port() }
+}
+
+pub(crate) fn process(pid: u32, comm: &str, attribution: Attribution) -> Process {
+    Process {
+        pid,
+        tid: Some(pid),
+        comm: comm.into(),
+        exe: Some(format!("/usr/sbin/{comm}")),
+        uid: Some(33),
+        container: None,
+        attribution,
+    }
+}
+
+fn libc(symbol: &str) -> Frame {
+    Frame {
+        address: "0x7f0000001014".into(),
+        symbol: Some(symbol.into()),
+        module: Some("/usr/lib/libc.so.6".into()),
+        offset: Some(0x14),
+        file: None,
+        line: None,
+        inlined: false,
+    }
+}
+
+fn line() -> Frame {
+    Frame {
+        address: "0x555500001234".into(),
+        symbol: Some("app::handler".into()),
+        module: Some("/usr/bin/app".into()),
+        offset: Some(0x34),
+        file: Some("src/x.rs".into()),
+        line: Some(12),
+        inlined: true,
+    }
+}
+
+fn kernel(symbol: &str, offset: u64) -> Frame {
+    Frame {
+        address: "0xffffffff81000000".into(),
+        symbol: Some(symbol.into()),
+        module: None,
+        offset: Some(offset),
+        file: None,
+        line: None,
+        inlined: false,
+    }
+}

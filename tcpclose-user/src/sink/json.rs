@@ -1,0 +1,131 @@
+//! One JSON object a line.
+
+use std::io::{self, BufWriter, Write};
+
+use crate::event::Event;
+use crate::sink::Sink;
+
+/// Writes one JSON object a line.
+pub struct Json<W: Write> {
+    writer: BufWriter<W>,
+}
+
+impl<W: Write> Json<W> {
+    /// Writes to `writer`, through a buffer.
+    pub fn new(writer: W) -> Self {
+        // A line with two stacks has some 10 kB, and bursts are what a buffer is for.
+        Self { writer: BufWriter::with_capacity(1 << 16, writer) }
+    }
+}
+
+impl<W: Write> Sink for Json<W> {
+    fn write(&mut self, event: &Event) -> io::Result<()> {
+        serde_json::to_writer(&mut self.writer, event)?;
+        self.writer.write_all(b"\n")
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.writer.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use crate::event::Event;
+    use crate::sink::{Json, Sink, examples};
+
+    fn written(events: &[Event]) -> String {
+        let mut bytes = Vec::new();
+        let mut sink = Json::new(&mut bytes);
+        for event in events {
+            sink.write(event).expect("memory");
+        }
+        sink.flush().expect("memory");
+        drop(sink);
+        String::from_utf8(bytes).expect("UTF-8")
+    }
+
+    fn value(event: Event) -> Value {
+        serde_json::from_str(&written(&[event])).expect("JSON")
+    }
+
+    /// That `value` has these fields and no others, null or not.
+    fn assert_fields(value: &Value, names: &str) {
+        let mut expected: Vec<&str> = names.split_whitespace().collect();
+        let mut fields: Vec<&str> =
+            value.as_object().expect("an object").keys().map(String::as_str).collect();
+        expected.sort_unstable();
+        fields.sort_unstable();
+        assert_eq!(fields, expected);
+    }
+
+    #[test]
+    fn golden() {
+        // This fixes the order of the fields as well.
+        let text = written(&examples::all());
+        assert_eq!(text, include_str!("golden/events.jsonl"), "\n{text}");
+    }
+
+    #[test]
+    fn what_is_not_known_is_null_and_not_left_out() {
+        let close = value(examples::unknown_owner());
+        assert_fields(
+            &close,
+            "event time seq connection process closed_by ended trigger signal cause idle_ms last_data \
+             close_wait_ms states stack opener",
+        );
+        assert_fields(
+            &close["connection"],
+            "family local remote netns cookie role opened age_ms bytes_sent bytes_received retransmits \
+             rtt_us",
+        );
+        assert_eq!(close["process"], Value::Null);
+        assert_fields(
+            &value(examples::reset_sent()),
+            "event time seq connection process direction reason cause state idle_ms last_data ttl \
+             handshake_ttl stack opener",
+        );
+        assert_fields(
+            &value(examples::lingering()),
+            "event time seq connection process state since for_ms unread_bytes holders opener kind",
+        );
+        assert_fields(&value(examples::lost()), "event time seq where count");
+    }
+
+    #[test]
+    fn processes_and_frames_are_whole() {
+        let close = value(examples::orderly());
+        let process = "pid tid comm exe uid container attribution";
+        assert_fields(&close["process"], process);
+        assert_fields(&close["opener"], "process stack");
+        assert_fields(&close["opener"]["process"], process);
+        assert_fields(&close["stack"], "user kernel");
+        assert_fields(&close["stack"]["user"][0], "address symbol module offset file line inlined");
+        assert_fields(&close["states"][0], "state at_ms");
+        assert_fields(&close["connection"]["local"], "address port");
+    }
+
+    #[test]
+    fn time_has_nine_digits() {
+        for event in examples::all() {
+            let line = value(event);
+            let time = line["time"].as_str().expect("a string");
+            let (_, fraction) = time.split_once('.').expect("a fraction");
+            assert_eq!(fraction.len(), "123456789Z".len(), "{time}");
+            assert!(fraction.ends_with('Z'), "{time}");
+        }
+    }
+
+    #[test]
+    fn stays_one_line_whatever_comes() {
+        let Event::Close(mut close) = examples::orderly() else { unreachable!() };
+        close.process.as_mut().expect("known").comm = "a\n\u{1b}[2J\"\\".into();
+        let text = written(&[Event::Close(close)]);
+        assert_eq!(text.matches('\n').count(), 1);
+        assert!(!text.contains('\u{1b}'));
+        let value: Value = serde_json::from_str(&text).expect("JSON");
+        assert_eq!(value["process"]["comm"], "a\n\u{1b}[2J\"\\");
+    }
+}

@@ -1,0 +1,203 @@
+//! Where events go: text for people, JSON lines for programs.
+
+use std::io::{self, ErrorKind, Write};
+
+use anstream::{AutoStream, ColorChoice};
+
+use crate::event::Event;
+
+#[cfg(test)]
+pub(crate) mod examples;
+mod json;
+mod text;
+
+pub use json::Json;
+pub use text::{Palette, Text, human_millis};
+
+/// In what form events are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Format {
+    /// An aligned line an event, and what belongs to it below, indented.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Writes events in one form.
+pub trait Sink {
+    /// Writes one event. It may stay in a buffer until [`Sink::flush`].
+    fn write(&mut self, event: &Event) -> io::Result<()>;
+    /// Hands on all that was written.
+    fn flush(&mut self) -> io::Result<()>;
+}
+
+/// Whether there is still somebody who reads.
+#[must_use]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Written {
+    /// There is, as far as is known.
+    Yes,
+    /// The other end of the pipe is closed: nothing that is written from now on arrives.
+    ReaderGone,
+}
+
+/// Numbers the lines and writes them.
+pub struct Output {
+    sink: Box<dyn Sink + Send>,
+    lines: u64,
+    reader_gone: bool,
+}
+
+impl Output {
+    /// Writes to `sink`.
+    pub fn new(sink: impl Sink + Send + 'static) -> Self {
+        Self { sink: Box::new(sink), lines: 0, reader_gone: false }
+    }
+
+    /// Writes to `writer`, in colour only if `palette` has any. `details` is [`Text`]'s.
+    pub fn to(format: Format, writer: impl Write + Send + 'static, palette: Palette, details: bool) -> Self {
+        match format {
+            Format::Text => Self::new(Text::new(writer, palette, details)),
+            Format::Json => Self::new(Json::new(writer)),
+        }
+    }
+
+    /// Writes to the standard output; in colour on a terminal, unless `NO_COLOR` and its kin say otherwise.
+    pub fn stdout(format: Format, details: bool) -> Self {
+        let stdout = io::stdout();
+        let palette = match AutoStream::choice(&stdout) {
+            ColorChoice::Never => Palette::PLAIN,
+            _ => Palette::COLOUR,
+        };
+        Self::to(format, stdout, palette, details)
+    }
+
+    /// Gives the event the next number, the first being 1, and writes it.
+    ///
+    /// A line that could not be written does not use up its number.
+    pub fn write(&mut self, mut event: Event) -> io::Result<Written> {
+        if self.reader_gone {
+            return Ok(Written::ReaderGone);
+        }
+        event.set_seq(self.lines + 1);
+        let result = self.sink.write(&event);
+        let written = self.judge(result)?;
+        if written == Written::Yes {
+            self.lines += 1;
+        }
+        Ok(written)
+    }
+
+    /// Hands on all that was written. To be called whenever there is nothing left to read.
+    pub fn flush(&mut self) -> io::Result<Written> {
+        if self.reader_gone {
+            return Ok(Written::ReaderGone);
+        }
+        let result = self.sink.flush();
+        self.judge(result)
+    }
+
+    /// How many events were written.
+    pub fn lines(&self) -> u64 {
+        self.lines
+    }
+
+    fn judge(&mut self, result: io::Result<()>) -> io::Result<Written> {
+        match result {
+            Ok(()) => Ok(Written::Yes),
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => {
+                self.reader_gone = true;
+                Ok(Written::ReaderGone)
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{self, ErrorKind, Write};
+    use std::sync::{Arc, Mutex};
+
+    use crate::sink::{Format, Output, Palette, Written, examples};
+
+    /// What was written, and the error that the next write meets.
+    #[derive(Clone, Default)]
+    struct Pipe {
+        bytes: Arc<Mutex<Vec<u8>>>,
+        error: Arc<Mutex<Option<ErrorKind>>>,
+    }
+
+    impl Write for Pipe {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            match *self.error.lock().expect("not poisoned") {
+                Some(kind) => Err(kind.into()),
+                None => self.bytes.lock().expect("not poisoned").write(bytes),
+            }
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn numbers_the_lines() {
+        let pipe = Pipe::default();
+        let mut output = Output::to(Format::Json, pipe.clone(), Palette::PLAIN, true);
+        let events = examples::all();
+        let count = events.len() as u64;
+        for event in events {
+            assert_eq!(output.write(event).expect("no error"), Written::Yes);
+        }
+        assert_eq!(pipe.bytes.lock().expect("not poisoned").len(), 0, "buffered until it is flushed");
+        assert_eq!(output.flush().expect("no error"), Written::Yes);
+        let bytes = pipe.bytes.lock().expect("not poisoned");
+        let seqs: Vec<u64> = std::str::from_utf8(&bytes)
+            .expect("UTF-8")
+            .lines()
+            .map(|line| {
+                let value: serde_json::Value = serde_json::from_str(line).expect("one object a line");
+                value["seq"].as_u64().expect("a number")
+            })
+            .collect();
+        assert_eq!(seqs, (1..=count).collect::<Vec<_>>());
+        assert_eq!(output.lines(), count);
+    }
+
+    #[test]
+    fn notices_that_the_reader_is_gone() {
+        for format in [Format::Text, Format::Json] {
+            let pipe = Pipe::default();
+            let mut output = Output::to(format, pipe.clone(), Palette::PLAIN, true);
+            assert_eq!(output.write(examples::lost()).expect("no error"), Written::Yes);
+            *pipe.error.lock().expect("not poisoned") = Some(ErrorKind::BrokenPipe);
+            assert_eq!(output.flush().expect("not an error"), Written::ReaderGone);
+            assert_eq!(output.write(examples::lost()).expect("not an error"), Written::ReaderGone);
+            assert_eq!(output.flush().expect("not an error"), Written::ReaderGone);
+            assert_eq!(output.lines(), 1);
+        }
+    }
+
+    #[test]
+    fn notices_it_in_the_middle_of_a_burst() {
+        for format in [Format::Text, Format::Json] {
+            let pipe = Pipe::default();
+            *pipe.error.lock().expect("not poisoned") = Some(ErrorKind::BrokenPipe);
+            let mut output = Output::to(format, pipe, Palette::PLAIN, true);
+            let gone = (0..100_000)
+                .any(|_| output.write(examples::reset_sent()).expect("not an error") == Written::ReaderGone);
+            assert!(gone, "a full buffer is written without a flush");
+        }
+    }
+
+    #[test]
+    fn passes_other_errors_on() {
+        let pipe = Pipe::default();
+        *pipe.error.lock().expect("not poisoned") = Some(ErrorKind::StorageFull);
+        let mut output = Output::to(Format::Json, pipe, Palette::PLAIN, true);
+        assert_eq!(output.write(examples::lost()).expect("buffered"), Written::Yes);
+        assert_eq!(output.flush().expect_err("full").kind(), ErrorKind::StorageFull);
+    }
+}

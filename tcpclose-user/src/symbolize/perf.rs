@@ -1,0 +1,113 @@
+//! Names of functions that were compiled at run time, from the file in which a just-in-time compiler lists
+//! them for `perf`: `/tmp/perf-PID.map`, a line `START SIZE NAME` for each, in hexadecimal, appended to as it
+//! compiles.
+//!
+//!
+//! <https://git.kernel.org/pub/scm/linux/kernel/git/torvalds/linux.git/tree/tools/perf/Documentation/jit-interface.txt>
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
+
+use crate::attribute::process::Image;
+
+/// How much of one is read: more than node and the JVM write in days. What comes after is not known.
+const MAX_SIZE: u64 = 16 << 20;
+
+/// What was read of one process's file so far.
+#[derive(Debug, Default)]
+pub(super) struct PerfMap {
+    /// Device and inode number.
+    file: (u64, u64),
+    /// How far it was read.
+    read: u64,
+    /// By start: the end, and the name.
+    functions: BTreeMap<u64, (u64, String)>,
+}
+
+impl PerfMap {
+    /// Reads what the process has added since. Once it has ended, what is known stays as it is.
+    pub(super) fn update(&mut self, image: &Image) {
+        let Some(file) = open(image) else { return };
+        let Ok(metadata) = file.metadata() else { return };
+        let identity = (metadata.dev(), metadata.ino());
+        if identity != self.file || metadata.size() < self.read {
+            *self = Self { file: identity, ..Self::default() };
+        }
+        let end = metadata.size().min(MAX_SIZE);
+        let Some(size) = end.checked_sub(self.read).and_then(|size| usize::try_from(size).ok()) else {
+            return;
+        };
+        let mut added = vec![0; size];
+        if file.read_exact_at(&mut added, self.read).is_ok() {
+            self.add(&added);
+        }
+    }
+
+    /// Takes in lines, except for a last one that is not yet complete.
+    fn add(&mut self, added: &[u8]) {
+        let Some(last) = added.iter().rposition(|byte| *byte == b'\n') else { return };
+        self.read += last as u64 + 1;
+        for line in added[..last].split(|byte| *byte == b'\n') {
+            if let Some((start, end, name)) = parse(line) {
+                // Memory is used again: what was there before is not there any more.
+                while let Some((older, _)) =
+                    self.functions.range(..end).next_back().filter(|it| it.1.0 > start)
+                {
+                    let older = *older;
+                    self.functions.remove(&older);
+                }
+                self.functions.insert(start, (end, name));
+            }
+        }
+    }
+
+    /// The function at an address, and the address of its start.
+    pub(super) fn find(&self, address: u64) -> Option<(&str, u64)> {
+        let (start, (end, name)) = self.functions.range(..=address).next_back()?;
+        (address < *end).then_some((name, *start))
+    }
+}
+
+fn parse(line: &[u8]) -> Option<(u64, u64, String)> {
+    let line = String::from_utf8_lossy(line.trim_ascii_end());
+    let (start, rest) = line.split_once(' ')?;
+    let (size, name) = rest.split_once(' ')?;
+    let number = |digits: &str| u64::from_str_radix(digits.trim_start_matches("0x"), 16).ok();
+    let start = number(start)?;
+    let end = start.checked_add(number(size)?)?;
+    (start < end && !name.is_empty()).then(|| (start, end, name.to_owned()))
+}
+
+fn open(image: &Image) -> Option<File> {
+    let inner_pid = image.inner_pid.filter(|_| image.is_running())?;
+    let path = format!("/proc/{}/root/tmp/perf-{inner_pid}.map", image.pid);
+    // Anybody may write to /tmp: it could be a link to elsewhere, a pipe, or somebody else's.
+    let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW | libc::O_NOCTTY;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path).ok()?;
+    let metadata = file.metadata().ok()?;
+    let owned = metadata.uid() == 0 || Some(metadata.uid()) == image.uid;
+    (metadata.is_file() && owned).then_some(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_wins() {
+        let mut map = PerfMap::default();
+        map.add(b"1000 100 first\n1100 80 second a b\n1200 10 third\n12");
+        assert_eq!(map.find(0xfff), None);
+        assert_eq!(map.find(0x10ff), Some(("first", 0x1000)));
+        assert_eq!(map.find(0x1100), Some(("second a b", 0x1100)));
+        assert_eq!(map.find(0x1180), None);
+        assert_eq!(map.read, 48, "the incomplete line is for next time");
+        map.add(b"1080 100 fourth\nrubbish\n\n1 2\nffffffffffffffff ff far\n9 0 nothing\n");
+        assert_eq!(map.find(0x1000), None, "overwritten");
+        assert_eq!(map.find(0x1090), Some(("fourth", 0x1080)));
+        assert_eq!(map.find(0x117f), Some(("fourth", 0x1080)));
+        assert_eq!(map.find(0x1200), Some(("third", 0x1200)));
+        assert_eq!(map.functions.len(), 2);
+    }
+}
