@@ -1,0 +1,41 @@
+//! Many connections as fast as they will go.
+
+use std::{
+    io::{Read, Write},
+    net::{SocketAddr, TcpListener},
+};
+
+use anyhow::Result;
+
+use crate::{DEFAULT_PROTOCOL, calls, linger_zero, new_socket};
+
+/// What is sent over each connection.
+const GREETING: &[u8] = b"0123456789";
+
+/// Opens and closes so many connections, one after the other; every second one is closed with a RST. Says
+/// which local ports they had, in order.
+pub(crate) fn connect_all(address: SocketAddr, count: u32) -> Result<String> {
+    let mut ports = Vec::new();
+    for number in 0..count {
+        let mut socket = new_socket(address, DEFAULT_PROTOCOL)?;
+        calls::peer_connects_socket_outer(&socket, address)?;
+        ports.push(socket.local_addr()?.port().to_string());
+        socket.write_all(GREETING)?;
+        if number % 2 == 1 {
+            linger_zero(&socket)?;
+        }
+        calls::peer_closes_socket_outer(socket.into())?;
+    }
+    Ok(format!("bytes={} ports={}", GREETING.len(), ports.join(",")))
+}
+
+/// Accepts so many connections, reads each to its end, and closes it. Says how many ended in order.
+pub(crate) fn serve(listener: &TcpListener, count: u32) -> Result<String> {
+    let mut orderly = 0;
+    for _ in 0..count {
+        let mut socket = calls::peer_accepts_socket_outer(listener)?;
+        orderly += u32::from(socket.read_to_end(&mut Vec::new()).is_ok());
+        calls::peer_closes_socket_outer(socket.into())?;
+    }
+    Ok(format!("orderly={orderly}"))
+}

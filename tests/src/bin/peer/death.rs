@@ -1,0 +1,82 @@
+//! Ways for a connection to lose its process, or to be closed by another task than the one that opened it.
+
+use std::{
+    fs,
+    os::fd::{AsRawFd, OwnedFd},
+    sync::mpsc,
+    thread,
+};
+
+use anyhow::{Result, anyhow, ensure};
+use nix::{
+    libc,
+    sys::{
+        prctl,
+        signal::{self, SigHandler, Signal},
+    },
+    unistd::{ForkResult, fork, gettid, pause, pipe, read, write},
+};
+
+use crate::calls;
+
+/// Dies of a signal, as if of its own fault.
+pub(crate) fn raise(name: Signal) -> Result<()> {
+    // Rust's runtime handles SIGSEGV, and a raised one has no faulting instruction to come back to.
+    // SAFETY: the default action is no handler.
+    unsafe { signal::signal(name, SigHandler::SigDfl) }?;
+    Ok(signal::raise(name)?)
+}
+
+/// Closes the socket on a thread with a name of its own.
+pub(crate) fn close_on_thread(socket: OwnedFd) -> Result<String> {
+    let closer = thread::Builder::new().name("peer-thread".to_owned()).spawn(|| {
+        calls::peer_closes_socket_outer(socket)?;
+        Ok(format!("tid={} name=peer-thread", gettid()))
+    })?;
+    closer.join().map_err(|_| anyhow!("the thread panicked"))?
+}
+
+/// Closes the socket while another thread waits in it for data, and is the one that keeps it until some comes.
+pub(crate) fn close_under_receive(socket: OwnedFd) -> Result<String> {
+    let descriptor = socket.as_raw_fd();
+    let (sender, receiver) = mpsc::channel();
+    thread::Builder::new().name("peer-reader".to_owned()).spawn(move || {
+        sender.send(gettid())?;
+        calls::peer_receives_outer(descriptor, &mut [0; 1000])?;
+        anyhow::Ok(())
+    })?;
+    let reader = receiver.recv()?;
+    let waits_in = format!("/proc/self/task/{reader}/syscall");
+    while !fs::read_to_string(&waits_in)?.starts_with(&format!("{} ", libc::SYS_recvfrom)) {
+        thread::yield_now();
+    }
+    calls::peer_closes_socket_outer(socket)?;
+    Ok(format!("tid={reader} name=peer-reader"))
+}
+
+/// Closes the socket here first and then in a child, whose close is the one that counts. The child lives on
+/// with its parent, so that whoever wants to know about it can look.
+pub(crate) fn close_in_child(socket: OwnedFd) -> Result<String> {
+    let (waiting, told) = pipe()?;
+    let (waiting_for_child, done) = pipe()?;
+    // SAFETY: this process has one thread, so the child may do what it likes.
+    match unsafe { fork() }? {
+        ForkResult::Child => {
+            drop(told);
+            let _ = prctl::set_pdeathsig(Signal::SIGKILL);
+            // The end of the pipe comes when the parent has closed its copies of everything.
+            let closed = read(&waiting, &mut [0]).and_then(|_| calls::peer_closes_socket_outer(socket));
+            let _ = write(&done, &[u8::from(closed.is_ok())]);
+            loop {
+                pause();
+            }
+        }
+        ForkResult::Parent { child } => {
+            drop((socket, told, done));
+            let mut closed = [0];
+            read(&waiting_for_child, &mut closed)?;
+            ensure!(closed == [1], "the child could not close");
+            Ok(format!("child={child}"))
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! Descriptors in several hands: children that inherit them and obey orders of their own, and what is passed
+//! from one process to another.
+
+use std::{
+    fs::File,
+    io::{BufRead, BufReader, Write},
+    net::TcpStream,
+    os::{fd::OwnedFd, unix::net::UnixDatagram},
+    process, thread,
+};
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::{
+    sys::{prctl, signal::Signal},
+    unistd::{ForkResult, fork, getppid, pipe},
+};
+use tcpclose_tests::descriptors;
+
+use crate::{Peer, Words, calls, obey_all, taken};
+
+/// A child, and how it is reached.
+pub(crate) struct Child {
+    pid: i32,
+    orders: File,
+    answers: BufReader<File>,
+    /// Carries descriptors.
+    channel: UnixDatagram,
+}
+
+impl Child {
+    /// Has it obey an order and returns its answer.
+    fn ask(&mut self, order: &str) -> Result<String> {
+        writeln!(self.orders, "{order}")?;
+        let mut answer = String::new();
+        self.answers.read_line(&mut answer)?;
+        let (verdict, facts) = answer.trim_end_matches('\n').split_once(' ').context("a child has died")?;
+        if verdict == "ok" { Ok(facts.to_owned()) } else { Err(anyhow!("{facts}")) }
+    }
+}
+
+impl Peer {
+    /// Obeys an order that has to do with children.
+    pub(crate) fn obey_about_kin(&mut self, verb: &str, mut words: Words) -> Result<String> {
+        match verb {
+            "fork" => return bear(self),
+            "in" => return child_of(&mut self.children, words.next()?)?.ask(&words.rest()),
+            "hand-over" => return hand_over(),
+            "pass" => {
+                let socket = self.taken_socket()?;
+                pass(child_of(&mut self.children, words.next()?)?, socket)?;
+            }
+            "take" => {
+                let socket = take(self.channel.as_ref().context("there is no channel")?)?;
+                return self.keep(socket);
+            }
+            "close-channel" => calls::peer_closes_socket_outer(taken(&mut self.channel)?.into())?,
+            _ => bail!("there is no order {verb}"),
+        }
+        Ok(String::new())
+    }
+}
+
+/// The child of this pid.
+fn child_of(children: &mut [Child], pid: i32) -> Result<&mut Child> {
+    children.iter_mut().find(|child| child.pid == pid).with_context(|| format!("{pid} is no child"))
+}
+
+/// Forks a child that has all descriptors of this process, and obeys what it is told through it.
+fn bear(peer: &mut Peer) -> Result<String> {
+    let (hears, orders) = pipe()?;
+    let (answers, says) = pipe()?;
+    let (channel, far) = UnixDatagram::pair()?;
+    // SAFETY: this process has one thread, so the child may do what it likes.
+    match unsafe { fork() }? {
+        ForkResult::Child => {
+            drop((orders, answers, channel));
+            // Its siblings would never see their orders end while it has the pipes that these come from.
+            peer.children.clear();
+            peer.channel = Some(far);
+            let _ = prctl::set_pdeathsig(Signal::SIGKILL);
+            let ended = obey_all(peer, BufReader::new(File::from(hears)), File::from(says));
+            process::exit(i32::from(ended.is_err()))
+        }
+        ForkResult::Parent { child } => {
+            let (pid, answers) = (child.as_raw(), BufReader::new(answers.into()));
+            peer.children.push(Child { pid, orders: orders.into(), answers, channel });
+            Ok(format!("child={pid}"))
+        }
+    }
+}
+
+/// Exits, and leaves everything to a child that goes on obeying in its place.
+fn hand_over() -> Result<String> {
+    let this = process::id();
+    // SAFETY: this process has one thread, so the child may do what it likes.
+    match unsafe { fork() }? {
+        ForkResult::Child => {
+            while getppid().as_raw().cast_unsigned() == this {
+                thread::yield_now();
+            }
+            Ok(format!("child={}", process::id()))
+        }
+        ForkResult::Parent { .. } => process::exit(0),
+    }
+}
+
+/// Passes a socket to a child and closes it here.
+fn pass(child: &Child, socket: OwnedFd) -> Result<()> {
+    descriptors::send(&child.channel, &socket)?;
+    Ok(calls::peer_closes_socket_outer(socket)?)
+}
+
+/// Takes the socket that was passed.
+fn take(channel: &UnixDatagram) -> Result<TcpStream> {
+    Ok(descriptors::receive(channel)?.context("no descriptor came")?.into())
+}

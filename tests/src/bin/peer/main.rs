@@ -1,0 +1,329 @@
+//! The process at one end of a test's connection: `peer NAME` takes that name and obeys the lines on its
+//! standard input, one answer a line: `ok KEY=VALUE…` with what it did and what it is, or `error ERRNO
+//! KEY=VALUE…`.
+//!
+//! It holds one listener and one connection at most. It may have children, which obey what it is told `in` them.
+//! `peer once ADDRESS PORT CODE` obeys nobody: it connects,
+//! closes and exits.
+
+use std::{
+    env,
+    ffi::CString,
+    io::{self, BufRead, Read, Write},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    os::{
+        fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd},
+        unix::{net::UnixDatagram, process::CommandExt},
+    },
+    process::{self, Command, ExitCode},
+    str::{FromStr, SplitWhitespace},
+};
+
+use anyhow::{Context, Error, Result, anyhow, bail};
+use nix::{
+    errno::Errno,
+    libc::{self, linger},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{
+        prctl,
+        resource::{Resource, setrlimit},
+        socket::{self, Backlog, MsgFlags, Shutdown, SockaddrStorage, setsockopt, sockopt},
+    },
+    unistd::gettid,
+};
+
+mod burst;
+mod calls;
+mod death;
+mod kin;
+mod uring;
+
+/// What the kernel takes for a stream: TCP.
+const DEFAULT_PROTOCOL: libc::c_int = 0;
+
+fn main() -> ExitCode {
+    // A test has peers die of signals; nobody wants their core files.
+    let _ = setrlimit(Resource::RLIMIT_CORE, 0, 0);
+    let mut arguments = env::args().skip(1);
+    let name = arguments.next().unwrap_or_else(|| "peer".to_owned());
+    let result = match name.as_str() {
+        "once" => once(&arguments.collect::<Vec<_>>().join(" ")),
+        _ => play(&name),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("{error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+/// Connects, closes, and has nothing more to do.
+fn once(order: &str) -> Result<ExitCode> {
+    let mut words = Words::of(order);
+    let socket = connection(&mut words, DEFAULT_PROTOCOL)?.1?;
+    calls::peer_closes_socket_outer(socket.into())?;
+    Ok(ExitCode::from(words.next::<u8>()?))
+}
+
+fn play(name: &str) -> Result<ExitCode> {
+    prctl::set_name(&CString::new(name)?)?;
+    let mut peer = Peer {
+        name: name.to_owned(),
+        protocol: DEFAULT_PROTOCOL,
+        listener: None,
+        socket: None,
+        children: Vec::new(),
+        channel: None,
+    };
+    answer(&mut io::stdout(), &Ok(peer.introduction()?))?;
+    obey_all(&mut peer, io::stdin().lock(), io::stdout())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Obeys order after order, until no more come.
+fn obey_all(peer: &mut Peer, orders: impl BufRead, mut answers: impl Write) -> Result<()> {
+    for line in orders.lines() {
+        let done = peer.obey(&line?);
+        answer(&mut answers, &done)?;
+    }
+    Ok(())
+}
+
+/// Says what came of an order.
+fn answer(answers: &mut impl Write, done: &Result<String>) -> Result<()> {
+    match done {
+        Ok(facts) => writeln!(answers, "ok {facts}")?,
+        Err(error) => writeln!(answers, "error {}", format!("{error:#}").replace('\n', " "))?,
+    }
+    Ok(answers.flush()?)
+}
+
+/// The words of an order, each taken as what it has to be.
+struct Words<'a>(SplitWhitespace<'a>);
+
+impl<'a> Words<'a> {
+    fn of(order: &'a str) -> Self {
+        Self(order.split_whitespace())
+    }
+
+    fn next<T: FromStr<Err: Into<Error>>>(&mut self) -> Result<T> {
+        self.0.next().context("the order is too short")?.parse().map_err(Into::into)
+    }
+
+    fn rest(self) -> String {
+        self.0.collect::<Vec<_>>().join(" ")
+    }
+
+    fn address(&mut self) -> Result<SocketAddr> {
+        Ok(SocketAddr::new(self.next::<IpAddr>()?, self.next()?))
+    }
+}
+
+struct Peer {
+    name: String,
+    /// Of the sockets that it makes.
+    protocol: libc::c_int,
+    listener: Option<TcpListener>,
+    socket: Option<TcpStream>,
+    children: Vec<kin::Child>,
+    /// Where its parent passes descriptors to it.
+    channel: Option<UnixDatagram>,
+}
+
+impl Peer {
+    fn introduction(&self) -> Result<String> {
+        Ok(format!(
+            "pid={} tid={} name={} exe={}",
+            process::id(),
+            gettid(),
+            self.name,
+            env::current_exe()?.display()
+        ))
+    }
+
+    fn obey(&mut self, order: &str) -> Result<String> {
+        let mut words = Words::of(order);
+        let verb: String = words.next()?;
+        match verb.as_str() {
+            "listen" => {
+                let address = words.address()?;
+                let socket = new_socket(address, self.protocol)?;
+                socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
+                let listener = TcpListener::from(OwnedFd::from(socket));
+                socket::listen(&listener, Backlog::new(words.next().unwrap_or(4096))?)?;
+                let facts = format!("local={}", listener.local_addr()?);
+                self.listener = Some(listener);
+                return Ok(facts);
+            }
+            "mptcp" => {
+                // For nothing but to see whether the kernel knows it.
+                new_socket((Ipv4Addr::LOCALHOST, 0).into(), libc::IPPROTO_MPTCP)?;
+                self.protocol = libc::IPPROTO_MPTCP;
+            }
+            // A listener may change its mind.
+            "backlog" => socket::listen(self.listener()?, Backlog::new(words.next::<i32>()?)?)?,
+            "defer-accept" => defer_accept(self.listener()?, words.next()?)?,
+            "await-client" => wait_for(self.listener()?, PollFlags::POLLIN)?,
+            "accept" => {
+                let socket = calls::peer_accepts_socket_outer(self.listener()?)?;
+                return self.keep(socket);
+            }
+            "close-listener" => calls::peer_closes_socket_outer(taken(&mut self.listener)?.into())?,
+            "connect" => {
+                let (local, socket) = connection(&mut words, self.protocol)?;
+                return match socket {
+                    Ok(socket) => self.keep(socket),
+                    Err(errno) => Err(anyhow!("{errno:?} local={local}")),
+                };
+            }
+            "begin-connect" => {
+                let address = words.address()?;
+                let socket = new_socket(address, self.protocol)?;
+                socket.set_nonblocking(true)?;
+                if calls::peer_connects_socket_outer(&socket, address) != Err(Errno::EINPROGRESS) {
+                    bail!("connected at once");
+                }
+                let facts = format!("local={}", socket.local_addr()?);
+                self.socket = Some(socket);
+                return Ok(facts);
+            }
+            "cookie" => return Ok(format!("cookie={}", cookie(self.socket()?)?)),
+            "send" => self.socket()?.write_all(&vec![b'x'; words.next()?])?,
+            "receive" => self.socket()?.read_exact(&mut vec![0; words.next()?])?,
+            "await-data" => {
+                let mut buffer = vec![0; words.next()?];
+                let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_WAITALL;
+                let length = socket::recv(self.socket()?.as_raw_fd(), &mut buffer, flags)?;
+                if length < buffer.len() {
+                    bail!("only {length} bytes came");
+                }
+            }
+            "receive-end" => {
+                let length = self.socket()?.read_to_end(&mut Vec::new()).map_err(errno)?;
+                return Ok(format!("bytes={length}"));
+            }
+            "await-error" => {
+                wait_for(self.socket()?, PollFlags::empty())?;
+                let error = socket::getsockopt(self.socket()?, sockopt::SocketError)?;
+                return Ok(format!("errno={:?}", Errno::from_raw(error)));
+            }
+            "close" => calls::peer_closes_socket_outer(self.taken_socket()?)?,
+            "shutdown-write" => calls::peer_shuts_socket_outer(self.socket()?, Shutdown::Write)?,
+            "shutdown-both" => calls::peer_shuts_socket_outer(self.socket()?, Shutdown::Both)?,
+            "disconnect" => calls::peer_disconnects_socket_outer(self.socket()?)?,
+            "dup2-over" => calls::peer_replaces_socket_outer(self.taken_socket()?)?,
+            "close-range" => calls::peer_closes_range_outer(self.taken_socket()?)?,
+            "linger0" => linger_zero(self.socket()?)?,
+            "keepalive" => self.keep_alive(&mut words)?,
+            "user-timeout" => setsockopt(self.socket()?, sockopt::TcpUserTimeout, &words.next()?)?,
+            "thread-close" => return death::close_on_thread(self.taken_socket()?),
+            "close-under-receive" => return death::close_under_receive(self.taken_socket()?),
+            "fork-close" => return death::close_in_child(self.taken_socket()?),
+            "exec" => return Err(Command::new(env::current_exe()?).arg(&self.name).exec().into()),
+            "exit" => process::exit(words.next()?),
+            "raise" => death::raise(words.next()?)?,
+            "burst" => return burst::connect_all(words.address()?, words.next()?),
+            "serve" => return burst::serve(self.listener()?, words.next()?),
+            "ring-close" => {
+                uring::submit(self.socket()?.as_raw_fd(), uring::Operation::Close, words.next()?)?;
+                // The number may be somebody else's by now.
+                let _ = self.taken_socket()?.into_raw_fd();
+            }
+            "ring-shutdown" => {
+                uring::submit(self.socket()?.as_raw_fd(), uring::Operation::Shutdown, words.next()?)?;
+            }
+            _ => return self.obey_about_kin(&verb, words),
+        }
+        Ok(String::new())
+    }
+
+    fn listener(&self) -> Result<&TcpListener> {
+        self.listener.as_ref().context("there is no listener")
+    }
+
+    fn socket(&self) -> Result<&TcpStream> {
+        self.socket.as_ref().context("there is no connection")
+    }
+
+    fn taken_socket(&mut self) -> Result<OwnedFd> {
+        Ok(taken(&mut self.socket)?.into())
+    }
+
+    /// Keeps a connection and says which one it is.
+    fn keep(&mut self, socket: TcpStream) -> Result<String> {
+        let facts = format!("local={} remote={}", socket.local_addr()?, socket.peer_addr()?);
+        self.socket = Some(socket);
+        Ok(facts)
+    }
+
+    /// Probes after so many idle seconds, so many seconds apart, so many of them.
+    fn keep_alive(&self, words: &mut Words) -> Result<()> {
+        let socket = self.socket()?;
+        setsockopt(socket, sockopt::TcpKeepIdle, &words.next()?)?;
+        setsockopt(socket, sockopt::TcpKeepInterval, &words.next()?)?;
+        setsockopt(socket, sockopt::TcpKeepCount, &words.next()?)?;
+        Ok(setsockopt(socket, sockopt::KeepAlive, &true)?)
+    }
+}
+
+fn taken<T>(holder: &mut Option<T>) -> Result<T> {
+    holder.take().context("there is nothing to close")
+}
+
+fn new_socket(address: SocketAddr, protocol: libc::c_int) -> nix::Result<TcpStream> {
+    let family = if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    // SAFETY: the call takes numbers.
+    let socket = unsafe { libc::socket(family, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, protocol) };
+    // SAFETY: the kernel has just made this descriptor and nothing else has it.
+    Errno::result(socket).map(|socket| unsafe { TcpStream::from_raw_fd(socket) })
+}
+
+/// Connects to the address that the order names; its own address is known even if nobody answers there.
+fn connection(words: &mut Words, protocol: libc::c_int) -> Result<(SocketAddr, nix::Result<TcpStream>)> {
+    let address = words.address()?;
+    let socket = new_socket(address, protocol)?;
+    let result = calls::peer_connects_socket_outer(&socket, address);
+    Ok((socket.local_addr()?, result.map(|()| socket)))
+}
+
+pub(crate) fn linger_zero(socket: &TcpStream) -> Result<()> {
+    Ok(setsockopt(socket, sockopt::Linger, &linger { l_onoff: 1, l_linger: 0 })?)
+}
+
+/// Has connections become sockets only when data comes, or when so many seconds are over.
+fn defer_accept(listener: &TcpListener, seconds: libc::c_int) -> Result<()> {
+    let length = libc::socklen_t::try_from(size_of_val(&seconds))?;
+    // SAFETY: the kernel reads as many bytes of the number as it has.
+    let result = unsafe {
+        let value = (&raw const seconds).cast();
+        libc::setsockopt(listener.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, value, length)
+    };
+    Errno::result(result)?;
+    Ok(())
+}
+
+/// Waits until the descriptor has one of these events or an error, which `poll` always reports.
+fn wait_for(descriptor: &impl AsFd, events: PollFlags) -> Result<()> {
+    poll(&mut [PollFd::new(descriptor.as_fd(), events)], PollTimeout::NONE)?;
+    Ok(())
+}
+
+/// The kernel's number for this socket; asking for it is what gives it one.
+fn cookie(socket: &TcpStream) -> Result<u64> {
+    let mut cookie = 0_u64;
+    let mut length = libc::socklen_t::try_from(size_of_val(&cookie))?;
+    // SAFETY: the kernel writes at most `length` bytes, all of them into `cookie`.
+    let result = unsafe {
+        let value = (&raw mut cookie).cast();
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_COOKIE, value, &raw mut length)
+    };
+    Errno::result(result)?;
+    Ok(cookie)
+}
+
+/// The kernel's name for an I/O error, which is what tests compare.
+fn errno(error: io::Error) -> Error {
+    match error.raw_os_error() {
+        Some(number) => anyhow!("{:?}", Errno::from_raw(number)),
+        None => error.into(),
+    }
+}

@@ -1,0 +1,156 @@
+//! Running a scenario: the tool watches while two processes do something, and then every line has to be
+//! accounted for.
+
+use anyhow::{Result, ensure};
+use serde_json::{Value, json};
+
+use crate::{
+    bed::{Bed, Connection, Route, Side, user_stack},
+    expect::{self, but, known, one_of, path},
+    snmp::Counters,
+    tool::{Ended, Launch, Tool},
+};
+
+/// What happens, told as the lines that have to come of it.
+pub type Scenario = fn(&mut Bed) -> Result<Vec<Value>>;
+
+/// Makes tests of scenarios: `scenarios! { run on [loopback_ipv4 veth_ipv6]: first second }` has `run(ROUTE,
+/// first)` called by the test `first::loopback_ipv4`, and so on.
+#[macro_export]
+macro_rules! scenarios {
+    ($run:ident on $routes:tt: $($scenario:ident)*) => {$(
+        mod $scenario {
+            $crate::scenarios!(@each $run $scenario $routes);
+        }
+    )*};
+    (@each $run:ident $scenario:ident [$($route:ident)*]) => {$(
+        #[test]
+        fn $route() -> anyhow::Result<()> {
+            super::$run($crate::scenario::routes::$route(), super::$scenario)
+        }
+    )*};
+}
+
+/// The routes, under the names that tests have.
+pub mod routes {
+    use crate::bed::{Family, Route, Wire};
+
+    macro_rules! routes {
+        ($($name:ident: $wire:ident $family:ident),*) => {$(
+            #[doc = concat!(stringify!($family), " over ", stringify!($wire), ".")]
+            pub fn $name() -> Route {
+                Route { wire: Wire::$wire, family: Family::$family }
+            }
+        )*};
+    }
+    routes! {
+        loopback_ipv4: Loopback Ipv4, loopback_ipv6: Loopback Ipv6, loopback_mapped: Loopback Mapped,
+        veth_ipv4: Veth Ipv4, veth_ipv6: Veth Ipv6, veth_mapped: Veth Mapped
+    }
+}
+
+/// The tool, watching a bed.
+#[derive(Debug)]
+pub struct Trace {
+    /// The tool itself.
+    pub tool: Tool,
+    /// The kernel's counters of each namespace when it began.
+    before: Vec<Counters>,
+}
+
+impl Trace {
+    /// Starts the tool on a bed's namespaces.
+    pub fn start(bed: &Bed, args: &[&str]) -> Result<Self> {
+        let tool = Launch::new()?.trace(bed.namespaces()).args(args).start()?;
+        Ok(Self { tool, before: counters(bed)? })
+    }
+
+    /// Stops the tool when it has said as much as expected, and checks that it said that and nothing else,
+    /// and that the kernel counted as many RSTs sent as the tool did.
+    pub fn verify(self, bed: &Bed, expected: &[Value]) -> Result<()> {
+        let count = expected.len();
+        let ended = self.finish(bed, |lines| lines.len() >= count)?;
+        let mismatches = expect::mismatches(&ended.lines, expected);
+        ensure!(mismatches.is_empty(), "{mismatches}\n{ended}");
+        Ok(())
+    }
+
+    /// Stops the tool when its lines are `enough`, or no more come, and checks the number of RSTs.
+    pub fn finish(self, bed: &Bed, enough: impl Fn(&[Value]) -> bool) -> Result<Ended> {
+        self.tool.wait_until(enough);
+        let ended = self.tool.stop()?;
+        for ((namespace, before), after) in bed.namespaces().zip(&self.before).zip(counters(bed)?) {
+            let counted = after.since(before, "TcpOutRsts")?;
+            let said = ended.lines.iter().filter(|line| {
+                line["event"] == "reset"
+                    && line["direction"] == "sent"
+                    && line["connection"]["netns"] == namespace.inode()
+            });
+            let said = i64::try_from(said.count())?;
+            ensure!(said == counted, "the kernel sent {counted} RSTs, the tool told of {said}\n{ended}");
+        }
+        Ok(ended)
+    }
+}
+
+/// The lines of an established connection that one side's `close()` has reset while nobody did anything at the
+/// other: two closes and the RST, sent and received, with what is said of each side on both of its lines.
+pub fn reset_lines(
+    bed: &Bed,
+    connection: &Connection,
+    by: Side,
+    sender: &Value,
+    receiver: &Value,
+) -> Result<Vec<Value>> {
+    let states = path(&["ESTABLISHED", "CLOSE"]);
+    let stack = user_stack("peer_closes_socket_outer");
+    let acted = json!({
+        "closed_by": "local",
+        "ended": "reset_sent",
+        "trigger": "close",
+        "states": states,
+        "stack": stack,
+    });
+    let sent = json!({"direction": "sent", "stack": stack});
+    let suffered = json!({
+        "closed_by": "peer",
+        "ended": "reset_received",
+        "cause": "peer_reset",
+        "states": states,
+    });
+    let came = json!({"direction": "received", "cause": "peer_reset", "state": "ESTABLISHED", "stack": null});
+    Ok(vec![
+        bed.close_line(connection, by, but(acted, sender.clone()))?,
+        bed.reset_line(connection, by, but(sent, sender.clone()))?,
+        bed.close_line(connection, by.other(), but(suffered, receiver.clone()))?,
+        bed.reset_line(connection, by.other(), but(came, receiver.clone()))?,
+    ])
+}
+
+/// What a close line lacks when a connection attempt came to nothing.
+pub fn never_established() -> Value {
+    let nothing = one_of(&[json!(null), json!(0)]);
+    json!({
+        "connection": {
+            "opened": null,
+            "age_ms": null,
+            "bytes_sent": nothing,
+            "bytes_received": nothing,
+            "retransmits": known(),
+            "rtt_us": null,
+        },
+        "states": path(&["SYN_SENT", "CLOSE"]),
+    })
+}
+
+/// Has a scenario happen under the tool's eyes from its beginning.
+pub fn run(route: Route, scenario: Scenario) -> Result<()> {
+    let mut bed = Bed::new(route)?;
+    let trace = Trace::start(&bed, &[])?;
+    let expected = scenario(&mut bed)?;
+    trace.verify(&bed, &expected)
+}
+
+fn counters(bed: &Bed) -> Result<Vec<Counters>> {
+    bed.namespaces().map(Counters::read).collect()
+}

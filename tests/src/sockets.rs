@@ -1,0 +1,86 @@
+//! The kernel's own list of the TCP sockets in a network namespace: what there is, whatever the tool says.
+
+use std::{
+    fs,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
+
+use anyhow::{Context, Result};
+
+use crate::{netns::Namespace, until};
+
+/// The states, under the numbers that the kernel gives them. An entry in `TIME_WAIT` whose peer has not sent its
+/// FIN yet is shown as `FIN_WAIT2`.
+pub const ESTABLISHED: u8 = 1;
+/// See [`ESTABLISHED`].
+pub const FIN_WAIT2: u8 = 5;
+/// See [`ESTABLISHED`].
+pub const TIME_WAIT: u8 = 6;
+/// See [`ESTABLISHED`].
+pub const LISTEN: u8 = 10;
+
+/// One socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Socket {
+    /// Its own address.
+    pub local: SocketAddr,
+    /// The other end's.
+    pub remote: SocketAddr,
+    /// See [`ESTABLISHED`].
+    pub state: u8,
+}
+
+/// All sockets of a namespace.
+pub fn list(namespace: &Namespace) -> Result<Vec<Socket>> {
+    let read = |file| fs::read_to_string(format!("/proc/thread-self/net/{file}"));
+    let (ipv4, ipv6) = namespace.inside(|| Ok((read("tcp")?, read("tcp6")?)))?;
+    ipv4.lines().skip(1).chain(ipv6.lines().skip(1)).map(parse).collect()
+}
+
+/// Waits until the sockets of a namespace satisfy.
+pub fn wait_until(namespace: &Namespace, what: &str, satisfied: impl Fn(&[Socket]) -> bool) -> Result<()> {
+    until(what, || Ok(satisfied(&list(namespace)?).then_some(())))
+}
+
+/// A line is `number: address:port address:port state …`, all of it in hexadecimal digits.
+fn parse(line: &str) -> Result<Socket> {
+    let mut words = line.split_whitespace().skip(1);
+    let mut next = || words.next().with_context(|| format!("too short: {line}"));
+    Ok(Socket {
+        local: parse_address(next()?)?,
+        remote: parse_address(next()?)?,
+        state: u8::from_str_radix(next()?, 16)?,
+    })
+}
+
+/// Addresses are written as the numbers that groups of four bytes happen to be on this machine.
+fn parse_address(text: &str) -> Result<SocketAddr> {
+    let (address, port) = text.split_once(':').with_context(|| format!("not an address: {text}"))?;
+    let mut bytes = Vec::new();
+    for group in address.as_bytes().chunks(8) {
+        bytes.extend(u32::from_str_radix(str::from_utf8(group)?, 16)?.to_ne_bytes());
+    }
+    let address = match <[u8; 4]>::try_from(bytes.as_slice()) {
+        Ok(octets) => IpAddr::from(Ipv4Addr::from(octets)),
+        Err(_) => Ipv6Addr::from(<[u8; 16]>::try_from(bytes.as_slice())?).into(),
+    };
+    Ok(SocketAddr::new(address.to_canonical(), u16::from_str_radix(port, 16)?))
+}
+
+#[cfg(all(test, target_endian = "little"))]
+mod tests {
+    use super::{LISTEN, parse, parse_address};
+
+    #[test]
+    fn lines_become_sockets() {
+        let ipv4 = parse("   0: 0100007F:0016 0200007F:D431 0A 00000000:00000000 00:00000000").unwrap();
+        assert_eq!(ipv4.local, "127.0.0.1:22".parse().unwrap());
+        assert_eq!(ipv4.remote, "127.0.0.2:54321".parse().unwrap());
+        assert_eq!(ipv4.state, LISTEN);
+        assert!(parse("1: 0100007F:0016 0200007F:D431").is_err());
+        let address = parse_address("770000FD000000000000000001000000:0016").unwrap();
+        assert_eq!(address, "[fd00:77::1]:22".parse().unwrap());
+        let mapped = parse_address("0000000000000000FFFF00000100007F:0016").unwrap();
+        assert_eq!(mapped, "127.0.0.1:22".parse().unwrap());
+    }
+}

@@ -1,0 +1,326 @@
+//! The tool under test: started, waited for, read and stopped.
+
+use std::{
+    env,
+    ffi::{OsStr, OsString},
+    fmt::Write as _,
+    fs,
+    io::{BufRead, BufReader, Read},
+    os::unix::{fs::PermissionsExt, process::CommandExt},
+    path::{Path, PathBuf},
+    process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Output, Stdio},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread::{self, JoinHandle},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::{Gid, Pid, Uid, setgid, setgroups, setuid},
+};
+use serde_json::Value;
+
+use crate::{PATIENCE, contract, expect::shortened, netns::Namespace, unique_name, until};
+
+/// The user and group that own nothing.
+const NOBODY: u32 = 65534;
+
+/// How the tool is to be started.
+#[derive(Debug)]
+pub struct Launch {
+    command: Command,
+    scratch: Scratch,
+    most_lines: usize,
+}
+
+/// The tool, running; killed on drop.
+#[derive(Debug)]
+pub struct Tool {
+    child: Child,
+    lines: Arc<Lines>,
+    stdout: Option<JoinHandle<Result<()>>>,
+    stderr: Option<JoinHandle<String>>,
+    // Removed last, when the tool is gone.
+    _scratch: Scratch,
+}
+
+/// The tool, at its end.
+#[derive(Debug)]
+pub struct Ended {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// Every line it wrote.
+    pub lines: Vec<Value>,
+    /// Everything it said on stderr.
+    pub stderr: String,
+}
+
+impl Launch {
+    /// Not started yet, and with no arguments yet.
+    pub fn new() -> Result<Self> {
+        let program = env::var_os("TCPCLOSE_BIN").context(
+            "TCPCLOSE_BIN does not name the tool's binary: run `cargo xtask test`, which builds and names it",
+        )?;
+        Ok(Self { command: command(program), scratch: Scratch::new()?, most_lines: usize::MAX })
+    }
+
+    /// Adds arguments.
+    #[must_use]
+    pub fn args<I: IntoIterator<Item: Into<OsString>>>(mut self, args: I) -> Self {
+        self.command.args(args.into_iter().map(Into::into));
+        self
+    }
+
+    /// Has it write JSON lines of what happens in these namespaces alone.
+    #[must_use]
+    pub fn trace<'a>(self, namespaces: impl IntoIterator<Item = &'a Namespace>) -> Self {
+        let filters = namespaces.into_iter().flat_map(|one| ["--netns".to_owned(), one.inode().to_string()]);
+        self.args(["-o", "json"]).args(filters)
+    }
+
+    /// Has it run in a namespace.
+    pub fn inside(mut self, namespace: &Namespace) -> Result<Self> {
+        namespace.enter(&mut self.command)?;
+        Ok(self)
+    }
+
+    /// Closes its stdout after so many lines, as `head` does.
+    #[must_use]
+    pub fn head(mut self, lines: usize) -> Self {
+        self.most_lines = lines;
+        self
+    }
+
+    /// Has it run as nobody, with no capability at all.
+    pub fn as_nobody(mut self) -> Result<Self> {
+        // Where it was built may be closed to nobody.
+        let copy = self.scratch.0.join("tcpclose");
+        fs::copy(self.command.get_program(), &copy).context("copying the tool")?;
+        fs::set_permissions(&copy, fs::Permissions::from_mode(0o755))?;
+        let mut command = command(copy);
+        command.args(self.command.get_args());
+        // SAFETY: between fork and exec the closure makes system calls and allocates nothing.
+        unsafe {
+            command.pre_exec(|| {
+                setgroups(&[])?;
+                setgid(Gid::from_raw(NOBODY))?;
+                Ok(setuid(Uid::from_raw(NOBODY))?)
+            })
+        };
+        self.command = command;
+        Ok(self)
+    }
+
+    /// Starts it and waits until it says that every program is attached.
+    pub fn start(self) -> Result<Tool> {
+        let ready = self.scratch.0.join("ready");
+        let mut tool = self.args(["--ready-file".as_ref(), ready.as_os_str()]).spawn()?;
+        let pid = until("the tool is ready", || {
+            if let Some(status) = tool.child.try_wait()? {
+                bail!("it ended before it was ready, with {status}");
+            }
+            // The pid comes after the file: an empty one is not ready.
+            Ok(fs::read_to_string(&ready).ok().filter(|text| !text.trim().is_empty()))
+        });
+        let named = pid.and_then(|text| Ok(text.trim().parse::<u32>()?));
+        let named = match named {
+            Ok(pid) => pid,
+            Err(error) => {
+                tool.child.kill()?;
+                return Err(error.context(format!("starting the tool\n{}", tool.wait()?)));
+            }
+        };
+        ensure!(named == tool.child.id(), "the ready file names pid {named}, not {}", tool.child.id());
+        Ok(tool)
+    }
+
+    /// Starts it and waits for its end.
+    pub fn run(self) -> Result<Ended> {
+        self.spawn()?.wait()
+    }
+
+    /// Runs it to its end where what it prints is no JSON lines.
+    pub fn output(mut self) -> Result<Output> {
+        self.command.output().with_context(|| format!("starting {:?}", self.command))
+    }
+
+    fn spawn(mut self) -> Result<Tool> {
+        let mut child = self.command.spawn().with_context(|| format!("starting {:?}", self.command))?;
+        let stdout = child.stdout.take().context("no stdout")?;
+        let stderr = child.stderr.take().context("no stderr")?;
+        let lines = Arc::new(Lines::default());
+        let sink = Arc::clone(&lines);
+        Ok(Tool {
+            child,
+            lines,
+            stdout: Some(thread::spawn(move || sink.fill(stdout, self.most_lines))),
+            stderr: Some(thread::spawn(move || read_all(stderr))),
+            _scratch: self.scratch,
+        })
+    }
+}
+
+impl Tool {
+    /// Waits until the lines so far satisfy, or until no line has come for as long as anybody waits. Says
+    /// which of the two it was.
+    pub fn wait_until(&self, satisfied: impl Fn(&[Value]) -> bool) -> bool {
+        let mut lines = self.lines.lock();
+        loop {
+            if satisfied(&lines) {
+                return true;
+            }
+            let before = lines.len();
+            let (later, _) =
+                self.lines.more.wait_timeout(lines, PATIENCE).unwrap_or_else(PoisonError::into_inner);
+            lines = later;
+            if lines.len() == before {
+                return false;
+            }
+        }
+    }
+
+    /// Waits for a line like this and returns it.
+    pub fn wait_for(&self, what: &str, like: impl Fn(&Value) -> bool) -> Result<Value> {
+        self.wait_until(|lines| lines.iter().any(&like));
+        let lines = self.lines.lock();
+        let found = lines.iter().find(|line| like(line)).cloned();
+        found.with_context(|| format!("no line came that is {what}; these came:\n{}", listing(&lines)))
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        Ok(kill(Pid::from_raw(self.child.id().try_into()?), signal)?)
+    }
+
+    /// Stops it as a user would, which has to go well, and returns all that it wrote.
+    pub fn stop(self) -> Result<Ended> {
+        self.signal(Signal::SIGINT)?;
+        self.wait()?.successful()
+    }
+
+    /// Waits for its end.
+    pub fn wait(mut self) -> Result<Ended> {
+        let status = until("the tool has ended", || Ok(self.child.try_wait()?));
+        if status.is_err() {
+            // Its output ends with it, and says what kept it.
+            self.child.kill()?;
+        }
+        let read = self.stdout.take().map_or(Ok(Ok(())), JoinHandle::join);
+        let stderr = self.stderr.take().map_or(Ok(String::new()), JoinHandle::join);
+        let stderr = stderr.unwrap_or_else(|_| "its stderr could not be read".to_owned());
+        let lines = self.lines.lock().clone();
+        let told = || format!("lines:\n{}\nstderr:\n{stderr}", listing(&lines));
+        read.unwrap_or_else(|_| bail!("the reader panicked")).with_context(told)?;
+        Ok(Ended { status: status.with_context(told)?, lines, stderr })
+    }
+}
+
+impl Drop for Tool {
+    fn drop(&mut self) {
+        // It may have ended already, which is what is wanted.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Ended {
+    /// Checks that it exited with a status.
+    pub fn with_code(self, code: i32) -> Result<Self> {
+        ensure!(self.status.code() == Some(code), "expected exit status {code}\n{self}");
+        Ok(self)
+    }
+
+    /// Checks that it exited with 0, that its lines are as the contract says, and that it closed with a
+    /// summary.
+    pub fn successful(self) -> Result<Self> {
+        let ended = self.with_code(0)?;
+        ensure!(!ended.stderr.trim().is_empty(), "there is no summary on stderr\n{ended}");
+        ended.keeping_the_contract()
+    }
+
+    /// Checks that its lines are as the contract says.
+    pub fn keeping_the_contract(self) -> Result<Self> {
+        let broken = contract::violations(&self.lines);
+        ensure!(broken.is_empty(), "the contract is broken:\n{}\n{self}", broken.join("\n"));
+        Ok(self)
+    }
+}
+
+impl std::fmt::Display for Ended {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { status, lines, stderr } = self;
+        write!(f, "the tool ended with {status}\nlines:\n{}\nstderr:\n{stderr}", listing(lines))
+    }
+}
+
+/// The lines so far, and a bell that rings at each.
+#[derive(Debug, Default)]
+struct Lines {
+    read: Mutex<Vec<Value>>,
+    more: Condvar,
+}
+
+impl Lines {
+    fn lock(&self) -> MutexGuard<'_, Vec<Value>> {
+        self.read.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads so many lines and then drops the pipe.
+    fn fill(&self, stdout: ChildStdout, most: usize) -> Result<()> {
+        for line in BufReader::new(stdout).lines().take(most) {
+            let line = line?;
+            let value = serde_json::from_str(&line).with_context(|| format!("not a line of JSON: {line}"))?;
+            self.lock().push(value);
+            self.more.notify_all();
+        }
+        Ok(())
+    }
+}
+
+/// A program with its output to be read.
+fn command(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new(program);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+fn read_all(mut stderr: ChildStderr) -> String {
+    let mut bytes = Vec::new();
+    let _ = stderr.read_to_end(&mut bytes);
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// Lines for a reader of a failed test; of very many, the first.
+pub(crate) fn listing(lines: &[Value]) -> String {
+    const ENOUGH: usize = 40;
+    let mut text = String::new();
+    for line in lines.iter().take(ENOUGH) {
+        let _ = writeln!(text, "  {}", shortened(line));
+    }
+    if lines.len() > ENOUGH {
+        let _ = writeln!(text, "  … and {} more", lines.len() - ENOUGH);
+    }
+    text
+}
+
+/// A folder of its own, open to all, removed on drop.
+#[derive(Debug)]
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Result<Self> {
+        let path = env::temp_dir().join(unique_name());
+        fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let path: &Path = &self.0;
+        if let Err(error) = fs::remove_dir_all(path) {
+            eprintln!("removing {}: {error}", path.display());
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! The command: how it ends, what it traces, what it leaves out, and what it says when it cannot.
+
+use std::ffi::OsString;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use serde_json::json;
+use tcpclose_tests::{
+    bed::{Bed, Connection, Side, endpoint},
+    contract,
+    expect::{known, mismatches},
+    peer,
+    scenario::routes,
+    tool::{Ended, Launch},
+};
+
+/// One connection comes and goes.
+fn one_connection(bed: &mut Bed) -> Result<Connection> {
+    let connection = bed.established()?;
+    bed.peer(Side::Client).ask("close")?;
+    bed.peer(Side::Server).ask("receive-end")?;
+    bed.peer(Side::Server).ask("close")?;
+    Ok(connection)
+}
+
+#[test]
+fn signals_end_it_with_what_it_read_and_a_summary() -> Result<()> {
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        let mut bed = Bed::new(routes::loopback_ipv4())?;
+        let tool = Launch::new()?.trace(bed.namespaces()).start()?;
+        one_connection(&mut bed)?;
+        // At once: what the kernel has handed over already has to be written all the same.
+        tool.signal(signal)?;
+        let ended = tool.wait()?.successful()?;
+        ensure!(ended.lines.len() == 2, "{signal}: 2 lines were expected\n{ended}");
+    }
+    Ok(())
+}
+
+#[test]
+fn closed_stdout_ends_it() -> Result<()> {
+    let mut bed = Bed::new(routes::loopback_ipv4())?;
+    let tool = Launch::new()?.trace(bed.namespaces()).head(1).start()?;
+    one_connection(&mut bed)?;
+    tool.wait()?.successful()?;
+    Ok(())
+}
+
+#[test]
+fn count_ends_it() -> Result<()> {
+    let mut bed = Bed::new(routes::loopback_ipv4())?;
+    let tool = Launch::new()?.trace(bed.namespaces()).args(["--count", "3"]).start()?;
+    one_connection(&mut bed)?;
+    one_connection(&mut bed)?;
+    let ended = tool.wait()?.successful()?;
+    ensure!(ended.lines.len() == 3, "3 lines were expected\n{ended}");
+    Ok(())
+}
+
+#[test]
+fn duration_ends_it() -> Result<()> {
+    let bed = Bed::new(routes::loopback_ipv4())?;
+    let ended =
+        Launch::new()?.trace(bed.namespaces()).args(["--duration", "100ms"]).start()?.wait()?.successful()?;
+    ensure!(ended.lines.is_empty(), "nothing happened\n{ended}");
+    Ok(())
+}
+
+#[test]
+fn wrong_usage_exits_with_2() -> Result<()> {
+    for args in [
+        ["--no-such-option", "1"],
+        ["--stack", "all"],
+        ["--cause", "bad_luck"],
+        ["--duration", "soon"],
+        ["--address", "10.0.0.0/33"],
+    ] {
+        let ended = Launch::new()?.args(args).run()?.with_code(2)?;
+        ensure!(ended.stderr.contains(args[0]), "stderr does not name {}\n{ended}", args[0]);
+        ensure!(ended.lines.is_empty(), "there is something on stdout\n{ended}");
+    }
+    Ok(())
+}
+
+#[test]
+fn without_privilege_it_names_what_is_missing() -> Result<()> {
+    let ended = Launch::new()?.as_nobody()?.run()?.with_code(1)?;
+    let said = ended.stderr.to_lowercase();
+    for capability in ["cap_bpf", "cap_perfmon"] {
+        ensure!(said.contains(capability), "stderr does not name {capability}\n{ended}");
+    }
+    Ok(())
+}
+
+/// The arguments that have the tool run a command.
+fn command<I: IntoIterator<Item: Into<OsString>>>(words: I) -> Vec<OsString> {
+    [OsString::from("--")].into_iter().chain(words.into_iter().map(Into::into)).collect()
+}
+
+/// The tool runs a command in a bed's namespace; the server there is none of the command's.
+fn run_command(bed: &Bed, args: Vec<OsString>) -> Result<Ended> {
+    Launch::new()?
+        .inside(bed.namespace(Side::Client))?
+        .args(["-o", "json"])
+        .args(args)
+        .run()?
+        .keeping_the_contract()
+}
+
+/// It connects at once and exits, so the tool has to have been there before it; its program is known although
+/// it is gone.
+#[test]
+fn command_is_traced_alone_and_passes_its_status() -> Result<()> {
+    let mut bed = Bed::new(routes::loopback_ipv4())?;
+    let address = bed.listen()?;
+    let program = peer::program()?;
+    let words = ["once".to_owned(), address.ip().to_string(), address.port().to_string(), "7".to_owned()];
+    bed.peer(Side::Server).tell("serve 1")?;
+    let ended =
+        run_command(&bed, command([program].into_iter().chain(words.map(OsString::from))))?.with_code(7)?;
+    bed.peer(Side::Server).finish("serve 1")?;
+    let expected = json!({
+        "event": "close",
+        "closed_by": "local",
+        "trigger": "close",
+        "process": {"exe": bed.peer(Side::Server).exe()?, "pid": known()},
+        "connection": {"remote": endpoint(address), "role": "client"},
+        "opener": {"process": {"exe": bed.peer(Side::Server).exe()?}},
+    });
+    let mismatches = mismatches(&ended.lines, &[expected]);
+    ensure!(mismatches.is_empty(), "{mismatches}\n{ended}");
+    Ok(())
+}
+
+#[test]
+fn children_of_command_are_traced() -> Result<()> {
+    let mut bed = Bed::new(routes::loopback_ipv4())?;
+    let address = bed.listen()?;
+    let program = peer::program()?.into_string().ok().context("the peer's path is not text")?;
+    let once = format!("'{program}' once {} {} 0", address.ip(), address.port());
+    bed.peer(Side::Server).tell("serve 2")?;
+    let ended =
+        run_command(&bed, command(["sh", "-c", &format!("{once} & {once}; wait; exit 3")]))?.with_code(3)?;
+    bed.peer(Side::Server).finish("serve 2")?;
+    let expected = json!({"event": "close", "connection": {"remote": endpoint(address)}});
+    let mismatches = mismatches(&ended.lines, &[expected.clone(), expected]);
+    ensure!(mismatches.is_empty(), "{mismatches}\n{ended}");
+    Ok(())
+}
+
+#[test]
+fn a_command_that_cannot_be_started_is_told() -> Result<()> {
+    let bed = Bed::new(routes::loopback_ipv4())?;
+    let ended = run_command(&bed, command(["/no/such/program"]))?;
+    ensure!(ended.status.code().is_some_and(|code| code != 0), "it cannot have gone well\n{ended}");
+    ensure!(ended.stderr.contains("/no/such/program"), "stderr does not name the program\n{ended}");
+    Ok(())
+}
+
+/// What prints and ends.
+#[test]
+fn other_commands_answer() -> Result<()> {
+    let explain = contract::causes().iter().map(|cause| vec!["explain", cause]);
+    for args in explain.chain([vec!["schema"], vec!["--help"], vec!["--version"]]) {
+        let output = Launch::new()?.args(&args).output()?;
+        ensure!(output.status.success() && !output.stdout.is_empty(), "{}: {output:?}", args.join(" "));
+    }
+    Ok(())
+}
+
+/// The names in the schema are those of the contract.
+#[test]
+fn schema_is_json_and_names_every_cause() -> Result<()> {
+    let output = Launch::new()?.args(["schema"]).output()?;
+    let schema: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    let text = schema.to_string();
+    for cause in contract::causes() {
+        ensure!(text.contains(&format!("\"{cause}\"")), "the schema does not know {cause}");
+    }
+    Ok(())
+}

@@ -1,0 +1,454 @@
+//! How connections end, from both ends of each: every scenario says which lines must come of it, and no other
+//! may.
+
+use anyhow::{Result, ensure};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use tcpclose_tests::{
+    bed::{Bed, Connection, Route, Side, reason, user_stack},
+    expect::{but, known, one_of, path},
+    netns,
+    peer::Peer,
+    scenario::{Trace, run},
+    scenarios,
+};
+
+scenarios! {
+    run on [loopback_ipv4 loopback_ipv6 loopback_mapped veth_ipv4 veth_ipv6]:
+    client_closes_first
+    server_closes_first
+    client_closes_with_unread_data
+}
+
+scenarios! {
+    run on [loopback_ipv4 loopback_ipv6 veth_ipv4 veth_ipv6]:
+    client_shuts_down_writing
+    client_shuts_down_both_ways
+    client_exits
+    client_is_killed
+    client_faults
+    client_aborts
+    client_replaces_descriptor
+    client_closes_range
+    client_becomes_another_program
+    client_closes_on_thread
+    child_of_server_closes
+    server_closes_with_unread_data
+    client_lingers_not
+    server_lingers_not
+    client_disconnects
+    data_comes_after_shutdown
+    nobody_listens
+    listener_closes_before_accepting
+    somebody_destroys_it
+}
+
+scenarios! {
+    run_older on [loopback_ipv4 veth_ipv6]:
+    older_connection_closes
+    older_connection_is_reset
+}
+
+/// A connection made before the tool was started.
+fn run_older(route: Route, scenario: fn(&mut Bed, &Connection) -> Result<Vec<Value>>) -> Result<()> {
+    let mut bed = Bed::new(route)?;
+    let connection = bed.established()?;
+    let trace = Trace::start(&bed, &[])?;
+    let expected = scenario(&mut bed, &connection)?;
+    trace.verify(&bed, &expected)
+}
+
+/// One side ends a fresh connection in order by doing `act`; the other reads to the end and closes.
+fn in_order(
+    bed: &mut Bed,
+    first: Side,
+    act: impl FnOnce(&mut Peer) -> Result<Value>,
+    this: Value,
+) -> Result<Vec<Value>> {
+    let connection = bed.established()?;
+    let more = act(bed.peer(first))?;
+    orderly_lines(bed, &connection, first, but(this, more))
+}
+
+/// Has the other side read to the end and close after the first has acted, and says what must come of it.
+fn orderly_lines(bed: &mut Bed, connection: &Connection, first: Side, this: Value) -> Result<Vec<Value>> {
+    let second = first.other();
+    bed.peer(second).ask("receive-end")?;
+    bed.peer(second).ask("close")?;
+    let acted = json!({
+        "closed_by": "local",
+        "ended": "fin",
+        "states": path(&["ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "CLOSE"]),
+    });
+    let followed = json!({
+        "closed_by": "peer",
+        "ended": "fin",
+        "trigger": "close",
+        "close_wait_ms": known(),
+        "states": path(&["ESTABLISHED", "CLOSE_WAIT", "LAST_ACK", "CLOSE"]),
+        "stack": user_stack("peer_closes_socket_outer"),
+    });
+    Ok(vec![
+        bed.close_line(connection, first, but(acted, this))?,
+        bed.close_line(connection, second, followed)?,
+    ])
+}
+
+/// The lines of a connection that a side has reset: two closes and the RST, sent and received.
+fn reset_lines(
+    bed: &Bed,
+    connection: &Connection,
+    by: Side,
+    close: Value,
+    reset: Value,
+) -> Result<Vec<Value>> {
+    let acted = json!({
+        "closed_by": "local",
+        "ended": "reset_sent",
+        "states": path(&["ESTABLISHED", "CLOSE"]),
+    });
+    let sent = json!({"direction": "sent", "cause": close["cause"]});
+    let suffered = json!({
+        "closed_by": "peer",
+        "ended": "reset_received",
+        "cause": "peer_reset",
+        "states": path(&["ESTABLISHED", "CLOSE"]),
+    });
+    let received = json!({
+        "direction": "received",
+        "cause": "peer_reset",
+        "state": "ESTABLISHED",
+        "stack": null,
+    });
+    Ok(vec![
+        bed.close_line(connection, by, but(acted, close))?,
+        bed.reset_line(connection, by, but(sent, reset))?,
+        bed.close_line(connection, by.other(), suffered)?,
+        bed.reset_line(connection, by.other(), received)?,
+    ])
+}
+
+/// What a side does with its socket by one order, and nothing more to tell.
+fn order(order: &str) -> impl FnOnce(&mut Peer) -> Result<Value> {
+    move |peer| peer.ask(order).map(|_| json!({}))
+}
+
+/// A trigger, and the function of the peer that it happened in.
+fn in_function(trigger: &str, function: &str) -> Value {
+    json!({"trigger": trigger, "stack": user_stack(function)})
+}
+
+fn client_closes_first(bed: &mut Bed) -> Result<Vec<Value>> {
+    in_order(bed, Side::Client, order("close"), in_function("close", "peer_closes_socket_outer"))
+}
+
+fn server_closes_first(bed: &mut Bed) -> Result<Vec<Value>> {
+    in_order(bed, Side::Server, order("close"), in_function("close", "peer_closes_socket_outer"))
+}
+
+fn client_shuts_down_writing(bed: &mut Bed) -> Result<Vec<Value>> {
+    shut_down(bed, "shutdown-write")
+}
+
+fn client_shuts_down_both_ways(bed: &mut Bed) -> Result<Vec<Value>> {
+    shut_down(bed, "shutdown-both")
+}
+
+/// The descriptor outlives the connection, and closing it is nothing new.
+fn shut_down(bed: &mut Bed, how: &str) -> Result<Vec<Value>> {
+    let this = in_function("shutdown", "peer_shuts_socket_outer");
+    let lines = in_order(bed, Side::Client, order(how), this)?;
+    bed.peer(Side::Client).ask("receive-end")?;
+    bed.peer(Side::Client).ask("close")?;
+    Ok(lines)
+}
+
+fn client_exits(bed: &mut Bed) -> Result<Vec<Value>> {
+    die(bed, json!({"trigger": "exit"}), |peer| {
+        let status = peer.end_by("exit 3")?;
+        ensure!(status.code() == Some(3), "the client ended with {status}");
+        Ok(())
+    })
+}
+
+fn client_is_killed(bed: &mut Bed) -> Result<Vec<Value>> {
+    die_of(bed, Signal::SIGKILL, |peer| peer.kill(Signal::SIGKILL))
+}
+
+fn client_faults(bed: &mut Bed) -> Result<Vec<Value>> {
+    die_of(bed, Signal::SIGSEGV, |peer| peer.end_by("raise SIGSEGV").map(drop))
+}
+
+fn client_aborts(bed: &mut Bed) -> Result<Vec<Value>> {
+    die_of(bed, Signal::SIGABRT, |peer| peer.end_by("raise SIGABRT").map(drop))
+}
+
+fn die_of(bed: &mut Bed, signal: Signal, act: fn(&mut Peer) -> Result<()>) -> Result<Vec<Value>> {
+    die(bed, json!({"trigger": "signal", "signal": signal.as_str()}), act)
+}
+
+/// The process has no memory any more when its socket is closed, so there is no stack to take; and what its
+/// `/proc` said, its program and the names of its functions, is known if somebody has read it in time.
+fn die(bed: &mut Bed, this: Value, act: impl FnOnce(&mut Peer) -> Result<()>) -> Result<Vec<Value>> {
+    let program = json!({"exe": one_of(&[json!(null), json!(bed.peer(Side::Client).exe()?)])});
+    let gone = json!({
+        "process": program,
+        "opener": {"process": program, "stack": known()},
+        "stack": one_of(&[json!(null), json!({"user": null, "kernel": null})]),
+    });
+    in_order(bed, Side::Client, |peer| act(peer).map(|()| json!({})), but(gone, this))
+}
+
+fn client_replaces_descriptor(bed: &mut Bed) -> Result<Vec<Value>> {
+    in_order(bed, Side::Client, order("dup2-over"), in_function("dup", "peer_replaces_socket_outer"))
+}
+
+fn client_closes_range(bed: &mut Bed) -> Result<Vec<Value>> {
+    in_order(bed, Side::Client, order("close-range"), in_function("close_range", "peer_closes_range_outer"))
+}
+
+/// The kernel closes the socket when the process has the name of the new program already, and a stack that is
+/// not worth looking at.
+fn client_becomes_another_program(bed: &mut Bed) -> Result<Vec<Value>> {
+    let name = bed.peer(Side::Client).name()?;
+    let this = json!({
+        "trigger": "exec",
+        "process": {"comm": one_of(&[json!(name), json!("peer")])},
+        "stack": one_of(&[json!(null), known()]),
+    });
+    in_order(bed, Side::Client, order("exec"), this)
+}
+
+fn client_closes_on_thread(bed: &mut Bed) -> Result<Vec<Value>> {
+    let close = |peer: &mut Peer| {
+        let facts = peer.ask("thread-close")?;
+        Ok(json!({"process": {"tid": facts.get::<u32>("tid")?, "comm": facts.get::<String>("name")?}}))
+    };
+    in_order(bed, Side::Client, close, in_function("close", "peer_closes_socket_outer"))
+}
+
+/// The server's own close of the connection is none: its child still has it.
+fn child_of_server_closes(bed: &mut Bed) -> Result<Vec<Value>> {
+    let close = |peer: &mut Peer| {
+        let child: u32 = peer.ask("fork-close")?.get("child")?;
+        Ok(json!({"process": {"pid": child, "tid": child}}))
+    };
+    in_order(bed, Side::Server, close, in_function("close", "peer_closes_socket_outer"))
+}
+
+fn client_closes_with_unread_data(bed: &mut Bed) -> Result<Vec<Value>> {
+    close_with_unread_data(bed, Side::Client)
+}
+
+fn server_closes_with_unread_data(bed: &mut Bed) -> Result<Vec<Value>> {
+    close_with_unread_data(bed, Side::Server)
+}
+
+/// Nobody acts at the other end; whose socket it is has to be known all the same. Its late close is nothing
+/// new.
+fn close_with_unread_data(bed: &mut Bed, side: Side) -> Result<Vec<Value>> {
+    let mut connection = bed.established()?;
+    bed.send(&mut connection, side.other(), 200)?;
+    bed.peer(side).ask("await-data 200")?;
+    bed.peer(side).ask("close")?;
+    let close = but(in_function("close", "peer_closes_socket_outer"), json!({"cause": "unread_data"}));
+    let reset = json!({
+        "reason": reason(json!("TCP_ABORT_ON_CLOSE"))?,
+        "stack": user_stack("peer_closes_socket_outer"),
+    });
+    let lines = reset_lines(bed, &connection, side, close, reset)?;
+    bed.peer(side.other()).ask("await-error")?;
+    bed.peer(side.other()).ask("close")?;
+    Ok(lines)
+}
+
+fn client_lingers_not(bed: &mut Bed) -> Result<Vec<Value>> {
+    let connection = bed.established()?;
+    abort(bed, &connection, Side::Client)
+}
+
+fn server_lingers_not(bed: &mut Bed) -> Result<Vec<Value>> {
+    let connection = bed.established()?;
+    abort(bed, &connection, Side::Server)
+}
+
+fn abort(bed: &mut Bed, connection: &Connection, side: Side) -> Result<Vec<Value>> {
+    bed.peer(side).ask("linger0")?;
+    bed.peer(side).ask("close")?;
+    let close = but(in_function("close", "peer_closes_socket_outer"), json!({"cause": "linger_zero"}));
+    let reset = json!({"reason": reason(known())?, "stack": user_stack("peer_closes_socket_outer")});
+    reset_lines(bed, connection, side, close, reset)
+}
+
+/// `connect()` is none of the triggers, though it is this process that acted.
+fn client_disconnects(bed: &mut Bed) -> Result<Vec<Value>> {
+    let connection = bed.established()?;
+    bed.peer(Side::Client).ask("disconnect")?;
+    bed.peer(Side::Client).ask("close")?;
+    let stack = user_stack("peer_disconnects_socket_outer");
+    let close = json!({"cause": "disconnect", "process": {"attribution": "syscall"}, "stack": stack});
+    reset_lines(bed, &connection, Side::Client, close, json!({"reason": reason(known())?, "stack": stack}))
+}
+
+/// The client's host answers data with a RST when the client will not read any more. Its own receive
+/// tracepoint fires for that as well, but there is only one RST.
+fn data_comes_after_shutdown(bed: &mut Bed) -> Result<Vec<Value>> {
+    let mut connection = bed.established()?;
+    bed.peer(Side::Client).ask("shutdown-both")?;
+    bed.peer(Side::Server).ask("receive-end")?;
+    let before = connection.clone();
+    bed.send(&mut connection, Side::Server, 50)?;
+    bed.peer(Side::Server).ask("await-error")?;
+    let acted = but(
+        in_function("shutdown", "peer_shuts_socket_outer"),
+        json!({
+            "closed_by": "local",
+            "ended": "reset_sent",
+            "cause": "data_after_close",
+            "states": path(&["ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "CLOSE"]),
+        }),
+    );
+    let suffered = json!({
+        "closed_by": "peer",
+        "ended": "reset_received",
+        "cause": "peer_reset",
+        "close_wait_ms": known(),
+        "states": path(&["ESTABLISHED", "CLOSE_WAIT", "CLOSE"]),
+        // When the FIN came, the server's data had not been sent yet.
+        "last_data": one_of(&[json!(null), known()]),
+    });
+    Ok(vec![
+        // What came too late was not received.
+        bed.close_line(&before, Side::Client, acted)?,
+        bed.reset_line(
+            &before,
+            Side::Client,
+            json!({
+                "direction": "sent",
+                "cause": "data_after_close",
+                "reason": reason(json!("TCP_ABORT_ON_DATA"))?,
+                "last_data": one_of(&[json!(null), known()]),
+            }),
+        )?,
+        bed.close_line(&connection, Side::Server, suffered)?,
+        bed.reset_line(
+            &connection,
+            Side::Server,
+            json!({
+                "direction": "received",
+                "cause": "peer_reset",
+                "state": "CLOSE_WAIT",
+                "stack": null,
+            }),
+        )?,
+    ])
+}
+
+/// The RST that refuses has no socket, hence no process; the one who is refused has both.
+fn nobody_listens(bed: &mut Bed) -> Result<Vec<Value>> {
+    const PORT: u16 = 7;
+    let attempt = bed.connect_in_vain(bed.route().address(Side::Server), PORT, "ECONNREFUSED")?;
+    let refused = json!({
+        "closed_by": "peer",
+        "ended": "reset_received",
+        "cause": "refused",
+        "process": {"attribution": one_of(&[json!("connect"), json!("syscall")])},
+        "connection": {
+            "opened": null,
+            "age_ms": null,
+            "bytes_sent": one_of(&[json!(null), json!(0)]),
+            "bytes_received": one_of(&[json!(null), json!(0)]),
+            "rtt_us": null,
+        },
+        "states": path(&["SYN_SENT", "CLOSE"]),
+    });
+    let received = json!({
+        "direction": "received",
+        "cause": "refused",
+        "state": "SYN_SENT",
+        "connection": {"opened": null},
+    });
+    let sent = json!({
+        "direction": "sent",
+        "cause": "no_listener",
+        "reason": reason(json!("NO_SOCKET"))?,
+        "state": null,
+        "process": null,
+        "opener": null,
+        "stack": null,
+        "connection": {"role": null, "opened": null, "bytes_sent": null, "cookie": null},
+    });
+    Ok(vec![
+        bed.close_line(&attempt, Side::Client, refused)?,
+        bed.reset_line(&attempt, Side::Client, received)?,
+        bed.reset_line(&attempt, Side::Server, sent)?,
+    ])
+}
+
+/// Nobody ever had a descriptor of the server's end.
+fn listener_closes_before_accepting(bed: &mut Bed) -> Result<Vec<Value>> {
+    let connection = bed.connect()?;
+    bed.peer(Side::Server).ask("await-client")?;
+    bed.peer(Side::Server).ask("close-listener")?;
+    let close = but(
+        in_function("close", "peer_closes_socket_outer"),
+        json!({
+            "cause": "listener_closed",
+            "process": {"attribution": one_of(&[json!("syscall"), json!("listener")])},
+            "opener": null,
+        }),
+    );
+    let reset = json!({
+        "reason": reason(known())?,
+        "stack": user_stack("peer_closes_socket_outer"),
+        "opener": null,
+    });
+    reset_lines(bed, &connection, Side::Server, close, reset)
+}
+
+/// `ss` acts on the socket, but it is the client's.
+fn somebody_destroys_it(bed: &mut Bed) -> Result<Vec<Value>> {
+    let connection = bed.established()?;
+    let port = connection.address(Side::Client).port().to_string();
+    let mut ss = std::process::Command::new("ss");
+    ss.args(["--kill", "--tcp", "--numeric", "sport", "=", &port]);
+    bed.namespace(Side::Client).enter(&mut ss)?;
+    netns::run(&mut ss)?;
+    bed.peer(Side::Client).ask("await-error")?;
+    let close = json!({
+        "closed_by": "admin",
+        "ended": one_of(&[json!("destroyed"), json!("reset_sent")]),
+        "cause": "destroyed",
+        "stack": one_of(&[json!(null), known()]),
+    });
+    reset_lines(bed, &connection, Side::Client, close, json!({"reason": reason(known())?}))
+}
+
+fn older_connection_closes(bed: &mut Bed, connection: &Connection) -> Result<Vec<Value>> {
+    bed.peer(Side::Client).ask("close")?;
+    let this = in_function("close", "peer_closes_socket_outer");
+    Ok(unseen(orderly_lines(bed, connection, Side::Client, this)?))
+}
+
+/// The server sits idle and does nothing; only `/proc` says that the socket is its own.
+fn older_connection_is_reset(bed: &mut Bed, connection: &Connection) -> Result<Vec<Value>> {
+    let mut lines = unseen(abort(bed, connection, Side::Client)?);
+    for line in &mut lines[2..] {
+        line["process"]["attribution"] = json!("procfs");
+    }
+    Ok(lines)
+}
+
+/// The lines of a connection that nobody saw open. Which end it is may be told from its port, or not.
+fn unseen(lines: Vec<Value>) -> Vec<Value> {
+    let anything = one_of(&[json!(null), known()]);
+    let unseen = json!({
+        "connection": {"opened": null, "age_ms": anything, "role": anything, "rtt_us": anything},
+        "opener": null,
+    });
+    let mut lines: Vec<Value> = lines.into_iter().map(|line| but(line, unseen.clone())).collect();
+    for line in lines.iter_mut().filter(|line| line["event"] == "close") {
+        line["states"] = path(&["CLOSE"]);
+    }
+    lines
+}

@@ -1,0 +1,76 @@
+//! Many connections at once: none lost, none said twice, and as many RSTs as the kernel counted.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Result, ensure};
+use serde_json::{Value, json};
+use tcpclose_tests::{
+    bed::{Bed, Side},
+    expect::{differences, known, one_of},
+    scenario::{Trace, routes},
+    tool::Ended,
+};
+
+/// Half of them end by FIN, half by RST.
+const CONNECTIONS: usize = 2000;
+
+#[test]
+fn every_connection_is_told_once() -> Result<()> {
+    let mut bed = Bed::new(routes::loopback_ipv4())?;
+    let trace = Trace::start(&bed, &[])?;
+    let server = bed.listen()?;
+    let serve = format!("serve {CONNECTIONS}");
+    bed.peer(Side::Server).tell(&serve)?;
+    let sent =
+        bed.peer(Side::Client).ask(&format!("burst {} {} {CONNECTIONS}", server.ip(), server.port()))?;
+    bed.peer(Side::Server).finish(&serve)?;
+
+    let ended = trace.finish(&bed, |lines| lines.len() >= 2 * CONNECTIONS + 2 * (CONNECTIONS / 2))?;
+    let lost = ended.lines.iter().filter(|line| line["event"] == "lost").count();
+    ensure!(lost == 0, "{lost} times something was lost\n{ended}");
+
+    // A port that was closed with a RST is free again at once, so it may have been used twice.
+    let mut used = BTreeMap::<u64, usize>::new();
+    for port in sent.get::<String>("ports")?.split(',') {
+        *used.entry(port.parse()?).or_default() += 1;
+    }
+    for side in [Side::Client, Side::Server] {
+        let end = if side == Side::Client { "local" } else { "remote" };
+        let closed: Vec<&Value> = lines_of(&ended, side).filter(|line| line["event"] == "close").collect();
+        let mut told = BTreeMap::<u64, usize>::new();
+        for line in &closed {
+            *told.entry(line["connection"][end]["port"].as_u64().unwrap_or(0)).or_default() += 1;
+        }
+        let wrong: Vec<_> = used.iter().filter(|(port, times)| told.get(port) != Some(times)).collect();
+        ensure!(
+            wrong.is_empty() && told.len() == used.len(),
+            "{} closes of the {side}'s end were told, a wrong number for the ports {wrong:?}\n{ended}",
+            closed.len()
+        );
+        let resets = closed.iter().filter(|line| !line["cause"].is_null()).count();
+        ensure!(resets == CONNECTIONS / 2, "{resets} of the {side}'s ends were not closed in order\n{ended}");
+
+        let pid = json!({"pid": bed.peer(side).pid()});
+        for line in closed {
+            // Nobody holds a connection that was reset before it was accepted. Whoever is named has to be the
+            // right one.
+            let unaccepted = side == Side::Server && line["ended"] == "reset_received";
+            let process = if unaccepted { one_of(&[json!(null), pid.clone()]) } else { pid.clone() };
+            let found =
+                differences(line, &json!({"process": process, "closed_by": known(), "ended": known()}));
+            ensure!(found.is_empty(), "a line of the {side}'s is wrong: {}\n{line}", found.join(" and "));
+        }
+    }
+    // An acknowledgement that crosses a RST finds no socket any more and is answered with a RST too. It is
+    // told and counted like any other, but is not the client's doing.
+    for (direction, side) in [("sent", Side::Client), ("received", Side::Server)] {
+        let count = lines_of(&ended, side).filter(|line| line["direction"] == direction).count();
+        ensure!(count == CONNECTIONS / 2, "the {side} {direction} {count} RSTs\n{ended}");
+    }
+    Ok(())
+}
+
+/// The lines of one side's ends.
+fn lines_of(ended: &Ended, side: Side) -> impl Iterator<Item = &Value> {
+    ended.lines.iter().filter(move |line| line["connection"]["role"] == side.to_string())
+}

@@ -1,0 +1,154 @@
+//! Connections over several paths: each is a TCP connection for each path, and nothing besides.
+
+use anyhow::{Result, ensure};
+use serde_json::{Value, json};
+use tcpclose_tests::{
+    bed::{Bed, Family, Route, Side, endpoint},
+    expect::{differences, mismatches, one_of},
+    netns,
+    scenario::Trace,
+    scenarios,
+    snmp::Counters,
+    sockets::{self, ESTABLISHED, LISTEN, Socket, TIME_WAIT},
+};
+
+scenarios! {
+    run on [veth_ipv4 veth_ipv6]:
+    client_closes_first
+    server_closes_first
+    client_lingers_not
+}
+
+/// What each side does to the end of a connection, one after the other.
+type Ending = fn() -> &'static [(Side, &'static str)];
+
+fn client_closes_first() -> &'static [(Side, &'static str)] {
+    &[(Side::Client, "close"), (Side::Server, "receive-end"), (Side::Server, "close")]
+}
+
+fn server_closes_first() -> &'static [(Side, &'static str)] {
+    &[(Side::Server, "close"), (Side::Client, "receive-end"), (Side::Client, "close")]
+}
+
+fn client_lingers_not() -> &'static [(Side, &'static str)] {
+    &[
+        (Side::Client, "linger0"),
+        (Side::Client, "close"),
+        (Side::Server, "await-error"),
+        (Side::Server, "close"),
+    ]
+}
+
+/// Has a connection end over one path, and another over two: the client's host then has another address.
+fn run(route: Route, ending: Ending) -> Result<()> {
+    let another = match route.family {
+        Family::Ipv6 => "fd00:77::3/64",
+        Family::Ipv4 | Family::Mapped => "10.77.0.3/24",
+    };
+    for another in [None, Some(another)] {
+        let mut bed = Bed::new(route)?;
+        if let Err(error) = bed.peer(Side::Client).ask("mptcp") {
+            let told = format!("{error:#}");
+            ensure!(told.contains("EPROTONOSUPPORT") || told.contains("ENOPROTOOPT"), "{told}");
+            println!("skipped: the kernel has no MPTCP: {told}");
+            return Ok(());
+        }
+        bed.peer(Side::Server).ask("mptcp")?;
+        let paths = 1 + usize::from(another.is_some());
+        if let Some(address) = another {
+            add_path(&bed, address)?;
+        }
+        let trace = Trace::start(&bed, &[])?;
+        bed.established()?;
+        ensure_several_paths_are_spoken(&bed)?;
+        let subflows = [Side::Client, Side::Server].map(|side| subflows(&bed, side, paths));
+        let mut expected = Vec::new();
+        for (side, subflows) in [Side::Client, Side::Server].into_iter().zip(subflows) {
+            for socket in subflows? {
+                expected.push(close_of(&bed, side, socket)?);
+            }
+        }
+        for (side, order) in ending() {
+            bed.peer(*side).ask(order)?;
+        }
+        for namespace in bed.namespaces() {
+            sockets::wait_until(namespace, "all subflows are gone", |sockets| {
+                sockets.iter().all(|socket| [LISTEN, TIME_WAIT].contains(&socket.state))
+            })?;
+        }
+        let is_close = |line: &&Value| line["event"] == "close";
+        let ended = trace.finish(&bed, |lines| lines.iter().filter(is_close).count() >= expected.len())?;
+        let (closes, others): (Vec<Value>, Vec<Value>) =
+            ended.lines.iter().cloned().partition(|line| is_close(&line));
+        let mismatches = mismatches(&closes, &expected);
+        ensure!(mismatches.is_empty(), "with {paths} paths: {mismatches}\n{ended}");
+        // A subflow may be reset, but nothing else may.
+        for line in others {
+            let known = |close: &&Value| {
+                let ends = json!({
+                    "local": close["connection"]["local"],
+                    "remote": close["connection"]["remote"],
+                });
+                differences(&line["connection"], &ends).is_empty()
+            };
+            ensure!(
+                line["event"] == "reset" && expected.iter().any(|close| known(&close)),
+                "{line}\n{ended}"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Gives the client's host another address, and has it connect from there too.
+fn add_path(bed: &Bed, address: &str) -> Result<()> {
+    let client = bed.namespace(Side::Client);
+    // Nobody prefers it, or else the first path would begin there.
+    let mut add = vec!["address", "add", address, "dev", netns::DEVICE, "preferred_lft", "0"];
+    if address.contains(':') {
+        add.push("nodad");
+    }
+    client.ip(&add)?;
+    let host = address.split('/').next().unwrap_or(address);
+    client.ip(&["mptcp", "endpoint", "add", host, "dev", netns::DEVICE, "subflow"])?;
+    for side in [Side::Client, Side::Server] {
+        bed.namespace(side).ip(&["mptcp", "limits", "set", "subflow", "1"])?;
+    }
+    Ok(())
+}
+
+/// The kernel falls back to plain TCP when anything is in the way, and says nothing.
+fn ensure_several_paths_are_spoken(bed: &Bed) -> Result<()> {
+    let made = Counters::read(bed.namespace(Side::Server))?.get("MPTcpExtMPCapableACKRX")?;
+    ensure!(made == 1, "{made} connections are MPTCP");
+    Ok(())
+}
+
+/// The subflows that the kernel has of a side, when it has as many as there are paths.
+fn subflows(bed: &Bed, side: Side, paths: usize) -> Result<Vec<Socket>> {
+    let namespace = bed.namespace(side);
+    let established = |sockets: &[Socket]| -> Vec<Socket> {
+        sockets.iter().filter(|socket| socket.state == ESTABLISHED).copied().collect()
+    };
+    sockets::wait_until(namespace, "every path is in use", |sockets| established(sockets).len() == paths)?;
+    Ok(established(&sockets::list(namespace)?))
+}
+
+/// The close line of a subflow. The kernel itself may have opened and closed it, and who is behind that need
+/// not be known; whoever is named has to be the right one.
+fn close_of(bed: &Bed, side: Side, socket: Socket) -> Result<Value> {
+    let process = bed.owner(side)?;
+    let owner = one_of(&[json!(null), json!({"pid": process["pid"], "exe": process["exe"]})]);
+    Ok(json!({
+        "event": "close",
+        "connection": {
+            "family": if socket.local.is_ipv4() { "ipv4" } else { "ipv6" },
+            "local": endpoint(socket.local),
+            "remote": endpoint(socket.remote),
+            "netns": bed.namespace(side).inode(),
+            "role": one_of(&[json!(null), json!(side.to_string())]),
+        },
+        "process": owner,
+        "opener": one_of(&[json!(null), json!({ "process": owner })]),
+    }))
+}

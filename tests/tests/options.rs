@@ -1,0 +1,195 @@
+//! Options of the trace: what filters let through, and what else can be asked for.
+
+use std::fmt::Display;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use tcpclose_tests::{
+    bed::{Bed, Connection, Side, endpoint, user_stack},
+    expect::{calls, differences, known, mismatches, one_of},
+    scenario::{Trace, routes},
+    tool::Launch,
+};
+
+/// Which lines of a connection that the client resets get through a filter, when there is another connection
+/// that ended in order between other processes at other addresses.
+struct Filter {
+    /// Made from the connection that is wanted, and its client's pid.
+    option: fn(&Connection, u32) -> [String; 2],
+    /// The ends whose close passes.
+    close: &'static [Side],
+    /// The ends whose RST passes.
+    reset: &'static [Side],
+}
+
+const BOTH: &[Side] = &[Side::Client, Side::Server];
+const CLIENT: &[Side] = &[Side::Client];
+const SERVER: &[Side] = &[Side::Server];
+const NEITHER: &[Side] = &[];
+
+const FILTERS: &[Filter] = &[
+    Filter { option: |_, pid| option("pid", &pid), close: CLIENT, reset: CLIENT },
+    Filter { option: |_, _| option("comm", &"peer-client"), close: CLIENT, reset: CLIENT },
+    Filter { option: |_, _| option("comm", &"peer-client,peer-server"), close: BOTH, reset: BOTH },
+    Filter { option: |to, _| option("port", &to.address(Side::Client).port()), close: BOTH, reset: BOTH },
+    Filter { option: |to, _| option("port", &to.address(Side::Server).port()), close: BOTH, reset: BOTH },
+    Filter {
+        option: |to, _| option("local-port", &to.address(Side::Server).port()),
+        close: SERVER,
+        reset: SERVER,
+    },
+    Filter {
+        option: |to, _| option("remote-port", &to.address(Side::Server).port()),
+        close: CLIENT,
+        reset: CLIENT,
+    },
+    Filter { option: |to, _| option("address", &to.address(Side::Server).ip()), close: BOTH, reset: BOTH },
+    Filter { option: |_, _| option("address", &"10.77.0.0/24"), close: BOTH, reset: BOTH },
+    Filter { option: |_, _| option("address", &"10.78.0.0/16"), close: NEITHER, reset: NEITHER },
+    Filter { option: |_, _| option("cause", &"linger_zero"), close: CLIENT, reset: CLIENT },
+    Filter { option: |_, _| option("cause", &"linger_zero,peer_reset"), close: BOTH, reset: BOTH },
+    Filter { option: |_, _| option("event", &"reset"), close: NEITHER, reset: BOTH },
+];
+
+fn option(name: &str, value: &dyn Display) -> [String; 2] {
+    [format!("--{name}"), value.to_string()]
+}
+
+#[test]
+fn filters_keep_others_out() -> Result<()> {
+    let mut wanted = Bed::new(routes::veth_ipv4())?;
+    let mut other = Bed::with_names(routes::loopback_ipv6(), "other-client", "other-server")?;
+    for filter in FILTERS {
+        let connection = wanted.established()?;
+        // The kernel likes to give the same ports in fresh namespaces, and then a port tells nothing apart.
+        while share_a_port(&connection, &other.established()?) {}
+        let option = (filter.option)(&connection, wanted.peer(Side::Client).pid());
+        let namespaces = wanted.namespaces().chain(other.namespaces());
+        let tool = Launch::new()?.trace(namespaces).args(&option).start()?;
+        // The other one first: what comes of it would be there before the lines that are waited for.
+        for (side, order) in [(Side::Client, "close"), (Side::Server, "receive-end"), (Side::Server, "close")]
+        {
+            other.peer(side).ask(order)?;
+        }
+        for order in ["linger0", "close"] {
+            wanted.peer(Side::Client).ask(order)?;
+        }
+        wanted.peer(Side::Server).ask("await-error")?;
+        let line = |event: &'static str| {
+            let connection = &connection;
+            move |side: &Side| {
+                json!({
+                    "event": event,
+                    "connection": {"local": endpoint(connection.address(*side))},
+                })
+            }
+        };
+        let expected: Vec<Value> =
+            filter.close.iter().map(line("close")).chain(filter.reset.iter().map(line("reset"))).collect();
+        tool.wait_until(|lines| lines.len() >= expected.len());
+        let ended = tool.stop()?;
+        let mismatches = mismatches(&ended.lines, &expected);
+        ensure!(mismatches.is_empty(), "{}: {mismatches}\n{ended}", option.join(" "));
+    }
+    Ok(())
+}
+
+#[test]
+fn netns_keeps_the_other_end_out() -> Result<()> {
+    let mut bed = Bed::new(routes::veth_ipv6())?;
+    let tool = Launch::new()?.trace([bed.namespace(Side::Server)]).start()?;
+    let connection = reset(&mut bed)?;
+    tool.wait_until(|lines| lines.len() >= 2);
+    let ended = tool.stop()?;
+    let server = json!({"local": endpoint(connection.address(Side::Server))});
+    let expected = ["close", "reset"].map(|event| json!({"event": event, "connection": server}));
+    let mismatches = mismatches(&ended.lines, &expected);
+    ensure!(mismatches.is_empty(), "{mismatches}\n{ended}");
+    Ok(())
+}
+
+fn share_a_port(one: &Connection, other: &Connection) -> bool {
+    let ports = |connection: &Connection| {
+        BOTH.iter().map(|side| connection.address(*side).port()).collect::<Vec<_>>()
+    };
+    ports(one).iter().any(|port| ports(other).contains(port))
+}
+
+/// A connection that the client resets.
+fn reset(bed: &mut Bed) -> Result<Connection> {
+    let connection = bed.established()?;
+    for order in ["linger0", "close"] {
+        bed.peer(Side::Client).ask(order)?;
+    }
+    Ok(connection)
+}
+
+/// The client's close line of a connection that it resets, with such options.
+fn close_of_client(bed: &mut Bed, args: &[&str]) -> Result<Value> {
+    let trace = Trace::start(bed, args)?;
+    reset(bed)?;
+    let ended = trace.finish(bed, |lines| lines.len() >= 4)?;
+    let of_client = |line: &&Value| line["event"] == "close" && line["connection"]["role"] == "client";
+    let found = ended.lines.iter().find(of_client);
+    found.cloned().with_context(|| format!("there is no close line of the client\n{ended}"))
+}
+
+#[test]
+fn stacks_are_taken_as_asked() -> Result<()> {
+    let kernel = one_of(&[calls("tcp_close"), calls("__tcp_close")]);
+    let user = calls("peer_closes_socket_outer");
+    let cases = [
+        ("none", json!(null), json!(null)),
+        ("user", user_stack("peer_closes_socket_outer"), user_stack("peer_connects_socket_outer")),
+        ("kernel", json!({"user": null, "kernel": kernel}), json!({"user": null, "kernel": known()})),
+        ("both", json!({"user": user, "kernel": kernel}), json!({"user": known(), "kernel": known()})),
+    ];
+    let mut bed = Bed::new(routes::loopback_ipv4())?;
+    for (which, closing, opening) in cases {
+        let line = close_of_client(&mut bed, &["--stack", which])?;
+        let differences = differences(&line, &json!({"stack": closing, "opener": {"stack": opening}}));
+        ensure!(differences.is_empty(), "--stack {which}: {}", differences.join("\n"));
+    }
+    Ok(())
+}
+
+/// The tool says the number that the socket itself is told, if it says one.
+#[test]
+fn cookie_is_that_of_the_socket() -> Result<()> {
+    let mut bed = Bed::new(routes::loopback_ipv4())?;
+    let trace = Trace::start(&bed, &[])?;
+    bed.established()?;
+    let cookie: u64 = bed.peer(Side::Client).ask("cookie")?.get("cookie")?;
+    for order in ["linger0", "close"] {
+        bed.peer(Side::Client).ask(order)?;
+    }
+    let ended = trace.finish(&bed, |lines| lines.len() >= 4)?;
+    for line in ended.lines.iter().filter(|line| line["connection"]["role"] == "client") {
+        ensure!(line["connection"]["cookie"] == cookie, "the cookie is {cookie}\n{ended}");
+    }
+    Ok(())
+}
+
+/// Asked to look at every accept, it knows where a connection was accepted, and whose it is without looking
+/// in `/proc`.
+#[test]
+fn accept_is_seen_when_asked_for() -> Result<()> {
+    let mut bed = Bed::new(routes::loopback_ipv4())?;
+    let trace = Trace::start(&bed, &["--accept-hook", "syscall"])?;
+    reset(&mut bed)?;
+    let ended = trace.finish(&bed, |lines| lines.len() >= 4)?;
+    let owner = bed.owner(Side::Server)?;
+    let expected = json!({
+        "process": {"pid": owner["pid"], "attribution": "accept"},
+        "opener": {"process": owner, "stack": user_stack("peer_accepts_socket_outer")},
+    });
+    let servers = |line: &&Value| line["event"] == "close" && line["connection"]["role"] == "server";
+    let found: Vec<String> =
+        ended.lines.iter().filter(servers).flat_map(|line| differences(line, &expected)).collect();
+    ensure!(
+        found.is_empty() && ended.lines.iter().any(|line| servers(&line)),
+        "{}\n{ended}",
+        found.join("\n")
+    );
+    Ok(())
+}

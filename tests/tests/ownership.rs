@@ -1,0 +1,378 @@
+//! Descriptors that change hands: forked, passed on, closed by another thread or by the kernel on behalf of a
+//! process. Whoever holds the socket is the one to name.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use tcpclose_tests::{
+    bed::{Bed, Connection, Route, Side, user_stack},
+    expect::{but, known, one_of, path},
+    scenario::{Trace, reset_lines},
+    scenarios,
+};
+
+/// Whether the tool is asked to look at every accept.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Accepts {
+    /// Only where that costs nothing, which not every kernel allows.
+    Perhaps,
+    Seen,
+}
+
+type Scenario = fn(&mut Bed, Accepts) -> Result<Vec<Value>>;
+
+/// Has a scenario happen twice: once with the socket's acceptor known to the tool, once maybe not. Whose it is
+/// when it ends is to be known both times.
+fn run(route: Route, scenario: Scenario) -> Result<()> {
+    for (accepts, args) in
+        [(Accepts::Perhaps, [].as_slice()), (Accepts::Seen, ["--accept-hook", "syscall"].as_slice())]
+    {
+        let mut bed = Bed::new(route)?;
+        let trace = Trace::start(&bed, args)?;
+        let expected = scenario(&mut bed, accepts)?;
+        trace.verify(&bed, &expected).with_context(|| format!("with the arguments {args:?}"))?;
+    }
+    Ok(())
+}
+
+scenarios! {
+    run on [loopback_ipv4 veth_ipv6]:
+    child_closes_last
+    child_exits_last
+    child_lives_on_and_closes
+    child_lives_on_and_is_reset
+    one_of_many_workers_is_reset
+    receiver_closes
+    receiver_is_reset
+    nobody_takes_what_was_passed
+    thread_closes_what_another_accepted
+    thread_waits_in_what_another_closes
+    ring_closes
+    ring_shuts_down
+    child_of_client_lives_on_and_is_reset
+    receiver_from_client_is_reset
+}
+
+/// The process that a child of a side is.
+fn child_process(bed: &Bed, side: Side, child: u32) -> Result<Value> {
+    Ok(but(bed.owner(side)?, json!({"pid": child, "tid": child})))
+}
+
+/// Who acted: the process that is told, in a system call of its own.
+fn acted(process: Value, trigger: &str, function: &str) -> Value {
+    json!({
+        "process": but(process, json!({"attribution": "syscall"})),
+        "trigger": trigger,
+        "stack": user_stack(function),
+    })
+}
+
+/// What is said of whoever holds a socket and does nothing with it.
+fn idle(process: Value, attributions: &[&str]) -> Value {
+    let attributions: Vec<Value> = attributions.iter().map(|name| json!(name)).collect();
+    let tid = one_of(&[json!(null), process["tid"].clone()]);
+    json!({"process": but(process, json!({"tid": tid, "attribution": one_of(&attributions)}))})
+}
+
+/// Whoever accepted a socket, on every line of it.
+fn accepted_by(process: &Value, accepts: Accepts) -> Value {
+    let opener = json!({ "process": process, "stack": user_stack("peer_accepts_socket_outer") });
+    json!({"opener": match accepts {
+        Accepts::Perhaps => one_of(&[json!(null), opener]),
+        Accepts::Seen => opener,
+    }})
+}
+
+/// Both lines of a connection whose server's end went first.
+fn server_went_first(
+    bed: &mut Bed,
+    connection: &Connection,
+    accepts: Accepts,
+    this: Value,
+) -> Result<Vec<Value>> {
+    let opener = accepted_by(&bed.owner(Side::Server)?, accepts);
+    bed.peer(Side::Client).ask("receive-end")?;
+    bed.peer(Side::Client).ask("close")?;
+    let first = json!({
+        "closed_by": "local",
+        "ended": "fin",
+        "states": path(&["ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "CLOSE"]),
+    });
+    let second = json!({
+        "closed_by": "peer",
+        "ended": "fin",
+        "trigger": "close",
+        "close_wait_ms": known(),
+        "states": path(&["ESTABLISHED", "CLOSE_WAIT", "LAST_ACK", "CLOSE"]),
+        "stack": user_stack("peer_closes_socket_outer"),
+    });
+    Ok(vec![
+        bed.close_line(connection, Side::Server, but(but(first, opener), this))?,
+        bed.close_line(connection, Side::Client, second)?,
+    ])
+}
+
+/// Who has to do with a connection that its client resets.
+struct Parties {
+    /// The child of the client's that resets it; none if it is the client itself.
+    client: Option<u32>,
+    /// What is said of the server's end, which nobody touches.
+    holder: Value,
+    /// Who accepted it.
+    acceptor: Value,
+}
+
+impl Parties {
+    /// The bed's own two, and whoever holds the server's end now.
+    fn with_holder(bed: &Bed, holder: Value) -> Result<Self> {
+        Ok(Self { client: None, holder, acceptor: bed.owner(Side::Server)? })
+    }
+}
+
+/// Has the client reset a connection while the holder of the server's end sits idle.
+fn client_resets(
+    bed: &mut Bed,
+    connection: &Connection,
+    accepts: Accepts,
+    parties: &Parties,
+) -> Result<Vec<Value>> {
+    for order in ["linger0", "close"] {
+        match parties.client {
+            Some(child) => bed.peer(Side::Client).ask_child(child, order)?,
+            None => bed.peer(Side::Client).ask(order)?,
+        };
+    }
+    let client = match parties.client {
+        Some(child) => child_process(bed, Side::Client, child)?,
+        None => bed.owner(Side::Client)?,
+    };
+    let sender = json!({
+        "cause": "linger_zero",
+        "process": but(client.clone(), json!({"attribution": "syscall"})),
+        "opener": {"process": client},
+    });
+    let receiver = but(parties.holder.clone(), accepted_by(&parties.acceptor, accepts));
+    reset_lines(bed, connection, Side::Client, &sender, &receiver)
+}
+
+/// The server's own close is none, because its child still has the socket.
+fn child_closes_last(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
+    let connection = bed.established()?;
+    let child = bed.peer(Side::Server).fork()?;
+    bed.peer(Side::Server).ask("close")?;
+    bed.peer(Side::Server).ask_child(child, "close")?;
+    let this = acted(child_process(bed, Side::Server, child)?, "close", "peer_closes_socket_outer");
+    server_went_first(bed, &connection, accepts, this)
+}
+
+/// It has no memory any more when the kernel closes the socket, hence no stack and maybe no program.
+fn child_exits_last(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
+    let connection = bed.established()?;
+    let child = bed.peer(Side::Server).fork()?;
+    bed.peer(Side::Server).ask("close")?;
+    // It answers no more.
+    ensure!(bed.peer(Side::Server).ask_child(child, "exit 0").is_err(), "the child has not exited");
+    let process = child_process(bed, Side::Server, child)?;
+    let gone = one_of(&[json!(null), process["exe"].clone()]);
+    let this = but(
+        acted(process, "exit", ""),
+        json!({
+            "process": {"exe": gone},
+            "stack": one_of(&[json!(null), json!({"user": null, "kernel": null})]),
+        }),
+    );
+    server_went_first(bed, &connection, accepts, this)
+}
+
+/// Has the server's process exit while a child that inherited its connection lives on; nothing may be told of
+/// that. Returns the child.
+fn left_to_child(bed: &mut Bed) -> Result<u32> {
+    let child = bed.peer(Side::Server).ask("hand-over")?.get("child")?;
+    bed.peer(Side::Server).ended()?;
+    Ok(child)
+}
+
+fn child_lives_on_and_closes(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
+    let connection = bed.established()?;
+    let child = left_to_child(bed)?;
+    bed.peer(Side::Server).ask("close")?;
+    let this = acted(child_process(bed, Side::Server, child)?, "close", "peer_closes_socket_outer");
+    let lines = server_went_first(bed, &connection, accepts, this)?;
+    acceptor_is_gone(bed, lines, accepts)
+}
+
+fn child_lives_on_and_is_reset(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
+    let connection = bed.established()?;
+    let child = left_to_child(bed)?;
+    let holder = idle(child_process(bed, Side::Server, child)?, &["procfs"]);
+    let parties = Parties::with_holder(bed, holder)?;
+    let lines = client_resets(bed, &connection, accepts, &parties)?;
+    acceptor_is_gone(bed, lines, accepts)
+}
+
+/// What `/proc` said of a process that is gone, its program and the names of its functions, is known if
+/// somebody has read it in time.
+fn acceptor_is_gone(bed: &Bed, lines: Vec<Value>, accepts: Accepts) -> Result<Vec<Value>> {
+    let server = bed.owner(Side::Server)?;
+    let exe = one_of(&[json!(null), server["exe"].clone()]);
+    let opener = json!({ "process": but(server, json!({"exe": exe})), "stack": known() });
+    let opener = match accepts {
+        Accepts::Perhaps => one_of(&[json!(null), opener]),
+        Accepts::Seen => opener,
+    };
+    let of_server = |line: &Value| line["connection"]["role"] == "server";
+    let changed = lines.into_iter().map(|line| {
+        let change = if of_server(&line) { json!({"opener": opener}) } else { json!({}) };
+        but(line, change)
+    });
+    Ok(changed.collect())
+}
+
+/// The master listens, and each of its children accepts. All of them have connections when the first is reset.
+fn one_of_many_workers_is_reset(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
+    const WORKERS: usize = 4;
+    let server = bed.listen()?;
+    let mut pairs = Vec::new();
+    for _ in 0..WORKERS {
+        pairs.push((bed.peer(Side::Server).fork()?, bed.peer(Side::Client).fork()?));
+    }
+    let mut established = Vec::new();
+    for (worker, client) in pairs {
+        let connect = format!("connect {} {}", server.ip(), server.port());
+        let facts = bed.peer(Side::Client).ask_child(client, &connect)?;
+        bed.peer(Side::Server).ask_child(worker, "accept")?;
+        established.push((Connection::new(facts.get("local")?, server), worker, client));
+    }
+    let mut lines = Vec::new();
+    for (connection, worker, client) in established {
+        let worker = child_process(bed, Side::Server, worker)?;
+        let attributions: &[&str] = match accepts {
+            Accepts::Perhaps => &["accept", "procfs"],
+            Accepts::Seen => &["accept"],
+        };
+        let holder = idle(worker.clone(), attributions);
+        let parties = Parties { client: Some(client), holder, acceptor: worker };
+        lines.extend(client_resets(bed, &connection, accepts, &parties)?);
+    }
+    Ok(lines)
+}
+
+/// A connection that the server has accepted and passed to a process that did not inherit it.
+fn passed(bed: &mut Bed) -> Result<(Connection, u32)> {
+    let receiver = bed.peer(Side::Server).fork()?;
+    let connection = bed.established()?;
+    bed.peer(Side::Server).ask(&format!("pass {receiver}"))?;
+    Ok((connection, receiver))
+}
+
+fn receiver_closes(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
+    let (connection, receiver) = passed(bed)?;
+    for order in ["take", "close"] {
+        bed.peer(Side::Server).ask_child(receiver, order)?;
+    }
+    let this = acted(child_process(bed, Side::Server, receiver)?, "close", "peer_closes_socket_outer");
+    server_went_first(bed, &connection, accepts, this)
+}
+
+/// The acceptor lives, and has the socket no more.
+fn receiver_is_reset(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
+    let (connection, receiver) = passed(bed)?;
+    bed.peer(Side::Server).ask_child(receiver, "take")?;
+    let holder = idle(child_process(bed, Side::Server, receiver)?, &["procfs"]);
+    let parties = Parties::with_holder(bed, holder)?;
+    client_resets(bed, &connection, accepts, &parties)
+}
+
+/// The descriptor is in flight when the socket that it would have come from is closed, and goes with it.
+fn nobody_takes_what_was_passed(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
+    let (connection, receiver) = passed(bed)?;
+    bed.peer(Side::Server).ask_child(receiver, "close-channel")?;
+    let this = acted(child_process(bed, Side::Server, receiver)?, "close", "peer_closes_socket_outer");
+    server_went_first(bed, &connection, accepts, this)
+}
+
+/// What connected is gone, and its child sits idle.
+fn child_of_client_lives_on_and_is_reset(bed: &mut Bed, _: Accepts) -> Result<Vec<Value>> {
+    let connection = bed.established()?;
+    let child = bed.peer(Side::Client).ask("hand-over")?.get("child")?;
+    bed.peer(Side::Client).ended()?;
+    server_resets(bed, &connection, child)
+}
+
+/// What connected lives, and has the socket no more.
+fn receiver_from_client_is_reset(bed: &mut Bed, _: Accepts) -> Result<Vec<Value>> {
+    let receiver = bed.peer(Side::Client).fork()?;
+    let connection = bed.established()?;
+    bed.peer(Side::Client).ask(&format!("pass {receiver}"))?;
+    bed.peer(Side::Client).ask_child(receiver, "take")?;
+    server_resets(bed, &connection, receiver)
+}
+
+/// Has the server reset a connection while a process that did not connect holds the client's end.
+fn server_resets(bed: &mut Bed, connection: &Connection, holder: u32) -> Result<Vec<Value>> {
+    for order in ["linger0", "close"] {
+        bed.peer(Side::Server).ask(order)?;
+    }
+    let connects = bed.owner(Side::Client)?;
+    let exe = one_of(&[json!(null), connects["exe"].clone()]);
+    let holder = idle(child_process(bed, Side::Client, holder)?, &["procfs"]);
+    let receiver = but(holder, json!({"opener": {"process": {"exe": exe}, "stack": known()}}));
+    reset_lines(bed, connection, Side::Server, &json!({"cause": "linger_zero"}), &receiver)
+}
+
+/// One and the same process, but not the same thread.
+fn thread_closes_what_another_accepted(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
+    let connection = bed.established()?;
+    let facts = bed.peer(Side::Server).ask("thread-close")?;
+    let closer = json!({"tid": facts.get::<u32>("tid")?, "comm": facts.get::<String>("name")?});
+    let process = but(bed.owner(Side::Server)?, closer);
+    let this = acted(process, "close", "peer_closes_socket_outer");
+    server_went_first(bed, &connection, accepts, this)
+}
+
+/// The thread that waits keeps the socket until the wait is over, and then the kernel closes it there.
+fn thread_waits_in_what_another_closes(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
+    let mut connection = bed.established()?;
+    let facts = bed.peer(Side::Server).ask("close-under-receive")?;
+    let waiter = json!({"tid": facts.get::<u32>("tid")?, "comm": facts.get::<String>("name")?});
+    bed.send(&mut connection, Side::Client, 10)?;
+    let process = but(bed.owner(Side::Server)?, waiter);
+    let this = acted(process, "close", "peer_receives_outer");
+    server_went_first(bed, &connection, accepts, this)
+}
+
+fn ring_closes(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
+    through_ring(bed, accepts, "ring-close", |by| by == "caller")
+}
+
+/// The kernel leaves shutting down to a worker, whoever is asked.
+fn ring_shuts_down(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
+    through_ring(bed, accepts, "ring-shutdown", |_| false)
+}
+
+/// Whichever thread the kernel takes for it, it works for the server's process.
+fn through_ring(
+    bed: &mut Bed,
+    accepts: Accepts,
+    order: &str,
+    in_own_thread: fn(&str) -> bool,
+) -> Result<Vec<Value>> {
+    let mut lines = Vec::new();
+    for by in ["caller", "worker", "poller"] {
+        let connection = bed.established()?;
+        let order = format!("{order} {by}");
+        let mut process = bed.owner(Side::Server)?;
+        let mut trigger = "io_uring";
+        if let Err(error) = bed.peer(Side::Server).ask(&order) {
+            let told = format!("{error:#}");
+            ensure!(["ENOSYS", "EPERM"].iter().any(|errno| told.contains(errno)), "{told}");
+            println!("skipped: the kernel refuses io_uring: {told}");
+            bed.peer(Side::Server).ask("close")?;
+            trigger = "close";
+        } else if !in_own_thread(by) {
+            process = but(process, json!({"tid": known(), "comm": known()}));
+        }
+        let this = but(acted(process, trigger, ""), json!({"stack": one_of(&[json!(null), known()])}));
+        lines.extend(server_went_first(bed, &connection, accepts, this)?);
+    }
+    Ok(lines)
+}

@@ -1,0 +1,390 @@
+//! RSTs and ends of connections that no application asked for: segments that fit no socket, queues that
+//! overflow, firewalls that answer for somebody else.
+
+use std::{net::SocketAddr, process::Command};
+
+use anyhow::{Result, ensure};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use tcpclose_tests::{
+    bed::{Bed, Connection, Route, Side, endpoint, reason, user_stack},
+    expect::{but, known, one_of, path},
+    netns, packet,
+    scenario::{Trace, never_established, reset_lines, run},
+    scenarios,
+    sockets::{self, FIN_WAIT2},
+};
+
+scenarios! {
+    run on [loopback_ipv4 loopback_ipv6 loopback_mapped veth_ipv4 veth_ipv6 veth_mapped]:
+    ack_comes_to_listener
+}
+
+scenarios! {
+    run on [loopback_ipv4 loopback_ipv6 veth_ipv4 veth_ipv6]:
+    ack_comes_to_nobody
+    data_comes_to_time_wait
+    accept_queue_overflows
+    listener_dies_before_accepting
+    client_resets_before_accepting
+}
+
+scenarios! {
+    run_behind_firewall on [veth_ipv4 veth_ipv6]:
+    firewall_refuses_connection
+    firewall_resets_connection
+    firewall_says_unreachable
+}
+
+scenarios! {
+    run_older on [loopback_ipv4 veth_ipv6]:
+    ack_comes_to_older_listener
+}
+
+/// A listener made before the tool was started.
+fn run_older(route: Route, scenario: fn(&mut Bed, SocketAddr) -> Result<Vec<Value>>) -> Result<()> {
+    let mut bed = Bed::new(route)?;
+    let listener = bed.listen()?;
+    let trace = Trace::start(&bed, &[])?;
+    let expected = scenario(&mut bed, listener)?;
+    trace.verify(&bed, &expected)
+}
+
+/// The same as `run` where there is `nft` to make a firewall with.
+fn run_behind_firewall(route: Route, scenario: fn(&mut Bed) -> Result<Vec<Value>>) -> Result<()> {
+    if let Err(error) = Command::new("nft").arg("--version").output() {
+        println!("skipped: nft cannot be started ({error}); it is in the package nftables");
+        return Ok(());
+    }
+    run(route, scenario)
+}
+
+/// Where a segment comes from that nobody sent.
+const STRAY_PORT: u16 = 9;
+
+/// Sends a bare ACK from the client's host to a port of the server's.
+fn send_stray_ack(bed: &Bed, port: u16) -> Result<Connection> {
+    let from = SocketAddr::new(bed.route().address(Side::Client), STRAY_PORT);
+    let to = SocketAddr::new(bed.route().address(Side::Server), port);
+    packet::send(bed.namespace(Side::Client), from, to, packet::ACK)?;
+    Ok(Connection::new(from, to))
+}
+
+/// The line of a RST that the server's host sent, but not for a connection.
+fn answer(bed: &Bed, connection: &Connection, this: Value) -> Result<Value> {
+    let nothing = one_of(&[json!(null), json!(0)]);
+    let line = json!({
+        "direction": "sent",
+        "connection": {
+            "role": one_of(&[json!(null), json!("server")]),
+            "opened": null,
+            "age_ms": null,
+            "bytes_sent": nothing,
+            "bytes_received": nothing,
+        },
+        "idle_ms": null,
+        "last_data": null,
+        "opener": null,
+        "stack": null,
+    });
+    bed.reset_line(connection, Side::Server, but(line, this))
+}
+
+/// The same for a RST of the listener's.
+fn answer_of_listener(bed: &Bed, connection: &Connection, this: Value) -> Result<Value> {
+    let tid = bed.owner(Side::Server)?["tid"].clone();
+    let listener = json!({
+        "state": "LISTEN",
+        "process": {"tid": one_of(&[json!(null), tid]), "attribution": "listener"},
+    });
+    answer(bed, connection, but(listener, this))
+}
+
+fn ack_comes_to_listener(bed: &mut Bed) -> Result<Vec<Value>> {
+    let listener = bed.listen()?;
+    ack_comes_to_older_listener(bed, listener)
+}
+
+fn ack_comes_to_older_listener(bed: &mut Bed, listener: SocketAddr) -> Result<Vec<Value>> {
+    let stray = send_stray_ack(bed, listener.port())?;
+    let this = json!({"cause": "invalid_segment", "reason": reason(json!("TCP_FLAGS"))?});
+    Ok(vec![answer_of_listener(bed, &stray, this)?])
+}
+
+fn ack_comes_to_nobody(bed: &mut Bed) -> Result<Vec<Value>> {
+    let stray = send_stray_ack(bed, 7)?;
+    let this = json!({
+        "cause": "no_listener",
+        "reason": reason(json!("NO_SOCKET"))?,
+        "state": null,
+        "process": null,
+    });
+    Ok(vec![answer(bed, &stray, this)?])
+}
+
+/// The server sends though the client has closed, and has nothing left of the connection but an entry.
+fn data_comes_to_time_wait(bed: &mut Bed) -> Result<Vec<Value>> {
+    let before = bed.established()?;
+    let mut connection = before.clone();
+    bed.peer(Side::Client).ask("close")?;
+    bed.peer(Side::Server).ask("receive-end")?;
+    // The server's host may take its time to acknowledge the FIN.
+    let port = before.address(Side::Client).port();
+    sockets::wait_until(bed.namespace(Side::Client), "the client's FIN is acknowledged", |sockets| {
+        sockets.iter().any(|socket| socket.local.port() == port && socket.state == FIN_WAIT2)
+    })?;
+    bed.send(&mut connection, Side::Server, 50)?;
+    bed.peer(Side::Server).ask("await-error")?;
+    let closed = json!({
+        "closed_by": "local",
+        "ended": "fin",
+        "trigger": "close",
+        "states": path(&["ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "CLOSE"]),
+        "stack": user_stack("peer_closes_socket_outer"),
+    });
+    // The entry knows the addresses, but not whose the socket was, unless somebody has kept that in mind.
+    let owner = but(bed.owner(Side::Client)?, json!({"tid": one_of(&[json!(null), known()])}));
+    let unsure = one_of(&[json!(null), known()]);
+    let answer = json!({
+        "event": "reset",
+        "direction": "sent",
+        "cause": one_of(&[json!("timewait"), json!("data_after_close")]),
+        "reason": reason(json!("TCP_TIMEWAIT_SOCKET"))?,
+        "state": "TIME_WAIT",
+        "process": one_of(&[json!(null), owner]),
+        "connection": {
+            "local": endpoint(connection.address(Side::Client)),
+            "remote": endpoint(connection.address(Side::Server)),
+            "netns": bed.namespace(Side::Client).inode(),
+            "role": one_of(&[json!(null), json!("client")]),
+            "bytes_sent": one_of(&[json!(null), json!(1000)]),
+            "bytes_received": one_of(&[json!(null), json!(300)]),
+        },
+        "stack": null,
+    });
+    let suffered = json!({
+        "closed_by": "peer",
+        "ended": "reset_received",
+        "cause": "peer_reset",
+        "close_wait_ms": known(),
+        "states": path(&["ESTABLISHED", "CLOSE_WAIT", "CLOSE"]),
+        // When the FIN came, the server's data had not been sent yet.
+        "last_data": unsure,
+    });
+    let received = json!({
+        "direction": "received",
+        "cause": "peer_reset",
+        "state": "CLOSE_WAIT",
+        "stack": null,
+    });
+    Ok(vec![
+        bed.close_line(&before, Side::Client, closed)?,
+        answer,
+        bed.close_line(&connection, Side::Server, suffered)?,
+        bed.reset_line(&connection, Side::Server, received)?,
+    ])
+}
+
+/// What the client's end says of a connection that the server's host has reset.
+fn client_is_reset(bed: &Bed, connection: &Connection, child: Option<u32>) -> Result<Vec<Value>> {
+    let process =
+        child.map_or(json!({}), |pid| json!({"pid": pid, "tid": one_of(&[json!(null), json!(pid)])}));
+    let opener = child.map_or(json!({}), |pid| json!({"pid": pid, "tid": pid}));
+    let both = json!({"cause": "peer_reset", "process": process, "opener": {"process": opener}});
+    let close = json!({
+        "closed_by": "peer",
+        "ended": "reset_received",
+        "states": path(&["ESTABLISHED", "CLOSE"]),
+    });
+    let reset = json!({"direction": "received", "state": "ESTABLISHED", "stack": null});
+    Ok(vec![
+        bed.close_line(connection, Side::Client, but(both.clone(), close))?,
+        bed.reset_line(connection, Side::Client, but(both, reset))?,
+    ])
+}
+
+/// Two are on the doorstep until they send something, and then there is room for one.
+fn accept_queue_overflows(bed: &mut Bed) -> Result<Vec<Value>> {
+    const SECONDS: u32 = 60;
+    bed.namespace(Side::Server).set_sysctl("net/ipv4/tcp_abort_on_overflow", "1")?;
+    let second = bed.peer(Side::Client).fork()?;
+    let server = bed.listen()?;
+    bed.peer(Side::Server).ask(&format!("defer-accept {SECONDS}"))?;
+    let connect = format!("connect {} {}", server.ip(), server.port());
+    let local = bed.peer(Side::Client).ask(&connect)?.get("local")?;
+    let mut queued = Connection::new(local, server);
+    let local = bed.peer(Side::Client).ask_child(second, &connect)?.get("local")?;
+    let refused = Connection::new(local, server);
+
+    bed.peer(Side::Server).ask("backlog 0")?;
+    bed.send(&mut queued, Side::Client, 10)?;
+    bed.peer(Side::Server).ask("await-client")?;
+    bed.peer(Side::Client).ask_child(second, "send 10")?;
+    bed.peer(Side::Client).ask_child(second, "await-error")?;
+
+    let overflow = json!({"cause": "accept_overflow", "reason": reason(json!("INVALID_SYN"))?});
+    let mut lines = vec![answer_of_listener(bed, &refused, overflow)?];
+    let sent = json!({"idle_ms": known(), "last_data": "sent"});
+    let sent_bytes = but(sent.clone(), json!({"connection": {"bytes_sent": one_of(&[json!(0), json!(10)])}}));
+    for line in client_is_reset(bed, &refused, Some(second))? {
+        lines.push(but(
+            line.clone(),
+            if line["event"] == "close" { sent_bytes.clone() } else { sent.clone() },
+        ));
+    }
+
+    bed.peer(Side::Server).ask("accept")?;
+    for order in ["receive 10", "linger0", "close"] {
+        bed.peer(Side::Server).ask(order)?;
+    }
+    let by_server = json!({"cause": "linger_zero"});
+    lines.extend(reset_lines(bed, &queued, Side::Server, &by_server, &json!({}))?);
+    Ok(lines)
+}
+
+/// With the process that listened die all the connections that it has not accepted.
+fn listener_dies_before_accepting(bed: &mut Bed) -> Result<Vec<Value>> {
+    let second = bed.peer(Side::Client).fork()?;
+    let server = bed.listen()?;
+    let connect = format!("connect {} {}", server.ip(), server.port());
+    let local = bed.peer(Side::Client).ask(&connect)?.get("local")?;
+    let first_connection = Connection::new(local, server);
+    let local = bed.peer(Side::Client).ask_child(second, &connect)?.get("local")?;
+    let second_connection = Connection::new(local, server);
+    bed.peer(Side::Server).ask("await-client")?;
+    bed.peer(Side::Server).kill(Signal::SIGKILL)?;
+    bed.peer(Side::Client).ask("await-error")?;
+    bed.peer(Side::Client).ask_child(second, "await-error")?;
+
+    let exe = one_of(&[json!(null), bed.owner(Side::Server)?["exe"].clone()]);
+    let attribution = one_of(&[json!("syscall"), json!("listener")]);
+    let died = json!({
+        "cause": "listener_closed",
+        "process": {"exe": exe, "attribution": attribution},
+        "opener": null,
+        "stack": one_of(&[json!(null), json!({"user": null, "kernel": null})]),
+    });
+    let close = json!({
+        "closed_by": "local",
+        "ended": "reset_sent",
+        "trigger": "signal",
+        "signal": "SIGKILL",
+        "states": path(&["ESTABLISHED", "CLOSE"]),
+    });
+    let mut lines = Vec::new();
+    for (connection, child) in [(first_connection, None), (second_connection, Some(second))] {
+        lines.push(bed.close_line(&connection, Side::Server, but(died.clone(), close.clone()))?);
+        let reset = json!({"direction": "sent", "reason": reason(known())?});
+        lines.push(bed.reset_line(&connection, Side::Server, but(died.clone(), reset))?);
+        lines.extend(client_is_reset(bed, &connection, child)?);
+    }
+    Ok(lines)
+}
+
+/// Nobody ever had the server's end; it is the listener's all the same.
+fn client_resets_before_accepting(bed: &mut Bed) -> Result<Vec<Value>> {
+    let connection = bed.connect()?;
+    bed.peer(Side::Server).ask("await-client")?;
+    for order in ["linger0", "close"] {
+        bed.peer(Side::Client).ask(order)?;
+    }
+    let tid = bed.owner(Side::Server)?["tid"].clone();
+    let of_listener = json!({
+        "process": {"tid": one_of(&[json!(null), tid]), "attribution": "listener"},
+        "opener": null,
+    });
+    reset_lines(bed, &connection, Side::Client, &json!({"cause": "linger_zero"}), &of_listener)
+}
+
+/// Makes the server's host reject what comes for a port, or lets it in again.
+fn reject(bed: &Bed, port: u16, with: &str) -> Result<()> {
+    let hook = "type filter hook input priority 0";
+    let rule = format!("tcp dport {port} reject with {with}");
+    let rules = format!("table inet tests {{\n chain input {{\n {hook}\n {rule}\n }}\n }}\n");
+    nft(bed, &rules)
+}
+
+fn nft(bed: &Bed, rules: &str) -> Result<()> {
+    let mut nft = Command::new("nft");
+    nft.arg(rules);
+    bed.namespace(Side::Server).enter(&mut nft)?;
+    netns::run(&mut nft).map(drop)
+}
+
+/// The firewall's RST is none of TCP's, and so it is told by the receiver alone.
+fn firewall_refuses_connection(bed: &mut Bed) -> Result<Vec<Value>> {
+    let port = bed.listen()?.port();
+    reject(bed, port, "tcp reset")?;
+    let attempt = bed.connect_in_vain(bed.route().address(Side::Server), port, "ECONNREFUSED")?;
+    let this = json!({"closed_by": "peer", "ended": "reset_received", "cause": "refused"});
+    let reset = json!({
+        "direction": "received",
+        "cause": "refused",
+        "state": "SYN_SENT",
+        "connection": {"opened": null},
+    });
+    Ok(vec![
+        bed.close_line(&attempt, Side::Client, but(never_established(), this))?,
+        bed.reset_line(&attempt, Side::Client, reset)?,
+    ])
+}
+
+/// The server's end knows nothing of it, and goes on until its own FIN finds nobody.
+fn firewall_resets_connection(bed: &mut Bed) -> Result<Vec<Value>> {
+    let connection = bed.established()?;
+    let mut of_client = connection.clone();
+    reject(bed, connection.address(Side::Server).port(), "tcp reset")?;
+    bed.send(&mut of_client, Side::Client, 10)?;
+    let error: String = bed.peer(Side::Client).ask("await-error")?.get("errno")?;
+    ensure!(error == "ECONNRESET", "the client's socket ended with {error}");
+    nft(bed, "delete table inet tests")?;
+    bed.peer(Side::Server).ask("close")?;
+
+    let mut lines = client_is_reset(bed, &of_client, None)?;
+    for line in &mut lines {
+        // How much of what was rejected counts as sent is not for this test to say.
+        if line["event"] == "close" {
+            line["connection"]["bytes_sent"] = one_of(&[json!(1000), json!(1010)]);
+        }
+        line["last_data"] = one_of(&[json!(null), json!("sent")]);
+    }
+    let nobody = json!({
+        "event": "reset",
+        "direction": "sent",
+        "cause": "no_listener",
+        "state": null,
+        "process": null,
+        "connection": {
+            "local": endpoint(connection.address(Side::Client)),
+            "remote": endpoint(connection.address(Side::Server)),
+            "netns": bed.namespace(Side::Client).inode(),
+        },
+    });
+    let closed = json!({
+        "closed_by": "local",
+        "ended": "reset_received",
+        "trigger": "close",
+        "cause": "peer_reset",
+        "states": path(&["ESTABLISHED", "FIN_WAIT1", "CLOSE"]),
+        "stack": user_stack("peer_closes_socket_outer"),
+    });
+    let received =
+        json!({"direction": "received", "cause": "peer_reset", "state": "FIN_WAIT1", "stack": null});
+    lines.push(nobody);
+    lines.push(bed.close_line(&connection, Side::Server, closed)?);
+    lines.push(bed.reset_line(&connection, Side::Server, received)?);
+    Ok(lines)
+}
+
+/// An ICMP error is no RST, though `connect()` fails with the same error.
+fn firewall_says_unreachable(bed: &mut Bed) -> Result<Vec<Value>> {
+    let port = bed.listen()?.port();
+    reject(bed, port, "icmpx type port-unreachable")?;
+    let attempt = bed.connect_in_vain(bed.route().address(Side::Server), port, "ECONNREFUSED")?;
+    let this = json!({
+        "closed_by": one_of(&[json!("kernel"), json!("peer")]),
+        "ended": "timeout",
+        "cause": "host_unreachable",
+    });
+    Ok(vec![bed.close_line(&attempt, Side::Client, but(never_established(), this))?])
+}
