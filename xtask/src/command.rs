@@ -1,0 +1,135 @@
+//! Running other programs, and saying which one failed.
+
+use std::{
+    env,
+    ffi::OsStr,
+    io::{self, BufRead, BufReader, IsTerminal, Write},
+    path::PathBuf,
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, bail};
+
+/// Tells the user what is going on, on stderr: stdout belongs to tcpclose.
+pub(crate) fn say(message: &str) {
+    eprintln!("xtask: {message}");
+}
+
+/// Runs a command to its end; an error names the command and how it ended.
+pub(crate) fn run(command: &mut Command) -> Result<()> {
+    let status = command.status().with_context(|| format!("cannot start {}", line(command)))?;
+    if !status.success() {
+        bail!("this command failed ({status}): {}", line(command));
+    }
+    Ok(())
+}
+
+/// Runs a cargo build, without cargo's last word when there was nothing to do.
+pub(crate) fn run_build(command: &mut Command) -> Result<()> {
+    if io::stderr().is_terminal() {
+        command.env("CARGO_TERM_COLOR", env::var_os("CARGO_TERM_COLOR").unwrap_or_else(|| "always".into()));
+    }
+    let mut child =
+        command.stderr(Stdio::piped()).spawn().with_context(|| format!("cannot start {}", line(command)))?;
+    if let Some(stderr) = child.stderr.take() {
+        for text in BufReader::new(stderr).split(b'\n') {
+            let text = text.context("cannot read what cargo says")?;
+            if !is_last_word(&text) {
+                let mut stderr = io::stderr().lock();
+                // Nobody to tell is no reason to stop a build.
+                let _ = stderr.write_all(&text).and_then(|()| stderr.write_all(b"\n"));
+            }
+        }
+    }
+    let status = child.wait().with_context(|| format!("cannot wait for {}", line(command)))?;
+    if !status.success() {
+        bail!("this command failed ({status}): {}", line(command));
+    }
+    Ok(())
+}
+
+/// Whether this is the line cargo ends a build with, coloured or not.
+fn is_last_word(line: &[u8]) -> bool {
+    let word = b"Finished";
+    let before = line.windows(word.len()).position(|part| part == word);
+    before.is_some_and(|before| line[..before].iter().all(|byte| b" \x1b[;m0123456789".contains(byte)))
+}
+
+/// What a command prints, or nothing if it is not there or fails.
+pub(crate) fn output(command: &mut Command) -> Option<String> {
+    let output = command.stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+/// A command as it would be typed, the variables that were set for it first.
+pub(crate) fn line(command: &Command) -> String {
+    let variables = command.get_envs().filter_map(|(name, value)| {
+        // Set for every build, and of no interest to the reader.
+        let shown = name != "CARGO_TARGET_DIR" && name != "CARGO_TERM_COLOR";
+        value.filter(|_| shown).map(|value| format!("{}={}", name.display(), quote(value)))
+    });
+    let words = std::iter::once(command.get_program()).chain(command.get_args()).map(quote);
+    variables.chain(words).collect::<Vec<_>>().join(" ")
+}
+
+fn quote(word: &OsStr) -> String {
+    let word = word.to_string_lossy();
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%*".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.into_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
+}
+
+/// Where a program is. Also looks where administration tools are: a user's PATH on Debian leaves those out.
+pub(crate) fn find(program: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path)
+        .chain(["/usr/sbin".into(), "/sbin".into()])
+        .map(|folder| folder.join(program))
+        .find(|file| file.is_file())
+}
+
+/// Whether this process is root.
+pub(crate) fn is_root() -> bool {
+    // The owner of the process's own folder in /proc is its effective user.
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0)
+}
+
+/// Where sudo is, or a sentence on what to do without it.
+pub(crate) fn sudo(purpose: &str) -> Result<PathBuf> {
+    find("sudo").with_context(|| {
+        format!("{purpose} needs root, and there is no sudo here: run this as root, or install sudo")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_is_shown_as_it_would_be_typed() {
+        let mut command = Command::new("cargo");
+        command
+            .args(["build", "--config", "a b", "it's"])
+            .env("RUSTFLAGS", "-C debuginfo=2")
+            .env_remove("RUSTC");
+        assert_eq!(line(&command), r"RUSTFLAGS='-C debuginfo=2' cargo build --config 'a b' 'it'\''s'");
+    }
+
+    #[test]
+    fn only_cargos_last_word_is_left_out() {
+        assert!(is_last_word(b"    Finished `release` profile [optimized] target(s) in 0.03s"));
+        assert!(is_last_word(b"\x1b[1m\x1b[92m    Finished\x1b[0m `release` profile"));
+        assert!(!is_last_word(b"   Compiling xtask v0.1.0"));
+        assert!(!is_last_word(b"12 |     Finished,"));
+    }
+
+    #[test]
+    fn finds_programs_only_where_they_are() {
+        assert!(find("sh").is_some());
+        assert_eq!(find("there-is-no-such-program"), None);
+    }
+}

@@ -1,0 +1,156 @@
+//! bpf-linker, which makes a BPF object of the compiler's bitcode.
+//!
+//! It has to understand the bitcode, so it is linked to the very LLVM that the compiler uses: no LLVM is installed
+//! for it, and the two cannot drift apart. It is kept in the user's cache, for other clones to find.
+
+use std::{
+    env, fs,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{
+    command::{self, say},
+    compiler::Compiler,
+    workspace::cargo_program,
+};
+
+/// The release that is installed.
+const VERSION: &str = "0.13.0";
+/// Releases that will do when they are there already.
+const SERIES: &str = "0.13.";
+/// The LLVM releases it can be linked to.
+const LLVM: std::ops::RangeInclusive<u32> = 21..=23;
+
+/// Finds bpf-linker for this compiler, or installs it.
+pub(crate) fn find_or_install(compiler: &Compiler) -> Result<PathBuf> {
+    let llvm = libllvm(compiler);
+    let folder = match &llvm {
+        Some(llvm) => Some(cache()?.join(format!("bpf-linker-{VERSION}-{}", file_name(llvm)))),
+        None => None,
+    };
+    if let (Some(folder), Some(llvm)) = (&folder, &llvm) {
+        let linker = folder.join("bin/bpf-linker");
+        // The LLVM it was linked to may since have gone, with the toolchain it belonged to.
+        if linker.exists() && fs::read_link(folder.join("llvm/lib/libLLVM.so")).is_ok_and(|to| to == *llvm) {
+            return Ok(linker);
+        }
+    }
+    if let Some(linker) = command::find("bpf-linker").filter(|linker| will_do(linker)) {
+        return Ok(linker);
+    }
+    let (Some(folder), Some(llvm)) = (folder, llvm) else {
+        bail!(
+            "no libLLVM of version {} was found for {}, to link bpf-linker {VERSION} to; \
+             put a bpf-linker {SERIES}x on PATH (https://github.com/aya-rs/bpf-linker#installation)",
+            compiler.llvm,
+            compiler.rustc.display(),
+        );
+    };
+    install(compiler, &folder, &llvm)?;
+    Ok(folder.join("bin/bpf-linker"))
+}
+
+fn install(compiler: &Compiler, folder: &Path, llvm: &Path) -> Result<()> {
+    if !LLVM.contains(&compiler.llvm) {
+        bail!(
+            "{} makes bitcode of LLVM {}, and bpf-linker {VERSION} is for LLVM {} to {}; \
+             set RUSTC_BPF to the path of another compiler",
+            compiler.rustc.display(),
+            compiler.llvm,
+            LLVM.start(),
+            LLVM.end(),
+        );
+    }
+    say(&format!("installing bpf-linker {VERSION} into {}; this takes about a minute", folder.display()));
+    // A prefix with nothing in it but the library, under the name the linker is told and the name it asks for.
+    let library = folder.join("llvm/lib");
+    fs::create_dir_all(&library).with_context(|| format!("cannot make the folder {}", library.display()))?;
+    for name in ["libLLVM.so".into(), file_name(llvm)] {
+        let link = library.join(name);
+        let _ = fs::remove_file(&link);
+        symlink(llvm, &link).with_context(|| format!("cannot make the link {}", link.display()))?;
+    }
+    let mut cargo = Command::new(cargo_program());
+    cargo
+        .args(["install", "bpf-linker", "--version", VERSION, "--locked", "--force", "--quiet"])
+        .args(["--no-default-features", "--features", &format!("llvm-{}", compiler.llvm), "--root"])
+        .arg(folder)
+        .env("LLVM_PREFIX", folder.join("llvm"))
+        .env("CARGO_PROFILE_RELEASE_DEBUG", "0")
+        .env("CARGO_PROFILE_RELEASE_STRIP", "true")
+        // A temporary folder will do, and leaves nothing behind.
+        .env_remove("CARGO_TARGET_DIR");
+    command::run(&mut cargo)
+}
+
+fn will_do(linker: &Path) -> bool {
+    command::output(Command::new(linker).arg("--version")).is_some_and(|text| is_of_series(&text))
+}
+
+/// Reads `bpf-linker --version`.
+fn is_of_series(text: &str) -> bool {
+    text.strip_prefix("bpf-linker ").is_some_and(|version| version.starts_with(SERIES))
+}
+
+/// The shared LLVM that a compiler uses: next to it (rustup), or in one of the system's library folders.
+fn libllvm(compiler: &Compiler) -> Option<PathBuf> {
+    let lib = compiler.sysroot.join("lib");
+    let mut folders = vec![lib.clone(), compiler.sysroot.join("lib64")];
+    // Debian's, such as /usr/lib/x86_64-linux-gnu.
+    folders.extend(fs::read_dir(&lib).into_iter().flatten().flatten().filter_map(|entry| {
+        let name = entry.file_name();
+        name.to_string_lossy().ends_with(&format!("{}-linux-gnu", env::consts::ARCH)).then(|| entry.path())
+    }));
+    folders.push(format!("/usr/lib/llvm-{}/lib", compiler.llvm).into());
+    folders.iter().find_map(|folder| {
+        let files = fs::read_dir(folder).ok()?.flatten();
+        let mut files: Vec<_> =
+            files.filter(|file| is_libllvm(&file.file_name().to_string_lossy(), compiler.llvm)).collect();
+        files.sort_by_key(fs::DirEntry::file_name);
+        // Links lead to the file whose name is the one the loader looks for.
+        files.iter().find_map(|file| file.path().canonicalize().ok())
+    })
+}
+
+fn is_libllvm(name: &str, llvm: u32) -> bool {
+    name.strip_prefix("libLLVM.so.").is_some_and(|rest| rest.split('.').next() == Some(&llvm.to_string()))
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+fn cache() -> Result<PathBuf> {
+    let folder = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let cache = folder("XDG_CACHE_HOME").or_else(|| Some(folder("HOME")?.join(".cache")));
+    Ok(cache
+        .context("neither HOME nor XDG_CACHE_HOME is set, so there is nowhere to install to")?
+        .join("tcpclose"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn takes_a_linker_of_the_same_series_only() {
+        assert!(is_of_series("bpf-linker 0.13.0"));
+        assert!(is_of_series("bpf-linker 0.13.2-dev"));
+        assert!(!is_of_series("bpf-linker 0.9.15"));
+        assert!(!is_of_series("bpf-linker 0.130.0"));
+        assert!(!is_of_series(""));
+    }
+
+    #[test]
+    fn knows_the_library_by_its_name() {
+        assert!(is_libllvm("libLLVM.so.22.1", 22));
+        assert!(is_libllvm("libLLVM.so.22.1-rust-1.95.0-stable", 22));
+        assert!(!is_libllvm("libLLVM.so.22.1", 2));
+        assert!(!is_libllvm("libLLVM-14.so.1", 22));
+        assert!(!is_libllvm("libLLVM.so", 22));
+    }
+}

@@ -1,0 +1,89 @@
+//! `cargo xtask`: everything there is to do in this repository, set-up included.
+
+mod apt;
+mod bench;
+mod command;
+mod compiler;
+mod ebpf;
+mod linker;
+mod lint;
+mod run;
+mod test;
+mod tools;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Sets up, builds, runs and tests tcpclose.
+///
+/// Every command first installs what it needs and does not find, and says what before it does.
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask", disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Build both halves and run tcpclose, through sudo when this is not root
+    Run {
+        /// Arguments for tcpclose
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Check format and lints, then run every test, those that load programs into the kernel included
+    Test {
+        /// Run only the tests whose name contains one of these, and leave the lints out
+        filters: Vec<String>,
+        /// More arguments for the test programs, such as --nocapture
+        #[arg(last = true)]
+        args: Vec<String>,
+    },
+    /// Build both halves
+    Build {
+        /// Build the user half without optimisations
+        #[arg(long)]
+        debug: bool,
+    },
+    /// Check the format and the lints of both halves
+    #[command(alias = "clippy")]
+    Lint,
+    /// Measure what tracing costs, per connection
+    Bench(bench::Args),
+    /// Install what is missing, and say what is used
+    Setup,
+}
+
+fn main() -> ExitCode {
+    match start(Cli::parse().task) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // One message, and no backtrace below it whatever RUST_BACKTRACE says: that one is for tcpclose.
+            command::say(&format!("{error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(task: Task) -> anyhow::Result<()> {
+    let workspace = workspace::Workspace::find()?;
+    match task {
+        Task::Run { args } => Err(run::run(&workspace, &args)),
+        Task::Test { filters, args } => test::test(&workspace, &filters, &args),
+        Task::Build { debug } => {
+            ebpf::build(&workspace, &tools::for_building()?)?;
+            run::build_user_half(&workspace, !debug).map(drop)
+        }
+        Task::Lint => lint::lint(&workspace, &tools::for_building()?),
+        Task::Bench(args) => bench::bench(&workspace, &args),
+        Task::Setup => {
+            let tools = tools::for_building()?;
+            tools::for_testing()?;
+            println!("{tools}");
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,56 @@
+//! Building and starting tcpclose.
+
+use std::{env, os::unix::process::CommandExt, path::PathBuf, process::Command};
+
+use anyhow::{Context, Error, Result};
+
+use crate::{
+    command::{self, line},
+    ebpf, tools,
+    workspace::Workspace,
+};
+
+/// Variables that change what tcpclose prints, and that sudo would drop.
+const KEPT: [&str; 6] = ["RUST_LOG", "RUST_BACKTRACE", "NO_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "TZ"];
+
+/// Builds both halves as they are released; the answer is where tcpclose is.
+pub(crate) fn build_all(workspace: &Workspace) -> Result<PathBuf> {
+    ebpf::build(workspace, &tools::for_building()?)?;
+    build_user_half(workspace, true)
+}
+
+/// Builds the user half, which takes in the kernel half; the answer is where it is.
+pub(crate) fn build_user_half(workspace: &Workspace, release: bool) -> Result<PathBuf> {
+    let mut cargo = workspace.cargo("build");
+    cargo.args(["--package", "tcpclose-user", "--bin", "tcpclose"]);
+    if release {
+        cargo.arg("--release");
+    }
+    command::run_build(&mut cargo).context("the user half was not built")?;
+    Ok(workspace.target.join(if release { "release" } else { "debug" }).join("tcpclose"))
+}
+
+/// Becomes tcpclose, so that signals and the exit status are its own. Comes back only if it cannot.
+pub(crate) fn run(workspace: &Workspace, args: &[String]) -> Error {
+    match build_all(workspace).and_then(|tcpclose| start_command(tcpclose, args)) {
+        Ok(mut command) => Error::new(command.exec()).context(format!("cannot start {}", line(&command))),
+        Err(error) => error,
+    }
+}
+
+fn start_command(tcpclose: PathBuf, args: &[String]) -> Result<Command> {
+    let mut command = if command::is_root() {
+        Command::new(tcpclose)
+    } else {
+        let mut sudo = Command::new(command::sudo("tracing")?);
+        // Only what is set is asked for: a strict sudoers file refuses the whole option.
+        let kept: Vec<_> = KEPT.into_iter().filter(|name| env::var_os(name).is_some()).collect();
+        if !kept.is_empty() {
+            sudo.arg(format!("--preserve-env={}", kept.join(",")));
+        }
+        sudo.arg("--").arg(tcpclose);
+        sudo
+    };
+    command.args(args);
+    Ok(command)
+}

@@ -1,0 +1,121 @@
+//! What builds and tests need that rustup does not bring: what is there, and how the rest is installed.
+
+use std::{env, fmt, path::PathBuf, process::Command};
+
+use anyhow::{Result, bail};
+
+use crate::{
+    apt::{self, Package},
+    command::{self, say},
+    compiler::{self, Compiler, TARGET},
+    linker,
+};
+
+/// A Rust compiler with `core` for BPF. Pinned: a later Rust may bring an LLVM that bpf-linker does not know.
+const DEBIAN_COMPILER: [Package; 2] = [
+    Package { name: "rustc-web=1.96.*", purpose: "Debian's Rust compiler, beside rustup's" },
+    Package {
+        name: "libstd-rust-web-dev-bpf=1.96.*",
+        purpose: "its `core` for BPF, which the kernel half needs",
+    },
+];
+
+/// The commands that tests use, and the packages that bring them.
+const FOR_TESTS: [(&str, Package); 2] = [
+    (
+        "ip",
+        Package { name: "iproute2", purpose: "`ip`, which makes the network namespaces that tests run in" },
+    ),
+    ("nft", Package { name: "nftables", purpose: "`nft`, the firewall of a test that has one" }),
+];
+
+/// What the kernel half is built with.
+pub(crate) struct Tools {
+    pub(crate) compiler: Compiler,
+    pub(crate) linker: PathBuf,
+}
+
+impl fmt::Display for Tools {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "compiler of the kernel half: {}", self.compiler)?;
+        write!(f, "linker of the kernel half: {}", self.linker.display())
+    }
+}
+
+/// Finds or installs what the kernel half is built with.
+pub(crate) fn for_building() -> Result<Tools> {
+    let compiler = match compiler::find()? {
+        Ok(compiler) => compiler,
+        Err(refused) => install_compiler(&refused)?,
+    };
+    let linker = linker::find_or_install(&compiler)?;
+    Ok(Tools { compiler, linker })
+}
+
+/// Installs the commands that tests use, where they are missing.
+pub(crate) fn for_testing() -> Result<()> {
+    let missing: Vec<_> = FOR_TESTS
+        .iter()
+        .filter(|(program, _)| command::find(program).is_none())
+        .map(|(_, package)| *package)
+        .collect();
+    if !apt::install(&missing)? {
+        let programs = missing.iter().map(|package| package.purpose).collect::<Vec<_>>().join("; ");
+        bail!(
+            "the tests need what is not here, and apt-get does not offer: {programs}. On Debian this brings it:\n  {}",
+            apt::advice(&missing)
+        );
+    }
+    Ok(())
+}
+
+/// Debian's compiler where there is one, else the source of `core` for rustup's.
+fn install_compiler(refused: &[String]) -> Result<Compiler> {
+    say(&format!("missing: a Rust compiler with `core` for {TARGET}"));
+    let failed = match apt::install(&DEBIAN_COMPILER) {
+        Ok(true) => "installing Debian's did not help".to_owned(),
+        Ok(false) => "no apt-get offers one".to_owned(),
+        Err(error) => format!("{error:#}"),
+    };
+    if let Ok(compiler) = compiler::find()? {
+        return Ok(compiler);
+    }
+    if let Some(rustup) = command::find("rustup") {
+        say("adding rustup's component rust-src, the source of `core`");
+        // Its failure is told below, with what else was tried.
+        let _ = command::run(Command::new(rustup).args(["component", "add", "rust-src"]));
+    }
+    match compiler::find()? {
+        Ok(compiler) => Ok(compiler),
+        Err(_) => bail!("{}", advice(refused, &failed)),
+    }
+}
+
+fn advice(refused: &[String], failed: &str) -> String {
+    let found = if refused.is_empty() { "no Rust compiler at all".into() } else { refused.join("\n  ") };
+    let toolchain = env::var("RUSTUP_TOOLCHAIN").unwrap_or_else(|_| "stable".into());
+    format!(
+        "the kernel half needs a Rust compiler with `core` for {TARGET}, or with the source of it. Found:\n  {found}\n\
+         Installing one failed: {failed}.\n\
+         One of these mends it:\n  {}\n  rustup component add rust-src --toolchain {toolchain}",
+        apt::advice(&DEBIAN_COMPILER),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_word_has_what_was_found_and_what_to_type() {
+        let text = advice(&["/usr/bin/rustc is Rust 1.85, and 1.95 is needed".into()], "apt-get offers none");
+        for part in [
+            "/usr/bin/rustc is Rust 1.85",
+            "apt-get offers none",
+            "apt-get install --no-install-recommends 'rustc-web=1.96.*' 'libstd-rust-web-dev-bpf=1.96.*'",
+            "rustup component add rust-src",
+        ] {
+            assert!(text.contains(part), "{part} is not in:\n{text}");
+        }
+    }
+}

@@ -1,0 +1,47 @@
+//! Where the repository is, where builds go, and the `cargo` they are made with.
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result};
+
+/// The repository this was started from.
+pub(crate) struct Workspace {
+    pub(crate) root: PathBuf,
+    /// Cargo's target folder. `tcpclose-user/build.rs` looks for the kernel half in here, by the same rule.
+    pub(crate) target: PathBuf,
+}
+
+/// The cargo that runs this: that of the toolchain rustup chose, and no need for rustup to choose again.
+pub(crate) fn cargo_program() -> PathBuf {
+    env::var_os("CARGO").map_or_else(|| "cargo".into(), PathBuf::from)
+}
+
+impl Workspace {
+    pub(crate) fn find() -> Result<Self> {
+        // Cargo sets the variable for what it runs; the other one serves when the binary is called by hand.
+        let package = env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+        let root =
+            Path::new(&package).parent().context("xtask is not in a folder of the repository")?.to_owned();
+        let target = root.join(env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()));
+        Ok(Self { root, target })
+    }
+
+    /// `cargo SUBCOMMAND` in this repository, with this toolchain.
+    pub(crate) fn cargo(&self, subcommand: &str) -> Command {
+        self.with_cargo(&cargo_program(), subcommand, &self.target)
+    }
+
+    /// `cargo SUBCOMMAND` with a certain cargo and a target folder of its own.
+    pub(crate) fn with_cargo(&self, cargo: &Path, subcommand: &str, target: &Path) -> Command {
+        let mut cargo = Command::new(cargo);
+        cargo.current_dir(&self.root).arg(subcommand).arg("--target-dir").arg(target);
+        if self.root.join("Cargo.lock").exists() {
+            cargo.arg("--locked");
+        }
+        cargo
+    }
+}
