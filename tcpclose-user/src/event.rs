@@ -135,6 +135,9 @@ pub struct Lingering {
     pub since: Option<Time>,
     /// Milliseconds that it has been there, at least.
     pub for_ms: Option<f64>,
+    /// Milliseconds that it has been there, at most; the same where `since` is known, null where the kernel gives no
+    /// upper bound.
+    pub for_ms_at_most: Option<f64>,
     /// Bytes received that nobody has read.
     pub unread_bytes: Option<u64>,
     /// Every process that has it open; null where that cannot be looked up.

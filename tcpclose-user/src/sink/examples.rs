@@ -160,6 +160,7 @@ pub(crate) fn lingering() -> Event {
         state: State::CloseWait,
         since: Some(time("2026-03-01T12:01:45Z")),
         for_ms: Some(15_000.0),
+        for_ms_at_most: Some(15_000.0),
         unread_bytes: Some(0),
         holders: Some(vec![
             Holder { pid: 4312, comm: "java".into(), fd: 7 },

@@ -89,7 +89,7 @@ mod tests {
         );
         assert_fields(
             &value(examples::lingering()),
-            "event time seq connection process state since for_ms unread_bytes holders opener kind",
+            "event time seq connection process state since for_ms for_ms_at_most unread_bytes holders opener kind",
         );
         assert_fields(&value(examples::lost()), "event time seq where count");
     }

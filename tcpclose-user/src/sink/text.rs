@@ -187,7 +187,7 @@ impl Page<'_> {
 
         let mut facts = Facts::default();
         facts.add("state", lingering.state);
-        facts.add("for", or_dash(lingering.for_ms.map(human_millis)));
+        facts.add("for", bounds(lingering.for_ms, lingering.for_ms_at_most));
         facts.add("unread", or_dash(lingering.unread_bytes.map(|bytes| format!("{bytes}B"))));
         facts.process(process);
         if lingering.holders.is_none() {
@@ -393,6 +393,16 @@ fn cut(text: &str, room: usize) -> Cow<'_, str> {
 
 fn width(text: &str) -> usize {
     text.chars().count()
+}
+
+/// A time of which only the bounds may be known: `3s`, `2s..5s`, `2s..`.
+fn bounds(at_least: Option<f64>, at_most: Option<f64>) -> String {
+    let (least, most) = (at_least.map(human_millis), at_most.map(human_millis));
+    match (least, most) {
+        (Some(least), Some(most)) if least == most => least,
+        (None, None) => "-".into(),
+        (least, most) => format!("{}..{}", least.unwrap_or_default(), most.unwrap_or_default()),
+    }
 }
 
 fn or_dash(value: Option<impl Display>) -> String {
