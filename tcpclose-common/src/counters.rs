@@ -31,6 +31,10 @@ counters! {
     connections_removed,
     /// Sockets for which no entry could be made.
     connections_failed,
+    /// Ends that no program was run for, found out later.
+    ends_missed,
+    /// Sockets in a state of the teardown that found no room in `TEARDOWNS`.
+    teardowns_failed,
     /// Stacks that could not be kept.
     stacks_failed,
     /// Ends that the filters kept from being written.

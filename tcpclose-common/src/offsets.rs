@@ -76,8 +76,6 @@ offsets! {
         socket_inode,
         /// `inet_connection_sock.icsk_ack.lrcvtime`, u32, jiffies of the last data received.
         icsk_lrcvtime,
-        /// `inet_connection_sock.icsk_retransmits`, u8.
-        icsk_retransmits,
         /// `inet_connection_sock.icsk_user_timeout`, u32, milliseconds.
         icsk_user_timeout,
         /// `tcp_sock.lsndtime`, u32, jiffies of the last data sent.
@@ -138,6 +136,8 @@ offsets! {
         socket_sk,
         /// `bpf_iter__task_file.task`, pointer: the context of the iterator's program.
         iter_task,
+        /// `bpf_iter__task_file.fd`, u32: the descriptor.
+        iter_fd,
         /// `bpf_iter__task_file.file`, pointer.
         iter_file,
         /// `task_struct.flags`, unsigned int of `PF_*`.

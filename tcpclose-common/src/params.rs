@@ -29,8 +29,8 @@ pub struct Params {
     pub has_reset_reason: u32,
     /// Times to live are being noted (0 or 1).
     pub ttl: u32,
-    /// Always 0: keeps what follows at a multiple of 8.
-    pub reserved: u32,
+    /// Sockets that linger are wanted (0 or 1).
+    pub linger: u32,
     /// Only tasks whose process is in `FOLLOWED` (0 or 1).
     pub by_process: u32,
     /// How many of `local_ports` count.
@@ -66,7 +66,7 @@ impl Params {
         has_pt_regs_helper: 0,
         has_reset_reason: 0,
         ttl: 0,
-        reserved: 0,
+        linger: 0,
         by_process: 0,
         local_port_count: 0,
         remote_port_count: 0,

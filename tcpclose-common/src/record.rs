@@ -22,6 +22,8 @@ pub mod tag {
     pub const OWNER: u16 = 3;
     /// A process that was not seen before touched a socket: a [`super::Process`], in the `PROCESSES` ring.
     pub const PROCESS: u16 = 4;
+    /// A socket is still in a state of the teardown: a [`super::Connection`] as it is now.
+    pub const LINGERING: u16 = 5;
 }
 
 /// Directions of a RST.
@@ -52,6 +54,16 @@ pub mod holder {
     pub const DESCRIPTOR: u32 = 1;
     /// It listens on the port that the connection came in by, and had not accepted it.
     pub const LISTENER: u32 = 2;
+}
+
+/// What an [`Owner`] has to do with the socket.
+pub mod holds {
+    /// Closed its descriptor.
+    pub const CLOSED: u32 = 0;
+    /// Has the descriptor of a socket open that has ended.
+    pub const OPEN: u32 = 1;
+    /// Has the descriptor of a socket open whose holders were asked for.
+    pub const ASKED: u32 = 2;
 }
 
 /// The first thing that happened to a connection on its way to the end.
@@ -184,8 +196,9 @@ layout! {
         received_ago: u32,
         /// `TCP_USER_TIMEOUT`, milliseconds; 0 when not set.
         user_timeout: u32,
-        /// Always 0.
-        reserved: u32,
+        /// Sequence numbers received that the application has not taken: `unread`, and one for a FIN that it was not
+        /// told of. What `ss` shows as Recv-Q.
+        untaken: u32,
     }
 }
 
@@ -271,7 +284,11 @@ layout! {
         /// `sk_err` at the end, or [`i32::MIN`] when not readable.
         error: i32,
         /// 1 once its CLOSE record was written.
-        told: u32,
+        told: u8,
+        /// 1 when the inventory found it in the midst of its life: it came into the first of `states` before `times` says.
+        found: u8,
+        /// The inventory pass that was last asked for its holders; 0 for none.
+        asked: u16,
         /// `sk_flags` at the end, or [`UNKNOWN_U64`].
         sock_flags: u64,
         /// Jiffies of `SO_LINGER`'s time at the end, or [`UNKNOWN_U64`].
@@ -284,7 +301,8 @@ layout! {
 }
 
 layout! {
-    /// Who closed, or has open, the descriptor of a socket that had ended in softirq, with no owner known then.
+    /// Who closed, or has open, the descriptor of a socket that had ended in softirq with no owner known then, or that
+    /// lingers.
     Owner (96) {
         /// What every record begins with.
         header: Header,
@@ -294,10 +312,10 @@ layout! {
         born: u64,
         /// Who.
         task: Task,
-        /// 1 if it merely has the descriptor open, 0 if it closed it.
+        /// One of [`holds`].
         holds: u32,
-        /// Always 0.
-        reserved: u32,
+        /// The descriptor, with [`holds::ASKED`].
+        fd: u32,
     }
 }
 
@@ -343,7 +361,7 @@ impl Sample {
         sent_ago: UNKNOWN_U32,
         received_ago: UNKNOWN_U32,
         user_timeout: UNKNOWN_U32,
-        reserved: 0,
+        untaken: UNKNOWN_U32,
     };
 }
 
@@ -396,6 +414,8 @@ impl Connection {
         owned: 0,
         error: i32::MIN,
         told: 0,
+        found: 0,
+        asked: 0,
         sock_flags: UNKNOWN_U64,
         linger: UNKNOWN_U64,
         reset_after: reset_after::NEVER,

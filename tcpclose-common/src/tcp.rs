@@ -29,6 +29,15 @@ pub mod state {
     pub const NEW_SYN_RECV: u8 = 12;
 }
 
+/// Whether a connection in `state` is being torn down, and may stay in it: TIME_WAIT may not, and has no full socket.
+#[inline]
+pub const fn is_teardown(state: u8) -> bool {
+    matches!(
+        state,
+        state::FIN_WAIT1 | state::FIN_WAIT2 | state::CLOSE_WAIT | state::LAST_ACK | state::CLOSING
+    )
+}
+
 /// `IPPROTO_TCP`: `inet_sock_set_state` also fires for SCTP, DCCP and MPTCP, whose socks are laid out differently.
 pub const IPPROTO_TCP: u16 = 6;
 /// `AF_INET`.

@@ -6,12 +6,12 @@ use aya_ebpf::{
 };
 use tcpclose_common::{
     record::{Connection, MAX_STEPS, UNKNOWN_U64, first_move, reset_after, role, tag},
-    tcp::{sock_flag, state},
+    tcp::{is_teardown, sock_flag, state},
 };
 
 use crate::{
-    emit, listener,
-    maps::{CONNECTIONS, count, global, template},
+    emit, filter, listener,
+    maps::{CONNECTIONS, TEARDOWNS, count, global, template},
     sock::{self, Record},
     task,
 };
@@ -43,7 +43,15 @@ pub fn find(sk: u64) -> Option<&'static mut Connection> {
 /// Begins a new life at the address `sk`. What was there before is over: addresses are used again within microseconds.
 #[inline(always)]
 pub fn begin(sk: u64, now: u64) -> Option<&'static mut Connection> {
-    let known = CONNECTIONS.get_ptr(sk).is_some();
+    let known = match find(sk) {
+        Some(before) => {
+            if before.told == 0 && before.steps != 0 {
+                missed(before, now);
+            }
+            true
+        }
+        None => false,
+    };
     // SAFETY: read-only data of this object, always initialised.
     if CONNECTIONS.insert(sk, unsafe { &*template() }, 0).is_err() {
         count!(connections_failed);
@@ -56,6 +64,37 @@ pub fn begin(sk: u64, now: u64) -> Option<&'static mut Connection> {
     connection.sock = sk;
     connection.born = now;
     Some(connection)
+}
+
+/// Tells of a socket that is gone, though no program was run for its end. All that is known of that is who moved first.
+#[inline(always)]
+pub fn missed(connection: &mut Connection, now: u64) {
+    connection.ended = now;
+    connection.last_state = 0;
+    connection.inode = 0;
+    connection.told = 1;
+    count!(ends_missed);
+    emit::connection(connection, tag::CLOSE);
+}
+
+/// Notes that the socket came into a state of the teardown, in which it may linger.
+#[inline(always)]
+pub fn teardown_began(connection: &Connection, sk: u64, since: u64) {
+    if global!(PARAMS.linger) == 0 || !filter::wants(connection) {
+        return;
+    }
+    if TEARDOWNS.insert(sk, &since, 0).is_err() {
+        count!(teardowns_failed);
+    }
+}
+
+/// Notes that it came out again.
+#[inline(always)]
+pub fn teardown_over(sk: u64) {
+    if global!(PARAMS.linger) != 0 {
+        // Most end without having been there.
+        let _ = TEARDOWNS.remove(sk);
+    }
 }
 
 /// The entry of `sk`, or a new one for a socket that is older than the trace (or was evicted).
@@ -128,8 +167,11 @@ pub fn end(ctx: &impl EbpfContext, sk: u64, from: u8, now: u64, cookie: u64, rec
     let has_no_socket = sock::socket(sk) == Some(0);
     step(connection, state::CLOSE, now);
     sock::endpoints(sk, record, &mut connection.endpoints);
+    if is_teardown(from) {
+        teardown_over(sk);
+    }
     connection.ended = now;
-    connection.cookie = cookie;
+    connection.cookie = if cookie != 0 { cookie } else { sock::cookie(sk) };
     connection.last_state = from;
     connection.error = error;
     connection.shutdown = shutdown;

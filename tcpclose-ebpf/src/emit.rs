@@ -1,7 +1,7 @@
 //! The only writer of the `RECORDS` ring.
 
 use aya_ebpf::bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, BPF_RB_RING_SIZE};
-use tcpclose_common::record::{Connection, Header, Owner, VERSION, tag};
+use tcpclose_common::record::{Connection, Header, Owner, VERSION};
 
 use crate::{
     filter,
@@ -19,11 +19,10 @@ pub fn connection(connection: &mut Connection, tag: u16) {
     written(RECORDS.output::<Connection>(&*connection, wake(size_of::<Connection>())));
 }
 
-/// Writes who closed a socket that had ended before.
+/// Writes who closed a socket that had ended before, or has one open.
 #[inline(always)]
-pub fn owner(owner: &mut Owner) {
-    owner.header = Header { tag: tag::OWNER, version: VERSION, length: size_of::<Owner>() as u32 };
-    written(RECORDS.output::<Owner>(&*owner, wake(size_of::<Owner>())));
+pub fn owner(owner: &Owner) {
+    written(RECORDS.output::<Owner>(owner, wake(size_of::<Owner>())));
 }
 
 #[inline(always)]

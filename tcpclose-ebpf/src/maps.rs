@@ -168,6 +168,16 @@ pub struct Ttls {
     pub reserved: [u8; 6],
 }
 
+/// Sockets in a state of the teardown, in which they may linger, and when they came into the first one; 0 is before the
+/// trace. Not LRU: those that are here longest are those that are wanted. As large as `CONNECTIONS`; what finds no room
+/// is counted in `teardowns_failed`.
+#[map]
+pub static TEARDOWNS: HashMap<u64, u64> = HashMap::with_max_entries(65_536, 0);
+
+/// The inventory pass that is to tell of the holders of sockets that `asked` for it ([`Connection::asked`]).
+#[map]
+pub static ASKED: Array<u32> = Array::with_max_entries(1, 0);
+
 /// See [`Counters`].
 #[map]
 pub static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(1, 0);

@@ -167,6 +167,20 @@ pub fn inode(sk: u64) -> u64 {
     }
 }
 
+/// The socket's cookie, if somebody has asked the kernel for it before; else 0.
+#[inline(always)]
+pub fn cookie(sk: u64) -> u64 {
+    member(sk, global!(STRUCTS.sk_cookie)).unwrap_or(0)
+}
+
+/// Whether `sk` still has these ends; `None` where that can not be read.
+#[inline(always)]
+pub fn has_ends(sk: u64, ends: &Endpoints) -> Option<bool> {
+    let local: u16 = member(sk, global!(STRUCTS.sk_num))?;
+    let remote: u16 = member(sk, global!(STRUCTS.sk_dport))?;
+    Some(local == ends.local_port && u16::from_be(remote) == ends.remote_port)
+}
+
 /// What the kernel counts for this socket, now.
 #[inline(always)]
 pub fn sample(sk: u64, jiffies: u64, to: &mut Sample) {
@@ -185,7 +199,8 @@ pub fn sample(sk: u64, jiffies: u64, to: &mut Sample) {
     if let Some(next) = member::<u32>(sk, global!(STRUCTS.tcp_rcv_nxt))
         && let Some(copied) = member::<u32>(sk, global!(STRUCTS.tcp_copied_seq))
     {
-        to.unread = next.wrapping_sub(copied).saturating_sub(fin);
+        to.untaken = next.wrapping_sub(copied);
+        to.unread = to.untaken.saturating_sub(fin);
     }
     if let Some(written) = member::<u32>(sk, global!(STRUCTS.tcp_write_seq))
         && let Some(acknowledged) = member::<u32>(sk, global!(STRUCTS.tcp_snd_una))

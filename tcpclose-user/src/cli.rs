@@ -1,6 +1,6 @@
 //! The command line, as typed.
 
-use std::{net::IpAddr, path::PathBuf, time::Duration};
+use std::{net::IpAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
@@ -51,6 +51,12 @@ pub struct TraceArgs {
     /// look at every packet that the host receives
     #[arg(long)]
     pub ttl: bool,
+    /// Tell of sockets that stay in a state of the teardown (`CLOSE_WAIT`, `FIN_WAIT2`, …) longer than this; `off` does not
+    #[arg(long, value_name = "TIME", default_value = "10s")]
+    pub linger: Linger,
+    /// Write no events, only the summary at the end
+    #[arg(long)]
+    pub summary: bool,
     /// End after this long
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     pub duration: Option<Duration>,
@@ -123,6 +129,25 @@ pub enum EventKind {
     Close,
     /// A RST.
     Reset,
+    /// A socket that stays in a state of the teardown.
+    Lingering,
+}
+
+/// From what age on sockets count as lingering.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Linger {
+    /// Never.
+    Off,
+    /// From this one.
+    After(Duration),
+}
+
+impl FromStr for Linger {
+    type Err = humantime::DurationError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text == "off" { Ok(Self::Off) } else { humantime::parse_duration(text).map(Self::After) }
+    }
 }
 
 /// Which stacks to take.

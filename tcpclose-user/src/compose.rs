@@ -7,18 +7,21 @@ use std::{
 };
 
 use tcpclose_common::{
-    record::{Address, Connection, Endpoints, Sample, Task, UNKNOWN_U32, UNKNOWN_U64, direction, role},
+    record::{
+        Address, Connection, Endpoints, Owner, Sample, Task, UNKNOWN_U32, UNKNOWN_U64, direction, role,
+    },
     tcp::state,
 };
 
 use crate::{
-    attribute::{Attributor, process::Image},
+    attribute::{Attributor, comm, process::Image},
     clock::Clock,
-    correlate::Ending,
+    correlate::{Ending, LateOwner},
     event::{
-        self, Close, Direction, Event, Family, Frame, Frames, LastData, Opener, Process, Reset, Role, State,
-        Step, millis,
+        self, Close, Direction, Event, Family, Frame, Frames, Holder, LastData, Lingering, Opener, Process,
+        Reset, Role, State, Step, millis,
     },
+    linger::Lingerer,
     stacks::Stacks,
     symbolize::Symbolizer,
     verdict::{self, ResetReasons},
@@ -118,6 +121,31 @@ impl Composer {
         }))
     }
 
+    /// The line that tells of a socket that lingers.
+    pub fn lingering(&mut self, lingerer: &Lingerer) -> Option<Event> {
+        let Lingerer { connection, seen, age, holders } = lingerer;
+        // Of several holders the one who opened it counts, else the first.
+        let holds = |owner: &Owner| LateOwner { task: owner.task, holds: true };
+        let opener = holders.iter().find(|owner| owner.task.pid == connection.opener.pid);
+        let late_owner = opener.or(holders.first()).map(holds);
+        let ending = Ending { resets: Vec::new(), close: Some(**connection), late_owner };
+        let known = |bytes: u32| (bytes != UNKNOWN_U32).then_some(u64::from(bytes));
+        Some(Event::Lingering(Box::new(Lingering {
+            time: self.clock.time(*seen),
+            seq: 0,
+            connection: self.connection(connection, *seen),
+            process: self.attributor.owner(&ending),
+            state: State::from_kernel(connection.last_state)?,
+            since: age.since.map(|since| self.clock.time(since)),
+            for_ms: Some(millis(age.at_least)),
+            for_ms_at_most: age.at_most.map(millis),
+            unread_bytes: known(connection.at_end.unread),
+            holders: Some(holders.iter().map(holder).collect()),
+            opener: self.opener(connection),
+            kind: verdict::lingering(connection),
+        })))
+    }
+
     fn connection(&self, connection: &Connection, at: u64) -> event::Connection {
         let (family, local, remote) = ends(&connection.endpoints);
         let established = connection.established;
@@ -209,6 +237,10 @@ fn plausible<'a>(image: Option<&Image>, frames: &'a [u64]) -> &'a [u64] {
     &frames[..end.unwrap_or(frames.len()).max(1).min(frames.len())]
 }
 
+fn holder(owner: &Owner) -> Holder {
+    Holder { pid: owner.task.pid, comm: comm(&owner.task.comm), fd: owner.fd }
+}
+
 fn known(value: u32) -> Option<u32> {
     (value != UNKNOWN_U32).then_some(value)
 }
@@ -254,6 +286,10 @@ fn close_wait(connection: &Connection) -> Option<u64> {
     let count = usize::from(connection.steps).min(connection.states.len());
     let entered = connection.states[..count].iter().position(|number| *number == state::CLOSE_WAIT)?;
     let left = connection.times[..count].get(entered + 1)?;
+    if entered == 0 && connection.found != 0 {
+        // It was there before the trace.
+        return None;
+    }
     Some(left.saturating_sub(connection.times[entered]))
 }
 

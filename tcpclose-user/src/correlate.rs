@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use tcpclose_common::{
-    record::{Connection, Owner, Task, direction, reset_after},
+    record::{Connection, Owner, Task, direction, holds, reset_after},
     tcp::state,
 };
 
@@ -133,7 +133,7 @@ impl Correlator {
         if close.born != owner.born {
             return None;
         }
-        if owner.holds == 0 {
+        if owner.holds == holds::CLOSED {
             let mut ending = self.take(arrival)?;
             ending.late_owner = Some(LateOwner { task: owner.task, holds: false });
             return self.whole_or_wait(ending);
@@ -381,7 +381,7 @@ mod tests {
         assert_eq!(correlator.close(ownerless()), None);
         let header = Header { tag: 0, version: 0, length: 0 };
         let task = Task { pid: 5, ..Task::NONE };
-        let other = Owner { header, sock: SOCK, born: 2, task, holds: 0, reserved: 0 };
+        let other = Owner { header, sock: SOCK, born: 2, task, holds: holds::CLOSED, fd: 0 };
         assert_eq!(correlator.owner(&other), None, "another life at the same address");
         let ending = correlator.owner(&Owner { born: 1, ..other }).unwrap();
         assert_eq!(ending.late_owner, Some(LateOwner { task, holds: false }));

@@ -16,6 +16,8 @@ pub enum Record {
     Reset(Box<Connection>),
     /// The owner of a socket that had ended before.
     Owner(Owner),
+    /// A socket in a state of the teardown, as it is now.
+    Lingering(Box<Connection>),
     /// A process not seen before.
     Process(Process),
 }
@@ -69,6 +71,7 @@ pub fn decode(bytes: &Bytes) -> Result<Record, DecodeError> {
     match header.tag {
         tag::CLOSE => whole(header, bytes).map(Box::new).map(Record::Close),
         tag::RESET => whole(header, bytes).map(Box::new).map(Record::Reset),
+        tag::LINGERING => whole(header, bytes).map(Box::new).map(Record::Lingering),
         tag::OWNER => whole(header, bytes).map(Record::Owner),
         tag::PROCESS => whole(header, bytes).map(Record::Process),
         unknown => Err(DecodeError::Tag(unknown)),
@@ -98,7 +101,7 @@ mod tests {
             born: 2,
             task: Task { pid: 3, ..Task::NONE },
             holds: 0,
-            reserved: 0,
+            fd: 0,
         }
     }
 

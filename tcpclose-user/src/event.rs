@@ -198,7 +198,8 @@ pub enum LostPlace {
     /// Records that found the ring buffer full, could not be read, or were never written because the kernel skipped
     /// a program that was running already.
     RingBuffer,
-    /// Sockets whose gathered facts had to give way to newer ones, or found no room.
+    /// Sockets whose gathered facts had to give way to newer ones, or found no room; and ends that the kernel ran no
+    /// program for, which are told later with what is known.
     Connections,
     /// Stacks that found no room.
     Stacks,

@@ -43,7 +43,10 @@ impl Filter {
         let (kind, connection, process, cause) = match event {
             Event::Close(close) => (EventKind::Close, &close.connection, &close.process, close.cause),
             Event::Reset(reset) => (EventKind::Reset, &reset.connection, &reset.process, reset.cause),
-            Event::Lingering(_) | Event::Lost(_) => return true,
+            Event::Lingering(lingering) => {
+                (EventKind::Lingering, &lingering.connection, &lingering.process, None)
+            }
+            Event::Lost(_) => return true,
         };
         self.wants_event(kind, cause)
             && self.wants_connection(connection)

@@ -14,6 +14,8 @@
 //! 9. [`filter`] keeps out what was not asked for;
 //! 10. [`sink`] writes text or JSON.
 //!
+//! Beside it, [`linger`] finds the sockets that stay where they should not, and has them told by 8 to 10.
+//!
 //! [`trace`] is the loop around it; [`losses`] counts what could not be said, and [`capture`] keeps
 //! raw records for tests.
 
@@ -32,6 +34,7 @@ pub mod failure;
 pub mod filter;
 pub mod hook;
 pub mod kernel;
+pub mod linger;
 pub mod loader;
 pub mod losses;
 pub mod privilege;

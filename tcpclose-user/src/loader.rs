@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow};
 use aya::{
     Btf, Ebpf, EbpfLoader, VerifierLogLevel,
-    programs::{BtfTracePoint, FExit, Iter, ProgramType, TracePoint},
+    programs::{BtfTracePoint, FExit, Iter, ProgramType, RawTracePoint, TracePoint},
     sys::{BpfHelper, is_helper_supported},
 };
 use tcpclose_common::{
@@ -82,6 +82,8 @@ pub struct Loaded {
     pub reset_reasons: BTreeMap<i64, String>,
     /// Whether the program that looks at all descriptors is loaded.
     pub has_inventory: bool,
+    /// Whether the program that looks at one socket is loaded.
+    pub has_look: bool,
     /// Descriptors of programs whose skipped runs are losses: those without an understudy.
     pub guarded: Vec<RawFd>,
     /// What is attached, and how.
@@ -170,10 +172,19 @@ pub fn load(request: &Request) -> Result<Loaded> {
             match load_btf(request, &kernel, &params) {
                 Ok((mut ebpf, attached)) => {
                     let has_inventory = load_inventory(&mut ebpf, &kernel, &mut losses);
+                    let has_look = load_look(&mut ebpf, &params, &mut losses);
                     attach_accept(request, &kernel, &mut ebpf)?;
                     let reset_reasons = kernel.reset_reasons;
                     let guarded = guarded(&ebpf);
-                    return Ok(Loaded { ebpf, reset_reasons, has_inventory, guarded, attached, losses });
+                    return Ok(Loaded {
+                        ebpf,
+                        reset_reasons,
+                        has_inventory,
+                        has_look,
+                        guarded,
+                        attached,
+                        losses,
+                    });
                 }
                 // The second refusal counts: the first may be of the helper alone.
                 Err(error) => refusal = Some(error),
@@ -225,7 +236,8 @@ fn prepare(
         .override_global("ACCEPT_SYSCALL_RESULT", &accept_syscall_result, true)
         .override_global("PARAMS", params, true)
         .override_global(aya_log::LEVEL, &level, false)
-        .map_max_entries("CONNECTIONS", request.connections);
+        .map_max_entries("CONNECTIONS", request.connections)
+        .map_max_entries("TEARDOWNS", request.connections);
     for (global, layout) in records {
         loader.override_global(global, layout, true);
     }
@@ -301,9 +313,10 @@ fn load_classic(
         attached.push((hook, Variant::Classic));
     }
     let has_inventory = load_inventory(&mut ebpf, kernel, &mut losses);
+    let has_look = load_look(&mut ebpf, &params, &mut losses);
     attach_accept(request, kernel, &mut ebpf)?;
     let guarded = guarded(&ebpf);
-    Ok(Loaded { ebpf, reset_reasons, has_inventory, guarded, attached, losses })
+    Ok(Loaded { ebpf, reset_reasons, has_inventory, has_look, guarded, attached, losses })
 }
 
 /// The kernel skips a program that is running on the same CPU already, and counts that with the program.
@@ -325,6 +338,24 @@ fn load_inventory(ebpf: &mut Ebpf, kernel: &Kernel, losses: &mut Vec<String>) ->
         losses.push(format!(
             "no iterator over descriptors, so owners of older sockets are looked up in /proc when they end, which may be \
              too late: {error:#}"
+        ));
+    }
+    result.is_ok()
+}
+
+/// Loads the program that looks at a socket that may be lingering; it is attached nowhere.
+fn load_look(ebpf: &mut Ebpf, params: &Params, losses: &mut Vec<String>) -> bool {
+    if params.linger == 0 {
+        return false;
+    }
+    let program = ebpf.program_mut(inventory::LOOK).context("the object has no such program");
+    let result = program.and_then(|program| {
+        let program: &mut RawTracePoint = program.try_into()?;
+        Ok(program.load()?)
+    });
+    if let Err(error) = &result {
+        losses.push(format!(
+            "no `lingering` lines, because the kernel refuses the program for them: {error:#}"
         ));
     }
     result.is_ok()

@@ -93,7 +93,10 @@ impl Losses {
         let unwritten = counters.records_lost + counters.processes_lost + skipped;
         [
             (LostPlace::RingBuffer, unwritten + self.undecodable + self.processes),
-            (LostPlace::Connections, counters.connections_failed + self.evicted),
+            (
+                LostPlace::Connections,
+                counters.connections_failed + counters.teardowns_failed + counters.ends_missed + self.evicted,
+            ),
             (LostPlace::Stacks, counters.stacks_failed + self.stacks),
         ]
     }

@@ -9,17 +9,18 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use tcpclose_common::params::Params;
+use tcpclose_common::{params::Params, record::holds};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     process::Child,
     signal::unix::{SignalKind, signal},
+    time::{Interval, MissedTickBehavior},
 };
 
 use crate::{
-    attribute::{Attributor, inventory::Inventory, watch},
+    attribute::{Attributor, inventory::Inventory, pace::Pace, watch},
     capture::Capture,
-    cli::{Stacks as WhichStacks, TraceArgs},
+    cli::{Linger, Stacks as WhichStacks, TraceArgs},
     clock::Clock,
     command::{self, Followed},
     compose::Composer,
@@ -27,6 +28,7 @@ use crate::{
     decode::{Record, decode},
     event::Event,
     filter::Filter,
+    linger::{self, Lingerers},
     loader::{self, Loaded, Request},
     losses::Losses,
     reader::{GATHER, Records, poll},
@@ -68,6 +70,10 @@ pub async fn trace(args: TraceArgs) -> Result<ExitCode> {
         write_ready_file(path)?;
     }
     let mut sweep = tokio::time::interval(SWEEP_EVERY);
+    let mut linger = pipeline.lingerers.period().map(tokio::time::interval);
+    if let Some(linger) = &mut linger {
+        linger.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    }
     let started = Instant::now();
     let reader_gone = ReaderGone::watch();
     let end = args.duration.map(|duration| tokio::time::Instant::now() + duration);
@@ -97,6 +103,11 @@ pub async fn trace(args: TraceArgs) -> Result<ExitCode> {
             }
             result = debug_messages(&mut logger) => result?,
             _ = sweep.tick() => pipeline.composer.sweep(),
+            () = tick(&mut linger) => {
+                if pipeline.look_for_lingerers(&mut records)? == Going::Done {
+                    break;
+                }
+            }
         }
     }
     pipeline.finish(&mut records)?;
@@ -111,6 +122,7 @@ fn request(args: &TraceArgs, filter: &Filter) -> Request {
     params.user_stack = u32::from(matches!(args.stack, WhichStacks::User | WhichStacks::Both));
     params.kernel_stack = u32::from(matches!(args.stack, WhichStacks::Kernel | WhichStacks::Both));
     params.ttl = u32::from(args.ttl);
+    params.linger = u32::from(args.linger != Linger::Off);
     let follow_children = !args.command.is_empty();
     params.by_process |= u32::from(follow_children);
     Request {
@@ -136,6 +148,9 @@ struct Pipeline {
     composer: Composer,
     losses: Losses,
     inventory: Inventory,
+    lingerers: Lingerers,
+    /// Keeps looks for lingering sockets from taking more than a tenth of a CPU.
+    pace: Pace,
     filter: Filter,
     /// With `-- COMMAND`: its processes.
     followed: Option<Followed>,
@@ -159,6 +174,8 @@ impl Pipeline {
             followed.add(*pid)?;
         }
         let losses = Losses::take(&mut loaded.ebpf, args.connections, loaded.guarded)?;
+        let linger = if loaded.has_look { args.linger } else { Linger::Off };
+        let lingerers = Lingerers::take(&mut loaded.ebpf, linger)?;
         let mut inventory = Inventory::new(loaded.ebpf, loaded.has_inventory);
         inventory.take_stock();
         let attributor = Attributor::default();
@@ -168,6 +185,8 @@ impl Pipeline {
             composer: Composer::new(attributor, Stacks::new(stacks), loaded.reset_reasons),
             losses,
             inventory,
+            lingerers,
+            pace: Pace::default(),
             filter,
             followed: (!args.command.is_empty()).then_some(followed),
             output: Output::stdout(args.output, args.stack != WhichStacks::None),
@@ -237,7 +256,15 @@ impl Pipeline {
                 let whole = match decode(&bytes) {
                     Ok(Record::Close(close)) => self.correlator.close(*close),
                     Ok(Record::Reset(reset)) => self.correlator.reset(*reset),
+                    Ok(Record::Owner(owner)) if owner.holds == holds::ASKED => {
+                        self.lingerers.held(&owner);
+                        None
+                    }
                     Ok(Record::Owner(owner)) => self.correlator.owner(&owner),
+                    Ok(Record::Lingering(connection)) => {
+                        self.lingerers.seen(connection, Clock::boot_now());
+                        None
+                    }
                     Ok(Record::Process(_)) => None,
                     Err(error) => {
                         log::warn!("{error}");
@@ -265,6 +292,50 @@ impl Pipeline {
             }
         }
         Ok(Going::On)
+    }
+
+    /// Tells of sockets that stay where they are, if it is time to.
+    fn look_for_lingerers(&mut self, records: &mut Records) -> Result<Going> {
+        let mut pace = self.pace;
+        let going = pace.look(|| self.tell_lingerers(records)).unwrap_or(Ok(Going::On));
+        self.pace = pace;
+        going
+    }
+
+    fn tell_lingerers(&mut self, records: &mut Records) -> Result<Going> {
+        self.composer.clock.synchronize();
+        for sockets in self.lingerers.due(Clock::boot_now()).chunks(linger::AT_ONCE) {
+            // What was there before must not fill the ring.
+            if self.drain(records)? == Going::Done {
+                return Ok(Going::Done);
+            }
+            let pass = self.lingerers.ask()?;
+            if !sockets.iter().all(|sk| self.inventory.look(*sk, pass)) {
+                break;
+            }
+            if self.drain(records)? == Going::Done {
+                return Ok(Going::Done);
+            }
+            if self.lingerers.lack_holders() {
+                self.inventory.tell_holders();
+                if self.drain(records)? == Going::Done {
+                    return Ok(Going::Done);
+                }
+            }
+            for lingerer in self.lingerers.found() {
+                let event = self.composer.lingering(&lingerer).filter(|event| self.wants(event));
+                if let Some(event) = event
+                    && self.write(event)? == Going::Done
+                {
+                    self.flush()?;
+                    return Ok(Going::Done);
+                }
+            }
+        }
+        if self.correlator.is_waiting() {
+            records.read_again_soon();
+        }
+        self.flush()
     }
 
     fn wants(&self, event: &Event) -> bool {
@@ -357,6 +428,15 @@ impl ReaderGone {
             Some(stdout) if stdout.ready(Interest::ERROR).await.is_ok() => {}
             _ => std::future::pending().await,
         }
+    }
+}
+
+async fn tick(interval: &mut Option<Interval>) {
+    match interval {
+        Some(interval) => {
+            interval.tick().await;
+        }
+        None => std::future::pending().await,
     }
 }
 

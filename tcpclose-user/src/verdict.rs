@@ -7,7 +7,7 @@ use tcpclose_common::{
     tcp::{shutdown, sock_flag, state, task_flag},
 };
 
-use crate::event::{Cause, ClosedBy, Ended, LastData, Trigger};
+use crate::event::{Cause, ClosedBy, Ended, LastData, LingeringKind, Trigger};
 
 /// What is said of an end.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -189,6 +189,22 @@ pub fn is_unaccepted(connection: &Connection) -> bool {
         && connection.owned == 0
         && connection.sock_flags & sock_flag::DEAD == 0
         && connection.actor.pid != 0
+}
+
+/// What a socket that is in a state of the teardown waits for.
+pub fn lingering(connection: &Connection) -> LingeringKind {
+    match connection.last_state {
+        state::FIN_WAIT1 | state::CLOSING | state::LAST_ACK => LingeringKind::Unacked,
+        state::FIN_WAIT2 => LingeringKind::HalfClosed,
+        // `copied_seq` passes the FIN in the recv() that reaches it: tcp_recvmsg_locked().
+        state::CLOSE_WAIT => match connection.at_end.untaken {
+            UNKNOWN_U32 => LingeringKind::Unknown,
+            _ if connection.inode == 0 => LingeringKind::Unaccepted,
+            0 => LingeringKind::Leaked,
+            _ => LingeringKind::Unread,
+        },
+        _ => LingeringKind::Unknown,
+    }
 }
 
 /// The kernel's name for a reason, as it is; `None` on kernels that give none.

@@ -5,7 +5,7 @@ use aya_ebpf::{
     macros::{btf_tracepoint, tracepoint},
     programs::{BtfTracePointContext, TracePointContext},
 };
-use tcpclose_common::record::{Header, Owner, Task, VERSION, tag};
+use tcpclose_common::record::{Header, Owner, Task, VERSION, holds, tag};
 
 use crate::{connection, emit, maps::global, sock::Record, task};
 
@@ -44,11 +44,11 @@ fn destroyed(ctx: &impl EbpfContext, sk: u64) {
             sock: sk,
             born: connection.born,
             task: Task::NONE,
-            holds: 0,
-            reserved: 0,
+            holds: holds::CLOSED,
+            fd: 0,
         };
         task::meet(&mut owner.task);
-        emit::owner(&mut owner);
+        emit::owner(&owner);
     }
     connection::forget(sk);
 }

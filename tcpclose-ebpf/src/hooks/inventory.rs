@@ -3,15 +3,15 @@
 
 use aya_ebpf::{cty::c_void, helpers::bpf_get_current_pid_tgid};
 use tcpclose_common::{
-    record::{Connection, Header, Owner, Task, VERSION, first_move, holder, role, tag},
-    tcp::state,
+    record::{Connection, Header, Owner, Task, VERSION, first_move, holder, holds, role, tag},
+    tcp::{is_teardown, state},
 };
 
 use crate::{
     connection, emit,
     kernel::member,
     listener,
-    maps::{SELF, global},
+    maps::{ASKED, SELF, global},
     sock,
 };
 
@@ -29,15 +29,15 @@ extern "C" fn inventory(ctx: *mut c_void) -> i32 {
         && let Some(file) = member::<u64>(ctx, global!(STRUCTS.iter_file))
     {
         if let Some(sk) = sock::of_file(file) {
-            held(sk, task);
+            held(sk, task, member(ctx, global!(STRUCTS.iter_fd)).unwrap_or(u32::MAX));
         }
     }
     0
 }
 
-/// `task` has `sk` open. The file, and so the socket, can not go away while the iterator looks at it.
+/// `task` has `sk` open as `fd`. The file, and so the socket, can not go away while the iterator looks at it.
 #[inline(always)]
-fn held(sk: u64, task: u64) {
+fn held(sk: u64, task: u64, fd: u32) {
     let Some(state) = sock::state(sk) else { return };
     let mut holder = Task::NONE;
     describe(task, &mut holder);
@@ -48,6 +48,9 @@ fn held(sk: u64, task: u64) {
     if let Some(connection) = connection::find(sk) {
         if connection.told != 0 && connection.actor.pid == 0 {
             still_open(connection, sk, &holder);
+        }
+        if connection.asked != 0 && u32::from(connection.asked) == pass() {
+            tell(connection, sk, &holder, holds::ASKED, fd);
         }
         if connection.actor.pid == 0 && connection.holder.pid == 0 {
             connection.holder = holder;
@@ -64,10 +67,14 @@ fn held(sk: u64, task: u64) {
     }
     let now = connection::now();
     let Some(connection) = connection::begin(sk, now) else { return };
+    connection.found = 1;
     connection.holder = holder;
     connection.holder_kind = holder::DESCRIPTOR;
     sock::endpoints(sk, None, &mut connection.endpoints);
     connection::step(connection, state, now);
+    if is_teardown(state) {
+        connection::teardown_began(connection, sk, 0);
+    }
     if listener::exists(connection) {
         connection.role = role::SERVER;
     }
@@ -90,15 +97,23 @@ fn still_open(connection: &Connection, sk: u64, holder: &Task) {
     if !awaited || !(first || holder.pid == connection.opener.pid) {
         return;
     }
-    let mut owner = Owner {
-        header: Header { tag: tag::OWNER, version: VERSION, length: size_of::<Owner>() as u32 },
-        sock: sk,
-        born: connection.born,
-        task: *holder,
-        holds: 1,
-        reserved: 0,
-    };
-    emit::owner(&mut owner);
+    tell(connection, sk, holder, holds::OPEN, 0);
+}
+
+#[inline(always)]
+fn tell(connection: &Connection, sk: u64, holder: &Task, holds: u32, fd: u32) {
+    let header = Header { tag: tag::OWNER, version: VERSION, length: size_of::<Owner>() as u32 };
+    emit::owner(&Owner { header, sock: sk, born: connection.born, task: *holder, holds, fd });
+}
+
+/// The pass that holders are asked for in.
+#[inline(always)]
+fn pass() -> u32 {
+    match ASKED.get_ptr(0) {
+        // SAFETY: a valid map value.
+        Some(pass) => unsafe { *pass },
+        None => 0,
+    }
 }
 
 #[inline(always)]

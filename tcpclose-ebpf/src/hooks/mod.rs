@@ -4,6 +4,7 @@ mod accept;
 mod destroy_sock;
 mod fork;
 mod inventory;
+mod look;
 mod netif_receive_skb;
 mod receive_reset;
 mod send_reset;

@@ -129,12 +129,18 @@ fn changed(ctx: &impl EbpfContext, sk: u64, old: u8, new: u8, cookie: u64, recor
         }
         state::FIN_WAIT1 | state::LAST_ACK => {
             connection::moved(connection, sk, first_move::LOCAL, now);
+            if new == state::FIN_WAIT1 {
+                connection::teardown_began(connection, sk, now);
+            }
             // In softirq only when a child was shut down before it was established; then nobody acted here.
             if sock::owned(sk) != Some(false) {
                 connection::acted(ctx, connection);
             }
         }
-        state::CLOSE_WAIT => connection::moved(connection, sk, first_move::PEER, now),
+        state::CLOSE_WAIT => {
+            connection::moved(connection, sk, first_move::PEER, now);
+            connection::teardown_began(connection, sk, now);
+        }
         _ => {}
     }
 }

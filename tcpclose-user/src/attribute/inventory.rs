@@ -4,12 +4,18 @@
 use std::io;
 
 use anyhow::{Context as _, Result};
-use aya::{Ebpf, programs::Iter};
+use aya::{
+    Ebpf, RawTracePointRunOptions, TestRun as _,
+    programs::{Iter, RawTracePoint},
+};
 
 use super::pace::Pace;
 
 /// Name of the program.
 pub const PROGRAM: &str = "inventory";
+
+/// Name of the program that looks at one socket.
+pub const LOOK: &str = "look";
 
 /// See the module.
 pub struct Inventory {
@@ -49,12 +55,37 @@ impl Inventory {
         looked
     }
 
+    /// Has the kernel half look at the socket at `sk`, if it lingers still, and have the inventory tell of its holders in
+    /// the pass `pass`. Says whether it could.
+    pub fn look(&mut self, sk: u64, pass: u16) -> bool {
+        let result = look(&self.ebpf, sk, pass);
+        if let Err(error) = &result {
+            log::warn!("cannot look at a socket: {error:#}");
+        }
+        result.is_ok()
+    }
+
+    /// Looks at all descriptors for the holders of what was looked at.
+    pub fn tell_holders(&mut self) {
+        if self.works {
+            self.pass();
+        }
+    }
+
     fn pass(&mut self) {
         if let Err(error) = run(&mut self.ebpf) {
             log::warn!("cannot look at all descriptors, will not try again: {error:#}");
             self.works = false;
         }
     }
+}
+
+fn look(ebpf: &Ebpf, sk: u64, pass: u16) -> Result<()> {
+    let program: &RawTracePoint = ebpf.program(LOOK).context("the object has no such program")?.try_into()?;
+    let mut options = RawTracePointRunOptions::new();
+    options.args[..2].copy_from_slice(&[sk, u64::from(pass)]);
+    program.test_run(options)?;
+    Ok(())
 }
 
 /// The program runs once a descriptor while its file is read, which has no content.

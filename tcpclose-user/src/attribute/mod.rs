@@ -131,7 +131,7 @@ fn lock(processes: &Mutex<Processes>) -> MutexGuard<'_, Processes> {
 }
 
 /// A thread's name: up to 15 bytes, ended by a zero.
-fn comm(bytes: &[u8; 16]) -> String {
+pub fn comm(bytes: &[u8; 16]) -> String {
     let length = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
     String::from_utf8_lossy(&bytes[..length]).into_owned()
 }

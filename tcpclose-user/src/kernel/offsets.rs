@@ -55,7 +55,6 @@ const MEMBERS: &[Row] = rows! {
     // `struct sock` is the first member of `inet_sock`, that of `inet_connection_sock`, and that of `tcp_sock`:
     // https://elixir.bootlin.com/linux/v6.12/source/include/linux/tcp.h
     icsk_lrcvtime = "inet_connection_sock.icsk_ack.lrcvtime", 4;
-    icsk_retransmits = "inet_connection_sock.icsk_retransmits", 1;
     icsk_user_timeout = "inet_connection_sock.icsk_user_timeout", 4;
     tcp_lsndtime = "tcp_sock.lsndtime", 4;
     tcp_bytes_received = "tcp_sock.bytes_received", 8;
@@ -86,6 +85,7 @@ const MEMBERS: &[Row] = rows! {
     inode_mode = "inode.i_mode", 2;
     socket_sk = "socket.sk", 8;
     iter_task = "bpf_iter__task_file.task", 8;
+    iter_fd = "bpf_iter__task_file.fd", 4;
     iter_file = "bpf_iter__task_file.file", 8;
     task_flags = "task_struct.flags", 4;
     task_exit_code = "task_struct.exit_code", 4;
@@ -178,7 +178,6 @@ mod tests {
         ("sk_socket", [640, 624, 288, 288, 288, 288]),
         ("socket_inode", [192, 192, 192, 192, 192, 192]),
         ("icsk_lrcvtime", [1248, 1264, 1264, 1264, 1264, 1296]),
-        ("icsk_retransmits", [1225, 1241, 1241, 1241, 1249, 1281]),
         ("icsk_user_timeout", [1280, 1292, 1292, 1292, 1292, 1324]),
         ("tcp_lsndtime", [1472, 1480, 1644, 1644, 1584, 1676]),
         ("tcp_bytes_received", [1400, 1408, 1784, 1784, 1752, 1864]),
@@ -209,6 +208,7 @@ mod tests {
         ("inode_mode", [0, 0, 0, 0, 0, 0]),
         ("socket_sk", [24, 24, 24, 24, 24, 24]),
         ("iter_task", [8, 8, 8, 8, 8, 8]),
+        ("iter_fd", [16, 16, 16, 16, 16, 16]),
         ("iter_file", [24, 24, 24, 24, 24, 24]),
         ("task_flags", [36, 44, 44, 44, 44, 44]),
         ("task_exit_code", [2136, 2312, 2332, 1276, 1164, 2708]),

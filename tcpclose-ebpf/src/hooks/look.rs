@@ -1,0 +1,73 @@
+//! A look at one socket that may be lingering. Run by the user half for each that is due (`BPF_PROG_TEST_RUN`), attached
+//! nowhere: in no other way can it see a socket of any network namespace, one without a descriptor included, as it is now.
+
+use aya_ebpf::{
+    helpers::generated::bpf_probe_read_kernel, macros::raw_tracepoint, programs::RawTracePointContext,
+};
+use tcpclose_common::{
+    record::{Connection, role, tag},
+    tcp::is_teardown,
+};
+
+use crate::{
+    connection, emit, listener,
+    maps::{Slot, count},
+    sock,
+};
+
+/// Arguments: the socket's address, and the inventory pass that is to tell of its holders.
+#[raw_tracepoint]
+pub fn look(ctx: RawTracePointContext) -> i32 {
+    let sk = ctx.arg::<u64>(0);
+    let pass = ctx.arg::<u64>(1);
+    // Nobody holds the socket's lock for us. The state is read before the entry: that is marked first when it ends.
+    let state = sock::state(sk);
+    let Some(entry) = connection::find(sk) else {
+        // Evicted, or destroyed just now.
+        connection::teardown_over(sk);
+        return 0;
+    };
+    let Some(slot) = Slot::take() else {
+        count!(records_lost);
+        return 0;
+    };
+    // A copy, since the socket goes on living.
+    // SAFETY: the slot is ours, and both sides are a whole `Connection`.
+    let connection = unsafe {
+        let connection = &raw mut (*slot.get()).connection;
+        bpf_probe_read_kernel(connection.cast(), size_of::<Connection>() as u32, (&raw const *entry).cast());
+        &mut *connection
+    };
+    if connection.told != 0 || connection.sock != sk {
+        connection::teardown_over(sk);
+        return 0;
+    }
+    let now = connection::now();
+    let is_there = match state {
+        Some(state) => is_teardown(state) && sock::has_ends(sk, &connection.endpoints) != Some(false),
+        // Nothing but what was seen of it is known.
+        None => true,
+    };
+    if !is_there {
+        connection::missed(connection, now);
+        connection::teardown_over(sk);
+        connection::forget(sk);
+        return 0;
+    }
+    connection.last_state = match state {
+        Some(state) => state,
+        None => connection::last_state(connection),
+    };
+    let (_, shutdown, _) = sock::end(sk);
+    connection.shutdown = shutdown;
+    connection.inode = sock::inode(sk);
+    connection.cookie = sock::cookie(sk);
+    connection.jiffies = connection::jiffies();
+    sock::sample(sk, connection.jiffies, &mut connection.at_end);
+    if connection.role == role::SERVER && sock::socket(sk) == Some(0) && connection.actor.pid == 0 {
+        listener::name(connection);
+    }
+    entry.asked = pass as u16;
+    emit::connection(connection, tag::LINGERING);
+    0
+}
