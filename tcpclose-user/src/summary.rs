@@ -294,10 +294,12 @@ mod tests {
     #[test]
     fn kinds_without_number_are_counted_together() {
         let mut summary = Summary::default();
-        let closes = || examples::all().into_iter().find_map(|event| match event {
-            Event::Close(close) if close.process.is_some() => Some(close),
-            _ => None,
-        });
+        let closes = || {
+            examples::all().into_iter().find_map(|event| match event {
+                Event::Close(close) if close.process.is_some() => Some(close),
+                _ => None,
+            })
+        };
         for pid in 0..MAX_KINDS as u32 + 3 {
             let mut close = closes().expect("one has");
             close.process.as_mut().expect("it has").pid = pid;

@@ -223,7 +223,6 @@ impl Pipeline {
     fn read(&mut self, records: &mut Records) -> Result<Going> {
         self.composer.clock.synchronize();
         let now = Clock::boot_now();
-        records.ask_to_be_woken()?;
         if self.drain(records)? == Going::Done {
             return Ok(Going::Done);
         }
@@ -250,7 +249,10 @@ impl Pipeline {
         self.flush()
     }
 
+    /// Reads the ring to its end.
     fn drain(&mut self, records: &mut Records) -> Result<Going> {
+        // Each time: what the inventory and the looks write takes our word back, and would be all that wakes us.
+        records.ask_to_be_woken()?;
         loop {
             let batch = records.batch();
             if batch.is_empty() {

@@ -76,7 +76,8 @@ impl Drop for Blind {
 
 /// Both ends of the connection that a line of the event ring is about.
 fn ends(line: &str) -> Option<(SocketAddr, SocketAddr)> {
-    let value = |name: &str| line.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+    let value =
+        |name: &str| line.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
     let address = |name: &str| value(name)?.parse::<IpAddr>().ok();
     let port = |name: &str| value(name)?.parse::<u16>().ok();
     Some(((address("saddr")?, port("sport")?).into(), (address("daddr")?, port("dport")?).into()))
