@@ -300,7 +300,7 @@ mod tests {
                 _ => None,
             })
         };
-        for pid in 0..MAX_KINDS as u32 + 3 {
+        for pid in (0_u32..).take(MAX_KINDS + 3) {
             let mut close = closes().expect("one has");
             close.process.as_mut().expect("it has").pid = pid;
             summary.add(&Event::Close(close));
