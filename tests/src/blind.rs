@@ -18,13 +18,37 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use crate::unique_name;
 
 /// The events that end a connection.
-const EVENTS: [&str; 3] = ["sock/inet_sock_set_state", "tcp/tcp_receive_reset", "tcp/tcp_destroy_sock"];
+const EVENTS: [&str; 4] =
+    ["sock/inet_sock_set_state", "tcp/tcp_receive_reset", "tcp/tcp_send_reset", "tcp/tcp_destroy_sock"];
 
 /// Listens to the kernel's event ring, in an instance of its own, while threads of pid 1 run.
 #[derive(Debug)]
 pub struct Blind {
     mounted: PathBuf,
     instance: PathBuf,
+}
+
+/// What happened while a thread of pid 1 ran.
+#[derive(Debug)]
+pub struct Seen {
+    /// How much, in any namespace.
+    pub events: usize,
+    /// RSTs sent.
+    pub resets: usize,
+    /// The connections whose state changed, as local and remote end.
+    pub connections: BTreeSet<(SocketAddr, SocketAddr)>,
+}
+
+/// Attempts something; once more, if it failed and something happened that no program can have seen.
+pub fn excused(attempt: impl Fn() -> Result<()>) -> Result<()> {
+    let blind = Blind::watch()?;
+    let Err(error) = attempt() else { return Ok(()) };
+    let seen = blind.seen()?;
+    if seen.events == 0 {
+        return Err(error);
+    }
+    println!("once more, since {seen:?} happened where the kernel may run no BPF program: {error:#}");
+    attempt()
 }
 
 impl Blind {
@@ -51,10 +75,12 @@ impl Blind {
         Ok(blind)
     }
 
-    /// The connections that something happened to, as local and remote end.
-    pub fn connections(&self) -> Result<BTreeSet<(SocketAddr, SocketAddr)>> {
+    /// What happened.
+    pub fn seen(&self) -> Result<Seen> {
         let events = fs::read_to_string(self.instance.join("trace"))?;
-        Ok(events.lines().filter_map(ends).collect())
+        let events = events.lines().filter(|line| !line.starts_with('#'));
+        let resets = events.clone().filter(|line| line.contains("tcp_send_reset:")).count();
+        Ok(Seen { events: events.clone().count(), resets, connections: events.filter_map(ends).collect() })
     }
 
     fn set(&self, file: &str, value: &str) -> Result<()> {
