@@ -101,7 +101,7 @@ impl Report {
 }
 
 /// The tests that were skipped wherever they were to run, each with where and why.
-pub(crate) fn never_run<'a>(reports: &'a [(String, Report)]) -> BTreeMap<&'a str, Vec<String>> {
+pub(crate) fn never_run(reports: &[(String, Report)]) -> BTreeMap<&str, Vec<String>> {
     let mut never = BTreeMap::<&str, Vec<String>>::new();
     for (place, report) in reports {
         for (test, reason) in &report.skipped {

@@ -94,16 +94,15 @@ impl Suite {
                 .stdout(Stdio::piped());
             let mut child = command.spawn().with_context(|| format!("cannot start {}", line(&command)))?;
             let output = child.stdout.take().context("a test has no standard output")?;
-            said.push_str(&format!("=== {name}\n"));
+            said.extend(["=== ", name, "\n"]);
             println!("\n     {name}");
             for text in BufReader::new(output).split(b'\n') {
                 let text = String::from_utf8_lossy(&text?).into_owned();
                 println!("{text}");
-                said.push_str(&text);
-                said.push('\n');
+                said.extend([&text, "\n"]);
             }
             std::io::stdout().flush()?;
-            said.push_str(&format!("=== {name} ended: {}\n", child.wait()?));
+            said.extend(["=== ", name, " ended: ", &child.wait()?.to_string(), "\n"]);
         }
         said.push_str("=== all\n");
         Ok(said)

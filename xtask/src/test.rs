@@ -23,7 +23,7 @@ pub(crate) struct Args {
     kernel: Vec<String>,
     /// More arguments for the test programs, such as --nocapture
     #[arg(last = true)]
-    args: Vec<String>,
+    more: Vec<String>,
 }
 
 /// Runs lints and all tests, or the tests that are asked for. Each step runs whatever became of the one before.
@@ -45,12 +45,12 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
     if here {
         let mut plain = workspace.cargo("test");
         plain.args(["--workspace", "--exclude", suite::PACKAGE, "--no-fail-fast", "--"]);
-        note("tests without root", command::run(plain.args(&args.filters).args(&args.args)), &mut failed);
+        note("tests without root", command::run(plain.args(&args.filters).args(&args.more)), &mut failed);
     }
 
     let suite = Suite::build(workspace)?;
     // What a test prints that passed is how it says that it was skipped.
-    let arguments: Vec<_> = [&["--show-output".to_owned()], &*args.filters, &*args.args].concat();
+    let arguments: Vec<_> = [&["--show-output".to_owned()], &*args.filters, &*args.more].concat();
     let mut reports = Vec::new();
     if here {
         let report = report::Report::parse(&suite.run_here(&tcpclose, &arguments)?);

@@ -65,8 +65,8 @@ pub(crate) fn common(folder: &Path, suite: &Suite, tcpclose: &Path, arguments: &
     fs::write(root.join("tests"), tests.collect::<String>())?;
     let variables =
         suite.variables(tcpclose).into_iter().map(|(name, value)| (name, value.display().to_string()));
-    let own =
-        [("PATH", "/usr/bin"), ("HOME", "/tmp")].map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let own = [("PATH", "/usr/bin"), ("HOME", "/tmp"), ("TCPCLOSE_TESTS_FEWER", "20")]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()));
     let environment = variables.chain(own).map(|(name, value)| format!("{name}={value}\n"));
     fs::write(root.join("environment"), environment.collect::<String>())?;
     pack(&root)

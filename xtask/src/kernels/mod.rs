@@ -4,9 +4,16 @@ mod debian;
 mod image;
 mod vm;
 
-use std::{path::Path, time::Instant};
+use std::{
+    fmt::Write,
+    iter,
+    path::Path,
+    sync::{Mutex, PoisonError},
+    thread,
+    time::Instant,
+};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 
 use self::debian::Kernel;
 use crate::{command::say, report::Report, suite::Suite, workspace::Workspace};
@@ -14,6 +21,9 @@ use crate::{command::say, report::Report, suite::Suite, workspace::Workspace};
 /// The kernels that tests run on: what each is called here, and the suite whose newest kernel it is.
 const KERNELS: [(&str, &str); 4] =
     [("5.10", "bullseye"), ("6.1", "bookworm"), ("6.12", "trixie"), ("newest", "sid")];
+
+/// Machines that run at a time. Tests wait for timers now and then, which leaves a processor to others.
+const AT_ONCE: usize = 2;
 
 /// Lines of the console that are shown when a machine did not come to its end.
 const TAIL: usize = 40;
@@ -38,30 +48,51 @@ pub(crate) fn run(workspace: &Workspace, plan: &Plan, chosen: &[String]) -> Resu
     }
     let folder = workspace.target.join("kernels");
     let common = image::common(&folder, plan.suite, plan.tcpclose, plan.arguments)?;
-    let mut reports = Vec::new();
-    for (name, suite) in KERNELS {
-        if !chosen.is_empty() && !chosen.iter().any(|one| one == name) {
-            continue;
+    let wanted = KERNELS.iter().filter(|(name, _)| chosen.is_empty() || chosen.iter().any(|one| one == name));
+    let machine = Machine { folder: &folder, common: &common };
+    // All is fetched before anything is started: no machine waits for the network.
+    let kernels = wanted.map(|(_, suite)| Kernel::of_suite(suite)).collect::<Result<Vec<_>>>()?;
+    let queue = Mutex::new(kernels.iter());
+    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+    thread::scope(|scope| {
+        let worker = || iter::from_fn(next).map(|kernel| machine.test(kernel)).collect::<Result<Vec<_>>>();
+        let workers: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(worker)).collect();
+        let mut reports = Vec::new();
+        for worker in workers {
+            reports.extend(worker.join().map_err(|_| anyhow!("a machine's keeper panicked"))??);
         }
+        reports.sort_by(|(one, _), (other, _)| one.cmp(other));
+        Ok(reports)
+    })
+}
+
+/// What all machines have in common.
+struct Machine<'a> {
+    folder: &'a Path,
+    common: &'a [u8],
+}
+
+impl Machine<'_> {
+    /// Boots a kernel, and says how the tests went there.
+    fn test(&self, kernel: &Kernel) -> Result<(String, Report)> {
         let start = Instant::now();
-        let kernel = Kernel::of_suite(suite)?;
-        let modules = image::modules(&folder, &kernel)?;
-        let left = vm::run(&folder, &kernel, &[&common, &modules], "")?;
+        let modules = image::modules(self.folder, kernel)?;
+        let left = vm::run(self.folder, kernel, &[self.common, &modules], "")?;
         let mut report = Report::parse(&left.results);
         if left.stopped {
             report.problems.insert(0, "the machine hung and was stopped".to_owned());
         }
         let place = format!("kernel {}", kernel.release);
-        say(&format!("{place}: {} ({} s)", report.summary(), start.elapsed().as_secs()));
+        let mut told = format!("{place}: {} ({} s)\n", report.summary(), start.elapsed().as_secs());
         for (test, output) in &report.failed {
-            println!("---- {test} on {place} ----\n{output}");
+            let _ = writeln!(told, "---- {test} on {place} ----\n{output}");
         }
         if !report.problems.is_empty() {
-            println!("---- the end of the console of {place} ----");
             let lines: Vec<_> = left.console.lines().collect();
-            println!("{}", lines[lines.len().saturating_sub(TAIL)..].join("\n"));
+            let tail = lines[lines.len().saturating_sub(TAIL)..].join("\n");
+            let _ = writeln!(told, "---- the end of the console of {place} ----\n{tail}");
         }
-        reports.push((place, report));
+        say(told.trim_end());
+        Ok((place, report))
     }
-    Ok(reports)
 }

@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use super::debian::Kernel;
 
 /// A machine that hangs is stopped after this time. None needs half of it with no processor to spare.
-const LIMIT: Duration = Duration::from_secs(15 * 60);
+const LIMIT: Duration = Duration::from_mins(15);
 
 /// Megabytes. A file system in memory is all the disk there is.
 const MEMORY: &str = "2048";
