@@ -151,7 +151,7 @@ mod tests {
             failures:\n    a\n\ntest result: FAILED. 0 passed\n=== stray ended: exit status: 101\n=== all\n";
         let report = Report::parse(text);
         assert_eq!(report.failed["stray::a"].trim(), "Error: it\nbroke");
-        assert_eq!(report.summary(), "1 failed");
+        assert_eq!(report.summary(), "0 passed, 1 failed");
     }
 
     #[test]
