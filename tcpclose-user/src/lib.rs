@@ -14,6 +14,8 @@
 //! 9. [`filter`] keeps out what was not asked for;
 //! 10. [`sink`] writes text or JSON.
 //!
+//! [`list`] goes another way and shorter: [`sockets`] asks the kernel what there is now, without a program in it.
+//!
 //! [`trace`] is the loop around it; [`losses`] counts what could not be said, and [`capture`] keeps
 //! raw records for tests.
 
@@ -32,12 +34,14 @@ pub mod failure;
 pub mod filter;
 pub mod hook;
 pub mod kernel;
+pub mod list;
 pub mod loader;
 pub mod losses;
 pub mod privilege;
 pub mod reader;
 pub mod schema;
 pub mod sink;
+pub mod sockets;
 pub mod stacks;
 pub mod symbolize;
 pub mod trace;
