@@ -271,13 +271,13 @@ impl<W: Write> Page<W> {
             return self.dim("The range of ports that connect() chooses from is not known there.");
         };
         self.dim(&format!(
-            "PORTS: of the {} that connect() chooses from ({first} to {last}), those that cannot be used for \n\
+            "PORTS: of the {} that connect() chooses from ({first} to {last}), those that cannot be used for\n\
              another connection to the same place, for a minute each.",
             u32::from(last - first) + 1
         ))?;
         if share(namespace, most).is_some_and(|used| used >= SCARCE) {
             self.line(&format!(
-                "Near 100% connect() to {} fails with EADDRNOTAVAIL. Keep connections open (a pool, \n\
+                "Near 100% connect() to {} fails with EADDRNOTAVAIL. Keep connections open (a pool,\n\
                  keep-alive), or have the other end close first; net.ipv4.tcp_tw_reuse=1 lets ports be used again.",
                 endpoint(Some(most.to))
             ))?;
@@ -338,5 +338,106 @@ impl Wrapped {
         }
         self.text.push_str(item);
         self.column += width(item);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        clock::Clock,
+        event::{Event, Role},
+        sink::examples,
+        sockets::Gaps,
+    };
+
+    fn nothing() -> Scan {
+        Scan {
+            at: Clock::now(),
+            lingering: Vec::new(),
+            processes: Vec::new(),
+            namespaces: Vec::new(),
+            gaps: Gaps::default(),
+        }
+    }
+
+    fn written(report: Report, palette: Palette) -> String {
+        let mut bytes = Vec::new();
+        report.write(&mut bytes, palette, &nothing()).unwrap();
+        String::from_utf8(bytes).unwrap()
+    }
+
+    fn lingering(pid: u32, role: Option<Role>, remote_port: u16) -> Lingering {
+        let Event::Lingering(mut lingering) = examples::lingering() else { unreachable!() };
+        lingering.process.as_mut().unwrap().pid = pid;
+        lingering.connection.role = role;
+        lingering.connection.remote.as_mut().unwrap().port = remote_port;
+        *lingering
+    }
+
+    #[test]
+    fn grouped_by_process_and_remote() {
+        let mut report = Report::default();
+        for (pid, role, remote_port) in [
+            (1, Some(Role::Client), 443),
+            (2, Some(Role::Client), 443),
+            // The same process, elsewhere: goes up to its first.
+            (1, Some(Role::Client), 444),
+            // From one address, from two ports.
+            (3, Some(Role::Server), 50_000),
+            (3, Some(Role::Server), 50_001),
+        ] {
+            report.add(lingering(pid, role, remote_port));
+        }
+        let text = written(report, Palette::PLAIN);
+        let titles: Vec<_> = text.lines().skip(1).filter(|line| !line.starts_with(' ')).collect();
+        assert_eq!(
+            titles,
+            [
+                "1 java  to 10.0.0.2:443  1 socket  netns 4026531840",
+                "1 java  to 10.0.0.2:444  1 socket  netns 4026531840",
+                "2 java  to 10.0.0.2:443  1 socket  netns 4026531840",
+                "3 java  port 443 from 10.0.0.2  2 sockets  netns 4026531840",
+            ],
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn bounded_and_as_wide_as_a_terminal() {
+        let mut report = Report::default();
+        for number in 0..15 {
+            report.add(lingering(1, Some(Role::Server), 50_000 + number));
+        }
+        for number in 0..150 {
+            report.add(lingering(2, None, number));
+        }
+        let text = written(report, Palette::PLAIN);
+        assert!(text.contains("  and 5 more, in all: 15 CLOSE_WAIT leaked"), "{text}");
+        assert!(text.contains("and 51 more in other groups"), "{text}");
+        assert!(text.lines().all(|line| width(line) <= COLUMNS), "{text}");
+        assert!(!text.contains('\x1b'));
+    }
+
+    #[test]
+    fn names_cannot_steer_the_terminal() {
+        let mut evil = lingering(1, None, 1);
+        evil.process.as_mut().unwrap().comm = "\x1b[2J\nfake".into();
+        evil.process.as_mut().unwrap().container = Some("\x1b[2J".into());
+        let mut report = Report::default();
+        report.add(evil);
+        let text = written(report, Palette::PLAIN);
+        assert!(!text.contains('\x1b') && !text.lines().any(|line| line.starts_with("fake")), "{text}");
+    }
+
+    #[test]
+    fn long_lines_go_on_below() {
+        let mut line = Wrapped::new("   start ".into());
+        for _ in 0..30 {
+            line.add("ESTABLISHED 12345");
+        }
+        let lines: Vec<_> = line.text.lines().collect();
+        assert!(lines.len() > 1 && lines.iter().all(|line| width(line) <= COLUMNS), "{lines:?}");
+        assert!(lines[1..].iter().all(|line| line.starts_with("         ESTABLISHED")), "{lines:?}");
     }
 }

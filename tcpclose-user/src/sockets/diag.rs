@@ -145,7 +145,64 @@ pub fn endpoint(address: Address) -> Endpoint {
 
 /// Two numbers, the lower half first (`sock_diag_save_cookie()`, `net/core/sock_diag.c`). All ones stand for none.
 fn cookie(bytes: [u8; 8]) -> Option<u64> {
-    let [a, b, c, d, e, f, g, h] = bytes;
-    let (low, high) = (u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]));
+    let half = |at: usize| u32::from_ne_bytes(std::array::from_fn(|index| bytes[at + index]));
+    let (low, high) = (half(0), half(4));
     Some(u64::from(low) | u64::from(high) << 32).filter(|cookie| !matches!(*cookie, 0 | u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::Read as _,
+        net::{TcpListener, TcpStream},
+    };
+
+    use super::*;
+    use crate::sockets::table;
+
+    #[test]
+    fn nonsense_is_an_error_and_no_panic() {
+        for bytes in [&[0xff_u8; 64][..], &[0; 16], &[1, 2, 3], &[20, 0, 0, 0, 3, 0, 0, 0, 0, 0]] {
+            assert!(read(bytes, &mut |entry| panic!("{entry:?}")).is_err(), "{bytes:?}");
+        }
+        assert_eq!(read(&[], &mut |_| ()).unwrap(), Dump::Goes);
+    }
+
+    #[test]
+    fn cookies() {
+        assert_eq!(cookie([0xff; 8]), None);
+        assert_eq!(cookie([0; 8]), None);
+        let mut bytes = [0; 8];
+        bytes[..4].copy_from_slice(&7_u32.to_ne_bytes());
+        bytes[4..].copy_from_slice(&1_u32.to_ne_bytes());
+        assert_eq!(cookie(bytes), Some(0x1_0000_0007));
+    }
+
+    /// The two ways to ask see the same, but for what only one of them tells.
+    #[test]
+    fn the_kernel_and_proc_agree() {
+        let listener = TcpListener::bind("[::1]:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut server, _) = listener.accept().unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        assert_eq!(server.read(&mut [0]).unwrap(), 0);
+        let (mut asked, mut read) = (Vec::new(), Vec::new());
+        let ours = |entry: &Entry| entry.local.port == port || entry.remote.port == port;
+        // The ACK of the FIN may be delayed.
+        while !asked.iter().any(|entry: &Entry| entry.state == State::FinWait2) {
+            asked.clear();
+            dump(|entry| asked.extend(Some(entry).filter(ours))).unwrap();
+        }
+        table::read(std::process::id(), |entry| read.extend(Some(entry).filter(ours))).unwrap();
+        assert_eq!(asked.len(), 3, "{asked:?}");
+        assert!(asked.iter().all(|entry| entry.cookie.is_some()));
+        assert!(asked.iter().all(|entry| entry.is_lingering() == entry.info.is_some()));
+        for entry in asked.iter_mut().chain(&mut read) {
+            (entry.cookie, entry.info) = (None, None);
+        }
+        asked.sort_by_key(|entry| entry.state);
+        read.sort_by_key(|entry| entry.state);
+        assert_eq!(asked, read);
+    }
 }

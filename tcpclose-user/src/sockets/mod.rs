@@ -399,3 +399,86 @@ impl<'a> Collected<'a> {
         owners.all(is_it).then(|| (Arc::clone(first), Attribution::Listener))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::Read as _,
+        net::{Ipv4Addr, TcpListener, TcpStream},
+        os::fd::AsRawFd as _,
+    };
+
+    use super::*;
+    use crate::cli::SocketArgs;
+
+    fn end(address: [u8; 4], port: u16) -> Endpoint {
+        Endpoint { address: Ipv4Addr::from(address).into(), port }
+    }
+
+    #[test]
+    fn our_own_socket_lingers() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        drop(TcpStream::connect(("127.0.0.1", port)).unwrap());
+        let (mut server, _) = listener.accept().unwrap();
+        assert_eq!(server.read(&mut [0]).unwrap(), 0);
+        let scan = scan(&Filter::from(SocketArgs { local_port: vec![port], ..SocketArgs::default() }));
+        let [socket] = &scan.lingering[..] else { panic!("{:?}", scan.lingering) };
+        assert_eq!((socket.kind(), socket.role), (LingeringKind::Leaked, Some(Role::Server)));
+        let line = socket.lingering(scan.at, &mut Processes::new());
+        let process = line.process.unwrap();
+        assert_eq!((process.pid, process.attribution), (std::process::id(), Attribution::Procfs));
+        let fd = u32::try_from(server.as_raw_fd()).unwrap();
+        assert_eq!(line.holders.unwrap().iter().map(|holder| holder.fd).collect::<Vec<_>>(), [fd]);
+        let [tally] = &scan.processes[..] else { panic!("{:?}", scan.processes) };
+        assert_eq!(tally.states.iter().collect::<Vec<_>>(), [(State::CloseWait, 1), (State::Listen, 1)]);
+    }
+
+    #[test]
+    fn the_nearest_listener() {
+        let filter = Filter::default();
+        let mut all = Collected::new(&filter);
+        all.namespaces.push(Unowned {
+            netns: 1,
+            states: Counts::default(),
+            time_wait: TimeWait::default(),
+            ports: Some((32768, 60999)),
+        });
+        let listener = |local, inode| Entry { local, ..entry::tests::entry(State::Listen, inode, 0) };
+        all.add(1, listener(end([0, 0, 0, 0], 80), 10));
+        all.add(1, listener(end([10, 0, 0, 1], 80), 11));
+        assert_eq!(all.listener(1, end([10, 0, 0, 1], 80)), Some(vec![11]));
+        assert_eq!(all.listener(1, end([10, 0, 0, 2], 80)), Some(vec![10]));
+        assert_eq!(all.listener(2, end([10, 0, 0, 1], 80)), None);
+        assert_eq!(all.listener(1, end([10, 0, 0, 1], 81)), None);
+        // What half a dump has told goes with its namespace.
+        all.forget(1);
+        assert!(all.listener(1, end([10, 0, 0, 1], 80)).is_none() && all.by_inode.is_empty());
+    }
+
+    /// Two processes, each with a socket of its own on the same port: nobody knows in whose queue it is.
+    #[test]
+    fn no_guess_between_two_listeners() {
+        let filter = Filter::default();
+        let mut all = Collected::new(&filter);
+        all.namespaces.push(Unowned {
+            netns: 1,
+            states: Counts::default(),
+            time_wait: TimeWait::default(),
+            ports: None,
+        });
+        let waiting = Entry { local: end([10, 0, 0, 1], 80), ..entry::tests::entry(State::CloseWait, 0, 1) };
+        let holder = |pid| Arc::new(Holder { pid, comm: "x".into(), uid: None, started: 0 });
+        for (inode, pid, knows) in [(10, 5, true), (11, 5, true), (12, 6, false)] {
+            all.add(
+                1,
+                Entry { local: end([0, 0, 0, 0], 80), ..entry::tests::entry(State::Listen, inode, 0) },
+            );
+            all.by_inode.get_mut(&inode).unwrap().owner = Some(holder(pid));
+            all.lingering.clear();
+            all.add(1, waiting.clone());
+            let owner = all.who_listens(&all.lingering[0]);
+            assert_eq!(owner.map(|(owner, _)| owner.pid), knows.then_some(5));
+        }
+    }
+}

@@ -104,7 +104,7 @@ mod tests {
     fn bounded() {
         let mut all = TimeWait::default();
         let mut socket = entry(State::TimeWait, 0, 0);
-        for number in 0..MAX_KEYS as u32 + 5 {
+        for number in 0..u32::try_from(MAX_KEYS).unwrap() + 5 {
             socket.remote.address = IpAddr::V4(number.into());
             all.add(&socket, false);
         }
