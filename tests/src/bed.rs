@@ -370,6 +370,18 @@ impl Bed {
         Ok(but(but(line, json!({"process": self.any_thread(side)?})), this))
     }
 
+    /// The lingering line of a side whose socket was not watched from its beginning, likewise.
+    pub fn listed_line(&self, connection: &Connection, side: Side, this: Value) -> Result<Value> {
+        let line = json!({
+            "event": "lingering",
+            "connection": but(self.identity(connection, side), json!({"opened": null, "age_ms": null, "cookie": known()})),
+            "process": but(self.owner(side)?, json!({"tid": null, "attribution": "procfs"})),
+            "since": null,
+            "opener": null,
+        });
+        Ok(but(line, this))
+    }
+
     /// What is expected of `process` where nobody need know which of its threads it was.
     fn any_thread(&self, side: Side) -> Result<Value> {
         Ok(json!({"tid": one_of(&[json!(null), self.owner(side)?["tid"].clone()])}))
