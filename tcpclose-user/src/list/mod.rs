@@ -5,6 +5,7 @@ mod report;
 
 use std::{
     io::{self, ErrorKind},
+    net::IpAddr,
     time::Duration,
 };
 
@@ -13,7 +14,7 @@ use anyhow::{Context as _, Result};
 use crate::{
     attribute::{self, process::Processes},
     cli::ListArgs,
-    event::{Attribution, Event, Lingering},
+    event::{Attribution, Endpoint, Event, Lingering, Role},
     filter::Filter,
     sink::{Format, Output, Palette, Written},
     sockets::{self, Gaps, Scan, Socket},
@@ -103,11 +104,15 @@ fn gaps(gaps: &Gaps) -> Vec<String> {
         said.push(format!(
             "of sockets in the network namespaces {} neither ages nor bytes are known: the kernel did not let them be \
              asked about there (CAP_SYS_ADMIN and CONFIG_INET_DIAG do), and /proc/PID/net/tcp says less",
-            tables.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+            some(tables)
         ));
     }
-    for (netns, why) in namespaces {
-        said.push(format!("the network namespace {netns} is left out: {why}; as root it can be entered"));
+    if let Some((_, why)) = namespaces.first() {
+        let inodes: Vec<_> = namespaces.iter().map(|(netns, _)| *netns).collect();
+        said.push(format!(
+            "the network namespaces {} are left out: {why}; as root they can be entered",
+            some(&inodes)
+        ));
     }
     for (count, what) in [
         (*lingering, "lingering sockets are counted, but not listed"),
@@ -121,13 +126,23 @@ fn gaps(gaps: &Gaps) -> Vec<String> {
     said
 }
 
+/// The first few, and how many more there are.
+fn some(namespaces: &[u32]) -> String {
+    const ENOUGH: usize = 5;
+    let named = namespaces.iter().take(ENOUGH).map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    match namespaces.len().saturating_sub(ENOUGH) {
+        0 => named,
+        more => format!("{named} and {more} more"),
+    }
+}
+
 /// Where the sockets of a group lead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Towards {
     /// They connected there.
-    To(crate::event::Endpoint),
+    To(Endpoint),
     /// They came from there, to this port.
-    From(std::net::IpAddr, u16),
+    From(IpAddr, u16),
 }
 
 impl Towards {
@@ -135,7 +150,7 @@ impl Towards {
         let (local, remote) = (lingering.connection.local?, lingering.connection.remote?);
         Some(match lingering.connection.role {
             // The port of a client is another one each time.
-            Some(crate::event::Role::Server) => Self::From(remote.address, local.port),
+            Some(Role::Server) => Self::From(remote.address, local.port),
             _ => Self::To(remote),
         })
     }
