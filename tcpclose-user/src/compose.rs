@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     net::Ipv6Addr,
+    sync::PoisonError,
     time::{Duration, Instant},
 };
 
@@ -22,6 +23,7 @@ use crate::{
         Reset, Role, State, Step, millis,
     },
     linger::Lingerer,
+    sockets::Socket,
     stacks::Stacks,
     symbolize::Symbolizer,
     verdict::{self, ResetReasons},
@@ -146,6 +148,13 @@ impl Composer {
         })))
     }
 
+    /// The line that tells of a socket without a descriptor that lingered before the trace.
+    pub fn lingering_before(&self, socket: &Socket) -> Event {
+        let processes = self.attributor.processes();
+        let mut processes = processes.lock().unwrap_or_else(PoisonError::into_inner);
+        Event::Lingering(Box::new(socket.lingering(Clock::now(), &mut processes)))
+    }
+
     fn connection(&self, connection: &Connection, at: u64) -> event::Connection {
         let (family, local, remote) = ends(&connection.endpoints);
         let established = connection.established;
@@ -246,7 +255,7 @@ fn known(value: u32) -> Option<u32> {
 }
 
 /// Both ends; an end of which neither address nor port is known is `None`.
-fn ends(ends: &Endpoints) -> (Option<Family>, Option<event::Endpoint>, Option<event::Endpoint>) {
+pub fn ends(ends: &Endpoints) -> (Option<Family>, Option<event::Endpoint>, Option<event::Endpoint>) {
     let end = |address: Address, port: u16| {
         (address != [0; 4] || port != 0)
             .then(|| event::Endpoint { address: ip(address).to_canonical(), port })

@@ -5,16 +5,23 @@
 //! millisecond. This walks that table, a few times within the limit, and has those looked at (`hooks/look.rs` there)
 //! that have been in it for longer. What it costs grows with the sockets that linger, not with those that live.
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
 use aya::{
     Ebpf,
     maps::{Array, HashMap as KernelMap, MapData},
 };
-use tcpclose_common::record::{Connection, Owner};
+use tcpclose_common::record::{Connection, Header, Owner, Task, VERSION, holds, tag};
 
-use crate::cli::Linger;
+use crate::{
+    attribute::holder::{self, Holder},
+    cli::Linger,
+    clock::Clock,
+    compose::ends,
+    event::{Endpoint, State},
+    sockets::{self, Socket},
+};
 
 /// How many sockets are looked at between two reads of the ring: with their holders, a quarter of it.
 pub const AT_ONCE: usize = 4_096;
@@ -70,6 +77,16 @@ pub struct Lingerers {
     pass: u16,
     /// Looked at, not told yet.
     found: HashMap<(u64, u64), Lingerer>,
+    /// What lingered before the trace, once that was asked for.
+    before: Option<Before>,
+}
+
+/// What lingered before the trace, by network namespace and ends.
+#[derive(Default)]
+struct Before {
+    /// When that was, nanoseconds of `CLOCK_BOOTTIME`.
+    at: u64,
+    sockets: HashMap<(u32, Endpoint, Endpoint), (State, sockets::Age)>,
 }
 
 impl Lingerers {
@@ -90,7 +107,27 @@ impl Lingerers {
             due: HashMap::new(),
             pass: 0,
             found: HashMap::new(),
+            before: None,
         })
+    }
+
+    /// Once, when the trace begins: looks at what lingered before it, so that its age is known as far as the kernel knows
+    /// it. Returns what has no descriptor and has surely lingered long enough: the inventory does not see that.
+    pub fn take_stock(&mut self) -> Vec<Socket> {
+        let Some(limit) = self.limit.filter(|_| self.before.is_none()) else { return Vec::new() };
+        let mut before = Before { at: Clock::boot_now(), sockets: HashMap::new() };
+        let mut without_descriptor = Vec::new();
+        for socket in sockets::lingering() {
+            let age = socket.entry.age();
+            if socket.entry.inode != 0 {
+                let identity = (socket.netns, socket.entry.local, socket.entry.remote);
+                before.sockets.insert(identity, (socket.entry.state, age));
+            } else if age.at_least.is_some_and(|least| nanoseconds(least) >= limit) {
+                without_descriptor.push(socket);
+            }
+        }
+        self.before = Some(before);
+        without_descriptor
     }
 
     /// How often to call [`Self::due`]; `None` for never.
@@ -137,7 +174,10 @@ impl Lingerers {
     /// A socket that was looked at, as it is `now`.
     pub fn seen(&mut self, connection: Box<Connection>, now: u64) {
         let Some(limit) = self.limit else { return };
-        let age = age(&connection, now);
+        let mut age = age(&connection, now);
+        if let Some(before) = &self.before {
+            before.narrow(&connection, now, &mut age);
+        }
         if let Some(due) = self.due.get_mut(&connection.sock) {
             // Told again when it is twice as old; or it has come into another state lately.
             due.next =
@@ -163,12 +203,60 @@ impl Lingerers {
         self.found.values().any(|lingerer| lingerer.connection.inode != 0)
     }
 
+    /// Looks the holders up in `/proc`, where the inventory cannot.
+    pub fn look_up_holders(&mut self) {
+        let mut wanted: HashMap<_, _> =
+            self.found.values_mut().map(|lingerer| (lingerer.connection.inode, lingerer)).collect();
+        holder::walk(|process, fd, inode| {
+            if let Some(lingerer) = wanted.get_mut(&inode)
+                && inode != 0
+                && lingerer.holders.len() < MAX_HOLDERS
+                && let Some(holder) = process.holder()
+            {
+                let owner = owner(&lingerer.connection, holder, fd);
+                lingerer.holders.push(owner);
+            }
+        });
+    }
+
     /// What was seen since [`Self::ask`], oldest first.
     pub fn found(&mut self) -> Vec<Lingerer> {
         let mut found: Vec<_> = self.found.drain().map(|(_, lingerer)| lingerer).collect();
         found.sort_by_key(|lingerer| std::cmp::Reverse(lingerer.age.at_least));
         found
     }
+}
+
+impl Before {
+    /// Puts the bounds that were known before the trace to the age of a socket that has not moved since.
+    fn narrow(&self, connection: &Connection, now: u64, age: &mut Age) {
+        let (_, Some(local), Some(remote)) = ends(&connection.endpoints) else { return };
+        let identity = (connection.endpoints.netns, local, remote);
+        if age.since.is_some() || connection.steps != 1 {
+            return;
+        }
+        if let Some((state, bounds)) = self.sockets.get(&identity)
+            && State::from_kernel(connection.last_state) == Some(*state)
+        {
+            let later = |millis: u32| nanoseconds(millis).saturating_add(now.saturating_sub(self.at));
+            age.at_least = age.at_least.max(bounds.at_least.map_or(0, later));
+            age.at_most = bounds.at_most.map(later);
+        }
+    }
+}
+
+fn nanoseconds(millis: u32) -> u64 {
+    u64::from(millis) * 1_000_000
+}
+
+/// A holder in the form in which the inventory tells of one.
+fn owner(connection: &Connection, holder: &Arc<Holder>, fd: u32) -> Owner {
+    let mut comm = [0; 16];
+    let length = holder.comm.len().min(comm.len() - 1);
+    comm[..length].copy_from_slice(&holder.comm.as_bytes()[..length]);
+    let task = Task { pid: holder.pid, uid: holder.uid.unwrap_or(0), comm, ..Task::NONE };
+    let header = Header { tag: tag::OWNER, version: VERSION, length: 0 };
+    Owner { header, sock: connection.sock, born: connection.born, task, holds: holds::ASKED, fd }
 }
 
 /// How long it has been in the state that it is in.

@@ -313,6 +313,13 @@ impl Pipeline {
 
     fn tell_lingerers(&mut self, records: &mut Records) -> Result<Going> {
         self.composer.clock.synchronize();
+        for socket in self.lingerers.take_stock() {
+            let event = self.composer.lingering_before(&socket);
+            if self.wants(&event) && self.write(event)? == Going::Done {
+                self.flush()?;
+                return Ok(Going::Done);
+            }
+        }
         let due = self.lingerers.due(Clock::boot_now());
         self.look(&due, records, false)
     }
@@ -331,7 +338,9 @@ impl Pipeline {
             if self.drain(records)? == Going::Done {
                 return Ok(Going::Done);
             }
-            if self.lingerers.lack_holders() {
+            if self.lingerers.lack_holders() && !self.inventory.works() {
+                self.lingerers.look_up_holders();
+            } else if self.lingerers.lack_holders() {
                 self.inventory.tell_holders();
                 if self.drain(records)? == Going::Done {
                     return Ok(Going::Done);

@@ -7,7 +7,7 @@ use tcpclose_common::{
     tcp::{shutdown, sock_flag, state, task_flag},
 };
 
-use crate::event::{Cause, ClosedBy, Ended, LastData, LingeringKind, Trigger};
+use crate::event::{Cause, ClosedBy, Ended, LastData, LingeringKind, State, Trigger};
 
 /// What is said of an end.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -193,16 +193,23 @@ pub fn is_unaccepted(connection: &Connection) -> bool {
 
 /// What a socket that is in a state of the teardown waits for.
 pub fn lingering(connection: &Connection) -> LingeringKind {
-    match connection.last_state {
-        state::FIN_WAIT1 | state::CLOSING | state::LAST_ACK => LingeringKind::Unacked,
-        state::FIN_WAIT2 => LingeringKind::HalfClosed,
-        // `copied_seq` passes the FIN in the recv() that reaches it: tcp_recvmsg_locked().
-        state::CLOSE_WAIT => match connection.at_end.untaken {
-            UNKNOWN_U32 => LingeringKind::Unknown,
-            _ if connection.inode == 0 => LingeringKind::Unaccepted,
-            0 => LingeringKind::Leaked,
-            _ => LingeringKind::Unread,
-        },
+    let untaken = connection.at_end.untaken;
+    let untaken = (untaken != UNKNOWN_U32).then_some(untaken);
+    State::from_kernel(connection.last_state)
+        .map_or(LingeringKind::Unknown, |state| waits_for(state, connection.inode != 0, untaken))
+}
+
+/// What a socket in `state` waits for; `untaken` is its Recv-Q, if that is known.
+pub fn waits_for(state: State, has_descriptor: bool, untaken: Option<u32>) -> LingeringKind {
+    match (state, untaken) {
+        (State::FinWait1 | State::Closing | State::LastAck, _) => LingeringKind::Unacked,
+        (State::FinWait2, _) => LingeringKind::HalfClosed,
+        (State::CloseWait, None) => LingeringKind::Unknown,
+        // A socket that was closed is in LAST_ACK; one without a descriptor that is not has never been accepted.
+        (State::CloseWait, Some(_)) if !has_descriptor => LingeringKind::Unaccepted,
+        // The FIN takes a sequence number, which the recv() that reaches it takes: tcp_recvmsg_locked().
+        (State::CloseWait, Some(0)) => LingeringKind::Leaked,
+        (State::CloseWait, Some(_)) => LingeringKind::Unread,
         _ => LingeringKind::Unknown,
     }
 }

@@ -22,17 +22,32 @@ const BUFFER: usize = 32 * 1024;
 ///
 /// # Errors
 /// The kernel has no `sock_diag` (`CONFIG_INET_DIAG`), or says something that is not understood.
-pub fn dump(mut each: impl FnMut(Entry)) -> io::Result<()> {
+pub fn dump(each: impl FnMut(Entry)) -> io::Result<()> {
+    let listening = |state| state == State::Listen;
+    let plain = |state| !listening(state) && !is_lingering(state);
+    dump_each(
+        &[
+            (mask(listening), ExtensionFlags::empty()),
+            (mask(plain), ExtensionFlags::empty()),
+            (mask(is_lingering), ExtensionFlags::INFO),
+        ],
+        each,
+    )
+}
+
+/// Calls `each` for every TCP socket that lingers.
+///
+/// # Errors
+/// Those of [`dump`].
+pub fn dump_lingering(each: impl FnMut(Entry)) -> io::Result<()> {
+    dump_each(&[(mask(is_lingering), ExtensionFlags::INFO)], each)
+}
+
+fn dump_each(wanted: &[(StateFlags, ExtensionFlags)], mut each: impl FnMut(Entry)) -> io::Result<()> {
     let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
-    let listening = |state| state == State::Listen;
-    let plain = |state| !listening(state) && !is_lingering(state);
-    for (states, extensions) in [
-        (mask(listening), ExtensionFlags::empty()),
-        (mask(plain), ExtensionFlags::empty()),
-        (mask(is_lingering), ExtensionFlags::INFO),
-    ] {
+    for (states, extensions) in wanted {
         for (family, socket_id) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
             let request = InetRequest {
                 family,

@@ -1,6 +1,9 @@
 //! One socket as the kernel lists it, and what follows from that alone: what it waits for, and since when.
 
-use crate::event::{Endpoint, LingeringKind, State};
+use crate::{
+    event::{Endpoint, LingeringKind, State},
+    verdict,
+};
 
 /// One socket as the kernel lists it.
 #[derive(Clone, Debug, PartialEq)]
@@ -79,16 +82,7 @@ impl Entry {
 
     /// What it waits for.
     pub fn kind(&self) -> LingeringKind {
-        match self.state {
-            // A socket that was closed is in LAST_ACK; one without a descriptor that is not has never been accepted.
-            State::CloseWait if self.inode == 0 => LingeringKind::Unaccepted,
-            // The FIN takes a sequence number, which a read that returns the end of file takes out of the queue.
-            State::CloseWait if self.recv_queue == 0 => LingeringKind::Leaked,
-            State::CloseWait => LingeringKind::Unread,
-            State::FinWait1 | State::LastAck | State::Closing => LingeringKind::Unacked,
-            State::FinWait2 => LingeringKind::HalfClosed,
-            _ => LingeringKind::Unknown,
-        }
+        verdict::waits_for(self.state, self.inode != 0, Some(self.recv_queue))
     }
 
     /// How long it has been in its state. The kernel keeps no such time, but times of other things that can only have

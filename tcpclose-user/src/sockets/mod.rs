@@ -203,6 +203,29 @@ pub fn scan(filter: &Filter) -> Scan {
     collected.finish(at)
 }
 
+/// The sockets that linger, without their owners: what a trace that begins asks for. A namespace that may not be looked
+/// into is left out.
+pub fn lingering() -> Vec<Socket> {
+    let mut sockets = Vec::new();
+    for namespace in netns::all() {
+        let mut found = Vec::new();
+        let dumped = namespace.inside(|| diag::dump_lingering(|entry| found.push(entry)));
+        if let Err(error) = dumped.and_then(|dumped| dumped) {
+            log::debug!("network namespace {}: {error}", namespace.inode);
+            continue;
+        }
+        let room = MAX_LINGERING.saturating_sub(sockets.len());
+        sockets.extend(found.into_iter().take(room).map(|entry| Socket {
+            netns: namespace.inode,
+            role: (entry.kind() == LingeringKind::Unaccepted).then_some(Role::Server),
+            owner: None,
+            holders: (entry.inode == 0).then(Vec::new),
+            entry,
+        }));
+    }
+    sockets
+}
+
 /// What is known of a socket that has descriptors.
 struct Owned {
     state: State,
