@@ -204,7 +204,6 @@ pub fn waits_for(state: State, has_descriptor: bool, untaken: Option<u32>) -> Li
     match (state, untaken) {
         (State::FinWait1 | State::Closing | State::LastAck, _) => LingeringKind::Unacked,
         (State::FinWait2, _) => LingeringKind::HalfClosed,
-        (State::CloseWait, None) => LingeringKind::Unknown,
         // A socket that was closed is in LAST_ACK; one without a descriptor that is not has never been accepted.
         (State::CloseWait, Some(_)) if !has_descriptor => LingeringKind::Unaccepted,
         // The FIN takes a sequence number, which the recv() that reaches it takes: tcp_recvmsg_locked().
