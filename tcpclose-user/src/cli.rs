@@ -30,6 +30,16 @@ pub enum Command {
         #[arg(value_name = "CAUSE", hide_possible_values = true)]
         cause: Option<Cause>,
     },
+    /// Say what this kernel and these privileges give, and what to do about the rest. Exits with 0 if everything can be
+    /// told, 1 if tracing works with less, 3 if it does not work
+    Doctor {
+        /// Text, or one JSON object
+        #[arg(short, long, value_name = "FORMAT", default_value = "text")]
+        output: Format,
+        /// As for `trace`
+        #[arg(long, value_name = "SOURCE", default_value = "kernel")]
+        btf: BtfSource,
+    },
     /// Print the JSON Schema of the output
     Schema,
 }

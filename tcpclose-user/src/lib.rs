@@ -15,7 +15,8 @@
 //! 10. [`sink`] writes text or JSON.
 //!
 //! [`trace`] is the loop around it; [`losses`] counts what could not be said, and [`capture`] keeps
-//! raw records for tests.
+//! raw records for tests. [`doctor`] says what this kernel and these privileges give, from the tables [`hook`] and
+//! [`fact`].
 
 pub mod attribute;
 pub mod capture;
@@ -26,8 +27,10 @@ pub mod compose;
 pub mod correlate;
 pub mod debug;
 pub mod decode;
+pub mod doctor;
 pub mod event;
 pub mod explain;
+pub mod fact;
 pub mod failure;
 pub mod filter;
 pub mod hook;

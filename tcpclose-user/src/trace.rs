@@ -17,7 +17,11 @@ use tokio::{
 };
 
 use crate::{
-    attribute::{Attributor, inventory::Inventory, watch},
+    attribute::{
+        Attributor,
+        inventory::{self, Inventory},
+        watch,
+    },
     capture::Capture,
     cli::{Stacks as WhichStacks, TraceArgs},
     clock::Clock,
@@ -120,6 +124,7 @@ fn request(args: &TraceArgs, filter: &Filter) -> Request {
         connections: args.connections,
         btf: args.btf.clone(),
         log: args.debug.then_some(aya_log::Level::Debug),
+        rehearsal: false,
     }
 }
 
@@ -158,8 +163,9 @@ impl Pipeline {
         for pid in filter.pids() {
             followed.add(*pid)?;
         }
+        let has_inventory = loaded.has(inventory::PROGRAM);
         let losses = Losses::take(&mut loaded.ebpf, args.connections, loaded.guarded)?;
-        let mut inventory = Inventory::new(loaded.ebpf, loaded.has_inventory);
+        let mut inventory = Inventory::new(loaded.ebpf, has_inventory);
         inventory.take_stock();
         let attributor = Attributor::default();
         watch::start(processes, attributor.processes())?;

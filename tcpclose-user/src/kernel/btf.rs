@@ -5,12 +5,22 @@
 //! to itself, and `btf-rs` is LGPL. This one takes 5 to 8 ms, and malformed input only ever gives an error.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fmt;
+use std::{fmt, fs};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
 /// Where the kernel shows the BTF of itself.
 pub const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
+
+/// The bytes of [`VMLINUX`].
+///
+/// # Errors
+/// They cannot be read, which usually means that the kernel was built without.
+pub fn running_kernel() -> Result<Vec<u8>> {
+    fs::read(VMLINUX).with_context(|| {
+        format!("cannot read {VMLINUX}, where a kernel built with CONFIG_DEBUG_INFO_BTF describes its types")
+    })
+}
 
 /// Bytes in a pointer: BPF only knows 64-bit kernels, and BTF does not say.
 const POINTER_SIZE: u64 = 8;

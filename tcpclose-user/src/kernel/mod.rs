@@ -7,9 +7,8 @@ pub mod offsets;
 pub mod tracefs;
 
 use std::collections::BTreeMap;
-use std::fs;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use tcpclose_common::offsets::StructOffsets;
 
 use self::btf::Btf;
@@ -49,20 +48,6 @@ impl TypeFacts {
             accept_params: btf.func_params("inet_csk_accept"),
         })
     }
-
-    /// Takes the facts out of the running kernel's BTF, in about 10 ms.
-    ///
-    /// # Errors
-    /// [`btf::VMLINUX`] cannot be read, which usually means that the kernel was built without it.
-    pub fn of_running_kernel() -> Result<Self> {
-        let bytes = fs::read(btf::VMLINUX).with_context(|| {
-            format!(
-                "cannot read {}, where a kernel built with CONFIG_DEBUG_INFO_BTF describes its types",
-                btf::VMLINUX
-            )
-        })?;
-        Self::parse(&bytes).with_context(|| format!("cannot make sense of {}", btf::VMLINUX))
-    }
 }
 
 /// Reduced BTF of several kernels, by name. See `fixtures/README.md`.
@@ -78,6 +63,8 @@ const FIXTURES: [(&str, &[u8]); 6] = [
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
@@ -125,7 +112,7 @@ mod tests {
             eprintln!("skipped: this kernel has no {}", btf::VMLINUX);
             return;
         }
-        let facts = TypeFacts::of_running_kernel().unwrap();
+        let facts = TypeFacts::parse(&btf::running_kernel().unwrap()).unwrap();
         assert_eq!(facts.offsets.sk_daddr, 0, "skc_daddr is the first member of sock_common");
         let missing: Vec<_> = facts.missing.iter().map(|missing| missing.field).collect();
         assert!(missing.iter().all(|field| *field == "thread_size"), "{missing:?}");
