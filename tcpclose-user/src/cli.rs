@@ -57,8 +57,8 @@ pub struct TraceArgs {
     /// host down by about 40 ns
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub accept_hook: AcceptHook,
-    /// Compare the time to live of a RST with that of the connection's first packet, which tells a forged one. Takes a
-    /// look at every packet that the host receives
+    /// Compare the time to live of a RST with that of the connection's first packet, which tells a forged one, on
+    /// kernels too where that takes a look at every packet that the host receives; others do it anyway
     #[arg(long)]
     pub ttl: bool,
     /// End after this long

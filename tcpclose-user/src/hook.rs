@@ -249,6 +249,17 @@ pub static HOOKS: &[Hook] = &[
     Hook {
         name: "time to live",
         variants: &[
+            // The packet that resets, and the last one that the peer sent to establish the connection.
+            Variant {
+                kind: Kind::FunctionEntry,
+                programs: &[
+                    ("reset_ttl", "tcp_reset"),
+                    ("connect_ttl", "tcp_finish_connect"),
+                    ("child_ttl", "tcp_child_process"),
+                ],
+                when: When::Always,
+                worse: "",
+            },
             typed(&[("receive_skb", "net:netif_receive_skb")], When::Ttl),
             classic(&[("receive_skb_classic", "net:netif_receive_skb")], "RECEIVE_SKB_RECORD", When::Ttl),
         ],

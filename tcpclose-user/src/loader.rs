@@ -8,21 +8,21 @@ use std::{
     str::FromStr,
 };
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use aya::{
     Btf, Ebpf, EbpfLoader, VerifierLogLevel,
     programs::{BtfTracePoint, FEntry, FExit, Iter, ProgramError, ProgramType, RawTracePoint, TracePoint},
     sys::{BpfHelper, is_helper_supported},
 };
 use tcpclose_common::{
-    offsets::{ABSENT, RecordOffsets, StructOffsets},
+    offsets::{ABSENT, ArgumentOffsets, RecordOffsets, StructOffsets},
     params::Params,
 };
 
 use crate::{
     failure::Failure,
     hook::{AcceptHook, HOOKS, Hook, Kind, Need, Variant, When},
-    kernel::{TypeFacts, btf, tracefs},
+    kernel::{TypeFacts, arguments, btf, tracefs},
     privilege,
 };
 
@@ -175,7 +175,7 @@ struct Kernel {
     btf: Option<Btf>,
     reset_reasons: BTreeMap<i64, String>,
     has_reset_reason: bool,
-    accept_params: Option<usize>,
+    arguments: ArgumentOffsets,
     losses: Vec<String>,
 }
 
@@ -187,7 +187,7 @@ impl Kernel {
                 btf: if *source == BtfSource::Kernel { Btf::from_sys_fs().ok() } else { None },
                 reset_reasons: facts.reset_reasons,
                 has_reset_reason: facts.send_reset_has_reason.unwrap_or(false),
-                accept_params: facts.accept_params,
+                arguments: facts.arguments,
                 losses: Vec::new(),
             },
             Err(error) if matches!(source, BtfSource::File(_)) => return Err(error),
@@ -196,7 +196,7 @@ impl Kernel {
                 btf: None,
                 reset_reasons: BTreeMap::new(),
                 has_reset_reason: false,
-                accept_params: None,
+                arguments: ArgumentOffsets::ABSENT,
                 losses: vec![format!(
                     "no BTF, so bytes, idle times, namespaces, triggers, causes and most owners are null: {error:#}"
                 )],
@@ -295,16 +295,13 @@ fn prepare(request: &Request, kernel: &Kernel, params: &Params, layouts: &Layout
     let wants_syscall = request.rehearsal || request.accept_hook == AcceptHook::Syscall;
     // Where it is not found, attaching says so.
     let syscall_result = if wants_syscall { syscall_result().unwrap_or(ABSENT) } else { ABSENT };
-    // A program on a function's return finds the arguments, eight bytes each, and then the result.
-    let accept_result =
-        kernel.accept_params.and_then(|params| u16::try_from(params * 8).ok()).unwrap_or(ABSENT);
     let level = request.log.map_or(0, |level| level as u8);
     let mut loader = EbpfLoader::new();
     loader
         .btf(None)
         .verifier_log_level(VerifierLogLevel::STATS)
         .override_global("STRUCTS", &kernel.structs, true)
-        .override_global("ACCEPT_RESULT", &accept_result, true)
+        .override_global("ARGUMENTS", &kernel.arguments, true)
         .override_global("ACCEPT_SYSCALL_RESULT", &syscall_result, true)
         .override_global("PARAMS", params, true)
         .override_global(aya_log::LEVEL, &level, false)
@@ -367,10 +364,10 @@ fn attach(
         if !outcome.refused.is_empty() {
             log::debug!("{}: {}", hook.name, outcome.why());
         }
-        if !lost.is_empty() && !losses.iter().any(|known| known.starts_with(&lost)) {
-            let because =
-                if outcome.refused.is_empty() { String::new() } else { format!(" ({})", outcome.why()) };
-            losses.push(lost + &because);
+        // What was asked for by name is no loss.
+        let by_necessity = !lost.is_empty() && !outcome.refused.is_empty();
+        if by_necessity && !losses.iter().any(|known| known.starts_with(&lost)) {
+            losses.push(format!("{lost} ({})", outcome.why()));
         }
         hooks.push(outcome);
     }
@@ -413,12 +410,13 @@ fn start(ebpf: &mut Ebpf, kernel: &Kernel, variant: &Variant) -> Result<()> {
                 tracefs::with(|_| program.attach(group, point))??;
             }
             Kind::FunctionEntry => {
+                ensure_arguments(kernel, at)?;
                 let program: &mut FEntry = program.try_into()?;
                 program.load(at, btf()?)?;
                 program.attach()?;
             }
             Kind::FunctionReturn => {
-                kernel.accept_params.with_context(|| format!("BTF does not describe {at}()"))?;
+                ensure_arguments(kernel, at)?;
                 let program: &mut FExit = program.try_into()?;
                 program.load(at, btf()?)?;
                 program.attach()?;
@@ -435,6 +433,15 @@ fn start(ebpf: &mut Ebpf, kernel: &Kernel, variant: &Variant) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Refuses a function that is not given what its program wants to see.
+fn ensure_arguments(kernel: &Kernel, function: &str) -> Result<()> {
+    ensure!(kernel.btf.is_some(), "no BTF");
+    match arguments::missing(kernel.arguments, function) {
+        Some(missing) => bail!("{missing}"),
+        None => Ok(()),
+    }
 }
 
 /// An error in one line. Of what the verifier says to a program that it refuses, the last line says why; all of it goes

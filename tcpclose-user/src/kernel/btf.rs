@@ -258,9 +258,9 @@ impl<'a> Btf<'a> {
         })
     }
 
-    /// The number of parameters of a function. Functions are half of all types and seldom asked for, so they are not
+    /// The names of a function's parameters. Functions are half of all types and seldom asked for, so they are not
     /// indexed: this looks at every type, in about a millisecond.
-    pub fn func_params(&self, function: &str) -> Option<usize> {
+    pub fn func_params(&self, function: &str) -> Option<Vec<&'a [u8]>> {
         let is_it = |start: u32| {
             let start = index(start);
             let name = u32_at(self.types, start)?;
@@ -270,7 +270,8 @@ impl<'a> Btf<'a> {
         let nth = self.starts.iter().position(|start| is_it(*start).is_some())?;
         let function = self.get(u32::try_from(nth + 1).ok()?)?;
         let proto = self.resolve(function.value).filter(|ty| ty.kind == kind::FUNC_PROTO)?;
-        Some(proto.count)
+        let params = proto.tail.chunks_exact(8).take(proto.count);
+        Some(params.map(|param| self.string(u32_at(param, 0).unwrap_or(0))).collect())
     }
 
     fn named(&self, name: &str) -> impl Iterator<Item = Type<'a>> {
