@@ -137,13 +137,6 @@ impl When {
     }
 }
 
-impl Hook {
-    /// The variant that has this program.
-    pub fn variant_of(&self, program: &str) -> Option<&'static Variant> {
-        self.variants.iter().find(|variant| variant.programs.iter().any(|(name, _)| *name == program))
-    }
-}
-
 /// What all classic tracepoints have in common: they share one guard against recursion on each CPU
 /// (`bpf_prog_active` of `kernel/trace/bpf_trace.c`), typed ones have one each.
 const SHARED_GUARD: &str =

@@ -250,6 +250,7 @@ pub fn load(request: &Request) -> Result<Loaded> {
     });
     loaded.map_err(|error| {
         let mut failure = Failure::from(error);
+        failure.found = format!("{}; typed tracepoints: {refusal}", failure.found);
         if kernel.btf.is_none() {
             failure.needed.push_str("; with BTF (CONFIG_DEBUG_INFO_BTF) it would not be needed");
         }

@@ -182,6 +182,7 @@ fn doctor_tries_every_hook() -> Result<()> {
         let results: Vec<_> =
             hook["variants"].as_array().into_iter().flatten().map(|one| &one["result"]).collect();
         ensure!(results.iter().all(|result| **result != "untried"), "not tried: {hook:#}");
+        ensure!(!hook.to_string().contains("the object has no"), "table and programs do not fit: {hook:#}");
         ensure!(hook["mark"] != "ok" || results.iter().any(|result| **result == "attached"), "{hook:#}");
     }
     ensure!(names(&report, "hooks", "mark", "ok").contains(&"sock:inet_sock_set_state"), "{report:#}");
@@ -206,6 +207,17 @@ fn doctor_needs_no_privilege() -> Result<()> {
             ensure!(variant["why"] == if has_types { "BTF has it" } else { "no BTF" }, "{variant:#}");
         }
     }
+    Ok(())
+}
+
+/// Capabilities of a user namespace count for nothing: it does not send people to get more of them.
+#[test]
+fn doctor_knows_a_user_namespace() -> Result<()> {
+    let (report, code) = doctor(Launch::new()?.in_user_namespace(), &[])?;
+    ensure!(report["verdict"] == "nothing" && code == Some(3), "{code:?} {report:#}");
+    ensure!(names(&report, "place", "mark", "no").contains(&"user namespace"), "{report:#}");
+    let cannot = report["cannot"].as_str().context("no reason")?;
+    ensure!(cannot.contains("user namespace"), "{cannot}");
     Ok(())
 }
 

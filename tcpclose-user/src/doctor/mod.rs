@@ -295,7 +295,7 @@ fn outlook(variant: &Variant, types: Option<&Btf<'_>>) -> String {
             of_types(|types, point| types.func_proto_params(&format!("btf_trace_{point}")).is_some())
         }
         Kind::FunctionEntry | Kind::FunctionReturn => {
-            of_types(|types, function| types.func_params(function).is_some())
+            of_types(|types, function| types.func_params(&[function]).contains_key(function))
         }
         Kind::Iterator => of_types(|types, target| types.size_of(&format!("bpf_iter__{target}")).is_some()),
         Kind::ClassicTracepoint(_) | Kind::SystemCall => match tracefs::find() {

@@ -1,6 +1,8 @@
 //! Where programs on kernel functions find what they are given, looked up in BTF: functions get and lose parameters
 //! from one kernel to the next.
 
+use std::collections::BTreeSet;
+
 use tcpclose_common::offsets::{ABSENT, ArgumentOffsets};
 
 use super::btf::Btf;
@@ -33,8 +35,10 @@ const SLOT: usize = 8;
 /// Looks up everything in [`ArgumentOffsets`]; what is not there is [`ABSENT`].
 pub fn argument_offsets(btf: &Btf<'_>) -> ArgumentOffsets {
     let mut offsets = ArgumentOffsets::ABSENT;
+    let functions: BTreeSet<_> = ROWS.iter().map(|(_, function, _)| *function).collect();
+    let known = btf.func_params(&functions.into_iter().collect::<Vec<_>>());
     for (slot, function, what) in ROWS {
-        let place = btf.func_params(function).and_then(|params| match what {
+        let place = known.get(function).and_then(|params| match what {
             What::Parameter(name) => params.iter().position(|param| *param == name.as_bytes()),
             What::Result => Some(params.len()),
         });

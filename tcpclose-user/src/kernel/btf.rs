@@ -258,20 +258,34 @@ impl<'a> Btf<'a> {
         })
     }
 
-    /// The names of a function's parameters. Functions are half of all types and seldom asked for, so they are not
-    /// indexed: this looks at every type, in about a millisecond.
-    pub fn func_params(&self, function: &str) -> Option<Vec<&'a [u8]>> {
-        let is_it = |start: u32| {
-            let start = index(start);
-            let name = u32_at(self.types, start)?;
-            let (kind, _) = kind_and_count(u32_at(self.types, start + 4)?);
-            (kind == kind::FUNC && self.string(name) == function.as_bytes()).then_some(())
-        };
-        let nth = self.starts.iter().position(|start| is_it(*start).is_some())?;
-        let function = self.get(u32::try_from(nth + 1).ok()?)?;
-        let proto = self.resolve(function.value).filter(|ty| ty.kind == kind::FUNC_PROTO)?;
-        let params = proto.tail.chunks_exact(8).take(proto.count);
-        Some(params.map(|param| self.string(u32_at(param, 0).unwrap_or(0))).collect())
+    /// The names of the parameters of functions; those that the kernel has not are not in the result. Functions are half
+    /// of all types and seldom asked for, so they are not indexed: this looks at every type, in about a millisecond.
+    pub fn func_params<'n>(&self, functions: &[&'n str]) -> HashMap<&'n str, Vec<&'a [u8]>> {
+        let mut found = HashMap::new();
+        for (nth, start) in self.starts.iter().enumerate() {
+            let start = index(*start);
+            let (Some(name), Some(info)) = (u32_at(self.types, start), u32_at(self.types, start + 4)) else {
+                continue;
+            };
+            let (kind, _) = kind_and_count(info);
+            if kind != kind::FUNC {
+                continue;
+            }
+            let name = self.string(name);
+            let Some(function) = functions.iter().find(|function| function.as_bytes() == name) else {
+                continue;
+            };
+            let proto = u32::try_from(nth + 1).ok().and_then(|id| self.resolve(self.get(id)?.value));
+            if let Some(proto) = proto.filter(|ty| ty.kind == kind::FUNC_PROTO) {
+                let params = proto.tail.chunks_exact(8).take(proto.count);
+                let names = params.map(|param| self.string(u32_at(param, 0).unwrap_or(0)));
+                found.entry(*function).or_insert_with(|| names.collect());
+            }
+            if found.len() == functions.len() {
+                break;
+            }
+        }
+        found
     }
 
     fn named(&self, name: &str) -> impl Iterator<Item = Type<'a>> {
