@@ -22,7 +22,7 @@ use tcpclose_common::{
 use crate::{
     failure::Failure,
     hook::{AcceptHook, HOOKS, Hook, Kind, Need, Variant, When},
-    kernel::{TypeFacts, arguments, btf, tracefs},
+    kernel::{TypeFacts, arguments, btf, lockdown, tracefs},
     privilege,
 };
 
@@ -220,6 +220,7 @@ pub fn load(request: &Request) -> Result<Loaded> {
         .into());
     }
     privilege::check()?;
+    may_read_kernel_memory()?;
     raise_memlock_limit();
     let kernel = Kernel::read(&request.btf)?;
     let mut params = request.params;
@@ -256,6 +257,27 @@ pub fn load(request: &Request) -> Result<Loaded> {
         }
         failure
     })?
+}
+
+/// Refuses a kernel that is locked down so far that programs may not read its memory, which all of ours do.
+///
+/// Not left to the verifier: classic tracepoints would be tried next, and Linux 6.12 crashes when a tracefs is unmounted
+/// again that lockdown has kept empty (in `tracefs_destroy_inode()`).
+fn may_read_kernel_memory() -> Result<(), Failure> {
+    // The helper is withheld then: `bpf_tracing_func_proto()` of `kernel/trace/bpf_trace.c`.
+    if is_helper_supported(ProgramType::TracePoint, BpfHelper::BPF_FUNC_probe_read_kernel).unwrap_or(true) {
+        return Ok(());
+    }
+    Err(Failure {
+        failed: "cannot trace: programs may not read kernel memory".to_owned(),
+        found: lockdown::mode().map_or_else(
+            || "the helper for it is withheld, as on a kernel that is locked down".to_owned(),
+            |mode| format!("the kernel is locked down, in mode `{mode}`"),
+        ),
+        needed: "mode `integrity` or `none` (/sys/kernel/security/lockdown), and Linux 5.5 or later"
+            .to_owned(),
+        fix: "boot with lockdown=integrity, or without lockdown".to_owned(),
+    })
 }
 
 /// How classic tracepoints lay out their records, by the global that the programs read it from.

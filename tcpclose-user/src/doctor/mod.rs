@@ -19,7 +19,7 @@ use tcpclose_common::{offsets::StructOffsets, params::Params};
 use crate::{
     fact::{FACTS, Sources},
     hook::{AcceptHook, HOOKS, Hook, Kind, Need, Variant},
-    kernel::{TypeFacts, btf::Btf, tracefs},
+    kernel::{TypeFacts, arguments, btf::Btf, tracefs},
     loader::{self, BtfSource, Loaded, Request},
     privilege::{self, PRIVILEGES},
     sink::Format,
@@ -294,9 +294,9 @@ fn outlook(variant: &Variant, types: Option<&Btf<'_>>) -> String {
         Kind::TypedTracepoint => {
             of_types(|types, point| types.func_proto_params(&format!("btf_trace_{point}")).is_some())
         }
-        Kind::FunctionEntry | Kind::FunctionReturn => {
-            of_types(|types, function| types.func_params(&[function]).contains_key(function))
-        }
+        Kind::FunctionEntry | Kind::FunctionReturn => of_types(|types, function| {
+            arguments::missing(arguments::argument_offsets(types), function).is_none()
+        }),
         Kind::Iterator => of_types(|types, target| types.size_of(&format!("bpf_iter__{target}")).is_some()),
         Kind::ClassicTracepoint(_) | Kind::SystemCall => match tracefs::find() {
             Ok(Some(tracefs)) => {

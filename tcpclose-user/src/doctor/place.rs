@@ -11,7 +11,7 @@ use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 
 use super::{Finding, Mark};
 use crate::{
-    kernel::{TypeFacts, btf, tracefs},
+    kernel::{TypeFacts, btf, lockdown, tracefs},
     loader::BtfSource,
     privilege,
 };
@@ -82,21 +82,17 @@ fn tracefs() -> Finding {
     }
 }
 
-/// `security/lockdown/lockdown.c`: the mode that is in force stands in brackets.
 fn lockdown() -> Finding {
-    let Ok(modes) = fs::read_to_string("/sys/kernel/security/lockdown") else {
-        return Finding::new(
+    match lockdown::mode() {
+        Some(mode) if mode == "confidentiality" => Finding::new("lockdown", Mark::No, mode)
+            .lost("programs may not read kernel memory, so nothing can be traced")
+            .fix("boot with lockdown=integrity, or without lockdown"),
+        Some(mode) => Finding::new("lockdown", Mark::Ok, format!("{mode}: reading kernel memory is allowed")),
+        None => Finding::new(
             "lockdown",
             Mark::Note,
-            "not told: securityfs is not mounted, or the kernel has none",
-        );
-    };
-    let mode = modes.split(['[', ']']).nth(1).unwrap_or_else(|| modes.trim());
-    match mode {
-        "confidentiality" => Finding::new("lockdown", Mark::No, mode)
-            .lost("programs may not read kernel memory, so they are refused")
-            .fix("boot with lockdown=integrity, or without Secure Boot"),
-        _ => Finding::new("lockdown", Mark::Ok, format!("{mode}: reading kernel memory is allowed")),
+            "not told: securityfs is not mounted, or the kernel has no lockdown",
+        ),
     }
 }
 

@@ -4,6 +4,7 @@
 pub mod arguments;
 pub mod btf;
 pub mod format;
+pub mod lockdown;
 pub mod offsets;
 pub mod tracefs;
 
