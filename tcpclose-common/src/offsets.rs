@@ -158,6 +158,26 @@ offsets! {
 }
 
 offsets! {
+    /// Where a program on a kernel function finds arguments and results, in bytes from the start of its context.
+    ArgumentOffsets {
+        /// Result of `inet_csk_accept()`: the accepted `struct sock`.
+        accept_result,
+        /// `tcp_reset(sk)`.
+        reset_sk,
+        /// `tcp_reset(skb)`: the packet that resets; not there before 5.15.
+        reset_skb,
+        /// `tcp_finish_connect(sk)`: the socket that connects.
+        connect_sk,
+        /// `tcp_finish_connect(skb)`: the SYN-ACK, or null.
+        connect_skb,
+        /// `tcp_child_process(child)`: the socket that a listener has just got.
+        child_sk,
+        /// `tcp_child_process(skb)`: the packet that made it.
+        child_skb,
+    }
+}
+
+offsets! {
     /// Where a classic tracepoint's record keeps its fields, from tracefs' `format` file. Two shapes exist for
     /// addresses: separate members, or a `sockaddr` for each end (`tcp_send_reset` from 6.10 on).
     RecordOffsets {

@@ -217,7 +217,7 @@ layout! {
         answer: u8,
         /// 1 when it was received in a state in which `tcp_reset()` also runs for late data, without any RST.
         ambiguous: u8,
-        /// Time to live of the RST, or, for one that was sent, of the packet that it answers; 0 when not read.
+        /// Time to live of a RST that was received; 0 when not read.
         ttl: u8,
         /// Time to live of the peer's first packet; 0 when not read.
         handshake_ttl: u8,

@@ -7,7 +7,7 @@ use aya_ebpf::{
 };
 use tcpclose_common::{
     counters::Counters,
-    offsets::{ABSENT, RecordOffsets, StructOffsets},
+    offsets::{ABSENT, ArgumentOffsets, RecordOffsets, StructOffsets},
     params::Params,
     record::{Address, Connection, Task},
     stack::Stack,
@@ -39,9 +39,9 @@ pub static DESTROY_SOCK_RECORD: Global<RecordOffsets> = Global::new(RecordOffset
 #[unsafe(no_mangle)]
 pub static FORK_RECORD: Global<RecordOffsets> = Global::new(RecordOffsets::ABSENT);
 
-/// Where `inet_csk_accept()` leaves its result in the context of a program on its return.
+/// Where programs on kernel functions find their arguments.
 #[unsafe(no_mangle)]
-pub static ACCEPT_RESULT: Global<u16> = Global::new(ABSENT);
+pub static ARGUMENTS: Global<ArgumentOffsets> = Global::new(ArgumentOffsets::ABSENT);
 /// Where `syscalls:sys_exit_accept` keeps the result.
 #[unsafe(no_mangle)]
 pub static ACCEPT_SYSCALL_RESULT: Global<u16> = Global::new(ABSENT);
@@ -74,6 +74,7 @@ pub(crate) use global;
 pub mod kind {
     pub type STRUCTS = super::StructOffsets;
     pub type PARAMS = super::Params;
+    pub type ARGUMENTS = super::ArgumentOffsets;
 }
 
 /// Records on their way to the reader, 16 MiB: at 1,000 bytes a connection (both ends) and 100 ms between two reads,
@@ -144,7 +145,8 @@ pub struct Listener {
     pub shared: u64,
 }
 
-/// Times to live that were seen in packets, until a connection asks for them; filled with `--ttl` alone. LRU.
+/// Times to live that were seen in packets, until a connection asks for them; filled with `--ttl` alone, and
+/// only where fentry does not hand packets and sockets over together. LRU.
 #[map]
 pub static TTLS: LruHashMap<Tuple, Ttls> = LruHashMap::with_max_entries(16_384, 0);
 

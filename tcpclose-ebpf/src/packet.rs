@@ -1,8 +1,8 @@
-//! Reads the ends of the packet that a RST answers: for a RST without a socket, and for one of a listener, the
-//! tracepoints of some kernels tell no remote end.
+//! Reads packets. The ends of one that a RST answers: for a RST without a socket, and for one of a listener, the
+//! tracepoints of some kernels tell no remote end. And times to live.
 
 use tcpclose_common::{
-    record::{Address, Endpoints, Reset, UNKNOWN_U32, mapped},
+    record::{Address, Endpoints, UNKNOWN_U32, mapped},
     tcp::{AF_INET, AF_INET6},
 };
 
@@ -11,10 +11,10 @@ use crate::{
     maps::global,
 };
 
-/// Fills in both ends as the packet's receiver sees them (its destination is our local end), the network namespace of
-/// the device it came by, and its time to live. Leaves everything alone if the packet can not be read.
+/// Fills in both ends as the packet's receiver sees them (its destination is our local end), and the network namespace
+/// of the device it came by. Leaves everything alone if the packet can not be read.
 #[inline(always)]
-pub fn endpoints(skb: u64, to: &mut Endpoints, reset: &mut Reset) {
+pub fn endpoints(skb: u64, to: &mut Endpoints) {
     // One after the other: LLVM reads what a failed one left unset if all are read first and then tested, and kernels
     // before 6.3 refuse that.
     let Some(head) = member::<u64>(skb, global!(STRUCTS.skb_head)) else { return };
@@ -23,7 +23,7 @@ pub fn endpoints(skb: u64, to: &mut Endpoints, reset: &mut Reset) {
     let ip = head + u64::from(network);
     let tcp = head + u64::from(transport);
     let Some(first) = read::<u8>(ip) else { return };
-    // RFC 791, 3.1 and RFC 8200, 3: where the headers keep version, time to live and addresses.
+    // RFC 791, 3.1 and RFC 8200, 3: where the headers keep version and addresses.
     match first >> 4 {
         4 => {
             let Some(source) = read::<u32>(ip + 12) else { return };
@@ -31,7 +31,6 @@ pub fn endpoints(skb: u64, to: &mut Endpoints, reset: &mut Reset) {
             to.family = AF_INET;
             to.remote = mapped(source);
             to.local = mapped(destination);
-            reset.ttl = read(ip + 8).unwrap_or(0);
         }
         6 => {
             let Some(source) = read::<Address>(ip + 8) else { return };
@@ -39,7 +38,6 @@ pub fn endpoints(skb: u64, to: &mut Endpoints, reset: &mut Reset) {
             to.family = AF_INET6;
             to.remote = source;
             to.local = destination;
-            reset.ttl = read(ip + 7).unwrap_or(0);
         }
         _ => return,
     }
@@ -49,6 +47,22 @@ pub fn endpoints(skb: u64, to: &mut Endpoints, reset: &mut Reset) {
     if to.netns == UNKNOWN_U32 {
         to.netns = netns(skb).unwrap_or(UNKNOWN_U32);
     }
+}
+
+/// The time to live of a packet, or its hop limit; 0 if it can not be read.
+#[inline(always)]
+pub fn ttl(skb: u64) -> u8 {
+    let Some(head) = member::<u64>(skb, global!(STRUCTS.skb_head)) else { return 0 };
+    let Some(network) = member::<u16>(skb, global!(STRUCTS.skb_network_header)) else { return 0 };
+    let ip = head + u64::from(network);
+    let Some(first) = read::<u8>(ip) else { return 0 };
+    // RFC 791, 3.1 and RFC 8200, 3.
+    let at = match first >> 4 {
+        4 => 8,
+        6 => 7,
+        _ => return 0,
+    };
+    read(ip + at).unwrap_or(0)
 }
 
 /// Inode number of the network namespace of the device that a packet came by.

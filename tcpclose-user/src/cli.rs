@@ -32,6 +32,16 @@ pub enum Command {
     },
     /// List the sockets that are in a teardown state now, who holds them and since when, and the count of every state
     List(Box<ListArgs>),
+    /// Say what this kernel and these privileges give, and what to do about the rest. Exits with 0 if everything can be
+    /// told, 1 if tracing works with less, 3 if it does not work
+    Doctor {
+        /// Text, or one JSON object
+        #[arg(short, long, value_name = "FORMAT", default_value = "text")]
+        output: Format,
+        /// As for `trace`
+        #[arg(long, value_name = "SOURCE", default_value = "kernel")]
+        btf: BtfSource,
+    },
     /// Print the JSON Schema of the output
     Schema,
 }
@@ -49,8 +59,8 @@ pub struct TraceArgs {
     /// host down by about 40 ns
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub accept_hook: AcceptHook,
-    /// Compare the time to live of a RST with that of the connection's first packet, which tells a forged one. Takes a
-    /// look at every packet that the host receives
+    /// Compare the time to live of a RST with that of the connection's first packet, which tells a forged one, on
+    /// kernels too where that takes a look at every packet that the host receives; others do it anyway
     #[arg(long)]
     pub ttl: bool,
     /// Tell of sockets that stay in a state of the teardown (`CLOSE_WAIT`, `FIN_WAIT2`, …) longer than this; `off` does not

@@ -18,7 +18,8 @@
 //! another way and shorter: [`sockets`] asks the kernel what there is now, without a program in it.
 //!
 //! [`trace`] is the loop around it; [`losses`] counts what could not be said, [`summary`] what was,
-//! and [`capture`] keeps raw records for tests.
+//! and [`capture`] keeps raw records for tests. [`doctor`] says what this kernel and these privileges give,
+//! from the tables [`hook`] and [`fact`].
 
 pub mod attribute;
 pub mod capture;
@@ -29,8 +30,10 @@ pub mod compose;
 pub mod correlate;
 pub mod debug;
 pub mod decode;
+pub mod doctor;
 pub mod event;
 pub mod explain;
+pub mod fact;
 pub mod failure;
 pub mod filter;
 pub mod hook;

@@ -2,31 +2,27 @@
 //! attaches each hook the best way there is.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     os::fd::{AsFd as _, AsRawFd as _, RawFd},
     path::PathBuf,
     str::FromStr,
 };
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use aya::{
     Btf, Ebpf, EbpfLoader, VerifierLogLevel,
-    programs::{BtfTracePoint, FExit, Iter, ProgramType, RawTracePoint, TracePoint},
+    programs::{BtfTracePoint, FEntry, FExit, Iter, ProgramError, ProgramType, RawTracePoint, TracePoint},
     sys::{BpfHelper, is_helper_supported},
 };
 use tcpclose_common::{
-    offsets::{ABSENT, RecordOffsets, StructOffsets},
+    offsets::{ABSENT, ArgumentOffsets, RecordOffsets, StructOffsets},
     params::Params,
 };
 
 use crate::{
-    attribute::inventory,
     failure::Failure,
-    hook::{
-        ACCEPT_FUNCTION, ACCEPT_PROGRAM, ACCEPT_SYSCALL_PROGRAM, ACCEPT_SYSCALLS, AcceptHook, HOOKS, Hook,
-        Need, Variant,
-    },
-    kernel::{TypeFacts, tracefs},
+    hook::{AcceptHook, HOOKS, Hook, Kind, Need, Variant, When},
+    kernel::{TypeFacts, arguments, btf, lockdown, tracefs},
     privilege,
 };
 
@@ -57,6 +53,32 @@ impl FromStr for BtfSource {
     }
 }
 
+impl BtfSource {
+    /// Raw BTF.
+    ///
+    /// # Errors
+    /// There is none, or it cannot be read.
+    pub fn bytes(&self) -> Result<Vec<u8>> {
+        match self {
+            Self::None => bail!("told to do without (--btf none)"),
+            Self::Kernel => btf::running_kernel(),
+            Self::File(path) => std::fs::read(path)
+                .with_context(|| format!("cannot read the BTF that --btf names, {}", path.display())),
+        }
+    }
+
+    /// What it says of this kernel.
+    ///
+    /// # Errors
+    /// There is none, or it makes no sense.
+    pub fn facts(&self) -> Result<TypeFacts> {
+        TypeFacts::parse(&self.bytes()?).with_context(|| match self {
+            Self::File(path) => format!("cannot use {}", path.display()),
+            Self::Kernel | Self::None => format!("cannot make sense of {}", btf::VMLINUX),
+        })
+    }
+}
+
 /// What is asked of the kernel half.
 #[derive(Clone, Debug)]
 pub struct Request {
@@ -72,6 +94,34 @@ pub struct Request {
     pub btf: BtfSource,
     /// Level of the kernel half's own log, `None` for silence.
     pub log: Option<aya_log::Level>,
+    /// Try every variant, asked for or not, and go on where one fails that was: `doctor` wants to know, not to trace.
+    pub rehearsal: bool,
+}
+
+impl Request {
+    /// Whether a variant may be taken.
+    fn allows(&self, variant: &Variant) -> bool {
+        self.rehearsal
+            || match variant.when {
+                When::Always => true,
+                When::Linger => self.params.linger != 0,
+                When::Command => self.follow_children,
+                When::Ttl => self.params.ttl != 0,
+                When::Accept(ways) => ways.contains(&self.accept_hook),
+            }
+    }
+
+    /// Whether an option asks for this hook by name, so that it is an error if it cannot be had.
+    fn insists(&self, hook: &Hook) -> bool {
+        !self.rehearsal
+            && hook.variants.iter().any(|variant| match variant.when {
+                When::Always | When::Linger | When::Command => false,
+                When::Ttl => self.params.ttl != 0,
+                When::Accept(ways) => {
+                    self.accept_hook != AcceptHook::Auto && ways.contains(&self.accept_hook)
+                }
+            })
+    }
 }
 
 /// The kernel half at work. Dropping it detaches everything.
@@ -80,16 +130,43 @@ pub struct Loaded {
     pub ebpf: Ebpf,
     /// Names of `enum sk_rst_reason` by number; empty on kernels without.
     pub reset_reasons: BTreeMap<i64, String>,
-    /// Whether the program that looks at all descriptors is loaded.
-    pub has_inventory: bool,
-    /// Whether the program that looks at one socket is loaded.
-    pub has_look: bool,
+    /// Whether the kernel lets these programs ask for a socket's cookie.
+    pub has_cookie: bool,
+    /// Whether it gives them the registers that a task entered it with.
+    pub has_registers: bool,
     /// Descriptors of programs whose skipped runs are losses: those without an understudy.
     pub guarded: Vec<RawFd>,
-    /// What is attached, and how.
-    pub attached: Vec<(&'static Hook, Variant)>,
+    /// What became of each hook that was wanted.
+    pub hooks: Vec<Outcome>,
     /// What is lost on this kernel with these privileges, a sentence each.
     pub losses: Vec<String>,
+}
+
+/// What became of a hook.
+pub struct Outcome {
+    /// Which.
+    pub hook: &'static Hook,
+    /// The variant that works; `None` if none does.
+    pub variant: Option<&'static Variant>,
+    /// The variants that were tried before, and why they do not.
+    pub refused: Vec<(&'static Variant, String)>,
+}
+
+impl Outcome {
+    /// Why the variants do not work that do not.
+    fn why(&self) -> String {
+        let said: Vec<_> =
+            self.refused.iter().map(|(variant, why)| format!("{}: {why}", variant.kind.name())).collect();
+        said.join("; ")
+    }
+}
+
+impl Loaded {
+    /// Whether this program is there, to be run or attached.
+    pub fn has(&self, program: &str) -> bool {
+        let variants = self.hooks.iter().filter_map(|outcome| outcome.variant);
+        variants.flat_map(|variant| variant.programs).any(|(name, _)| *name == program)
+    }
 }
 
 /// What is known of the running kernel before anything is loaded.
@@ -99,36 +176,28 @@ struct Kernel {
     btf: Option<Btf>,
     reset_reasons: BTreeMap<i64, String>,
     has_reset_reason: bool,
-    accept_params: Option<usize>,
+    arguments: ArgumentOffsets,
     losses: Vec<String>,
 }
 
 impl Kernel {
     fn read(source: &BtfSource) -> Result<Self> {
-        let facts = match source {
-            BtfSource::None => Err(anyhow!("told to do without (--btf none)")),
-            BtfSource::Kernel => TypeFacts::of_running_kernel(),
-            BtfSource::File(path) => {
-                let bytes = std::fs::read(path)
-                    .with_context(|| format!("cannot read the BTF that --btf names, {}", path.display()))?;
-                Ok(TypeFacts::parse(&bytes).with_context(|| format!("cannot use {}", path.display()))?)
-            }
-        };
-        Ok(match facts {
+        Ok(match source.facts() {
             Ok(facts) => Self {
                 structs: facts.offsets,
                 btf: if *source == BtfSource::Kernel { Btf::from_sys_fs().ok() } else { None },
                 reset_reasons: facts.reset_reasons,
                 has_reset_reason: facts.send_reset_has_reason.unwrap_or(false),
-                accept_params: facts.accept_params,
+                arguments: facts.arguments,
                 losses: Vec::new(),
             },
+            Err(error) if matches!(source, BtfSource::File(_)) => return Err(error),
             Err(error) => Self {
                 structs: StructOffsets::ABSENT,
                 btf: None,
                 reset_reasons: BTreeMap::new(),
                 has_reset_reason: false,
-                accept_params: None,
+                arguments: ArgumentOffsets::ABSENT,
                 losses: vec![format!(
                     "no BTF, so bytes, idle times, namespaces, triggers, causes and most owners are null: {error:#}"
                 )],
@@ -152,6 +221,7 @@ pub fn load(request: &Request) -> Result<Loaded> {
         .into());
     }
     privilege::check()?;
+    may_read_kernel_memory()?;
     raise_memlock_limit();
     let kernel = Kernel::read(&request.btf)?;
     let mut params = request.params;
@@ -160,85 +230,108 @@ pub fn load(request: &Request) -> Result<Loaded> {
         is_helper_supported(ProgramType::TracePoint, BpfHelper::BPF_FUNC_task_pt_regs).unwrap_or(false),
     );
     params.has_destroy = 1;
-    let mut losses = privilege::losses();
-    losses.extend(kernel.losses.iter().cloned());
 
-    let mut refusal = None;
+    let mut refusal = anyhow!("no BTF");
     if kernel.btf.is_some() {
         // Whether this kind of program may ask for a socket's cookie (5.12 and later) cannot be probed for: try.
-        params.has_cookie_helper = 1;
         for has_cookie_helper in [1, 0] {
             params.has_cookie_helper = has_cookie_helper;
-            match load_btf(request, &kernel, &params) {
-                Ok((mut ebpf, attached)) => {
-                    let has_inventory = load_inventory(&mut ebpf, &kernel, &mut losses);
-                    let has_look = load_look(&mut ebpf, &params, &mut losses);
-                    attach_accept(request, &kernel, &mut ebpf)?;
-                    let reset_reasons = kernel.reset_reasons;
-                    let guarded = guarded(&ebpf);
-                    return Ok(Loaded {
-                        ebpf,
-                        reset_reasons,
-                        has_inventory,
-                        has_look,
-                        guarded,
-                        attached,
-                        losses,
-                    });
-                }
+            match attach(request, &kernel, &params, Layouts::default(), None) {
+                Ok(loaded) => return Ok(loaded),
                 // The second refusal counts: the first may be of the helper alone.
-                Err(error) => refusal = Some(error),
+                Err(error) => refusal = error,
             }
-        }
-        if let Some(error) = &refusal {
-            losses.push(format!(
-                "programs on typed tracepoints are refused, classic ones are used, which skip what happens while \
-                 another one runs on the same CPU: {error:#}"
-            ));
         }
     }
     params.has_cookie_helper = 0;
-    let loaded =
-        tracefs::with(|tracefs| load_classic(request, &kernel, &params, tracefs)).map_err(|error| {
-            let mut failure = Failure::from(error);
-            if kernel.btf.is_none() {
-                failure.needed.push_str("; with BTF (CONFIG_DEBUG_INFO_BTF) it would not be needed");
+    let refusal = format!("{refusal:#}");
+    let loaded = tracefs::with(|tracefs| {
+        let layouts = Layouts::read(request, tracefs);
+        params.has_destroy = u32::from(layouts.records.contains_key("DESTROY_SOCK_RECORD"));
+        attach(request, &kernel, &params, layouts, Some(&refusal))
+    });
+    loaded.map_err(|error| {
+        let mut failure = Failure::from(error);
+        failure.found = format!("{}; typed tracepoints: {refusal}", failure.found);
+        if kernel.btf.is_none() {
+            failure.needed.push_str("; with BTF (CONFIG_DEBUG_INFO_BTF) it would not be needed");
+        }
+        failure
+    })?
+}
+
+/// Refuses a kernel that is locked down so far that programs may not read its memory, which all of ours do.
+///
+/// Not left to the verifier: classic tracepoints would be tried next, and Linux 6.12 crashes when a tracefs is unmounted
+/// again that lockdown has kept empty (in `tracefs_destroy_inode()`).
+fn may_read_kernel_memory() -> Result<(), Failure> {
+    // The helper is withheld then: `bpf_tracing_func_proto()` of `kernel/trace/bpf_trace.c`.
+    if is_helper_supported(ProgramType::TracePoint, BpfHelper::BPF_FUNC_probe_read_kernel).unwrap_or(true) {
+        return Ok(());
+    }
+    Err(Failure {
+        failed: "cannot trace: programs may not read kernel memory".to_owned(),
+        found: lockdown::mode().map_or_else(
+            || "the helper for it is withheld, as on a kernel that is locked down".to_owned(),
+            |mode| format!("the kernel is locked down, in mode `{mode}`"),
+        ),
+        needed: "mode `integrity` or `none` (/sys/kernel/security/lockdown), and Linux 5.5 or later"
+            .to_owned(),
+        fix: "boot with lockdown=integrity, or without lockdown".to_owned(),
+    })
+}
+
+/// How classic tracepoints lay out their records, by the global that the programs read it from.
+#[derive(Default)]
+struct Layouts {
+    records: BTreeMap<&'static str, RecordOffsets>,
+    /// What is not there, and why.
+    missing: BTreeMap<&'static str, String>,
+    /// Names of reset reasons as the tracepoint gives them.
+    reset_reasons: BTreeMap<i64, String>,
+}
+
+impl Layouts {
+    fn read(request: &Request, tracefs: &tracefs::Tracefs) -> Self {
+        let mut layouts = Self::default();
+        for variant in HOOKS.iter().flat_map(|hook| hook.variants).filter(|variant| request.allows(variant)) {
+            let (Kind::ClassicTracepoint(global), [(_, at)]) = (variant.kind, variant.programs) else {
+                continue;
+            };
+            match tracefs.format(&at.replace(':', "/")) {
+                Ok(format) => {
+                    if layouts.reset_reasons.is_empty() {
+                        layouts.reset_reasons = format.value_names("reason");
+                    }
+                    layouts.records.insert(global, format.record_offsets());
+                }
+                Err(error) => {
+                    layouts.missing.insert(global, format!("{error:#}"));
+                }
             }
-            failure
-        })?;
-    let loaded = loaded.map_err(|error| match refusal {
-        Some(refusal) => error.context(format!("{refusal:#}; nor by classic tracepoints")),
-        None => error,
-    })?;
-    losses.extend(loaded.losses);
-    Ok(Loaded { losses, ..loaded })
+        }
+        layouts
+    }
 }
 
 /// Sets globals and sizes, and makes the maps.
-fn prepare(
-    request: &Request,
-    kernel: &Kernel,
-    params: &Params,
-    records: &[(&'static str, RecordOffsets)],
-) -> Result<Ebpf> {
-    let accept_syscall_result =
-        if request.accept_hook == AcceptHook::Syscall { syscall_result()? } else { ABSENT };
-    // A program on a function's return finds the arguments, eight bytes each, and then the result.
-    let accept_result =
-        kernel.accept_params.and_then(|params| u16::try_from(params * 8).ok()).unwrap_or(ABSENT);
+fn prepare(request: &Request, kernel: &Kernel, params: &Params, layouts: &Layouts) -> Result<Ebpf> {
+    let wants_syscall = request.rehearsal || request.accept_hook == AcceptHook::Syscall;
+    // Where it is not found, attaching says so.
+    let syscall_result = if wants_syscall { syscall_result().unwrap_or(ABSENT) } else { ABSENT };
     let level = request.log.map_or(0, |level| level as u8);
     let mut loader = EbpfLoader::new();
     loader
         .btf(None)
         .verifier_log_level(VerifierLogLevel::STATS)
         .override_global("STRUCTS", &kernel.structs, true)
-        .override_global("ACCEPT_RESULT", &accept_result, true)
-        .override_global("ACCEPT_SYSCALL_RESULT", &accept_syscall_result, true)
+        .override_global("ARGUMENTS", &kernel.arguments, true)
+        .override_global("ACCEPT_SYSCALL_RESULT", &syscall_result, true)
         .override_global("PARAMS", params, true)
         .override_global(aya_log::LEVEL, &level, false)
         .map_max_entries("CONNECTIONS", request.connections)
         .map_max_entries("TEARDOWNS", request.connections);
-    for (global, layout) in records {
+    for (global, layout) in &layouts.records {
         loader.override_global(global, layout, true);
     }
     loader.load(OBJECT).context(
@@ -246,196 +339,189 @@ fn prepare(
     )
 }
 
-fn load_btf(
+/// Attaches every hook that is wanted, each by the first variant that works. Tracepoints are all typed; if those do not
+/// all work, `untyped` says why, and they are all classic.
+fn attach(
     request: &Request,
     kernel: &Kernel,
     params: &Params,
-) -> Result<(Ebpf, Vec<(&'static Hook, Variant)>)> {
-    let btf = kernel.btf.as_ref().context("no BTF")?;
-    let mut ebpf = prepare(request, kernel, params, &[])?;
-    let mut attached = Vec::new();
-    for hook in wanted(request) {
-        for name in [Some(hook.btf_program), hook.nested_program].into_iter().flatten() {
-            let program: &mut BtfTracePoint = ebpf
-                .program_mut(name)
-                .with_context(|| format!("the object has no program {name}"))?
-                .try_into()?;
-            program
-                .load(hook.tracepoint, btf)
-                .with_context(|| format!("cannot load the program for {}", hook.name()))?;
-            program.attach().with_context(|| format!("cannot attach to {}", hook.name()))?;
-        }
-        attached.push((hook, Variant::Btf));
-    }
-    Ok((ebpf, attached))
-}
-
-fn load_classic(
-    request: &Request,
-    kernel: &Kernel,
-    params: &Params,
-    tracefs: &tracefs::Tracefs,
+    layouts: Layouts,
+    untyped: Option<&str>,
 ) -> Result<Loaded> {
-    let mut params = *params;
-    let mut losses = Vec::new();
-    let mut present = Vec::new();
-    let mut records = Vec::new();
-    let mut reset_reasons = kernel.reset_reasons.clone();
-    for hook in wanted(request) {
-        let format = match tracefs.format(&format!("{}/{}", hook.group, hook.tracepoint)) {
-            Ok(format) => format,
-            Err(error) if hook.need == Need::Essential => return Err(no_tracepoint(hook, &error).into()),
-            Err(error) => {
-                if hook.tracepoint == "tcp_destroy_sock" {
-                    params.has_destroy = 0;
+    let mut ebpf = prepare(request, kernel, params, &layouts)?;
+    let mut losses = privilege::losses();
+    losses.extend(kernel.losses.iter().cloned());
+    let mut hooks = Vec::new();
+    for hook in HOOKS {
+        let mut outcome = Outcome { hook, variant: None, refused: Vec::new() };
+        for variant in hook.variants.iter().filter(|variant| request.allows(variant)) {
+            let result = match (variant.kind, untyped) {
+                (Kind::TypedTracepoint, Some(why)) => Err(anyhow!("{why}")),
+                (Kind::ClassicTracepoint(_), None) => continue,
+                (Kind::ClassicTracepoint(global), _) if layouts.missing.contains_key(global) => {
+                    Err(anyhow!("{}", layouts.missing[global]))
                 }
-                losses.push(format!("without {}, no {}: {error:#}", hook.name(), hook.lost));
-                continue;
+                _ => start(&mut ebpf, kernel, variant),
+            };
+            match result {
+                Ok(()) => {
+                    outcome.variant = Some(variant);
+                    break;
+                }
+                Err(error) => outcome.refused.push((variant, brief(&error))),
             }
+        }
+        if outcome.variant.is_none() && outcome.refused.is_empty() {
+            // Not wanted.
+            continue;
+        }
+        let must = hook.need == Need::Essential || request.insists(hook);
+        let lost = match outcome.variant {
+            Some(variant) => variant.worse.to_owned(),
+            // Classic tracepoints may do better.
+            None if untyped.is_none() && (must || hook.need == Need::Useful) => {
+                bail!("{} cannot be traced: {}", hook.name, outcome.why());
+            }
+            None if must => return Err(unmet(&outcome).into()),
+            None if hook.need == Need::Useful => format!("without {}, no {}", hook.name, hook.lost),
+            None => String::new(),
         };
-        if reset_reasons.is_empty() {
-            reset_reasons = format.value_names("reason");
+        if !outcome.refused.is_empty() {
+            log::debug!("{}: {}", hook.name, outcome.why());
         }
-        records.push((hook.record_global, format.record_offsets()));
-        present.push(hook);
-    }
-    let mut ebpf = prepare(request, kernel, &params, &records)?;
-    let mut attached = Vec::new();
-    for hook in present {
-        let program: &mut TracePoint = ebpf
-            .program_mut(hook.classic_program)
-            .with_context(|| format!("the object has no program {}", hook.classic_program))?
-            .try_into()?;
-        program.load().with_context(|| format!("cannot load the program for {}", hook.name()))?;
-        program
-            .attach(hook.group, hook.tracepoint)
-            .with_context(|| format!("cannot attach to {}", hook.name()))?;
-        attached.push((hook, Variant::Classic));
-    }
-    let has_inventory = load_inventory(&mut ebpf, kernel, &mut losses);
-    let has_look = load_look(&mut ebpf, &params, &mut losses);
-    attach_accept(request, kernel, &mut ebpf)?;
-    let guarded = guarded(&ebpf);
-    Ok(Loaded { ebpf, reset_reasons, has_inventory, has_look, guarded, attached, losses })
-}
-
-/// The kernel skips a program that is running on the same CPU already, and counts that with the program.
-fn guarded(ebpf: &Ebpf) -> Vec<RawFd> {
-    let alone = HOOKS.iter().filter(|hook| hook.nested_program.is_none()).map(|hook| hook.btf_program);
-    let classic = HOOKS.iter().map(|hook| hook.classic_program);
-    let loaded = alone.chain(classic).filter_map(|name| ebpf.program(name)?.fd().ok());
-    loaded.map(|fd| fd.as_fd().as_raw_fd()).collect()
-}
-
-/// Loads the program that looks at all descriptors. Without it, `/proc` is read for the same purpose.
-fn load_inventory(ebpf: &mut Ebpf, kernel: &Kernel, losses: &mut Vec<String>) -> bool {
-    let result = kernel.btf.as_ref().context("no BTF").and_then(|btf| {
-        let program = ebpf.program_mut(inventory::PROGRAM).context("the object has no such program")?;
-        let program: &mut Iter = program.try_into()?;
-        Ok(program.load("task_file", btf)?)
-    });
-    if let Err(error) = &result {
-        losses.push(format!(
-            "no iterator over descriptors, so owners of older sockets are looked up in /proc when they end, which may be \
-             too late: {error:#}"
-        ));
-    }
-    result.is_ok()
-}
-
-/// Loads the program that looks at a socket that may be lingering; it is attached nowhere.
-fn load_look(ebpf: &mut Ebpf, params: &Params, losses: &mut Vec<String>) -> bool {
-    if params.linger == 0 {
-        return false;
-    }
-    let program = ebpf.program_mut(inventory::LOOK).context("the object has no such program");
-    let result = program.and_then(|program| {
-        let program: &mut RawTracePoint = program.try_into()?;
-        Ok(program.load()?)
-    });
-    if let Err(error) = &result {
-        losses.push(format!(
-            "no `lingering` lines, because the kernel refuses the program for them: {error:#}"
-        ));
-    }
-    result.is_ok()
-}
-
-/// Attaches what tells of accepts. What was asked for by name must work; `auto` goes without where it does not.
-fn attach_accept(request: &Request, kernel: &Kernel, ebpf: &mut Ebpf) -> Result<()> {
-    match request.accept_hook {
-        AcceptHook::Off => Ok(()),
-        AcceptHook::Auto => {
-            if let Err(error) = attach_accept_fexit(kernel, ebpf) {
-                log::debug!("accepts are not seen: {error:#}");
-            }
-            Ok(())
+        // What was asked for by name is no loss.
+        let by_necessity = !lost.is_empty() && !outcome.refused.is_empty();
+        if by_necessity && !losses.iter().any(|known| known.starts_with(&lost)) {
+            losses.push(format!("{lost} ({})", outcome.why()));
         }
-        AcceptHook::Fexit => attach_accept_fexit(kernel, ebpf).map_err(|error| {
-            Failure {
-                failed: "cannot see accepts by fexit".to_owned(),
-                found: format!("{error:#}"),
-                needed: "a kernel with BTF and BPF trampolines that may be used (x86-64 from 5.5 on, arm64 from 6.0 on)"
-                    .to_owned(),
-                fix: "--accept-hook syscall, which costs every system call of the host about 40 ns; or off".to_owned(),
-            }
-            .into()
-        }),
-        AcceptHook::Syscall => attach_accept_syscall(ebpf),
+        hooks.push(outcome);
     }
+    let reset_reasons =
+        if kernel.reset_reasons.is_empty() { layouts.reset_reasons } else { kernel.reset_reasons.clone() };
+    let guarded = guarded(&ebpf, &hooks);
+    Ok(Loaded {
+        ebpf,
+        reset_reasons,
+        has_cookie: params.has_cookie_helper != 0,
+        has_registers: params.has_pt_regs_helper != 0,
+        guarded,
+        hooks,
+        losses,
+    })
 }
 
-fn attach_accept_fexit(kernel: &Kernel, ebpf: &mut Ebpf) -> Result<()> {
-    let btf = kernel.btf.as_ref().context("no BTF")?;
-    kernel.accept_params.with_context(|| format!("BTF does not describe {ACCEPT_FUNCTION}()"))?;
-    let program: &mut FExit =
-        ebpf.program_mut(ACCEPT_PROGRAM).context("the object has no such program")?.try_into()?;
-    program.load(ACCEPT_FUNCTION, btf)?;
-    program.attach()?;
+/// Loads the programs of a variant, and attaches those that are not run by tcpclose itself.
+fn start(ebpf: &mut Ebpf, kernel: &Kernel, variant: &Variant) -> Result<()> {
+    let btf = || kernel.btf.as_ref().context("no BTF");
+    for &(name, at) in variant.programs {
+        let program = ebpf.program_mut(name).with_context(|| format!("the object has no program {name}"))?;
+        let (group, point) = at.split_once(':').unwrap_or(("", at));
+        match variant.kind {
+            Kind::TypedTracepoint => {
+                let program: &mut BtfTracePoint = program.try_into()?;
+                program.load(point, btf()?)?;
+                program.attach()?;
+            }
+            Kind::ClassicTracepoint(_) => {
+                let program: &mut TracePoint = program.try_into()?;
+                program.load()?;
+                program.attach(group, point)?;
+            }
+            Kind::SystemCall => {
+                let program: &mut TracePoint = program.try_into()?;
+                if program.fd().is_err() {
+                    program.load()?;
+                }
+                tracefs::with(|_| program.attach(group, point))??;
+            }
+            Kind::FunctionEntry => {
+                ensure_arguments(kernel, at)?;
+                let program: &mut FEntry = program.try_into()?;
+                program.load(at, btf()?)?;
+                program.attach()?;
+            }
+            Kind::FunctionReturn => {
+                ensure_arguments(kernel, at)?;
+                let program: &mut FExit = program.try_into()?;
+                program.load(at, btf()?)?;
+                program.attach()?;
+            }
+            Kind::Iterator => {
+                let program: &mut Iter = program.try_into()?;
+                program.load(at, btf()?)?;
+            }
+            Kind::TestRun => {
+                let program: &mut RawTracePoint = program.try_into()?;
+                program.load()?;
+            }
+            Kind::Procfs => {}
+        }
+    }
     Ok(())
 }
 
-fn attach_accept_syscall(ebpf: &mut Ebpf) -> Result<()> {
-    let program: &mut TracePoint =
-        ebpf.program_mut(ACCEPT_SYSCALL_PROGRAM).context("the object has no such program")?.try_into()?;
-    program.load().context("cannot load the program for accept")?;
-    tracefs::with(|_| {
-        for tracepoint in ACCEPT_SYSCALLS {
-            program
-                .attach("syscalls", tracepoint)
-                .with_context(|| format!("cannot attach to syscalls:{tracepoint}"))?;
-        }
-        Ok(())
-    })
-    .map_err(Failure::from)?
-}
-
-/// Offset of the result in the record of `sys_exit_accept`.
-fn syscall_result() -> Result<u16> {
-    let [tracepoint, _] = ACCEPT_SYSCALLS;
-    let format =
-        tracefs::with(|tracefs| tracefs.format(&format!("syscalls/{tracepoint}"))).map_err(Failure::from)?;
-    let format = format.context("--accept-hook syscall needs a kernel built with CONFIG_FTRACE_SYSCALLS")?;
-    let result = format.field("ret", 8).and_then(|field| field.offset.try_into().ok());
-    result.with_context(|| format!("the record of syscalls:{tracepoint} has no result of 8 bytes"))
-}
-
-fn no_tracepoint(hook: &Hook, error: &anyhow::Error) -> Failure {
-    Failure {
-        failed: format!("cannot trace: the tracepoint {} is not there", hook.name()),
-        found: format!("{error:#}"),
-        needed: "Linux 4.16 or later, built with CONFIG_TRACEPOINTS and CONFIG_BPF_EVENTS".to_owned(),
-        fix: format!("grep -r . /sys/kernel/tracing/events/{}/{}/id", hook.group, hook.tracepoint),
+/// Refuses a function that is not given what its program wants to see.
+fn ensure_arguments(kernel: &Kernel, function: &str) -> Result<()> {
+    ensure!(kernel.btf.is_some(), "no BTF");
+    match arguments::missing(kernel.arguments, function) {
+        Some(missing) => bail!("{missing}"),
+        None => Ok(()),
     }
 }
 
-fn wanted(request: &Request) -> impl Iterator<Item = &'static Hook> {
-    let (follow, ttl) = (request.follow_children, request.params.ttl != 0);
-    HOOKS.iter().filter(move |hook| match hook.need {
-        Need::Essential | Need::Useful => true,
-        Need::Command => follow,
-        Need::Ttl => ttl,
-    })
+/// An error in one line. Of what the verifier says to a program that it refuses, the last line says why; all of it goes
+/// to `--debug`.
+fn brief(error: &anyhow::Error) -> String {
+    let Some(ProgramError::LoadError { io_error, verifier_log }) = error.downcast_ref() else {
+        return format!("{error:#}");
+    };
+    let log = verifier_log.to_string();
+    log::debug!("the verifier: {log}");
+    let said =
+        |line: &&str| !line.is_empty() && !VERIFIER_STATISTICS.iter().any(|begin| line.starts_with(begin));
+    let reason = log.lines().map(str::trim).rfind(said).map(|line| format!(" ({line})")).unwrap_or_default();
+    format!("the kernel refuses the program: {io_error}{reason}")
+}
+
+/// How the lines begin that end the verifier's log whatever happened.
+const VERIFIER_STATISTICS: [&str; 4] = ["processed ", "verification time ", "stack depth ", "max_states"];
+
+/// The kernel skips a program that is running on the same CPU already, and counts that with the program. It is a loss
+/// for a tracepoint's program, if no other one on the same tracepoint takes over.
+fn guarded(ebpf: &Ebpf, hooks: &[Outcome]) -> Vec<RawFd> {
+    let variants = hooks.iter().filter_map(|outcome| outcome.variant);
+    let alone = variants.filter(|variant| match variant.kind {
+        Kind::TypedTracepoint => variant.programs.len() == 1,
+        Kind::ClassicTracepoint(_) => true,
+        _ => false,
+    });
+    let programs = alone.flat_map(|variant| variant.programs);
+    programs.filter_map(|(name, _)| Some(ebpf.program(name)?.fd().ok()?.as_fd().as_raw_fd())).collect()
+}
+
+/// Offset of the result in the record of a system call's return.
+fn syscall_result() -> Result<u16> {
+    let (_, at) = HOOKS
+        .iter()
+        .flat_map(|hook| hook.variants)
+        .find(|variant| variant.kind == Kind::SystemCall)
+        .and_then(|variant| variant.programs.first())
+        .context("no hook is on system calls")?;
+    let format = tracefs::with(|tracefs| tracefs.format(&at.replace(':', "/"))).map_err(Failure::from)??;
+    let result = format.field("ret", 8).and_then(|field| field.offset.try_into().ok());
+    result.with_context(|| format!("the record of {at} has no result of 8 bytes"))
+}
+
+/// What is said when tracing makes no sense without a hook.
+fn unmet(outcome: &Outcome) -> Failure {
+    let Outcome { hook, refused, .. } = outcome;
+    let needs: BTreeSet<_> = refused.iter().map(|(variant, _)| variant.kind.needs()).collect();
+    Failure {
+        failed: format!("cannot trace {}", hook.name),
+        found: outcome.why(),
+        needed: needs.into_iter().collect::<Vec<_>>().join("; or "),
+        fix: hook.fix.to_owned(),
+    }
 }
 
 /// Before 5.11, maps count against `RLIMIT_MEMLOCK`; later kernels charge the cgroup. A refusal is therefore no error

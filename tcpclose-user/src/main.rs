@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Parser as _;
 use tcpclose_user::{
     cli::{Cli, Command},
-    debug, explain, list, schema, trace,
+    debug, doctor, explain, list, schema, trace,
 };
 
 fn main() -> ExitCode {
@@ -15,6 +15,7 @@ fn main() -> ExitCode {
         Some(Command::Explain { cause }) => {
             explain::print(cause).map(|()| ExitCode::SUCCESS).map_err(anyhow::Error::from)
         }
+        Some(Command::Doctor { output, btf }) => doctor::doctor(output, &btf),
         Some(Command::Schema) => {
             print!("{}", schema::pretty());
             Ok(ExitCode::SUCCESS)

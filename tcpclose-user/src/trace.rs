@@ -18,7 +18,12 @@ use tokio::{
 };
 
 use crate::{
-    attribute::{Attributor, inventory::Inventory, pace::Pace, watch},
+    attribute::{
+        Attributor,
+        inventory::{self, Inventory},
+        pace::Pace,
+        watch,
+    },
     capture::Capture,
     cli::{Linger, Stacks as WhichStacks, TraceArgs},
     clock::Clock,
@@ -133,6 +138,7 @@ fn request(args: &TraceArgs, filter: &Filter) -> Request {
         connections: args.connections,
         btf: args.btf.clone(),
         log: args.debug.then_some(aya_log::Level::Debug),
+        rehearsal: false,
     }
 }
 
@@ -175,10 +181,11 @@ impl Pipeline {
         for pid in filter.pids() {
             followed.add(*pid)?;
         }
+        let has_inventory = loaded.has(inventory::PROGRAM);
+        let linger = if loaded.has(inventory::LOOK) { args.linger } else { Linger::Off };
         let losses = Losses::take(&mut loaded.ebpf, args.connections, loaded.guarded)?;
-        let linger = if loaded.has_look { args.linger } else { Linger::Off };
         let lingerers = Lingerers::take(&mut loaded.ebpf, linger)?;
-        let mut inventory = Inventory::new(loaded.ebpf, loaded.has_inventory);
+        let mut inventory = Inventory::new(loaded.ebpf, has_inventory);
         inventory.take_stock();
         let attributor = Attributor::default();
         watch::start(processes, attributor.processes())?;

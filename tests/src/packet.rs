@@ -7,13 +7,16 @@ use std::{
 
 use anyhow::Result;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, bind, sendto, socket,
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, bind, sendto, setsockopt,
+    socket, sockopt,
 };
 
 use crate::netns::Namespace;
 
 /// The flag that segments of a connection have, all but the first.
 pub const ACK: u8 = 0x10;
+/// The flag of a segment that ends it at once.
+pub const RST: u8 = 0x04;
 
 /// Length of a header without options.
 const HEADER: u8 = 20;
@@ -21,10 +24,25 @@ const PROTOCOL: u8 = 6;
 /// Where the checksum lies in the header.
 const CHECKSUM: usize = 16;
 
-/// Sends a segment without data from a namespace that has the first address. Whatever comes back finds no
-/// socket.
-pub fn send(namespace: &Namespace, from: SocketAddr, to: SocketAddr, flags: u8) -> Result<()> {
-    let (sequence, acknowledged, window) = (1000_u32, 2000_u32, 1000_u16);
+/// A segment without data.
+#[derive(Clone, Copy, Debug)]
+pub struct Segment {
+    /// Whom it says that it is from.
+    pub from: SocketAddr,
+    /// Where it goes.
+    pub to: SocketAddr,
+    /// Its flags.
+    pub flags: u8,
+    /// Its sequence number.
+    pub sequence: u32,
+    /// Its time to live; `None` for what the namespace gives its packets.
+    pub ttl: Option<u8>,
+}
+
+/// Sends a segment from a namespace that has its address. Whatever comes back finds no socket.
+pub fn send(namespace: &Namespace, segment: Segment) -> Result<()> {
+    let Segment { from, to, flags, sequence, ttl } = segment;
+    let (acknowledged, window) = (2000_u32, 1000_u16);
     let mut segment = Vec::new();
     segment.extend(from.port().to_be_bytes());
     segment.extend(to.port().to_be_bytes());
@@ -44,6 +62,11 @@ pub fn send(namespace: &Namespace, from: SocketAddr, to: SocketAddr, flags: u8) 
         // The ports are in the segment.
         let plain = |address: SocketAddr| SockaddrStorage::from(SocketAddr::new(address.ip(), 0));
         bind(socket.as_raw_fd(), &plain(from))?;
+        match (ttl.map(i32::from), family) {
+            (Some(ttl), AddressFamily::Inet) => setsockopt(&socket, sockopt::Ipv4Ttl, &ttl)?,
+            (Some(ttl), _) => setsockopt(&socket, sockopt::Ipv6Ttl, &ttl)?,
+            (None, _) => {}
+        }
         sendto(socket.as_raw_fd(), &segment, &plain(to), MsgFlags::empty())?;
         Ok(())
     })

@@ -15,6 +15,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::{
+    sched::{CloneFlags, unshare},
     sys::signal::{Signal, kill},
     unistd::{Gid, Pid, Uid, setgid, setgroups, setuid},
 };
@@ -109,6 +110,14 @@ impl Launch {
         };
         self.command = command;
         Ok(self)
+    }
+
+    /// Has it run in a user namespace of its own, where no capability counts for the kernel.
+    #[must_use]
+    pub fn in_user_namespace(mut self) -> Self {
+        // SAFETY: between fork and exec the closure makes one system call and allocates nothing.
+        unsafe { self.command.pre_exec(|| Ok(unshare(CloneFlags::CLONE_NEWUSER)?)) };
+        self
     }
 
     /// Starts it and waits until it says that every program is attached.

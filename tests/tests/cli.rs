@@ -4,7 +4,7 @@ use std::ffi::OsString;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 use tcpclose_tests::{
     bed::{Bed, Connection, Side, endpoint},
     contract,
@@ -157,6 +157,103 @@ fn a_command_that_cannot_be_started_is_told() -> Result<()> {
     Ok(())
 }
 
+/// What `doctor` says as JSON, and its exit status.
+fn doctor(launch: Launch, args: &[&str]) -> Result<(Value, Option<i32>)> {
+    let output = launch.args(["doctor", "-o", "json"]).args(args).output()?;
+    let text = String::from_utf8(output.stdout)?;
+    ensure!(text.lines().count() == 1, "one line was expected: {text}");
+    let report = serde_json::from_str(&text).with_context(|| format!("not JSON: {text}"))?;
+    Ok((report, output.status.code()))
+}
+
+/// Of the items of a list, those whose field has this value, by their names.
+fn names<'a>(report: &'a Value, list: &str, field: &str, value: &str) -> Vec<&'a str> {
+    let items = report[list].as_array().into_iter().flatten();
+    items.filter(|item| item[field] == value).filter_map(|item| item["name"].as_str()).collect()
+}
+
+/// As root it has tried everything: what it says works has worked for the other tests.
+#[test]
+fn doctor_tries_every_hook() -> Result<()> {
+    let (report, code) = doctor(Launch::new()?, &[])?;
+    ensure!(report["cannot"].is_null(), "tracing works, but not for the doctor: {report:#}");
+    let hooks = report["hooks"].as_array().context("no hooks")?;
+    for hook in hooks {
+        let results: Vec<_> =
+            hook["variants"].as_array().into_iter().flatten().map(|one| &one["result"]).collect();
+        ensure!(results.iter().all(|result| **result != "untried"), "not tried: {hook:#}");
+        ensure!(!hook.to_string().contains("the object has no"), "table and programs do not fit: {hook:#}");
+        ensure!(hook["mark"] != "ok" || results.iter().any(|result| **result == "attached"), "{hook:#}");
+    }
+    ensure!(names(&report, "hooks", "mark", "ok").contains(&"sock:inet_sock_set_state"), "{report:#}");
+    let less = report["null"].as_array().is_some_and(|null| !null.is_empty());
+    let (verdict, expected) = if less { ("less", 1) } else { ("everything", 0) };
+    ensure!(report["verdict"] == verdict && code == Some(expected), "{code:?} {report:#}");
+    Ok(())
+}
+
+/// Without a privilege it ends as well as with, and knows what the kernel has and what is missing.
+#[test]
+fn doctor_needs_no_privilege() -> Result<()> {
+    let (report, code) = doctor(Launch::new()?.as_nobody()?, &[])?;
+    ensure!(report["verdict"] == "nothing" && code == Some(3), "{code:?} {report:#}");
+    let missing = names(&report, "capabilities", "mark", "no");
+    ensure!(missing == ["CAP_BPF", "CAP_PERFMON"], "{report:#}");
+    let hooks = report["hooks"].as_array().context("no hooks")?;
+    for variant in hooks.iter().flat_map(|hook| hook["variants"].as_array().into_iter().flatten()) {
+        ensure!(variant["result"] == "untried", "{variant:#}");
+        let has_types = std::fs::exists("/sys/kernel/btf/vmlinux")?;
+        if variant["kind"] == "tp_btf" {
+            ensure!(variant["why"] == if has_types { "BTF has it" } else { "no BTF" }, "{variant:#}");
+        }
+    }
+    Ok(())
+}
+
+/// Capabilities of a user namespace count for nothing: it does not send people to get more of them.
+#[test]
+fn doctor_knows_a_user_namespace() -> Result<()> {
+    let (report, code) = doctor(Launch::new()?.in_user_namespace(), &[])?;
+    ensure!(report["verdict"] == "nothing" && code == Some(3), "{code:?} {report:#}");
+    ensure!(names(&report, "place", "mark", "no").contains(&"user namespace"), "{report:#}");
+    let cannot = report["cannot"].as_str().context("no reason")?;
+    ensure!(cannot.contains("user namespace"), "{cannot}");
+    Ok(())
+}
+
+/// Where the kernel's types are not known, what is read by them is null, and tracepoints are classic.
+#[test]
+fn doctor_says_what_is_null_without_btf() -> Result<()> {
+    let (report, code) = doctor(Launch::new()?, &["--btf", "none"])?;
+    ensure!(report["verdict"] == "less" && code == Some(1), "{code:?} {report:#}");
+    let null = report["null"].as_array().context("no list of what is null")?;
+    for field in ["connection.bytes_sent", "connection.netns", "idle_ms", "trigger", "opener", "ttl"] {
+        ensure!(null.iter().any(|one| one["field"] == field), "{field} is not said to be null: {report:#}");
+    }
+    for hook in report["hooks"].as_array().into_iter().flatten() {
+        let variants = hook["variants"].as_array().into_iter().flatten();
+        let attached: Vec<_> =
+            variants.filter(|one| one["result"] == "attached").map(|one| &one["kind"]).collect();
+        ensure!(attached.iter().all(|kind| **kind == "tracepoint" || **kind == "/proc"), "{hook:#}");
+    }
+    Ok(())
+}
+
+/// People paste it: no colours, no line too long, every line of the tables there.
+#[test]
+fn doctor_prints_a_page() -> Result<()> {
+    let output = Launch::new()?.args(["doctor"]).output()?;
+    let text = String::from_utf8(output.stdout)?;
+    ensure!(!text.contains('\u{1b}'), "colours: {text:?}");
+    let longest = text.lines().map(|line| line.chars().count()).max().unwrap_or_default();
+    ensure!(longest <= 100, "a line has {longest} columns:\n{text}");
+    for name in ["BTF", "tracefs", "lockdown", "RLIMIT_MEMLOCK", "cgroups", "pid namespace", "user namespace"]
+    {
+        ensure!(text.contains(name), "{name} is missing:\n{text}");
+    }
+    Ok(())
+}
+
 /// What prints and ends.
 #[test]
 fn other_commands_answer() -> Result<()> {
@@ -172,7 +269,7 @@ fn other_commands_answer() -> Result<()> {
 #[test]
 fn schema_is_json_and_names_every_cause() -> Result<()> {
     let output = Launch::new()?.args(["schema"]).output()?;
-    let schema: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    let schema: Value = serde_json::from_slice(&output.stdout)?;
     let text = schema.to_string();
     for cause in contract::causes() {
         ensure!(text.contains(&format!("\"{cause}\"")), "the schema does not know {cause}");

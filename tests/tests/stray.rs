@@ -10,7 +10,8 @@ use tcpclose_tests::{
     bed::{Bed, Connection, Route, Side, endpoint, user_stack},
     expect::{but, known, one_of, path},
     features::reason,
-    netns, packet,
+    netns,
+    packet::{self, Segment},
     scenario::{Trace, never_established, reset_lines, run},
     scenarios,
     sockets::{self, FIN_WAIT2},
@@ -58,7 +59,8 @@ const STRAY_PORT: u16 = 9;
 fn send_stray_ack(bed: &Bed, port: u16) -> Result<Connection> {
     let from = SocketAddr::new(bed.route().address(Side::Client), STRAY_PORT);
     let to = SocketAddr::new(bed.route().address(Side::Server), port);
-    packet::send(bed.namespace(Side::Client), from, to, packet::ACK)?;
+    let segment = Segment { from, to, flags: packet::ACK, sequence: 1000, ttl: None };
+    packet::send(bed.namespace(Side::Client), segment)?;
     Ok(Connection::new(from, to))
 }
 

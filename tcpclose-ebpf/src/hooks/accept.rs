@@ -15,7 +15,7 @@ use crate::{connection, kernel::member, maps::global, sock, task};
 /// result lies behind the arguments, of which there were four up to 6.8 and are two from 6.10 on.
 #[fexit(function = "inet_csk_accept")]
 pub fn accept(ctx: FExitContext) -> i32 {
-    if let Some(sk) = member::<u64>(ctx.as_ptr() as u64, global!(ACCEPT_RESULT)) {
+    if let Some(sk) = member::<u64>(ctx.as_ptr() as u64, global!(ARGUMENTS.accept_result)) {
         accepted(&ctx, sk);
     }
     0

@@ -9,3 +9,4 @@ mod netif_receive_skb;
 mod receive_reset;
 mod send_reset;
 mod set_state;
+mod ttl;

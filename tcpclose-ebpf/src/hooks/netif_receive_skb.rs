@@ -1,5 +1,5 @@
-//! `net:netif_receive_skb`: a packet came in. Attached for `--ttl` alone, because it runs for every packet; of nearly all
-//! of them it only looks at the flags.
+//! `net:netif_receive_skb`: a packet came in. Attached for `--ttl` alone, and where `ttl.rs` cannot be: it runs for every
+//! packet, though of nearly all of them it only looks at the flags.
 //!
 //! The time to live of a connection's first packet and of a RST wait in `TTLS` until the hooks on the socket ask for them.
 

@@ -63,7 +63,10 @@ fn received(sk: u64, record: Option<&Record<'_>>) {
     connection.jiffies = connection::jiffies();
     connection.inode = sock::inode(sk);
     sock::endpoints(sk, record, &mut connection.endpoints);
-    connection.reset.ttl = ttl::of(&connection.endpoints, true).reset;
+    let seen = ttl::of(&connection.endpoints, true).reset;
+    if seen != 0 {
+        connection.reset.ttl = seen;
+    }
     sock::sample(sk, connection.jiffies, &mut connection.at_end);
     emit::connection(connection, tag::RESET);
 }

@@ -86,7 +86,7 @@ fn tell(
             sock::endpoints(sk, record, &mut connection.endpoints);
         }
         if connection.endpoints.remote_port == 0 {
-            packet::endpoints(skb, &mut connection.endpoints, &mut connection.reset);
+            packet::endpoints(skb, &mut connection.endpoints);
         }
         if connection.endpoints.remote_port == 0 {
             sock::endpoints(0, record, &mut connection.endpoints);

@@ -125,7 +125,10 @@ fn changed(ctx: &impl EbpfContext, sk: u64, old: u8, new: u8, cookie: u64, recor
         state::ESTABLISHED => {
             connection.established = now;
             sock::endpoints(sk, record, &mut connection.endpoints);
-            connection.reset.handshake_ttl = ttl::of(&connection.endpoints, true).handshake;
+            let seen = ttl::of(&connection.endpoints, true).handshake;
+            if seen != 0 {
+                connection.reset.handshake_ttl = seen;
+            }
         }
         state::FIN_WAIT1 | state::LAST_ACK => {
             connection::moved(connection, sk, first_move::LOCAL, now);

@@ -5,12 +5,22 @@
 //! to itself, and `btf-rs` is LGPL. This one takes 5 to 8 ms, and malformed input only ever gives an error.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fmt;
+use std::{fmt, fs};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
 /// Where the kernel shows the BTF of itself.
 pub const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
+
+/// The bytes of [`VMLINUX`].
+///
+/// # Errors
+/// They cannot be read, which usually means that the kernel was built without.
+pub fn running_kernel() -> Result<Vec<u8>> {
+    fs::read(VMLINUX).with_context(|| {
+        format!("cannot read {VMLINUX}, where a kernel built with CONFIG_DEBUG_INFO_BTF describes its types")
+    })
+}
 
 /// Bytes in a pointer: BPF only knows 64-bit kernels, and BTF does not say.
 const POINTER_SIZE: u64 = 8;
@@ -248,19 +258,34 @@ impl<'a> Btf<'a> {
         })
     }
 
-    /// The number of parameters of a function. Functions are half of all types and seldom asked for, so they are not
-    /// indexed: this looks at every type, in about a millisecond.
-    pub fn func_params(&self, function: &str) -> Option<usize> {
-        let is_it = |start: u32| {
-            let start = index(start);
-            let name = u32_at(self.types, start)?;
-            let (kind, _) = kind_and_count(u32_at(self.types, start + 4)?);
-            (kind == kind::FUNC && self.string(name) == function.as_bytes()).then_some(())
-        };
-        let nth = self.starts.iter().position(|start| is_it(*start).is_some())?;
-        let function = self.get(u32::try_from(nth + 1).ok()?)?;
-        let proto = self.resolve(function.value).filter(|ty| ty.kind == kind::FUNC_PROTO)?;
-        Some(proto.count)
+    /// The names of the parameters of functions; those that the kernel has not are not in the result. Functions are half
+    /// of all types and seldom asked for, so they are not indexed: this looks at every type, in about a millisecond.
+    pub fn func_params<'n>(&self, functions: &[&'n str]) -> HashMap<&'n str, Vec<&'a [u8]>> {
+        let mut found = HashMap::new();
+        for (nth, start) in self.starts.iter().enumerate() {
+            let start = index(*start);
+            let (Some(name), Some(info)) = (u32_at(self.types, start), u32_at(self.types, start + 4)) else {
+                continue;
+            };
+            let (kind, _) = kind_and_count(info);
+            if kind != kind::FUNC {
+                continue;
+            }
+            let name = self.string(name);
+            let Some(function) = functions.iter().find(|function| function.as_bytes() == name) else {
+                continue;
+            };
+            let proto = u32::try_from(nth + 1).ok().and_then(|id| self.resolve(self.get(id)?.value));
+            if let Some(proto) = proto.filter(|ty| ty.kind == kind::FUNC_PROTO) {
+                let params = proto.tail.chunks_exact(8).take(proto.count);
+                let names = params.map(|param| self.string(u32_at(param, 0).unwrap_or(0)));
+                found.entry(*function).or_insert_with(|| names.collect());
+            }
+            if found.len() == functions.len() {
+                break;
+            }
+        }
+        found
     }
 
     fn named(&self, name: &str) -> impl Iterator<Item = Type<'a>> {

@@ -1,16 +1,17 @@
 //! What has to be known of the running kernel before the programs can be loaded: BTF gives offsets in structs and
 //! names of reset reasons, tracefs gives the layout of tracepoint records.
 
+pub mod arguments;
 pub mod btf;
 pub mod format;
+pub mod lockdown;
 pub mod offsets;
 pub mod tracefs;
 
 use std::collections::BTreeMap;
-use std::fs;
 
-use anyhow::{Context as _, Result};
-use tcpclose_common::offsets::StructOffsets;
+use anyhow::Result;
+use tcpclose_common::offsets::{ArgumentOffsets, StructOffsets};
 
 use self::btf::Btf;
 use self::offsets::Missing;
@@ -28,8 +29,8 @@ pub struct TypeFacts {
     /// Whether a raw tracepoint program on `tcp_send_reset` gets a reason as its third argument, as from 6.10 on.
     /// `None` if BTF does not say.
     pub send_reset_has_reason: Option<bool>,
-    /// How many parameters `inet_csk_accept()` has. `None` if BTF does not say.
-    pub accept_params: Option<usize>,
+    /// Where programs on kernel functions find their arguments.
+    pub arguments: ArgumentOffsets,
 }
 
 impl TypeFacts {
@@ -46,22 +47,8 @@ impl TypeFacts {
             reset_reasons: btf.enum_values("sk_rst_reason", "SK_RST_REASON_"),
             // `void *`, sock, skb, and then the reason.
             send_reset_has_reason: btf.func_proto_params("btf_trace_tcp_send_reset").map(|count| count >= 4),
-            accept_params: btf.func_params("inet_csk_accept"),
+            arguments: arguments::argument_offsets(&btf),
         })
-    }
-
-    /// Takes the facts out of the running kernel's BTF, in about 10 ms.
-    ///
-    /// # Errors
-    /// [`btf::VMLINUX`] cannot be read, which usually means that the kernel was built without it.
-    pub fn of_running_kernel() -> Result<Self> {
-        let bytes = fs::read(btf::VMLINUX).with_context(|| {
-            format!(
-                "cannot read {}, where a kernel built with CONFIG_DEBUG_INFO_BTF describes its types",
-                btf::VMLINUX
-            )
-        })?;
-        Self::parse(&bytes).with_context(|| format!("cannot make sense of {}", btf::VMLINUX))
     }
 }
 
@@ -78,6 +65,8 @@ const FIXTURES: [(&str, &[u8]); 6] = [
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
@@ -86,10 +75,6 @@ mod tests {
             let facts = TypeFacts::parse(bytes).unwrap();
             let old = ["5.10-amd64", "6.1-amd64"].contains(&name);
             assert_eq!(facts.send_reset_has_reason, Some(!old), "{name}");
-            // `bpftool btf dump` of the whole BTF; not in the reduced one of every fixture.
-            if let Some(params) = facts.accept_params {
-                assert_eq!(params, if old { 4 } else { 2 }, "{name}");
-            }
             // As `bpftool btf dump` shows them for 6.12, 6.18 and 7.2.
             let reasons: Vec<_> =
                 facts.reset_reasons.iter().map(|(&value, name)| (value, name.as_str())).collect();
@@ -125,7 +110,7 @@ mod tests {
             eprintln!("skipped: this kernel has no {}", btf::VMLINUX);
             return;
         }
-        let facts = TypeFacts::of_running_kernel().unwrap();
+        let facts = TypeFacts::parse(&btf::running_kernel().unwrap()).unwrap();
         assert_eq!(facts.offsets.sk_daddr, 0, "skc_daddr is the first member of sock_common");
         let missing: Vec<_> = facts.missing.iter().map(|missing| missing.field).collect();
         assert!(missing.iter().all(|field| *field == "thread_size"), "{missing:?}");

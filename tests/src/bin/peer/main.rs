@@ -188,6 +188,7 @@ impl Peer {
             }
             "cookie" => return Ok(format!("cookie={}", cookie(self.socket()?)?)),
             "descriptor" => return Ok(format!("fd={}", self.socket()?.as_raw_fd())),
+            "next-sequence" => return Ok(format!("sequence={}", next_sequence(self.socket()?)?)),
             "send" => self.socket()?.write_all(&vec![b'x'; words.next()?])?,
             "receive" => self.socket()?.read_exact(&mut vec![0; words.next()?])?,
             "await-data" => {
@@ -320,6 +321,39 @@ fn cookie(socket: &TcpStream) -> Result<u64> {
     };
     Errno::result(result)?;
     Ok(cookie)
+}
+
+/// The sequence number of what this socket would send next, as programs that move connections to other hosts read it
+/// (`TCP_REPAIR`, tcp(7)).
+fn next_sequence(socket: &TcpStream) -> Result<u32> {
+    const TCP_SEND_QUEUE: i32 = 2;
+    const TCP_REPAIR_OFF_NO_WP: i32 = -1;
+    let length_of_value = libc::socklen_t::try_from(size_of::<i32>())?;
+    let set = |option: i32, value: i32| {
+        // SAFETY: the kernel reads one integer, which is there.
+        let result = unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::IPPROTO_TCP,
+                option,
+                (&raw const value).cast(),
+                length_of_value,
+            )
+        };
+        Errno::result(result)
+    };
+    set(libc::TCP_REPAIR, 1)?;
+    set(libc::TCP_REPAIR_QUEUE, TCP_SEND_QUEUE)?;
+    let mut sequence = 0_u32;
+    let mut length = libc::socklen_t::try_from(size_of_val(&sequence))?;
+    // SAFETY: the kernel writes at most `length` bytes, all of them into `sequence`.
+    let result = unsafe {
+        let value = (&raw mut sequence).cast();
+        libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_QUEUE_SEQ, value, &raw mut length)
+    };
+    Errno::result(result)?;
+    set(libc::TCP_REPAIR, TCP_REPAIR_OFF_NO_WP)?;
+    Ok(sequence)
 }
 
 /// The kernel's name for an I/O error, which is what tests compare.

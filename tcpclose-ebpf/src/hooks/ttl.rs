@@ -1,0 +1,52 @@
+//! Times to live where fentry may be used: three functions are given a socket together with the packet that is wanted,
+//! so that no other packet has to be looked at.
+
+use aya_ebpf::{EbpfContext, macros::fentry, programs::FEntryContext};
+
+use crate::{connection, kernel::member, maps::global, packet};
+
+/// `void tcp_reset(struct sock *sk, struct sk_buff *skb)`, before the tracepoint in it. The socket may be older than the
+/// trace.
+#[fentry(function = "tcp_reset")]
+pub fn reset_ttl(ctx: FEntryContext) -> i32 {
+    let skb = argument(&ctx, global!(ARGUMENTS.reset_skb));
+    let sk = argument(&ctx, global!(ARGUMENTS.reset_sk));
+    if sk == 0 {
+        return 0;
+    }
+    if let Some(connection) = connection::find_or_begin(sk, connection::now()) {
+        connection.reset.ttl = packet::ttl(skb);
+    }
+    0
+}
+
+/// `void tcp_finish_connect(struct sock *sk, struct sk_buff *skb)`: the SYN-ACK has come.
+#[fentry(function = "tcp_finish_connect")]
+pub fn connect_ttl(ctx: FEntryContext) -> i32 {
+    established(
+        argument(&ctx, global!(ARGUMENTS.connect_sk)),
+        argument(&ctx, global!(ARGUMENTS.connect_skb)),
+    );
+    0
+}
+
+/// `tcp_child_process(struct sock *parent, struct sock *child, struct sk_buff *skb)`: the ACK has come that ends the
+/// handshake. With TCP Fast Open a child is born of the SYN and does not come by here.
+#[fentry(function = "tcp_child_process")]
+pub fn child_ttl(ctx: FEntryContext) -> i32 {
+    established(argument(&ctx, global!(ARGUMENTS.child_sk)), argument(&ctx, global!(ARGUMENTS.child_skb)));
+    0
+}
+
+#[inline(always)]
+fn established(sk: u64, skb: u64) {
+    if let Some(connection) = connection::find(sk) {
+        connection.reset.handshake_ttl = packet::ttl(skb);
+    }
+}
+
+/// An argument that is a pointer; 0 where the kernel gives none.
+#[inline(always)]
+fn argument(ctx: &FEntryContext, offset: u16) -> u64 {
+    member(ctx.as_ptr() as u64, offset).unwrap_or(0)
+}

@@ -1,0 +1,346 @@
+//! `tcpclose doctor`: what this kernel and these privileges give, line by line, and what to do about the rest. Where it
+//! may, it attaches every hook for a moment; where it may not, it says what is known all the same.
+
+#[cfg(test)]
+mod docs;
+mod place;
+mod text;
+
+use std::{
+    io::{self, ErrorKind, Write as _},
+    process::ExitCode,
+};
+
+use anyhow::Result;
+use caps::Capability;
+use serde::Serialize;
+use tcpclose_common::{offsets::StructOffsets, params::Params};
+
+use crate::{
+    fact::{FACTS, Sources},
+    hook::{AcceptHook, HOOKS, Hook, Kind, Need, Variant},
+    kernel::{TypeFacts, arguments, btf::Btf, tracefs},
+    loader::{self, BtfSource, Loaded, Request},
+    privilege::{self, PRIVILEGES},
+    sink::Format,
+};
+
+/// What a line comes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Mark {
+    /// As good as it can be.
+    Ok,
+    /// Something is lost, or has to be asked for.
+    Less,
+    /// Nothing can be traced for want of it.
+    No,
+    /// Neither good nor bad, or not tried.
+    Note,
+}
+
+/// A line about the place or about a capability.
+#[derive(Debug, Serialize)]
+struct Finding {
+    name: String,
+    mark: Mark,
+    found: String,
+    lost: Option<String>,
+    fix: Option<String>,
+}
+
+impl Finding {
+    fn new(name: impl Into<String>, mark: Mark, found: impl Into<String>) -> Self {
+        Self { name: name.into(), mark, found: found.into(), lost: None, fix: None }
+    }
+
+    fn lost(mut self, lost: impl Into<String>) -> Self {
+        self.lost = Some(lost.into());
+        self
+    }
+
+    fn fix(mut self, fix: impl Into<String>) -> Self {
+        self.fix = Some(fix.into());
+        self
+    }
+}
+
+/// A hook of the table.
+#[derive(Debug, Serialize)]
+struct HookFinding {
+    name: &'static str,
+    mark: Mark,
+    /// The variants, best first.
+    variants: Vec<VariantFinding>,
+    /// What is lost here, the fields that are null for it, and what to do about it.
+    lost: Option<&'static str>,
+    null: &'static [&'static str],
+    fix: Option<&'static str>,
+}
+
+#[derive(Debug, Serialize)]
+struct VariantFinding {
+    kind: &'static str,
+    at: Vec<&'static str>,
+    /// The option that it takes.
+    option: Option<&'static str>,
+    result: Tried,
+    /// Why it does not work, what is worse about it, or what is known without having tried.
+    why: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Tried {
+    /// It works.
+    Attached,
+    /// It does not.
+    Refused,
+    /// A better one works.
+    NotNeeded,
+    /// Nothing could be tried.
+    Untried,
+}
+
+/// A field of the output that is null, for some events or for all.
+#[derive(Debug, Serialize)]
+struct Null {
+    field: &'static str,
+    why: String,
+    fix: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Verdict {
+    Everything,
+    Less,
+    Nothing,
+}
+
+/// All of it. Serialized as `-o json` prints it.
+#[derive(Debug, Serialize)]
+struct Report {
+    version: &'static str,
+    verdict: Verdict,
+    /// Why nothing can be traced.
+    cannot: Option<String>,
+    place: Vec<Finding>,
+    capabilities: Vec<Finding>,
+    hooks: Vec<HookFinding>,
+    null: Vec<Null>,
+}
+
+/// Prints the report. The exit status is 0 if everything can be told, 1 if tracing works with less, and 3 if it does not
+/// work at all; 2 is for usage errors.
+///
+/// # Errors
+/// The report cannot be written.
+pub fn doctor(format: Format, btf: &BtfSource) -> Result<ExitCode> {
+    let report = Report::make(btf);
+    let written = match format {
+        Format::Text => text::write(&mut anstream::stdout().lock(), &report),
+        Format::Json => {
+            let line = serde_json::to_string(&report)?;
+            writeln!(io::stdout().lock(), "{line}")
+        }
+    };
+    match written {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => return Err(error.into()),
+        _ => {}
+    }
+    Ok(ExitCode::from(match report.verdict {
+        Verdict::Everything => 0,
+        Verdict::Less => 1,
+        Verdict::Nothing => 3,
+    }))
+}
+
+impl Report {
+    fn make(btf: &BtfSource) -> Self {
+        let facts = btf.facts().map_err(|error| format!("{error:#}"));
+        // Attached until the end of this function.
+        let loaded = loader::load(&rehearsal(btf));
+        let hooks: Vec<_> = if let Ok(loaded) = &loaded {
+            HOOKS.iter().map(|hook| rehearsed(hook, loaded)).collect()
+        } else {
+            let bytes = btf.bytes().unwrap_or_default();
+            let types = Btf::parse(&bytes).ok();
+            HOOKS.iter().map(|hook| untried(hook, types.as_ref())).collect()
+        };
+        let null = nulls(&hooks, &sources(facts.as_ref().ok(), loaded.as_ref().ok()));
+        let place = place::findings(btf, facts.as_ref().map_err(Clone::clone));
+        let capabilities: Vec<_> = PRIVILEGES.iter().map(capability).collect();
+        let less = |mark: Mark| mark != Mark::Ok && mark != Mark::Note;
+        let marks = place.iter().chain(&capabilities).map(|finding| finding.mark);
+        let verdict = match loaded {
+            Err(_) => Verdict::Nothing,
+            Ok(_) if !null.is_empty() || marks.chain(hooks.iter().map(|hook| hook.mark)).any(less) => {
+                Verdict::Less
+            }
+            Ok(_) => Verdict::Everything,
+        };
+        let cannot = loaded.err().map(|error| format!("{error:#}"));
+        Self { version: env!("CARGO_PKG_VERSION"), verdict, cannot, place, capabilities, hooks, null }
+    }
+}
+
+/// Asks for everything, so that the verifier sees every program as it is when it was asked for.
+fn rehearsal(btf: &BtfSource) -> Request {
+    Request {
+        params: Params { user_stack: 1, kernel_stack: 1, ttl: 1, ..Params::NONE },
+        follow_children: true,
+        accept_hook: AcceptHook::Auto,
+        connections: 128,
+        btf: btf.clone(),
+        log: None,
+        rehearsal: true,
+    }
+}
+
+fn capability(privilege: &privilege::Privilege) -> Finding {
+    let name = privilege.capability.to_string();
+    if privilege::has(privilege.capability) {
+        return Finding::new(name, Mark::Ok, privilege.purpose);
+    }
+    let stands_in = privilege.need == privilege::Need::Essential && privilege::has(Capability::CAP_SYS_ADMIN);
+    if stands_in {
+        return Finding::new(name, Mark::Ok, format!("{} (CAP_SYS_ADMIN stands for it)", privilege.purpose));
+    }
+    let mark = match privilege.need {
+        privilege::Need::Essential => Mark::No,
+        _ if privilege.lost.is_empty() => Mark::Note,
+        privilege::Need::Useful | privilege::Need::Minor => Mark::Less,
+    };
+    let finding = Finding::new(name, mark, format!("missing: {}", privilege.purpose));
+    if privilege.lost.is_empty() { finding } else { finding.lost(privilege.lost).fix(privilege.grant()) }
+}
+
+/// What became of a hook when all were attached.
+fn rehearsed(hook: &'static Hook, loaded: &Loaded) -> HookFinding {
+    let outcome = loaded.hooks.iter().find(|outcome| std::ptr::eq(outcome.hook, hook));
+    let taken = outcome.and_then(|outcome| outcome.variant);
+    let variants = hook.variants.iter().map(|variant| {
+        let refused = outcome.and_then(|outcome| {
+            outcome
+                .refused
+                .iter()
+                .find(|(other, _)| std::ptr::eq(*other, variant))
+                .map(|(_, why)| why.clone())
+        });
+        let (result, why) = match (taken, refused) {
+            (Some(taken), _) if std::ptr::eq(taken, variant) => {
+                (Tried::Attached, Some(variant.worse.to_owned()).filter(|worse| !worse.is_empty()))
+            }
+            (_, Some(why)) => (Tried::Refused, Some(why)),
+            _ => (Tried::NotNeeded, None),
+        };
+        finding(variant, result, why)
+    });
+    let mark = match taken {
+        None if hook.need == Need::Essential => Mark::No,
+        Some(variant) if variant.worse.is_empty() && by_default(hook, variant) => Mark::Ok,
+        _ => Mark::Less,
+    };
+    let without = taken.is_none_or(|variant| !by_default(hook, variant));
+    HookFinding {
+        name: hook.name,
+        mark,
+        variants: variants.collect(),
+        lost: without.then_some(hook.lost),
+        null: if without { hook.null } else { &[] },
+        fix: without.then_some(hook.fix),
+    }
+}
+
+/// Whether a variant is taken without having been asked for. What belongs to `-- COMMAND` is taken with it.
+fn by_default(hook: &Hook, variant: &Variant) -> bool {
+    hook.need != Need::Extra || variant.when.option().is_none()
+}
+
+/// What can be said of a hook without attaching it.
+fn untried(hook: &'static Hook, types: Option<&Btf<'_>>) -> HookFinding {
+    let variants =
+        hook.variants.iter().map(|variant| finding(variant, Tried::Untried, Some(outlook(variant, types))));
+    HookFinding {
+        name: hook.name,
+        mark: Mark::Note,
+        variants: variants.collect(),
+        lost: None,
+        null: &[],
+        fix: None,
+    }
+}
+
+fn finding(variant: &Variant, result: Tried, why: Option<String>) -> VariantFinding {
+    VariantFinding {
+        kind: variant.kind.name(),
+        at: variant.programs.iter().map(|(_, at)| *at).collect(),
+        option: variant.when.option(),
+        result,
+        why,
+    }
+}
+
+/// What BTF and tracefs say of a variant.
+fn outlook(variant: &Variant, types: Option<&Btf<'_>>) -> String {
+    let points = || variant.programs.iter().map(|(_, at)| at.split_once(':').map_or(*at, |(_, point)| point));
+    let of_types = |has: fn(&Btf<'_>, &str) -> bool| match types {
+        None => "no BTF",
+        Some(types) if points().all(|point| has(types, point)) => "BTF has it",
+        Some(_) => "BTF does not have it",
+    };
+    let outlook = match variant.kind {
+        Kind::TypedTracepoint => {
+            of_types(|types, point| types.func_proto_params(&format!("btf_trace_{point}")).is_some())
+        }
+        Kind::FunctionEntry | Kind::FunctionReturn => of_types(|types, function| {
+            arguments::missing(arguments::argument_offsets(types), function).is_none()
+        }),
+        Kind::Iterator => of_types(|types, target| types.size_of(&format!("bpf_iter__{target}")).is_some()),
+        Kind::ClassicTracepoint(_) | Kind::SystemCall => match tracefs::find() {
+            Ok(Some(tracefs)) => {
+                let has = variant.programs.iter().all(|(_, at)| tracefs.has_event(&at.replace(':', "/")));
+                if has { "tracefs has it" } else { "tracefs does not have it" }
+            }
+            Ok(None) => "tracefs is not mounted",
+            Err(_) => "tracefs may not be read",
+        },
+        Kind::TestRun => "only trying tells",
+        Kind::Procfs => "it takes no program",
+    };
+    outlook.to_owned()
+}
+
+fn sources(facts: Option<&TypeFacts>, loaded: Option<&Loaded>) -> Sources {
+    Sources {
+        members: facts.map_or(StructOffsets::ABSENT, |facts| facts.offsets),
+        registers_helper: loaded.map(|loaded| loaded.has_registers),
+        cookie_helper: loaded.map(|loaded| loaded.has_cookie),
+        reset_reasons: match (loaded, facts) {
+            (Some(loaded), _) => Some(!loaded.reset_reasons.is_empty()),
+            (None, facts) => facts.map(|facts| !facts.reset_reasons.is_empty()),
+        },
+        other_processes: privilege::has(Capability::CAP_SYS_PTRACE) && privilege::in_initial_pid_namespace(),
+        kernel_symbols: place::kernel_symbols_are_shown(),
+    }
+}
+
+/// Every field that is null: for want of a hook, or of what it is read from.
+fn nulls(hooks: &[HookFinding], sources: &Sources) -> Vec<Null> {
+    let of_hooks = hooks.iter().flat_map(|hook| {
+        hook.null.iter().map(|field| Null {
+            field,
+            why: format!("without the hook `{}`: {}", hook.name, hook.lost.unwrap_or_default()),
+            fix: hook.fix.unwrap_or_default().to_owned(),
+        })
+    });
+    let of_facts = FACTS.iter().filter_map(|fact| {
+        Some(Null {
+            field: fact.field,
+            why: fact.source.missing(sources)?,
+            fix: fact.source.fix().to_owned(),
+        })
+    });
+    of_hooks.chain(of_facts).collect()
+}

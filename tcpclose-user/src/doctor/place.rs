@@ -1,0 +1,163 @@
+//! What kind of place this is: the kernel, and what surrounds this process. Reads files of `/proc` and `/sys` that
+//! anybody may read.
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+};
+
+use caps::Capability;
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
+
+use super::{Finding, Mark};
+use crate::{
+    kernel::{TypeFacts, btf, lockdown, tracefs},
+    loader::BtfSource,
+    privilege,
+};
+
+/// Everything, in the order in which it is told.
+pub(super) fn findings(source: &BtfSource, facts: Result<&TypeFacts, String>) -> Vec<Finding> {
+    vec![
+        kernel(),
+        architecture(),
+        types(source, facts),
+        tracefs(),
+        lockdown(),
+        memlock(),
+        cgroups(),
+        pid_namespace(),
+        user_namespace(),
+        kernel_symbols(),
+    ]
+}
+
+fn kernel() -> Finding {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease");
+    Finding::new("kernel", Mark::Ok, release.as_deref().map_or("unknown", str::trim))
+}
+
+fn architecture() -> Finding {
+    let here = std::env::consts::ARCH;
+    match here {
+        "x86_64" | "aarch64" => Finding::new("architecture", Mark::Ok, here),
+        _ => Finding::new("architecture", Mark::Less, here)
+            .lost("system call numbers are not known, so `trigger` is null for most closes")
+            .fix("x86_64 or aarch64"),
+    }
+}
+
+fn types(source: &BtfSource, facts: Result<&TypeFacts, String>) -> Finding {
+    let place = match source {
+        BtfSource::File(path) => path.display().to_string(),
+        BtfSource::Kernel | BtfSource::None => btf::VMLINUX.to_owned(),
+    };
+    match facts {
+        Ok(facts) if facts.missing.is_empty() => Finding::new("BTF", Mark::Ok, place),
+        Ok(facts) => {
+            let missing: Vec<_> = facts.missing.iter().map(ToString::to_string).collect();
+            Finding::new("BTF", Mark::Ok, format!("{place}, without {}", missing.join(", ")))
+        }
+        Err(error) => Finding::new("BTF", Mark::Less, error)
+            .lost("all that is read from the kernel's own structures")
+            .fix("a kernel with CONFIG_DEBUG_INFO_BTF, or --btf FILE with the BTF of this one"),
+    }
+}
+
+fn tracefs() -> Finding {
+    const USE: &str = "only needed without BTF, and for --accept-hook syscall";
+    match tracefs::find() {
+        Ok(Some(tracefs)) => {
+            Finding::new("tracefs", Mark::Ok, format!("{}, readable", tracefs.root().display()))
+        }
+        Ok(None) if privilege::has(Capability::CAP_SYS_ADMIN) => {
+            Finding::new("tracefs", Mark::Ok, "not mounted; tcpclose mounts it for itself when it needs it")
+        }
+        Ok(None) => Finding::new("tracefs", Mark::Note, format!("not mounted; {USE}"))
+            .fix("sudo mount -t tracefs -o gid=$(id -g),mode=750 tracefs /sys/kernel/tracing"),
+        Err(error) => {
+            Finding::new("tracefs", Mark::Note, format!("{}: {}; {USE}", error.failed, error.found))
+                .fix(error.fix)
+        }
+    }
+}
+
+fn lockdown() -> Finding {
+    match lockdown::mode() {
+        Some(mode) if mode == "confidentiality" => Finding::new("lockdown", Mark::No, mode)
+            .lost("programs may not read kernel memory, so nothing can be traced")
+            .fix("boot with lockdown=integrity, or without lockdown"),
+        Some(mode) => Finding::new("lockdown", Mark::Ok, format!("{mode}: reading kernel memory is allowed")),
+        None => Finding::new(
+            "lockdown",
+            Mark::Note,
+            "not told: securityfs is not mounted, or the kernel has no lockdown",
+        ),
+    }
+}
+
+fn memlock() -> Finding {
+    let limit = match getrlimit(Resource::RLIMIT_MEMLOCK) {
+        Ok((RLIM_INFINITY, _)) => "unlimited".to_owned(),
+        Ok((bytes, _)) => format!("{} KiB; maps count against it before 5.11 only", bytes / 1024),
+        Err(errno) => format!("unknown: {errno}"),
+    };
+    Finding::new("RLIMIT_MEMLOCK", Mark::Ok, limit)
+}
+
+fn cgroups() -> Finding {
+    // The type comes after the separator: proc_pid_mountinfo(5).
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let kinds = mounts.lines().filter_map(|line| line.split_once(" - ")?.1.split(' ').next());
+    let (mut one, mut two) = (false, false);
+    for kind in kinds {
+        one |= kind == "cgroup";
+        two |= kind == "cgroup2";
+    }
+    let version = match (one, two) {
+        (false, true) => "v2",
+        (true, false) => "v1",
+        (true, true) => "v1 and v2 (hybrid)",
+        (false, false) => "not mounted",
+    };
+    Finding::new("cgroups", Mark::Ok, version)
+}
+
+fn pid_namespace() -> Finding {
+    if privilege::in_initial_pid_namespace() {
+        return Finding::new("pid namespace", Mark::Ok, "the host's");
+    }
+    Finding::new("pid namespace", Mark::Less, "one of its own")
+        .lost("pids are told as the host has them; /proc here does not show those processes")
+        .fix("in a container: --pid host")
+}
+
+fn user_namespace() -> Finding {
+    if privilege::in_initial_user_namespace() {
+        return Finding::new("user namespace", Mark::Ok, "the host's");
+    }
+    Finding::new("user namespace", Mark::No, "one of its own")
+        .lost("capabilities do not count outside it, and programs are loaded outside")
+        .fix("run it as the host's root: a rootful container, without --userns")
+}
+
+fn kernel_symbols() -> Finding {
+    if kernel_symbols_are_shown() {
+        return Finding::new("/proc/kallsyms", Mark::Ok, "shows addresses");
+    }
+    let restrict = fs::read_to_string("/proc/sys/kernel/kptr_restrict");
+    let restrict = restrict.as_deref().map_or("unknown", str::trim);
+    Finding::new("/proc/kallsyms", Mark::Less, format!("hides addresses (kernel.kptr_restrict={restrict})"))
+        .lost("frames of kernel stacks have no names")
+        .fix(if restrict == "2" { "sudo sysctl kernel.kptr_restrict=1" } else { "CAP_SYSLOG" })
+}
+
+/// Hidden addresses are all zero: `s_show()` of `kernel/kallsyms.c`.
+pub(super) fn kernel_symbols_are_shown() -> bool {
+    let Ok(file) = fs::File::open("/proc/kallsyms") else { return false };
+    // Per-CPU symbols at the beginning may be at 0 for all to see.
+    let lines = BufReader::new(file).lines().map_while(Result::ok);
+    lines
+        .take(1000)
+        .any(|line| line.split(' ').next().is_some_and(|address| !address.trim_matches('0').is_empty()))
+}

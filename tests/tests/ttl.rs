@@ -1,0 +1,145 @@
+//! Times to live: a RST that came the way of the connection, and one that somebody else sent in the peer's name.
+//!
+//! Each end has a time to live of its own, so that no other packet's can be taken for it.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use tcpclose_tests::{
+    bed::{Bed, Connection, Route, Side, endpoint},
+    expect::differences,
+    netns::DEVICE,
+    packet::{self, Segment},
+    scenario::{Trace, routes},
+    scenarios,
+    tool::Launch,
+};
+
+/// What a middlebox gives its packets.
+const FORGED: u8 = 200;
+
+scenarios! {
+    run on [veth_ipv4 veth_ipv6]:
+    client_gets_a_forged_reset
+    server_gets_a_forged_reset
+    client_gets_a_genuine_reset
+    server_gets_a_genuine_reset
+}
+
+fn run(route: Route, scenario: fn(&mut Bed, &Connection) -> Result<Vec<Value>>) -> Result<()> {
+    let mut bed = Bed::new(route)?;
+    for side in [Side::Client, Side::Server] {
+        let ttl = ttl(side).to_string();
+        let namespace = bed.namespace(side);
+        namespace.set_sysctl("net/ipv4/ip_default_ttl", &ttl)?;
+        namespace.set_sysctl(&format!("net/ipv6/conf/{DEVICE}/hop_limit"), &ttl)?;
+    }
+    let trace = Trace::start(&bed, &["--ttl"])?;
+    let connection = bed.established()?;
+    let expected = scenario(&mut bed, &connection)?;
+    let like = |lines: &[Value], expected: &Value| {
+        lines.iter().filter(|line| differences(line, expected).is_empty()).count()
+    };
+    let ended = trace.finish(&bed, |lines| expected.iter().all(|line| like(lines, line) > 0))?;
+    for line in &expected {
+        let count = like(&ended.lines, line);
+        ensure!(count == 1, "{count} lines are like this one: {line}\n{ended}");
+    }
+    Ok(())
+}
+
+/// Of the packets of a side.
+fn ttl(of: Side) -> u8 {
+    match of {
+        Side::Client => 40,
+        Side::Server => 50,
+    }
+}
+
+fn client_gets_a_forged_reset(bed: &mut Bed, connection: &Connection) -> Result<Vec<Value>> {
+    forged(bed, connection, Side::Client)
+}
+
+fn server_gets_a_forged_reset(bed: &mut Bed, connection: &Connection) -> Result<Vec<Value>> {
+    forged(bed, connection, Side::Server)
+}
+
+fn client_gets_a_genuine_reset(bed: &mut Bed, connection: &Connection) -> Result<Vec<Value>> {
+    genuine(bed, connection, Side::Client)
+}
+
+fn server_gets_a_genuine_reset(bed: &mut Bed, connection: &Connection) -> Result<Vec<Value>> {
+    genuine(bed, connection, Side::Server)
+}
+
+/// Somebody on the way, here in the peer's namespace, resets one side's end in the name of the other.
+fn forged(bed: &mut Bed, connection: &Connection, victim: Side) -> Result<Vec<Value>> {
+    let peer = victim.other();
+    let sequence = bed.peer(peer).ask("next-sequence")?.get("sequence")?;
+    let segment = Segment {
+        from: connection.address(peer),
+        to: connection.address(victim),
+        flags: packet::RST | packet::ACK,
+        sequence,
+        ttl: Some(FORGED),
+    };
+    packet::send(bed.namespace(peer), segment)?;
+    bed.peer(victim).ask("await-error")?;
+    Ok(lines(connection, victim, FORGED, "suspected_injection"))
+}
+
+/// The peer resets it.
+fn genuine(bed: &mut Bed, connection: &Connection, victim: Side) -> Result<Vec<Value>> {
+    for order in ["linger0", "close"] {
+        bed.peer(victim.other()).ask(order)?;
+    }
+    bed.peer(victim).ask("await-error")?;
+    Ok(lines(connection, victim, ttl(victim.other()), "peer_reset"))
+}
+
+/// The lines of the side that was reset.
+fn lines(connection: &Connection, victim: Side, ttl_of_reset: u8, cause: &str) -> Vec<Value> {
+    let ends = json!({
+        "local": endpoint(connection.address(victim)),
+        "remote": endpoint(connection.address(victim.other())),
+    });
+    vec![
+        json!({
+            "event": "reset",
+            "connection": ends,
+            "direction": "received",
+            "cause": cause,
+            "ttl": ttl_of_reset,
+            "handshake_ttl": ttl(victim.other()),
+        }),
+        json!({
+            "event": "close",
+            "connection": ends,
+            "closed_by": "peer",
+            "ended": "reset_received",
+            "cause": cause,
+        }),
+    ]
+}
+
+/// Where the kernel lets fentry be used, the option is not needed; where it does not, times to live are null without.
+#[test]
+fn fentry_makes_the_option_unnecessary() -> Result<()> {
+    let report = Launch::new()?.args(["doctor", "-o", "json"]).output()?;
+    let report: Value = serde_json::from_slice(&report.stdout)?;
+    let hooks = report["hooks"].as_array().context("no hooks")?;
+    let hook = hooks.iter().find(|hook| hook["name"] == "time to live").context("no such hook")?;
+    let has_fentry = hook["variants"][0]["result"] == "attached";
+
+    let mut bed = Bed::new(routes::veth_ipv4())?;
+    let trace = Trace::start(&bed, &[])?;
+    let connection = bed.established()?;
+    genuine(&mut bed, &connection, Side::Client)?;
+    let is_it = |line: &Value| line["event"] == "reset" && line["direction"] == "received";
+    let ended = trace.finish(&bed, |lines| lines.iter().any(is_it))?;
+    let line =
+        ended.lines.iter().find(|line| is_it(line)).with_context(|| format!("no RST came\n{ended}"))?;
+    for field in ["ttl", "handshake_ttl"] {
+        ensure!(line[field].is_null() != has_fentry, "fentry: {has_fentry}, {field}: {}", line[field]);
+    }
+    Ok(())
+}
