@@ -1,6 +1,6 @@
 //! Pid 1 of the virtual machines that the tests run in: mounts what they need, loads the modules that lie in
-//! `/modules`, and runs the programs that `/tests` names: a line of it is a name, a program and its arguments. Their
-//! variables are in `/environment`. What they print goes to the second serial port, between a line that names the
+//! `/modules`, and runs the programs that `/tests` names: a line of it is a name, a program and its arguments, with
+//! variables before it as in a shell. Those of all programs are in `/environment`. What they print goes to the second serial port, between a line that names the
 //! program and one that says how it ended (`xtask/src/report.rs` reads it); everything else goes to the console.
 
 use std::{
@@ -31,7 +31,7 @@ const RESULTS: &str = "/dev/ttyS1";
 const RUN: &str = "run";
 
 /// What is mounted where, in this order.
-const MOUNTS: [(&str, &str); 7] = [
+const MOUNTS: [(&str, &str); 8] = [
     ("proc", "/proc"),
     ("sysfs", "/sys"),
     ("devtmpfs", "/dev"),
@@ -39,6 +39,7 @@ const MOUNTS: [(&str, &str); 7] = [
     ("tmpfs", "/tmp"),
     ("cgroup2", "/sys/fs/cgroup"),
     ("tracefs", "/sys/kernel/tracing"),
+    ("securityfs", "/sys/kernel/security"),
 ];
 
 fn main() {
@@ -89,12 +90,11 @@ fn run_tests() -> Result<()> {
     let environment = fs::read_to_string("/environment")?;
     let tests = fs::read_to_string("/tests")?;
     for line in tests.lines() {
-        let mut words = line.split(' ');
-        let (Some(name), Some(program)) = (words.next(), words.next()) else {
-            bail!("/tests has the line {line}")
-        };
-        let mut command = Command::new(program);
-        command.args(words).envs(environment.lines().filter_map(|line| line.split_once('=')));
+        let (name, words) = line.split_once(' ').with_context(|| format!("/tests has the line {line}"))?;
+        let variables: Vec<_> = words.split(' ').map_while(|word| word.split_once('=')).collect();
+        let mut words = words.split(' ').skip(variables.len());
+        let mut command = Command::new(words.next().unwrap_or_default());
+        command.args(words).envs(environment.lines().filter_map(|line| line.split_once('='))).envs(variables);
         writeln!(results, "=== {name}")?;
         let ended = run(&mut command, &mut results);
         writeln!(results, "=== {name} ended: {}", ended.unwrap_or_else(|error| format!("{error:#}")))?;
