@@ -18,7 +18,7 @@ use nix::{
     errno::Errno,
     libc,
     sys::signal::{Signal, kill},
-    unistd::{Gid, Pid, Uid, setgid, setgroups, setuid},
+    unistd::{Gid, Pid, Uid, chown, setgid, setgroups, setuid},
 };
 use serde_json::Value;
 
@@ -103,6 +103,8 @@ impl Launch {
         let copy = self.scratch.0.join("tcpclose");
         fs::copy(self.command.get_program(), &copy).context("copying the tool")?;
         fs::set_permissions(&copy, fs::Permissions::from_mode(0o755))?;
+        // The ready file is made by it.
+        chown(&self.scratch.0, Some(Uid::from_raw(NOBODY)), None)?;
         if !capabilities.is_empty() {
             grant(&copy, capabilities)?;
         }

@@ -78,7 +78,7 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
             Err(error) => note("kernels", Err(error), &mut failed),
         }
     }
-    tell_skipped(&reports, everything, &mut failed);
+    tell_oddities(&reports, everything, &mut failed);
     failed.extend(reports.iter().filter(|(_, report)| !report.is_good()).map(|(place, _)| place.clone()));
     if !failed.is_empty() {
         bail!("failed, see above: {}", failed.join(", "));
@@ -93,9 +93,13 @@ fn note(what: &str, result: Result<()>, failed: &mut Vec<String>) {
     }
 }
 
-/// Says what was skipped, where and why. A test that ran nowhere is a failure when all places were asked.
-fn tell_skipped(reports: &[(String, Report)], everywhere: bool, failed: &mut Vec<String>) {
+/// Says what was skipped, where and why, and what passed in no hurry. A test that ran nowhere is a failure when all
+/// places were asked.
+fn tell_oddities(reports: &[(String, Report)], everywhere: bool, failed: &mut Vec<String>) {
     for (place, report) in reports {
+        for test in &report.repeated {
+            say(&format!("passed at the second attempt on {place}: {test}"));
+        }
         for (test, reason) in &report.skipped {
             say(&format!("skipped on {place}: {test}: {reason}"));
         }
