@@ -21,11 +21,25 @@ fn has(capability: Capability) -> bool {
     caps::has_cap(None, CapSet::Effective, capability).unwrap_or(false)
 }
 
+/// Where the kernel says what it keeps from everybody, root included; the mode in force stands in brackets.
+const LOCKDOWN: &str = "/sys/kernel/security/lockdown";
+
 /// Refuses to go on without what loading takes.
 ///
 /// # Errors
-/// A capability is missing. `CAP_SYS_ADMIN` stands for both, as it does in the kernel.
+/// A capability is missing (`CAP_SYS_ADMIN` stands for both, as it does in the kernel), or no capability would help.
 pub fn check() -> Result<(), Failure> {
+    // Who cannot read this is told what the kernel says when it refuses the programs.
+    if std::fs::read_to_string(LOCKDOWN).is_ok_and(|modes| modes.contains("[confidentiality]")) {
+        return Err(Failure {
+            failed: "cannot trace: this kernel lets no program read its memory".to_owned(),
+            found: format!("lockdown in the mode confidentiality ({LOCKDOWN})"),
+            needed: "lockdown in the mode integrity, or none".to_owned(),
+            fix: "boot without lockdown=confidentiality on the kernel's command line; \
+                  lockdown=integrity goes with Secure Boot as well"
+                .to_owned(),
+        });
+    }
     if has(Capability::CAP_SYS_ADMIN) {
         return Ok(());
     }

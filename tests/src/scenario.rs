@@ -143,6 +143,12 @@ pub fn never_established() -> Value {
     })
 }
 
+/// How an attempt to connect ended that an ICMP error ended. An error that comes while `connect()` still has the socket
+/// locked is kept for the timer that tries once more; one that comes later ends the attempt by itself (`tcp_v4_err()`).
+pub fn ended_by_icmp() -> Value {
+    one_of(&[json!(null), json!("timeout")])
+}
+
 /// Has a scenario happen under the tool's eyes from its beginning.
 pub fn run(route: Route, scenario: Scenario) -> Result<()> {
     let mut bed = Bed::new(route)?;
