@@ -15,8 +15,9 @@ use tcpclose_common::{
 /// How many endings may wait at once. Beyond it the oldest goes as it is.
 const MAX_WAITING: usize = 65_536;
 
-/// How much later than the end its RST may come, nanoseconds. Longer is another life at the same address.
-const RESET_WITHIN: u64 = 100_000_000;
+/// How much later than the end its RST may come, nanoseconds. The kernel is not preempted between the two, but the
+/// processor of a virtual machine may be taken away there. Longer is another life at the same address.
+const RESET_WITHIN: u64 = 1_000_000_000;
 
 /// How long after an end in softirq the same softirq has surely sent its RST, nanoseconds.
 const SOFTIRQ_IS_OVER: u64 = 5_000_000;

@@ -122,6 +122,11 @@ fn compare(place: &str, actual: &Value, expected: &Value, found: &mut Vec<String
     }
 }
 
+/// Whether an object stands for a mark.
+pub(crate) fn is_mark(fields: &Map<String, Value>) -> bool {
+    mark(fields).is_some()
+}
+
 /// The mark that an object stands for, if it is one.
 fn mark(fields: &Map<String, Value>) -> Option<(&str, &Value)> {
     let (key, what) = fields.iter().next()?;

@@ -86,29 +86,20 @@ impl Trace {
     pub fn finish_but(self, bed: &Bed, unseen: usize, enough: impl Fn(&[Value]) -> bool) -> Result<Ended> {
         self.tool.wait_until(enough);
         let ended = self.tool.stop()?;
-        for ((namespace, before), after) in bed.namespaces().zip(&self.before).zip(counters(bed)?) {
-            let counted = after.since(before, "TcpOutRsts")?;
-            let said = ended.lines.iter().filter(|line| {
-                line["event"] == "reset"
-                    && line["direction"] == "sent"
-                    && line["connection"]["netns"] == namespace.inode()
-            });
-            let said = i64::try_from(said.count())?;
-            let again = after.since(before, "TcpRetransSegs")?;
-            let told = ended
-                .lines
-                .iter()
-                .filter(|line| line["event"] == "close" && line["connection"]["netns"] == namespace.inode());
-            let told: i64 = told.filter_map(|line| line["connection"]["retransmits"].as_i64()).sum();
-            ensure!(
-                told <= again,
-                "the kernel sent {again} segments again, the tool told of {told}\n{ended}"
-            );
-            let unseen = i64::try_from(unseen)?;
-            let all_told = (counted - unseen..=counted).contains(&said)
-                || (said < counted && !Feature::EveryReset.is_here());
-            ensure!(all_told, "the kernel sent {counted} RSTs, the tool told of {said}\n{ended}");
+        let (mut counted, mut again) = (0, 0);
+        for (before, after) in self.before.iter().zip(counters(bed)?) {
+            counted += after.since(before, "TcpOutRsts")?;
+            again += after.since(before, "TcpRetransSegs")?;
         }
+        let sent = ended.lines.iter().filter(|line| line["event"] == "reset" && line["direction"] == "sent");
+        let said = i64::try_from(sent.count())?;
+        let unseen = i64::try_from(unseen)?;
+        let all_told = (counted - unseen..=counted).contains(&said)
+            || (said < counted && !Feature::EveryReset.is_here());
+        ensure!(all_told, "the kernel sent {counted} RSTs, the tool told of {said}\n{ended}");
+        let closes = ended.lines.iter().filter(|line| line["event"] == "close");
+        let told: i64 = closes.filter_map(|line| line["connection"]["retransmits"].as_i64()).sum();
+        ensure!(told <= again, "the kernel sent {again} segments again, the tool told of {told}\n{ended}");
         Ok(ended)
     }
 }
@@ -161,6 +152,12 @@ pub fn never_established() -> Value {
         },
         "states": path(&["SYN_SENT", "CLOSE"]),
     })
+}
+
+/// How an attempt to connect ended that an ICMP error ended. An error that comes while `connect()` still has the socket
+/// locked is kept for the timer that tries once more; one that comes later ends the attempt by itself (`tcp_v4_err()`).
+pub fn ended_by_icmp() -> Value {
+    one_of(&[json!(null), json!("timeout")])
 }
 
 /// Has a scenario happen under the tool's eyes from its beginning.

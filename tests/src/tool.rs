@@ -2,11 +2,11 @@
 
 use std::{
     env,
-    ffi::{OsStr, OsString},
+    ffi::{CString, OsStr, OsString},
     fmt::Write as _,
     fs,
     io::{BufRead, BufReader, Read},
-    os::unix::{fs::PermissionsExt, process::CommandExt},
+    os::unix::{ffi::OsStrExt, fs::PermissionsExt, process::CommandExt},
     path::{Path, PathBuf},
     process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Output, Stdio},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
@@ -15,13 +15,15 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::{
+    errno::Errno,
+    libc,
     sched::{CloneFlags, unshare},
     sys::signal::{Signal, kill},
-    unistd::{Gid, Pid, Uid, setgid, setgroups, setuid},
+    unistd::{Gid, Pid, Uid, chown, setgid, setgroups, setuid},
 };
 use serde_json::Value;
 
-use crate::{PATIENCE, contract, expect::shortened, netns::Namespace, unique_name, until};
+use crate::{PATIENCE, contract, expect::shortened, features::Feature, netns::Namespace, unique_name, until};
 
 /// The user and group that own nothing.
 const NOBODY: u32 = 65534;
@@ -72,9 +74,13 @@ impl Launch {
         self
     }
 
-    /// Has it write JSON lines of what happens in these namespaces alone.
+    /// Has it write JSON lines of what happens in these namespaces alone; or of all that happens, where it is to do
+    /// without the types that namespaces are known by.
     #[must_use]
     pub fn trace<'a>(self, namespaces: impl IntoIterator<Item = &'a Namespace>) -> Self {
+        if !Feature::Types.is_here() {
+            return self.args(["-o", "json", "--btf", "none"]);
+        }
         let filters = namespaces.into_iter().flat_map(|one| ["--netns".to_owned(), one.inode().to_string()]);
         self.args(["-o", "json"]).args(filters)
     }
@@ -92,12 +98,17 @@ impl Launch {
         self
     }
 
-    /// Has it run as nobody, with no capability at all.
-    pub fn as_nobody(mut self) -> Result<Self> {
+    /// Has it run as nobody, with no capability but these.
+    pub fn as_nobody(mut self, capabilities: &[Capability]) -> Result<Self> {
         // Where it was built may be closed to nobody.
         let copy = self.scratch.0.join("tcpclose");
         fs::copy(self.command.get_program(), &copy).context("copying the tool")?;
         fs::set_permissions(&copy, fs::Permissions::from_mode(0o755))?;
+        // The ready file is made by it.
+        chown(&self.scratch.0, Some(Uid::from_raw(NOBODY)), None)?;
+        if !capabilities.is_empty() {
+            grant(&copy, capabilities)?;
+        }
         let mut command = command(copy);
         command.args(self.command.get_args());
         // SAFETY: between fork and exec the closure makes system calls and allocates nothing.
@@ -284,6 +295,32 @@ impl Lines {
         }
         Ok(())
     }
+}
+
+/// A capability, by its number (`linux/capability.h`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Capability {
+    /// `CAP_PERFMON`.
+    Perfmon = 38,
+    /// `CAP_BPF`.
+    Bpf = 39,
+}
+
+/// Has whoever runs a program have these capabilities, as `setcap` does: `struct vfs_cap_data`.
+fn grant(program: &Path, capabilities: &[Capability]) -> Result<()> {
+    const SECOND_VERSION: u32 = 0x0200_0000;
+    const EFFECTIVE: u32 = 1;
+    let permitted = capabilities.iter().fold(0_u64, |set, capability| set | 1 << *capability as u64);
+    let [low, high] = [permitted & u64::from(u32::MAX), permitted >> 32].map(u32::try_from);
+    let words = [SECOND_VERSION | EFFECTIVE, low?, 0, high?, 0];
+    let bytes: Vec<u8> = words.into_iter().flat_map(u32::to_le_bytes).collect();
+    let path = CString::new(program.as_os_str().as_bytes())?;
+    let name = c"security.capability";
+    // SAFETY: the strings and the bytes are alive through the call, and the bytes as many as said.
+    let result =
+        unsafe { libc::setxattr(path.as_ptr(), name.as_ptr(), bytes.as_ptr().cast(), bytes.len(), 0) };
+    Errno::result(result).with_context(|| format!("giving capabilities to {}", program.display()))?;
+    Ok(())
 }
 
 /// A program with its output to be read.

@@ -84,7 +84,7 @@ fn wrong_usage_exits_with_2() -> Result<()> {
 
 #[test]
 fn without_privilege_it_names_what_is_missing() -> Result<()> {
-    let ended = Launch::new()?.as_nobody()?.run()?.with_code(1)?;
+    let ended = Launch::new()?.as_nobody(&[])?.run()?.with_code(1)?;
     let said = ended.stderr.to_lowercase();
     for capability in ["cap_bpf", "cap_perfmon"] {
         ensure!(said.contains(capability), "stderr does not name {capability}\n{ended}");
@@ -195,7 +195,7 @@ fn doctor_tries_every_hook() -> Result<()> {
 /// Without a privilege it ends as well as with, and knows what the kernel has and what is missing.
 #[test]
 fn doctor_needs_no_privilege() -> Result<()> {
-    let (report, code) = doctor(Launch::new()?.as_nobody()?, &[])?;
+    let (report, code) = doctor(Launch::new()?.as_nobody(&[])?, &[])?;
     ensure!(report["verdict"] == "nothing" && code == Some(3), "{code:?} {report:#}");
     let missing = names(&report, "capabilities", "mark", "no");
     ensure!(missing == ["CAP_BPF", "CAP_PERFMON"], "{report:#}");

@@ -323,7 +323,7 @@ fn a_closed_pipe_is_no_error() -> Result<()> {
 /// It says what it can see, and what it cannot.
 #[test]
 fn without_privilege_it_says_what_is_missing() -> Result<()> {
-    let ended = Launch::new()?.args(["list", "-o", "json"]).as_nobody()?.run()?.with_code(0)?;
+    let ended = Launch::new()?.args(["list", "-o", "json"]).as_nobody(&[])?.run()?.with_code(0)?;
     ensure!(ended.stderr.contains("processes may not be looked at"), "{ended}");
     ended.keeping_the_contract()?;
     Ok(())

@@ -291,24 +291,29 @@ fn nobody_takes_what_was_passed(bed: &mut Bed, accepts: Accepts) -> Result<Vec<V
 }
 
 /// What connected is gone, and its child sits idle.
-fn child_of_client_lives_on_and_is_reset(bed: &mut Bed, _: Accepts) -> Result<Vec<Value>> {
+fn child_of_client_lives_on_and_is_reset(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     let connection = bed.established()?;
     let child = bed.peer(Side::Client).ask("hand-over")?.get("child")?;
     bed.peer(Side::Client).ended()?;
-    server_resets(bed, &connection, child)
+    server_resets(bed, &connection, accepts, child)
 }
 
 /// What connected lives, and has the socket no more.
-fn receiver_from_client_is_reset(bed: &mut Bed, _: Accepts) -> Result<Vec<Value>> {
+fn receiver_from_client_is_reset(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     let receiver = bed.peer(Side::Client).fork()?;
     let connection = bed.established()?;
     bed.peer(Side::Client).ask(&format!("pass {receiver}"))?;
     bed.peer(Side::Client).ask_child(receiver, "take")?;
-    server_resets(bed, &connection, receiver)
+    server_resets(bed, &connection, accepts, receiver)
 }
 
 /// Has the server reset a connection while a process that did not connect holds the client's end.
-fn server_resets(bed: &mut Bed, connection: &Connection, holder: u32) -> Result<Vec<Value>> {
+fn server_resets(
+    bed: &mut Bed,
+    connection: &Connection,
+    accepts: Accepts,
+    holder: u32,
+) -> Result<Vec<Value>> {
     for order in ["linger0", "close"] {
         bed.peer(Side::Server).ask(order)?;
     }
@@ -316,7 +321,8 @@ fn server_resets(bed: &mut Bed, connection: &Connection, holder: u32) -> Result<
     let exe = one_of(&[json!(null), connects["exe"].clone()]);
     let holder = idle(child_process(bed, Side::Client, holder)?, &["procfs"]);
     let receiver = but(holder, json!({"opener": {"process": {"exe": exe}, "stack": known()}}));
-    reset_lines(bed, connection, Side::Server, &json!({"cause": "linger_zero"}), &receiver)
+    let sender = but(json!({"cause": "linger_zero"}), accepted_by(&bed.owner(Side::Server)?, accepts));
+    reset_lines(bed, connection, Side::Server, &sender, &receiver)
 }
 
 /// One and the same process, but not the same thread.

@@ -12,7 +12,7 @@ use tcpclose_tests::{
     features::reason,
     netns,
     packet::{self, Segment},
-    scenario::{Trace, never_established, reset_lines, run},
+    scenario::{Trace, ended_by_icmp, never_established, reset_lines, run},
     scenarios,
     sockets::{self, FIN_WAIT2},
 };
@@ -377,7 +377,7 @@ fn firewall_says_unreachable(bed: &mut Bed) -> Result<Vec<Value>> {
     let attempt = bed.connect_in_vain(bed.route().address(Side::Server), port, "ECONNREFUSED")?;
     let this = json!({
         "closed_by": one_of(&[json!("kernel"), json!("peer")]),
-        "ended": "timeout",
+        "ended": ended_by_icmp(),
         "cause": "host_unreachable",
     });
     Ok(vec![bed.close_line(&attempt, Side::Client, but(never_established(), this))?])

@@ -9,7 +9,7 @@ use tcpclose_tests::{
     bed::{Bed, Connection, Side, user_stack},
     expect::{but, known, one_of, path},
     features::reason,
-    scenario::{never_established, run},
+    scenario::{ended_by_icmp, never_established, run},
     scenarios,
 };
 
@@ -60,7 +60,7 @@ fn no_way_to_server(bed: &mut Bed) -> Result<Vec<Value>> {
     let attempt = bed.connect_in_vain(nowhere, 7, "ENETUNREACH")?;
     let this = json!({
         "closed_by": one_of(&[json!("kernel"), json!("peer")]),
-        "ended": "timeout",
+        "ended": ended_by_icmp(),
         "cause": "host_unreachable",
     });
     Ok(vec![bed.close_line(&attempt, Side::Client, but(never_established(), this))?])

@@ -12,6 +12,8 @@ pub(crate) struct Report {
     pub(crate) passed: BTreeSet<String>,
     /// What failed, with what it printed.
     pub(crate) failed: BTreeMap<String, String>,
+    /// What failed first and passed when it was run again.
+    pub(crate) repeated: BTreeSet<String>,
     /// What could not run, and why.
     pub(crate) skipped: BTreeMap<String, String>,
     /// What else went wrong.
@@ -19,7 +21,7 @@ pub(crate) struct Report {
 }
 
 impl Report {
-    /// Reads the output of several test programs, each between `=== NAME` and `=== NAME ended: …`, with `=== all` when
+    /// Reads the output of several test programs, maybe more than once of one, each between `=== NAME` and `=== NAME ended: …`, with `=== all` when
     /// none is missing.
     pub(crate) fn parse(text: &str) -> Self {
         let mut report = Self::default();
@@ -27,7 +29,7 @@ impl Report {
         let mut program = None;
         // The test whose output is being read.
         let mut speaker = None;
-        let mut expected = 0;
+        let (mut expected, mut told) = (0, 0);
         let mut complete = false;
         for line in text.lines() {
             if let Some(mark) = line.strip_prefix("=== ") {
@@ -60,8 +62,14 @@ impl Report {
             } else if let Some((test, result)) =
                 line.strip_prefix("test ").and_then(|line| line.split_once(" ... "))
             {
+                told += 1;
                 match result {
-                    "ok" => drop(report.passed.insert(qualified(test))),
+                    "ok" => {
+                        if report.failed.remove(&qualified(test)).is_some() {
+                            report.repeated.insert(qualified(test));
+                        }
+                        report.passed.insert(qualified(test));
+                    }
                     "FAILED" => drop(report.failed.insert(qualified(test), String::new())),
                     _ => drop(report.skipped.insert(qualified(test), result.to_owned())),
                 }
@@ -75,7 +83,6 @@ impl Report {
                 report.skipped.insert(test, reason.to_owned());
             }
         }
-        let told = report.passed.len() + report.failed.len() + report.skipped.len();
         if !complete || told != expected {
             report.problems.push(format!("{told} of {expected} tests that began told how they ended"));
         }
@@ -90,7 +97,11 @@ impl Report {
     /// In a few words.
     pub(crate) fn summary(&self) -> String {
         let mut words = vec![format!("{} passed", self.passed.len())];
-        for (count, what) in [(self.failed.len(), "failed"), (self.skipped.len(), "skipped")] {
+        for (count, what) in [
+            (self.repeated.len(), "of them at the second attempt"),
+            (self.failed.len(), "failed"),
+            (self.skipped.len(), "skipped"),
+        ] {
             if count > 0 {
                 words.push(format!("{count} {what}"));
             }
@@ -152,6 +163,18 @@ mod tests {
         let report = Report::parse(text);
         assert_eq!(report.failed["stray::a"].trim(), "Error: it\nbroke");
         assert_eq!(report.summary(), "0 passed, 1 failed");
+    }
+
+    #[test]
+    fn what_passes_again_has_passed() {
+        let run = |result: &str, status: i32| {
+            format!("=== a\nrunning 1 test\ntest t ... {result}\n=== a ended: exit status: {status}\n")
+        };
+        let again = Report::parse(&[&run("FAILED", 101), &run("ok", 0), "=== all\n"].concat());
+        assert!(again.is_good(), "{again:?}");
+        assert_eq!(again.summary(), "1 passed, 1 of them at the second attempt");
+        let never = Report::parse(&[&run("FAILED", 101), &run("FAILED", 101), "=== all\n"].concat());
+        assert_eq!(never.summary(), "0 passed, 1 failed");
     }
 
     #[test]

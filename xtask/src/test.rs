@@ -4,7 +4,11 @@ use anyhow::{Result, bail};
 
 use crate::{
     command::{self, say},
-    ebpf, kernels, lint, report, run,
+    ebpf,
+    kernels::{self, Extent},
+    lint,
+    report::{self, Report},
+    run,
     suite::{self, Suite},
     tools,
     workspace::Workspace,
@@ -15,12 +19,16 @@ use crate::{
 pub(crate) struct Args {
     /// Run only the tests whose name contains one of these, and leave the lints out
     filters: Vec<String>,
-    /// Run the tests with root on every kernel there is a virtual machine for, and nothing else
+    /// Run the tests with root on other kernels, over every route, and nothing else. Without it every kernel runs each
+    /// scenario once
     #[arg(long)]
     kernels: bool,
-    /// The same on this kernel: 5.10, 6.1, 6.12, newest. Can be repeated
+    /// The same on this kernel alone: 5.10, 6.1, 6.12, newest. Can be repeated
     #[arg(long, value_name = "KERNEL", conflicts_with = "kernels")]
     kernel: Vec<String>,
+    /// With --kernels or --kernel: each scenario once, as without them
+    #[arg(long)]
+    brief: bool,
     /// More arguments for the test programs, such as --nocapture
     #[arg(last = true)]
     more: Vec<String>,
@@ -50,21 +58,27 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
 
     let suite = Suite::build(workspace)?;
     // What a test prints that passed is how it says that it was skipped.
-    let arguments: Vec<_> = [&["--show-output".to_owned()], &*args.filters, &*args.more].concat();
+    let more = [&["--show-output".to_owned()], &*args.more].concat();
     let mut reports = Vec::new();
     if here {
-        let report = report::Report::parse(&suite.run_here(&tcpclose, &arguments)?);
+        let report = Report::parse(&suite.run_here(&tcpclose, &[&*args.filters, &*more].concat())?);
         say(&format!("tests with root: {}", report.summary()));
         reports.push(("this host".to_owned(), report));
     }
     if everything || !here {
-        let plan = kernels::Plan { suite: &suite, tcpclose: &tcpclose, arguments: &arguments };
+        let plan = kernels::Plan {
+            suite: &suite,
+            tcpclose: &tcpclose,
+            extent: if here || args.brief { Extent::Brief } else { Extent::Full },
+            filters: &args.filters,
+            more: &more,
+        };
         match kernels::run(workspace, &plan, &args.kernel) {
-            Ok(more) => reports.extend(more),
+            Ok(found) => reports.extend(found),
             Err(error) => note("kernels", Err(error), &mut failed),
         }
     }
-    tell_skipped(&reports, everything, &mut failed);
+    tell_oddities(&reports, everything, &mut failed);
     failed.extend(reports.iter().filter(|(_, report)| !report.is_good()).map(|(place, _)| place.clone()));
     if !failed.is_empty() {
         bail!("failed, see above: {}", failed.join(", "));
@@ -79,9 +93,13 @@ fn note(what: &str, result: Result<()>, failed: &mut Vec<String>) {
     }
 }
 
-/// Says what was skipped, where and why. A test that ran nowhere is a failure when all places were asked.
-fn tell_skipped(reports: &[(String, report::Report)], everywhere: bool, failed: &mut Vec<String>) {
+/// Says what was skipped, where and why, and what passed in no hurry. A test that ran nowhere is a failure when all
+/// places were asked.
+fn tell_oddities(reports: &[(String, Report)], everywhere: bool, failed: &mut Vec<String>) {
     for (place, report) in reports {
+        for test in &report.repeated {
+            say(&format!("passed at the second attempt on {place}: {test}"));
+        }
         for (test, reason) in &report.skipped {
             say(&format!("skipped on {place}: {test}: {reason}"));
         }

@@ -12,11 +12,15 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use super::debian::Kernel;
-use crate::{command, suite::Suite};
+use super::{Plan, debian::Kernel};
+use crate::command;
 
 /// The commands that tests call.
 const COMMANDS: [&str; 4] = ["ip", "nft", "sh", "ss"];
+
+/// What programs are told there (`tests/src/lib.rs`, `tests/src/features.rs`).
+const VARIABLES: [(&str, &str); 4] =
+    [("PATH", "/usr/bin"), ("HOME", "/tmp"), ("TCPCLOSE_TESTS_FEWER", "20"), ("TCPCLOSE_TESTS_MACHINE", "1")];
 
 /// Modules that tests need, where the kernel does not have them built in. What they depend on comes along.
 const MODULES: [&str; 5] = ["veth", "nf_tables", "nft_reject_inet", "tcp_diag", "mptcp_diag"];
@@ -34,7 +38,8 @@ const LINKS: [(&str, &str); 5] = [
 ];
 
 /// What all machines have in common, packed.
-pub(crate) fn common(folder: &Path, suite: &Suite, tcpclose: &Path, arguments: &[String]) -> Result<Vec<u8>> {
+pub(crate) fn common(folder: &Path, plan: &Plan) -> Result<Vec<u8>> {
+    let (suite, tcpclose) = (plan.suite, plan.tcpclose);
     let root = fresh(&folder.join("root"))?;
     for place in FOLDERS {
         fs::create_dir_all(root.join(place))?;
@@ -59,14 +64,10 @@ pub(crate) fn common(folder: &Path, suite: &Suite, tcpclose: &Path, arguments: &
         copy(&library, &root)?;
     }
     fs::copy(suite.helper("init")?, root.join("init"))?;
-    let tests = suite
-        .tests()
-        .map(|(name, program)| format!("{name} {} {}\n", program.display(), arguments.join(" ")));
-    fs::write(root.join("tests"), tests.collect::<String>())?;
+    fs::write(root.join("tests"), plan.list())?;
     let variables =
         suite.variables(tcpclose).into_iter().map(|(name, value)| (name, value.display().to_string()));
-    let own = [("PATH", "/usr/bin"), ("HOME", "/tmp"), ("TCPCLOSE_TESTS_FEWER", "20")]
-        .map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let own = VARIABLES.map(|(name, value)| (name.to_owned(), value.to_owned()));
     let environment = variables.chain(own).map(|(name, value)| format!("{name}={value}\n"));
     fs::write(root.join("environment"), environment.collect::<String>())?;
     pack(&root)

@@ -2,6 +2,7 @@
 
 mod debian;
 mod image;
+mod plan;
 mod vm;
 
 use std::{
@@ -16,7 +17,8 @@ use std::{
 use anyhow::{Result, anyhow, bail};
 
 use self::debian::Kernel;
-use crate::{command::say, report::Report, suite::Suite, workspace::Workspace};
+pub(crate) use self::plan::{Extent, Plan};
+use crate::{command::say, report::Report, workspace::Workspace};
 
 /// The kernels that tests run on: what each is called here, and the suite whose newest kernel it is.
 const KERNELS: [(&str, &str); 4] =
@@ -27,14 +29,6 @@ const AT_ONCE: usize = 2;
 
 /// Lines of the console that are shown when a machine did not come to its end.
 const TAIL: usize = 40;
-
-/// What is run where.
-pub(crate) struct Plan<'a> {
-    pub(crate) suite: &'a Suite,
-    pub(crate) tcpclose: &'a Path,
-    /// Arguments for each test program.
-    pub(crate) arguments: &'a [String],
-}
 
 /// The names of kernels, for messages.
 pub(crate) fn names() -> Vec<&'static str> {
@@ -47,7 +41,7 @@ pub(crate) fn run(workspace: &Workspace, plan: &Plan, chosen: &[String]) -> Resu
         bail!("there is no kernel {unknown}; there are {}", names().join(", "));
     }
     let folder = workspace.target.join("kernels");
-    let common = image::common(&folder, plan.suite, plan.tcpclose, plan.arguments)?;
+    let common = image::common(&folder, plan)?;
     let wanted = KERNELS.iter().filter(|(name, _)| chosen.is_empty() || chosen.iter().any(|one| one == name));
     let machine = Machine { folder: &folder, common: &common };
     // All is fetched before anything is started: no machine waits for the network.

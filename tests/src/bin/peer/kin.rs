@@ -11,6 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::{
+    sched::{CloneFlags, unshare},
     sys::{prctl, signal::Signal},
     unistd::{ForkResult, fork, getppid, pipe},
 };
@@ -42,6 +43,8 @@ impl Peer {
     /// Obeys an order that has to do with children.
     pub(crate) fn obey_about_kin(&mut self, verb: &str, mut words: Words) -> Result<String> {
         match verb {
+            // From then on, children are in a pid namespace of their own.
+            "new-pids" => unshare(CloneFlags::CLONE_NEWPID)?,
             "fork" => return bear(self),
             "in" => return child_of(&mut self.children, words.next()?)?.ask(&words.rest()),
             "hand-over" => return hand_over(),
