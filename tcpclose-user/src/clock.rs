@@ -16,6 +16,9 @@ pub struct Clock {
     hz: Option<u32>,
 }
 
+/// Up to this many nanoseconds apart, two readings of the clocks are the same.
+const READ_ALIKE: i128 = 1_000_000;
+
 /// Values that `CONFIG_HZ` can have (`kernel/Kconfig.hz`, and 1024 for Alpha's sake left out).
 const RATES: [u32; 5] = [100, 250, 300, 500, 1000];
 
@@ -30,7 +33,11 @@ impl Clock {
     /// Reads the clocks again, so that a wall clock that was set, or a suspend, shifts only what comes after.
     pub fn synchronize(&mut self) {
         let boot = nanoseconds(ClockId::CLOCK_BOOTTIME);
-        self.wall_minus_boot = nanoseconds(ClockId::CLOCK_REALTIME) - boot;
+        let wall_minus_boot = nanoseconds(ClockId::CLOCK_REALTIME) - boot;
+        // The two are read one after the other, so every reading differs a little; the same moment is to be told the same.
+        if (wall_minus_boot - self.wall_minus_boot).abs() > READ_ALIKE {
+            self.wall_minus_boot = wall_minus_boot;
+        }
         self.suspended = boot - nanoseconds(ClockId::CLOCK_MONOTONIC);
     }
 

@@ -16,8 +16,8 @@
 //!
 //! Beside it, [`linger`] finds the sockets that stay where they should not, and has them told by 8 to 10.
 //!
-//! [`trace`] is the loop around it; [`losses`] counts what could not be said, and [`capture`] keeps
-//! raw records for tests.
+//! [`trace`] is the loop around it; [`losses`] counts what could not be said, [`summary`] what was,
+//! and [`capture`] keeps raw records for tests.
 
 pub mod attribute;
 pub mod capture;
@@ -42,6 +42,7 @@ pub mod reader;
 pub mod schema;
 pub mod sink;
 pub mod stacks;
+pub mod summary;
 pub mod symbolize;
 pub mod trace;
 pub mod verdict;

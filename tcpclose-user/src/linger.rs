@@ -117,6 +117,12 @@ impl Lingerers {
         due
     }
 
+    /// The addresses of all sockets of the table, for a last look at the end of the trace.
+    pub fn all(&mut self) -> Vec<u64> {
+        // As after `due()`: no address twice, and no more than the table has room for.
+        self.due(u64::MAX)
+    }
+
     /// Begins a look at sockets: says which inventory pass is to tell of their holders.
     ///
     /// # Errors

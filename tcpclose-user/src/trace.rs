@@ -34,6 +34,7 @@ use crate::{
     reader::{GATHER, Records, poll},
     sink::{Output, Written},
     stacks::Stacks,
+    summary::Summary,
 };
 
 /// How long connections of a command that has ended may take to end as well.
@@ -160,6 +161,7 @@ struct Pipeline {
     /// Events that `--count` still lets through.
     left: Option<u64>,
     events: u64,
+    summary: Summary,
 }
 
 impl Pipeline {
@@ -189,7 +191,11 @@ impl Pipeline {
             pace: Pace::default(),
             filter,
             followed: (!args.command.is_empty()).then_some(followed),
-            output: Output::stdout(args.output, args.stack != WhichStacks::None),
+            output: if args.summary {
+                Output::nowhere()
+            } else {
+                Output::stdout(args.output, args.stack != WhichStacks::None)
+            },
             capture: match &args.record {
                 Some(path) => {
                     Some(Capture::create(path).with_context(|| format!("cannot make {}", path.display()))?)
@@ -198,6 +204,7 @@ impl Pipeline {
             },
             left: args.count,
             events: 0,
+            summary: Summary::default(),
         })
     }
 
@@ -216,7 +223,6 @@ impl Pipeline {
     fn read(&mut self, records: &mut Records) -> Result<Going> {
         self.composer.clock.synchronize();
         let now = Clock::boot_now();
-        records.ask_to_be_woken()?;
         if self.drain(records)? == Going::Done {
             return Ok(Going::Done);
         }
@@ -243,7 +249,10 @@ impl Pipeline {
         self.flush()
     }
 
+    /// Reads the ring to its end.
     fn drain(&mut self, records: &mut Records) -> Result<Going> {
+        // Each time: what the inventory and the looks write takes our word back, and would be all that wakes us.
+        records.ask_to_be_woken()?;
         loop {
             let batch = records.batch();
             if batch.is_empty() {
@@ -304,7 +313,13 @@ impl Pipeline {
 
     fn tell_lingerers(&mut self, records: &mut Records) -> Result<Going> {
         self.composer.clock.synchronize();
-        for sockets in self.lingerers.due(Clock::boot_now()).chunks(linger::AT_ONCE) {
+        let due = self.lingerers.due(Clock::boot_now());
+        self.look(&due, records, false)
+    }
+
+    /// Looks at sockets in a state of the teardown, and tells of those that linger; when it `is_last`, in the summary.
+    fn look(&mut self, sockets: &[u64], records: &mut Records, is_last: bool) -> Result<Going> {
+        for sockets in sockets.chunks(linger::AT_ONCE) {
             // What was there before must not fill the ring.
             if self.drain(records)? == Going::Done {
                 return Ok(Going::Done);
@@ -324,9 +339,10 @@ impl Pipeline {
             }
             for lingerer in self.lingerers.found() {
                 let event = self.composer.lingering(&lingerer).filter(|event| self.wants(event));
-                if let Some(event) = event
-                    && self.write(event)? == Going::Done
-                {
+                let Some(event) = event else { continue };
+                if is_last {
+                    self.summary.add_lingering(&event);
+                } else if self.write(event)? == Going::Done {
                     self.flush()?;
                     return Ok(Going::Done);
                 }
@@ -347,6 +363,7 @@ impl Pipeline {
     }
 
     fn write(&mut self, event: Event) -> Result<Going> {
+        self.summary.add(&event);
         if self.output.write(event).context("cannot write to the standard output")? == Written::ReaderGone {
             return Ok(Going::Done);
         }
@@ -385,6 +402,10 @@ impl Pipeline {
         if self.left == Some(0) {
             return Ok(());
         }
+        let sockets = self.lingerers.all();
+        if self.look(&sockets, records, true)? == Going::Done {
+            return Ok(());
+        }
         while self.read(records)? == Going::On && self.correlator.is_waiting() {
             // What is held back goes with the second read.
             std::thread::sleep(GATHER / 10);
@@ -404,6 +425,7 @@ impl Pipeline {
             .into_iter()
             .map(|(place, count)| format!("{} {count}", place.to_string().replace('_', " ")))
             .collect();
+        eprint!("{}", self.summary);
         eprintln!(
             "tcpclose: {} events in {}; lost: {}",
             self.events,

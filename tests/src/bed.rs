@@ -351,6 +351,20 @@ impl Bed {
         Ok(but(line, this))
     }
 
+    /// The line that tells of a side's end that lingers, likewise.
+    pub fn lingering_line(&self, connection: &Connection, side: Side, this: Value) -> Result<Value> {
+        let line = json!({
+            "event": "lingering",
+            "connection": self.identity(connection, side),
+            "process": self.any_thread(side)?,
+            "since": known(),
+            "unread_bytes": 0,
+            "opener": self.opener(side)?,
+        });
+        let line = but(line, json!({"process": self.owner(side)?}));
+        Ok(but(but(line, json!({"process": self.any_thread(side)?})), this))
+    }
+
     /// What is expected of `process` where nobody need know which of its threads it was.
     fn any_thread(&self, side: Side) -> Result<Value> {
         Ok(json!({"tid": one_of(&[json!(null), self.owner(side)?["tid"].clone()])}))

@@ -159,6 +159,7 @@ const LINGERING: &[Field] = &[
     Field("state", Never, Name(&["CLOSE_WAIT", "FIN_WAIT1", "FIN_WAIT2", "LAST_ACK", "CLOSING"])),
     Field("since", Allowed, Time),
     Field("for_ms", Never, Number),
+    Field("for_ms_at_most", Allowed, Number),
     Field("unread_bytes", Allowed, Number),
     Field("holders", Never, Objects(HOLDER)),
     Field("opener", Allowed, Object(OPENER)),

@@ -14,6 +14,7 @@ use std::{
 use anyhow::{Result, ensure};
 
 pub mod bed;
+pub mod blind;
 pub mod contract;
 pub mod crowd;
 pub mod descriptors;

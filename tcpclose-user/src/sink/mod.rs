@@ -12,7 +12,7 @@ mod json;
 mod text;
 
 pub use json::Json;
-pub use text::{Palette, Text, human_millis};
+pub use text::{Palette, Text, escape, human_millis};
 
 /// In what form events are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -30,6 +30,19 @@ pub trait Sink {
     fn write(&mut self, event: &Event) -> io::Result<()>;
     /// Hands on all that was written.
     fn flush(&mut self) -> io::Result<()>;
+}
+
+/// Where only the summary is wanted.
+struct Nowhere;
+
+impl Sink for Nowhere {
+    fn write(&mut self, _: &Event) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Whether there is still somebody who reads.
@@ -71,6 +84,11 @@ impl Output {
             _ => Palette::COLOUR,
         };
         Self::to(format, stdout, palette, details)
+    }
+
+    /// Writes nothing.
+    pub fn nowhere() -> Self {
+        Self::new(Nowhere)
     }
 
     /// Gives the event the next number, the first being 1, and writes it.

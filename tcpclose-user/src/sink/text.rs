@@ -364,7 +364,7 @@ const HOUR: u64 = 60 * MINUTE;
 const DAY: u64 = 24 * HOUR;
 
 /// What comes from outside may hold anything, and a terminal obeys control characters.
-fn escape(text: &str) -> Cow<'_, str> {
+pub fn escape(text: &str) -> Cow<'_, str> {
     // Of what `escape_debug` escapes only the quotes can do no harm.
     let harmless = |character: char| matches!(character, '"' | '\'') || character.escape_debug().len() == 1;
     if text.chars().all(harmless) {

@@ -187,6 +187,7 @@ impl Peer {
                 return Ok(facts);
             }
             "cookie" => return Ok(format!("cookie={}", cookie(self.socket()?)?)),
+            "descriptor" => return Ok(format!("fd={}", self.socket()?.as_raw_fd())),
             "send" => self.socket()?.write_all(&vec![b'x'; words.next()?])?,
             "receive" => self.socket()?.read_exact(&mut vec![0; words.next()?])?,
             "await-data" => {

@@ -1,0 +1,311 @@
+//! Events → what is said on stderr when the trace ends: how the connections of each process ended and at which place in
+//! its code, most first, and what lingers still.
+
+use std::{
+    collections::HashMap,
+    fmt::{self, Display, Write as _},
+    hash::{Hash, Hasher},
+    net::SocketAddr,
+};
+
+use crate::{
+    event::{Cause, Close, ClosedBy, Ended, Event, Frames, LingeringKind, Role, Stack, State},
+    sink::{escape, human_millis},
+};
+
+/// How many kinds of end are counted apart. Those that come when there are more are counted together.
+const MAX_KINDS: usize = 4_096;
+
+/// How many rows of each table are shown.
+const ROWS: usize = 20;
+
+/// How many frames tell a place.
+const FRAMES: usize = 4;
+
+/// How wide a line may get.
+const COLUMNS: usize = 100;
+
+/// See the module.
+#[derive(Default)]
+pub struct Summary {
+    ends: HashMap<End, Count>,
+    lingering: HashMap<Stay, Count>,
+    /// Of which there was no more room to say more.
+    others: u64,
+}
+
+/// Ends that are counted together.
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct End {
+    process: Option<(u32, String)>,
+    closed_by: Option<ClosedBy>,
+    ended: Option<Ended>,
+    cause: Option<Cause>,
+    place: Place,
+}
+
+/// Sockets that linger, counted together.
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Stay {
+    process: Option<(u32, String)>,
+    state: State,
+    kind: LingeringKind,
+    remote: Option<String>,
+    place: Place,
+}
+
+/// Where in a program something was done, and what that was.
+#[derive(Clone, Default)]
+struct Place(Option<(&'static str, Frames)>);
+
+#[derive(Clone, Copy, Default)]
+struct Count {
+    sockets: u64,
+    /// Ends that left a TIME_WAIT behind.
+    time_wait: u64,
+    /// Milliseconds, of those that linger.
+    oldest: f64,
+}
+
+impl Summary {
+    /// Counts what the event tells.
+    pub fn add(&mut self, event: &Event) {
+        let Event::Close(close) = event else { return };
+        let process = close.process.as_ref().map(|process| (process.pid, process.comm.clone()));
+        let place = Place::of("closed at", close.stack.as_ref())
+            .or_else(|| Place::of("opened at", close.opener.as_ref()?.stack.as_ref()));
+        let end = End {
+            process,
+            closed_by: close.closed_by,
+            ended: close.ended,
+            cause: close.cause,
+            place: place.unwrap_or_default(),
+        };
+        if self.ends.len() >= MAX_KINDS && !self.ends.contains_key(&end) {
+            self.others += 1;
+            return;
+        }
+        let count = self.ends.entry(end).or_default();
+        count.sockets += 1;
+        count.time_wait += u64::from(leaves_time_wait(close));
+    }
+
+    /// Counts a socket that lingers when the trace ends.
+    pub fn add_lingering(&mut self, event: &Event) {
+        let Event::Lingering(lingering) = event else { return };
+        let opener = lingering.opener.as_ref().and_then(|opener| opener.stack.as_ref());
+        let stay = Stay {
+            process: lingering.process.as_ref().map(|process| (process.pid, process.comm.clone())),
+            state: lingering.state,
+            kind: lingering.kind,
+            // Of a client; a server's remotes are all different.
+            remote: lingering
+                .connection
+                .remote
+                .filter(|_| lingering.connection.role == Some(Role::Client))
+                .map(|remote| SocketAddr::new(remote.address, remote.port).to_string()),
+            place: Place::of("opened at", opener).unwrap_or_default(),
+        };
+        if self.lingering.len() >= MAX_KINDS && !self.lingering.contains_key(&stay) {
+            self.others += 1;
+            return;
+        }
+        let count = self.lingering.entry(stay).or_default();
+        count.sockets += 1;
+        count.oldest = count.oldest.max(lingering.for_ms.unwrap_or(0.0));
+    }
+
+    fn ends(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.ends.is_empty() {
+            return Ok(());
+        }
+        // Processes with most ends first, and of each the kinds with most ends.
+        let mut of_process = HashMap::<_, u64>::new();
+        for (end, count) in &self.ends {
+            *of_process.entry(&end.process).or_default() += count.sockets;
+        }
+        let mut rows: Vec<_> = self.ends.iter().collect();
+        rows.sort_by_key(|(end, count)| {
+            let of_process = of_process.get(&end.process).copied().unwrap_or(0);
+            (std::cmp::Reverse(of_process), end.process.clone(), std::cmp::Reverse(count.sockets))
+        });
+        writeln!(f, "How connections ended, by process and by place in its code:")?;
+        writeln!(
+            f,
+            "{:>8} {:16} {:>8} {:6} {:15} {:20} {:>9}",
+            "PID", "COMM", "ENDS", "BY", "HOW", "CAUSE", "TIME_WAIT"
+        )?;
+        for (end, count) in rows.iter().take(ROWS) {
+            let (pid, comm) = named(end.process.as_ref());
+            writeln!(
+                f,
+                "{pid:>8} {comm:16} {:>8} {:6} {:15} {:20} {:>9}",
+                count.sockets,
+                or_dash(end.closed_by),
+                or_dash(end.ended),
+                or_dash(end.cause),
+                count.time_wait
+            )?;
+            write!(f, "{}", end.place)?;
+        }
+        rest(f, rows.len())
+    }
+
+    fn lingering(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.lingering.is_empty() {
+            return Ok(());
+        }
+        let mut rows: Vec<_> = self.lingering.iter().collect();
+        rows.sort_by(|(_, one), (_, other)| {
+            other.sockets.cmp(&one.sockets).then(other.oldest.total_cmp(&one.oldest))
+        });
+        writeln!(f, "What lingers still:")?;
+        writeln!(
+            f,
+            "{:>8} {:16} {:>8} {:10} {:11} {:>8} REMOTE",
+            "PID", "COMM", "SOCKETS", "KIND", "STATE", "OLDEST"
+        )?;
+        for (stay, count) in rows.iter().take(ROWS) {
+            let (pid, comm) = named(stay.process.as_ref());
+            writeln!(
+                f,
+                "{pid:>8} {comm:16} {:>8} {:10} {:11} {:>8} {}",
+                count.sockets,
+                stay.kind.to_string(),
+                stay.state.to_string(),
+                human_millis(count.oldest),
+                or_dash(stay.remote.as_ref())
+            )?;
+            write!(f, "{}", stay.place)?;
+        }
+        rest(f, rows.len())
+    }
+}
+
+impl Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.ends(f)?;
+        self.lingering(f)?;
+        if self.others > 0 {
+            writeln!(f, "{} more, of kinds that there was no room to count apart.", self.others)?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether this end closed first, in order, and so left a `TIME_WAIT` behind: the small socket takes over from these
+/// states alone.
+fn leaves_time_wait(close: &Close) -> bool {
+    let before = close.states.iter().rev().nth(1).map(|step| step.state);
+    close.ended == Some(Ended::Fin) && matches!(before, Some(State::FinWait2 | State::Closing))
+}
+
+fn named(process: Option<&(u32, String)>) -> (String, String) {
+    match process {
+        Some((pid, comm)) => (pid.to_string(), escape(comm).into_owned()),
+        None => ("-".to_owned(), "-".to_owned()),
+    }
+}
+
+fn or_dash(value: Option<impl Display>) -> String {
+    // `to_string`, so that the widths above count.
+    value.map_or_else(|| "-".to_owned(), |value| value.to_string())
+}
+
+fn rest(f: &mut fmt::Formatter<'_>, rows: usize) -> fmt::Result {
+    if rows > ROWS { writeln!(f, "{:>8} and {} more rows", "", rows - ROWS) } else { Ok(()) }
+}
+
+impl Place {
+    fn of(what: &'static str, stack: Option<&Stack>) -> Option<Self> {
+        let stack = stack?;
+        let frames = stack.user.as_ref().or(stack.kernel.as_ref()).filter(|frames| !frames.is_empty())?;
+        Some(Self(Some((what, frames.clone()))))
+    }
+
+    /// What tells places apart, and what is shown.
+    fn frames(&self) -> impl Iterator<Item = (Option<&str>, Option<&str>, &str)> {
+        let frames = self.0.iter().flat_map(|(_, frames)| frames.iter()).take(FRAMES);
+        frames.map(|frame| (frame.symbol.as_deref(), frame.module.as_deref(), frame.address.as_str()))
+    }
+}
+
+impl PartialEq for Place {
+    fn eq(&self, other: &Self) -> bool {
+        self.frames().eq(other.frames())
+    }
+}
+
+impl Eq for Place {}
+
+impl Hash for Place {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.frames().for_each(|frame| frame.hash(state));
+    }
+}
+
+/// A line of its own: innermost function first, `<` for "called by".
+impl Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some((what, _)) = &self.0 else { return Ok(()) };
+        let mut line = format!("{:>25} {what} ", "");
+        for (number, (symbol, module, address)) in self.frames().enumerate() {
+            let file = module.map(|path| path.rsplit('/').next().unwrap_or(path));
+            if number > 0 {
+                line.push_str(" < ");
+            }
+            write!(line, "{}", escape(symbol.or(file).unwrap_or(address)))?;
+        }
+        writeln!(f, "{}", line.chars().take(COLUMNS).collect::<String>())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{event::Lingering, sink::examples};
+
+    #[test]
+    fn counts_what_is_alike_together() {
+        let mut summary = Summary::default();
+        for event in examples::all().iter().chain(&examples::all()) {
+            summary.add(event);
+        }
+        let closes = examples::all().iter().filter(|event| matches!(event, Event::Close(_))).count();
+        let counted: u64 = summary.ends.values().map(|count| count.sockets).sum();
+        assert_eq!(counted, 2 * closes as u64);
+        assert!(summary.ends.len() <= closes, "{}", summary.ends.len());
+        let text = summary.to_string();
+        assert!(text.lines().all(|line| line.chars().count() <= COLUMNS), "{text}");
+    }
+
+    #[test]
+    fn what_lingers_is_told_with_its_oldest() {
+        let Event::Lingering(lingering) = examples::lingering() else { unreachable!() };
+        let older = Box::new(Lingering { for_ms: Some(60_000.0), ..*lingering.clone() });
+        let mut summary = Summary::default();
+        summary.add_lingering(&Event::Lingering(lingering));
+        summary.add_lingering(&Event::Lingering(older));
+        let text = summary.to_string();
+        assert!(text.contains("leaked") && text.contains("CLOSE_WAIT") && text.contains("1m"), "{text}");
+        assert_eq!(summary.lingering.values().map(|count| count.sockets).collect::<Vec<_>>(), [2]);
+    }
+
+    #[test]
+    fn kinds_without_number_are_counted_together() {
+        let mut summary = Summary::default();
+        let closes = || {
+            examples::all().into_iter().find_map(|event| match event {
+                Event::Close(close) if close.process.is_some() => Some(close),
+                _ => None,
+            })
+        };
+        for pid in (0_u32..).take(MAX_KINDS + 3) {
+            let mut close = closes().expect("one has");
+            close.process.as_mut().expect("it has").pid = pid;
+            summary.add(&Event::Close(close));
+        }
+        assert_eq!((summary.ends.len(), summary.others), (MAX_KINDS, 3));
+        assert!(summary.to_string().contains("3 more"));
+    }
+}

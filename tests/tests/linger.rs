@@ -1,0 +1,261 @@
+//! Sockets that stay in a state of the teardown: what they wait for, who has them open, since when.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use tcpclose_tests::{
+    bed::{Bed, Connection, Route, Side},
+    expect::{but, differences, known, one_of},
+    scenario::{Trace, routes},
+    scenarios, until,
+};
+
+/// An age that no socket reaches before a test is done with it, but all that stay do soon.
+const SOON: [&str; 2] = ["--linger", "300ms"];
+
+type Scenario = fn(&mut Bed) -> Result<Value>;
+
+/// Has a socket linger and the line come that says so.
+fn run(route: Route, scenario: Scenario) -> Result<()> {
+    let mut bed = Bed::new(route)?;
+    let trace = Trace::start(&bed, &SOON)?;
+    let expected = scenario(&mut bed)?;
+    let is_expected = |line: &Value| differences(line, &expected).is_empty();
+    let line = trace.tool.wait_for(&format!("like {expected}"), is_expected)?;
+    ensure!(line["for_ms"] == line["for_ms_at_most"], "its age is known: {line}");
+    ensure!(line["for_ms"].as_f64() >= Some(300.0), "it is told too early: {line}");
+    trace.finish(&bed, |_| true)?;
+    Ok(())
+}
+
+scenarios! {
+    run on [loopback_ipv4 veth_ipv6]:
+    server_forgets_to_close
+    server_never_reads
+    server_never_accepts
+    client_forgets_to_close
+    client_shuts_down_and_server_goes_on
+    child_has_it_too
+}
+
+scenarios! {
+    run on [veth_ipv4 veth_ipv6]:
+    nobody_answers_the_fin
+    nobody_answers_the_last_fin
+}
+
+/// Who has a side's socket open: the process itself.
+fn holder(bed: &mut Bed, side: Side) -> Result<Value> {
+    let fd: u32 = bed.peer(side).ask("descriptor")?.get("fd")?;
+    let owner = bed.owner(side)?;
+    Ok(json!({"pid": owner["pid"], "comm": owner["comm"], "fd": fd}))
+}
+
+fn server_forgets_to_close(bed: &mut Bed) -> Result<Value> {
+    let connection = bed.established()?;
+    bed.peer(Side::Client).ask("close")?;
+    bed.peer(Side::Server).ask("receive-end")?;
+    let holder = holder(bed, Side::Server)?;
+    bed.lingering_line(
+        &connection,
+        Side::Server,
+        json!({"state": "CLOSE_WAIT", "kind": "leaked", "holders": [holder]}),
+    )
+}
+
+fn server_never_reads(bed: &mut Bed) -> Result<Value> {
+    let mut connection = bed.idle()?;
+    bed.send(&mut connection, Side::Client, 100)?;
+    bed.peer(Side::Client).ask("close")?;
+    let holder = holder(bed, Side::Server)?;
+    let this = json!({"state": "CLOSE_WAIT", "kind": "unread", "unread_bytes": 100, "holders": [holder]});
+    bed.lingering_line(&connection, Side::Server, this)
+}
+
+fn server_never_accepts(bed: &mut Bed) -> Result<Value> {
+    let mut connection = bed.connect()?;
+    bed.send(&mut connection, Side::Client, 7)?;
+    bed.peer(Side::Client).ask("close")?;
+    let this = json!({
+        "state": "CLOSE_WAIT",
+        "kind": "unaccepted",
+        "unread_bytes": 7,
+        "holders": [],
+        "process": {"attribution": "listener"},
+        "opener": null,
+    });
+    bed.lingering_line(&connection, Side::Server, this)
+}
+
+/// As an HTTP client that keeps a connection for later, or has lost it.
+fn client_forgets_to_close(bed: &mut Bed) -> Result<Value> {
+    let connection = bed.established()?;
+    bed.peer(Side::Server).ask("close")?;
+    bed.peer(Side::Client).ask("receive-end")?;
+    let holder = holder(bed, Side::Client)?;
+    let this = json!({
+        "state": "CLOSE_WAIT",
+        "kind": "leaked",
+        "holders": [holder],
+        "process": {"attribution": "connect"},
+    });
+    bed.lingering_line(&connection, Side::Client, this)
+}
+
+fn client_shuts_down_and_server_goes_on(bed: &mut Bed) -> Result<Value> {
+    let connection = bed.established()?;
+    bed.peer(Side::Client).ask("shutdown-write")?;
+    let holder = holder(bed, Side::Client)?;
+    let this = json!({
+        "state": "FIN_WAIT2",
+        "kind": "half_closed",
+        "holders": [holder],
+        "process": {"attribution": "syscall"},
+    });
+    bed.lingering_line(&connection, Side::Client, this)
+}
+
+fn child_has_it_too(bed: &mut Bed) -> Result<Value> {
+    let connection = bed.established()?;
+    let child = bed.peer(Side::Server).fork()?;
+    bed.peer(Side::Client).ask("close")?;
+    let parent = holder(bed, Side::Server)?;
+    let heir = but(parent.clone(), json!({ "pid": child }));
+    let owner = bed.owner(Side::Server)?;
+    let this = json!({
+        "state": "CLOSE_WAIT",
+        "kind": "unread",
+        "holders": one_of(&[json!([parent, heir]), json!([heir, parent])]),
+        "process": {"pid": one_of(&[owner["pid"].clone(), json!(child)]), "tid": known()},
+    });
+    bed.lingering_line(&connection, Side::Server, this)
+}
+
+/// Nobody has it open any more: the kernel alone waits.
+fn orphan(bed: &Bed, connection: &Connection, state: &str) -> Result<Value> {
+    let this = json!({
+        "state": state,
+        "kind": "unacked",
+        "holders": [],
+        "process": {"attribution": "syscall"},
+        "connection": {"retransmits": known()},
+    });
+    bed.lingering_line(connection, Side::Client, this)
+}
+
+fn nobody_answers_the_fin(bed: &mut Bed) -> Result<Value> {
+    let connection = bed.established()?;
+    bed.lose(bed.route().address(Side::Server))?;
+    bed.peer(Side::Client).ask("close")?;
+    orphan(bed, &connection, "FIN_WAIT1")
+}
+
+fn nobody_answers_the_last_fin(bed: &mut Bed) -> Result<Value> {
+    let connection = bed.established()?;
+    bed.peer(Side::Server).ask("shutdown-write")?;
+    bed.peer(Side::Client).ask("receive-end")?;
+    bed.lose(bed.route().address(Side::Server))?;
+    bed.peer(Side::Client).ask("close")?;
+    orphan(bed, &connection, "LAST_ACK")
+}
+
+/// A line about the server's end.
+fn of_server(connection: &Connection) -> impl Fn(&Value) -> bool {
+    let port = connection.address(Side::Client).port();
+    move |line| line["event"] == "lingering" && line["connection"]["remote"]["port"] == port
+}
+
+/// Told again when it is twice as old, and no more when it is closed; the close says how long it was.
+#[test]
+fn is_told_again_at_twice_the_age() -> Result<()> {
+    let mut bed = Bed::new(routes::loopback_ipv4())?;
+    let trace = Trace::start(&bed, &SOON)?;
+    let connection = bed.established()?;
+    bed.peer(Side::Client).ask("close")?;
+    let is_it = of_server(&connection);
+    let ages = |lines: &[Value]| -> Vec<f64> {
+        lines.iter().filter(|line| is_it(line)).filter_map(|line| line["for_ms"].as_f64()).collect()
+    };
+    ensure!(trace.tool.wait_until(|lines| ages(lines).len() >= 3), "it is not told three times");
+    bed.peer(Side::Server).ask("receive-end")?;
+    bed.peer(Side::Server).ask("close")?;
+    let is_close = |line: &Value| line["event"] == "close" && line["connection"]["role"] == "server";
+    let close = trace.tool.wait_for("the server's close", is_close)?;
+    let ended = trace.finish(&bed, |_| true)?;
+    let ages = ages(&ended.lines);
+    ensure!(ages.windows(2).all(|pair| pair[1] >= 2.0 * pair[0]), "ages {ages:?}");
+    let waited = close["close_wait_ms"].as_f64().context("close_wait_ms is null")?;
+    ensure!(ages.iter().all(|age| *age <= waited), "{ages:?}, and in the end {waited}");
+    Ok(())
+}
+
+/// What was there before: the age has bounds, or at least a lower one, and nobody knows the opener.
+#[test]
+fn is_found_though_older_than_the_trace() -> Result<()> {
+    let mut bed = Bed::new(routes::veth_ipv4())?;
+    let connection = bed.established()?;
+    bed.peer(Side::Client).ask("close")?;
+    bed.peer(Side::Server).ask("receive-end")?;
+    let closed = Instant::now();
+    until("the socket is older than the limit", || {
+        Ok((closed.elapsed() > Duration::from_millis(400)).then_some(()))
+    })?;
+    let trace = Trace::start(&bed, &SOON)?;
+    let holder = holder(&mut bed, Side::Server)?;
+    let this = json!({
+        "state": "CLOSE_WAIT",
+        "kind": "leaked",
+        "since": null,
+        "holders": [holder],
+        "process": {"attribution": "procfs"},
+        "opener": null,
+        "connection": {"opened": null},
+    });
+    let expected = bed.lingering_line(&connection, Side::Server, this)?;
+    let line =
+        trace.tool.wait_for(&format!("like {expected}"), |line| differences(line, &expected).is_empty())?;
+    let (at_least, at_most) = (line["for_ms"].as_f64(), line["for_ms_at_most"].as_f64());
+    // The truth lies between what the test has waited and what it can have waited at most.
+    let most = closed.elapsed().as_secs_f64() * 1000.0 + 100.0;
+    ensure!(at_least <= Some(most), "{at_least:?} of {most} ms at most: {line}");
+    ensure!(at_most.is_none_or(|at_most| at_most >= 400.0), "{at_most:?} of 400 ms at least: {line}");
+    trace.finish(&bed, |_| true)?;
+    Ok(())
+}
+
+#[test]
+fn what_lingers_at_the_end_is_in_the_summary() -> Result<()> {
+    let mut bed = Bed::new(routes::loopback_ipv4())?;
+    let trace = Trace::start(&bed, &["--linger", "100ms", "--summary"])?;
+    let connection = bed.established()?;
+    bed.peer(Side::Client).ask("close")?;
+    bed.peer(Side::Server).ask("receive-end")?;
+    let closed = Instant::now();
+    until("the socket is older than the limit", || {
+        Ok((closed.elapsed() > Duration::from_millis(200)).then_some(()))
+    })?;
+    let ended = trace.tool.stop()?;
+    ensure!(ended.lines.is_empty(), "lines were written\n{ended}");
+    let pid = bed.peer(Side::Server).pid().to_string();
+    let is_told = |line: &str| {
+        let words: Vec<_> = line.split_whitespace().collect();
+        words.contains(&pid.as_str()) && words.contains(&"leaked") && words.contains(&"CLOSE_WAIT")
+    };
+    ensure!(ended.stderr.lines().any(is_told), "{connection:?} is not in the summary\n{ended}");
+    Ok(())
+}
+
+#[test]
+fn off_is_off() -> Result<()> {
+    let mut bed = Bed::new(routes::loopback_ipv4())?;
+    let watched = Trace::start(&bed, &SOON)?;
+    let unwatched = Trace::start(&bed, &["--linger", "off"])?;
+    let connection = bed.established()?;
+    bed.peer(Side::Client).ask("close")?;
+    watched.tool.wait_for("about the server's end", of_server(&connection))?;
+    let ended = unwatched.tool.stop()?;
+    ensure!(!ended.lines.iter().any(of_server(&connection)), "it is told\n{ended}");
+    watched.tool.stop()?;
+    Ok(())
+}
