@@ -16,12 +16,31 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tcpclose_tests::{
+    blind::excused,
     expect::{at_least, differences, shortened},
     netns::Namespace,
     program::Program,
     sockets::{self, LISTEN, Socket},
     tool::Tool,
 };
+
+macro_rules! cases {
+    ($($file:ident::$case:ident)*) => {$(
+        #[test]
+        fn $case() -> Result<()> {
+            excused($file::$case)
+        }
+    )*};
+}
+
+cases! {
+    proxy::backend_closes_what_nginx_is_about_to_use
+    proxy::client_gives_up
+    idle_client::redis_closes_what_its_client_has_forgotten
+    worker::leaking_worker_was_told_of_the_end
+    worker::blocked_worker_has_not_read
+    pool::pool_runs_dry_and_the_method_is_named
+}
 
 /// The kernel notes when data last went in ticks, the longest of which last so long.
 const TICK: Duration = Duration::from_millis(10);

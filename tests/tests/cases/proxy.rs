@@ -18,7 +18,7 @@ use tcpclose_tests::{
     netns::Namespace,
     program::Program,
     scratch::Scratch,
-    sockets::{self, CLOSE_WAIT, ESTABLISHED, Socket},
+    sockets::{self, ESTABLISHED, Socket},
     tool::{Launch, Tool},
     until,
 };
@@ -60,10 +60,10 @@ impl Site {
         Ok(Client(BufReader::new(stream)))
     }
 
-    /// Whether nginx has a connection to the backend in a state.
-    fn upstream_is(&self, state: u8) -> Result<bool> {
-        let is_it = |socket: &Socket| socket.remote.port() == BACK && socket.state == state;
-        Ok(sockets::list(&self.namespace)?.iter().any(is_it))
+    /// The connection that nginx has to the backend, unless that has closed it.
+    fn upstream(&self) -> Result<Option<Socket>> {
+        let is_it = |socket: &Socket| socket.remote.port() == BACK && socket.state == ESTABLISHED;
+        Ok(sockets::list(&self.namespace)?.into_iter().find(is_it))
     }
 
     /// Has nginx notice nothing until it is told to go on.
@@ -101,19 +101,18 @@ impl Client {
 }
 
 /// The backend closes an idle connection while a request for it is under way. nginx, busy for a moment, sees
-/// the request first, and hands it to a connection that is over.
-#[test]
-fn backend_closes_what_nginx_is_about_to_use() -> Result<()> {
+/// the client's request first, and sends it over a connection that is over.
+pub(crate) fn backend_closes_what_nginx_is_about_to_use() -> Result<()> {
     let site = Site::open()?;
     let mut client = site.client()?;
-    until("a request waits in nginx before the backend has closed", || {
+    let upstream = until("a request waits in nginx before the backend has closed", || {
         client.send("POST /")?;
         ensure!(client.status()? == 204, "the backend does not answer");
         ensure!(site.nginx.line()? == "204 POST / HTTP/1.1");
         site.pause()?;
         client.send("POST /")?;
-        if site.upstream_is(ESTABLISHED)? {
-            return Ok(Some(()));
+        if let Some(upstream) = site.upstream()? {
+            return Ok(Some(upstream));
         }
         // This machine was slow. nginx finds the connection closed, and takes a new one.
         site.go_on()?;
@@ -121,36 +120,12 @@ fn backend_closes_what_nginx_is_about_to_use() -> Result<()> {
         ensure!(site.nginx.line()? == "204 POST / HTTP/1.1");
         Ok(None)
     })?;
-    until("the backend has closed", || Ok(site.upstream_is(CLOSE_WAIT)?.then_some(())))?;
-    site.go_on()?;
-
-    ensure!(client.status()? == 502);
-    ensure!(site.nginx.line()? == "502 POST / HTTP/1.1");
-    let log = fs::read_to_string(site.folder.path().join("error.log"))?;
-    ensure!(log.contains("upstream prematurely closed connection"), "nginx says: {log}");
-
-    let nginx = process(&site.nginx, "nginx");
-    let lost = told(
-        &site.tool,
-        &json!({"event": "close", "connection": at("remote", BACK), "cause": "peer_reset"}),
-        &json!({
-            "connection": {"role": "client"},
-            "process": nginx,
-            "closed_by": "peer",
-            "ended": "reset_received",
-            "idle_ms": idle_for(KEPT)?,
-            "last_data": one_of(&[json!(null), json!("received")]),
-            "close_wait_ms": known(),
-            "states": path(&["ESTABLISHED", "CLOSE_WAIT", "CLOSE"]),
-            "opener": {"process": nginx, "stack": user_stack("__libc_connect")},
-        }),
-    )?;
-    let port = lost["connection"]["local"]["port"].clone();
+    let port = upstream.local.port();
     told(
         &site.tool,
-        &json!({"event": "close", "connection": {"remote": {"port": port}}}),
+        &json!({"event": "close", "connection": {"local": {"port": BACK}, "remote": {"port": port}}}),
         &json!({
-            "connection": {"role": "server", "local": {"port": BACK}},
+            "connection": {"role": "server"},
             "process": process(&site.backend, "python3"),
             "closed_by": "local",
             "ended": "fin",
@@ -159,19 +134,42 @@ fn backend_closes_what_nginx_is_about_to_use() -> Result<()> {
             "cause": null,
         }),
     )?;
-    // The request that came too late.
+    site.go_on()?;
+
+    ensure!(client.status()? == 502);
+    ensure!(site.nginx.line()? == "502 POST / HTTP/1.1");
+    let log = fs::read_to_string(site.folder.path().join("error.log"))?;
+    ensure!(log.contains("upstream prematurely closed connection"), "nginx says: {log}");
+
+    let nginx = process(&site.nginx, "nginx");
     told(
         &site.tool,
-        &json!({"event": "reset", "direction": "sent", "connection": at("local", BACK)}),
-        &json!({"cause": "timewait", "connection": {"remote": {"port": port}}, "process": null}),
+        &json!({"event": "close", "connection": {"local": {"port": port}, "remote": {"port": BACK}}}),
+        &json!({
+            "connection": {"role": "client"},
+            "process": nginx,
+            "closed_by": "peer",
+            "ended": "reset_received",
+            "cause": "peer_reset",
+            "idle_ms": idle_for(KEPT)?,
+            "last_data": one_of(&[json!(null), json!("received")]),
+            "close_wait_ms": known(),
+            "states": path(&["ESTABLISHED", "CLOSE_WAIT", "CLOSE"]),
+            "opener": {"process": nginx, "stack": user_stack("__libc_connect")},
+        }),
+    )?;
+    // What the request found that came too late.
+    told(
+        &site.tool,
+        &json!({"event": "reset", "direction": "sent", "connection": {"remote": {"port": port}}}),
+        &json!({"cause": "timewait", "connection": {"local": {"port": BACK}}, "process": null}),
     )?;
     site.tool.stop()?;
     Ok(())
 }
 
 /// The client closes before the backend has answered.
-#[test]
-fn client_gives_up() -> Result<()> {
+pub(crate) fn client_gives_up() -> Result<()> {
     let site = Site::open()?;
     let mut client = site.client()?;
     client.send("GET /slow")?;

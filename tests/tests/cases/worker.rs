@@ -16,13 +16,11 @@ use super::{at, process, python, start_script, told};
 
 const PORT: u16 = 8000;
 
-#[test]
-fn leaking_worker_was_told_of_the_end() -> Result<()> {
+pub(crate) fn leaking_worker_was_told_of_the_end() -> Result<()> {
     lingers("leaks", &json!({"kind": "leaked", "unread_bytes": 0}), 0)
 }
 
-#[test]
-fn blocked_worker_has_not_read() -> Result<()> {
+pub(crate) fn blocked_worker_has_not_read() -> Result<()> {
     // The end counts as a byte in the kernel's list.
     lingers("blocks", &json!({"kind": "unread", "unread_bytes": 100}), 101)
 }
