@@ -73,8 +73,10 @@ pub fn missed(connection: &mut Connection, now: u64) {
     connection.last_state = 0;
     connection.inode = 0;
     connection.told = 1;
-    count!(ends_missed);
-    emit::connection(connection, tag::CLOSE);
+    if filter::wants(connection) {
+        count!(ends_missed);
+        emit::connection(connection, tag::CLOSE);
+    }
 }
 
 /// Notes that the socket came into a state of the teardown, in which it may linger.

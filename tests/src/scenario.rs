@@ -92,6 +92,16 @@ impl Trace {
                     && line["connection"]["netns"] == namespace.inode()
             });
             let said = i64::try_from(said.count())?;
+            let again = after.since(before, "TcpRetransSegs")?;
+            let told = ended
+                .lines
+                .iter()
+                .filter(|line| line["event"] == "close" && line["connection"]["netns"] == namespace.inode());
+            let told: i64 = told.filter_map(|line| line["connection"]["retransmits"].as_i64()).sum();
+            ensure!(
+                told <= again,
+                "the kernel sent {again} segments again, the tool told of {told}\n{ended}"
+            );
             let unseen = i64::try_from(unseen)?;
             ensure!(
                 (counted - unseen..=counted).contains(&said),
