@@ -30,6 +30,8 @@ pub enum Command {
         #[arg(value_name = "CAUSE", hide_possible_values = true)]
         cause: Option<Cause>,
     },
+    /// List the sockets that are in a teardown state now, who holds them and since when, and the count of every state
+    List(Box<ListArgs>),
     /// Print the JSON Schema of the output
     Schema,
 }
@@ -86,10 +88,39 @@ pub struct TraceArgs {
     pub command: Vec<std::ffi::OsString>,
 }
 
+/// Options of `list`.
+#[derive(Args, Clone, Debug, Default)]
+pub struct ListArgs {
+    /// How to write: tables for a person, or a `lingering` line for each socket
+    #[arg(short, long, value_name = "FORMAT", default_value = "text")]
+    pub output: Format,
+    /// Leave out what has surely been in its state for less than this
+    #[arg(long, value_name = "TIME", default_value = "0s", value_parser = humantime::parse_duration)]
+    pub linger: Duration,
+    /// Only sockets that match
+    #[command(flatten)]
+    pub filter: SocketArgs,
+}
+
 /// Which events to tell. Values of one option are alternatives; different options must all match.
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Filters (repeatable; a list with commas will do)")]
 pub struct FilterArgs {
+    /// Of these sockets
+    #[command(flatten)]
+    pub socket: SocketArgs,
+    /// Kind of event
+    #[arg(long, value_name = "EVENT", value_delimiter = ',')]
+    pub event: Vec<EventKind>,
+    /// Cause
+    #[arg(long, value_name = "CAUSE", value_delimiter = ',', hide_possible_values = true)]
+    pub cause: Vec<Cause>,
+}
+
+/// Which sockets to tell of, likewise.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Filters (repeatable; a list with commas will do)")]
+pub struct SocketArgs {
     /// Process that owns the socket
     #[arg(long, value_name = "PID", value_delimiter = ',')]
     pub pid: Vec<u32>,
@@ -114,12 +145,6 @@ pub struct FilterArgs {
     /// Container id, or its beginning
     #[arg(long, value_name = "ID", value_delimiter = ',')]
     pub container: Vec<String>,
-    /// Kind of event
-    #[arg(long, value_name = "EVENT", value_delimiter = ',')]
-    pub event: Vec<EventKind>,
-    /// Cause
-    #[arg(long, value_name = "CAUSE", value_delimiter = ',', hide_possible_values = true)]
-    pub cause: Vec<Cause>,
 }
 
 /// Kinds of event that can be filtered; losses are always told.
@@ -186,8 +211,8 @@ mod tests {
         let said = Cli::parse_from(["tcpclose", "trace", "--port", "80,443"]);
         let unsaid = Cli::parse_from(["tcpclose", "--port", "80", "--port", "443"]);
         let Some(Command::Trace(args)) = said.command else { panic!("{said:?}") };
-        assert_eq!(args.filter.port, [80, 443]);
-        assert_eq!(unsaid.trace.filter.port, [80, 443]);
+        assert_eq!(args.filter.socket.port, [80, 443]);
+        assert_eq!(unsaid.trace.filter.socket.port, [80, 443]);
     }
 
     #[test]

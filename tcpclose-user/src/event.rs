@@ -160,7 +160,7 @@ pub struct Holder {
 }
 
 /// What a lingering socket waits for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LingeringKind {
     /// The application was told of the end of file and did not close.
@@ -297,7 +297,7 @@ pub enum Family {
 }
 
 /// One end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, JsonSchema)]
 pub struct Endpoint {
     /// IPv4 or IPv6 address.
     pub address: IpAddr,
@@ -478,7 +478,7 @@ pub enum Direction {
 }
 
 /// A TCP state, under the name that `ss -o` and `netstat` users know from the kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, JsonSchema)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 #[expect(missing_docs, reason = "the names are TCP's own")]
 pub enum State {

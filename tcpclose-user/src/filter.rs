@@ -7,13 +7,19 @@ use ipnet::IpNet;
 use tcpclose_common::params::{MAX_FILTER_VALUES, Params, Range};
 
 use crate::{
-    cli::{EventKind, FilterArgs},
+    cli::{EventKind, FilterArgs, SocketArgs},
     event::{Cause, Connection, Endpoint, Event, Process},
 };
 
 /// See the module.
 #[derive(Clone, Debug, Default)]
 pub struct Filter(FilterArgs);
+
+impl From<SocketArgs> for Filter {
+    fn from(socket: SocketArgs) -> Self {
+        Self(FilterArgs { socket, ..FilterArgs::default() })
+    }
+}
 
 impl Filter {
     /// Of what was typed.
@@ -23,18 +29,18 @@ impl Filter {
 
     /// Processes to follow from the start.
     pub fn pids(&self) -> &[u32] {
-        &self.0.pid
+        &self.0.socket.pid
     }
 
     /// Writes to `params` what the kernel half is to decide. A filter with more values than it has room for is left to
     /// [`Self::wants`].
     pub fn to_kernel(&self, params: &mut Params) {
-        params.by_process = u32::from(!self.0.pid.is_empty());
-        params.port_count = fill(&mut params.ports, &self.0.port);
-        params.local_port_count = fill(&mut params.local_ports, &self.0.local_port);
-        params.remote_port_count = fill(&mut params.remote_ports, &self.0.remote_port);
-        params.netns_count = fill(&mut params.netns, &self.0.netns);
-        let ranges: Vec<_> = self.0.address.iter().map(range).collect();
+        params.by_process = u32::from(!self.0.socket.pid.is_empty());
+        params.port_count = fill(&mut params.ports, &self.0.socket.port);
+        params.local_port_count = fill(&mut params.local_ports, &self.0.socket.local_port);
+        params.remote_port_count = fill(&mut params.remote_ports, &self.0.socket.remote_port);
+        params.netns_count = fill(&mut params.netns, &self.0.socket.netns);
+        let ranges: Vec<_> = self.0.socket.address.iter().map(range).collect();
         params.range_count = fill(&mut params.ranges, &ranges);
     }
 
@@ -59,28 +65,46 @@ impl Filter {
     }
 
     fn wants_connection(&self, connection: &Connection) -> bool {
-        let (local, remote) = (connection.local, connection.remote);
+        self.wants_netns(connection.netns) && self.wants_ends(connection.local, connection.remote)
+    }
+
+    /// Whether to tell of sockets in this network namespace.
+    pub fn wants_netns(&self, netns: Option<u32>) -> bool {
+        let wanted = &self.0.socket.netns;
+        wanted.is_empty() || netns.is_some_and(|netns| wanted.contains(&netns))
+    }
+
+    /// Whether to tell of a socket with these ends.
+    pub fn wants_ends(&self, local: Option<Endpoint>, remote: Option<Endpoint>) -> bool {
+        let socket = &self.0.socket;
         let has = |wanted: &[u16], ends: &[Option<Endpoint>]| {
             wanted.is_empty() || ends.iter().flatten().any(|end| wanted.contains(&end.port))
         };
-        has(&self.0.port, &[local, remote])
-            && has(&self.0.local_port, &[local])
-            && has(&self.0.remote_port, &[remote])
-            && (self.0.netns.is_empty()
-                || connection.netns.is_some_and(|netns| self.0.netns.contains(&netns)))
-            && (self.0.address.is_empty()
+        has(&socket.port, &[local, remote])
+            && has(&socket.local_port, &[local])
+            && has(&socket.remote_port, &[remote])
+            && (socket.address.is_empty()
                 || [local, remote]
                     .iter()
                     .flatten()
-                    .any(|end| self.0.address.iter().any(|range| range.contains(&end.address))))
+                    .any(|end| socket.address.iter().any(|range| range.contains(&end.address))))
     }
 
-    fn wants_process(&self, process: Option<&Process>) -> bool {
-        (self.0.pid.is_empty() || process.is_some_and(|process| self.0.pid.contains(&process.pid)))
-            && (self.0.comm.is_empty() || process.is_some_and(|process| self.0.comm.contains(&process.comm)))
-            && (self.0.container.is_empty()
+    /// Whether anything depends on whose a socket is.
+    pub fn is_about_processes(&self) -> bool {
+        let SocketArgs { pid, comm, container, .. } = &self.0.socket;
+        !(pid.is_empty() && comm.is_empty() && container.is_empty())
+    }
+
+    /// Whether to tell of sockets of this process, or, with `None`, of those that have none.
+    pub fn wants_process(&self, process: Option<&Process>) -> bool {
+        (self.0.socket.pid.is_empty()
+            || process.is_some_and(|process| self.0.socket.pid.contains(&process.pid)))
+            && (self.0.socket.comm.is_empty()
+                || process.is_some_and(|process| self.0.socket.comm.contains(&process.comm)))
+            && (self.0.socket.container.is_empty()
                 || process.and_then(|process| process.container.as_ref()).is_some_and(|container| {
-                    self.0.container.iter().any(|wanted| container.starts_with(wanted.as_str()))
+                    self.0.socket.container.iter().any(|wanted| container.starts_with(wanted.as_str()))
                 }))
     }
 }
@@ -114,18 +138,18 @@ mod tests {
     use super::*;
     use crate::sink::examples;
 
-    fn kernel(args: FilterArgs) -> Params {
+    fn kernel(args: SocketArgs) -> Params {
         let mut params = Params::NONE;
-        Filter::new(args).to_kernel(&mut params);
+        Filter::from(args).to_kernel(&mut params);
         params
     }
 
     #[test]
     fn what_the_kernel_decides() {
-        let params = kernel(FilterArgs { port: vec![80, 443], pid: vec![1], ..FilterArgs::default() });
+        let params = kernel(SocketArgs { port: vec![80, 443], pid: vec![1], ..SocketArgs::default() });
         assert_eq!((params.port_count, params.ports[0], params.ports[1], params.by_process), (2, 80, 443, 1));
         let ports: Vec<_> = (1..=9).collect();
-        assert_eq!(kernel(FilterArgs { port: ports, ..FilterArgs::default() }).port_count, 0, "too many");
+        assert_eq!(kernel(SocketArgs { port: ports, ..SocketArgs::default() }).port_count, 0, "too many");
     }
 
     #[test]
@@ -146,27 +170,32 @@ mod tests {
         let process = close.process.clone().unwrap();
         let (local, remote) = (close.connection.local.unwrap(), close.connection.remote.unwrap());
         let none = FilterArgs::default;
+        let sockets = |socket| FilterArgs { socket, ..none() };
+        let any = SocketArgs::default;
         let cases: [(FilterArgs, FilterArgs); 8] = [
             (
-                FilterArgs { pid: vec![process.pid], ..none() },
-                FilterArgs { pid: vec![process.pid + 1], ..none() },
+                sockets(SocketArgs { pid: vec![process.pid], ..any() }),
+                sockets(SocketArgs { pid: vec![process.pid + 1], ..any() }),
             ),
             (
-                FilterArgs { comm: vec![process.comm], ..none() },
-                FilterArgs { comm: vec!["x".into()], ..none() },
-            ),
-            (FilterArgs { port: vec![remote.port], ..none() }, FilterArgs { port: vec![1], ..none() }),
-            (
-                FilterArgs { local_port: vec![local.port], ..none() },
-                FilterArgs { local_port: vec![remote.port], ..none() },
+                sockets(SocketArgs { comm: vec![process.comm], ..any() }),
+                sockets(SocketArgs { comm: vec!["x".into()], ..any() }),
             ),
             (
-                FilterArgs { remote_port: vec![remote.port], ..none() },
-                FilterArgs { remote_port: vec![local.port], ..none() },
+                sockets(SocketArgs { port: vec![remote.port], ..any() }),
+                sockets(SocketArgs { port: vec![1], ..any() }),
             ),
             (
-                FilterArgs { address: vec![remote.address.into()], ..none() },
-                FilterArgs { address: vec!["198.18.0.0/15".parse().unwrap()], ..none() },
+                sockets(SocketArgs { local_port: vec![local.port], ..any() }),
+                sockets(SocketArgs { local_port: vec![remote.port], ..any() }),
+            ),
+            (
+                sockets(SocketArgs { remote_port: vec![remote.port], ..any() }),
+                sockets(SocketArgs { remote_port: vec![local.port], ..any() }),
+            ),
+            (
+                sockets(SocketArgs { address: vec![remote.address.into()], ..any() }),
+                sockets(SocketArgs { address: vec!["198.18.0.0/15".parse().unwrap()], ..any() }),
             ),
             (
                 FilterArgs { event: vec![EventKind::Close], ..none() },
@@ -178,5 +207,15 @@ mod tests {
             assert!(Filter::new(lets_through.clone()).wants(&event), "{lets_through:?}");
             assert!(!Filter::new(keeps_out.clone()).wants(&event), "{keeps_out:?}");
         }
+    }
+
+    #[test]
+    fn lingering_sockets_are_filtered_too() {
+        let event = examples::lingering();
+        let Event::Lingering(lingering) = &event else { panic!("a lingering socket") };
+        let pid = lingering.process.as_ref().unwrap().pid;
+        let of = |pid| Filter::from(SocketArgs { pid: vec![pid], ..SocketArgs::default() });
+        assert!(of(pid).wants(&event));
+        assert!(!of(pid + 1).wants(&event));
     }
 }

@@ -14,7 +14,8 @@
 //! 9. [`filter`] keeps out what was not asked for;
 //! 10. [`sink`] writes text or JSON.
 //!
-//! Beside it, [`linger`] finds the sockets that stay where they should not, and has them told by 8 to 10.
+//! Beside it, [`linger`] finds the sockets that stay where they should not, and has them told by 8 to 10. [`list`] goes
+//! another way and shorter: [`sockets`] asks the kernel what there is now, without a program in it.
 //!
 //! [`trace`] is the loop around it; [`losses`] counts what could not be said, [`summary`] what was,
 //! and [`capture`] keeps raw records for tests.
@@ -35,12 +36,14 @@ pub mod filter;
 pub mod hook;
 pub mod kernel;
 pub mod linger;
+pub mod list;
 pub mod loader;
 pub mod losses;
 pub mod privilege;
 pub mod reader;
 pub mod schema;
 pub mod sink;
+pub mod sockets;
 pub mod stacks;
 pub mod summary;
 pub mod symbolize;

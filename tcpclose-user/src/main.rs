@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Parser as _;
 use tcpclose_user::{
     cli::{Cli, Command},
-    debug, explain, schema, trace,
+    debug, explain, list, schema, trace,
 };
 
 fn main() -> ExitCode {
@@ -19,6 +19,7 @@ fn main() -> ExitCode {
             print!("{}", schema::pretty());
             Ok(ExitCode::SUCCESS)
         }
+        Some(Command::List(args)) => list::list(*args).map(|()| ExitCode::SUCCESS),
         Some(Command::Trace(args)) => run(*args),
         None => run(cli.trace),
     };

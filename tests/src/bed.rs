@@ -6,12 +6,13 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use nix::unistd::getuid;
 use serde_json::{Value, json};
 
 use crate::{
     expect::{but, calls, known, one_of},
+    features::Feature,
     netns::{self, Namespace},
     peer::Peer,
 };
@@ -279,13 +280,16 @@ impl Bed {
         }))
     }
 
-    /// The expected `opener` of a side. Whether accepting was seen depends on what the kernel lets be hooked.
+    /// The expected `opener` of a side. Without being asked to, the tool sees accepts only where that is for free.
     fn opener(&self, side: Side) -> Result<Value> {
-        let process = self.owner(side)?;
-        Ok(match side {
-            Side::Client => json!({"process": process, "stack": user_stack("peer_connects_socket_outer")}),
-            Side::Server => one_of(&[json!(null), json!({ "process": process })]),
-        })
+        let opener = |function| -> Result<Value> {
+            Ok(json!({"process": self.owner(side)?, "stack": user_stack(function)}))
+        };
+        match side {
+            Side::Client => opener("peer_connects_socket_outer"),
+            Side::Server if Feature::FunctionReturns.is_here() => opener("peer_accepts_socket_outer"),
+            Side::Server => Ok(Value::Null),
+        }
     }
 
     /// What `connection` says on every line of a side.
@@ -366,6 +370,18 @@ impl Bed {
         Ok(but(but(line, json!({"process": self.any_thread(side)?})), this))
     }
 
+    /// The lingering line of a side whose socket was not watched from its beginning, likewise.
+    pub fn listed_line(&self, connection: &Connection, side: Side, this: Value) -> Result<Value> {
+        let line = json!({
+            "event": "lingering",
+            "connection": but(self.identity(connection, side), json!({"opened": null, "age_ms": null, "cookie": known()})),
+            "process": but(self.owner(side)?, json!({"tid": null, "attribution": "procfs"})),
+            "since": null,
+            "opener": null,
+        });
+        Ok(but(line, this))
+    }
+
     /// What is expected of `process` where nobody need know which of its threads it was.
     fn any_thread(&self, side: Side) -> Result<Value> {
         Ok(json!({"tid": one_of(&[json!(null), self.owner(side)?["tid"].clone()])}))
@@ -423,19 +439,4 @@ pub fn endpoint(address: SocketAddr) -> Value {
 /// The expected stack, when user stacks are taken, of an action by this function of a peer.
 pub fn user_stack(function: &str) -> Value {
     json!({"user": calls(function), "kernel": null})
-}
-
-/// The kernel's version, as far as behaviour hangs on it.
-pub fn kernel_version() -> Result<(u32, u32)> {
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
-    let mut numbers = release.split(['.', '-']).map(str::parse);
-    let mut next =
-        || numbers.next().and_then(Result::ok).with_context(|| format!("kernel release {release}"));
-    Ok((next()?, next()?))
-}
-
-/// The expected `reason` of a RST. Kernels before 6.10 give none, and before 6.12 none for a RST that is no
-/// answer.
-pub fn reason(name: Value) -> Result<Value> {
-    Ok(if kernel_version()? >= (6, 12) { name } else { one_of(&[json!(null), json!("NOT_SPECIFIED")]) })
 }

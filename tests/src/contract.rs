@@ -158,10 +158,10 @@ const LINGERING: &[Field] = &[
     Field("process", Allowed, Object(PROCESS)),
     Field("state", Never, Name(&["CLOSE_WAIT", "FIN_WAIT1", "FIN_WAIT2", "LAST_ACK", "CLOSING"])),
     Field("since", Allowed, Time),
-    Field("for_ms", Never, Number),
+    Field("for_ms", Allowed, Number),
     Field("for_ms_at_most", Allowed, Number),
     Field("unread_bytes", Allowed, Number),
-    Field("holders", Never, Objects(HOLDER)),
+    Field("holders", Allowed, Objects(HOLDER)),
     Field("opener", Allowed, Object(OPENER)),
     Field("kind", Never, Name(&["leaked", "unread", "unaccepted", "unacked", "half_closed", "unknown"])),
 ];
@@ -205,6 +205,11 @@ pub fn violations(lines: &[Value]) -> Vec<String> {
 fn check_meaning(line: &Value, found: &mut Vec<String>) {
     if line["connection"]["cookie"] == 0 {
         found.push("0 is no cookie".to_owned());
+    }
+    if let (Some(least), Some(most)) = (line["for_ms"].as_f64(), line["for_ms_at_most"].as_f64())
+        && least > most
+    {
+        found.push(format!("at least {least} ms and at most {most}"));
     }
     if line["event"] != "close" {
         return;

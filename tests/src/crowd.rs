@@ -7,14 +7,14 @@ use std::{
 
 use anyhow::{Context, Error, Result, bail};
 
-use crate::bed::Side;
+use crate::{bed::Side, fewer};
 
 /// Clients, each a process with a listener of its own to connect to.
 pub const CLIENTS: u8 = 10;
 /// Processes that share a listener.
 pub const WORKERS: u8 = 2;
-/// How often each client does each kind of thing.
-pub const ROUNDS: u16 = 84;
+/// How often each client does each kind of thing, where there is time for so many.
+const ROUNDS: u16 = 84;
 /// Where a client's connections come from: one port for each, in order.
 pub const FIRST_PORT: u16 = 10_000;
 /// Where nobody listens.
@@ -79,9 +79,15 @@ impl Kind {
     }
 }
 
+/// How often each client does each kind of thing.
+fn rounds() -> u16 {
+    ROUNDS / fewer()
+}
+
 /// The ports that a client connects from.
 pub fn ports() -> impl Iterator<Item = u16> {
-    let kinds = Kind::ALL.iter().flat_map(|_| 0..ROUNDS);
+    let rounds = rounds();
+    let kinds = Kind::ALL.iter().flat_map(move |_| 0..rounds);
     kinds.zip(FIRST_PORT..).map(|(_, port)| port)
 }
 
@@ -160,7 +166,7 @@ mod tests {
     #[test]
     fn every_kind_has_as_many_ports() {
         for kind in Kind::ALL {
-            assert_eq!(ports().filter(|port| Kind::of(*port) == *kind).count(), usize::from(super::ROUNDS));
+            assert_eq!(ports().filter(|port| Kind::of(*port) == *kind).count(), usize::from(super::rounds()));
         }
         assert_eq!(ports().next(), Some(FIRST_PORT));
     }

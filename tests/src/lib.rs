@@ -19,6 +19,7 @@ pub mod contract;
 pub mod crowd;
 pub mod descriptors;
 pub mod expect;
+pub mod features;
 pub mod netns;
 pub mod packet;
 pub mod peer;
@@ -30,8 +31,15 @@ pub mod sockets;
 pub mod tool;
 
 /// How long anything may take before a test gives up on it. Nothing is expected to take this long and nothing
-/// is measured against it: it only keeps a broken test from hanging.
-pub const PATIENCE: Duration = Duration::from_secs(10);
+/// is measured against it: it only keeps a broken test from hanging. An emulated processor is twenty times slower.
+pub const PATIENCE: Duration = Duration::from_mins(1);
+
+/// By what to divide a number of connections: an emulated processor takes minutes for as many as a real one does in a
+/// second. `TCPCLOSE_TESTS_FEWER` says it; 1 otherwise.
+pub fn fewer() -> u16 {
+    let said = std::env::var("TCPCLOSE_TESTS_FEWER").ok().and_then(|text| text.parse().ok());
+    said.filter(|divisor| *divisor > 0).unwrap_or(1)
+}
 
 /// Returns what `attempt` returns once that is something, or fails with `what` when [`PATIENCE`] has run out.
 pub fn until<T>(what: &str, mut attempt: impl FnMut() -> Result<Option<T>>) -> Result<T> {

@@ -13,11 +13,15 @@ use crate::{netns::Namespace, until};
 /// FIN yet is shown as `FIN_WAIT2`.
 pub const ESTABLISHED: u8 = 1;
 /// See [`ESTABLISHED`].
+pub const FIN_WAIT1: u8 = 4;
+/// See [`ESTABLISHED`].
 pub const FIN_WAIT2: u8 = 5;
 /// See [`ESTABLISHED`].
 pub const TIME_WAIT: u8 = 6;
 /// See [`ESTABLISHED`].
 pub const CLOSE_WAIT: u8 = 8;
+/// See [`ESTABLISHED`].
+pub const LAST_ACK: u8 = 9;
 /// See [`ESTABLISHED`].
 pub const LISTEN: u8 = 10;
 

@@ -35,6 +35,11 @@ fn available(packages: &[Package]) -> bool {
     command::output(install_command(&mut Command::new("apt-get"), packages).arg("--simulate")).is_some()
 }
 
+/// Gets the system's package lists.
+pub(crate) fn update() -> Result<()> {
+    command::run(root_apt_get()?.arg("update"))
+}
+
 /// Installs packages, after saying which. `Ok(false)`, with nothing changed: this system does not offer them.
 pub(crate) fn install(packages: &[Package]) -> Result<bool> {
     if packages.is_empty() {
@@ -46,7 +51,7 @@ pub(crate) fn install(packages: &[Package]) -> Result<bool> {
     let mut lists_are_new = false;
     if !available(packages) {
         say("apt-get has not heard of what is missing: getting its package lists first");
-        command::run(root_apt_get()?.arg("update"))?;
+        update()?;
         lists_are_new = true;
         if !available(packages) {
             return Ok(false);
@@ -58,7 +63,7 @@ pub(crate) fn install(packages: &[Package]) -> Result<bool> {
     let installed = command::run(install_command(&mut root_apt_get()?, packages));
     if installed.is_err() && !lists_are_new {
         say("that failed; trying once more with new package lists");
-        command::run(root_apt_get()?.arg("update"))?;
+        update()?;
         command::run(install_command(&mut root_apt_get()?, packages))?;
         return Ok(true);
     }

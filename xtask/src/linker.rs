@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 use crate::{
     command::{self, say},
     compiler::Compiler,
-    workspace::cargo_program,
+    workspace::{cache, cargo_program},
 };
 
 /// The release that is installed.
@@ -122,14 +122,6 @@ fn is_libllvm(name: &str, llvm: u32) -> bool {
 
 fn file_name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
-}
-
-fn cache() -> Result<PathBuf> {
-    let folder = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let cache = folder("XDG_CACHE_HOME").or_else(|| Some(folder("HOME")?.join(".cache")));
-    Ok(cache
-        .context("neither HOME nor XDG_CACHE_HOME is set, so there is nowhere to install to")?
-        .join("tcpclose"))
 }
 
 #[cfg(test)]

@@ -5,9 +5,12 @@ mod bench;
 mod command;
 mod compiler;
 mod ebpf;
+mod kernels;
 mod linker;
 mod lint;
+mod report;
 mod run;
+mod suite;
 mod test;
 mod tools;
 mod workspace;
@@ -34,14 +37,9 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Check format and lints, then run every test, those that load programs into the kernel included
-    Test {
-        /// Run only the tests whose name contains one of these, and leave the lints out
-        filters: Vec<String>,
-        /// More arguments for the test programs, such as --nocapture
-        #[arg(last = true)]
-        args: Vec<String>,
-    },
+    /// Check format and lints, then run every test, those that load programs into the kernel included, on this host
+    /// and on other kernels
+    Test(test::Args),
     /// Build both halves
     Build {
         /// Build the user half without optimisations
@@ -72,7 +70,7 @@ fn start(task: Task) -> anyhow::Result<()> {
     let workspace = workspace::Workspace::find()?;
     match task {
         Task::Run { args } => Err(run::run(&workspace, &args)),
-        Task::Test { filters, args } => test::test(&workspace, &filters, &args),
+        Task::Test(args) => test::test(&workspace, &args),
         Task::Build { debug } => {
             ebpf::build(&workspace, &tools::for_building()?)?;
             run::build_user_half(&workspace, !debug).map(drop)
@@ -82,6 +80,7 @@ fn start(task: Task) -> anyhow::Result<()> {
         Task::Setup => {
             let tools = tools::for_building()?;
             tools::for_testing()?;
+            tools::for_machines()?;
             println!("{tools}");
             Ok(())
         }

@@ -1,69 +1,96 @@
 //! Running the tests.
 
-use std::{env, process::Command};
-
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 
 use crate::{
     command::{self, say},
-    ebpf, lint, run, tools,
-    workspace::{Workspace, cargo_program},
+    ebpf, kernels, lint, report, run,
+    suite::{self, Suite},
+    tools,
+    workspace::Workspace,
 };
 
-/// The package whose tests load programs into the kernel, as root.
-const ROOT_TESTS: &str = "tcpclose-tests";
+/// Which tests are run, and where.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Run only the tests whose name contains one of these, and leave the lints out
+    filters: Vec<String>,
+    /// Run the tests with root on every kernel there is a virtual machine for, and nothing else
+    #[arg(long)]
+    kernels: bool,
+    /// The same on this kernel: 5.10, 6.1, 6.12, newest. Can be repeated
+    #[arg(long, value_name = "KERNEL", conflicts_with = "kernels")]
+    kernel: Vec<String>,
+    /// More arguments for the test programs, such as --nocapture
+    #[arg(last = true)]
+    more: Vec<String>,
+}
 
-/// Runs lints and all tests, or the tests that `filters` name. Each step runs whatever became of the one before.
-pub(crate) fn test(workspace: &Workspace, filters: &[String], args: &[String]) -> Result<()> {
+/// Runs lints and all tests, or the tests that are asked for. Each step runs whatever became of the one before.
+pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
+    let everything = args.filters.is_empty() && !args.kernels && args.kernel.is_empty();
+    let here = !args.kernels && args.kernel.is_empty();
     tools::for_testing()?;
+    if everything || !here {
+        tools::for_machines()?;
+    }
     let tools = tools::for_building()?;
     let mut failed = Vec::new();
-    let mut note = |what: &'static str, result: Result<()>| {
-        if let Err(error) = result {
-            say(&format!("{error:#}"));
-            failed.push(what);
-        }
-    };
-    if filters.is_empty() {
-        note("lints", lint::lint(workspace, &tools));
+    if everything {
+        note("lints", lint::lint(workspace, &tools), &mut failed);
     }
     ebpf::build(workspace, &tools)?;
     let tcpclose = run::build_user_half(workspace, true)?;
 
-    let mut plain = workspace.cargo("test");
-    plain.args(["--workspace", "--exclude", ROOT_TESTS, "--no-fail-fast", "--"]).args(filters).args(args);
-    note("tests without root", command::run(&mut plain));
+    if here {
+        let mut plain = workspace.cargo("test");
+        plain.args(["--workspace", "--exclude", suite::PACKAGE, "--no-fail-fast", "--"]);
+        note("tests without root", command::run(plain.args(&args.filters).args(&args.more)), &mut failed);
+    }
 
-    let mut root = root_tests(workspace)?;
-    root.env("TCPCLOSE_BIN", tcpclose).args(filters).args(args);
-    note("tests with root", command::run(&mut root));
-
+    let suite = Suite::build(workspace)?;
+    // What a test prints that passed is how it says that it was skipped.
+    let arguments: Vec<_> = [&["--show-output".to_owned()], &*args.filters, &*args.more].concat();
+    let mut reports = Vec::new();
+    if here {
+        let report = report::Report::parse(&suite.run_here(&tcpclose, &arguments)?);
+        say(&format!("tests with root: {}", report.summary()));
+        reports.push(("this host".to_owned(), report));
+    }
+    if everything || !here {
+        let plan = kernels::Plan { suite: &suite, tcpclose: &tcpclose, arguments: &arguments };
+        match kernels::run(workspace, &plan, &args.kernel) {
+            Ok(more) => reports.extend(more),
+            Err(error) => note("kernels", Err(error), &mut failed),
+        }
+    }
+    tell_skipped(&reports, everything, &mut failed);
+    failed.extend(reports.iter().filter(|(_, report)| !report.is_good()).map(|(place, _)| place.clone()));
     if !failed.is_empty() {
         bail!("failed, see above: {}", failed.join(", "));
     }
     Ok(())
 }
 
-fn root_tests(workspace: &Workspace) -> Result<Command> {
-    // The tests' own programs are traced, and the kernel walks their stacks along the frame pointers. The flag
-    // would have everything built anew, hence a target folder of their own.
-    let mut cargo = workspace.with_cargo(&cargo_program(), "test", &workspace.target.join("tests"));
-    let mut flags = env::var("RUSTFLAGS").unwrap_or_default();
-    flags.push_str(" -C force-frame-pointers=yes");
-    cargo.env("RUSTFLAGS", flags.trim_start()).env_remove("CARGO_ENCODED_RUSTFLAGS");
-    cargo.args(["--package", ROOT_TESTS, "--no-fail-fast"]);
-    if !command::is_root() {
-        let sudo = command::sudo("loading programs into the kernel")?;
-        let host = host().context("`rustc -vV` does not say what it builds for")?;
-        let runner = format!("CARGO_TARGET_{}_RUNNER", host.to_uppercase().replace(['-', '.'], "_"));
-        cargo.env(runner, format!("{} --preserve-env --", sudo.display()));
+fn note(what: &str, result: Result<()>, failed: &mut Vec<String>) {
+    if let Err(error) = result {
+        say(&format!("{error:#}"));
+        failed.push(what.to_owned());
     }
-    cargo.arg("--");
-    Ok(cargo)
 }
 
-/// The triple of this machine.
-fn host() -> Option<String> {
-    let text = command::output(Command::new("rustc").arg("-vV"))?;
-    text.lines().find_map(|line| line.strip_prefix("host: ")).map(str::to_owned)
+/// Says what was skipped, where and why. A test that ran nowhere is a failure when all places were asked.
+fn tell_skipped(reports: &[(String, report::Report)], everywhere: bool, failed: &mut Vec<String>) {
+    for (place, report) in reports {
+        for (test, reason) in &report.skipped {
+            say(&format!("skipped on {place}: {test}: {reason}"));
+        }
+    }
+    let never = report::never_run(reports);
+    if everywhere && !never.is_empty() {
+        for (test, reasons) in &never {
+            say(&format!("{test} ran nowhere: {}", reasons.join("; ")));
+        }
+        failed.push("tests that ran nowhere".to_owned());
+    }
 }

@@ -52,6 +52,17 @@ const FOR_TESTS: [(&str, Package); 7] = [
     ),
 ];
 
+/// The commands that virtual machines take.
+const FOR_MACHINES: [(&str, Package); 4] = [
+    (
+        "qemu-system-x86_64",
+        Package { name: "qemu-system-x86", purpose: "QEMU, in which tests run on other kernels" },
+    ),
+    ("cpio", Package { name: "cpio", purpose: "`cpio`, which packs the first file system of those kernels" }),
+    ("strip", Package { name: "binutils", purpose: "`strip`, which makes it small" }),
+    ("xz", Package { name: "xz-utils", purpose: "`xz`, which unpacks kernel modules" }),
+];
+
 /// What the kernel half is built with.
 pub(crate) struct Tools {
     pub(crate) compiler: Compiler,
@@ -77,7 +88,16 @@ pub(crate) fn for_building() -> Result<Tools> {
 
 /// Installs what tests use, where it is missing.
 pub(crate) fn for_testing() -> Result<()> {
-    let missing: Vec<_> = FOR_TESTS
+    install_missing("the tests need", &FOR_TESTS)
+}
+
+/// Installs the commands that virtual machines take, where they are missing.
+pub(crate) fn for_machines() -> Result<()> {
+    install_missing("tests on other kernels need", &FOR_MACHINES)
+}
+
+fn install_missing(who: &str, commands: &[(&str, Package)]) -> Result<()> {
+    let missing: Vec<_> = commands
         .iter()
         .filter(|(program, _)| command::find(program).is_none())
         .map(|(_, package)| *package)
@@ -85,7 +105,7 @@ pub(crate) fn for_testing() -> Result<()> {
     if !apt::install(&missing)? {
         let programs = missing.iter().map(|package| package.purpose).collect::<Vec<_>>().join("; ");
         bail!(
-            "the tests need what is not here, and apt-get does not offer: {programs}. On Debian this brings it:\n  {}",
+            "{who} what is not here, and apt-get does not offer: {programs}. On Debian this brings it:\n  {}",
             apt::advice(&missing)
         );
     }

@@ -20,6 +20,15 @@ pub(crate) fn cargo_program() -> PathBuf {
     env::var_os("CARGO").map_or_else(|| "cargo".into(), PathBuf::from)
 }
 
+/// The folder of the user's cache for what other clones of the repository can use too.
+pub(crate) fn cache() -> Result<PathBuf> {
+    let folder = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let cache = folder("XDG_CACHE_HOME").or_else(|| Some(folder("HOME")?.join(".cache")));
+    Ok(cache
+        .context("neither HOME nor XDG_CACHE_HOME is set, so there is nowhere to install to")?
+        .join("tcpclose"))
+}
+
 impl Workspace {
     pub(crate) fn find() -> Result<Self> {
         // Cargo sets the variable for what it runs; the other one serves when the binary is called by hand.

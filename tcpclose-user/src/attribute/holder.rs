@@ -1,9 +1,13 @@
-//! Who has a socket open, according to `/proc/PID/fd`: for kernels on which the inventory cannot run. A look takes from
-//! 3 ms (a hundred processes) to a second (a hundred thousand sockets).
+//! Who has a socket open, according to `/proc/PID/fd`: for kernels on which the inventory cannot run, and for what is
+//! looked at without any program in the kernel. A look takes from 3 ms (a hundred processes) to a second (a hundred
+//! thousand sockets).
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
-use procfs::process::{FDTarget, Process};
+use procfs::{
+    ProcError,
+    process::{FDTarget, Process},
+};
 
 use super::pace::Pace;
 
@@ -19,12 +23,65 @@ pub struct Holder {
     pub comm: String,
     /// Its real user id.
     pub uid: Option<u32>,
+    /// When it started, in clock ticks since boot. Of several holders, a parent and the children that inherited its
+    /// descriptors, the oldest one is the owner.
+    pub started: u64,
+}
+
+impl Holder {
+    /// Takes the place of another holder of the same socket if it has been there for longer. Processes are listed by id,
+    /// which is not age.
+    pub fn replace_if_older(self: &Arc<Self>, owner: &mut Arc<Self>) {
+        if self.started < owner.started {
+            *owner = Arc::clone(self);
+        }
+    }
+}
+
+/// A process whose descriptors are being looked at.
+pub struct Looked {
+    process: Process,
+    holder: Option<Arc<Holder>>,
+}
+
+impl Looked {
+    /// What is known of it, read when it is first asked for; `None` if it is gone.
+    pub fn holder(&mut self) -> Option<&Arc<Holder>> {
+        if self.holder.is_none() {
+            self.holder = describe(&self.process).map(Arc::new);
+        }
+        self.holder.as_ref()
+    }
+}
+
+/// Looks at every descriptor of every process, once. `socket` is told of each that is a socket: the process, the
+/// descriptor, the socket's inode. Returns how many processes may not be looked at.
+pub fn walk(mut socket: impl FnMut(&mut Looked, u32, u64)) -> usize {
+    let mut refused = 0;
+    let Ok(processes) = procfs::process::all_processes() else { return refused };
+    for process in processes.flatten() {
+        let descriptors = match process.fd() {
+            Ok(descriptors) => descriptors,
+            Err(error) => {
+                // Any other error: gone meanwhile.
+                refused += usize::from(matches!(error, ProcError::PermissionDenied(_)));
+                continue;
+            }
+        };
+        let mut looked = Looked { process, holder: None };
+        for descriptor in descriptors.flatten() {
+            if let (FDTarget::Socket(inode), Ok(fd)) = (descriptor.target, u32::try_from(descriptor.fd)) {
+                socket(&mut looked, fd, inode);
+            }
+        }
+    }
+    refused
 }
 
 /// See the module.
 #[derive(Default)]
 pub struct Holders {
-    by_inode: HashMap<u64, Holder>,
+    by_inode: HashMap<u64, Arc<Holder>>,
     pace: Pace,
 }
 
@@ -38,7 +95,16 @@ impl Holders {
                 self.by_inode.clear();
             }
             let mut pace = self.pace;
-            pace.look(|| self.walk(&unknown));
+            pace.look(|| {
+                walk(|process, _, inode| {
+                    if unknown.contains(&inode)
+                        && let Some(holder) = process.holder()
+                    {
+                        let known = self.by_inode.entry(inode).or_insert_with(|| Arc::clone(holder));
+                        holder.replace_if_older(known);
+                    }
+                })
+            });
             self.pace = pace;
         }
         inodes.iter().map(|inode| self.by_inode.contains_key(inode)).collect()
@@ -46,41 +112,18 @@ impl Holders {
 
     /// The holder of a socket that was looked for, and found.
     pub fn of(&self, inode: u64) -> Option<&Holder> {
-        if inode == 0 { None } else { self.by_inode.get(&inode) }
-    }
-
-    /// Of several holders, a parent and the children that inherited its descriptors, the oldest one wins: processes
-    /// are listed by id, which is not age, so ages are compared.
-    fn walk(&mut self, wanted: &[u64]) {
-        let mut oldest: HashMap<u64, u64> = HashMap::new();
-        let Ok(processes) = procfs::process::all_processes() else { return };
-        for process in processes.flatten() {
-            // Gone meanwhile, or not ours to look at.
-            let Ok(descriptors) = process.fd() else { continue };
-            for descriptor in descriptors.flatten() {
-                let FDTarget::Socket(inode) = descriptor.target else { continue };
-                if !wanted.contains(&inode) {
-                    continue;
-                }
-                let Some((holder, started)) = holder(&process) else { break };
-                let age = oldest.entry(inode).or_insert(u64::MAX);
-                if started < *age {
-                    *age = started;
-                    self.by_inode.insert(inode, holder);
-                }
-            }
-        }
+        if inode == 0 { None } else { self.by_inode.get(&inode).map(Arc::as_ref) }
     }
 }
 
-/// The process with its start time, in clock ticks since boot.
-fn holder(process: &Process) -> Option<(Holder, u64)> {
+fn describe(process: &Process) -> Option<Holder> {
     let stat = process.stat().ok()?;
-    let pid = u32::try_from(stat.pid).ok()?;
-    Some((
-        Holder { pid, comm: stat.comm, uid: process.status().ok().map(|status| status.ruid) },
-        stat.starttime,
-    ))
+    Some(Holder {
+        pid: u32::try_from(stat.pid).ok()?,
+        comm: stat.comm,
+        uid: process.status().ok().map(|status| status.ruid),
+        started: stat.starttime,
+    })
 }
 
 #[cfg(test)]

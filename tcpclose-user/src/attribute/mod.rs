@@ -21,7 +21,7 @@ use std::{
 use tcpclose_common::record::{Connection, Task, holder as holder_kind, role};
 
 use self::{
-    holder::Holders,
+    holder::{Holder, Holders},
     process::{Image, Processes},
 };
 use crate::{
@@ -106,17 +106,22 @@ impl Attributor {
     }
 
     fn holder(&mut self, connection: &Connection) -> Option<Process> {
-        let holder = self.holders.of(connection.inode)?.clone();
-        let image = lock(&self.processes).image(holder.pid, 0);
-        Some(Process {
-            pid: holder.pid,
-            tid: None,
-            comm: holder.comm,
-            exe: image.as_ref().and_then(|image| image.exe.clone()),
-            uid: holder.uid,
-            container: image.and_then(|image| image.container.clone()),
-            attribution: Attribution::Procfs,
-        })
+        let holder = self.holders.of(connection.inode)?;
+        Some(describe(holder, &mut lock(&self.processes), Attribution::Procfs))
+    }
+}
+
+/// What a line says of a process that was found through `/proc`.
+pub fn describe(holder: &Holder, processes: &mut Processes, attribution: Attribution) -> Process {
+    let image = processes.image(holder.pid, 0);
+    Process {
+        pid: holder.pid,
+        tid: None,
+        comm: holder.comm.clone(),
+        exe: image.as_ref().and_then(|image| image.exe.clone()),
+        uid: holder.uid,
+        container: image.and_then(|image| image.container.clone()),
+        attribution,
     }
 }
 

@@ -12,7 +12,8 @@ mod json;
 mod text;
 
 pub use json::Json;
-pub use text::{Palette, Text, escape, human_millis};
+pub(crate) use text::{COLUMNS, bounds, cut, endpoint, escape, or_dash, width};
+pub use text::{Palette, Text, human_millis};
 
 /// In what form events are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -22,6 +23,16 @@ pub enum Format {
     Text,
     /// One JSON object a line.
     Json,
+}
+
+impl Palette {
+    /// For the standard output: colours on a terminal, unless `NO_COLOR` and its kin say otherwise.
+    pub fn of_stdout() -> Self {
+        match AutoStream::choice(&io::stdout()) {
+            ColorChoice::Never => Self::PLAIN,
+            _ => Self::COLOUR,
+        }
+    }
 }
 
 /// Writes events in one form.
@@ -78,12 +89,7 @@ impl Output {
 
     /// Writes to the standard output; in colour on a terminal, unless `NO_COLOR` and its kin say otherwise.
     pub fn stdout(format: Format, details: bool) -> Self {
-        let stdout = io::stdout();
-        let palette = match AutoStream::choice(&stdout) {
-            ColorChoice::Never => Palette::PLAIN,
-            _ => Palette::COLOUR,
-        };
-        Self::to(format, stdout, palette, details)
+        Self::to(format, io::stdout(), Palette::of_stdout(), details)
     }
 
     /// Writes nothing.

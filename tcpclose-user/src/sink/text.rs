@@ -20,7 +20,7 @@ use crate::event::{
 use crate::sink::Sink;
 
 /// No line is wider than this but one with IPv6 addresses, or a frame with a long name.
-const COLUMNS: usize = 99;
+pub(crate) const COLUMNS: usize = 99;
 /// The event and the verdict.
 const WHAT: usize = 24;
 /// Process id and name together: the longer the one, the less is left of the other.
@@ -33,10 +33,14 @@ const INDENT: usize = 4;
 /// The colours of the text.
 #[derive(Clone, Copy, Debug)]
 pub struct Palette {
-    alarm: Style,
-    peer: Style,
-    header: Style,
-    dim: Style,
+    /// What went wrong.
+    pub(crate) alarm: Style,
+    /// What the peer did.
+    pub(crate) peer: Style,
+    /// Names of columns.
+    pub(crate) header: Style,
+    /// What is of less interest.
+    pub(crate) dim: Style,
 }
 
 impl Palette {
@@ -364,7 +368,7 @@ const HOUR: u64 = 60 * MINUTE;
 const DAY: u64 = 24 * HOUR;
 
 /// What comes from outside may hold anything, and a terminal obeys control characters.
-pub fn escape(text: &str) -> Cow<'_, str> {
+pub(crate) fn escape(text: &str) -> Cow<'_, str> {
     // Of what `escape_debug` escapes only the quotes can do no harm.
     let harmless = |character: char| matches!(character, '"' | '\'') || character.escape_debug().len() == 1;
     if text.chars().all(harmless) {
@@ -382,7 +386,7 @@ pub fn escape(text: &str) -> Cow<'_, str> {
 }
 
 /// At most `room` characters of a name; a `+` at its end says that there is more, as in `ps`.
-fn cut(text: &str, room: usize) -> Cow<'_, str> {
+pub(crate) fn cut(text: &str, room: usize) -> Cow<'_, str> {
     if width(text) <= room {
         return text.into();
     }
@@ -391,12 +395,12 @@ fn cut(text: &str, room: usize) -> Cow<'_, str> {
     short.into()
 }
 
-fn width(text: &str) -> usize {
+pub(crate) fn width(text: &str) -> usize {
     text.chars().count()
 }
 
 /// A time of which only the bounds may be known: `3s`, `2s..5s`, `2s..`.
-fn bounds(at_least: Option<f64>, at_most: Option<f64>) -> String {
+pub(crate) fn bounds(at_least: Option<f64>, at_most: Option<f64>) -> String {
     let (least, most) = (at_least.map(human_millis), at_most.map(human_millis));
     match (least, most) {
         (Some(least), Some(most)) if least == most => least,
@@ -405,11 +409,11 @@ fn bounds(at_least: Option<f64>, at_most: Option<f64>) -> String {
     }
 }
 
-fn or_dash(value: Option<impl Display>) -> String {
+pub(crate) fn or_dash(value: Option<impl Display>) -> String {
     value.map_or_else(|| "-".into(), |value| value.to_string())
 }
 
-fn endpoint(endpoint: Option<Endpoint>) -> String {
+pub(crate) fn endpoint(endpoint: Option<Endpoint>) -> String {
     or_dash(endpoint.map(|endpoint| SocketAddr::new(endpoint.address, endpoint.port)))
 }
 

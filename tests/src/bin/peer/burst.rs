@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read, Write},
-    net::{SocketAddr, TcpListener},
+    net::{Shutdown, SocketAddr, TcpListener},
 };
 
 use anyhow::Result;
@@ -27,6 +27,18 @@ pub(crate) fn connect_all(address: SocketAddr, count: u32) -> Result<String> {
         calls::peer_closes_socket_outer(socket.into())?;
     }
     Ok(format!("bytes={} ports={}", GREETING.len(), ports.join(",")))
+}
+
+/// Opens and closes so many connections, one after the other, each of which leaves a port in `TIME_WAIT` behind.
+pub(crate) fn close_all(address: SocketAddr, count: u32) -> Result<String> {
+    for _ in 0..count {
+        let mut socket = new_socket(address, DEFAULT_PROTOCOL)?;
+        calls::peer_connects_socket_outer(&socket, address)?;
+        socket.shutdown(Shutdown::Write)?;
+        // Until the server has closed as well: the next one may come.
+        socket.read_to_end(&mut Vec::new())?;
+    }
+    Ok(String::new())
 }
 
 /// Accepts so many connections, reads each to its end, and closes it. Says how many ended in order.

@@ -223,6 +223,7 @@ impl Peer {
             "exit" => process::exit(words.next()?),
             "raise" => death::raise(words.next()?)?,
             "burst" => return burst::connect_all(words.address()?, words.next()?),
+            "close-many" => return burst::close_all(words.address()?, words.next()?),
             "serve" => return burst::serve(self.listener()?, words.next()?),
             "ring-close" => {
                 uring::submit(self.socket()?.as_raw_fd(), uring::Operation::Close, words.next()?)?;

@@ -1,0 +1,443 @@
+//! What `tcpclose list` found, as tables for a person: at 100 columns nothing wraps for IPv4.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt::Write as _,
+    io::{self, BufWriter, Write},
+};
+
+use super::Towards;
+use crate::{
+    event::{Holder, Lingering, LingeringKind, Process, State},
+    sink::{COLUMNS, Palette, bounds, cut, endpoint, escape, or_dash, width},
+    sockets::{Counts, Outgoing, Scan, Unowned},
+};
+
+/// How many groups of lingering sockets are shown, and how many sockets of each. Of the others only the number is.
+const MAX_GROUPS: usize = 100;
+const MAX_SHOWN: usize = 10;
+
+/// How many processes, and how many destinations.
+const MAX_PROCESSES: usize = 50;
+const MAX_DESTINATIONS: usize = 5;
+
+/// From so many percent of the ports on, `connect()` may soon find none.
+const SCARCE: f64 = 80.0;
+
+/// The lingering sockets in groups by process and remote, as they come: the oldest first.
+#[derive(Default)]
+pub struct Report {
+    groups: Vec<Group>,
+    places: HashMap<Key, usize>,
+    total: u64,
+    /// Those in groups beyond the hundredth.
+    others: u64,
+}
+
+/// The process, the namespace, where they lead.
+type Key = (Option<u32>, Option<u32>, Option<Towards>);
+
+struct Group {
+    process: Option<Process>,
+    netns: Option<u32>,
+    towards: Option<Towards>,
+    shown: Vec<Lingering>,
+    kinds: BTreeMap<(State, LingeringKind), u64>,
+}
+
+impl Report {
+    /// Adds one that is younger than those before.
+    pub fn add(&mut self, lingering: Lingering) {
+        self.total += 1;
+        let towards = Towards::of(&lingering);
+        let netns = lingering.connection.netns;
+        let key = (lingering.process.as_ref().map(|process| process.pid), netns, towards);
+        let place = match self.places.get(&key) {
+            Some(place) => *place,
+            None if self.groups.len() == MAX_GROUPS => {
+                self.others += 1;
+                return;
+            }
+            None => {
+                self.places.insert(key, self.groups.len());
+                let process = lingering.process.clone();
+                self.groups.push(Group {
+                    process,
+                    netns,
+                    towards,
+                    shown: Vec::new(),
+                    kinds: BTreeMap::new(),
+                });
+                self.groups.len() - 1
+            }
+        };
+        let group = &mut self.groups[place];
+        *group.kinds.entry((lingering.state, lingering.kind)).or_default() += 1;
+        if group.shown.len() < MAX_SHOWN {
+            group.shown.push(lingering);
+        }
+    }
+
+    /// Writes all tables.
+    pub fn write(mut self, writer: &mut impl Write, palette: Palette, scan: &Scan) -> io::Result<()> {
+        // A process's groups together, in the order of the oldest of them.
+        let mut ranks = HashMap::new();
+        for group in &self.groups {
+            let next = ranks.len();
+            ranks.entry(group.pid()).or_insert(next);
+        }
+        self.groups.sort_by_key(|group| ranks.get(&group.pid()).copied());
+        let mut page = Page { writer: BufWriter::new(writer), palette };
+        self.lingering(&mut page)?;
+        page.states(scan)?;
+        page.time_wait(&scan.namespaces)?;
+        page.writer.flush()
+    }
+
+    fn lingering<W: Write>(&self, page: &mut Page<W>) -> io::Result<()> {
+        if self.total == 0 {
+            return page.line("No socket lingers.");
+        }
+        page.header(&format!(
+            "{:<15} {:<10} {:<11} {:>9}  {:<21}  FD, OTHERS' PID/FD",
+            "LINGERING FOR", "STATE", "KIND", "UNREAD", "LOCAL"
+        ))?;
+        for group in &self.groups {
+            group.write(page)?;
+        }
+        if self.others > 0 {
+            page.line(&format!(
+                "and {} more in other groups; -o json has them, filters make them fewer",
+                self.others
+            ))?;
+        }
+        Ok(())
+    }
+}
+
+impl Group {
+    fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(|process| process.pid)
+    }
+
+    fn write<W: Write>(&self, page: &mut Page<W>) -> io::Result<()> {
+        let total: u64 = self.kinds.values().sum();
+        let mut title = match &self.process {
+            Some(process) => format!("{} {}", process.pid, escape(&process.comm)),
+            None => "no process".to_owned(),
+        };
+        let _ = match self.towards {
+            Some(Towards::To(remote)) => write!(title, "  to {}", endpoint(Some(remote))),
+            Some(Towards::From(address, port)) => write!(title, "  port {port} from {address}"),
+            None => Ok(()),
+        };
+        let plural = if total == 1 { "" } else { "s" };
+        let _ = write!(title, "  {total} socket{plural}");
+        if let Some(netns) = self.netns {
+            let _ = write!(title, "  netns {netns}");
+        }
+        if let Some(container) = self.process.as_ref().and_then(|process| process.container.as_deref()) {
+            let _ = write!(title, "  container {}", cut(&escape(container), 12));
+        }
+        let header = page.palette.header;
+        writeln!(page.writer, "{header}{title}{header:#}")?;
+        for lingering in &self.shown {
+            page.socket(lingering, self.pid())?;
+        }
+        let more = total - self.shown.len() as u64;
+        if more > 0 {
+            let mut kinds = Wrapped::new(format!("  and {more} more, in all: "));
+            for ((state, kind), count) in &self.kinds {
+                kinds.add(&format!("{count} {state} {kind}"));
+            }
+            page.dim(&kinds.text)?;
+        }
+        Ok(())
+    }
+}
+
+struct Page<W: Write> {
+    writer: BufWriter<W>,
+    palette: Palette,
+}
+
+impl<W: Write> Page<W> {
+    fn line(&mut self, text: &str) -> io::Result<()> {
+        writeln!(self.writer, "{text}")
+    }
+
+    fn header(&mut self, text: &str) -> io::Result<()> {
+        let Palette { header, .. } = self.palette;
+        writeln!(self.writer, "{header}{}{header:#}", text.trim_end())
+    }
+
+    fn dim(&mut self, text: &str) -> io::Result<()> {
+        let Palette { dim, .. } = self.palette;
+        writeln!(self.writer, "{dim}{text}{dim:#}")
+    }
+
+    fn socket(&mut self, lingering: &Lingering, owner: Option<u32>) -> io::Result<()> {
+        // Those that the application has to mend stand out; of the others the peer is the cause.
+        let style = match lingering.kind {
+            LingeringKind::Leaked | LingeringKind::Unread | LingeringKind::Unaccepted => self.palette.alarm,
+            _ => self.palette.peer,
+        };
+        let age = bounds(lingering.for_ms, lingering.for_ms_at_most);
+        let unread = or_dash(lingering.unread_bytes.map(|bytes| format!("{bytes}B")));
+        let local = endpoint(lingering.connection.local);
+        let (state, kind) = (lingering.state, lingering.kind);
+        let line = format!("  {age:<13} {state:<10} {style}{kind:<11}{style:#} {unread:>9}  {local:<21}  ");
+        let unstyled = format!("  {age:<13} {state:<10} {kind:<11} {unread:>9}  {local:<21}  ");
+        let room = COLUMNS.saturating_sub(width(&unstyled));
+        let holders = holders(lingering.holders.as_deref(), owner);
+        writeln!(self.writer, "{}", format!("{line}{}", cut(&holders, room)).trim_end())
+    }
+
+    /// Every socket once: at its owner, or in its namespace.
+    fn states(&mut self, scan: &Scan) -> io::Result<()> {
+        let unowned = || scan.namespaces.iter().filter(|namespace| namespace.states.total() > 0);
+        if scan.processes.is_empty() && unowned().next().is_none() {
+            return Ok(());
+        }
+        self.line("")?;
+        self.header(&format!("{:>7} {:<15}  SOCKETS IN EACH STATE", "PID", "COMM"))?;
+        for tally in scan.processes.iter().take(MAX_PROCESSES) {
+            let comm = escape(&tally.process.comm);
+            self.counts(format!("{:>7} {:<15}  ", tally.process.pid, cut(&comm, 15)), &tally.states)?;
+        }
+        let more = scan.processes.len().saturating_sub(MAX_PROCESSES);
+        if more > 0 {
+            self.dim(&format!("        and {more} more processes"))?;
+        }
+        for namespace in unowned() {
+            let place = format!("netns {}", namespace.netns);
+            self.counts(format!("{:>7} {place:<16} ", "none"), &namespace.states)?;
+        }
+        Ok(())
+    }
+
+    fn counts(&mut self, start: String, counts: &Counts) -> io::Result<()> {
+        let mut line = Wrapped::new(start);
+        for (state, count) in counts.iter() {
+            line.add(&format!("{state} {count}"));
+        }
+        self.line(&line.text)
+    }
+
+    fn time_wait(&mut self, namespaces: &[Unowned]) -> io::Result<()> {
+        let total: u64 = namespaces.iter().map(|namespace| namespace.time_wait.total).sum();
+        if total == 0 {
+            return Ok(());
+        }
+        let mut outgoing: Vec<_> = namespaces.iter().flat_map(in_namespace).collect();
+        outgoing.sort_by_key(|(_, outgoing)| std::cmp::Reverse(outgoing.sockets));
+        self.line("")?;
+        self.header(&format!("{:>9} {:>7}  {:<21} {:<21} NETNS", "TIME_WAIT", "PORTS", "FROM", "TO"))?;
+        for (namespace, one) in outgoing.iter().take(MAX_DESTINATIONS) {
+            let used = share(namespace, one);
+            let style = if used.is_some_and(|used| used >= SCARCE) {
+                self.palette.alarm
+            } else {
+                anstyle::Style::new()
+            };
+            let used = or_dash(used.map(|used| format!("{used:.1}%")));
+            let (from, to) = (one.from.to_string(), endpoint(Some(one.to)));
+            let line = format!("{:>9} {used:>7}  {from:<21} {to:<21} {}", one.sockets, namespace.netns);
+            writeln!(self.writer, "{style}{line}{style:#}")?;
+        }
+        let mut shown: u64 =
+            outgoing.iter().take(MAX_DESTINATIONS).map(|(_, outgoing)| u64::from(outgoing.sockets)).sum();
+        for namespace in namespaces {
+            for (port, sockets) in namespace.time_wait.incoming().into_iter().take(MAX_DESTINATIONS) {
+                shown += u64::from(sockets);
+                let port = format!("port {port}, accepted");
+                let line = format!("{sockets:>9} {:>7}  {port:<43} {}", "-", namespace.netns);
+                self.line(&line)?;
+            }
+        }
+        if total > shown {
+            self.dim(&format!("{:>9} {:>7}  elsewhere", total - shown, "-"))?;
+        }
+        match outgoing.first() {
+            Some((namespace, most)) => self.hint(namespace, most),
+            None => self.dim(
+                "This host closed first. Sockets that it accepted cost some memory for a minute, and no ports.",
+            ),
+        }
+    }
+
+    fn hint(&mut self, namespace: &Unowned, most: &Outgoing) -> io::Result<()> {
+        let Some((first, last)) = namespace.ports else {
+            return self.dim("The range of ports that connect() chooses from is not known there.");
+        };
+        self.dim(&format!(
+            "PORTS: of the {} that connect() chooses from ({first} to {last}), those that cannot be used for\n\
+             another connection to the same place, for a minute each.",
+            u32::from(last - first) + 1
+        ))?;
+        if share(namespace, most).is_some_and(|used| used >= SCARCE) {
+            self.line(&format!(
+                "Near 100% connect() to {} fails with EADDRNOTAVAIL. Keep connections open (a pool,\n\
+                 keep-alive), or have the other end close first; net.ipv4.tcp_tw_reuse=1 lets ports be used again.",
+                endpoint(Some(most.to))
+            ))?;
+        }
+        Ok(())
+    }
+}
+
+fn in_namespace(namespace: &Unowned) -> impl Iterator<Item = (&Unowned, Outgoing)> {
+    // Nobody needs more than will be shown.
+    namespace
+        .time_wait
+        .outgoing()
+        .into_iter()
+        .take(MAX_DESTINATIONS)
+        .map(move |outgoing| (namespace, outgoing))
+}
+
+/// How many percent of the ports that `connect()` chooses from are taken towards a destination.
+fn share(namespace: &Unowned, outgoing: &Outgoing) -> Option<f64> {
+    let (first, last) = namespace.ports?;
+    Some(f64::from(outgoing.sockets) * 100.0 / (f64::from(last) - f64::from(first) + 1.0))
+}
+
+/// The owner's descriptors alone, the others' with their pids.
+fn holders(holders: Option<&[Holder]>, owner: Option<u32>) -> String {
+    let Some(holders) = holders else { return "-".to_owned() };
+    let (own, others): (Vec<_>, Vec<_>) = holders.iter().partition(|holder| Some(holder.pid) == owner);
+    let own = own.iter().map(|holder| holder.fd.to_string());
+    let others = others.iter().map(|holder| format!("{}/{}", holder.pid, holder.fd));
+    own.chain(others).collect::<Vec<_>>().join(", ")
+}
+
+/// Items with commas, over as many lines as it takes, those after the first as far to the right as the first item.
+struct Wrapped {
+    text: String,
+    indent: usize,
+    column: usize,
+}
+
+impl Wrapped {
+    fn new(start: String) -> Self {
+        let indent = width(&start);
+        Self { text: start, indent, column: indent }
+    }
+
+    fn add(&mut self, item: &str) {
+        if self.column > self.indent {
+            self.text.push(',');
+            self.column += 1;
+            if self.column + 1 + width(item) >= COLUMNS {
+                let _ = write!(self.text, "\n{:indent$}", "", indent = self.indent);
+                self.column = self.indent;
+            } else {
+                self.text.push(' ');
+                self.column += 1;
+            }
+        }
+        self.text.push_str(item);
+        self.column += width(item);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        clock::Clock,
+        event::{Event, Role},
+        sink::examples,
+        sockets::Gaps,
+    };
+
+    fn nothing() -> Scan {
+        Scan {
+            at: Clock::now(),
+            lingering: Vec::new(),
+            processes: Vec::new(),
+            namespaces: Vec::new(),
+            gaps: Gaps::default(),
+        }
+    }
+
+    fn written(report: Report, palette: Palette) -> String {
+        let mut bytes = Vec::new();
+        report.write(&mut bytes, palette, &nothing()).unwrap();
+        String::from_utf8(bytes).unwrap()
+    }
+
+    fn lingering(pid: u32, role: Option<Role>, remote_port: u16) -> Lingering {
+        let Event::Lingering(mut lingering) = examples::lingering() else { unreachable!() };
+        lingering.process.as_mut().unwrap().pid = pid;
+        lingering.connection.role = role;
+        lingering.connection.remote.as_mut().unwrap().port = remote_port;
+        *lingering
+    }
+
+    #[test]
+    fn grouped_by_process_and_remote() {
+        let mut report = Report::default();
+        for (pid, role, remote_port) in [
+            (1, Some(Role::Client), 443),
+            (2, Some(Role::Client), 443),
+            // The same process, elsewhere: goes up to its first.
+            (1, Some(Role::Client), 444),
+            // From one address, from two ports.
+            (3, Some(Role::Server), 50_000),
+            (3, Some(Role::Server), 50_001),
+        ] {
+            report.add(lingering(pid, role, remote_port));
+        }
+        let text = written(report, Palette::PLAIN);
+        let titles: Vec<_> = text.lines().skip(1).filter(|line| !line.starts_with(' ')).collect();
+        assert_eq!(
+            titles,
+            [
+                "1 java  to 10.0.0.2:443  1 socket  netns 4026531840",
+                "1 java  to 10.0.0.2:444  1 socket  netns 4026531840",
+                "2 java  to 10.0.0.2:443  1 socket  netns 4026531840",
+                "3 java  port 443 from 10.0.0.2  2 sockets  netns 4026531840",
+            ],
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn bounded_and_as_wide_as_a_terminal() {
+        let mut report = Report::default();
+        for number in 0..15 {
+            report.add(lingering(1, Some(Role::Server), 50_000 + number));
+        }
+        for number in 0..150 {
+            report.add(lingering(2, None, number));
+        }
+        let text = written(report, Palette::PLAIN);
+        assert!(text.contains("  and 5 more, in all: 15 CLOSE_WAIT leaked"), "{text}");
+        assert!(text.contains("and 51 more in other groups"), "{text}");
+        assert!(text.lines().all(|line| width(line) <= COLUMNS), "{text}");
+        assert!(!text.contains('\x1b'));
+    }
+
+    #[test]
+    fn names_cannot_steer_the_terminal() {
+        let mut evil = lingering(1, None, 1);
+        evil.process.as_mut().unwrap().comm = "\x1b[2J\nfake".into();
+        evil.process.as_mut().unwrap().container = Some("\x1b[2J".into());
+        let mut report = Report::default();
+        report.add(evil);
+        let text = written(report, Palette::PLAIN);
+        assert!(!text.contains('\x1b') && !text.lines().any(|line| line.starts_with("fake")), "{text}");
+    }
+
+    #[test]
+    fn long_lines_go_on_below() {
+        let mut line = Wrapped::new("   start ".into());
+        for _ in 0..30 {
+            line.add("ESTABLISHED 12345");
+        }
+        let lines: Vec<_> = line.text.lines().collect();
+        assert!(lines.len() > 1 && lines.iter().all(|line| width(line) <= COLUMNS), "{lines:?}");
+        assert!(lines[1..].iter().all(|line| line.starts_with("         ESTABLISHED")), "{lines:?}");
+    }
+}

@@ -1,0 +1,40 @@
+//! Reads the TCP sockets of a network namespace out of `/proc/PID/net/tcp` and `tcp6` of a process in it: where the
+//! namespace may not be entered, or the kernel has no `sock_diag`. The kernel tells less there.
+
+use procfs::{ProcError, ProcResult, net::TcpNetEntry, process::Process};
+
+use super::{diag::endpoint, entry::Entry};
+use crate::event::State;
+
+/// Calls `each` for every TCP socket there is, listeners first.
+///
+/// # Errors
+/// The process is gone, or may not be looked at.
+pub fn read(pid: u32, mut each: impl FnMut(Entry)) -> ProcResult<()> {
+    let process = Process::new(i32::try_from(pid).map_err(|_| ProcError::NotFound(None))?)?;
+    let mut sockets = process.tcp()?;
+    match process.tcp6() {
+        Ok(more) => sockets.extend(more),
+        // A kernel without IPv6.
+        Err(ProcError::NotFound(_)) => {}
+        Err(error) => return Err(error),
+    }
+    let (listeners, others): (Vec<_>, Vec<_>) =
+        sockets.iter().filter_map(entry).partition(|entry| entry.state == State::Listen);
+    listeners.into_iter().chain(others).for_each(&mut each);
+    Ok(())
+}
+
+fn entry(socket: &TcpNetEntry) -> Option<Entry> {
+    let state = State::from_kernel(socket.state.to_u8())?;
+    Some(Entry {
+        state,
+        local: endpoint(socket.local_address),
+        remote: endpoint(socket.remote_address),
+        inode: socket.inode,
+        recv_queue: socket.rx_queue,
+        is_remnant: socket.inode == 0 && matches!(state, State::TimeWait | State::FinWait2),
+        cookie: None,
+        info: None,
+    })
+}

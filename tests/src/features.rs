@@ -1,0 +1,197 @@
+//! What the running kernel has and what it lacks, asked of the kernel itself, and what follows for the tests: this is
+//! the one place for lawful differences between kernels. Versions do not count, since distributions change kernels.
+
+use std::{
+    ffi::c_void,
+    fs, mem,
+    os::fd::{FromRawFd, OwnedFd, RawFd},
+    sync::OnceLock,
+};
+
+use nix::libc;
+use serde_json::{Value, json};
+
+use crate::expect::one_of;
+
+/// Where a kernel describes its types.
+const BTF: &str = "/sys/kernel/btf/vmlinux";
+
+/// Something that not every kernel has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Feature {
+    /// The tracepoint of sent RSTs tells of those without a full socket behind them, and why any is sent: both came at
+    /// once (<https://git.kernel.org/linus/19822a980e19>, 6.10).
+    EveryReset,
+    /// It also tells why a RST is sent that is no answer to a segment.
+    ReasonsOfOwnResets,
+    /// Programs on tracepoints may ask for a socket's cookie (<https://git.kernel.org/linus/c5dbb89fc2ac>).
+    Cookies,
+    /// Programs on the return of a function may be loaded.
+    FunctionReturns,
+    /// Connections over several paths.
+    Mptcp,
+    /// An `io_uring` can shut a socket down.
+    UringShutdown,
+}
+
+impl Feature {
+    /// Whether it is here.
+    pub fn is_here(self) -> bool {
+        match self {
+            Self::EveryReset => has_name("sk_rst_reason"),
+            Self::ReasonsOfOwnResets => has_name("SK_RST_REASON_TCP_ABORT_ON_CLOSE"),
+            Self::Cookies => has_name("bpf_get_socket_ptr_cookie"),
+            Self::FunctionReturns => can_load_on_return_of("inet_csk_accept"),
+            Self::Mptcp => fs::exists("/proc/sys/net/mptcp").unwrap_or(false),
+            Self::UringShutdown => has_name("IORING_OP_SHUTDOWN"),
+        }
+    }
+
+    /// Whether a test has to do without it, which is then told to whoever runs it: `cargo xtask test` reads this.
+    pub fn is_missed(self) -> bool {
+        let missed = !self.is_here();
+        if missed {
+            println!("skipped: this kernel lacks {}", self.name());
+        }
+        missed
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::EveryReset => "the tracing of RSTs without a socket",
+            Self::ReasonsOfOwnResets => "the reasons of RSTs that are no answers",
+            Self::Cookies => "socket cookies for tracing programs",
+            Self::FunctionReturns => "programs on the return of functions",
+            Self::Mptcp => "MPTCP",
+            Self::UringShutdown => "io_uring's shutdown",
+        }
+    }
+}
+
+/// The expected `reason` of a RST, which has this name where the kernel tells reasons.
+pub fn reason(name: Value) -> Value {
+    if Feature::ReasonsOfOwnResets.is_here() {
+        name
+    } else if Feature::EveryReset.is_here() {
+        one_of(&[name, json!("NOT_SPECIFIED")])
+    } else {
+        Value::Null
+    }
+}
+
+/// The lines, of those expected, that this kernel lets be told.
+pub fn tellable(expected: Vec<Value>) -> Vec<Value> {
+    let every_reset = Feature::EveryReset.is_here();
+    let is_told = |line: &Value| {
+        let without_socket = line["state"].is_null() || line["state"] == "TIME_WAIT";
+        every_reset || line["event"] != "reset" || line["direction"] != "sent" || !without_socket
+    };
+    expected.into_iter().filter(is_told).collect()
+}
+
+/// The kernel's description of its types; empty without.
+fn btf() -> &'static [u8] {
+    static BYTES: OnceLock<Vec<u8>> = OnceLock::new();
+    BYTES.get_or_init(|| fs::read(BTF).unwrap_or_default())
+}
+
+/// Whether a type, a member, a function or a value of this name is described.
+fn has_name(name: &str) -> bool {
+    position_of(name).is_some()
+}
+
+/// Where a name begins that is described.
+fn position_of(name: &str) -> Option<usize> {
+    let wanted = format!("\0{name}\0");
+    let (bytes, length) = (btf(), wanted.len());
+    // SAFETY: both are alive through the call and as long as said.
+    let found = unsafe {
+        libc::memmem(bytes.as_ptr().cast::<c_void>(), bytes.len(), wanted.as_ptr().cast::<c_void>(), length)
+    };
+    (!found.is_null()).then(|| found as usize - bytes.as_ptr() as usize + 1)
+}
+
+/// The number of a function in the description of types (`Documentation/bpf/btf.rst`).
+fn function_id(name: &str) -> Option<u32> {
+    const FUNCTION: u32 = 12;
+    let number = |at: usize| Some(u32::from_ne_bytes(btf().get(at..at + 4)?.try_into().ok()?));
+    let size = |at: usize| number(at).map(|number| number as usize);
+    let header = size(4)?;
+    let (types, types_length, names) = (header + size(8)?, size(12)?, header + size(16)?);
+    let wanted = position_of(name)?.checked_sub(names)?;
+    let mut at = types;
+    for id in 1.. {
+        if at >= types + types_length {
+            break;
+        }
+        let info = number(at + 4)?;
+        let (kind, count) = (info >> 24 & 0x1f, (info & 0xffff) as usize);
+        if kind == FUNCTION && size(at)? == wanted {
+            return Some(id);
+        }
+        // What follows the twelve bytes that every type has.
+        at += 12
+            + match kind {
+                1 | 14 | 17 => 4,
+                3 => 12,
+                4 | 5 | 15 | 19 => 12 * count,
+                6 | 13 => 8 * count,
+                _ => 0,
+            };
+    }
+    None
+}
+
+/// Whether the kernel takes a program that does nothing when a function returns. It may describe the function, have
+/// the means, and refuse all the same.
+fn can_load_on_return_of(function: &str) -> bool {
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    *ANSWER.get_or_init(|| function_id(function).is_some_and(can_load_at))
+}
+
+fn can_load_at(function: u32) -> bool {
+    const PROG_LOAD: libc::c_int = 5;
+    const TRACING: u32 = 26;
+    const AT_RETURN: u32 = 25;
+    /// `r0 = 0; exit`.
+    const NOTHING: [u64; 2] = [0xb7, 0x95];
+
+    /// `union bpf_attr` for `BPF_PROG_LOAD`, as far as it is needed.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Attributes {
+        prog_type: u32,
+        insn_cnt: u32,
+        insns: u64,
+        license: u64,
+        log: [u32; 4],
+        kern_version: u32,
+        prog_flags: u32,
+        prog_name: [u8; 16],
+        prog_ifindex: u32,
+        expected_attach_type: u32,
+        prog_btf_fd: u32,
+        func_info: [u32; 4],
+        line_info: [u32; 4],
+        attach_btf_id: u32,
+    }
+    let attributes = Attributes {
+        prog_type: TRACING,
+        insn_cnt: 2,
+        insns: NOTHING.as_ptr() as u64,
+        license: c"GPL".as_ptr() as u64,
+        expected_attach_type: AT_RETURN,
+        attach_btf_id: function,
+        ..Attributes::default()
+    };
+    // SAFETY: the attributes and what they point to are alive through the call, and as long as said.
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw const attributes, mem::size_of::<Attributes>())
+    };
+    let Some(descriptor) = RawFd::try_from(result).ok().filter(|descriptor| *descriptor >= 0) else {
+        return false;
+    };
+    // SAFETY: the kernel has just made this descriptor and nothing else has it.
+    drop(unsafe { OwnedFd::from_raw_fd(descriptor) });
+    true
+}

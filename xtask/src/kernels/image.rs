@@ -1,0 +1,217 @@
+//! The initial file system of a virtual machine: the test programs, tcpclose, the commands that tests call, the
+//! libraries of all of them, each where it is on this host, and the modules of one kernel.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::Write,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, ensure};
+
+use super::debian::Kernel;
+use crate::{command, suite::Suite};
+
+/// The commands that tests call.
+const COMMANDS: [&str; 4] = ["ip", "nft", "sh", "ss"];
+
+/// Modules that tests need, where the kernel does not have them built in. What they depend on comes along.
+const MODULES: [&str; 5] = ["veth", "nf_tables", "nft_reject_inet", "tcp_diag", "mptcp_diag"];
+
+/// Folders that are mounted on or written to.
+const FOLDERS: [&str; 9] = ["dev", "modules", "proc", "run", "sys", "tmp", "usr/bin", "usr/lib", "usr/lib64"];
+
+/// The same folders under other names.
+const LINKS: [(&str, &str); 5] = [
+    ("bin", "usr/bin"),
+    ("lib", "usr/lib"),
+    ("lib64", "usr/lib64"),
+    ("sbin", "usr/sbin"),
+    ("usr/sbin", "bin"),
+];
+
+/// What all machines have in common, packed.
+pub(crate) fn common(folder: &Path, suite: &Suite, tcpclose: &Path, arguments: &[String]) -> Result<Vec<u8>> {
+    let root = fresh(&folder.join("root"))?;
+    for place in FOLDERS {
+        fs::create_dir_all(root.join(place))?;
+    }
+    for (name, to) in LINKS {
+        symlink(to, root.join(name))?;
+    }
+    let mut needed = BTreeSet::new();
+    for program in suite.programs().chain([tcpclose]) {
+        let copy = copy(program, &root)?;
+        // Names of functions stay; lines of the source would make the image five times as large.
+        command::run(Command::new("strip").arg("--strip-debug").arg(copy))?;
+        needed.extend(libraries(program)?);
+    }
+    for name in COMMANDS {
+        let program = command::find(name).with_context(|| format!("there is no {name}"))?;
+        fs::copy(&program, root.join("usr/bin").join(name))
+            .with_context(|| format!("cannot copy {}", program.display()))?;
+        needed.extend(libraries(&program)?);
+    }
+    for library in needed {
+        copy(&library, &root)?;
+    }
+    fs::copy(suite.helper("init")?, root.join("init"))?;
+    let tests = suite
+        .tests()
+        .map(|(name, program)| format!("{name} {} {}\n", program.display(), arguments.join(" ")));
+    fs::write(root.join("tests"), tests.collect::<String>())?;
+    let variables =
+        suite.variables(tcpclose).into_iter().map(|(name, value)| (name, value.display().to_string()));
+    let own = [("PATH", "/usr/bin"), ("HOME", "/tmp"), ("TCPCLOSE_TESTS_FEWER", "20")]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let environment = variables.chain(own).map(|(name, value)| format!("{name}={value}\n"));
+    fs::write(root.join("environment"), environment.collect::<String>())?;
+    pack(&root)
+}
+
+/// The modules of a kernel, packed. The machine loads them in the order of their names.
+pub(crate) fn modules(folder: &Path, kernel: &Kernel) -> Result<Vec<u8>> {
+    let root = fresh(&folder.join(&kernel.release))?;
+    let place = root.join("modules");
+    fs::create_dir(&place)?;
+    let mut files = Vec::new();
+    collect_files(&kernel.modules, &mut files)?;
+    let mut loaded = Vec::new();
+    for name in MODULES {
+        load(name, &files, &mut loaded)?;
+    }
+    for (index, (name, module)) in loaded.iter().enumerate() {
+        fs::write(place.join(format!("{index:02}-{name}.ko")), module)?;
+    }
+    pack(&root)
+}
+
+/// Adds a module, after those that it depends on. One that there is no file of is built in, or the kernel has none: the
+/// tests say what they miss.
+fn load(name: &str, files: &[PathBuf], loaded: &mut Vec<(String, Vec<u8>)>) -> Result<()> {
+    if loaded.iter().any(|(other, _)| other == name) {
+        return Ok(());
+    }
+    let Some(file) = files.iter().find(|file| module_name(file).as_deref() == Some(name)) else {
+        return Ok(());
+    };
+    let module = if file.extension().is_some_and(|extension| extension == "xz") {
+        let output = Command::new("xz").args(["--decompress", "--stdout"]).arg(file).output()?;
+        ensure!(output.status.success(), "xz cannot unpack {}", file.display());
+        output.stdout
+    } else {
+        fs::read(file)?
+    };
+    for needed in dependencies(&module) {
+        load(&needed, files, loaded)?;
+    }
+    loaded.push((name.to_owned(), module));
+    Ok(())
+}
+
+/// `nf_tables` for `…/nf_tables.ko.xz`. Modules go by names with underscores, whatever their files are called.
+fn module_name(file: &Path) -> Option<String> {
+    Some(file.file_name()?.to_str()?.split_once(".ko")?.0.replace('-', "_"))
+}
+
+/// What a module says it depends on, in a string such as `depends=nfnetlink,libcrc32c`.
+fn dependencies(module: &[u8]) -> Vec<String> {
+    const MARK: &[u8] = b"\0depends=";
+    let Some(start) = module.windows(MARK.len()).position(|part| part == MARK) else { return Vec::new() };
+    let text = &module[start + MARK.len()..];
+    let end = text.iter().position(|byte| *byte == 0).unwrap_or(text.len());
+    String::from_utf8_lossy(&text[..end])
+        .split(',')
+        .filter(|name| !name.is_empty())
+        .map(|name| name.replace('-', "_"))
+        .collect()
+}
+
+fn collect_files(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+    for entry in fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            collect_files(&entry.path(), files)?;
+        } else {
+            files.push(entry.path());
+        }
+    }
+    Ok(())
+}
+
+/// An empty folder.
+fn fresh(folder: &Path) -> Result<PathBuf> {
+    if folder.exists() {
+        fs::remove_dir_all(folder)?;
+    }
+    fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+    Ok(folder.to_owned())
+}
+
+/// Copies a file to where it is on this host.
+fn copy(file: &Path, root: &Path) -> Result<PathBuf> {
+    let to =
+        root.join(file.strip_prefix("/").with_context(|| format!("{} is no full path", file.display()))?);
+    let copied = to.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| fs::copy(file, &to));
+    copied.with_context(|| format!("cannot copy {} to {}", file.display(), to.display()))?;
+    Ok(to)
+}
+
+/// The shared libraries that a program loads, the loader itself included.
+fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
+    let listed = command::output(Command::new("ldd").arg(program))
+        .with_context(|| format!("ldd cannot read {}", program.display()))?;
+    Ok(listed.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from).collect())
+}
+
+/// What the kernel unpacks; everything in it belongs to root.
+fn pack(root: &Path) -> Result<Vec<u8>> {
+    let mut names = Vec::new();
+    collect_names(root, Path::new(""), &mut names)?;
+    let mut cpio = Command::new("cpio");
+    cpio.args(["--create", "--format=newc", "--null", "--owner=+0:+0", "--quiet"]).current_dir(root);
+    let mut child = cpio.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("cannot start cpio")?;
+    let mut stdin = child.stdin.take().context("cpio has no standard input")?;
+    let writer = std::thread::spawn(move || stdin.write_all(&names));
+    let output = child.wait_with_output()?;
+    let _ = writer.join();
+    ensure!(output.status.success(), "cpio failed ({})", output.status);
+    Ok(output.stdout)
+}
+
+/// The names of all files in a folder, each ended by a zero, folders before what is in them.
+fn collect_names(root: &Path, within: &Path, names: &mut Vec<u8>) -> Result<()> {
+    for entry in fs::read_dir(root.join(within))? {
+        let entry = entry?;
+        let name = within.join(entry.file_name());
+        names.extend(name.as_os_str().as_encoded_bytes());
+        names.push(0);
+        if entry.file_type()?.is_dir() {
+            collect_names(root, &name, names)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modules_name_what_they_need() {
+        let info = b"license=GPL\0depends=nfnetlink,crc32c-generic\0retpoline=Y\0";
+        assert_eq!(dependencies(info), ["nfnetlink", "crc32c_generic"]);
+        assert_eq!(dependencies(b"\0depends=\0name=veth\0"), [""; 0]);
+        assert_eq!(dependencies(b""), [""; 0]);
+    }
+
+    #[test]
+    fn modules_go_by_names_with_underscores() {
+        assert_eq!(module_name(Path::new("a/nf-tables.ko.xz")).as_deref(), Some("nf_tables"));
+        assert_eq!(module_name(Path::new("a/veth.ko")).as_deref(), Some("veth"));
+        assert_eq!(module_name(Path::new("modules.order")), None);
+    }
+}

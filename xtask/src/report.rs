@@ -1,0 +1,177 @@
+//! What became of tests, read from what they print: on one place to run them, and over all places.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+/// What a test prints, first on a line, when it cannot run here; the reason follows.
+const SKIPPED: &str = "skipped: ";
+
+/// What became of the tests of one place.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Report {
+    /// How many passed and were not skipped.
+    pub(crate) passed: BTreeSet<String>,
+    /// What failed, with what it printed.
+    pub(crate) failed: BTreeMap<String, String>,
+    /// What could not run, and why.
+    pub(crate) skipped: BTreeMap<String, String>,
+    /// What else went wrong.
+    pub(crate) problems: Vec<String>,
+}
+
+impl Report {
+    /// Reads the output of several test programs, each between `=== NAME` and `=== NAME ended: …`, with `=== all` when
+    /// none is missing.
+    pub(crate) fn parse(text: &str) -> Self {
+        let mut report = Self::default();
+        let mut outputs = BTreeMap::<String, String>::new();
+        let mut program = None;
+        // The test whose output is being read.
+        let mut speaker = None;
+        let mut expected = 0;
+        let mut complete = false;
+        for line in text.lines() {
+            if let Some(mark) = line.strip_prefix("=== ") {
+                speaker = None;
+                match mark.split_once(" ended: ") {
+                    _ if mark == "all" => complete = true,
+                    None => program = Some(mark.to_owned()),
+                    Some((name, how)) => {
+                        if how != "exit status: 0" && !report.failed.keys().any(|test| is_of(test, name)) {
+                            report.problems.push(format!("{name} ended with {how}"));
+                        }
+                        program = None;
+                    }
+                }
+                continue;
+            }
+            let Some(program) = &program else { continue };
+            let qualified = |test: &str| format!("{program}::{test}");
+            if let Some(test) = line.strip_prefix("---- ").and_then(|line| line.strip_suffix(" stdout ----"))
+            {
+                speaker = Some(qualified(test));
+            } else if ["failures:", "successes:"].contains(&line) || line.starts_with("test result: ") {
+                speaker = None;
+            } else if let Some(speaker) = &speaker {
+                let output = outputs.entry(speaker.clone()).or_default();
+                output.push_str(line);
+                output.push('\n');
+            } else if let Some(count) = number_of_tests(line) {
+                expected += count;
+            } else if let Some((test, result)) =
+                line.strip_prefix("test ").and_then(|line| line.split_once(" ... "))
+            {
+                match result {
+                    "ok" => drop(report.passed.insert(qualified(test))),
+                    "FAILED" => drop(report.failed.insert(qualified(test), String::new())),
+                    _ => drop(report.skipped.insert(qualified(test), result.to_owned())),
+                }
+            }
+        }
+        for (test, output) in outputs {
+            if let Some(failed) = report.failed.get_mut(&test) {
+                *failed = output;
+            } else if let Some(reason) = output.lines().find_map(|line| line.strip_prefix(SKIPPED)) {
+                report.passed.remove(&test);
+                report.skipped.insert(test, reason.to_owned());
+            }
+        }
+        let told = report.passed.len() + report.failed.len() + report.skipped.len();
+        if !complete || told != expected {
+            report.problems.push(format!("{told} of {expected} tests that began told how they ended"));
+        }
+        report
+    }
+
+    /// Whether nothing is wrong.
+    pub(crate) fn is_good(&self) -> bool {
+        self.failed.is_empty() && self.problems.is_empty()
+    }
+
+    /// In a few words.
+    pub(crate) fn summary(&self) -> String {
+        let mut words = vec![format!("{} passed", self.passed.len())];
+        for (count, what) in [(self.failed.len(), "failed"), (self.skipped.len(), "skipped")] {
+            if count > 0 {
+                words.push(format!("{count} {what}"));
+            }
+        }
+        words.extend(self.problems.iter().cloned());
+        words.join(", ")
+    }
+}
+
+/// The tests that were skipped wherever they were to run, each with where and why.
+pub(crate) fn never_run(reports: &[(String, Report)]) -> BTreeMap<&str, Vec<String>> {
+    let mut never = BTreeMap::<&str, Vec<String>>::new();
+    for (place, report) in reports {
+        for (test, reason) in &report.skipped {
+            let ran = reports
+                .iter()
+                .any(|(_, report)| report.passed.contains(test) || report.failed.contains_key(test));
+            if !ran {
+                never.entry(test).or_default().push(format!("{place}: {reason}"));
+            }
+        }
+    }
+    never
+}
+
+fn is_of(test: &str, program: &str) -> bool {
+    test.strip_prefix(program).is_some_and(|rest| rest.starts_with("::"))
+}
+
+/// The number in `running 12 tests`.
+fn number_of_tests(line: &str) -> Option<usize> {
+    line.strip_prefix("running ")?
+        .strip_suffix(" tests")
+        .or(line.strip_prefix("running ")?.strip_suffix(" test"))?
+        .parse()
+        .ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = "=== close\n\nrunning 2 tests\ntest a ... ok\ntest b::c ... ok\n\nsuccesses:\n\n\
+        ---- b::c stdout ----\nskipped: no nft\n\n\nsuccesses:\n    a\n    b::c\n\n\
+        test result: ok. 2 passed; 0 failed\n\n=== close ended: exit status: 0\n=== all\n";
+
+    #[test]
+    fn skipped_tests_have_not_passed() {
+        let report = Report::parse(GOOD);
+        assert!(report.is_good(), "{report:?}");
+        assert_eq!(report.summary(), "1 passed, 1 skipped");
+        assert_eq!(report.skipped["close::b::c"], "no nft");
+    }
+
+    #[test]
+    fn failed_tests_keep_their_output() {
+        let text = "=== stray\nrunning 1 test\ntest a ... FAILED\n\nfailures:\n\n---- a stdout ----\nError: it\nbroke\n\n\
+            failures:\n    a\n\ntest result: FAILED. 0 passed\n=== stray ended: exit status: 101\n=== all\n";
+        let report = Report::parse(text);
+        assert_eq!(report.failed["stray::a"].trim(), "Error: it\nbroke");
+        assert_eq!(report.summary(), "0 passed, 1 failed");
+    }
+
+    #[test]
+    fn missing_results_are_a_problem() {
+        let cut = GOOD.split_once("test b::c").unwrap().0;
+        let report = Report::parse(cut);
+        assert!(!report.is_good());
+        assert_eq!(report.summary(), "1 passed, 1 of 2 tests that began told how they ended");
+        assert!(!Report::parse("").is_good());
+        let died =
+            "=== close\nrunning 1 test\ntest a ... ok\n=== close ended: signal: 11 (SIGSEGV)\n=== all\n";
+        assert_eq!(Report::parse(died).problems, ["close ended with signal: 11 (SIGSEGV)"]);
+    }
+
+    #[test]
+    fn what_ran_somewhere_has_run() {
+        let skipped = || Report::parse(GOOD);
+        let ran = Report::parse(&GOOD.replace("skipped: no nft", "all well"));
+        assert_eq!(never_run(&[("here".into(), skipped()), ("there".into(), ran)]).len(), 0);
+        let never = [("here".into(), skipped()), ("there".into(), skipped())];
+        assert_eq!(never_run(&never)["close::b::c"], ["here: no nft", "there: no nft"]);
+    }
+}

@@ -1,0 +1,110 @@
+//! The tests that load programs into the kernel: built once, and run on this host, and in virtual machines.
+
+use std::{
+    collections::BTreeMap,
+    env,
+    io::{BufRead, BufReader, Write},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use crate::{
+    command::{self, line},
+    workspace::{Workspace, cargo_program},
+};
+
+/// The package with the tests.
+pub(crate) const PACKAGE: &str = "tcpclose-tests";
+
+/// The built tests.
+pub(crate) struct Suite {
+    /// Programs with tests in them, by the name of their file.
+    tests: BTreeMap<String, PathBuf>,
+    /// Programs that tests start.
+    helpers: BTreeMap<String, PathBuf>,
+    folder: PathBuf,
+}
+
+impl Suite {
+    pub(crate) fn build(workspace: &Workspace) -> Result<Self> {
+        // The tests' own programs are traced, and the kernel walks their stacks along the frame pointers. The flag
+        // would have everything built anew, hence a target folder of their own.
+        let mut cargo = workspace.with_cargo(&cargo_program(), "test", &workspace.target.join("tests"));
+        let mut flags = env::var("RUSTFLAGS").unwrap_or_default();
+        flags.push_str(" -C force-frame-pointers=yes");
+        cargo.env("RUSTFLAGS", flags.trim_start()).env_remove("CARGO_ENCODED_RUSTFLAGS");
+        cargo.args(["--package", PACKAGE, "--no-run", "--message-format=json-render-diagnostics"]);
+        let output = cargo.stderr(Stdio::inherit()).output().context("cannot start cargo")?;
+        ensure!(output.status.success(), "this command failed ({}): {}", output.status, line(&cargo));
+        let mut suite =
+            Self { tests: BTreeMap::new(), helpers: BTreeMap::new(), folder: workspace.root.join("tests") };
+        for message in String::from_utf8_lossy(&output.stdout).lines() {
+            let message: Value = serde_json::from_str(message).context("cargo said what is not JSON")?;
+            let Some(executable) = message["executable"].as_str().map(PathBuf::from) else { continue };
+            let name = message["target"]["name"].as_str().unwrap_or_default().to_owned();
+            let is_helper = message["target"]["kind"][0] == "bin";
+            match message["profile"]["test"].as_bool() {
+                Some(true) if !is_helper => suite.tests.insert(name, executable),
+                Some(false) if is_helper => suite.helpers.insert(name, executable),
+                _ => None,
+            };
+        }
+        Ok(suite)
+    }
+
+    /// The programs with tests in them, with their names.
+    pub(crate) fn tests(&self) -> impl Iterator<Item = (&str, &Path)> {
+        self.tests.iter().map(|(name, program)| (name.as_str(), program.as_path()))
+    }
+
+    /// All programs.
+    pub(crate) fn programs(&self) -> impl Iterator<Item = &Path> {
+        self.tests.values().chain(self.helpers.values()).map(PathBuf::as_path)
+    }
+
+    /// One of the programs that tests start.
+    pub(crate) fn helper(&self, name: &str) -> Result<&Path> {
+        Ok(self.helpers.get(name).with_context(|| format!("there is no program {name} in {PACKAGE}"))?)
+    }
+
+    /// The variables that the tests expect.
+    pub(crate) fn variables(&self, tcpclose: &Path) -> BTreeMap<String, PathBuf> {
+        let helpers = self.helpers.iter().map(|(name, path)| (format!("CARGO_BIN_EXE_{name}"), path.clone()));
+        helpers.chain([("TCPCLOSE_BIN".to_owned(), tcpclose.to_owned())]).collect()
+    }
+
+    /// Runs the tests on this host, and shows and returns what they print.
+    pub(crate) fn run_here(&self, tcpclose: &Path, arguments: &[String]) -> Result<String> {
+        let mut said = String::new();
+        for (name, program) in self.tests() {
+            let mut command = if command::is_root() {
+                Command::new(program)
+            } else {
+                let mut sudo = Command::new(command::sudo("loading programs into the kernel")?);
+                sudo.args(["--preserve-env", "--"]).arg(program);
+                sudo
+            };
+            command
+                .args(arguments)
+                .current_dir(&self.folder)
+                .envs(self.variables(tcpclose))
+                .stdout(Stdio::piped());
+            let mut child = command.spawn().with_context(|| format!("cannot start {}", line(&command)))?;
+            let output = child.stdout.take().context("a test has no standard output")?;
+            said.extend(["=== ", name, "\n"]);
+            println!("\n     {name}");
+            for text in BufReader::new(output).split(b'\n') {
+                let text = String::from_utf8_lossy(&text?).into_owned();
+                println!("{text}");
+                said.extend([&text, "\n"]);
+            }
+            std::io::stdout().flush()?;
+            said.extend(["=== ", name, " ended: ", &child.wait()?.to_string(), "\n"]);
+        }
+        said.push_str("=== all\n");
+        Ok(said)
+    }
+}
