@@ -32,17 +32,18 @@ const FOR_TESTS: [(&str, Package); 7] = [
         Package { name: "python3", purpose: "Python, which servers in tests are written in" },
     ),
     (
-        "nginx",
+        "/usr/sbin/nginx",
         Package {
             name: "nginx",
-            purpose: "nginx, a proxy in tests; where port 80 is free, its package starts it there as a service                       (`systemctl disable --now nginx` ends that)",
+            purpose: "nginx, a proxy in tests; where port 80 is free, its package starts it there as a service \
+                      (`systemctl disable --now nginx` ends that)",
         },
     ),
     (
-        "redis-check-rdb",
+        "/usr/bin/redis-check-rdb",
         Package { name: "redis-tools", purpose: "redis and its client, in tests; without a service" },
     ),
-    ("jcmd", Package { name: "default-jdk-headless", purpose: "Java, in tests" }),
+    ("/usr/bin/jcmd", Package { name: "default-jdk-headless", purpose: "Java, in tests" }),
     (
         "/usr/share/java/httpclient.jar",
         Package {

@@ -22,6 +22,12 @@ use tcpclose_tests::{
 
 use super::{at, idle_for, only_socket, process, told, wait_for_listener};
 
+pub(crate) const NEEDS: &[&str] = &[SERVER, CLIENT];
+
+/// Debian's server is the same file as this tool, and goes by its name. It comes without a service.
+const SERVER: &str = "/usr/bin/redis-check-rdb";
+const CLIENT: &str = "/usr/bin/redis-cli";
+
 const PORT: u16 = 6379;
 
 /// redis compares seconds of a clock that it reads now and then, so it may close a second earlier.
@@ -32,15 +38,14 @@ pub(crate) fn redis_closes_what_its_client_has_forgotten() -> Result<()> {
     let namespace = Namespace::new()?;
     let folder = Scratch::new()?;
     let tool = Launch::new()?.trace([&namespace]).args(["--linger", "1s"]).start()?;
-    // Debian's server is the same file as this tool, and goes by its name. It comes without a service.
     let program = folder.path().join("redis-server");
-    symlink("/usr/bin/redis-check-rdb", &program)?;
+    symlink(SERVER, &program)?;
     let mut command = Command::new(program);
     command.args(["--save", "", "--loglevel", "verbose", "--logfile", "log", "--dir"]).arg(folder.path());
     command.args(["--port", &PORT.to_string(), "--timeout", &TIMEOUT.as_secs().to_string()]);
     let redis = Program::start(&namespace, command)?;
     wait_for_listener(&namespace, PORT)?;
-    let mut command = Command::new("redis-cli");
+    let mut command = Command::new(CLIENT);
     // It complains of what it is in for.
     command.args(["-p", &PORT.to_string()]).stderr(Stdio::null());
     let mut client = Program::start(&namespace, command)?;

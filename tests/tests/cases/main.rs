@@ -28,6 +28,9 @@ macro_rules! cases {
     ($($file:ident::$case:ident)*) => {$(
         #[test]
         fn $case() -> Result<()> {
+            if $file::NEEDS.iter().any(|file| is_missing(file)) {
+                return Ok(());
+            }
             excused($file::$case)
         }
     )*};
@@ -42,6 +45,19 @@ cases! {
     pool::pool_runs_dry_and_the_method_is_named
 }
 
+/// Debian's. One that comes first in the path may be a script that looks for yet another.
+const PYTHON: &str = "/usr/bin/python3";
+
+/// Whether a test has to do without a program, as in a virtual machine, which is then told to whoever runs it: `cargo
+/// xtask test` reads this, and is content if the test ran elsewhere.
+fn is_missing(file: &str) -> bool {
+    let missing = !Path::new(file).exists();
+    if missing {
+        println!("skipped: {file} is not here");
+    }
+    missing
+}
+
 /// The kernel notes when data last went in ticks, the longest of which last so long.
 const TICK: Duration = Duration::from_millis(10);
 
@@ -50,9 +66,9 @@ fn part(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases").join(name)
 }
 
-/// One of these scripts. Debian's Python runs it: another one may be a script that starts a third.
+/// One of these scripts.
 fn python(script: &str) -> Command {
-    let mut command = Command::new("/usr/bin/python3");
+    let mut command = Command::new(PYTHON);
     command.arg(part(script));
     command
 }

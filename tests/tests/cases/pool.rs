@@ -14,13 +14,19 @@ use tcpclose_tests::{
     until,
 };
 
-use super::{at, part, process, python, start_script, told};
+use super::{PYTHON, at, part, process, python, start_script, told};
 
-const PORT: u16 = 8000;
-const LIMIT: usize = 5;
+pub(crate) const NEEDS: &[&str] = &[PYTHON, COMPILER, JVM, JCMD, HTTP_CLIENT];
+
+const COMPILER: &str = "/usr/bin/javac";
+const JVM: &str = "/usr/bin/java";
+const JCMD: &str = "/usr/bin/jcmd";
 
 /// Brings the others that it needs.
 const HTTP_CLIENT: &str = "/usr/share/java/httpclient.jar";
+
+const PORT: u16 = 8000;
+const LIMIT: usize = 5;
 
 /// Where the source has the mistake.
 const GUILTY: &str = "java.lang.String Prices.price(java.lang.String)";
@@ -29,20 +35,20 @@ const GUILTY: &str = "java.lang.String Prices.price(java.lang.String)";
 struct Jvm(Program);
 
 impl Jvm {
-    /// Has the source compiled and starts it, with the option that lets stacks be followed through compiled methods.
+    /// Has the source compiled and starts it, so that stacks can be followed through compiled methods, and that these
+    /// stay as they are.
     fn start(namespace: &Namespace, folder: &Path) -> Result<Self> {
-        ensure!(Path::new(HTTP_CLIENT).exists(), "{HTTP_CLIENT} is not here: run `cargo xtask test`");
         let source = part("Prices.java");
-        netns::run(Command::new("javac").args(["-cp", HTTP_CLIENT, "-d"]).arg(folder).arg(source))?;
-        let mut command = Command::new("java");
-        command.args(["-XX:+PreserveFramePointer", "-cp"]);
+        netns::run(Command::new(COMPILER).args(["-cp", HTTP_CLIENT, "-d"]).arg(folder).arg(source))?;
+        let mut command = Command::new(JVM);
+        command.args(["-XX:+PreserveFramePointer", "-XX:TieredStopAtLevel=1", "-cp"]);
         command.arg(format!("{HTTP_CLIENT}:{}", folder.display())).args(["Prices", &LIMIT.to_string()]);
         Ok(Self(Program::start(namespace, command)?))
     }
 
     /// Has it do something with itself.
     fn jcmd(&self, order: &str) -> Result<String> {
-        netns::run(Command::new("jcmd").args([&self.0.pid().to_string(), order]))
+        netns::run(Command::new(JCMD).args([&self.0.pid().to_string(), order]))
     }
 }
 

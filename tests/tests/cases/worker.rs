@@ -12,7 +12,9 @@ use tcpclose_tests::{
     until,
 };
 
-use super::{at, process, python, start_script, told};
+use super::{PYTHON, at, process, python, start_script, told};
+
+pub(crate) const NEEDS: &[&str] = &[PYTHON];
 
 const PORT: u16 = 8000;
 
