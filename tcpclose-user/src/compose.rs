@@ -41,15 +41,23 @@ pub struct Composer {
     pub clock: Clock,
     /// Names of reset reasons.
     pub reasons: ResetReasons,
-    /// Stacks that were named, by process, program image and key; with a time to ask again where a name was missing.
+    /// Stacks that were named, by process, program image and key; with a time to ask again where something was missing.
     named: HashMap<(u32, u64, u64), (Frames, Option<Instant>)>,
 }
 
 /// How many named stacks are kept. Beyond it all are forgotten and named again.
 const MAX_NAMED: usize = 4_096;
 
-/// How long a frame without a name stays so.
+/// How long a frame without a name stays so, and a stack that leads out of what is known of its process.
 const ASK_AGAIN: Duration = Duration::from_secs(10);
+
+/// How much of a stack is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Extent {
+    Whole,
+    /// The rest is in no mapping that is known.
+    Cut,
+}
 
 impl Composer {
     /// Made of these.
@@ -198,8 +206,9 @@ impl Composer {
             return None;
         }
         let user = self.named(task, task.user_stack, Self::user);
-        let kernel =
-            self.named(task, task.kernel_stack, |composer, _, frames| composer.symbolizer.kernel(frames));
+        let kernel = self.named(task, task.kernel_stack, |composer, _, frames| {
+            (composer.symbolizer.kernel(frames), Extent::Whole)
+        });
         (user.is_some() || kernel.is_some()).then_some(event::Stack { user, kernel })
     }
 
@@ -208,7 +217,7 @@ impl Composer {
         &mut self,
         task: &Task,
         key: u64,
-        name: impl FnOnce(&mut Self, &Task, &[u64]) -> Vec<Frame>,
+        name: impl FnOnce(&mut Self, &Task, &[u64]) -> (Vec<Frame>, Extent),
     ) -> Option<Frames> {
         let known = (task.pid, task.mm, key);
         if let Some((frames, until)) = self.named.get(&known)
@@ -217,9 +226,10 @@ impl Composer {
             return Some(frames.clone());
         }
         let addresses = self.stacks.frames(key)?;
-        let frames = name(self, task, &addresses);
-        // A function that was compiled at run time may get its name later.
-        let until = frames.iter().any(|frame| frame.symbol.is_none()).then(|| Instant::now() + ASK_AGAIN);
+        let (frames, extent) = name(self, task, &addresses);
+        // A function that was compiled at run time may get its name later, and be where nothing was known to be.
+        let lacks = extent == Extent::Cut || frames.iter().any(|frame| frame.symbol.is_none());
+        let until = lacks.then(|| Instant::now() + ASK_AGAIN);
         if self.named.len() >= MAX_NAMED {
             self.named.clear();
         }
@@ -228,10 +238,11 @@ impl Composer {
         Some(frames)
     }
 
-    fn user(&mut self, task: &Task, frames: &[u64]) -> Vec<Frame> {
+    fn user(&mut self, task: &Task, frames: &[u64]) -> (Vec<Frame>, Extent) {
         let image = self.attributor.image(task, frames);
-        let frames = plausible(image.as_deref(), frames);
-        self.symbolizer.user(image.as_deref(), frames)
+        let true_frames = plausible(image.as_deref(), frames);
+        let extent = if true_frames.len() == frames.len() { Extent::Whole } else { Extent::Cut };
+        (self.symbolizer.user(image.as_deref(), true_frames), extent)
     }
 }
 

@@ -1,12 +1,13 @@
 //! Comparing lines with what they ought to be. An expectation is JSON that names some fields of a line; a
-//! value in it is either meant literally or is one of the marks made here: [`known`], [`one_of`], [`path`],
-//! [`calls`].
+//! value in it is either meant literally or is one of the marks made here: [`known`], [`at_least`], [`one_of`],
+//! [`path`], [`calls`].
 
 use std::fmt::Write as _;
 
 use serde_json::{Map, Value, json};
 
 const KNOWN: &str = "$known";
+const AT_LEAST: &str = "$at_least";
 const ONE_OF: &str = "$one_of";
 const PATH: &str = "$path";
 const CALLS: &str = "$calls";
@@ -14,6 +15,11 @@ const CALLS: &str = "$calls";
 /// Anything but null.
 pub fn known() -> Value {
     json!({ KNOWN: true })
+}
+
+/// A number that is not smaller.
+pub fn at_least(number: impl Into<f64>) -> Value {
+    json!({ AT_LEAST: number.into() })
 }
 
 /// Any of several expectations.
@@ -136,6 +142,7 @@ fn mark(fields: &Map<String, Value>) -> Option<(&str, &Value)> {
 fn compare_mark(mark: &str, actual: &Value, what: &Value) -> Option<String> {
     let good = match mark {
         KNOWN => !actual.is_null(),
+        AT_LEAST => actual.as_f64() >= what.as_f64() && actual.is_number(),
         ONE_OF => items(what).iter().any(|expected| differences(actual, expected).is_empty()),
         PATH => {
             let states: Vec<&Value> = items(actual).iter().map(|step| &step["state"]).collect();
@@ -157,7 +164,7 @@ fn items(value: &Value) -> &[Value] {
 mod tests {
     use serde_json::{Value, json};
 
-    use super::{but, calls, differences, known, mismatches, one_of, path};
+    use super::{at_least, but, calls, differences, known, mismatches, one_of, path};
 
     fn agree(actual: &Value, expected: &Value) -> bool {
         differences(actual, expected).is_empty()
@@ -170,6 +177,9 @@ mod tests {
         let cases = [
             (json!(0), known(), true),
             (Value::Null, known(), false),
+            (json!(2), at_least(2), true),
+            (json!(1.9), at_least(2), false),
+            (Value::Null, at_least(0), false),
             (json!("a"), one_of(&[Value::Null, json!("a")]), true),
             (json!("b"), one_of(&[Value::Null, json!("a")]), false),
             (states.clone(), path(&["ESTABLISHED", "CLOSE"]), true),

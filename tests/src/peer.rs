@@ -5,28 +5,20 @@ use std::{
     collections::BTreeMap,
     env,
     ffi::OsString,
-    io::{BufRead, BufReader, Write},
     os::unix::process::ExitStatusExt,
-    process::{Child, ChildStdin, Command, ExitStatus, Stdio},
+    process::{Command, ExitStatus},
     str::FromStr,
-    sync::mpsc::{self, Receiver},
-    thread,
 };
 
 use anyhow::{Context, Error, Result, anyhow, bail, ensure};
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use nix::sys::signal::Signal;
 
-use crate::{PATIENCE, netns::Namespace, until};
+use crate::{netns::Namespace, program::Program};
 
 /// A running peer; killed on drop.
 #[derive(Debug)]
 pub struct Peer {
-    child: Child,
-    orders: ChildStdin,
-    answers: Receiver<String>,
+    program: Program,
     introduction: Facts,
     netns: u64,
 }
@@ -47,17 +39,10 @@ impl Peer {
     /// Starts one in a namespace, under a name that the kernel takes as its `comm`.
     pub fn start(namespace: &Namespace, name: &str) -> Result<Self> {
         let mut command = Command::new(program()?);
-        command.arg(name).stdin(Stdio::piped()).stdout(Stdio::piped());
-        namespace.enter(&mut command)?;
-        let mut child = command.spawn().context("starting a peer")?;
-        let orders = child.stdin.take().context("a peer without standard input")?;
-        let output = child.stdout.take().context("a peer without standard output")?;
-        let (sender, answers) = mpsc::channel();
-        thread::spawn(move || {
-            BufReader::new(output).lines().map_while(Result::ok).try_for_each(|line| sender.send(line))
-        });
+        command.arg(name);
+        let program = Program::start(namespace, command)?;
         let introduction = Facts { line: String::new(), facts: BTreeMap::new() };
-        let mut peer = Self { child, orders, answers, introduction, netns: namespace.inode() };
+        let mut peer = Self { program, introduction, netns: namespace.inode() };
         peer.introduction =
             peer.answer()?.map_err(|refused| anyhow!("a peer cannot start: {}", refused.line))?;
         Ok(peer)
@@ -65,7 +50,7 @@ impl Peer {
 
     /// Its process id.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.program.pid()
     }
 
     /// What it called itself.
@@ -112,7 +97,7 @@ impl Peer {
 
     /// Gives an order whose answer is fetched later, with [`Peer::finish`].
     pub fn tell(&mut self, order: &str) -> Result<()> {
-        writeln!(self.orders, "{order}").with_context(|| format!("telling a peer to {order}"))
+        self.program.tell(order)
     }
 
     /// The answer to an order that has to succeed.
@@ -129,7 +114,7 @@ impl Peer {
 
     /// Kills it.
     pub fn kill(&mut self, signal: Signal) -> Result<()> {
-        kill(Pid::from_raw(self.pid().try_into()?), signal)?;
+        self.program.signal(signal)?;
         let status = self.ended()?;
         ensure!(status.signal() == Some(signal as i32), "killed by {signal}, it ended with {status}");
         Ok(())
@@ -137,24 +122,16 @@ impl Peer {
 
     /// Waits for its end.
     pub fn ended(&mut self) -> Result<ExitStatus> {
-        until("a peer has ended", || Ok(self.child.try_wait()?))
+        self.program.ended()
     }
 
     /// The next line it says, if it says one in time. An order may take as long as the kernel's timers do.
     fn answer(&self) -> Result<Result<Facts, Facts>> {
-        let line = self.answers.recv_timeout(PATIENCE).context("a peer does not answer")?;
+        let line = self.program.line()?;
         let facts = line.split_whitespace().filter_map(|word| word.split_once('='));
         let facts = facts.map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
         let said = Facts { line, facts };
         Ok(if said.line.starts_with("ok") { Ok(said) } else { Err(said) })
-    }
-}
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        // It may be dead already, which is what is wanted.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 

@@ -34,6 +34,10 @@ pub struct Socket {
     pub remote: SocketAddr,
     /// See [`ESTABLISHED`].
     pub state: u8,
+    /// Bytes that came and that nobody has taken; the end of the other one's data counts as one.
+    pub untaken: u32,
+    /// What its descriptors lead to; 0 if it has none.
+    pub inode: u64,
 }
 
 /// All sockets of a namespace.
@@ -48,15 +52,32 @@ pub fn wait_until(namespace: &Namespace, what: &str, satisfied: impl Fn(&[Socket
     until(what, || Ok(satisfied(&list(namespace)?).then_some(())))
 }
 
-/// A line is `number: address:port address:port state …`, all of it in hexadecimal digits.
+/// The descriptors that a process has of a socket.
+pub fn descriptors(pid: u32, socket: &Socket) -> Result<Vec<i32>> {
+    let link = format!("socket:[{}]", socket.inode);
+    let mut found = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let entry = entry?;
+        // Closed meanwhile.
+        let Ok(target) = fs::read_link(entry.path()) else { continue };
+        if target.as_os_str() == link.as_str() {
+            found.push(entry.file_name().to_string_lossy().parse()?);
+        }
+    }
+    Ok(found)
+}
+
+/// A line is `number: address:port address:port state sending:untaken timer:when retransmits user timeout inode …`,
+/// the first five in hexadecimal digits.
 fn parse(line: &str) -> Result<Socket> {
     let mut words = line.split_whitespace().skip(1);
     let mut next = || words.next().with_context(|| format!("too short: {line}"));
-    Ok(Socket {
-        local: parse_address(next()?)?,
-        remote: parse_address(next()?)?,
-        state: u8::from_str_radix(next()?, 16)?,
-    })
+    let (local, remote) = (parse_address(next()?)?, parse_address(next()?)?);
+    let state = u8::from_str_radix(next()?, 16)?;
+    let (_, untaken) = next()?.split_once(':').with_context(|| format!("no queues: {line}"))?;
+    let untaken = u32::from_str_radix(untaken, 16)?;
+    let inode = words.nth(4).with_context(|| format!("no inode: {line}"))?.parse()?;
+    Ok(Socket { local, remote, state, untaken, inode })
 }
 
 /// Addresses are written as the numbers that groups of four bytes happen to be on this machine.
@@ -79,10 +100,11 @@ mod tests {
 
     #[test]
     fn lines_become_sockets() {
-        let ipv4 = parse("   0: 0100007F:0016 0200007F:D431 0A 00000000:00000000 00:00000000").unwrap();
+        let line = "   0: 0100007F:0016 0200007F:D431 0A 00000000:0000001F 00:00000000 00000000     0        0 4711 1";
+        let ipv4 = parse(line).unwrap();
         assert_eq!(ipv4.local, "127.0.0.1:22".parse().unwrap());
         assert_eq!(ipv4.remote, "127.0.0.2:54321".parse().unwrap());
-        assert_eq!(ipv4.state, LISTEN);
+        assert_eq!((ipv4.state, ipv4.untaken, ipv4.inode), (LISTEN, 31, 4711));
         assert!(parse("1: 0100007F:0016 0200007F:D431").is_err());
         let address = parse_address("770000FD000000000000000001000000:0016").unwrap();
         assert_eq!(address, "[fd00:77::1]:22".parse().unwrap());

@@ -7,7 +7,7 @@ use std::{
     fs,
     io::{BufRead, BufReader, Read},
     os::unix::{ffi::OsStrExt, fs::PermissionsExt, process::CommandExt},
-    path::{Path, PathBuf},
+    path::Path,
     process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Output, Stdio},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread::{self, JoinHandle},
@@ -23,7 +23,9 @@ use nix::{
 };
 use serde_json::Value;
 
-use crate::{PATIENCE, contract, expect::shortened, features::Feature, netns::Namespace, unique_name, until};
+use crate::{
+    PATIENCE, contract, expect::shortened, features::Feature, netns::Namespace, scratch::Scratch, until,
+};
 
 /// The user and group that own nothing.
 const NOBODY: u32 = 65534;
@@ -101,11 +103,11 @@ impl Launch {
     /// Has it run as nobody, with no capability but these.
     pub fn as_nobody(mut self, capabilities: &[Capability]) -> Result<Self> {
         // Where it was built may be closed to nobody.
-        let copy = self.scratch.0.join("tcpclose");
+        let copy = self.scratch.path().join("tcpclose");
         fs::copy(self.command.get_program(), &copy).context("copying the tool")?;
         fs::set_permissions(&copy, fs::Permissions::from_mode(0o755))?;
         // The ready file is made by it.
-        chown(&self.scratch.0, Some(Uid::from_raw(NOBODY)), None)?;
+        chown(self.scratch.path(), Some(Uid::from_raw(NOBODY)), None)?;
         if !capabilities.is_empty() {
             grant(&copy, capabilities)?;
         }
@@ -133,7 +135,7 @@ impl Launch {
 
     /// Starts it and waits until it says that every program is attached.
     pub fn start(self) -> Result<Tool> {
-        let ready = self.scratch.0.join("ready");
+        let ready = self.scratch.path().join("ready");
         let mut tool = self.args(["--ready-file".as_ref(), ready.as_os_str()]).spawn()?;
         let pid = until("the tool is ready", || {
             if let Some(status) = tool.child.try_wait()? {
@@ -347,26 +349,4 @@ pub(crate) fn listing(lines: &[Value]) -> String {
         let _ = writeln!(text, "  … and {} more", lines.len() - ENOUGH);
     }
     text
-}
-
-/// A folder of its own, open to all, removed on drop.
-#[derive(Debug)]
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new() -> Result<Self> {
-        let path = env::temp_dir().join(unique_name());
-        fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let path: &Path = &self.0;
-        if let Err(error) = fs::remove_dir_all(path) {
-            eprintln!("removing {}: {error}", path.display());
-        }
-    }
 }

@@ -20,13 +20,37 @@ const DEBIAN_COMPILER: [Package; 2] = [
     },
 ];
 
-/// The commands that tests use, and the packages that bring them.
-const FOR_TESTS: [(&str, Package); 2] = [
+/// What tests use, commands or files, and the packages that bring it.
+const FOR_TESTS: [(&str, Package); 7] = [
     (
         "ip",
         Package { name: "iproute2", purpose: "`ip`, which makes the network namespaces that tests run in" },
     ),
     ("nft", Package { name: "nftables", purpose: "`nft`, the firewall of a test that has one" }),
+    (
+        "/usr/bin/python3",
+        Package { name: "python3", purpose: "Python, which servers in tests are written in" },
+    ),
+    (
+        "/usr/sbin/nginx",
+        Package {
+            name: "nginx",
+            purpose: "nginx, a proxy in tests; where port 80 is free, its package starts it there as a service \
+                      (`systemctl disable --now nginx` ends that)",
+        },
+    ),
+    (
+        "/usr/bin/redis-check-rdb",
+        Package { name: "redis-tools", purpose: "redis and its client, in tests; without a service" },
+    ),
+    ("/usr/bin/jcmd", Package { name: "default-jdk-headless", purpose: "Java, in tests" }),
+    (
+        "/usr/share/java/httpclient.jar",
+        Package {
+            name: "libhttpclient-java",
+            purpose: "Apache HttpClient, whose connection pool a test drains",
+        },
+    ),
 ];
 
 /// The commands that virtual machines take.
@@ -63,7 +87,7 @@ pub(crate) fn for_building() -> Result<Tools> {
     Ok(Tools { compiler, linker })
 }
 
-/// Installs the commands that tests use, where they are missing.
+/// Installs what tests use, where it is missing.
 pub(crate) fn for_testing() -> Result<()> {
     install_missing("the tests need", &FOR_TESTS)
 }

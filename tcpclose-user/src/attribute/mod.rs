@@ -89,7 +89,7 @@ impl Attributor {
 
     /// What is known of the program that `task` ran, for naming these frames.
     pub fn image(&mut self, task: &Task, frames: &[u64]) -> Option<Arc<Image>> {
-        lock(&self.processes).image_for(task.pid, task.mm, frames)
+        lock(&self.processes).image_for(task.pid, task.mm, frames, Instant::now())
     }
 
     fn process(&mut self, task: &Task, attribution: Attribution) -> Process {

@@ -19,10 +19,10 @@ const MAX_IMAGES: usize = 4096;
 /// How many mappings they may have together: what bounds the memory, about 64 bytes each.
 const MAX_MAPPINGS: usize = 1 << 20;
 
-/// When stacks lead out of the known mappings, every so many of them the process is asked again. A walk along
+/// When stacks lead out of the known mappings, a process is asked again, but not sooner than this. A walk along
 /// frame pointers through code that has none ends in arbitrary numbers, so addresses that are nowhere are
 /// common.
-const ASK_AGAIN: u32 = 16;
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// How long files of an ended process stay open.
 const LINGER: Duration = Duration::from_mins(1);
@@ -89,8 +89,8 @@ struct Entry {
     image: Arc<Image>,
     /// The higher, the more recently used.
     used: u64,
-    /// Stacks that led out of the known mappings.
-    strays: u32,
+    /// When a stack that led out of the known mappings last had them read again.
+    asked: Option<Instant>,
     /// When the process was first found to be gone.
     gone: Option<Instant>,
 }
@@ -142,18 +142,20 @@ impl Processes {
     }
 
     /// Like [`image`](Self::image), for naming `frames`. Where one of them is in none of the known mappings,
-    /// they are first read again, as a library may have been loaded since: on the first such stack of an
-    /// image, and then on every sixteenth.
-    pub fn image_for(&mut self, pid: u32, mm: u64, frames: &[u64]) -> Option<Arc<Image>> {
+    /// they are first read again, unless they were within the last second: a library may have been loaded
+    /// since, or the place for code that is compiled at run time may have grown.
+    pub fn image_for(&mut self, pid: u32, mm: u64, frames: &[u64], now: Instant) -> Option<Arc<Image>> {
         let image = self.image(pid, mm)?;
         if frames.iter().all(|address| image.mapping(*address).is_some()) {
             return Some(image);
         }
         let key = self.key(pid, mm);
         let entry = self.images.get_mut(&key)?;
-        let ask = entry.strays.is_multiple_of(ASK_AGAIN);
-        entry.strays = entry.strays.wrapping_add(1);
-        if ask { self.refresh(pid, mm) } else { Some(image) }
+        if entry.asked.is_some_and(|asked| now.saturating_duration_since(asked) < ASK_AGAIN) {
+            return Some(image);
+        }
+        entry.asked = Some(now);
+        self.refresh(pid, mm)
     }
 
     /// Reads the mappings again, if the process is still there, is the same and runs the same program; the
@@ -219,7 +221,7 @@ impl Processes {
         self.clock += 1;
         self.mappings += image.mappings.len();
         self.latest.insert(key.0, key.1);
-        self.images.insert(key, Entry { image: Arc::new(image), used: self.clock, strays: 0, gone: None });
+        self.images.insert(key, Entry { image: Arc::new(image), used: self.clock, asked: None, gone: None });
     }
 
     fn remove(&mut self, key: (u32, u64)) {
@@ -353,7 +355,7 @@ mod tests {
     fn knows_this_process() {
         let mut processes = Processes::new();
         let here = knows_this_process as fn() as usize as u64;
-        let image = processes.image_for(own_pid(), 7, &[here]).unwrap();
+        let image = processes.image_for(own_pid(), 7, &[here], Instant::now()).unwrap();
         let exe = std::env::current_exe().unwrap();
         assert_eq!(image.exe.as_deref(), exe.to_str());
         assert!(image.is_running());
@@ -393,12 +395,13 @@ mod tests {
         let pid = waiting.child.id();
         assert!(processes.image(pid, 1).is_none());
         processes.notice(pid, 1);
-        let image = processes.image_for(pid, 1, &[1, 2]).unwrap();
+        let image = processes.image_for(pid, 1, &[1, 2], Instant::now()).unwrap();
         assert_eq!((image.started, &image.exe, &image.container), (None, &None, &None));
         assert!(image.mappings.is_empty());
         for pid in [0, u32::MAX] {
             processes.notice(pid, 0);
-            assert!(processes.image_for(pid, 0, &[1]).is_none_or(|image| image.exe.is_none()));
+            let image = processes.image_for(pid, 0, &[1], Instant::now());
+            assert!(image.is_none_or(|image| image.exe.is_none()));
         }
     }
 
@@ -443,13 +446,14 @@ mod tests {
             image.mappings.clear();
             entry.image = Arc::new(image);
         };
-        forget(&mut processes);
-        assert!(processes.image_for(pid, 1, &[address]).unwrap().mapping(address).is_some());
-        for _ in 1..ASK_AGAIN {
+        let now = Instant::now();
+        let times = [(Duration::ZERO, true), (ASK_AGAIN / 2, false), (ASK_AGAIN, true), (ASK_AGAIN, false)];
+        for (later, found) in times {
             forget(&mut processes);
-            assert!(processes.image_for(pid, 1, &[address]).unwrap().mappings.is_empty(), "not every time");
+            let image = processes.image_for(pid, 1, &[address], now + later).unwrap();
+            assert_eq!(image.mapping(address).is_some(), found, "after {later:?}");
         }
-        assert!(processes.image_for(pid, 1, &[address]).unwrap().mapping(address).is_some());
+        assert!(processes.refresh(pid, 1).unwrap().mapping(address).is_some());
         // Nor is one image to be mixed with another, of the same program and with the same number.
         let entry = processes.images.get_mut(&(pid, 1)).unwrap();
         let mut moved = Image::clone(&entry.image);

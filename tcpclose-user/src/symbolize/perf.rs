@@ -1,7 +1,6 @@
 //! Names of functions that were compiled at run time, from the file in which a just-in-time compiler lists
-//! them for `perf`: `/tmp/perf-PID.map`, a line `START SIZE NAME` for each, in hexadecimal, appended to as it
-//! compiles.
-//!
+//! them for `perf`: `/tmp/perf-PID.map`, a line `START SIZE NAME` for each, in hexadecimal. Most append to it as
+//! they compile; the JVM writes it anew each time that it is told to, with what there is then.
 //!
 //! <https://git.kernel.org/pub/scm/linux/kernel/git/torvalds/linux.git/tree/tools/perf/Documentation/jit-interface.txt>
 
@@ -14,6 +13,9 @@ use crate::attribute::process::Image;
 /// How much of one is read: more than node and the JVM write in days. What comes after is not known.
 const MAX_SIZE: u64 = 16 << 20;
 
+/// How much of what was read last is compared when there is more: some ten lines of the JVM's.
+const TAIL: usize = 1024;
+
 /// What was read of one process's file so far.
 #[derive(Debug, Default)]
 pub(super) struct PerfMap {
@@ -21,6 +23,8 @@ pub(super) struct PerfMap {
     file: (u64, u64),
     /// How far it was read.
     read: u64,
+    /// What is right before that place, up to [`TAIL`] bytes.
+    tail: Vec<u8>,
     /// By start: the end, and the name.
     functions: BTreeMap<u64, (u64, String)>,
 }
@@ -31,7 +35,7 @@ impl PerfMap {
         let Some(file) = open(image) else { return };
         let Ok(metadata) = file.metadata() else { return };
         let identity = (metadata.dev(), metadata.ino());
-        if identity != self.file || metadata.size() < self.read {
+        if identity != self.file || !self.is_start_of(&file) {
             *self = Self { file: identity, ..Self::default() };
         }
         let end = metadata.size().min(MAX_SIZE);
@@ -44,10 +48,18 @@ impl PerfMap {
         }
     }
 
+    /// Whether what was read last is still where it was. Where it is not, the file was written anew.
+    fn is_start_of(&self, file: &File) -> bool {
+        let mut tail = vec![0; self.tail.len()];
+        file.read_exact_at(&mut tail, self.read - self.tail.len() as u64).is_ok() && tail == self.tail
+    }
+
     /// Takes in lines, except for a last one that is not yet complete.
     fn add(&mut self, added: &[u8]) {
         let Some(last) = added.iter().rposition(|byte| *byte == b'\n') else { return };
         self.read += last as u64 + 1;
+        self.tail.extend_from_slice(&added[(last + 1).saturating_sub(TAIL)..=last]);
+        self.tail.drain(..self.tail.len().saturating_sub(TAIL));
         for line in added[..last].split(|byte| *byte == b'\n') {
             if let Some((start, end, name)) = parse(line) {
                 // Memory is used again: what was there before is not there any more.

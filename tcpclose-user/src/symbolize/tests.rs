@@ -284,6 +284,11 @@ fn names_functions_compiled_at_run_time() {
     let expected = (Some("LazyCompile:~end /app/server.js:12".to_owned()), Some(0x10), None);
     assert_eq!(name(&mut symbolizer, &image), expected);
 
+    // The JVM writes all of it anew, and may have put something else where that was.
+    fs::write(&path, "10000 100 Interpreter\n10100 80 java.lang.String Prices.price(int)\n").unwrap();
+    let expected = (Some("java.lang.String Prices.price(int)".to_owned()), Some(0x10), None);
+    assert_eq!(name(&mut symbolizer, &image), expected);
+
     // Once the process has ended, its number and its file may be another's.
     fs::write(&path, "10100 100 somebody_elses_function_altogether__________\n10100 100 b\n").unwrap();
     image.started = None;

@@ -1,0 +1,109 @@
+//! redis, told to close the connections of clients that ask nothing for a while, and a client that does not
+//! notice before it asks again.
+
+use std::{
+    fs,
+    os::unix::fs::symlink,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Result, ensure};
+use serde_json::json;
+use tcpclose_tests::{
+    bed::user_stack,
+    expect::{at_least, path},
+    netns::Namespace,
+    program::Program,
+    scratch::Scratch,
+    sockets::{self, CLOSE_WAIT},
+    tool::Launch,
+};
+
+use super::{at, idle_for, only_socket, process, told, wait_for_listener};
+
+pub(crate) const NEEDS: &[&str] = &[SERVER, CLIENT];
+
+/// Debian's server is the same file as this tool, and goes by its name. It comes without a service.
+const SERVER: &str = "/usr/bin/redis-check-rdb";
+const CLIENT: &str = "/usr/bin/redis-cli";
+
+const PORT: u16 = 6379;
+
+/// redis compares seconds of a clock that it reads now and then, so it may close a second earlier.
+const TIMEOUT: Duration = Duration::from_secs(2);
+const SURELY_IDLE: Duration = Duration::from_secs(1);
+
+pub(crate) fn redis_closes_what_its_client_has_forgotten() -> Result<()> {
+    let namespace = Namespace::new()?;
+    let folder = Scratch::new()?;
+    let tool = Launch::new()?.trace([&namespace]).args(["--linger", "1s"]).start()?;
+    let program = folder.path().join("redis-server");
+    symlink(SERVER, &program)?;
+    let mut command = Command::new(program);
+    command.args(["--save", "", "--loglevel", "verbose", "--logfile", "log", "--dir"]).arg(folder.path());
+    command.args(["--port", &PORT.to_string(), "--timeout", &TIMEOUT.as_secs().to_string()]);
+    let redis = Program::start(&namespace, command)?;
+    wait_for_listener(&namespace, PORT)?;
+    let mut command = Command::new(CLIENT);
+    // It complains of what it is in for.
+    command.args(["-p", &PORT.to_string()]).stderr(Stdio::null());
+    let mut client = Program::start(&namespace, command)?;
+    ensure!(client.ask("PING")? == "PONG");
+    sockets::wait_until(&namespace, "redis has closed", |sockets| {
+        sockets.iter().any(|socket| socket.state == CLOSE_WAIT)
+    })?;
+    let log = fs::read_to_string(folder.path().join("log"))?;
+    ensure!(log.contains("Closing idle client"), "redis says: {log}");
+
+    told(
+        &tool,
+        &json!({"event": "close", "connection": at("local", PORT)}),
+        &json!({
+            "connection": {"role": "server"},
+            "process": process(&redis, "redis-server"),
+            "closed_by": "local",
+            "ended": "fin",
+            "trigger": "close",
+            "idle_ms": idle_for(SURELY_IDLE)?,
+            "cause": null,
+            // Debian builds redis without frame pointers, and libc's close() hides its caller.
+            "stack": user_stack("__GI___close"),
+        }),
+    )?;
+
+    let held = only_socket(&namespace, PORT, CLOSE_WAIT)?;
+    let descriptors = sockets::descriptors(client.pid(), &held)?;
+    ensure!(descriptors.len() == 1, "{descriptors:?}");
+    told(
+        &tool,
+        &json!({"event": "lingering", "connection": at("remote", PORT)}),
+        &json!({
+            "connection": {"role": "client", "local": {"port": held.local.port()}},
+            "process": process(&client, "redis-cli"),
+            "state": "CLOSE_WAIT",
+            "kind": "unread",
+            "unread_bytes": 0,
+            "for_ms": at_least(1000),
+            "holders": [{"pid": client.pid(), "comm": "redis-cli", "fd": descriptors[0]}],
+            "opener": {"process": process(&client, "redis-cli")},
+        }),
+    )?;
+
+    // What comes of asking again: nothing, and a new connection.
+    client.tell("PING")?;
+    told(
+        &tool,
+        &json!({"event": "close", "connection": {"local": {"port": held.local.port()}}}),
+        &json!({
+            "process": process(&client, "redis-cli"),
+            "closed_by": "peer",
+            "ended": "reset_received",
+            "idle_ms": idle_for(SURELY_IDLE)?,
+            "close_wait_ms": at_least(1000),
+            "states": path(&["ESTABLISHED", "CLOSE_WAIT", "CLOSE"]),
+        }),
+    )?;
+    tool.stop()?;
+    Ok(())
+}

@@ -1,0 +1,23 @@
+"""A server that never closes its connections: `worker.py PORT leaks|blocks`.
+
+It says `ready` once it listens, and the descriptor of each connection when it has done with it what it does. One
+that `leaks` reads to the end and forgets. One that `blocks` is kept from reading by something else.
+"""
+
+import socket
+import sys
+
+port, habit = int(sys.argv[1]), sys.argv[2]
+server = socket.create_server(("127.0.0.1", port))
+print("ready", flush=True)
+connections = []
+while True:
+    connection, _ = server.accept()
+    connections.append(connection)
+    if habit == "leaks":
+        while connection.recv(1024):
+            pass
+    print(connection.fileno(), flush=True)
+    if habit == "blocks":
+        # A lock, a slow disk, a query: whatever a worker may wait for.
+        sys.stdin.readline()

@@ -1,0 +1,62 @@
+//! Two servers of which the kernel shows the same thing, a socket in `CLOSE_WAIT`: one has forgotten it, the
+//! other has not come to it yet.
+
+use anyhow::{Result, ensure};
+use serde_json::{Value, json};
+use tcpclose_tests::{
+    expect::at_least,
+    netns::Namespace,
+    peer::Peer,
+    sockets::{self, CLOSE_WAIT, Socket},
+    tool::Launch,
+    until,
+};
+
+use super::{PYTHON, at, process, python, start_script, told};
+
+pub(crate) const NEEDS: &[&str] = &[PYTHON];
+
+const PORT: u16 = 8000;
+
+pub(crate) fn leaking_worker_was_told_of_the_end() -> Result<()> {
+    lingers("leaks", &json!({"kind": "leaked", "unread_bytes": 0}), 0)
+}
+
+pub(crate) fn blocked_worker_has_not_read() -> Result<()> {
+    // The end counts as a byte in the kernel's list.
+    lingers("blocks", &json!({"kind": "unread", "unread_bytes": 100}), 101)
+}
+
+/// Has a client send 100 bytes to a server with this habit and close.
+fn lingers(habit: &str, expected: &Value, untaken: u32) -> Result<()> {
+    let namespace = Namespace::new()?;
+    let tool = Launch::new()?.trace([&namespace]).args(["--linger", "1s"]).start()?;
+    let worker = start_script(&namespace, python("worker.py"), &[&PORT.to_string(), habit])?;
+    let mut client = Peer::start(&namespace, "client")?;
+    for order in [&format!("connect 127.0.0.1 {PORT}"), "send 100", "close"] {
+        client.ask(order)?;
+    }
+    let descriptor: i32 = worker.line()?.parse()?;
+    let of_worker = |socket: &Socket| socket.local.port() == PORT && socket.state == CLOSE_WAIT;
+    let socket = until("the worker has a socket that its client has closed", || {
+        Ok(sockets::list(&namespace)?.into_iter().find(of_worker))
+    })?;
+    ensure!(socket.untaken == untaken, "{socket:?}");
+    ensure!(sockets::descriptors(worker.pid(), &socket)? == [descriptor]);
+
+    let which = json!({"event": "lingering", "connection": at("local", PORT)});
+    told(&tool, &which, expected)?;
+    told(
+        &tool,
+        &which,
+        &json!({
+            "connection": {"role": "server", "bytes_received": 100},
+            "process": process(&worker, "python3"),
+            "state": "CLOSE_WAIT",
+            "for_ms": at_least(1000),
+            "holders": [{"pid": worker.pid(), "comm": "python3", "fd": descriptor}],
+        }),
+    )?;
+    tool.stop()?;
+    Ok(())
+}
