@@ -19,14 +19,13 @@ use crate::{
 pub(crate) struct Args {
     /// Run only the tests whose name contains one of these, and leave the lints out
     filters: Vec<String>,
-    /// Run the tests with root on other kernels, over every route, and nothing else. Without it every kernel runs each
-    /// scenario once
+    /// Run the tests with root on other kernels as well
     #[arg(long)]
     kernels: bool,
-    /// The same on this kernel alone: 5.10, 6.1, 6.12, newest. Can be repeated
+    /// Run them on this kernel and nothing else: 5.10, 6.1, 6.12, newest. Can be repeated
     #[arg(long, value_name = "KERNEL", conflicts_with = "kernels")]
     kernel: Vec<String>,
-    /// With --kernels or --kernel: each scenario once, as without them
+    /// With --kernels or --kernel: each scenario over one route
     #[arg(long)]
     brief: bool,
     /// More arguments for the test programs, such as --nocapture
@@ -36,10 +35,11 @@ pub(crate) struct Args {
 
 /// Runs lints and all tests, or the tests that are asked for. Each step runs whatever became of the one before.
 pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
-    let everything = args.filters.is_empty() && !args.kernels && args.kernel.is_empty();
-    let here = !args.kernels && args.kernel.is_empty();
+    let here = args.kernel.is_empty();
+    let elsewhere = args.kernels || !here;
+    let everything = args.filters.is_empty() && here;
     tools::for_testing()?;
-    if everything || !here {
+    if elsewhere {
         tools::for_machines()?;
     }
     let tools = tools::for_building()?;
@@ -65,11 +65,11 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
         say(&format!("tests with root: {}", report.summary()));
         reports.push(("this host".to_owned(), report));
     }
-    if everything || !here {
+    if elsewhere {
         let plan = kernels::Plan {
             suite: &suite,
             tcpclose: &tcpclose,
-            extent: if here || args.brief { Extent::Brief } else { Extent::Full },
+            extent: if args.brief { Extent::Brief } else { Extent::Full },
             filters: &args.filters,
             more: &more,
         };
@@ -78,7 +78,7 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
             Err(error) => note("kernels", Err(error), &mut failed),
         }
     }
-    tell_oddities(&reports, everything, &mut failed);
+    tell_oddities(&reports, everything && args.kernels, &mut failed);
     failed.extend(reports.iter().filter(|(_, report)| !report.is_good()).map(|(place, _)| place.clone()));
     if !failed.is_empty() {
         bail!("failed, see above: {}", failed.join(", "));
