@@ -190,6 +190,10 @@ pub fn load(request: &Request) -> Result<Loaded> {
     let loaded =
         tracefs::with(|tracefs| load_classic(request, &kernel, &params, tracefs)).map_err(|error| {
             let mut failure = Failure::from(error);
+            if let Some(refusal) = &refusal {
+                // The better way was refused first, and what mends that is in its words.
+                failure.failed = format!("{refusal:#}; nor by classic tracepoints: {}", failure.failed);
+            }
             if kernel.btf.is_none() {
                 failure.needed.push_str("; with BTF (CONFIG_DEBUG_INFO_BTF) it would not be needed");
             }
