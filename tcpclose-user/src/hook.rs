@@ -221,7 +221,7 @@ pub static HOOKS: &[Hook] = &[
         name: "teardowns",
         variants: &[Variant {
             kind: Kind::TestRun,
-            programs: &[("look", "")],
+            programs: &[("look", "a socket")],
             when: When::Linger,
             worse: "",
         }],

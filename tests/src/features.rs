@@ -27,7 +27,7 @@ pub enum Feature {
     EveryReset,
     /// It also tells why a RST is sent that is no answer to a segment.
     ReasonsOfOwnResets,
-    /// Programs on tracepoints may ask for a socket's cookie (<https://git.kernel.org/linus/c5dbb89fc2ac>).
+    /// Programs on tracepoints may ask for a socket's cookie (from 5.12 on).
     Cookies,
     /// Programs on the return of a function may be loaded.
     FunctionReturns,
@@ -35,7 +35,7 @@ pub enum Feature {
     Mptcp,
     /// An `io_uring` can shut a socket down.
     UringShutdown,
-    /// Maps do not count as locked memory (<https://git.kernel.org/linus/3ac1f01b43b6>).
+    /// Maps do not count as locked memory (from 5.11 on).
     UnlockedMaps,
     /// The tool may read the kernel's description of its types. [`TYPES_VARIABLE`] takes it away.
     Types,
