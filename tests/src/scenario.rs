@@ -104,6 +104,30 @@ impl Trace {
     }
 }
 
+/// Has the other side read to the end and close after the first has acted, and says what must come of it.
+pub fn orderly_lines(bed: &mut Bed, connection: &Connection, first: Side, this: Value) -> Result<Vec<Value>> {
+    let second = first.other();
+    bed.peer(second).ask("receive-end")?;
+    bed.peer(second).ask("close")?;
+    let acted = json!({
+        "closed_by": "local",
+        "ended": "fin",
+        "states": path(&["ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "CLOSE"]),
+    });
+    let followed = json!({
+        "closed_by": "peer",
+        "ended": "fin",
+        "trigger": "close",
+        "close_wait_ms": known(),
+        "states": path(&["ESTABLISHED", "CLOSE_WAIT", "LAST_ACK", "CLOSE"]),
+        "stack": user_stack("peer_closes_socket_outer"),
+    });
+    Ok(vec![
+        bed.close_line(connection, first, but(acted, this))?,
+        bed.close_line(connection, second, followed)?,
+    ])
+}
+
 /// The lines of an established connection that one side's `close()` has reset while nobody did anything at the
 /// other: two closes and the RST, sent and received, with what is said of each side on both of its lines.
 pub fn reset_lines(

@@ -5,9 +5,9 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tcpclose_tests::{
     bed::{Bed, Connection, Route, Side, user_stack},
-    expect::{but, known, one_of, path},
+    expect::{but, known, one_of},
     features::Feature,
-    scenario::{Trace, reset_lines},
+    scenario::{Trace, orderly_lines, reset_lines},
     scenarios,
 };
 
@@ -90,25 +90,7 @@ fn server_went_first(
     this: Value,
 ) -> Result<Vec<Value>> {
     let opener = accepted_by(&bed.owner(Side::Server)?, accepts);
-    bed.peer(Side::Client).ask("receive-end")?;
-    bed.peer(Side::Client).ask("close")?;
-    let first = json!({
-        "closed_by": "local",
-        "ended": "fin",
-        "states": path(&["ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "CLOSE"]),
-    });
-    let second = json!({
-        "closed_by": "peer",
-        "ended": "fin",
-        "trigger": "close",
-        "close_wait_ms": known(),
-        "states": path(&["ESTABLISHED", "CLOSE_WAIT", "LAST_ACK", "CLOSE"]),
-        "stack": user_stack("peer_closes_socket_outer"),
-    });
-    Ok(vec![
-        bed.close_line(connection, Side::Server, but(but(first, opener), this))?,
-        bed.close_line(connection, Side::Client, second)?,
-    ])
+    orderly_lines(bed, connection, Side::Server, but(opener, this))
 }
 
 /// Who has to do with a connection that its client resets.
