@@ -3,7 +3,6 @@
 use std::{
     collections::HashMap,
     net::Ipv6Addr,
-    sync::PoisonError,
     time::{Duration, Instant},
 };
 
@@ -15,7 +14,7 @@ use tcpclose_common::{
 };
 
 use crate::{
-    attribute::{Attributor, comm, process::Image},
+    attribute::{self, Attributor, comm, process::Image},
     clock::Clock,
     correlate::{Ending, LateOwner},
     event::{
@@ -159,8 +158,7 @@ impl Composer {
     /// The line that tells of a socket without a descriptor that lingered before the trace.
     pub fn lingering_before(&self, socket: &Socket) -> Event {
         let processes = self.attributor.processes();
-        let mut processes = processes.lock().unwrap_or_else(PoisonError::into_inner);
-        Event::Lingering(Box::new(socket.lingering(Clock::now(), &mut processes)))
+        Event::Lingering(Box::new(socket.lingering(Clock::now(), &mut attribute::lock(&processes))))
     }
 
     fn connection(&self, connection: &Connection, at: u64) -> event::Connection {

@@ -5,12 +5,11 @@ use std::{
     collections::HashMap,
     fmt::{self, Display, Write as _},
     hash::{Hash, Hasher},
-    net::SocketAddr,
 };
 
 use crate::{
-    event::{Cause, Close, ClosedBy, Ended, Event, Frames, LingeringKind, Role, Stack, State},
-    sink::{escape, human_millis},
+    event::{Cause, Close, ClosedBy, Ended, Endpoint, Event, Frames, LingeringKind, Role, Stack, State},
+    sink::{endpoint, escape, human_millis, or_dash},
 };
 
 /// How many kinds of end are counted apart. Those that come when there are more are counted together.
@@ -50,7 +49,7 @@ struct Stay {
     process: Option<(u32, String)>,
     state: State,
     kind: LingeringKind,
-    remote: Option<String>,
+    remote: Option<Endpoint>,
     place: Place,
 }
 
@@ -99,11 +98,7 @@ impl Summary {
             state: lingering.state,
             kind: lingering.kind,
             // Of a client; a server's remotes are all different.
-            remote: lingering
-                .connection
-                .remote
-                .filter(|_| lingering.connection.role == Some(Role::Client))
-                .map(|remote| SocketAddr::new(remote.address, remote.port).to_string()),
+            remote: lingering.connection.remote.filter(|_| lingering.connection.role == Some(Role::Client)),
             place: Place::of("opened at", opener).unwrap_or_default(),
         };
         if self.lingering.len() >= MAX_KINDS && !self.lingering.contains_key(&stay) {
@@ -174,7 +169,7 @@ impl Summary {
                 stay.kind.to_string(),
                 stay.state.to_string(),
                 human_millis(count.oldest),
-                or_dash(stay.remote.as_ref())
+                endpoint(stay.remote)
             )?;
             write!(f, "{}", stay.place)?;
         }
@@ -205,11 +200,6 @@ fn named(process: Option<&(u32, String)>) -> (String, String) {
         Some((pid, comm)) => (pid.to_string(), escape(comm).into_owned()),
         None => ("-".to_owned(), "-".to_owned()),
     }
-}
-
-fn or_dash(value: Option<impl Display>) -> String {
-    // `to_string`, so that the widths above count.
-    value.map_or_else(|| "-".to_owned(), |value| value.to_string())
 }
 
 fn rest(f: &mut fmt::Formatter<'_>, rows: usize) -> fmt::Result {

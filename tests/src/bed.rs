@@ -361,13 +361,12 @@ impl Bed {
         let line = json!({
             "event": "lingering",
             "connection": self.identity(connection, side),
-            "process": self.any_thread(side)?,
+            "process": but(self.owner(side)?, self.any_thread(side)?),
             "since": known(),
             "unread_bytes": 0,
             "opener": self.opener(side)?,
         });
-        let line = but(line, json!({"process": self.owner(side)?}));
-        Ok(but(but(line, json!({"process": self.any_thread(side)?})), this))
+        Ok(but(line, this))
     }
 
     /// The lingering line of a side whose socket was not watched from its beginning, likewise.

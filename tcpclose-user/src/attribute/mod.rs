@@ -131,7 +131,7 @@ fn opened(connection: &Connection) -> Attribution {
 }
 
 /// A thread that panicked while it held the lock has left at worst an image half read.
-fn lock(processes: &Mutex<Processes>) -> MutexGuard<'_, Processes> {
+pub(crate) fn lock(processes: &Mutex<Processes>) -> MutexGuard<'_, Processes> {
     processes.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
