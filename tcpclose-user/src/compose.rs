@@ -23,8 +23,7 @@ use crate::{
         self, Close, Direction, Event, Family, Frame, Frames, Holder, LastData, Lingering, Opener, Process,
         Reset, Role, State, Step, millis,
     },
-    linger::Lingerer,
-    sockets::Socket,
+    linger::{Lingerer, Orphaned},
     stacks::Stacks,
     symbolize::Symbolizer,
     unwind::{Call, Unwinder},
@@ -179,9 +178,10 @@ impl Composer {
     }
 
     /// The line that tells of a socket without a descriptor that lingered before the trace.
-    pub fn lingering_before(&self, socket: &Socket) -> Event {
+    pub fn lingering_before(&self, (socket, at_least): &Orphaned) -> Event {
         let processes = self.attributor.processes();
-        Event::Lingering(Box::new(socket.lingering(Clock::now(), &mut attribute::lock(&processes))))
+        let line = socket.lingering(Clock::now(), &mut attribute::lock(&processes));
+        Event::Lingering(Box::new(Lingering { for_ms: Some(millis(*at_least)), ..line }))
     }
 
     fn connection(&self, connection: &Connection, at: u64) -> event::Connection {

@@ -79,14 +79,37 @@ pub struct Lingerers {
     found: HashMap<(u64, u64), Lingerer>,
     /// What lingered before the trace, once that was asked for.
     before: Option<Before>,
+    /// Of that, what has no descriptor.
+    orphans: Orphans,
 }
 
-/// What lingered before the trace, by network namespace and ends.
+/// A socket, by network namespace and ends.
+type Identity = (u32, Endpoint, Endpoint);
+
+/// What lingered before the trace and has descriptors, by which the inventory finds it.
 #[derive(Default)]
 struct Before {
     /// When that was, nanoseconds of `CLOCK_BOOTTIME`.
     at: u64,
-    sockets: HashMap<(u32, Endpoint, Endpoint), (State, sockets::Age)>,
+    sockets: HashMap<Identity, (State, sockets::Age)>,
+}
+
+/// What lingered before the trace without a descriptor. The kernel half knows nothing of it while it stays as it is, so
+/// the kernel is asked for its sockets again whenever one of these is due, and never when there are none.
+#[derive(Default)]
+struct Orphans {
+    /// How it was when it was first seen, and when to tell of it; both times in nanoseconds of `CLOCK_BOOTTIME`.
+    waiting: HashMap<Identity, Orphan>,
+    /// When to ask.
+    next: Option<u64>,
+}
+
+/// See [`Orphans`].
+#[derive(Clone, Copy)]
+struct Orphan {
+    state: State,
+    seen: u64,
+    next: u64,
 }
 
 impl Lingerers {
@@ -108,26 +131,30 @@ impl Lingerers {
             pass: 0,
             found: HashMap::new(),
             before: None,
+            orphans: Orphans::default(),
         })
     }
 
-    /// Once, when the trace begins: looks at what lingered before it, so that its age is known as far as the kernel knows
-    /// it. Returns what has no descriptor and has surely lingered long enough: the inventory does not see that.
-    pub fn take_stock(&mut self) -> Vec<Socket> {
-        let Some(limit) = self.limit.filter(|_| self.before.is_none()) else { return Vec::new() };
-        let mut before = Before { at: Clock::boot_now(), sockets: HashMap::new() };
-        let mut without_descriptor = Vec::new();
-        for socket in sockets::lingering() {
-            let age = socket.entry.age();
-            if socket.entry.inode != 0 {
-                let identity = (socket.netns, socket.entry.local, socket.entry.remote);
-                before.sockets.insert(identity, (socket.entry.state, age));
-            } else if age.at_least.is_some_and(|least| nanoseconds(least) >= limit) {
-                without_descriptor.push(socket);
+    /// Looks at what lingers when the trace begins, so that its age is known as far as the kernel knows it.
+    pub fn take_stock(&mut self) {
+        let Some(limit) = self.limit else { return };
+        let before = Clock::boot_now();
+        let (orphans, held): (Vec<_>, Vec<_>) =
+            sockets::lingering().into_iter().partition(|socket| socket.entry.inode == 0);
+        let age = |socket: &Socket| (identity(socket), (socket.entry.state, socket.entry.age()));
+        self.before = Some(Before { at: before, sockets: held.iter().map(age).collect() });
+        self.orphans = Orphans::new(&orphans, Clock::boot_now(), limit);
+    }
+
+    /// What had no descriptor then, and is due.
+    pub fn orphaned(&mut self) -> Vec<Orphaned> {
+        let now = Clock::boot_now();
+        match (self.limit, self.orphans.next) {
+            (Some(limit), Some(next)) if next <= now => {
+                self.orphans.look(sockets::lingering(), now, Clock::boot_now(), limit)
             }
+            _ => Vec::new(),
         }
-        self.before = Some(before);
-        without_descriptor
     }
 
     /// How often to call [`Self::due`]; `None` for never.
@@ -175,6 +202,10 @@ impl Lingerers {
     pub fn seen(&mut self, connection: Box<Connection>, now: u64) {
         let Some(limit) = self.limit else { return };
         let mut age = age(&connection, now);
+        // Programs were attached before the trace began to look around.
+        if let (_, Some(local), Some(remote)) = ends(&connection.endpoints) {
+            self.orphans.waiting.remove(&(connection.endpoints.netns, local, remote));
+        }
         if let Some(before) = &self.before {
             before.narrow(&connection, now, &mut age);
         }
@@ -225,6 +256,57 @@ impl Lingerers {
         found.sort_by_key(|lingerer| std::cmp::Reverse(lingerer.age.at_least));
         found
     }
+}
+
+/// A socket without a descriptor that lingers, and the least time that it has, nanoseconds.
+pub type Orphaned = (Socket, u64);
+
+impl Orphans {
+    /// What there was when the trace began, `seen` being a moment after that.
+    fn new(found: &[Socket], seen: u64, limit: u64) -> Self {
+        let orphan = |socket: &Socket| {
+            let next = seen.saturating_add(limit.saturating_sub(by_kernel(socket)));
+            (identity(socket), Orphan { state: socket.entry.state, seen, next })
+        };
+        let waiting: HashMap<_, _> = found.iter().map(orphan).collect();
+        let next = waiting.values().map(|orphan| orphan.next).min();
+        Self { waiting, next }
+    }
+
+    /// Takes in what there is, having been asked for at `now` and come by `seen`; says which of it is to be told of.
+    fn look(&mut self, found: Vec<Socket>, now: u64, seen: u64, limit: u64) -> Vec<Orphaned> {
+        let mut waiting = HashMap::with_capacity(self.waiting.len());
+        let mut due = Vec::new();
+        for socket in found {
+            let (identity, state) = (identity(&socket), socket.entry.state);
+            let Some(mut orphan) = self.waiting.get(&identity).copied() else { continue };
+            if orphan.state != state {
+                orphan = Orphan { state, seen, next: seen };
+            }
+            let at_least = by_kernel(&socket).max(now.saturating_sub(orphan.seen));
+            if orphan.next <= now && at_least >= limit {
+                orphan.next = now.saturating_add(at_least);
+                due.push((socket, at_least));
+            } else if orphan.next <= seen {
+                orphan.next = now.saturating_add(limit.saturating_sub(at_least));
+            }
+            waiting.insert(identity, orphan);
+        }
+        // Not for each alone: those that are due soon can wait for the others.
+        let soonest = waiting.values().map(|orphan| orphan.next).min();
+        self.next = soonest.map(|soonest| soonest.max(now.saturating_add(limit)));
+        self.waiting = waiting;
+        due
+    }
+}
+
+/// The least time that a socket has been in its state, as far as the kernel tells, nanoseconds.
+fn by_kernel(socket: &Socket) -> u64 {
+    socket.entry.age().at_least.map_or(0, nanoseconds)
+}
+
+fn identity(socket: &Socket) -> Identity {
+    (socket.netns, socket.entry.local, socket.entry.remote)
 }
 
 impl Before {

@@ -189,9 +189,10 @@ impl Pipeline {
         let has_inventory = loaded.has(inventory::PROGRAM);
         let linger = if loaded.has(inventory::LOOK) { args.linger } else { Linger::Off };
         let losses = Losses::take(&mut loaded.ebpf, args.connections, loaded.guarded)?;
-        let lingerers = Lingerers::take(&mut loaded.ebpf, linger)?;
+        let mut lingerers = Lingerers::take(&mut loaded.ebpf, linger)?;
         let mut inventory = Inventory::new(loaded.ebpf, has_inventory);
         inventory.take_stock();
+        lingerers.take_stock();
         let attributor = Attributor::default();
         watch::start(processes, attributor.processes())?;
         Ok(Self {
@@ -329,15 +330,18 @@ impl Pipeline {
 
     fn tell_lingerers(&mut self, records: &mut Records) -> Result<Going> {
         self.composer.clock.synchronize();
-        for socket in self.lingerers.take_stock() {
-            let event = self.composer.lingering_before(&socket);
+        let due = self.lingerers.due(Clock::boot_now());
+        if self.look(&due, records, false)? == Going::Done {
+            return Ok(Going::Done);
+        }
+        for orphaned in self.lingerers.orphaned() {
+            let event = self.composer.lingering_before(&orphaned);
             if self.wants(&event) && self.write(event)? == Going::Done {
                 self.flush()?;
                 return Ok(Going::Done);
             }
         }
-        let due = self.lingerers.due(Clock::boot_now());
-        self.look(&due, records, false)
+        self.flush()
     }
 
     /// Looks at sockets in a state of the teardown, and tells of those that linger; when it `is_last`, in the summary.

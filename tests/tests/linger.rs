@@ -224,6 +224,37 @@ fn is_found_though_older_than_the_trace() -> Result<()> {
     Ok(())
 }
 
+/// Of what nobody has open, and nobody answers, the kernel keeps no time at all: its age is what the trace has seen of it.
+#[test]
+fn orphan_is_found_though_older_than_the_trace() -> Result<()> {
+    let mut bed = Bed::new(routes::veth_ipv4())?;
+    let connection = bed.established()?;
+    bed.lose(bed.route().address(Side::Server))?;
+    bed.peer(Side::Client).ask("close")?;
+    let closed = Instant::now();
+    let trace = Trace::start(&bed, &SOON)?;
+    let this = json!({
+        "state": "FIN_WAIT1",
+        "kind": "unacked",
+        "since": null,
+        "holders": [],
+        "process": null,
+        "opener": null,
+    });
+    let expected = bed.lingering_line(&connection, Side::Client, this)?;
+    let expected = but(expected, json!({"connection": {"role": null}}));
+    for times in [1.0, 2.0] {
+        let line = trace.tool.wait_for(&format!("like {expected}, at {times} times the limit"), |line| {
+            differences(line, &expected).is_empty()
+                && line["for_ms"].as_f64().is_some_and(|age| age >= times * 300.0)
+        })?;
+        let most = closed.elapsed().as_secs_f64() * 1000.0;
+        ensure!(line["for_ms"].as_f64() <= Some(most), "of {most} ms at most: {line}");
+    }
+    trace.tool.stop()?;
+    Ok(())
+}
+
 #[test]
 fn what_lingers_at_the_end_is_in_the_summary() -> Result<()> {
     let mut bed = Bed::new(routes::loopback_ipv4())?;

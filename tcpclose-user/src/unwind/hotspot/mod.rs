@@ -31,7 +31,7 @@ use crate::event::Frame;
 
 pub(super) use self::layout::Symbols;
 
-/// How long names are remembered. A class that is unloaded leaves its memory to others.
+/// How long names are remembered while the machine runs. A class that is unloaded leaves its memory to others.
 const REMEMBER: Duration = Duration::from_secs(1);
 
 /// How many are remembered meanwhile.
@@ -96,7 +96,9 @@ impl Vm {
 
     /// To be called before each stack.
     pub(super) fn begin(&mut self) {
-        if self.since.elapsed() >= REMEMBER || self.named.len() >= MAX_NAMES {
+        let is_old = self.since.elapsed() >= REMEMBER || self.named.len() >= MAX_NAMES;
+        // Of a machine that has ended, what is known is all that there will be.
+        if is_old && self.target.u64(self.layout.heaps).is_some() {
             self.named.clear();
             self.blobs.clear();
             self.since = Instant::now();
