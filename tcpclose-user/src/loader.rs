@@ -357,16 +357,9 @@ fn attach(
     let mut ebpf = prepare(request, kernel, params, &layouts)?;
     let mut losses = privilege::losses();
     losses.extend(kernel.losses.iter().cloned());
-    let structs = &kernel.structs;
-    let has_registers = params.has_pt_regs_helper != 0
-        || [structs.task_stack, structs.thread_size, structs.pt_regs_size]
-            .iter()
-            .all(|offset| *offset != ABSENT);
-    if params.stack_bytes != 0 && !has_registers {
+    if params.stack_bytes != 0 && !can_copy_stacks(&kernel.structs, params) {
         losses.push(
-            "user stacks are followed by frame pointers alone (registers cannot be read without BTF before \
-                     Linux 5.15)"
-                .to_owned(),
+            "user stacks are followed by frame pointers alone: --call-graph dwarf needs BTF".to_owned(),
         );
     }
     let mut hooks = Vec::new();
@@ -426,6 +419,14 @@ fn attach(
         hooks,
         losses,
     })
+}
+
+/// Whether a program can tell where the current task's user stack is, and whether it has one.
+fn can_copy_stacks(structs: &StructOffsets, params: &Params) -> bool {
+    let is_known = |offsets: &[u16]| offsets.iter().all(|offset| *offset != ABSENT);
+    let registers = [structs.task_stack, structs.thread_size, structs.pt_regs_size];
+    is_known(&[structs.task_mm, structs.task_flags])
+        && (params.has_pt_regs_helper != 0 || is_known(&registers))
 }
 
 /// Loads the programs of a variant, and attaches those that are not run by tcpclose itself.

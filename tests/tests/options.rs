@@ -185,6 +185,27 @@ fn short_copies_have_the_innermost_frames() -> Result<()> {
     Ok(())
 }
 
+/// Where nothing is known of the kernel's types, stacks are what frame pointers give, and that is said.
+#[test]
+fn without_types_frame_pointers_have_to_do() -> Result<()> {
+    let mut bed = Bed::new(routes::loopback_ipv4())?;
+    let connection = bed.established()?;
+    let port = connection.address(Side::Client).port().to_string();
+    let options = ["-o", "json", "--call-graph", "dwarf", "--btf", "none", "--local-port", &port];
+    let tool = Launch::new()?.args(options).start()?;
+    bed.peer(Side::Client).ask("close")?;
+    for order in ["receive-end", "close"] {
+        bed.peer(Side::Server).ask(order)?;
+    }
+    let is_close = |line: &Value| line["event"] == "close";
+    let line = tool.wait_for("that tells of the close", is_close)?;
+    let differences = differences(&line, &json!({"stack": user_stack("peer_closes_socket_outer")}));
+    ensure!(differences.is_empty(), "{}", differences.join("\n"));
+    let ended = tool.stop()?;
+    ensure!(ended.stderr.contains("--call-graph dwarf needs BTF"), "{ended}");
+    Ok(())
+}
+
 /// The functions of a stack, innermost first.
 fn functions(line: &Value, stack: &str) -> Result<Vec<String>> {
     let frames =

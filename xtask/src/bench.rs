@@ -47,9 +47,9 @@ pub(crate) struct Args {
     /// How long each of the phases of a round takes
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
     seconds: u32,
-    /// Stacks to take; several, with commas, are measured side by side
+    /// Stacks to take; several, with commas, are measured side by side. `dwarf` is `user` with `--call-graph dwarf`
     #[arg(long, value_name = "WHICH", value_delimiter = ',', default_value = "user",
-        value_parser = ["none", "user", "kernel", "both"])]
+        value_parser = ["none", "user", "kernel", "both", "dwarf"])]
     stack: Vec<String>,
     /// Measure tcplife and tcpstates of libbpf-tools as well, where they are installed
     #[arg(long)]
@@ -209,8 +209,9 @@ fn candidates(args: &Args, tcpclose: &Path) -> Result<Vec<Candidate>> {
     let mut candidates = Vec::new();
     for stack in &args.stack {
         // At each end a close, and at each end a reset: sent, or received.
-        let command = [tcpclose, "--output", "json", "--stack", stack];
-        candidates.push(Candidate::new(&format!("--stack {stack}"), &command, true, 4.0));
+        let options = if stack == "dwarf" { ["--call-graph", "dwarf"] } else { ["--stack", stack] };
+        let command = [&[tcpclose, "--output", "json"][..], &options].concat();
+        candidates.push(Candidate::new(&options.join(" "), &command, true, 4.0));
     }
     if args.peers {
         // An end's life is one line of tcplife; of tcpstates, each of its three changes of state is one.

@@ -278,7 +278,7 @@ mod tests {
         assert_eq!(read(&[191], Compression::Any), Some(191));
         assert_eq!(read(&[192, 0], Compression::Any), Some(192));
         assert_eq!(read(&[200, 3], Compression::Any), Some(200 + 3 * 64));
-        assert_eq!(read(&[255, 255, 255, 255, 252], Compression::Any), Some(u32::MAX));
+        assert_eq!(read(&[255, 252, 252, 252, 252], Compression::Any), Some(u32::MAX));
         assert_eq!(read(&[1], Compression::NoZero), Some(0));
         assert_eq!(read(&[191], Compression::NoZero), Some(190));
         assert_eq!(read(&[192, 1], Compression::NoZero), Some(191));
