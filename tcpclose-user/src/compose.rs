@@ -44,6 +44,8 @@ pub struct Composer {
     pub clock: Clock,
     /// Names of reset reasons.
     pub reasons: ResetReasons,
+    /// How many stacks ended where they began, for want of frame pointers.
+    pub stumps: u64,
     /// Stacks that were named, by process and program image; with a time to ask again where something was missing.
     named: HashMap<(u32, u64, Taken), (Frames, Option<Instant>)>,
 }
@@ -75,7 +77,7 @@ impl Composer {
     /// Made of these.
     pub fn new(attributor: Attributor, stacks: Stacks, reasons: ResetReasons) -> Self {
         let (unwinder, symbolizer, clock) = (Unwinder::default(), Symbolizer::default(), Clock::new());
-        Self { attributor, stacks, unwinder, symbolizer, clock, reasons, named: HashMap::new() }
+        Self { attributor, stacks, unwinder, symbolizer, clock, reasons, stumps: 0, named: HashMap::new() }
     }
 
     /// Follows a stack of which this is a copy. To be called at once: what runs there may be gone in a moment.
@@ -272,6 +274,7 @@ impl Composer {
                 let frames = self.stacks.frames(*key)?;
                 let image = self.attributor.image(process, &frames);
                 let true_frames = plausible(image.as_deref(), &frames);
+                self.stumps += u64::from(true_frames.len() == 1);
                 let extent = if true_frames.len() == frames.len() { Extent::Whole } else { Extent::Cut };
                 Some((self.symbolizer.user(image.as_deref(), true_frames), extent))
             }

@@ -455,6 +455,12 @@ impl Pipeline {
             .map(|(place, count)| format!("{} {count}", place.to_string().replace('_', " ")))
             .collect();
         eprint!("{}", self.summary);
+        if self.composer.stumps > 0 {
+            eprintln!(
+                "tcpclose: some stacks have no more than the system call, because programs keep no frame pointers; \
+                 `--call-graph dwarf` does without"
+            );
+        }
         eprintln!(
             "tcpclose: {} events in {}; lost: {}",
             self.events,
