@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-/// After a look, this many times its duration pass before the next.
+use nix::time::{ClockId, clock_gettime};
+
+/// After a look, this many times what it cost pass before the next.
 const REST: u32 = 9;
 
 /// When the next look may be taken.
@@ -18,12 +20,19 @@ impl Pace {
         if self.rest_until.is_some_and(|until| start < until) {
             return None;
         }
+        let before = cpu_time();
         let seen = look();
-        // A clock that stood still during the look is no reason to take the next one at once.
-        let took = start.elapsed().max(Duration::from_micros(100));
+        // On a busy host a look may wait for a CPU for long, which costs nobody anything: it is no reason to look less
+        // often, and to find owners gone. A clock that stood still is no reason to take the next look at once.
+        let took = cpu_time().saturating_sub(before).max(Duration::from_micros(100));
         self.rest_until = Some(start + took * (REST + 1));
         Some(seen)
     }
+}
+
+/// What this thread has had of a CPU; its share of that of the kernel included.
+fn cpu_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
 #[cfg(test)]
@@ -34,9 +43,9 @@ mod tests {
     fn rests_after_a_look() {
         let mut pace = Pace::default();
         let dear = || {
-            // However long this takes, nine times as long is not over at once.
-            let start = Instant::now();
-            while start.elapsed() < Duration::from_millis(200) {}
+            // However much this costs, nine times as long is not over at once.
+            let start = cpu_time();
+            while cpu_time() < start + Duration::from_millis(100) {}
             1
         };
         assert_eq!(pace.look(dear), Some(1));
