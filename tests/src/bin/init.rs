@@ -64,6 +64,8 @@ fn be_init() -> Result<()> {
     }
     fs::set_permissions("/tmp", fs::Permissions::from_mode(0o1777))?;
     load_modules()?;
+    let up = Command::new("/usr/bin/ip").args(["link", "set", "lo", "up"]).status().context("starting ip")?;
+    ensure!(up.success(), "the loopback is not up");
     // A child of its own, so that this process has nothing to do but to bury whoever it inherits.
     let child = Command::new("/proc/self/exe").arg(RUN).spawn().context("starting the tests")?;
     while wait()?.pid().is_none_or(|pid| pid.as_raw().cast_unsigned() != child.id()) {}
