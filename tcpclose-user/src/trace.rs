@@ -187,7 +187,7 @@ impl Pipeline {
         let lingerers = Lingerers::take(&mut loaded.ebpf, linger)?;
         let mut inventory = Inventory::new(loaded.ebpf, has_inventory);
         inventory.take_stock();
-        let attributor = Attributor::default();
+        let attributor = Attributor::new();
         watch::start(processes, attributor.processes())?;
         Ok(Self {
             correlator: Correlator::default(),

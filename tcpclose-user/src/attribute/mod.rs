@@ -27,17 +27,21 @@ use self::{
 use crate::{
     correlate::{Ending, LateOwner},
     event::{Attribution, Process},
-    verdict,
+    privilege, verdict,
 };
 
 /// See the module.
-#[derive(Default)]
 pub struct Attributor {
     processes: Arc<Mutex<Processes>>,
     holders: Holders,
 }
 
 impl Attributor {
+    /// Knows no process yet.
+    pub fn new() -> Self {
+        Self { processes: Arc::new(Mutex::new(Processes::of_kernel_half())), holders: Holders::default() }
+    }
+
     /// The processes that are known, for the thread that watches for new ones.
     pub fn processes(&self) -> Arc<Mutex<Processes>> {
         Arc::clone(&self.processes)
@@ -50,6 +54,10 @@ impl Attributor {
 
     /// Looks the holders of these sockets up, by inode; says for each whether one was found.
     pub fn find_owners(&mut self, inodes: &[u64]) -> Vec<bool> {
+        // The ids in `/proc` are then not those in other lines.
+        if !privilege::in_initial_pid_namespace() {
+            return vec![false; inodes.len()];
+        }
         self.holders.find(inodes)
     }
 
