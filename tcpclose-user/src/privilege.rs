@@ -170,7 +170,8 @@ pub fn grant() -> String {
 pub fn losses() -> Vec<String> {
     let capabilities = missing(Need::Useful)
         .map(|privilege| format!("without {}, {}", privilege.capability, privilege.lost));
-    let elsewhere = (!in_initial_pid_namespace()).then(|| format!("in a pid namespace of its own, {OUTSIDE} (in a container: --pid host)"));
+    let elsewhere = (!in_initial_pid_namespace())
+        .then(|| format!("in a pid namespace of its own, {OUTSIDE} (in a container: --pid host)"));
     capabilities.chain(elsewhere).collect()
 }
 

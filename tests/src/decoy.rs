@@ -24,7 +24,9 @@ impl Decoy {
         thread::scope(|scope| {
             let moved = scope.spawn(|| {
                 setns(&namespace, CloneFlags::CLONE_NEWPID)?;
-                (0..ATTEMPTS).find_map(|_| attempt(pid).transpose()).unwrap_or_else(|| bail!("it has another number"))
+                (0..ATTEMPTS)
+                    .find_map(|_| attempt(pid).transpose())
+                    .unwrap_or_else(|| bail!("it has another number"))
             });
             moved.join().map_err(|_| anyhow!("the thread that starts a decoy panicked"))?
         })

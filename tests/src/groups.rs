@@ -41,7 +41,8 @@ impl Hierarchy {
         // Not the folder itself, whose removal looks into it.
         let root = scratch.path().join("mounted");
         fs::create_dir(&root)?;
-        mount(Some(kind), &root, Some(kind), MsFlags::empty(), data).with_context(|| format!("mounting {kind}"))?;
+        mount(Some(kind), &root, Some(kind), MsFlags::empty(), data)
+            .with_context(|| format!("mounting {kind}"))?;
         Ok(Self { root, _scratch: scratch })
     }
 }

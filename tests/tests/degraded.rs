@@ -130,7 +130,9 @@ fn without_types_and_tracefs_it_says_what_it_needs() -> Result<()> {
     let nobody = Launch::new()?.without(&[TYPES, TRACEFS[0], TRACEFS[1]])?;
     let nobody = nobody.as_nobody(&[Capability::Bpf, Capability::Perfmon])?;
     let nowhere_to_mount_it = Launch::new()?.without(&["/sys/kernel"])?;
-    for (launch, needed) in [(nobody, "CAP_SYS_ADMIN to mount it"), (nowhere_to_mount_it, "/sys/kernel/tracing")] {
+    for (launch, needed) in
+        [(nobody, "CAP_SYS_ADMIN to mount it"), (nowhere_to_mount_it, "/sys/kernel/tracing")]
+    {
         let ended = launch.run()?.with_code(1)?;
         for word in ["no tracefs", "BTF", needed] {
             ensure!(ended.stderr.contains(word), "stderr does not say {word}\n{ended}");
@@ -273,7 +275,10 @@ fn containers_are_known_by_their_groups() -> Result<()> {
             let own = Feature::OwnMachine.is_here();
             let first = if own {
                 let first = Hierarchy::first_version()?;
-                ensure!(!Path::new("/sys/fs/cgroup/cgroup.procs").exists(), "there is more than the first version");
+                ensure!(
+                    !Path::new("/sys/fs/cgroup/cgroup.procs").exists(),
+                    "there is more than the first version"
+                );
                 in_container(&first, &format!("docker/{}", CONTAINERS[0]), "v1", CONTAINERS[0])?;
                 Some(first)
             } else {
@@ -281,12 +286,22 @@ fn containers_are_known_by_their_groups() -> Result<()> {
             };
             let second = Hierarchy::second_version()?;
             if let Some(first) = first {
-                in_container(&first, &format!("docker/{}", CONTAINERS[0]), "v1 and v2 (hybrid)", CONTAINERS[0])?;
+                in_container(
+                    &first,
+                    &format!("docker/{}", CONTAINERS[0]),
+                    "v1 and v2 (hybrid)",
+                    CONTAINERS[0],
+                )?;
                 let scope = format!("docker-{}.scope", CONTAINERS[1]);
                 in_container(&second, &scope, "v1 and v2 (hybrid)", CONTAINERS[1])?;
                 drop(first);
             }
-            in_container(&second, &format!("docker-{}.scope", CONTAINERS[1]), if own { "v2" } else { "v" }, CONTAINERS[1])
+            in_container(
+                &second,
+                &format!("docker-{}.scope", CONTAINERS[1]),
+                if own { "v2" } else { "v" },
+                CONTAINERS[1],
+            )
         });
         moved.join().map_err(|_| anyhow!("it panicked"))?
     })

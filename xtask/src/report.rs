@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// What a test prints, first on a line, when it cannot run here; the reason follows.
 const SKIPPED: &str = "skipped: ";
+/// How that reason begins when the kernel lacks something (`tests/src/features.rs`).
+const LACKING: &str = "here is no ";
 
 /// What became of the tests of one place.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -89,6 +91,12 @@ impl Report {
         report
     }
 
+    /// Where tests have all that they need but what the kernel lacks, no other reason to skip one will do.
+    pub(crate) fn refuse_other_skips(&mut self) {
+        let others = self.skipped.iter().filter(|(_, reason)| !reason.starts_with(LACKING));
+        self.problems.extend(others.map(|(test, reason)| format!("{test} may not be skipped: {reason}")));
+    }
+
     /// Whether nothing is wrong.
     pub(crate) fn is_good(&self) -> bool {
         self.failed.is_empty() && self.problems.is_empty()
@@ -154,6 +162,19 @@ mod tests {
         assert!(report.is_good(), "{report:?}");
         assert_eq!(report.summary(), "1 passed, 1 skipped");
         assert_eq!(report.skipped["close::b::c"], "no nft");
+    }
+
+    #[test]
+    fn only_what_the_kernel_lacks_may_be_missed() {
+        let told = |text: &str| {
+            let mut report = Report::parse(text);
+            report.refuse_other_skips();
+            report.problems
+        };
+        assert_eq!(told(GOOD), ["close::b::c may not be skipped: no nft"]);
+        assert_eq!(told(&GOOD.replace("no nft", "here is no MPTCP")), [""; 0]);
+        let ignored = GOOD.replace("test a ... ok", "test a ... ignored");
+        assert!(told(&ignored).contains(&"close::a may not be skipped: ignored".to_owned()));
     }
 
     #[test]
