@@ -120,7 +120,10 @@ fn types_are_missed_and_said_to_be() -> Result<()> {
         });
         let differences = differences(&line, &expected);
         ensure!(differences.is_empty(), "without {hidden:?}: {}\n{ended}", differences.join("\n"));
-        ensure!(ended.stderr.contains("no BTF"), "without {hidden:?}, stderr does not say so\n{ended}");
+        ensure!(
+            ended.stderr.contains("no BTF, so bytes"),
+            "without {hidden:?}, stderr does not say so\n{ended}"
+        );
     }
     Ok(())
 }

@@ -18,6 +18,8 @@ pub(crate) struct Report {
     pub(crate) repeated: BTreeSet<String>,
     /// What could not run, and why.
     pub(crate) skipped: BTreeMap<String, String>,
+    /// Programs that were not run at all, and why.
+    pub(crate) unrun: BTreeMap<String, String>,
     /// What else went wrong.
     pub(crate) problems: Vec<String>,
 }
@@ -36,6 +38,10 @@ impl Report {
         for line in text.lines() {
             if let Some(mark) = line.strip_prefix("=== ") {
                 speaker = None;
+                if let Some((name, why)) = mark.split_once(" not run: ") {
+                    report.unrun.insert(name.to_owned(), why.to_owned());
+                    continue;
+                }
                 match mark.split_once(" ended: ") {
                     _ if mark == "all" => complete = true,
                     None => program = Some(mark.to_owned()),
@@ -109,6 +115,7 @@ impl Report {
             (self.repeated.len(), "of them at the second attempt"),
             (self.failed.len(), "failed"),
             (self.skipped.len(), "skipped"),
+            (self.unrun.len(), "programs not run"),
         ] {
             if count > 0 {
                 words.push(format!("{count} {what}"));
@@ -119,14 +126,15 @@ impl Report {
     }
 }
 
-/// The tests that were skipped wherever they were to run, each with where and why.
+/// The tests that were skipped wherever they were to run, and the programs that were run nowhere, each with where and why.
 pub(crate) fn never_run(reports: &[(String, Report)]) -> BTreeMap<&str, Vec<String>> {
     let mut never = BTreeMap::<&str, Vec<String>>::new();
     for (place, report) in reports {
-        for (test, reason) in &report.skipped {
+        for (test, reason) in report.skipped.iter().chain(&report.unrun) {
             let ran = reports
                 .iter()
-                .any(|(_, report)| report.passed.contains(test) || report.failed.contains_key(test));
+                .flat_map(|(_, report)| report.passed.iter().chain(report.failed.keys()))
+                .any(|one| one == test || is_of(one, test));
             if !ran {
                 never.entry(test).or_default().push(format!("{place}: {reason}"));
             }
@@ -208,6 +216,18 @@ mod tests {
         let died =
             "=== close\nrunning 1 test\ntest a ... ok\n=== close ended: signal: 11 (SIGSEGV)\n=== all\n";
         assert_eq!(Report::parse(died).problems, ["close ended with signal: 11 (SIGSEGV)"]);
+    }
+
+    #[test]
+    fn programs_that_were_not_run_are_told() {
+        let late = GOOD.replace("=== all", "=== ttl not run: its time was over\n=== all");
+        let late = Report::parse(&late);
+        assert!(late.is_good(), "{late:?}");
+        assert_eq!(late.summary(), "1 passed, 1 skipped, 1 programs not run");
+        let ttl = Report::parse(&GOOD.replace("close", "ttl").replace("b::c stdout", "x"));
+        let reports = [("here".to_owned(), late), ("there".to_owned(), ttl)];
+        assert_eq!(never_run(&reports[..1])["ttl"], ["here: its time was over"]);
+        assert!(!never_run(&reports).contains_key("ttl"));
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Running the tests.
 
+use std::time::Duration;
+
 use anyhow::{Result, bail};
 
 use crate::{
@@ -28,6 +30,10 @@ pub(crate) struct Args {
     /// With --kernels or --kernel: each scenario over one route
     #[arg(long)]
     brief: bool,
+    /// With --kernels or --kernel: how long test programs are begun there, all machines together. Those that are left
+    /// over are told, and have failed if no machine has run them
+    #[arg(long)]
+    minutes: Option<u64>,
     /// More arguments for the test programs, such as --nocapture
     #[arg(last = true)]
     more: Vec<String>,
@@ -72,6 +78,7 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
             extent: if args.brief { Extent::Brief } else { Extent::Full },
             filters: &args.filters,
             more: &more,
+            time: args.minutes.map(|minutes| Duration::from_secs(60 * minutes)),
         };
         match kernels::run(workspace, &plan, &args.kernel) {
             Ok(found) => reports.extend(found),
@@ -103,6 +110,9 @@ fn tell_oddities(reports: &[(String, Report)], kernels: &[(String, Report)], fai
         }
         for (test, reason) in &report.skipped {
             say(&format!("skipped on {place}: {test}: {reason}"));
+        }
+        for (program, reason) in &report.unrun {
+            say(&format!("not run on {place}: all tests of {program}: {reason}"));
         }
     }
     let never = report::never_run(kernels);

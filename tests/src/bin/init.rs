@@ -10,6 +10,7 @@ use std::{
     io::{BufRead, BufReader, Write},
     os::{fd::AsRawFd, unix::fs::PermissionsExt},
     process::{Command, Stdio},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
@@ -29,6 +30,9 @@ use nix::{
 const RESULTS: &str = "/dev/ttyS1";
 /// The argument of the process that runs the tests.
 const RUN: &str = "run";
+
+/// How many seconds there are for starting programs, if that is limited; what has begun is not interrupted.
+const SECONDS_VARIABLE: &str = "TCPCLOSE_TESTS_SECONDS";
 
 /// So many failed tests of a program are run a second time; of more, none.
 const MOST_REPEATED: usize = 5;
@@ -93,8 +97,14 @@ fn run_tests() -> Result<()> {
     tcsetattr(&results, SetArg::TCSANOW, &terminal)?;
     let environment = fs::read_to_string("/environment")?;
     let tests = fs::read_to_string("/tests")?;
+    let start = Instant::now();
+    let seconds = env::var(SECONDS_VARIABLE).ok().map(|text| text.parse()).transpose()?;
     for line in tests.lines() {
         let (name, words) = line.split_once(' ').with_context(|| format!("/tests has the line {line}"))?;
+        if seconds.is_some_and(|seconds| start.elapsed() > Duration::from_secs(seconds)) {
+            writeln!(results, "=== {name} not run: its time was over")?;
+            continue;
+        }
         let variables: Vec<_> = words.split(' ').map_while(|word| word.split_once('=')).collect();
         let mut words = words.split(' ').skip(variables.len());
         let program = words.next().unwrap_or_default();

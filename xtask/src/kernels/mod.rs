@@ -11,7 +11,7 @@ use std::{
     path::Path,
     sync::{Mutex, PoisonError},
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Result, anyhow, bail};
@@ -51,6 +51,8 @@ struct Entry {
 
 /// Tells the tests what the kernel may be without (`tests/src/features.rs`).
 const MAY_LACK: &str = "TCPCLOSE_TESTS_MAY_LACK";
+/// Tells pid 1 for how long it may start test programs (`tests/src/bin/init.rs`).
+const SECONDS: &str = "TCPCLOSE_TESTS_SECONDS";
 
 /// Machines that run at a time. Tests wait for timers now and then, which leaves a processor to others.
 const AT_ONCE: usize = 2;
@@ -84,11 +86,22 @@ pub(crate) fn run(workspace: &Workspace, plan: &Plan, chosen: &[String]) -> Resu
     // All is fetched before anything is started: no machine waits for the network.
     let kernels =
         wanted.map(|entry| Ok((entry, Kernel::of_suite(entry.suite)?))).collect::<Result<Vec<_>>>()?;
-    let queue = Mutex::new(kernels.iter());
-    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let start = Instant::now();
+    let queue = Mutex::new(kernels.iter().enumerate());
+    let next = || {
+        let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let rounds = u32::try_from(queue.len().div_ceil(AT_ONCE)).unwrap_or(u32::MAX);
+        let time = plan.time.map(|time| time.saturating_sub(start.elapsed()) / rounds.max(1));
+        queue.next().map(|(index, (entry, kernel))| {
+            let tests = plan.list(index, kernels.len());
+            (entry, kernel, tests, time)
+        })
+    };
     thread::scope(|scope| {
         let worker = || {
-            iter::from_fn(next).map(|(entry, kernel)| machine.test(entry, kernel)).collect::<Result<Vec<_>>>()
+            iter::from_fn(next)
+                .map(|(entry, kernel, tests, time)| machine.test(entry, kernel, &tests, time))
+                .collect::<Result<Vec<_>>>()
         };
         let workers: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(worker)).collect();
         let mut reports = Vec::new();
@@ -107,13 +120,22 @@ struct Machine<'a> {
 }
 
 impl Machine<'_> {
-    /// Boots a kernel, and says how the tests went there.
-    fn test(&self, entry: &Entry, kernel: &Kernel) -> Result<(String, Report)> {
+    /// Boots a kernel, and says how the tests went there. Those are not begun for which there is no time left.
+    fn test(
+        &self,
+        entry: &Entry,
+        kernel: &Kernel,
+        tests: &str,
+        time: Option<Duration>,
+    ) -> Result<(String, Report)> {
         let start = Instant::now();
-        let modules = image::modules(self.folder, kernel)?;
+        let own = image::own(self.folder, kernel, tests)?;
         // What the kernel does not know, pid 1 has as a variable.
-        let variable = format!("{MAY_LACK}={}", entry.may_lack.join(","));
-        let left = vm::run(self.folder, kernel, &[self.common, &modules], &variable)?;
+        let mut variables = format!("{MAY_LACK}={}", entry.may_lack.join(","));
+        if let Some(time) = time {
+            let _ = write!(variables, " {SECONDS}={}", time.as_secs());
+        }
+        let left = vm::run(self.folder, kernel, &[self.common, &own], &variables)?;
         let mut report = Report::parse(&left.results);
         report.refuse_other_skips();
         if left.stopped {

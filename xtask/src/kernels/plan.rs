@@ -1,6 +1,6 @@
 //! Which tests a virtual machine runs, and how.
 
-use std::{fmt::Write, path::Path};
+use std::{fmt::Write, path::Path, time::Duration};
 
 use crate::suite::Suite;
 
@@ -52,11 +52,21 @@ pub(crate) struct Plan<'a> {
     pub(crate) filters: &'a [String],
     /// More arguments for each test program.
     pub(crate) more: &'a [String],
+    /// For all machines together; no end of it if there is none.
+    pub(crate) time: Option<Duration>,
 }
 
 impl Plan<'_> {
-    /// The list that `tests/src/bin/init.rs` works off.
-    pub(crate) fn list(&self) -> String {
+    /// The list that `tests/src/bin/init.rs` works off. All but the last program come in another order in each of
+    /// several machines, so that where there is no time for all, each has been run in one of them.
+    pub(crate) fn list(&self, machine: usize, machines: usize) -> String {
+        let lines = self.lines();
+        let (last, others): (Vec<_>, Vec<_>) = lines.lines().partition(|line| line.starts_with(LAST));
+        let (later, first) = others.split_at(others.len() * machine / machines);
+        [first, later, &last].concat().iter().flat_map(|line| [*line, "\n"]).collect()
+    }
+
+    fn lines(&self) -> String {
         let mut list = String::new();
         let mut add = |name: &str, variables: &str, program: &Path, arguments: &[&str]| {
             let more: Vec<_> = self.more.iter().map(String::as_str).collect();
