@@ -187,7 +187,7 @@ impl Pipeline {
         let lingerers = Lingerers::take(&mut loaded.ebpf, linger)?;
         let mut inventory = Inventory::new(loaded.ebpf, has_inventory);
         inventory.take_stock();
-        let attributor = Attributor::new();
+        let attributor = Attributor::default();
         watch::start(processes, attributor.processes())?;
         Ok(Self {
             correlator: Correlator::default(),

@@ -36,12 +36,13 @@ pub struct Attributor {
     holders: Holders,
 }
 
-impl Attributor {
-    /// Knows no process yet.
-    pub fn new() -> Self {
+impl Default for Attributor {
+    fn default() -> Self {
         Self { processes: Arc::new(Mutex::new(Processes::of_kernel_half())), holders: Holders::default() }
     }
+}
 
+impl Attributor {
     /// The processes that are known, for the thread that watches for new ones.
     pub fn processes(&self) -> Arc<Mutex<Processes>> {
         Arc::clone(&self.processes)
