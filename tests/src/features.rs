@@ -212,17 +212,6 @@ fn position_of(name: &str) -> Option<usize> {
     (!found.is_null()).then(|| found as usize - bytes.as_ptr() as usize + 1)
 }
 
-/// The kernel's description of its types in which names are others, as on a kernel without what has these names.
-pub fn types_without(names: &[&str]) -> Vec<u8> {
-    let mut bytes = btf().to_owned();
-    for name in names {
-        if let Some(at) = position_of(name) {
-            bytes[at] = b'_';
-        }
-    }
-    bytes
-}
-
 /// The number of a function in the description of types (`Documentation/bpf/btf.rst`).
 fn function_id(name: &str) -> Option<u32> {
     const FUNCTION: u32 = 12;

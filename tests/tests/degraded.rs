@@ -1,6 +1,6 @@
 //! Places where less is allowed than root on a host has, or less is there.
 
-use std::{fs, path::Path, thread};
+use std::{path::Path, thread};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::{Value, json};
@@ -8,10 +8,9 @@ use tcpclose_tests::{
     bed::{Bed, Connection, Side, endpoint, user_stack},
     decoy::Decoy,
     expect::{but, differences, known},
-    features::{self, Feature},
+    features::Feature,
     groups::{Group, Hierarchy},
     scenario::{Trace, aborted, routes},
-    scratch::Scratch,
     tool::{Capability, Ended, Launch},
 };
 
@@ -144,18 +143,13 @@ fn without_types_and_tracefs_it_says_what_it_needs() -> Result<()> {
     Ok(())
 }
 
-/// A file of the kernel's types that lacks these functions, for `--btf`.
-fn types_without(scratch: &Scratch, names: &[&str]) -> Result<String> {
-    let file = scratch.path().join("types");
-    fs::write(&file, features::types_without(names))?;
-    Ok(file.display().to_string())
-}
+/// Has the tool do without typed programs, iterators and programs on functions, as on a kernel that has its types in a
+/// package: what is read from its structures is known all the same.
+const TYPES_APART: [&str; 2] = ["--btf", "/sys/kernel/btf/vmlinux"];
 
 #[test]
 fn without_iterators_descriptors_are_read_from_proc() -> Result<()> {
-    let scratch = Scratch::new()?;
-    let types = ["--btf", &types_without(&scratch, &["bpf_iter_task_file"])?];
-    let hook = diagnosis(Launch::new()?, &types, "descriptors")?;
+    let hook = diagnosis(Launch::new()?, &TYPES_APART, "descriptors")?;
     let results = json!([{"kind": "iter", "result": "refused"}, {"kind": "/proc", "result": "attached"}]);
     let wrong = differences(&hook["variants"], &results);
     ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
@@ -163,7 +157,7 @@ fn without_iterators_descriptors_are_read_from_proc() -> Result<()> {
     let mut bed = Bed::new(routes::veth_ipv4())?;
     // Older than the trace, so that only who holds it can be its owner.
     let connection = bed.established()?;
-    let trace = Trace::start(&bed, &types)?;
+    let trace = Trace::start(&bed, &TYPES_APART)?;
     for order in ["linger0", "close"] {
         bed.peer(Side::Client).ask(order)?;
     }
@@ -182,14 +176,12 @@ fn without_iterators_descriptors_are_read_from_proc() -> Result<()> {
 /// No fexit on accepts, no fentry where RSTs come in. Where the kernel refuses them, all tests are without.
 #[test]
 fn without_programs_on_functions_openers_and_ttls_are_null() -> Result<()> {
-    let scratch = Scratch::new()?;
-    let types = ["--btf", &types_without(&scratch, &["inet_csk_accept", "tcp_reset"])?];
     for (hook, null) in [("accept", "opener"), ("time to live", "ttl")] {
-        let hook = diagnosis(Launch::new()?, &types, hook)?;
+        let hook = diagnosis(Launch::new()?, &TYPES_APART, hook)?;
         ensure!(hook["mark"] == "less" && hook["null"][0] == null, "{hook:#}");
     }
     tells_everything_but(
-        Launch::new()?.args(types),
+        Launch::new()?.args(TYPES_APART),
         &json!({}),
         &json!({"opener": null, "process": {"attribution": "procfs"}}),
     )

@@ -45,11 +45,14 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
     let elsewhere = args.kernels || !here;
     let everything = args.filters.is_empty() && here;
     tools::for_testing()?;
-    if elsewhere {
-        tools::for_machines()?;
-    }
-    let tools = tools::for_building()?;
     let mut failed = Vec::new();
+    let has_machines = elsewhere && {
+        let found = tools::for_machines();
+        let is_good = found.is_ok();
+        note("kernels", found, &mut failed);
+        is_good
+    };
+    let tools = tools::for_building()?;
     if everything {
         note("lints", lint::lint(workspace, &tools), &mut failed);
     }
@@ -71,7 +74,7 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
         say(&format!("tests with root: {}", report.summary()));
         reports.push(("this host".to_owned(), report));
     }
-    if elsewhere {
+    if has_machines {
         let plan = kernels::Plan {
             suite: &suite,
             tcpclose: &tcpclose,
