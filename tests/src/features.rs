@@ -76,20 +76,20 @@ impl Feature {
         Self::OwnMachine,
     ];
 
-    /// Whether it is here.
+    /// Whether it is here. Looked for once: an emulated processor takes its time for that, and a test asks often.
     pub fn is_here(self) -> bool {
+        static ANSWERS: [OnceLock<bool>; Feature::ALL.len()] =
+            [const { OnceLock::new() }; Feature::ALL.len()];
+        *ANSWERS[self as usize].get_or_init(|| self.is_found())
+    }
+
+    fn is_found(self) -> bool {
         match self {
             Self::EveryReset => has_name("sk_rst_reason"),
             Self::ReasonsOfOwnResets => has_name("SK_RST_REASON_TCP_ABORT_ON_CLOSE"),
             Self::Cookies => has_name("bpf_get_socket_ptr_cookie"),
-            Self::FunctionReturns => {
-                static ANSWER: OnceLock<bool> = OnceLock::new();
-                *ANSWER.get_or_init(|| can_load_on("inet_csk_accept", AT_RETURN, &NOTHING))
-            }
-            Self::PacketOfReset => {
-                static ANSWER: OnceLock<bool> = OnceLock::new();
-                *ANSWER.get_or_init(|| can_load_on("tcp_reset", AT_ENTRY, &SECOND_ARGUMENT))
-            }
+            Self::FunctionReturns => can_load_on("inet_csk_accept", AT_RETURN, &NOTHING),
+            Self::PacketOfReset => can_load_on("tcp_reset", AT_ENTRY, &SECOND_ARGUMENT),
             Self::Mptcp => fs::exists("/proc/sys/net/mptcp").unwrap_or(false),
             Self::UringShutdown => has_name("IORING_OP_SHUTDOWN"),
             Self::UnlockedMaps => !has_name("bpf_map_charge_init"),
