@@ -142,7 +142,12 @@ impl Machine<'_> {
             report.problems.insert(0, "the machine hung and was stopped".to_owned());
         }
         let place = format!("kernel {}", kernel.release);
-        let mut told = format!("{place}: {} ({} s)\n", report.summary(), start.elapsed().as_secs());
+        let mut told = format!(
+            "{place}: {} ({} s, {} s of processor time)\n",
+            report.summary(),
+            start.elapsed().as_secs(),
+            left.processor
+        );
         for (test, output) in &report.failed {
             let _ = writeln!(told, "---- {test} on {place} ----\n{output}");
         }

@@ -32,7 +32,20 @@ const OTHER_ROUTES: [&str; 5] =
     ["loopback_ipv4", "loopback_ipv6", "loopback_mapped", "veth_ipv4", "veth_mapped"];
 
 /// Tests that are left out as well when there is little time: what they test is not the kernel's.
-const LESS: [&str; 4] = ["filters_keep_others_out", "other_commands_answer", "schema_is_json", "wrong_usage"];
+const LESS: [&str; 12] = [
+    "a_closed_pipe_is_no_error",
+    "a_command_that_cannot_be_started",
+    "closed_stdout_ends_it",
+    "count_ends_it",
+    "doctor_prints_a_page",
+    "duration_ends_it",
+    "filters_keep_others_out",
+    "filters_leave_out_what_does_not_match",
+    "other_commands_answer",
+    "schema_is_json",
+    "signals_end_it",
+    "wrong_usage",
+];
 
 /// How much is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
