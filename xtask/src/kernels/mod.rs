@@ -93,7 +93,9 @@ pub(crate) fn run(workspace: &Workspace, plan: &Plan, chosen: &[String]) -> Resu
         let rounds = u32::try_from(queue.len().div_ceil(AT_ONCE)).unwrap_or(u32::MAX);
         let time = plan.time.map(|time| time.saturating_sub(start.elapsed()) / rounds.max(1));
         queue.next().map(|(index, (entry, kernel))| {
-            let tests = plan.list(index, kernels.len());
+            // Those that run at a time begin as far from each other as can be.
+            let all = kernels.len().div_ceil(AT_ONCE);
+            let tests = plan.list(index / AT_ONCE + index % AT_ONCE * all, AT_ONCE * all);
             (entry, kernel, tests, time)
         })
     };

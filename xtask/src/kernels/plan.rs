@@ -70,12 +70,12 @@ pub(crate) struct Plan<'a> {
 }
 
 impl Plan<'_> {
-    /// The list that `tests/src/bin/init.rs` works off. All but the last program come in another order in each of
+    /// The list that `tests/src/bin/init.rs` works off. All but the last program begin in another place in each of
     /// several machines, so that where there is no time for all, each has been run in one of them.
-    pub(crate) fn list(&self, machine: usize, machines: usize) -> String {
+    pub(crate) fn list(&self, place: usize, places: usize) -> String {
         let lines = self.lines();
         let (last, others): (Vec<_>, Vec<_>) = lines.lines().partition(|line| line.starts_with(LAST));
-        let (later, first) = others.split_at(others.len() * machine / machines);
+        let (later, first) = others.split_at(others.len() * place / places);
         [first, later, &last].concat().iter().flat_map(|line| [*line, "\n"]).collect()
     }
 
