@@ -20,7 +20,10 @@ use nix::{
     libc,
     mount::{MsFlags, mount},
     sched::{CloneFlags, setns, unshare},
-    sys::signal::{Signal, kill},
+    sys::{
+        resource::{Resource, setrlimit},
+        signal::{Signal, kill},
+    },
     unistd::{Gid, Pid, Uid, chown, setgid, setgroups, setuid},
 };
 use serde_json::Value;
@@ -28,6 +31,9 @@ use serde_json::Value;
 use crate::{
     PATIENCE, contract, expect::shortened, features::Feature, netns::Namespace, scratch::Scratch, until,
 };
+
+/// How much memory people may lock, in bytes.
+const LOCKED: u64 = 64 << 10;
 
 /// The user and group that own nothing.
 const NOBODY: u32 = 65534;
@@ -69,6 +75,8 @@ impl Step {
             }
             Self::NewUserNamespace => unshare(CloneFlags::CLONE_NEWUSER)?,
             Self::BecomeNobody => {
+                // What people have; these tests may have raised theirs.
+                setrlimit(Resource::RLIMIT_MEMLOCK, LOCKED, LOCKED)?;
                 setgroups(&[])?;
                 setgid(Gid::from_raw(NOBODY))?;
                 setuid(Uid::from_raw(NOBODY))?;

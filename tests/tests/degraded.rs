@@ -1,6 +1,6 @@
 //! Places where less is allowed than root on a host has, or less is there.
 
-use std::{path::Path, thread};
+use std::thread;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::{Value, json};
@@ -267,45 +267,39 @@ fn containers_are_known_by_their_groups() -> Result<()> {
     // What this thread mounts, only it and the processes that it starts can see.
     thread::scope(|scope| {
         let moved = scope.spawn(|| {
+            let [one, other] = CONTAINERS;
+            let (docker, scope) = (format!("docker/{one}"), format!("docker-{other}.scope"));
             let own = Feature::OwnMachine.is_here();
-            let first = if own {
-                let first = Hierarchy::first_version()?;
-                ensure!(
-                    !Path::new("/sys/fs/cgroup/cgroup.procs").exists(),
-                    "there is more than the first version"
-                );
-                in_container(&first, &format!("docker/{}", CONTAINERS[0]), "v1", CONTAINERS[0])?;
-                Some(first)
-            } else {
-                None
-            };
+            let first = own.then(Hierarchy::first_version).transpose()?;
+            if let Some(first) = &first {
+                are_of("v1")?;
+                in_container(first, &docker, one)?;
+            }
             let second = Hierarchy::second_version()?;
             if let Some(first) = first {
-                in_container(
-                    &first,
-                    &format!("docker/{}", CONTAINERS[0]),
-                    "v1 and v2 (hybrid)",
-                    CONTAINERS[0],
-                )?;
-                let scope = format!("docker-{}.scope", CONTAINERS[1]);
-                in_container(&second, &scope, "v1 and v2 (hybrid)", CONTAINERS[1])?;
-                drop(first);
+                are_of("v1 and v2 (hybrid)")?;
+                in_container(&first, &docker, one)?;
+                in_container(&second, &scope, other)?;
             }
-            in_container(
-                &second,
-                &format!("docker-{}.scope", CONTAINERS[1]),
-                if own { "v2" } else { "v" },
-                CONTAINERS[1],
-            )
+            if own {
+                are_of("v2")?;
+            }
+            in_container(&second, &scope, other)
         });
         moved.join().map_err(|_| anyhow!("it panicked"))?
     })
 }
 
-/// Has the client be in a group, and the server in none.
-fn in_container(hierarchy: &Hierarchy, group: &str, version: &str, container: &str) -> Result<()> {
+/// Whether the tool finds these versions of control groups.
+fn are_of(version: &str) -> Result<()> {
     let found = diagnosis(Launch::new()?, &[], "cgroups")?["found"].clone();
-    ensure!(found.as_str().is_some_and(|found| found.starts_with(version)), "{found} is not {version}");
+    ensure!(found == version, "{found} is not {version}");
+    Ok(())
+}
+
+/// Has the client be in a group, and the server in none.
+fn in_container(hierarchy: &Hierarchy, group: &str, container: &str) -> Result<()> {
+    let name = group;
     let group = Group::new(hierarchy, group)?;
     let mut bed = Bed::new(routes::loopback_ipv4())?;
     group.take_in(bed.peer(Side::Client).pid())?;
@@ -315,5 +309,5 @@ fn in_container(hierarchy: &Hierarchy, group: &str, version: &str, container: &s
         let container = if line["connection"]["role"] == "client" { json!(container) } else { Value::Null };
         but(line, json!({"process": {"container": container}}))
     });
-    trace.verify(&bed, lines.collect()).with_context(|| format!("with control groups of {version}"))
+    trace.verify(&bed, lines.collect()).with_context(|| format!("in the group {name}"))
 }
