@@ -16,9 +16,6 @@ use super::debian::Kernel;
 /// processor on a busy host.
 const SILENCE: Duration = Duration::from_mins(5);
 
-/// Has RCU be in a hurry.
-const FAST: &str = "rcupdate.rcu_expedited=1";
-
 /// Megabytes. A file system in memory is all the disk there is.
 const MEMORY: &str = "2048";
 
@@ -58,9 +55,8 @@ pub(crate) fn run(folder: &Path, kernel: &Kernel, image: &[&[u8]], arguments: &s
     .arg(&kernel.vmlinuz)
     .arg("-initrd")
     .arg(&initrd)
-    // A bug in the kernel is to end the machine. Nobody is to wait for grace periods: attaching and detaching programs,
-    // and making and removing network namespaces, is waiting for little else.
-    .args(["-append", &format!("console=ttyS0 quiet oops=panic panic=-1 mitigations=off {FAST} {arguments}")])
+    // A bug in the kernel is to end the machine.
+    .args(["-append", &format!("console=ttyS0 quiet oops=panic panic=-1 mitigations=off {arguments}")])
     .stdin(Stdio::null());
     let mut machine = qemu.spawn().context("cannot start qemu-system-x86_64")?;
     let (mut said, mut since) = (0, Instant::now());
