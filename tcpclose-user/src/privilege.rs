@@ -97,6 +97,10 @@ pub fn has(capability: Capability) -> bool {
     caps::has_cap(None, CapSet::Effective, capability).unwrap_or(false)
 }
 
+/// What it means not to see the host's processes in `/proc`.
+pub const OUTSIDE: &str = "pids are told as the host has them; /proc here does not show those processes, so `exe`, \
+                           containers, symbols, and owners known only there are null";
+
 /// Whether pids here are those that the kernel half sees.
 pub fn in_initial_pid_namespace() -> bool {
     is_namespace("pid", PROC_PID_INIT_INO)
@@ -162,11 +166,13 @@ pub fn grant() -> String {
     )
 }
 
-/// What is lost for want of capabilities that are merely useful, a sentence each.
+/// What is lost for want of capabilities that are merely useful, and of the host's pid namespace; a sentence each.
 pub fn losses() -> Vec<String> {
-    missing(Need::Useful)
-        .map(|privilege| format!("without {}, {}", privilege.capability, privilege.lost))
-        .collect()
+    let capabilities = missing(Need::Useful)
+        .map(|privilege| format!("without {}, {}", privilege.capability, privilege.lost));
+    let elsewhere = (!in_initial_pid_namespace())
+        .then(|| format!("in a pid namespace of its own, {OUTSIDE} (in a container: --pid host)"));
+    capabilities.chain(elsewhere).collect()
 }
 
 fn missing(need: Need) -> impl Iterator<Item = &'static Privilege> {

@@ -56,10 +56,15 @@ impl Namespace {
     /// Has `command` run in this namespace, without a helper process in between that would change its pid or
     /// name.
     pub fn enter(&self, command: &mut Command) -> Result<()> {
-        let file = self.file.try_clone()?;
+        let file = self.file()?;
         // SAFETY: between fork and exec the closure makes one system call and allocates nothing.
         unsafe { command.pre_exec(move || Ok(setns(file.as_fd(), CloneFlags::CLONE_NEWNET)?)) };
         Ok(())
+    }
+
+    /// What a process enters this namespace by.
+    pub(crate) fn file(&self) -> Result<File> {
+        Ok(self.file.try_clone()?)
     }
 
     /// Reads or writes files of `/proc` from within this namespace: on a thread of its own, which alone moves

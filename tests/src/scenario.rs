@@ -62,7 +62,12 @@ pub struct Trace {
 impl Trace {
     /// Starts the tool on a bed's namespaces.
     pub fn start(bed: &Bed, args: &[&str]) -> Result<Self> {
-        let tool = Launch::new()?.trace(bed.namespaces()).args(args).start()?;
+        Self::start_as(Launch::new()?.args(args), bed)
+    }
+
+    /// The same, where there is more to say about how the tool is to be started.
+    pub fn start_as(launch: Launch, bed: &Bed) -> Result<Self> {
+        let tool = launch.trace(bed.namespaces()).start()?;
         Ok(Self { tool, before: counters(bed)? })
     }
 
@@ -160,6 +165,14 @@ pub fn reset_lines(
         bed.close_line(connection, by.other(), but(suffered, receiver.clone()))?,
         bed.reset_line(connection, by.other(), but(came, receiver.clone()))?,
     ])
+}
+
+/// Has one side reset a connection, and says what must come of it.
+pub fn aborted(bed: &mut Bed, connection: &Connection, by: Side) -> Result<Vec<Value>> {
+    for order in ["linger0", "close"] {
+        bed.peer(by).ask(order)?;
+    }
+    reset_lines(bed, connection, by, &json!({"cause": "linger_zero"}), &json!({}))
 }
 
 /// What a close line lacks when a connection attempt came to nothing.

@@ -2,10 +2,11 @@
 
 use std::{
     env,
-    ffi::{CString, OsStr, OsString},
+    ffi::{CStr, CString, OsString},
     fmt::Write as _,
-    fs,
-    io::{BufRead, BufReader, Read},
+    fs::{self, File},
+    io::{self, BufRead, BufReader, Read},
+    mem,
     os::unix::{ffi::OsStrExt, fs::PermissionsExt, process::CommandExt},
     path::Path,
     process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Output, Stdio},
@@ -17,8 +18,12 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::{
     errno::Errno,
     libc,
-    sched::{CloneFlags, unshare},
-    sys::signal::{Signal, kill},
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, setns, unshare},
+    sys::{
+        resource::{Resource, setrlimit},
+        signal::{Signal, kill},
+    },
     unistd::{Gid, Pid, Uid, chown, setgid, setgroups, setuid},
 };
 use serde_json::Value;
@@ -27,15 +32,58 @@ use crate::{
     PATIENCE, contract, expect::shortened, features::Feature, netns::Namespace, scratch::Scratch, until,
 };
 
+/// How much memory people may lock, in bytes.
+const LOCKED: u64 = 64 << 10;
+
 /// The user and group that own nothing.
 const NOBODY: u32 = 65534;
 
 /// How the tool is to be started.
 #[derive(Debug)]
 pub struct Launch {
-    command: Command,
+    program: OsString,
+    args: Vec<OsString>,
+    /// What its process does before it becomes the tool, in this order.
+    steps: Vec<Step>,
+    in_pid_namespace: bool,
     scratch: Scratch,
     most_lines: usize,
+}
+
+/// A step on the way to a place where less is allowed, or less is there.
+#[derive(Debug)]
+enum Step {
+    EnterNetns(File),
+    /// A mount namespace of its own, with something mounted at these places.
+    Mount(Vec<(&'static CStr, CString)>),
+    NewUserNamespace,
+    BecomeNobody,
+}
+
+impl Step {
+    /// Makes system calls and allocates nothing: this is for a process that has just been forked.
+    fn take(&self) -> io::Result<()> {
+        const NOWHERE: Option<&CStr> = None;
+        match self {
+            Self::EnterNetns(namespace) => setns(namespace, CloneFlags::CLONE_NEWNET)?,
+            Self::Mount(mounts) => {
+                unshare(CloneFlags::CLONE_NEWNS)?;
+                mount(NOWHERE, c"/", NOWHERE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NOWHERE)?;
+                for (kind, place) in mounts {
+                    mount(Some(*kind), place.as_c_str(), Some(*kind), MsFlags::empty(), NOWHERE)?;
+                }
+            }
+            Self::NewUserNamespace => unshare(CloneFlags::CLONE_NEWUSER)?,
+            Self::BecomeNobody => {
+                // What people have; these tests may have raised theirs.
+                setrlimit(Resource::RLIMIT_MEMLOCK, LOCKED, LOCKED)?;
+                setgroups(&[])?;
+                setgid(Gid::from_raw(NOBODY))?;
+                setuid(Uid::from_raw(NOBODY))?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// The tool, running; killed on drop.
@@ -66,13 +114,20 @@ impl Launch {
         let program = env::var_os("TCPCLOSE_BIN").context(
             "TCPCLOSE_BIN does not name the tool's binary: run `cargo xtask test`, which builds and names it",
         )?;
-        Ok(Self { command: command(program), scratch: Scratch::new()?, most_lines: usize::MAX })
+        Ok(Self {
+            program,
+            args: Vec::new(),
+            steps: Vec::new(),
+            in_pid_namespace: false,
+            scratch: Scratch::new()?,
+            most_lines: usize::MAX,
+        })
     }
 
     /// Adds arguments.
     #[must_use]
     pub fn args<I: IntoIterator<Item: Into<OsString>>>(mut self, args: I) -> Self {
-        self.command.args(args.into_iter().map(Into::into));
+        self.args.extend(args.into_iter().map(Into::into));
         self
     }
 
@@ -89,8 +144,25 @@ impl Launch {
 
     /// Has it run in a namespace.
     pub fn inside(mut self, namespace: &Namespace) -> Result<Self> {
-        namespace.enter(&mut self.command)?;
+        self.steps.push(Step::EnterNetns(namespace.file()?));
         Ok(self)
+    }
+
+    /// Has it find nothing at these places, and what is mounted there out of its sight: an empty file system lies over
+    /// each that there is. Nothing is unmounted, which Linux 6.12 does not survive where lockdown keeps tracefs empty.
+    pub fn without(mut self, places: &[&str]) -> Result<Self> {
+        let there = places.iter().filter(|place| Path::new(place).exists());
+        let mounts = there.map(|place| Ok((c"tmpfs", CString::new(*place)?))).collect::<Result<_>>()?;
+        self.steps.push(Step::Mount(mounts));
+        Ok(self)
+    }
+
+    /// Has it run in a pid namespace of its own, as in a container, with the `/proc` that belongs to that.
+    #[must_use]
+    pub fn in_pid_namespace(mut self) -> Self {
+        self.in_pid_namespace = true;
+        self.steps.push(Step::Mount(vec![(c"proc", c"/proc".to_owned())]));
+        self
     }
 
     /// Closes its stdout after so many lines, as `head` does.
@@ -104,38 +176,29 @@ impl Launch {
     pub fn as_nobody(mut self, capabilities: &[Capability]) -> Result<Self> {
         // Where it was built may be closed to nobody.
         let copy = self.scratch.path().join("tcpclose");
-        fs::copy(self.command.get_program(), &copy).context("copying the tool")?;
+        fs::copy(&self.program, &copy).context("copying the tool")?;
         fs::set_permissions(&copy, fs::Permissions::from_mode(0o755))?;
         // The ready file is made by it.
         chown(self.scratch.path(), Some(Uid::from_raw(NOBODY)), None)?;
         if !capabilities.is_empty() {
             grant(&copy, capabilities)?;
         }
-        let mut command = command(copy);
-        command.args(self.command.get_args());
-        // SAFETY: between fork and exec the closure makes system calls and allocates nothing.
-        unsafe {
-            command.pre_exec(|| {
-                setgroups(&[])?;
-                setgid(Gid::from_raw(NOBODY))?;
-                Ok(setuid(Uid::from_raw(NOBODY))?)
-            })
-        };
-        self.command = command;
+        self.program = copy.into();
+        self.steps.push(Step::BecomeNobody);
         Ok(self)
     }
 
     /// Has it run in a user namespace of its own, where no capability counts for the kernel.
     #[must_use]
     pub fn in_user_namespace(mut self) -> Self {
-        // SAFETY: between fork and exec the closure makes one system call and allocates nothing.
-        unsafe { self.command.pre_exec(|| Ok(unshare(CloneFlags::CLONE_NEWUSER)?)) };
+        self.steps.push(Step::NewUserNamespace);
         self
     }
 
     /// Starts it and waits until it says that every program is attached.
     pub fn start(self) -> Result<Tool> {
         let ready = self.scratch.path().join("ready");
+        let in_pid_namespace = self.in_pid_namespace;
         let mut tool = self.args(["--ready-file".as_ref(), ready.as_os_str()]).spawn()?;
         let pid = until("the tool is ready", || {
             if let Some(status) = tool.child.try_wait()? {
@@ -152,7 +215,9 @@ impl Launch {
                 return Err(error.context(format!("starting the tool\n{}", tool.wait()?)));
             }
         };
-        ensure!(named == tool.child.id(), "the ready file names pid {named}, not {}", tool.child.id());
+        // It calls itself what it is called in its own namespace, where it is the first process.
+        let own = if in_pid_namespace { 1 } else { tool.child.id() };
+        ensure!(named == own, "the ready file names pid {named}, not {own}");
         Ok(tool)
     }
 
@@ -163,11 +228,31 @@ impl Launch {
 
     /// Runs it to its end where what it prints is no JSON lines.
     pub fn output(mut self) -> Result<Output> {
-        self.command.output().with_context(|| format!("starting {:?}", self.command))
+        Ok(self.spawn_child()?.wait_with_output()?)
+    }
+
+    fn spawn_child(&mut self) -> Result<Child> {
+        let mut command = Command::new(&self.program);
+        command.args(&self.args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let steps = mem::take(&mut self.steps);
+        // SAFETY: a step makes system calls and allocates nothing.
+        unsafe { command.pre_exec(move || steps.iter().try_for_each(Step::take)) };
+        let mut spawn = || command.spawn().with_context(|| format!("starting {command:?}"));
+        if !self.in_pid_namespace {
+            return spawn();
+        }
+        // A process stays in its pid namespace; its children are in the new one, and only those of this thread.
+        thread::scope(|scope| {
+            let moved = scope.spawn(|| {
+                unshare(CloneFlags::CLONE_NEWPID)?;
+                spawn()
+            });
+            moved.join().unwrap_or_else(|_| bail!("the thread that starts the tool panicked"))
+        })
     }
 
     fn spawn(mut self) -> Result<Tool> {
-        let mut child = self.command.spawn().with_context(|| format!("starting {:?}", self.command))?;
+        let mut child = self.spawn_child()?;
         let stdout = child.stdout.take().context("no stdout")?;
         let stderr = child.stderr.take().context("no stderr")?;
         let lines = Arc::new(Lines::default());
@@ -207,6 +292,11 @@ impl Tool {
         let lines = self.lines.lock();
         let found = lines.iter().find(|line| like(line)).cloned();
         found.with_context(|| format!("no line came that is {what}; these came:\n{}", listing(&lines)))
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// Sends a signal.
@@ -323,13 +413,6 @@ fn grant(program: &Path, capabilities: &[Capability]) -> Result<()> {
         unsafe { libc::setxattr(path.as_ptr(), name.as_ptr(), bytes.as_ptr().cast(), bytes.len(), 0) };
     Errno::result(result).with_context(|| format!("giving capabilities to {}", program.display()))?;
     Ok(())
-}
-
-/// A program with its output to be read.
-fn command(program: impl AsRef<OsStr>) -> Command {
-    let mut command = Command::new(program);
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    command
 }
 
 fn read_all(mut stderr: ChildStderr) -> String {

@@ -1,14 +1,23 @@
-//! Places where less is allowed than root on a host has.
+//! Places where less is allowed than root on a host has, or less is there.
 
-use anyhow::{Result, ensure};
-use serde_json::json;
+use std::thread;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use serde_json::{Value, json};
 use tcpclose_tests::{
-    bed::{Bed, Connection, Side, user_stack},
-    expect::{differences, known},
+    bed::{Bed, Connection, Side, endpoint, user_stack},
+    decoy::Decoy,
+    expect::{but, differences, known},
     features::Feature,
-    scenario::routes,
-    tool::{Capability, Launch},
+    groups::{Group, Hierarchy},
+    scenario::{Trace, aborted, routes},
+    tool::{Capability, Ended, Launch},
 };
+
+/// Where tracefs is mounted, or debugfs, which has another one in it.
+const TRACEFS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug"];
+/// Where the kernel describes its types.
+const TYPES: &str = "/sys/kernel/btf";
 
 /// The client resets a connection.
 fn one_reset(bed: &mut Bed) -> Result<Connection> {
@@ -17,6 +26,40 @@ fn one_reset(bed: &mut Bed) -> Result<Connection> {
         bed.peer(Side::Client).ask(order)?;
     }
     Ok(connection)
+}
+
+/// Has it happen under the tool's eyes, and expects all lines of it with all facts, but for these differences in those of
+/// the client's end and of the server's.
+fn tells_everything_but(launch: Launch, client: &Value, server: &Value) -> Result<()> {
+    let mut bed = Bed::new(routes::veth_ipv6())?;
+    let trace = Trace::start_as(launch, &bed)?;
+    let connection = bed.established()?;
+    let lines = aborted(&mut bed, &connection, Side::Client)?.into_iter().map(|line| {
+        let this = if line["connection"]["role"] == "client" { client } else { server };
+        but(line, this.clone())
+    });
+    trace.verify(&bed, lines.collect())
+}
+
+/// What the tool says of the client's end of a connection that the client resets, where it cannot keep other namespaces
+/// out.
+fn tells_something(launch: Launch) -> Result<(Value, Ended)> {
+    let mut bed = Bed::new(routes::loopback_ipv4())?;
+    let tool = launch.args(["-o", "json"]).start()?;
+    let connection = one_reset(&mut bed)?;
+    let ends = json!({"event": "close", "connection": {
+        "local": endpoint(connection.address(Side::Client)), "remote": endpoint(connection.address(Side::Server)),
+    }});
+    let line = tool.wait_for("the client's close", |line| differences(line, &ends).is_empty())?;
+    Ok((line, tool.stop()?))
+}
+
+/// One of the things that `doctor` tells about the place.
+fn diagnosis(launch: Launch, args: &[&str], name: &str) -> Result<Value> {
+    let output = launch.args(["doctor", "-o", "json"]).args(args.iter().copied()).output()?;
+    let report: Value = serde_json::from_slice(&output.stdout).with_context(|| format!("{output:?}"))?;
+    let all = ["place", "hooks"].map(|list| report[list].as_array().cloned().unwrap_or_default()).concat();
+    all.into_iter().find(|one| one["name"] == name).with_context(|| format!("no {name}: {report:#}"))
 }
 
 /// Two capabilities are all it takes, as the README says; what root's processes keep to root is then not known.
@@ -48,6 +91,102 @@ fn two_capabilities_are_enough() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_user_namespace_is_named() -> Result<()> {
+    let ended = Launch::new()?.in_user_namespace().run()?.with_code(1)?;
+    ensure!(ended.stderr.contains("user namespace"), "stderr does not name the reason\n{ended}");
+    Ok(())
+}
+
+#[test]
+fn tracefs_is_not_missed_where_types_are_described() -> Result<()> {
+    let found = diagnosis(Launch::new()?.without(&TRACEFS)?, &[], "tracefs")?["found"].clone();
+    ensure!(found.as_str().is_some_and(|found| found.starts_with("not mounted")), "{found}");
+    tells_everything_but(Launch::new()?.without(&TRACEFS)?, &json!({}), &json!({}))
+}
+
+/// What tracepoints say by themselves is told, and what would be read from the kernel's structures is null.
+#[test]
+fn types_are_missed_and_said_to_be() -> Result<()> {
+    // Tracefs as the host has it, and mounted by the tool for itself.
+    for hidden in [&[TYPES][..], &[TYPES, TRACEFS[0], TRACEFS[1]]] {
+        let (line, ended) = tells_something(Launch::new()?.without(hidden)?)?;
+        let expected = json!({
+            "connection": {"role": "client", "bytes_sent": null, "netns": null, "cookie": null},
+            "cause": "unknown",
+            "trigger": null,
+            "idle_ms": null,
+        });
+        let differences = differences(&line, &expected);
+        ensure!(differences.is_empty(), "without {hidden:?}: {}\n{ended}", differences.join("\n"));
+        ensure!(
+            ended.stderr.contains("no BTF, so bytes"),
+            "without {hidden:?}, stderr does not say so\n{ended}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn without_types_and_tracefs_it_says_what_it_needs() -> Result<()> {
+    let nobody = Launch::new()?.without(&[TYPES, TRACEFS[0], TRACEFS[1]])?;
+    let nobody = nobody.as_nobody(&[Capability::Bpf, Capability::Perfmon])?;
+    let nowhere_to_mount_it = Launch::new()?.without(&["/sys/kernel"])?;
+    for (launch, needed) in
+        [(nobody, "CAP_SYS_ADMIN to mount it"), (nowhere_to_mount_it, "/sys/kernel/tracing")]
+    {
+        let ended = launch.run()?.with_code(1)?;
+        for word in ["no tracefs", "BTF", needed] {
+            ensure!(ended.stderr.contains(word), "stderr does not say {word}\n{ended}");
+        }
+    }
+    Ok(())
+}
+
+/// Has the tool do without typed programs, iterators and programs on functions, as on a kernel that has its types in a
+/// package: what is read from its structures is known all the same.
+const TYPES_APART: [&str; 2] = ["--btf", "/sys/kernel/btf/vmlinux"];
+
+#[test]
+fn without_iterators_descriptors_are_read_from_proc() -> Result<()> {
+    let hook = diagnosis(Launch::new()?, &TYPES_APART, "descriptors")?;
+    let results = json!([{"kind": "iter", "result": "refused"}, {"kind": "/proc", "result": "attached"}]);
+    let wrong = differences(&hook["variants"], &results);
+    ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
+
+    let mut bed = Bed::new(routes::veth_ipv4())?;
+    // Older than the trace, so that only who holds it can be its owner.
+    let connection = bed.established()?;
+    let trace = Trace::start(&bed, &TYPES_APART)?;
+    for order in ["linger0", "close"] {
+        bed.peer(Side::Client).ask(order)?;
+    }
+    let ended = trace.finish(&bed, |lines| lines.len() >= 4)?;
+    let expected = json!({
+        "event": "close",
+        "connection": {"local": endpoint(connection.address(Side::Server))},
+        "process": {"pid": bed.peer(Side::Server).pid(), "comm": "peer-server", "attribution": "procfs"},
+    });
+    let found = ended.lines.iter().any(|line| differences(line, &expected).is_empty());
+    ensure!(found, "no line is like {expected}\n{ended}");
+    ensure!(ended.stderr.contains("may be too late"), "stderr does not say what is worse\n{ended}");
+    Ok(())
+}
+
+/// No fexit on accepts, no fentry where RSTs come in. Where the kernel refuses them, all tests are without.
+#[test]
+fn without_programs_on_functions_openers_and_ttls_are_null() -> Result<()> {
+    for (hook, null) in [("accept", "opener"), ("time to live", "ttl")] {
+        let hook = diagnosis(Launch::new()?, &TYPES_APART, hook)?;
+        ensure!(hook["mark"] == "less" && hook["null"][0] == null, "{hook:#}");
+    }
+    tells_everything_but(
+        Launch::new()?.args(TYPES_APART),
+        &json!({}),
+        &json!({"opener": null, "process": {"attribution": "procfs"}}),
+    )
+}
+
 /// Processes in a pid namespace of their own, as in a container, have the pids that the host gives them.
 #[test]
 fn pids_are_those_of_the_host() -> Result<()> {
@@ -74,4 +213,101 @@ fn pids_are_those_of_the_host() -> Result<()> {
     let found = ended.lines.iter().any(|line| differences(line, &expected).is_empty());
     ensure!(found, "no line is like {expected}\n{ended}");
     Ok(())
+}
+
+/// The tool in a container: the processes that it tells of are the host's, and its `/proc` shows others, of which one may
+/// have the number of one of those.
+#[test]
+fn from_a_pid_namespace_nobody_is_taken_for_another() -> Result<()> {
+    let launch = || Ok::<_, anyhow::Error>(Launch::new()?.in_pid_namespace());
+    let place = diagnosis(launch()?, &[], "pid namespace")?;
+    ensure!(place["mark"] == "less", "{place:#}");
+
+    let mut bed = Bed::new(routes::loopback_ipv4())?;
+    let trace = Trace::start_as(launch()?, &bed)?;
+    let client = bed.peer(Side::Client).pid();
+    let decoy = Decoy::start(trace.tool.pid(), client)?;
+    let connection = bed.established()?;
+    let _lines = aborted(&mut bed, &connection, Side::Client)?;
+    trace.tool.wait_until(|lines| lines.len() >= 4);
+    // The first process of a pid namespace ends after all others.
+    drop(decoy);
+    let ended = trace.finish(&bed, |_| true)?;
+    ensure!(ended.stderr.contains("pid namespace"), "stderr does not say what is lost\n{ended}");
+    let nobody = json!({"symbol": null, "module": null});
+    for side in [Side::Client, Side::Server] {
+        let pid = bed.peer(side).pid();
+        let ends = json!({"event": "close", "connection": {"local": endpoint(connection.address(side))}});
+        let line = ended.lines.iter().find(|line| differences(line, &ends).is_empty());
+        let line = line.with_context(|| format!("there is no close line of the {side}\n{ended}"))?;
+        let process = json!({"pid": pid, "exe": null, "container": null});
+        let expected = match side {
+            Side::Client => json!({"process": process, "trigger": "close"}),
+            // Nobody acts on it, and only where accepts are seen it is known whose it is.
+            Side::Server if Feature::FunctionReturns.is_here() => json!({"process": process}),
+            Side::Server => json!({"process": null}),
+        };
+        let mut found = differences(line, &expected);
+        let frames = line["stack"]["user"].as_array().into_iter().flatten();
+        found.extend(frames.flat_map(|frame| differences(frame, &nobody)));
+        ensure!(found.is_empty(), "{side}: {}\n{ended}", found.join("\n"));
+    }
+    Ok(())
+}
+
+const CONTAINERS: [&str; 2] = [
+    "3f4ac1b2d5e6f70819283746556473829100aabbccddeeff0011223344556677",
+    "b0000000000000000000000000000000000000000000000000000000000000b1",
+];
+
+/// Containers are known by the names of control groups, whichever hierarchies there are: the first version's, the second's
+/// or both. On a machine that is not the tests' own, the second version's are there or may be.
+#[test]
+fn containers_are_known_by_their_groups() -> Result<()> {
+    // What this thread mounts, only it and the processes that it starts can see.
+    thread::scope(|scope| {
+        let moved = scope.spawn(|| {
+            let [one, other] = CONTAINERS;
+            let (docker, scope) = (format!("docker/{one}"), format!("docker-{other}.scope"));
+            let own = Feature::OwnMachine.is_here();
+            let first = own.then(Hierarchy::first_version).transpose()?;
+            if let Some(first) = &first {
+                are_of("v1")?;
+                in_container(first, &docker, one)?;
+            }
+            let second = Hierarchy::second_version()?;
+            if let Some(first) = first {
+                are_of("v1 and v2 (hybrid)")?;
+                in_container(&first, &docker, one)?;
+                in_container(&second, &scope, other)?;
+            }
+            if own {
+                are_of("v2")?;
+            }
+            in_container(&second, &scope, other)
+        });
+        moved.join().map_err(|_| anyhow!("it panicked"))?
+    })
+}
+
+/// Whether the tool finds these versions of control groups.
+fn are_of(version: &str) -> Result<()> {
+    let found = diagnosis(Launch::new()?, &[], "cgroups")?["found"].clone();
+    ensure!(found == version, "{found} is not {version}");
+    Ok(())
+}
+
+/// Has the client be in a group, and the server in none.
+fn in_container(hierarchy: &Hierarchy, group: &str, container: &str) -> Result<()> {
+    let name = group;
+    let group = Group::new(hierarchy, group)?;
+    let mut bed = Bed::new(routes::loopback_ipv4())?;
+    group.take_in(bed.peer(Side::Client).pid())?;
+    let trace = Trace::start(&bed, &[])?;
+    let connection = bed.established()?;
+    let lines = aborted(&mut bed, &connection, Side::Client)?.into_iter().map(|line| {
+        let container = if line["connection"]["role"] == "client" { json!(container) } else { Value::Null };
+        but(line, json!({"process": {"container": container}}))
+    });
+    trace.verify(&bed, lines.collect()).with_context(|| format!("in the group {name}"))
 }

@@ -1,17 +1,40 @@
-//! A kernel that lets nobody read its memory. There is no way back from that but to boot.
+//! A kernel that is locked down: first so that nobody may change it, then so that nobody may read its memory. There is no
+//! way back from either but to boot.
 
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
-use tcpclose_tests::{features::Feature, tool::Launch};
+use tcpclose_tests::{
+    bed::{Bed, Side},
+    features::Feature,
+    scenario::{Trace, aborted, routes},
+    tool::Launch,
+};
+
+const MODE: &str = "/sys/kernel/security/lockdown";
 
 #[test]
-fn confidentiality_is_named() -> Result<()> {
+fn integrity_loses_nothing_and_confidentiality_is_named() -> Result<()> {
     if Feature::OwnMachine.is_missed() {
         return Ok(());
     }
-    fs::write("/sys/kernel/security/lockdown", "confidentiality").context("locking the kernel down")?;
+    let mode = fs::read_to_string(MODE)?;
+    if mode.contains("[none]") {
+        fs::write(MODE, "integrity").context("locking the kernel down")?;
+    }
+    // When the test is run again, it may be past that.
+    if !mode.contains("[confidentiality]") {
+        let mut bed = Bed::new(routes::loopback_ipv4())?;
+        let trace = Trace::start(&bed, &[])?;
+        let connection = bed.established()?;
+        let expected = aborted(&mut bed, &connection, Side::Client)?;
+        trace.verify(&bed, expected)?;
+        fs::write(MODE, "confidentiality").context("locking the kernel down further")?;
+    }
     let ended = Launch::new()?.run()?.with_code(1)?;
-    ensure!(ended.stderr.to_lowercase().contains("lockdown"), "stderr does not name the reason\n{ended}");
+    ensure!(ended.stderr.contains("locked down, in mode `confidentiality`"), "{ended}");
+    let output = Launch::new()?.args(["doctor"]).output()?;
+    let text = String::from_utf8(output.stdout)?;
+    ensure!(output.status.code() == Some(3) && text.contains("confidentiality"), "{text}");
     Ok(())
 }

@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// What a test prints, first on a line, when it cannot run here; the reason follows.
 const SKIPPED: &str = "skipped: ";
+/// How that reason begins when the kernel lacks something (`tests/src/features.rs`).
+const LACKING: &str = "here is no ";
 
 /// What became of the tests of one place.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -16,6 +18,8 @@ pub(crate) struct Report {
     pub(crate) repeated: BTreeSet<String>,
     /// What could not run, and why.
     pub(crate) skipped: BTreeMap<String, String>,
+    /// Programs that were not run at all, and why.
+    pub(crate) unrun: BTreeMap<String, String>,
     /// What else went wrong.
     pub(crate) problems: Vec<String>,
 }
@@ -34,6 +38,10 @@ impl Report {
         for line in text.lines() {
             if let Some(mark) = line.strip_prefix("=== ") {
                 speaker = None;
+                if let Some((name, why)) = mark.split_once(" not run: ") {
+                    report.unrun.insert(name.to_owned(), why.to_owned());
+                    continue;
+                }
                 match mark.split_once(" ended: ") {
                     _ if mark == "all" => complete = true,
                     None => program = Some(mark.to_owned()),
@@ -89,6 +97,12 @@ impl Report {
         report
     }
 
+    /// Where tests have all that they need but what the kernel lacks, no other reason to skip one will do.
+    pub(crate) fn refuse_other_skips(&mut self) {
+        let others = self.skipped.iter().filter(|(_, reason)| !reason.starts_with(LACKING));
+        self.problems.extend(others.map(|(test, reason)| format!("{test} may not be skipped: {reason}")));
+    }
+
     /// Whether nothing is wrong.
     pub(crate) fn is_good(&self) -> bool {
         self.failed.is_empty() && self.problems.is_empty()
@@ -101,6 +115,7 @@ impl Report {
             (self.repeated.len(), "of them at the second attempt"),
             (self.failed.len(), "failed"),
             (self.skipped.len(), "skipped"),
+            (self.unrun.len(), "programs not run"),
         ] {
             if count > 0 {
                 words.push(format!("{count} {what}"));
@@ -111,14 +126,15 @@ impl Report {
     }
 }
 
-/// The tests that were skipped wherever they were to run, each with where and why.
+/// The tests that were skipped wherever they were to run, and the programs that were run nowhere, each with where and why.
 pub(crate) fn never_run(reports: &[(String, Report)]) -> BTreeMap<&str, Vec<String>> {
     let mut never = BTreeMap::<&str, Vec<String>>::new();
     for (place, report) in reports {
-        for (test, reason) in &report.skipped {
+        for (test, reason) in report.skipped.iter().chain(&report.unrun) {
             let ran = reports
                 .iter()
-                .any(|(_, report)| report.passed.contains(test) || report.failed.contains_key(test));
+                .flat_map(|(_, report)| report.passed.iter().chain(report.failed.keys()))
+                .any(|one| one == test || is_of(one, test));
             if !ran {
                 never.entry(test).or_default().push(format!("{place}: {reason}"));
             }
@@ -157,6 +173,19 @@ mod tests {
     }
 
     #[test]
+    fn only_what_the_kernel_lacks_may_be_missed() {
+        let told = |text: &str| {
+            let mut report = Report::parse(text);
+            report.refuse_other_skips();
+            report.problems
+        };
+        assert_eq!(told(GOOD), ["close::b::c may not be skipped: no nft"]);
+        assert_eq!(told(&GOOD.replace("no nft", "here is no MPTCP")), [""; 0]);
+        let ignored = GOOD.replace("test a ... ok", "test a ... ignored");
+        assert!(told(&ignored).contains(&"close::a may not be skipped: ignored".to_owned()));
+    }
+
+    #[test]
     fn failed_tests_keep_their_output() {
         let text = "=== stray\nrunning 1 test\ntest a ... FAILED\n\nfailures:\n\n---- a stdout ----\nError: it\nbroke\n\n\
             failures:\n    a\n\ntest result: FAILED. 0 passed\n=== stray ended: exit status: 101\n=== all\n";
@@ -187,6 +216,18 @@ mod tests {
         let died =
             "=== close\nrunning 1 test\ntest a ... ok\n=== close ended: signal: 11 (SIGSEGV)\n=== all\n";
         assert_eq!(Report::parse(died).problems, ["close ended with signal: 11 (SIGSEGV)"]);
+    }
+
+    #[test]
+    fn programs_that_were_not_run_are_told() {
+        let late = GOOD.replace("=== all", "=== ttl not run: its time was over\n=== all");
+        let late = Report::parse(&late);
+        assert!(late.is_good(), "{late:?}");
+        assert_eq!(late.summary(), "1 passed, 1 skipped, 1 programs not run");
+        let ttl = Report::parse(&GOOD.replace("close", "ttl").replace("b::c stdout", "x"));
+        let reports = [("here".to_owned(), late), ("there".to_owned(), ttl)];
+        assert_eq!(never_run(&reports[..1])["ttl"], ["here: its time was over"]);
+        assert!(!never_run(&reports).contains_key("ttl"));
     }
 
     #[test]

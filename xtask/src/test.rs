@@ -1,5 +1,7 @@
 //! Running the tests.
 
+use std::time::Duration;
+
 use anyhow::{Result, bail};
 
 use crate::{
@@ -28,6 +30,10 @@ pub(crate) struct Args {
     /// With --kernels or --kernel: each scenario over one route
     #[arg(long)]
     brief: bool,
+    /// With --kernels or --kernel: how long test programs are begun there, all machines together. Those that are left
+    /// over are told, and have failed if no machine has run them
+    #[arg(long)]
+    minutes: Option<u64>,
     /// More arguments for the test programs, such as --nocapture
     #[arg(last = true)]
     more: Vec<String>,
@@ -39,11 +45,14 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
     let elsewhere = args.kernels || !here;
     let everything = args.filters.is_empty() && here;
     tools::for_testing()?;
-    if elsewhere {
-        tools::for_machines()?;
-    }
-    let tools = tools::for_building()?;
     let mut failed = Vec::new();
+    let has_machines = elsewhere && {
+        let found = tools::for_machines();
+        let is_good = found.is_ok();
+        note("kernels", found, &mut failed);
+        is_good
+    };
+    let tools = tools::for_building()?;
     if everything {
         note("lints", lint::lint(workspace, &tools), &mut failed);
     }
@@ -65,20 +74,22 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
         say(&format!("tests with root: {}", report.summary()));
         reports.push(("this host".to_owned(), report));
     }
-    if elsewhere {
+    if has_machines {
         let plan = kernels::Plan {
             suite: &suite,
             tcpclose: &tcpclose,
             extent: if args.brief { Extent::Brief } else { Extent::Full },
             filters: &args.filters,
             more: &more,
+            time: args.minutes.map(|minutes| Duration::from_secs(60 * minutes)),
         };
         match kernels::run(workspace, &plan, &args.kernel) {
             Ok(found) => reports.extend(found),
             Err(error) => note("kernels", Err(error), &mut failed),
         }
     }
-    tell_oddities(&reports, everything && args.kernels, &mut failed);
+    let machines = usize::from(here);
+    tell_oddities(&reports, if everything && args.kernels { &reports[machines..] } else { &[] }, &mut failed);
     failed.extend(reports.iter().filter(|(_, report)| !report.is_good()).map(|(place, _)| place.clone()));
     if !failed.is_empty() {
         bail!("failed, see above: {}", failed.join(", "));
@@ -93,9 +104,9 @@ fn note(what: &str, result: Result<()>, failed: &mut Vec<String>) {
     }
 }
 
-/// Says what was skipped, where and why, and what passed in no hurry. A test that ran nowhere is a failure when all
-/// places were asked.
-fn tell_oddities(reports: &[(String, Report)], everywhere: bool, failed: &mut Vec<String>) {
+/// Says what was skipped, where and why, and what passed in no hurry. A test that ran on none of all `kernels` is a
+/// failure.
+fn tell_oddities(reports: &[(String, Report)], kernels: &[(String, Report)], failed: &mut Vec<String>) {
     for (place, report) in reports {
         for test in &report.repeated {
             say(&format!("passed at the second attempt on {place}: {test}"));
@@ -103,12 +114,15 @@ fn tell_oddities(reports: &[(String, Report)], everywhere: bool, failed: &mut Ve
         for (test, reason) in &report.skipped {
             say(&format!("skipped on {place}: {test}: {reason}"));
         }
-    }
-    let never = report::never_run(reports);
-    if everywhere && !never.is_empty() {
-        for (test, reasons) in &never {
-            say(&format!("{test} ran nowhere: {}", reasons.join("; ")));
+        for (program, reason) in &report.unrun {
+            say(&format!("not run on {place}: all tests of {program}: {reason}"));
         }
-        failed.push("tests that ran nowhere".to_owned());
+    }
+    let never = report::never_run(kernels);
+    if !never.is_empty() {
+        for (test, reasons) in &never {
+            say(&format!("{test} ran on no kernel: {}", reasons.join("; ")));
+        }
+        failed.push("tests that ran on no kernel".to_owned());
     }
 }

@@ -27,14 +27,19 @@ use self::{
 use crate::{
     correlate::{Ending, LateOwner},
     event::{Attribution, Process},
-    verdict,
+    privilege, verdict,
 };
 
 /// See the module.
-#[derive(Default)]
 pub struct Attributor {
     processes: Arc<Mutex<Processes>>,
     holders: Holders,
+}
+
+impl Default for Attributor {
+    fn default() -> Self {
+        Self { processes: Arc::new(Mutex::new(Processes::of_kernel_half())), holders: Holders::default() }
+    }
 }
 
 impl Attributor {
@@ -50,6 +55,10 @@ impl Attributor {
 
     /// Looks the holders of these sockets up, by inode; says for each whether one was found.
     pub fn find_owners(&mut self, inodes: &[u64]) -> Vec<bool> {
+        // The ids in `/proc` are then not those in other lines.
+        if !privilege::in_initial_pid_namespace() {
+            return vec![false; inodes.len()];
+        }
         self.holders.find(inodes)
     }
 

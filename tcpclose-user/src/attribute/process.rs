@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::container;
 use super::maps::{Backing, Mapping, Modules, undeleted};
+use crate::privilege;
 
 /// How many images are kept.
 const MAX_IMAGES: usize = 4096;
@@ -106,6 +107,8 @@ pub struct Processes {
     modules: Modules,
     mappings: usize,
     clock: u64,
+    /// Whether the ids that are asked for are none of those in `/proc`.
+    are_elsewhere: bool,
 }
 
 impl Processes {
@@ -114,11 +117,17 @@ impl Processes {
         Self::default()
     }
 
+    /// For processes by the ids that the kernel half tells. In another pid namespace than the first these lead nowhere,
+    /// or to somebody else.
+    pub fn of_kernel_half() -> Self {
+        Self { are_elsewhere: !privilege::in_initial_pid_namespace(), ..Self::default() }
+    }
+
     /// Copies what will be needed of a process, at once. To be called when it first touches a socket, and
     /// again after exec, with the `mm` that the kernel told: reading it later would find the next program, or
     /// nothing.
     pub fn notice(&mut self, pid: u32, mm: u64) {
-        let image = take(&mut self.modules, pid, mm);
+        let image = self.take(pid, mm);
         // Told twice, the second time too late.
         if image.started.is_none() && self.images.contains_key(&(pid, mm)) {
             return;
@@ -131,7 +140,7 @@ impl Processes {
     pub fn image(&mut self, pid: u32, mm: u64) -> Option<Arc<Image>> {
         let key = self.key(pid, mm);
         if !self.images.contains_key(&key) {
-            let image = take(&mut self.modules, pid, key.1);
+            let image = self.take(pid, key.1);
             image.started?;
             self.insert(image);
         }
@@ -168,7 +177,7 @@ impl Processes {
         if !is_latest || !old.is_running() {
             return Some(old);
         }
-        let new = take(&mut self.modules, pid, key.1);
+        let new = self.take(pid, key.1);
         if new.started != old.started || new.exe != old.exe || !old.has_layout_of(&new) {
             return Some(old);
         }
@@ -197,6 +206,13 @@ impl Processes {
             }
             entry.image = Arc::new(image);
         }
+    }
+
+    fn take(&mut self, pid: u32, mm: u64) -> Image {
+        if self.are_elsewhere {
+            return Image { pid, mm, ..Image::default() };
+        }
+        take(&mut self.modules, pid, mm)
     }
 
     /// How many files are held open.
@@ -403,6 +419,16 @@ mod tests {
             let image = processes.image_for(pid, 0, &[1], Instant::now());
             assert!(image.is_none_or(|image| image.exe.is_none()));
         }
+    }
+
+    #[test]
+    fn takes_nobody_for_another() {
+        let mut processes = Processes { are_elsewhere: true, ..Processes::default() };
+        processes.notice(own_pid(), 1);
+        let image = processes.image_for(own_pid(), 1, &[1], Instant::now()).unwrap();
+        assert_eq!((image.started, &image.exe, image.inner_pid), (None, &None, None));
+        assert!(!image.is_running() && image.mappings.is_empty());
+        assert!(processes.image(own_pid(), 2).is_none());
     }
 
     #[test]

@@ -128,7 +128,7 @@ fn pid_namespace() -> Finding {
         return Finding::new("pid namespace", Mark::Ok, "the host's");
     }
     Finding::new("pid namespace", Mark::Less, "one of its own")
-        .lost("pids are told as the host has them; /proc here does not show those processes")
+        .lost(privilege::OUTSIDE)
         .fix("in a container: --pid host")
 }
 

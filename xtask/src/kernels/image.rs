@@ -64,7 +64,6 @@ pub(crate) fn common(folder: &Path, plan: &Plan) -> Result<Vec<u8>> {
         copy(&library, &root)?;
     }
     fs::copy(suite.helper("init")?, root.join("init"))?;
-    fs::write(root.join("tests"), plan.list())?;
     let variables =
         suite.variables(tcpclose).into_iter().map(|(name, value)| (name, value.display().to_string()));
     let own = VARIABLES.map(|(name, value)| (name.to_owned(), value.to_owned()));
@@ -73,11 +72,13 @@ pub(crate) fn common(folder: &Path, plan: &Plan) -> Result<Vec<u8>> {
     pack(&root)
 }
 
-/// The modules of a kernel, packed. The machine loads them in the order of their names.
-pub(crate) fn modules(folder: &Path, kernel: &Kernel) -> Result<Vec<u8>> {
+/// What a machine has for itself, packed: the list of its tests, and the modules of its kernel, which it loads in the
+/// order of their names.
+pub(crate) fn own(folder: &Path, kernel: &Kernel, tests: &str) -> Result<Vec<u8>> {
     let root = fresh(&folder.join(&kernel.release))?;
     let place = root.join("modules");
     fs::create_dir(&place)?;
+    fs::write(root.join("tests"), tests)?;
     let mut files = Vec::new();
     collect_files(&kernel.modules, &mut files)?;
     let mut loaded = Vec::new();

@@ -11,7 +11,7 @@ use std::{
     path::Path,
     sync::{Mutex, PoisonError},
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Result, anyhow, bail};
@@ -20,9 +20,39 @@ use self::debian::Kernel;
 pub(crate) use self::plan::{Extent, Plan};
 use crate::{command::say, report::Report, workspace::Workspace};
 
-/// The kernels that tests run on: what each is called here, and the suite whose newest kernel it is.
-const KERNELS: [(&str, &str); 4] =
-    [("5.10", "bullseye"), ("6.1", "bookworm"), ("6.12", "trixie"), ("newest", "sid")];
+/// The kernels that tests run on.
+const KERNELS: [Entry; 4] = [
+    Entry {
+        name: "5.10",
+        suite: "bullseye",
+        may_lack: &[
+            "EveryReset",
+            "ReasonsOfOwnResets",
+            "Cookies",
+            "PacketOfReset",
+            "Mptcp",
+            "UringShutdown",
+            "UnlockedMaps",
+        ],
+    },
+    Entry { name: "6.1", suite: "bookworm", may_lack: &["EveryReset", "ReasonsOfOwnResets"] },
+    Entry { name: "6.12", suite: "trixie", may_lack: &[] },
+    Entry { name: "newest", suite: "sid", may_lack: &[] },
+];
+
+struct Entry {
+    /// What it is called here.
+    name: &'static str,
+    /// The suite whose newest kernel it is.
+    suite: &'static str,
+    /// What it may be without, as `tests/src/features.rs` calls it. Anything else that is missing fails a test there.
+    may_lack: &'static [&'static str],
+}
+
+/// Tells the tests what the kernel may be without (`tests/src/features.rs`).
+const MAY_LACK: &str = "TCPCLOSE_TESTS_MAY_LACK";
+/// Tells pid 1 for how long it may start test programs (`tests/src/bin/init.rs`).
+const SECONDS: &str = "TCPCLOSE_TESTS_SECONDS";
 
 /// Machines that run at a time. Tests wait for timers now and then, which leaves a processor to others.
 const AT_ONCE: usize = 2;
@@ -32,7 +62,7 @@ const TAIL: usize = 40;
 
 /// The names of kernels, for messages.
 pub(crate) fn names() -> Vec<&'static str> {
-    KERNELS.iter().map(|(name, _)| *name).collect()
+    KERNELS.iter().map(|entry| entry.name).collect()
 }
 
 /// Runs the tests on some kernels, or on all if none is named, and says how each went.
@@ -50,14 +80,31 @@ pub(crate) fn run(workspace: &Workspace, plan: &Plan, chosen: &[String]) -> Resu
         );
     }
     let common = image::common(&folder, plan)?;
-    let wanted = KERNELS.iter().filter(|(name, _)| chosen.is_empty() || chosen.iter().any(|one| one == name));
+    let wanted =
+        KERNELS.iter().filter(|entry| chosen.is_empty() || chosen.iter().any(|one| one == entry.name));
     let machine = Machine { folder: &folder, common: &common };
     // All is fetched before anything is started: no machine waits for the network.
-    let kernels = wanted.map(|(_, suite)| Kernel::of_suite(suite)).collect::<Result<Vec<_>>>()?;
-    let queue = Mutex::new(kernels.iter());
-    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let kernels =
+        wanted.map(|entry| Ok((entry, Kernel::of_suite(entry.suite)?))).collect::<Result<Vec<_>>>()?;
+    let start = Instant::now();
+    let queue = Mutex::new(kernels.iter().enumerate());
+    let next = || {
+        let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let rounds = u32::try_from(queue.len().div_ceil(AT_ONCE)).unwrap_or(u32::MAX);
+        let time = plan.time.map(|time| time.saturating_sub(start.elapsed()) / rounds.max(1));
+        queue.next().map(|(index, (entry, kernel))| {
+            // Those that run at a time begin as far from each other as can be.
+            let all = kernels.len().div_ceil(AT_ONCE);
+            let tests = plan.list(index / AT_ONCE + index % AT_ONCE * all, AT_ONCE * all);
+            (entry, kernel, tests, time)
+        })
+    };
     thread::scope(|scope| {
-        let worker = || iter::from_fn(next).map(|kernel| machine.test(kernel)).collect::<Result<Vec<_>>>();
+        let worker = || {
+            iter::from_fn(next)
+                .map(|(entry, kernel, tests, time)| machine.test(entry, kernel, &tests, time))
+                .collect::<Result<Vec<_>>>()
+        };
         let workers: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(worker)).collect();
         let mut reports = Vec::new();
         for worker in workers {
@@ -75,17 +122,34 @@ struct Machine<'a> {
 }
 
 impl Machine<'_> {
-    /// Boots a kernel, and says how the tests went there.
-    fn test(&self, kernel: &Kernel) -> Result<(String, Report)> {
+    /// Boots a kernel, and says how the tests went there. Those are not begun for which there is no time left.
+    fn test(
+        &self,
+        entry: &Entry,
+        kernel: &Kernel,
+        tests: &str,
+        time: Option<Duration>,
+    ) -> Result<(String, Report)> {
         let start = Instant::now();
-        let modules = image::modules(self.folder, kernel)?;
-        let left = vm::run(self.folder, kernel, &[self.common, &modules], "")?;
+        let own = image::own(self.folder, kernel, tests)?;
+        // What the kernel does not know, pid 1 has as a variable.
+        let mut variables = format!("{MAY_LACK}={}", entry.may_lack.join(","));
+        if let Some(time) = time {
+            let _ = write!(variables, " {SECONDS}={}", time.as_secs());
+        }
+        let left = vm::run(self.folder, kernel, &[self.common, &own], &variables)?;
         let mut report = Report::parse(&left.results);
+        report.refuse_other_skips();
         if left.stopped {
             report.problems.insert(0, "the machine hung and was stopped".to_owned());
         }
         let place = format!("kernel {}", kernel.release);
-        let mut told = format!("{place}: {} ({} s)\n", report.summary(), start.elapsed().as_secs());
+        let mut told = format!(
+            "{place}: {} ({} s, {} s of processor time)\n",
+            report.summary(),
+            start.elapsed().as_secs(),
+            left.processor
+        );
         for (test, output) in &report.failed {
             let _ = writeln!(told, "---- {test} on {place} ----\n{output}");
         }

@@ -27,6 +27,8 @@ pub(crate) struct Left {
     pub(crate) console: String,
     /// Whether it had to be stopped.
     pub(crate) stopped: bool,
+    /// What it took of this host's processors, in seconds.
+    pub(crate) processor: u64,
 }
 
 /// Boots a kernel and waits for the machine's end.
@@ -58,8 +60,9 @@ pub(crate) fn run(folder: &Path, kernel: &Kernel, image: &[&[u8]], arguments: &s
     .stdin(Stdio::null());
     let mut machine = qemu.spawn().context("cannot start qemu-system-x86_64")?;
     let (mut said, mut since) = (0, Instant::now());
-    let mut stopped = false;
+    let (mut stopped, mut processor) = (false, 0);
     while machine.try_wait()?.is_none() {
+        processor = processor_time(machine.id()).unwrap_or(processor);
         let length = fs::metadata(&results)?.len();
         if length > said {
             (said, since) = (length, Instant::now());
@@ -70,7 +73,16 @@ pub(crate) fn run(folder: &Path, kernel: &Kernel, image: &[&[u8]], arguments: &s
         thread::sleep(Duration::from_millis(100));
     }
     let read = |path: PathBuf| Ok::<_, anyhow::Error>(String::from_utf8_lossy(&fs::read(path)?).into_owned());
-    Ok(Left { results: read(results)?, console: read(console)?, stopped })
+    Ok(Left { results: read(results)?, console: read(console)?, stopped, processor })
+}
+
+/// In seconds, of all threads of a process: `proc_pid_stat(5)`.
+fn processor_time(pid: u32) -> Option<u64> {
+    const TICKS: u64 = 100;
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
+    let mut next = || fields.next()?.parse::<u64>().ok();
+    Some((next()? + next()?) / TICKS)
 }
 
 /// Whether the processor does the work. The device may be there, and open, where a machine gets nowhere with it: in a

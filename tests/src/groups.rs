@@ -1,0 +1,98 @@
+//! Control groups, as container runtimes make them.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sched::{CloneFlags, unshare},
+};
+
+use crate::{scratch::Scratch, until};
+
+/// A mounted hierarchy, gone on drop.
+#[derive(Debug)]
+pub struct Hierarchy {
+    root: PathBuf,
+    // Removed last, when nothing is mounted on it.
+    _scratch: Scratch,
+}
+
+impl Hierarchy {
+    /// One of the first version of control groups, which limits nothing: container runtimes read its names. Moves the
+    /// calling thread into a mount namespace of its own.
+    pub fn first_version() -> Result<Self> {
+        Self::mount("cgroup", Some("none,name=tcpclose-tests"))
+    }
+
+    /// The one of the second version. Likewise.
+    pub fn second_version() -> Result<Self> {
+        Self::mount("cgroup2", None)
+    }
+
+    fn mount(kind: &str, data: Option<&str>) -> Result<Self> {
+        const NOTHING: Option<&str> = None;
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        mount(NOTHING, "/", NOTHING, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NOTHING)?;
+        let scratch = Scratch::new()?;
+        // Not the folder itself, whose removal looks into it.
+        let root = scratch.path().join("mounted");
+        fs::create_dir(&root)?;
+        mount(Some(kind), &root, Some(kind), MsFlags::empty(), data)
+            .with_context(|| format!("mounting {kind}"))?;
+        Ok(Self { root, _scratch: scratch })
+    }
+}
+
+impl Drop for Hierarchy {
+    fn drop(&mut self) {
+        if let Err(error) = umount2(&self.root, MntFlags::MNT_DETACH) {
+            eprintln!("unmounting {}: {error}", self.root.display());
+        }
+    }
+}
+
+/// A group, with those above it; removed on drop, by which time the processes in it have to have ended.
+#[derive(Debug)]
+pub struct Group {
+    /// The innermost first.
+    made: Vec<PathBuf>,
+}
+
+impl Group {
+    /// Makes one of this name; several with slashes between for one in another.
+    pub fn new(hierarchy: &Hierarchy, name: &str) -> Result<Self> {
+        let mut group = Self { made: Vec::new() };
+        let paths: Vec<&Path> =
+            Path::new(name).ancestors().filter(|path| !path.as_os_str().is_empty()).collect();
+        for path in paths.into_iter().rev() {
+            let path = hierarchy.root.join(path);
+            if !path.exists() {
+                fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;
+                group.made.insert(0, path);
+            }
+        }
+        Ok(group)
+    }
+
+    /// Moves a process there.
+    pub fn take_in(&self, pid: u32) -> Result<()> {
+        let group = self.made.first().context("the group is not new")?;
+        fs::write(group.join("cgroup.procs"), pid.to_string())
+            .with_context(|| format!("moving {pid} to {}", group.display()))
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        for path in &self.made {
+            // A process that has ended may be in it for a moment.
+            if let Err(error) = until("the group is empty", || Ok(fs::remove_dir(path).ok())) {
+                eprintln!("removing {}: {error:#}", path.display());
+            }
+        }
+    }
+}
