@@ -11,7 +11,7 @@ use tcpclose_tests::{
     expect::{but, known, one_of, path},
     features::{Feature, reason},
     scenario::{reset_in_close_wait, routes, run},
-    sockets::{self, FIN_WAIT1},
+    sockets::{self, FIN_WAIT1, FIN_WAIT2},
 };
 
 /// How many sockets may be without a descriptor, on the whole host.
@@ -97,6 +97,8 @@ fn client_closes_last(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = bed.established()?;
     bed.peer(Side::Server).ask("shutdown-write")?;
     bed.peer(Side::Client).ask("receive-end")?;
+    // It has nothing to send again, which nobody would be there for.
+    sockets::wait_until_in(bed, &connection, Side::Server, FIN_WAIT2)?;
     // The ACK of the FIN would make an orderly end of it.
     bed.hold(Side::Client)?;
     let limited = Limited::to_none()?;
