@@ -215,7 +215,7 @@ pub fn end(ctx: &impl EbpfContext, sk: u64, from: u8, now: u64, cookie: u64, rec
         && connection.at_end.unacknowledged != UNKNOWN_U32;
     connection.reset_after = if connection.reset.ambiguous != 0 {
         reset_after::SOFTIRQ
-    } else if error != 0 || connection.reset.at != 0 {
+    } else if error != 0 && error != i32::MIN || connection.reset.at != 0 {
         reset_after::NEVER
     } else if from == state::FIN_WAIT2 && !done {
         // Usually the small TIME_WAIT socket takes over here. But if the segment that acknowledged our FIN brought data,

@@ -169,6 +169,8 @@ pub fn reset_cause(connection: &Connection, reasons: &ResetReasons) -> Cause {
         (state::LISTEN, Some("INVALID_SYN")) => Cause::AcceptOverflow,
         // Either of the two, and nothing tells which.
         (state::LISTEN, None) => Cause::Unknown,
+        // There is a socket, but what is known of it does not tell.
+        (0, None) if connection.sock != 0 => Cause::Unknown,
         (0, _) => Cause::NoListener,
         _ => Cause::InvalidSegment,
     }
