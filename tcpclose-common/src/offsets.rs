@@ -98,6 +98,8 @@ offsets! {
         tcp_write_seq,
         /// `tcp_sock.snd_una`, u32.
         tcp_snd_una,
+        /// `tcp_sock.linger2`, int, jiffies; negative if there is to be no FIN_WAIT2.
+        tcp_linger2,
         /// From a `struct net` to its inode number (`net.ns.inum`), unsigned int.
         net_inum,
         /// `sk_buff.head`, pointer.

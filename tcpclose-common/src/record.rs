@@ -85,12 +85,12 @@ pub mod first_move {
 /// Whether a RST of this host's own may come after the change of state that ended the connection.
 pub mod reset_after {
     /// No: FINs went both ways, or the RST came before.
-    pub const NEVER: u32 = 0;
-    /// In the same system call: `__tcp_close()` and `tcp_disconnect()` change the state first.
-    pub const SYSCALL: u32 = 1;
-    /// In the same softirq: `tcp_rcv_state_process()` found data for a connection that is closed on this side. The
-    /// socket may be destroyed before the RST goes.
-    pub const SOFTIRQ: u32 = 2;
+    pub const NEVER: u16 = 0;
+    /// In the same system call: `__tcp_close()`, `tcp_check_oom()` in it, and `tcp_disconnect()` change the state first.
+    pub const SYSCALL: u16 = 1;
+    /// In the same softirq: `tcp_rcv_state_process()` found data for a connection that is closed on this side, or was
+    /// not to wait in FIN_WAIT2. The socket may be destroyed before the RST goes.
+    pub const SOFTIRQ: u16 = 2;
 }
 
 macro_rules! layout {
@@ -296,7 +296,9 @@ layout! {
         /// Jiffies of `SO_LINGER`'s time at the end, or [`UNKNOWN_U64`].
         linger: u64,
         /// One of [`reset_after`].
-        reset_after: u32,
+        reset_after: u16,
+        /// 1 when `TCP_LINGER2` was below 0 at the end: after its `close()` the socket was not to wait in FIN_WAIT2.
+        no_fin_wait2: u16,
         /// One of [`holder`].
         holder_kind: u32,
     }
@@ -455,6 +457,7 @@ impl Connection {
         sock_flags: UNKNOWN_U64,
         linger: UNKNOWN_U64,
         reset_after: reset_after::NEVER,
+        no_fin_wait2: 0,
         holder_kind: holder::NONE,
     };
 }

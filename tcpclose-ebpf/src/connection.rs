@@ -5,7 +5,7 @@ use aya_ebpf::{
     helpers::generated::{bpf_jiffies64, bpf_ktime_get_boot_ns},
 };
 use tcpclose_common::{
-    record::{Connection, MAX_STEPS, UNKNOWN_U64, first_move, reset_after, role, tag},
+    record::{Connection, MAX_STEPS, UNKNOWN_U32, UNKNOWN_U64, first_move, reset_after, role, tag},
     tcp::{is_teardown, sock_flag, state},
 };
 
@@ -190,6 +190,7 @@ pub fn end(ctx: &impl EbpfContext, sk: u64, from: u8, now: u64, cookie: u64, rec
     connection.linger = linger;
     connection.owned = u8::from(owned);
     connection.inode = sock::inode(sk);
+    connection.no_fin_wait2 = u16::from(sock::has_no_fin_wait2(sk));
     connection.sock_flags = flags;
     connection.jiffies = jiffies();
     sock::sample(sk, connection.jiffies, &mut connection.at_end);
@@ -213,24 +214,30 @@ pub fn end(ctx: &impl EbpfContext, sk: u64, from: u8, now: u64, cookie: u64, rec
     if aborted {
         acted(ctx, connection);
     }
-    if connection.actor.pid == 0 && alive && has_no_socket && connection.role == role::SERVER {
-        // Reset or timed out while it waited to be accepted.
+    if alive && has_no_socket && connection.role == role::SERVER {
+        // While it waited to be accepted. If somebody acts, that may be an outsider who destroys the listener.
         listener::name(connection);
     }
     let done = flags != UNKNOWN_U64 && flags & sock_flag::DONE != 0;
+    // Our FIN was not acknowledged, so that this is no orderly end, and no error made it one.
+    let unanswered = (from == state::FIN_WAIT1 || from == state::LAST_ACK || from == state::CLOSING)
+        && connection.at_end.unacknowledged != 0
+        && connection.at_end.unacknowledged != UNKNOWN_U32;
     connection.reset_after = if connection.reset.ambiguous != 0 {
         reset_after::SOFTIRQ
-    } else if error != 0 || connection.reset.at != 0 {
+    } else if error != 0 && error != i32::MIN || connection.reset.at != 0 {
         reset_after::NEVER
     } else if from == state::FIN_WAIT2 && !done {
         // Usually the small TIME_WAIT socket takes over here. But if the segment that acknowledged our FIN brought data,
-        // tcp_rcv_state_process() aborts in just the same way, and answers with a RST.
+        // tcp_rcv_state_process() aborts in just the same way, and answers with a RST; and so does __tcp_close(), whose
+        // socket is an orphan by then, if it is not to wait.
         if alive { reset_after::SYSCALL } else { reset_after::SOFTIRQ }
-    } else if alive
-        && (from == state::ESTABLISHED
-            || from == state::CLOSE_WAIT
-            || from == state::SYN_RECV
-            || from == state::FIN_WAIT1)
+    } else if owned && unanswered
+        || alive
+            && (from == state::ESTABLISHED
+                || from == state::CLOSE_WAIT
+                || from == state::SYN_RECV
+                || from == state::FIN_WAIT1)
     {
         reset_after::SYSCALL
     } else {
@@ -238,6 +245,8 @@ pub fn end(ctx: &impl EbpfContext, sk: u64, from: u8, now: u64, cookie: u64, rec
     };
     connection.told = 1;
     emit::connection(connection, tag::CLOSE);
+    // Who had it open when somebody looked may have handed it on since: the next look tells anew.
+    connection.holder.pid = 0;
     if global!(PARAMS.has_destroy) == 0 {
         forget(sk);
     }

@@ -32,14 +32,16 @@ fn key_of(sk: u64) -> Option<u64> {
 #[inline(always)]
 pub fn opened(sk: u64, task: &Task) {
     let Some(key) = key_of(sk) else { return };
-    let mut listener = Listener { sock: sk, task: *task, shared: 0 };
+    let mut listener = Listener { sock: sk, task: *task, shared: 0, closed: 0 };
     if let Some(other) = LISTENERS.get_ptr(key) {
         // SAFETY: a valid map value.
         let other = unsafe { &*other };
-        if other.sock == sk {
-            return;
+        if other.closed == 0 {
+            if other.sock == sk {
+                return;
+            }
+            listener.shared = u32::from(other.shared != 0 || other.task.pid != task.pid);
         }
-        listener.shared = u64::from(other.shared != 0 || other.task.pid != task.pid);
     }
     // If there is no room, nobody will be named.
     let _ = LISTENERS.insert(key, &listener, 0);
@@ -49,10 +51,11 @@ pub fn opened(sk: u64, task: &Task) {
 #[inline(always)]
 pub fn closed(sk: u64) {
     let Some(key) = key_of(sk) else { return };
-    if let Some(listener) = LISTENERS.get_ptr(key) {
+    if let Some(listener) = LISTENERS.get_ptr_mut(key) {
         // SAFETY: a valid map value.
-        if unsafe { (*listener).sock } == sk {
-            let _ = LISTENERS.remove(key);
+        let listener = unsafe { &mut *listener };
+        if listener.sock == sk {
+            listener.closed = 1;
         }
     }
 }
@@ -61,10 +64,18 @@ pub fn closed(sk: u64) {
 #[inline(always)]
 pub fn exists(connection: &Connection) -> bool {
     let ends = &connection.endpoints;
-    ends.netns != UNKNOWN_U32 && LISTENERS.get_ptr(key(ends.netns, ends.local_port)).is_some()
+    if ends.netns == UNKNOWN_U32 {
+        return false;
+    }
+    match LISTENERS.get_ptr(key(ends.netns, ends.local_port)) {
+        // SAFETY: a valid map value.
+        Some(listener) => unsafe { (*listener).closed == 0 },
+        None => false,
+    }
 }
 
-/// Names the process that would have accepted this connection.
+/// Names the process that would have accepted this connection. Also one whose listener has just been closed: that comes
+/// before the end of what waits in its queue (`inet_csk_listen_stop()`).
 #[inline(always)]
 pub fn name(connection: &mut Connection) {
     let ends = &connection.endpoints;

@@ -142,7 +142,9 @@ pub struct Listener {
     pub sock: u64,
     pub task: Task,
     /// 1 if several processes listen there (`SO_REUSEPORT`), so that none of them can be named.
-    pub shared: u64,
+    pub shared: u32,
+    /// 1 if it listens no more. What it had not accepted ends after that, and was to be its own.
+    pub closed: u32,
 }
 
 /// Times to live that were seen in packets, until a connection asks for them; filled with `--ttl` alone, and

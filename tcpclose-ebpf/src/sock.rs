@@ -225,6 +225,12 @@ pub fn end(sk: u64) -> (i32, u8, u64) {
     )
 }
 
+/// Whether the socket is not to wait in FIN_WAIT2 once it is closed: `TCP_LINGER2` below 0.
+#[inline(always)]
+pub fn has_no_fin_wait2(sk: u64) -> bool {
+    member::<i32>(sk, global!(STRUCTS.tcp_linger2)).is_some_and(|jiffies| jiffies < 0)
+}
+
 /// `sk_protocol`; `None` when not readable.
 #[inline(always)]
 pub fn protocol(sk: u64) -> Option<u16> {

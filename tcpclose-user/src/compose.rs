@@ -126,7 +126,7 @@ impl Composer {
             last_data,
             close_wait_ms: close_wait(close).map(millis),
             states: steps(close),
-            stack: self.stack(&close.actor),
+            stack: self.stack(verdict::actor(close)),
             opener,
         }))
     }
@@ -149,7 +149,7 @@ impl Composer {
             ttl: (!sent && reset.ttl != 0).then_some(reset.ttl),
             handshake_ttl: (!sent && reset.handshake_ttl != 0).then_some(reset.handshake_ttl),
             // Nobody here acted when a RST came, or when the kernel answered a packet with one.
-            stack: if sent && reset.answer == 0 { self.stack(&record.actor) } else { None },
+            stack: if sent && reset.answer == 0 { self.stack(verdict::actor(record)) } else { None },
             opener,
         }))
     }
@@ -161,7 +161,7 @@ impl Composer {
         let holds = |owner: &Owner| LateOwner { task: owner.task, holds: true };
         let opener = holders.iter().find(|owner| owner.task.pid == connection.opener.pid);
         let late_owner = opener.or(holders.first()).map(holds);
-        let ending = Ending { resets: Vec::new(), close: Some(**connection), late_owner };
+        let ending = Ending { resets: Vec::new(), close: Some(**connection), late_owner, unheld: false };
         let known = |bytes: u32| (bytes != UNKNOWN_U32).then_some(u64::from(bytes));
         Some(Event::Lingering(Box::new(Lingering {
             time: self.clock.time(*seen),

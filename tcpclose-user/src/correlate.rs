@@ -35,6 +35,8 @@ pub struct Ending {
     pub close: Option<Connection>,
     /// Who closed its descriptor afterwards, or has it open still.
     pub late_owner: Option<LateOwner>,
+    /// A look at all descriptors since its end has shown that nobody has it open: whoever had it before has handed it on.
+    pub unheld: bool,
 }
 
 /// An owner that turned up after the end.
@@ -85,16 +87,22 @@ impl Correlator {
         let of_own_accord = reset.reset.answer == 0 && reset.ended == 0 && reset.steps != 0;
         if reset.reset.direction == direction::RECEIVED || of_own_accord {
             // Its CLOSE follows at once: tcp_reset(), or tcp_abort() and the keepalive timer, which send it first.
-            return self.wait(Ending { resets: vec![reset], close: None, late_owner: None });
+            return self.wait(Ending { resets: vec![reset], close: None, late_owner: None, unheld: false });
         }
         let Some((arrival, close)) = self.awaiting_reset(&reset) else {
-            return Some(Ending { resets: vec![reset], close: None, late_owner: None });
+            return Some(Ending { resets: vec![reset], close: None, late_owner: None, unheld: false });
         };
-        let late_data = close.reset_after == reset_after::SOFTIRQ;
+        // Of its own accord the kernel sends one too where a socket that was closed goes: __tcp_close().
+        let late_data =
+            close.reset_after == reset_after::SOFTIRQ && reset.reset.answer != 0 && close.no_fin_wait2 == 0;
         let mut ending = self.take(arrival)?;
         let close = ending.close.as_mut()?;
         close.reset_after = reset_after::NEVER;
         close.reset = reset.reset;
+        if close.reset.state == state::CLOSE {
+            // The record of the RST does not know any more what it was in before.
+            close.reset.state = close.last_state;
+        }
         if late_data {
             // Nothing was received but data, to which this RST is the answer: one RST, one line.
             ending.resets.clear();
@@ -107,7 +115,7 @@ impl Correlator {
 
     /// An end. Returns what is whole by now.
     pub fn close(&mut self, close: Connection) -> Option<Ending> {
-        let mut ending = Ending { resets: Vec::new(), close: None, late_owner: None };
+        let mut ending = Ending { resets: Vec::new(), close: None, late_owner: None, unheld: false };
         if let Some(&arrival) = self.by_sock.get(&close.sock) {
             let is_its_reset = self.waiting.get(&arrival).is_some_and(|waiting| {
                 waiting.ending.close.is_none()
@@ -145,6 +153,18 @@ impl Correlator {
             *late_owner = Some(LateOwner { task: owner.task, holds: true });
         }
         None
+    }
+
+    /// What has arrived until now, for [`searched`](Self::searched).
+    pub fn arrivals(&self) -> u64 {
+        self.arrivals
+    }
+
+    /// All descriptors have been looked at since the first `arrivals` came, and what was found has been read.
+    pub fn searched(&mut self, arrivals: u64) {
+        for (_, waiting) in self.waiting.range_mut(..=arrivals) {
+            waiting.ending.unheld = waiting.ending.lacks_owner();
+        }
     }
 
     /// The ring has been read to its end, and it was `now` (boot time) before that. `find_owner` is asked for the owner of each ending that lacks one, all of them
@@ -326,6 +346,40 @@ mod tests {
         (next.steps, next.reset.answer) = (3, 1);
         assert_eq!(correlator.reset(next).unwrap().close, None);
         assert!(correlator.is_waiting());
+    }
+
+    #[test]
+    fn of_its_own_accord_is_no_answer_to_late_data() {
+        let end =
+            Connection { reset_after: reset_after::SOFTIRQ, last_state: state::FIN_WAIT2, ..close(1, 10) };
+        let mut answer = reset(end, direction::SENT, 12);
+        answer.reset.answer = 1;
+        let cases = [(reset(end, direction::SENT, 12), 0, 0), (answer, 0, 1), (answer, 1, 0)];
+        for (sent, no_fin_wait2, ambiguous) in cases {
+            let mut correlator = Correlator::default();
+            assert_eq!(correlator.close(Connection { no_fin_wait2, ..end }), None);
+            let close = correlator.reset(sent).unwrap().close.unwrap();
+            assert_eq!(close.reset.ambiguous, ambiguous);
+        }
+    }
+
+    #[test]
+    fn what_nobody_has_open_is_nobodys() {
+        let mut correlator = Correlator::default();
+        let mut end = close(1, 10);
+        (end.actor.pid, end.opener.pid, end.inode) = (0, 7, 99);
+        correlator.close(end);
+        let arrivals = correlator.arrivals();
+        correlator.close(Connection { sock: SOCK + 1, ..end });
+        correlator.searched(arrivals);
+        correlator.caught_up(0, |inodes| vec![false; inodes.len()]);
+        let unheld = |ending: &Ending| ending.unheld;
+        let told = correlator.caught_up(0, |inodes| vec![false; inodes.len()]);
+        assert_eq!(
+            told.iter().map(unheld).collect::<Vec<_>>(),
+            [true, false],
+            "the second came after the look"
+        );
     }
 
     #[test]

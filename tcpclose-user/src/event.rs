@@ -481,8 +481,10 @@ pub enum Direction {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, JsonSchema)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 #[expect(missing_docs, reason = "the names are TCP's own")]
+#[repr(u8)]
 pub enum State {
-    Established,
+    // The kernel's number for it; those of the others follow.
+    Established = 1,
     SynSent,
     SynRecv,
     #[serde(rename = "FIN_WAIT1")]

@@ -240,11 +240,14 @@ impl Pipeline {
             return Ok(Going::Done);
         }
         // The inventory's answers are in the ring at once.
-        if self.correlator.lacks_owners()
-            && self.inventory.find_owners()
-            && self.drain(records)? == Going::Done
-        {
-            return Ok(Going::Done);
+        let arrivals = self.correlator.arrivals();
+        if self.correlator.lacks_owners() && self.inventory.find_owners() {
+            if self.drain(records)? == Going::Done {
+                return Ok(Going::Done);
+            }
+            if self.inventory.sees_all() {
+                self.correlator.searched(arrivals);
+            }
         }
         let (inventory, attributor) = (&self.inventory, &mut self.composer.attributor);
         let ready = self.correlator.caught_up(now, |inodes| {

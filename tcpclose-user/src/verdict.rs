@@ -27,10 +27,24 @@ pub struct Verdict {
 /// Names of the running kernel's `enum sk_rst_reason`.
 pub type ResetReasons = BTreeMap<i64, String>;
 
+/// The task of this side that acted: not the one that came from outside and destroyed what it does not own.
+pub fn actor(connection: &Connection) -> &Task {
+    if is_destroyed(connection) { &Task::NONE } else { &connection.actor }
+}
+
+/// Whether the socket was destroyed from outside, as `ss -K` does. What a listener has not accepted ends without an error
+/// when that befalls the listener: `tcp_abort()` stops it as `close()` does. But it does so while a message is sent to the
+/// kernel, and nobody closes a listener by sending something.
+fn is_destroyed(connection: &Connection) -> bool {
+    let sends = [libc::SYS_sendmsg, libc::SYS_sendmmsg, libc::SYS_sendto, libc::SYS_write, libc::SYS_writev];
+    connection.error == libc::ECONNABORTED
+        || is_unaccepted(connection) && sends.contains(&i64::from(connection.actor.syscall))
+}
+
 /// Says who ended `connection`, how and why. Its `reset` is the RST that ended it, if one did.
 pub fn of(connection: &Connection, reasons: &ResetReasons) -> Verdict {
     let ended = ended(connection);
-    let (trigger, signal) = trigger(&connection.actor);
+    let (trigger, signal) = trigger(actor(connection));
     Verdict {
         closed_by: closed_by(connection),
         ended,
@@ -41,7 +55,7 @@ pub fn of(connection: &Connection, reasons: &ResetReasons) -> Verdict {
 }
 
 fn ended(connection: &Connection) -> Option<Ended> {
-    if connection.error == libc::ECONNABORTED {
+    if is_destroyed(connection) {
         return Some(Ended::Destroyed);
     }
     match connection.reset.direction {
@@ -65,7 +79,7 @@ fn ended(connection: &Connection) -> Option<Ended> {
 
 /// Who made the first move.
 fn closed_by(connection: &Connection) -> Option<ClosedBy> {
-    if connection.error == libc::ECONNABORTED {
+    if is_destroyed(connection) {
         return Some(ClosedBy::Admin);
     }
     let states = &connection.states[..usize::from(connection.steps).min(connection.states.len())];
@@ -91,7 +105,7 @@ fn closed_by(connection: &Connection) -> Option<ClosedBy> {
 
 /// Why a connection ended otherwise than in order.
 fn cause(connection: &Connection, reasons: &ResetReasons) -> Cause {
-    if connection.error == libc::ECONNABORTED {
+    if is_destroyed(connection) {
         return Cause::Destroyed;
     }
     if connection.reset.direction != direction::NONE {
@@ -132,12 +146,16 @@ pub fn reset_cause(connection: &Connection, reasons: &ResetReasons) -> Cause {
         // The correlator saw tcp_reset() run and a RST go out at once.
         return Cause::DataAfterClose;
     }
-    if connection.error == libc::ECONNABORTED {
+    if is_destroyed(connection) {
         return Cause::Destroyed;
     }
     let reason = reason(reset.reason, reasons);
+    if let Some(cause) = orphan_cause(connection) {
+        return cause;
+    }
     if reset.answer == 0 {
         return match reason {
+            Some("TCP_ABORT_ON_LINGER") => Cause::FinTimeout,
             Some("TCP_ABORT_ON_MEMORY") => Cause::OutOfMemory,
             Some("TCP_KEEPALIVE_TIMEOUT") => Cause::KeepaliveTimeout,
             _ if connection.ended != 0 && connection.error == libc::ETIMEDOUT => Cause::KeepaliveTimeout,
@@ -151,8 +169,33 @@ pub fn reset_cause(connection: &Connection, reasons: &ResetReasons) -> Cause {
         (state::LISTEN, Some("INVALID_SYN")) => Cause::AcceptOverflow,
         // Either of the two, and nothing tells which.
         (state::LISTEN, None) => Cause::Unknown,
+        // There is a socket, but what is known of it does not tell.
+        (0, None) if connection.sock != 0 => Cause::Unknown,
         (0, _) => Cause::NoListener,
         _ => Cause::InvalidSegment,
+    }
+}
+
+/// Why the kernel reset a connection that nobody has a descriptor of any more. `None` if it does not look as if it had,
+/// or if it merely answered a segment.
+///
+/// In FIN_WAIT2 nothing is left but to wait for the peer's FIN; what ends that is `TCP_LINGER2` below 0, at once, or the
+/// timer. Before, it still has something to deliver, and gives that up for want of memory alone: the timer that gives up
+/// for want of an answer sets an error and sends no RST.
+fn orphan_cause(connection: &Connection) -> Option<Cause> {
+    let flags = connection.sock_flags;
+    if connection.ended == 0 || connection.error != 0 || flags == UNKNOWN_U64 || flags & sock_flag::DEAD == 0
+    {
+        return None;
+    }
+    let own_accord = connection.reset.answer == 0;
+    match connection.last_state {
+        state::FIN_WAIT2 if connection.no_fin_wait2 != 0 => Some(Cause::FinTimeout),
+        state::FIN_WAIT2 if own_accord && connection.owned == 0 => Some(Cause::FinTimeout),
+        state::FIN_WAIT1 | state::FIN_WAIT2 | state::CLOSING | state::LAST_ACK if own_accord => {
+            Some(Cause::OutOfMemory)
+        }
+        _ => None,
     }
 }
 
@@ -331,6 +374,7 @@ mod tests {
             (9, "TCP_TIMEWAIT_SOCKET"),
             (10, "INVALID_SYN"),
             (11, "TCP_ABORT_ON_CLOSE"),
+            (12, "TCP_ABORT_ON_LINGER"),
             (13, "TCP_ABORT_ON_MEMORY"),
             (14, "TCP_STATE"),
             (15, "TCP_KEEPALIVE_TIMEOUT"),
@@ -445,6 +489,47 @@ mod tests {
             connection.reset.reason = UNKNOWN_U32;
             assert_eq!(said(&connection, &ResetReasons::new()), expected, "without reasons");
         }
+    }
+
+    /// What the kernel gives up after `close()`, told from the socket alone.
+    #[test]
+    fn orphans() {
+        let orphan = |from: u8, owned: u8| {
+            let mut connection = acted(established(), libc::SYS_close);
+            (connection.first_move, connection.last_state) = (first_move::LOCAL, from);
+            (connection.sock_flags, connection.owned) = (sock_flag::DEAD, owned);
+            connection.at_end.unacknowledged = 1;
+            connection
+        };
+        let does_not_wait = |connection: Connection| Connection { no_fin_wait2: 1, ..connection };
+        let fin_timeout = "local reset_sent close - fin_timeout";
+        let out_of_memory = "local reset_sent close - out_of_memory";
+        for (connection, reason, answer, expected) in [
+            (does_not_wait(orphan(state::FIN_WAIT2, 1)), 12, 0, fin_timeout),
+            (does_not_wait(orphan(state::FIN_WAIT2, 0)), 8, 1, fin_timeout),
+            (orphan(state::FIN_WAIT2, 0), 14, 0, fin_timeout),
+            (orphan(state::FIN_WAIT2, 1), 13, 0, out_of_memory),
+            (orphan(state::FIN_WAIT1, 1), 13, 0, out_of_memory),
+            (orphan(state::FIN_WAIT1, 0), 13, 0, out_of_memory),
+            (orphan(state::LAST_ACK, 1), 13, 0, out_of_memory),
+            (orphan(state::CLOSING, 1), 13, 0, out_of_memory),
+        ] {
+            let from = connection.last_state;
+            let connection = sent(connection, reason, answer, from);
+            assert_eq!(said(&connection, &reasons()), expected, "from {from}");
+            let connection = sent(connection, UNKNOWN_U32, answer, from);
+            assert_eq!(said(&connection, &ResetReasons::new()), expected, "from {from}, without reasons");
+        }
+    }
+
+    #[test]
+    fn what_waits_in_the_queue_of_a_listener_that_is_destroyed() {
+        let queued = |syscall| Connection { inode: 0, owned: 0, ..acted(established(), syscall) };
+        let closed = sent(queued(libc::SYS_close), 14, 0, 1);
+        assert_eq!(said(&closed, &reasons()), "local reset_sent close - listener_closed");
+        let destroyed = sent(queued(libc::SYS_sendmsg), 14, 0, 1);
+        assert_eq!(said(&destroyed, &reasons()), "admin destroyed - - destroyed");
+        assert_eq!(actor(&destroyed).pid, 0, "whoever destroys it is not its owner");
     }
 
     #[test]

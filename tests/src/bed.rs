@@ -6,7 +6,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use nix::unistd::getuid;
 use serde_json::{Value, json};
 
@@ -265,6 +265,27 @@ impl Bed {
         Ok(())
     }
 
+    /// Has whatever a side sends over the wire to the other wait, until it is let go: as if the wire were long.
+    pub fn hold(&self, side: Side) -> Result<()> {
+        self.set_neighbour(side, &["nud", "incomplete"])
+    }
+
+    /// Lets go what waits, in order, and what comes after it.
+    pub fn release(&self, side: Side) -> Result<()> {
+        let shown = self.namespace(side.other()).ip(&["link", "show", netns::DEVICE])?;
+        let mut words = shown.split_whitespace().skip_while(|word| *word != "link/ether");
+        let hardware = words.nth(1).with_context(|| format!("no hardware address: {shown}"))?;
+        self.set_neighbour(side, &["lladdr", hardware, "nud", "permanent"])
+    }
+
+    /// Sets what a side knows of the way to the other.
+    fn set_neighbour(&self, side: Side, what: &[&str]) -> Result<()> {
+        let address = self.route.address(side.other()).to_string();
+        let neighbour = ["neigh", "replace", &address, "dev", netns::DEVICE];
+        self.namespace(side).ip(&[neighbour.as_slice(), what].concat())?;
+        Ok(())
+    }
+
     /// The expected `process` of a side.
     pub fn owner(&self, side: Side) -> Result<Value> {
         let peer = match side {
@@ -420,7 +441,8 @@ impl Connection {
         }
     }
 
-    fn note_sent(&mut self, from: Side, bytes: u64) {
+    /// Has a side have sent so much.
+    pub fn note_sent(&mut self, from: Side, bytes: u64) {
         match from {
             Side::Client => self.client_sent += bytes,
             Side::Server => self.server_sent += bytes,

@@ -5,9 +5,9 @@ use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
 use crate::{
-    bed::{Bed, Connection, Route, Side, user_stack},
+    bed::{Bed, Connection, Route, Side, endpoint, user_stack},
     expect::{self, but, known, one_of, path},
-    features::{self, Feature},
+    features::{self, Feature, reason},
     snmp::Counters,
     tool::{Ended, Launch, Tool},
 };
@@ -173,6 +173,60 @@ pub fn aborted(bed: &mut Bed, connection: &Connection, by: Side) -> Result<Vec<V
         bed.peer(by).ask(order)?;
     }
     reset_lines(bed, connection, by, &json!({"cause": "linger_zero"}), &json!({}))
+}
+
+/// The lines of an end whose peer has closed, and then reset the connection while nobody did anything here.
+pub fn reset_in_close_wait(bed: &Bed, connection: &Connection, side: Side) -> Result<Vec<Value>> {
+    let close = json!({
+        "closed_by": "peer",
+        "ended": "reset_received",
+        "cause": "peer_reset",
+        "close_wait_ms": known(),
+        "states": path(&["ESTABLISHED", "CLOSE_WAIT", "CLOSE"]),
+        // When the FIN came, the last data may not have been sent yet.
+        "last_data": one_of(&[json!(null), known()]),
+    });
+    let reset = json!({"direction": "received", "cause": "peer_reset", "state": "CLOSE_WAIT", "stack": null});
+    Ok(vec![bed.close_line(connection, side, close)?, bed.reset_line(connection, side, reset)?])
+}
+
+/// The line of a RST with which a side's host answers a segment of a connection of which it has nothing any more.
+pub fn answer_of_nobody(bed: &Bed, connection: &Connection, side: Side) -> Value {
+    json!({
+        "event": "reset",
+        "direction": "sent",
+        "cause": "no_listener",
+        "reason": reason(json!("NO_SOCKET")),
+        "state": null,
+        "process": null,
+        "connection": {
+            "local": endpoint(connection.address(side)),
+            "remote": endpoint(connection.address(side.other())),
+            "netns": bed.namespace(side).inode(),
+        },
+        "opener": null,
+        "stack": null,
+    })
+}
+
+/// Has the server close a connection of which the client's host has nothing any more, and says what must come of it.
+pub fn fin_meets_nobody(bed: &mut Bed, connection: &Connection) -> Result<Vec<Value>> {
+    bed.peer(Side::Server).ask("close")?;
+    let closed = json!({
+        "closed_by": "local",
+        "ended": "reset_received",
+        "trigger": "close",
+        "cause": "peer_reset",
+        "states": path(&["ESTABLISHED", "FIN_WAIT1", "CLOSE"]),
+        "stack": user_stack("peer_closes_socket_outer"),
+    });
+    let received =
+        json!({"direction": "received", "cause": "peer_reset", "state": "FIN_WAIT1", "stack": null});
+    Ok(vec![
+        answer_of_nobody(bed, connection, Side::Client),
+        bed.close_line(connection, Side::Server, closed)?,
+        bed.reset_line(connection, Side::Server, received)?,
+    ])
 }
 
 /// What a close line lacks when a connection attempt came to nothing.

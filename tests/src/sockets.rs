@@ -7,7 +7,11 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use crate::{netns::Namespace, until};
+use crate::{
+    bed::{Bed, Connection, Side},
+    netns::Namespace,
+    until,
+};
 
 /// The states, under the numbers that the kernel gives them. An entry in `TIME_WAIT` whose peer has not sent its
 /// FIN yet is shown as `FIN_WAIT2`.
@@ -25,6 +29,11 @@ pub const LAST_ACK: u8 = 9;
 /// See [`ESTABLISHED`].
 pub const LISTEN: u8 = 10;
 
+/// The timers, under the numbers that the kernel gives them: the one of what is left of a socket in `TIME_WAIT`.
+pub const TIMER_OF_REMNANT: u8 = 3;
+/// The one that asks a peer whether its window is open again.
+pub const TIMER_OF_PROBES: u8 = 4;
+
 /// One socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Socket {
@@ -34,6 +43,8 @@ pub struct Socket {
     pub remote: SocketAddr,
     /// See [`ESTABLISHED`].
     pub state: u8,
+    /// What it waits for; see [`TIMER_OF_REMNANT`].
+    pub timer: u8,
     /// Bytes that came and that nobody has taken; the end of the other one's data counts as one.
     pub untaken: u32,
     /// What its descriptors lead to; 0 if it has none.
@@ -50,6 +61,28 @@ pub fn list(namespace: &Namespace) -> Result<Vec<Socket>> {
 /// Waits until the sockets of a namespace satisfy.
 pub fn wait_until(namespace: &Namespace, what: &str, satisfied: impl Fn(&[Socket]) -> bool) -> Result<()> {
     until(what, || Ok(satisfied(&list(namespace)?).then_some(())))
+}
+
+/// Waits until the socket of a side is in this state.
+pub fn wait_until_in(bed: &Bed, connection: &Connection, side: Side, state: u8) -> Result<()> {
+    wait_for(bed, connection, side, &format!("the {side} is in state {state}"), |sockets| {
+        sockets.iter().any(|socket| socket.state == state)
+    })
+}
+
+/// Waits until what a side's host has of a connection satisfies.
+pub fn wait_for(
+    bed: &Bed,
+    connection: &Connection,
+    side: Side,
+    what: &str,
+    satisfied: impl Fn(&[Socket]) -> bool,
+) -> Result<()> {
+    let (local, remote) = (connection.address(side), connection.address(side.other()));
+    wait_until(bed.namespace(side), what, |sockets| {
+        let of_connection = |socket: &&Socket| (socket.local, socket.remote) == (local, remote);
+        satisfied(&sockets.iter().filter(of_connection).copied().collect::<Vec<_>>())
+    })
 }
 
 /// The descriptors that a process has of a socket.
@@ -76,8 +109,10 @@ fn parse(line: &str) -> Result<Socket> {
     let state = u8::from_str_radix(next()?, 16)?;
     let (_, untaken) = next()?.split_once(':').with_context(|| format!("no queues: {line}"))?;
     let untaken = u32::from_str_radix(untaken, 16)?;
-    let inode = words.nth(4).with_context(|| format!("no inode: {line}"))?.parse()?;
-    Ok(Socket { local, remote, state, untaken, inode })
+    let (timer, _) = next()?.split_once(':').with_context(|| format!("no timer: {line}"))?;
+    let timer = timer.parse()?;
+    let inode = words.nth(3).with_context(|| format!("no inode: {line}"))?.parse()?;
+    Ok(Socket { local, remote, state, timer, untaken, inode })
 }
 
 /// Addresses are written as the numbers that groups of four bytes happen to be on this machine.

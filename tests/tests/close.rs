@@ -10,8 +10,9 @@ use tcpclose_tests::{
     features::reason,
     netns,
     peer::Peer,
-    scenario::{Trace, orderly_lines, run},
+    scenario::{Trace, fin_meets_nobody, orderly_lines, reset_in_close_wait, run},
     scenarios,
+    sockets::{self, FIN_WAIT2},
 };
 
 scenarios! {
@@ -38,10 +39,27 @@ scenarios! {
     client_lingers_not
     server_lingers_not
     client_disconnects
+    client_lingers_in_vain
+    client_closes_what_it_shut_down
+    client_lingers_not_after_shutdown
+    client_closes_with_unread_data_and_end
+    client_closes_under_repair
     data_comes_after_shutdown
+    client_connects_with_data
     nobody_listens
     listener_closes_before_accepting
     somebody_destroys_it
+    somebody_destroys_listener
+}
+
+scenarios! {
+    run on [loopback_ipv4 loopback_ipv6 loopback_mapped]:
+    client_connects_to_itself
+}
+
+scenarios! {
+    run on [veth_ipv4 veth_ipv6]:
+    both_close_at_once
 }
 
 scenarios! {
@@ -257,6 +275,180 @@ fn abort(bed: &mut Bed, connection: &Connection, side: Side) -> Result<Vec<Value
     reset_lines(bed, connection, side, close, reset)
 }
 
+/// Has the client shut its side down, and waits until that is acknowledged.
+fn half_closed(bed: &mut Bed) -> Result<Connection> {
+    let connection = bed.established()?;
+    bed.peer(Side::Client).ask("shutdown-write")?;
+    sockets::wait_until_in(bed, &connection, Side::Client, FIN_WAIT2)?;
+    Ok(connection)
+}
+
+/// What was acknowledged is only waited for: nothing new is told, and nothing is reset.
+fn client_closes_what_it_shut_down(bed: &mut Bed) -> Result<Vec<Value>> {
+    let connection = half_closed(bed)?;
+    bed.peer(Side::Client).ask("close")?;
+    orderly_lines(bed, &connection, Side::Client, in_function("shutdown", "peer_shuts_socket_outer"))
+}
+
+fn client_lingers_not_after_shutdown(bed: &mut Bed) -> Result<Vec<Value>> {
+    let connection = half_closed(bed)?;
+    for order in ["linger0", "close"] {
+        bed.peer(Side::Client).ask(order)?;
+    }
+    bed.peer(Side::Server).ask("await-error")?;
+    let stack = user_stack("peer_shuts_socket_outer");
+    let close = json!({
+        "closed_by": "local",
+        "ended": "reset_sent",
+        "trigger": "shutdown",
+        "cause": "linger_zero",
+        "states": path(&["ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "CLOSE"]),
+        "stack": stack,
+    });
+    let reset = json!({"direction": "sent", "cause": "linger_zero", "state": "FIN_WAIT2", "stack": stack});
+    let mut lines = vec![
+        bed.close_line(&connection, Side::Client, close)?,
+        bed.reset_line(&connection, Side::Client, reset)?,
+    ];
+    lines.extend(reset_in_close_wait(bed, &connection, Side::Server)?);
+    Ok(lines)
+}
+
+/// There is nothing to linger for: the peer answers.
+fn client_lingers_in_vain(bed: &mut Bed) -> Result<Vec<Value>> {
+    const SECONDS: u32 = 60;
+    let this = in_function("close", "peer_closes_socket_outer");
+    let lingers = |peer: &mut Peer| {
+        peer.ask(&format!("linger {SECONDS}"))?;
+        peer.ask("close").map(|_| json!({}))
+    };
+    in_order(bed, Side::Client, lingers, this)
+}
+
+/// The peer's FIN came first, and behind data.
+fn client_closes_with_unread_data_and_end(bed: &mut Bed) -> Result<Vec<Value>> {
+    let mut connection = bed.established()?;
+    bed.send(&mut connection, Side::Server, 200)?;
+    bed.peer(Side::Server).ask("shutdown-write")?;
+    sockets::wait_until_in(bed, &connection, Side::Server, FIN_WAIT2)?;
+    bed.peer(Side::Client).ask("close")?;
+    bed.peer(Side::Server).ask("await-error")?;
+    let stack = user_stack("peer_closes_socket_outer");
+    let close = json!({
+        "closed_by": "peer",
+        "ended": "reset_sent",
+        "trigger": "close",
+        "cause": "unread_data",
+        "close_wait_ms": known(),
+        "states": path(&["ESTABLISHED", "CLOSE_WAIT", "CLOSE"]),
+        "stack": stack,
+    });
+    let sent = json!({
+        "direction": "sent",
+        "cause": "unread_data",
+        "reason": reason(json!("TCP_ABORT_ON_CLOSE")),
+        "state": "CLOSE_WAIT",
+        "stack": stack,
+    });
+    let suffered = json!({
+        "closed_by": "local",
+        "ended": "reset_received",
+        "trigger": "shutdown",
+        "cause": "peer_reset",
+        "states": path(&["ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "CLOSE"]),
+        "stack": user_stack("peer_shuts_socket_outer"),
+    });
+    let received =
+        json!({"direction": "received", "cause": "peer_reset", "state": "FIN_WAIT2", "stack": null});
+    Ok(vec![
+        bed.close_line(&connection, Side::Client, close)?,
+        bed.reset_line(&connection, Side::Client, sent)?,
+        bed.close_line(&connection, Side::Server, suffered)?,
+        bed.reset_line(&connection, Side::Server, received)?,
+    ])
+}
+
+/// As a program does that has moved the connection to another host. Nothing is sent, and the peer is none the wiser.
+fn client_closes_under_repair(bed: &mut Bed) -> Result<Vec<Value>> {
+    let connection = bed.established()?;
+    for order in ["repair", "close"] {
+        bed.peer(Side::Client).ask(order)?;
+    }
+    let this = json!({
+        "closed_by": "local",
+        "ended": null,
+        "cause": "unknown",
+        "states": path(&["ESTABLISHED", "CLOSE"]),
+    });
+    let this = but(in_function("close", "peer_closes_socket_outer"), this);
+    let mut lines = vec![bed.close_line(&connection, Side::Client, this)?];
+    lines.extend(fin_meets_nobody(bed, &connection)?);
+    Ok(lines)
+}
+
+/// The client's data comes with its SYN.
+fn client_connects_with_data(bed: &mut Bed) -> Result<Vec<Value>> {
+    const BYTES: u64 = 10;
+    /// Both sides may, and neither asks for a cookie: `Documentation/networking/ip-sysctl.rst`.
+    const WITHOUT_COOKIE: &str = "519";
+    let server = bed.listen()?;
+    for side in [Side::Client, Side::Server] {
+        bed.namespace(side).set_sysctl("net/ipv4/tcp_fastopen", WITHOUT_COOKIE)?;
+    }
+    bed.peer(Side::Server).ask("accept-fast 16")?;
+    let connect = format!("connect-fast {} {} {BYTES}", server.ip(), server.port());
+    let facts = bed.peer(Side::Client).ask(&connect)?;
+    let mut connection = Connection::new(facts.get("local")?, server);
+    connection.note_sent(Side::Client, BYTES);
+    bed.peer(Side::Server).ask("accept")?;
+    bed.peer(Side::Server).ask(&format!("receive {BYTES}"))?;
+    bed.peer(Side::Client).ask("close")?;
+    let this = in_function("close", "peer_closes_socket_outer");
+    let mut lines = orderly_lines(bed, &connection, Side::Client, this)?;
+    lines[0]["opener"]["stack"] = user_stack("peer_connects_fast_outer");
+    Ok(lines)
+}
+
+/// Both ends of the connection are one socket.
+fn client_connects_to_itself(bed: &mut Bed) -> Result<Vec<Value>> {
+    let address = bed.route().written(bed.route().address(Side::Client));
+    let facts = bed.peer(Side::Client).ask(&format!("connect-to-itself {address} 0"))?;
+    let mut connection = Connection::new(facts.get("local")?, facts.get("local")?);
+    for (order, side) in [("send 10", Side::Client), ("receive 10", Side::Server)] {
+        bed.peer(Side::Client).ask(order)?;
+        connection.note_sent(side, 10);
+    }
+    bed.peer(Side::Client).ask("close")?;
+    let states = ["SYN_SENT", "SYN_RECV", "ESTABLISHED", "FIN_WAIT1", "CLOSING", "CLOSE"];
+    let this = json!({"closed_by": "both", "ended": "fin", "states": path(&states)});
+    let this = but(in_function("close", "peer_closes_socket_outer"), this);
+    Ok(vec![bed.close_line(&connection, Side::Client, this)?])
+}
+
+/// Each FIN is on its way when the other one is sent.
+fn both_close_at_once(bed: &mut Bed) -> Result<Vec<Value>> {
+    let connection = bed.established()?;
+    for side in [Side::Client, Side::Server] {
+        bed.hold(side)?;
+    }
+    for side in [Side::Client, Side::Server] {
+        bed.peer(side).ask("close")?;
+    }
+    for side in [Side::Client, Side::Server] {
+        bed.release(side)?;
+    }
+    let this = json!({
+        "closed_by": "both",
+        "ended": "fin",
+        "states": path(&["ESTABLISHED", "FIN_WAIT1", "CLOSING", "CLOSE"]),
+    });
+    let this = but(in_function("close", "peer_closes_socket_outer"), this);
+    Ok(vec![
+        bed.close_line(&connection, Side::Client, this.clone())?,
+        bed.close_line(&connection, Side::Server, this)?,
+    ])
+}
+
 /// `connect()` is none of the triggers, though it is this process that acted.
 fn client_disconnects(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = bed.established()?;
@@ -285,16 +477,7 @@ fn data_comes_after_shutdown(bed: &mut Bed) -> Result<Vec<Value>> {
             "states": path(&["ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "CLOSE"]),
         }),
     );
-    let suffered = json!({
-        "closed_by": "peer",
-        "ended": "reset_received",
-        "cause": "peer_reset",
-        "close_wait_ms": known(),
-        "states": path(&["ESTABLISHED", "CLOSE_WAIT", "CLOSE"]),
-        // When the FIN came, the server's data had not been sent yet.
-        "last_data": one_of(&[json!(null), known()]),
-    });
-    Ok(vec![
+    let mut lines = vec![
         // What came too late was not received.
         bed.close_line(&before, Side::Client, acted)?,
         bed.reset_line(
@@ -307,18 +490,9 @@ fn data_comes_after_shutdown(bed: &mut Bed) -> Result<Vec<Value>> {
                 "last_data": one_of(&[json!(null), known()]),
             }),
         )?,
-        bed.close_line(&connection, Side::Server, suffered)?,
-        bed.reset_line(
-            &connection,
-            Side::Server,
-            json!({
-                "direction": "received",
-                "cause": "peer_reset",
-                "state": "CLOSE_WAIT",
-                "stack": null,
-            }),
-        )?,
-    ])
+    ];
+    lines.extend(reset_in_close_wait(bed, &connection, Side::Server)?);
+    Ok(lines)
 }
 
 /// The RST that refuses has no socket, hence no process; the one who is refused has both.
@@ -387,10 +561,7 @@ fn listener_closes_before_accepting(bed: &mut Bed) -> Result<Vec<Value>> {
 fn somebody_destroys_it(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = bed.established()?;
     let port = connection.address(Side::Client).port().to_string();
-    let mut ss = std::process::Command::new("ss");
-    ss.args(["--kill", "--tcp", "--numeric", "sport", "=", &port]);
-    bed.namespace(Side::Client).enter(&mut ss)?;
-    netns::run(&mut ss)?;
+    destroy(bed, Side::Client, &["sport", "=", &port])?;
     bed.peer(Side::Client).ask("await-error")?;
     let close = json!({
         "closed_by": "admin",
@@ -399,6 +570,37 @@ fn somebody_destroys_it(bed: &mut Bed) -> Result<Vec<Value>> {
         "stack": one_of(&[json!(null), known()]),
     });
     reset_lines(bed, &connection, Side::Client, close, json!({"reason": reason(known())}))
+}
+
+/// What `ss` destroys is the listener; what waits in its queue goes with it, and is the listener's.
+fn somebody_destroys_listener(bed: &mut Bed) -> Result<Vec<Value>> {
+    let connection = bed.connect()?;
+    bed.peer(Side::Server).ask("await-client")?;
+    let port = connection.address(Side::Server).port().to_string();
+    destroy(bed, Side::Server, &["--listening", "sport", "=", &port])?;
+    bed.peer(Side::Client).ask("await-error")?;
+    let server = bed.owner(Side::Server)?;
+    let of_listener = json!({
+        "process": {"tid": one_of(&[json!(null), server["tid"].clone()]), "attribution": "listener"},
+        "opener": null,
+        "stack": null,
+    });
+    let close = json!({
+        "closed_by": "admin",
+        "ended": one_of(&[json!("destroyed"), json!("reset_sent")]),
+        "cause": "destroyed",
+    });
+    let reset = json!({"reason": reason(known())});
+    let of_server = (but(of_listener.clone(), close), but(of_listener, reset));
+    reset_lines(bed, &connection, Side::Server, of_server.0, of_server.1)
+}
+
+/// Has `ss` destroy what a side's host has of this kind.
+fn destroy(bed: &Bed, side: Side, what: &[&str]) -> Result<()> {
+    let mut ss = std::process::Command::new("ss");
+    ss.args(["--kill", "--tcp", "--numeric"]).args(what);
+    bed.namespace(side).enter(&mut ss)?;
+    netns::run(&mut ss).map(drop)
 }
 
 fn older_connection_closes(bed: &mut Bed, connection: &Connection) -> Result<Vec<Value>> {

@@ -43,6 +43,7 @@ scenarios! {
     run on [veth_ipv4 veth_ipv6]:
     nobody_answers_the_fin
     nobody_answers_the_last_fin
+    fins_cross_and_one_is_lost
 }
 
 /// Who has a side's socket open: the process itself.
@@ -158,6 +159,14 @@ fn nobody_answers_the_last_fin(bed: &mut Bed) -> Result<Value> {
     bed.lose(bed.route().address(Side::Server))?;
     bed.peer(Side::Client).ask("close")?;
     orphan(bed, &connection, "LAST_ACK")
+}
+
+fn fins_cross_and_one_is_lost(bed: &mut Bed) -> Result<Value> {
+    let connection = bed.established()?;
+    bed.lose(bed.route().address(Side::Server))?;
+    bed.peer(Side::Client).ask("close")?;
+    bed.peer(Side::Server).ask("close")?;
+    orphan(bed, &connection, "CLOSING")
 }
 
 /// A line about the server's end.

@@ -46,6 +46,9 @@ scenarios! {
     receiver_closes
     receiver_is_reset
     nobody_takes_what_was_passed
+    nobody_can_take_what_was_passed
+    passed_by_server_and_reset
+    passed_by_client_and_reset
     thread_closes_what_another_accepted
     thread_waits_in_what_another_closes
     ring_closes
@@ -274,12 +277,47 @@ fn nobody_takes_what_was_passed(bed: &mut Bed, accepts: Accepts) -> Result<Vec<V
     server_went_first(bed, &connection, accepts, this)
 }
 
+/// The descriptor is in flight to a socket that nobody has, and goes when the kernel notices: in a thread of its own, or,
+/// before 6.10, while the process closes the last socket that led there. No other process has to do with it.
+fn nobody_can_take_what_was_passed(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
+    let connection = bed.established()?;
+    bed.peer(Side::Client).ask("lose-in-cycle")?;
+    let client = bed.owner(Side::Client)?;
+    let nobody = json!({
+        "trigger": null,
+        "process": {"attribution": "connect"},
+        "stack": null,
+    });
+    let itself = acted(client, "close", "peer_closes_socket_outer");
+    let mut lines = orderly_lines(bed, &connection, Side::Client, json!({}))?;
+    let of_client = lines.swap_remove(0);
+    lines[0] = but(lines[0].take(), accepted_by(&bed.owner(Side::Server)?, accepts));
+    lines.push(one_of(&[but(of_client.clone(), nobody), but(of_client, itself)]));
+    Ok(lines)
+}
+
+/// The acceptor has let go of it, and nobody has taken it: it is nobody's when it is reset.
+fn passed_by_server_and_reset(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
+    let (connection, _) = passed(bed)?;
+    let parties = Parties::with_holder(bed, json!({"process": null}))?;
+    client_resets(bed, &connection, accepts, &parties)
+}
+
+/// The same with what is always seen: that it connected.
+fn passed_by_client_and_reset(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
+    let receiver = bed.peer(Side::Client).fork()?;
+    let connection = bed.established()?;
+    bed.peer(Side::Client).ask(&format!("pass {receiver}"))?;
+    server_resets(bed, &connection, accepts, json!({"process": null}))
+}
+
 /// What connected is gone, and its child sits idle.
 fn child_of_client_lives_on_and_is_reset(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     let connection = bed.established()?;
     let child = bed.peer(Side::Client).ask("hand-over")?.get("child")?;
     bed.peer(Side::Client).ended()?;
-    server_resets(bed, &connection, accepts, child)
+    let holder = idle(child_process(bed, Side::Client, child)?, &["procfs"]);
+    server_resets(bed, &connection, accepts, holder)
 }
 
 /// What connected lives, and has the socket no more.
@@ -288,22 +326,22 @@ fn receiver_from_client_is_reset(bed: &mut Bed, accepts: Accepts) -> Result<Vec<
     let connection = bed.established()?;
     bed.peer(Side::Client).ask(&format!("pass {receiver}"))?;
     bed.peer(Side::Client).ask_child(receiver, "take")?;
-    server_resets(bed, &connection, accepts, receiver)
+    let holder = idle(child_process(bed, Side::Client, receiver)?, &["procfs"]);
+    server_resets(bed, &connection, accepts, holder)
 }
 
-/// Has the server reset a connection while a process that did not connect holds the client's end.
+/// Has the server reset a connection while another process than the one that connected, or none, holds the client's end.
 fn server_resets(
     bed: &mut Bed,
     connection: &Connection,
     accepts: Accepts,
-    holder: u32,
+    holder: Value,
 ) -> Result<Vec<Value>> {
     for order in ["linger0", "close"] {
         bed.peer(Side::Server).ask(order)?;
     }
     let connects = bed.owner(Side::Client)?;
     let exe = one_of(&[json!(null), connects["exe"].clone()]);
-    let holder = idle(child_process(bed, Side::Client, holder)?, &["procfs"]);
     let receiver = but(holder, json!({"opener": {"process": {"exe": exe}, "stack": known()}}));
     let sender = but(json!({"cause": "linger_zero"}), accepted_by(&bed.owner(Side::Server)?, accepts));
     reset_lines(bed, connection, Side::Server, &sender, &receiver)

@@ -12,9 +12,14 @@ use tcpclose_tests::{
     features::reason,
     netns,
     packet::{self, Segment},
-    scenario::{Trace, ended_by_icmp, never_established, reset_lines, run},
+    scenario::{
+        Trace, answer_of_nobody, ended_by_icmp, fin_meets_nobody, never_established, reset_in_close_wait,
+        reset_lines, run,
+    },
     scenarios,
+    snmp::Counters,
     sockets::{self, FIN_WAIT2},
+    until,
 };
 
 scenarios! {
@@ -26,13 +31,16 @@ scenarios! {
     run on [loopback_ipv4 loopback_ipv6 veth_ipv4 veth_ipv6]:
     ack_comes_to_nobody
     data_comes_to_time_wait
+    data_comes_after_time_wait
+    data_comes_to_orphan
     accept_queue_overflows
+    accept_queue_overflows_silently
     listener_dies_before_accepting
     client_resets_before_accepting
 }
 
 scenarios! {
-    run on [veth_ipv4 veth_ipv6]:
+    run on [loopback_ipv4 loopback_ipv6 veth_ipv4 veth_ipv6]:
     firewall_refuses_connection
     firewall_resets_connection
     firewall_says_unreachable
@@ -123,22 +131,11 @@ fn data_comes_to_time_wait(bed: &mut Bed) -> Result<Vec<Value>> {
     bed.peer(Side::Client).ask("close")?;
     bed.peer(Side::Server).ask("receive-end")?;
     // The server's host may take its time to acknowledge the FIN.
-    let port = before.address(Side::Client).port();
-    sockets::wait_until(bed.namespace(Side::Client), "the client's FIN is acknowledged", |sockets| {
-        sockets.iter().any(|socket| socket.local.port() == port && socket.state == FIN_WAIT2)
-    })?;
+    sockets::wait_until_in(bed, &before, Side::Client, FIN_WAIT2)?;
     bed.send(&mut connection, Side::Server, 50)?;
     bed.peer(Side::Server).ask("await-error")?;
-    let closed = json!({
-        "closed_by": "local",
-        "ended": "fin",
-        "trigger": "close",
-        "states": path(&["ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "CLOSE"]),
-        "stack": user_stack("peer_closes_socket_outer"),
-    });
     // The entry knows the addresses, but not whose the socket was, unless somebody has kept that in mind.
     let owner = but(bed.owner(Side::Client)?, json!({"tid": one_of(&[json!(null), known()])}));
-    let unsure = one_of(&[json!(null), known()]);
     let answer = json!({
         "event": "reset",
         "direction": "sent",
@@ -156,27 +153,66 @@ fn data_comes_to_time_wait(bed: &mut Bed) -> Result<Vec<Value>> {
         },
         "stack": null,
     });
-    let suffered = json!({
-        "closed_by": "peer",
-        "ended": "reset_received",
-        "cause": "peer_reset",
-        "close_wait_ms": known(),
-        "states": path(&["ESTABLISHED", "CLOSE_WAIT", "CLOSE"]),
-        // When the FIN came, the server's data had not been sent yet.
-        "last_data": unsure,
-    });
-    let received = json!({
-        "direction": "received",
-        "cause": "peer_reset",
-        "state": "CLOSE_WAIT",
+    let mut lines = vec![bed.close_line(&before, Side::Client, closed_by_client("fin", None))?, answer];
+    lines.extend(reset_in_close_wait(bed, &connection, Side::Server)?);
+    Ok(lines)
+}
+
+/// The client has closed, and what was kept of the connection is over when the server sends.
+fn data_comes_after_time_wait(bed: &mut Bed) -> Result<Vec<Value>> {
+    let before = bed.established()?;
+    let mut connection = before.clone();
+    bed.peer(Side::Client).ask("fin-wait2 1")?;
+    bed.peer(Side::Client).ask("close")?;
+    bed.peer(Side::Server).ask("receive-end")?;
+    sockets::wait_for(bed, &before, Side::Client, "nothing is left of the client's end", <[_]>::is_empty)?;
+    bed.send(&mut connection, Side::Server, 50)?;
+    bed.peer(Side::Server).ask("await-error")?;
+    let mut lines = vec![
+        bed.close_line(&before, Side::Client, closed_by_client("fin", None))?,
+        answer_of_nobody(bed, &before, Side::Client),
+    ];
+    lines.extend(reset_in_close_wait(bed, &connection, Side::Server)?);
+    Ok(lines)
+}
+
+/// The client has closed, and the whole of its socket is kept, since it may wait for the server for longer than anybody
+/// waits in `TIME_WAIT`.
+fn data_comes_to_orphan(bed: &mut Bed) -> Result<Vec<Value>> {
+    bed.namespace(Side::Client).set_sysctl("net/ipv4/tcp_fin_timeout", "120")?;
+    let before = bed.established()?;
+    let mut connection = before.clone();
+    bed.peer(Side::Client).ask("close")?;
+    bed.peer(Side::Server).ask("receive-end")?;
+    sockets::wait_until_in(bed, &before, Side::Client, FIN_WAIT2)?;
+    bed.send(&mut connection, Side::Server, 50)?;
+    bed.peer(Side::Server).ask("await-error")?;
+    let sent = json!({
+        "direction": "sent",
+        "cause": "data_after_close",
+        "reason": reason(json!("TCP_ABORT_ON_DATA")),
+        "state": "FIN_WAIT2",
         "stack": null,
+        "last_data": one_of(&[json!(null), known()]),
     });
-    Ok(vec![
-        bed.close_line(&before, Side::Client, closed)?,
-        answer,
-        bed.close_line(&connection, Side::Server, suffered)?,
-        bed.reset_line(&connection, Side::Server, received)?,
-    ])
+    let mut lines = vec![
+        bed.close_line(&before, Side::Client, closed_by_client("reset_sent", Some("data_after_close")))?,
+        bed.reset_line(&before, Side::Client, sent)?,
+    ];
+    lines.extend(reset_in_close_wait(bed, &connection, Side::Server)?);
+    Ok(lines)
+}
+
+/// What the client's end says that was closed, and whose FIN was acknowledged.
+fn closed_by_client(ended: &str, cause: Option<&str>) -> Value {
+    json!({
+        "closed_by": "local",
+        "ended": ended,
+        "trigger": "close",
+        "cause": cause,
+        "states": path(&["ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "CLOSE"]),
+        "stack": user_stack("peer_closes_socket_outer"),
+    })
 }
 
 /// What the client's end says of a connection that the server's host has reset.
@@ -197,10 +233,10 @@ fn client_is_reset(bed: &Bed, connection: &Connection, child: Option<u32>) -> Re
     ])
 }
 
-/// Two are on the doorstep until they send something, and then there is room for one.
-fn accept_queue_overflows(bed: &mut Bed) -> Result<Vec<Value>> {
+/// Two connections that are on the doorstep until the clients send something, and then there is room for one, which is
+/// taken. Returns that one, the other, and the child of the client's that has the other.
+fn overflowing(bed: &mut Bed) -> Result<(Connection, Connection, u32)> {
     const SECONDS: u32 = 60;
-    bed.namespace(Side::Server).set_sysctl("net/ipv4/tcp_abort_on_overflow", "1")?;
     let second = bed.peer(Side::Client).fork()?;
     let server = bed.listen()?;
     bed.peer(Side::Server).ask(&format!("defer-accept {SECONDS}"))?;
@@ -214,18 +250,29 @@ fn accept_queue_overflows(bed: &mut Bed) -> Result<Vec<Value>> {
     bed.send(&mut queued, Side::Client, 10)?;
     bed.peer(Side::Server).ask("await-client")?;
     bed.peer(Side::Client).ask_child(second, "send 10")?;
+    Ok((queued, refused, second))
+}
+
+/// What a client's end says that sent something to a server which never had the connection.
+fn client_sent_and_is_reset(bed: &Bed, connection: &Connection, child: u32) -> Result<Vec<Value>> {
+    let sent = json!({"idle_ms": known(), "last_data": "sent"});
+    let sent_bytes = but(sent.clone(), json!({"connection": {"bytes_sent": one_of(&[json!(0), json!(10)])}}));
+    let lines = client_is_reset(bed, connection, Some(child))?.into_iter();
+    let told = lines.map(|line| {
+        let more = if line["event"] == "close" { &sent_bytes } else { &sent };
+        but(line, more.clone())
+    });
+    Ok(told.collect())
+}
+
+fn accept_queue_overflows(bed: &mut Bed) -> Result<Vec<Value>> {
+    bed.namespace(Side::Server).set_sysctl("net/ipv4/tcp_abort_on_overflow", "1")?;
+    let (queued, refused, second) = overflowing(bed)?;
     bed.peer(Side::Client).ask_child(second, "await-error")?;
 
     let overflow = json!({"cause": "accept_overflow", "reason": reason(json!("INVALID_SYN"))});
     let mut lines = vec![answer_of_listener(bed, &refused, overflow)?];
-    let sent = json!({"idle_ms": known(), "last_data": "sent"});
-    let sent_bytes = but(sent.clone(), json!({"connection": {"bytes_sent": one_of(&[json!(0), json!(10)])}}));
-    for line in client_is_reset(bed, &refused, Some(second))? {
-        lines.push(but(
-            line.clone(),
-            if line["event"] == "close" { sent_bytes.clone() } else { sent.clone() },
-        ));
-    }
+    lines.extend(client_sent_and_is_reset(bed, &refused, second)?);
 
     bed.peer(Side::Server).ask("accept")?;
     for order in ["receive 10", "linger0", "close"] {
@@ -233,6 +280,27 @@ fn accept_queue_overflows(bed: &mut Bed) -> Result<Vec<Value>> {
     }
     let by_server = json!({"cause": "linger_zero"});
     lines.extend(reset_lines(bed, &queued, Side::Server, &by_server, &json!({}))?);
+    Ok(lines)
+}
+
+/// By default what there is no room for is dropped, and the client goes on for as long as somebody listens.
+fn accept_queue_overflows_silently(bed: &mut Bed) -> Result<Vec<Value>> {
+    let before = Counters::read(bed.namespace(Side::Server))?;
+    let (queued, refused, second) = overflowing(bed)?;
+    until("the kernel has dropped what there is no room for", || {
+        let dropped = Counters::read(bed.namespace(Side::Server))?.since(&before, "TcpExtListenOverflows")?;
+        Ok((dropped > 0).then_some(()))
+    })?;
+    bed.peer(Side::Server).ask("close-listener")?;
+    bed.peer(Side::Client).ask_child(second, "await-error")?;
+    let closed = json!({
+        "cause": "listener_closed",
+        "process": {"attribution": one_of(&[json!("syscall"), json!("listener")])},
+        "opener": null,
+    });
+    let mut lines = reset_lines(bed, &queued, Side::Server, &closed, &json!({}))?;
+    lines.push(answer_of_nobody(bed, &refused, Side::Server));
+    lines.extend(client_sent_and_is_reset(bed, &refused, second)?);
     Ok(lines)
 }
 
@@ -332,7 +400,6 @@ fn firewall_resets_connection(bed: &mut Bed) -> Result<Vec<Value>> {
     let error: String = bed.peer(Side::Client).ask("await-error")?.get("errno")?;
     ensure!(error == "ECONNRESET", "the client's socket ended with {error}");
     nft(bed, "delete table inet tests")?;
-    bed.peer(Side::Server).ask("close")?;
 
     let mut lines = client_is_reset(bed, &of_client, None)?;
     for line in &mut lines {
@@ -342,31 +409,7 @@ fn firewall_resets_connection(bed: &mut Bed) -> Result<Vec<Value>> {
         }
         line["last_data"] = one_of(&[json!(null), json!("sent")]);
     }
-    let nobody = json!({
-        "event": "reset",
-        "direction": "sent",
-        "cause": "no_listener",
-        "state": null,
-        "process": null,
-        "connection": {
-            "local": endpoint(connection.address(Side::Client)),
-            "remote": endpoint(connection.address(Side::Server)),
-            "netns": bed.namespace(Side::Client).inode(),
-        },
-    });
-    let closed = json!({
-        "closed_by": "local",
-        "ended": "reset_received",
-        "trigger": "close",
-        "cause": "peer_reset",
-        "states": path(&["ESTABLISHED", "FIN_WAIT1", "CLOSE"]),
-        "stack": user_stack("peer_closes_socket_outer"),
-    });
-    let received =
-        json!({"direction": "received", "cause": "peer_reset", "state": "FIN_WAIT1", "stack": null});
-    lines.push(nobody);
-    lines.push(bed.close_line(&connection, Side::Server, closed)?);
-    lines.push(bed.reset_line(&connection, Side::Server, received)?);
+    lines.extend(fin_meets_nobody(bed, &connection)?);
     Ok(lines)
 }
 

@@ -9,8 +9,10 @@ use tcpclose_tests::{
     bed::{Bed, Connection, Side, user_stack},
     expect::{but, known, one_of, path},
     features::reason,
-    scenario::{ended_by_icmp, never_established, run},
+    scenario::{ended_by_icmp, never_established, orderly_lines, reset_in_close_wait, run},
     scenarios,
+    snmp::Counters,
+    sockets::{self, FIN_WAIT2, TIMER_OF_PROBES, TIMER_OF_REMNANT},
 };
 
 scenarios! {
@@ -20,14 +22,36 @@ scenarios! {
     no_way_to_server
     nobody_acknowledges_data
     user_timeout_runs_out
+    nobody_answers_connect_within_user_timeout
+    window_stays_shut
+    window_stays_shut_for_user_timeout
     nobody_answers_keepalive
     nobody_acknowledges_fin
+}
+
+scenarios! {
+    run on [loopback_ipv4 loopback_ipv6 veth_ipv4 veth_ipv6]:
+    client_does_not_wait_for_fin
+    client_does_not_wait_for_fin_once_acknowledged
+    client_has_no_more_time_for_fin
+    client_waits_long_for_fin
 }
 
 fn nobody_answers_connect(bed: &mut Bed) -> Result<Vec<Value>> {
     bed.namespace(Side::Client).set_sysctl("net/ipv4/tcp_syn_retries", "1")?;
     bed.lose(bed.route().nobody())?;
     let attempt = bed.connect_in_vain(bed.route().nobody(), 7, "ETIMEDOUT")?;
+    let this = json!({"closed_by": "kernel", "ended": "timeout", "cause": "connect_timeout"});
+    Ok(vec![bed.close_line(&attempt, Side::Client, but(never_established(), this))?])
+}
+
+fn nobody_answers_connect_within_user_timeout(bed: &mut Bed) -> Result<Vec<Value>> {
+    let nobody = SocketAddr::new(bed.route().nobody(), 7);
+    bed.lose(nobody.ip())?;
+    let facts = bed.peer(Side::Client).ask(&format!("begin-connect {} {}", nobody.ip(), nobody.port()))?;
+    let attempt = Connection::new(facts.get("local")?, nobody);
+    bed.peer(Side::Client).ask("user-timeout 500")?;
+    await_timeout(bed)?;
     let this = json!({"closed_by": "kernel", "ended": "timeout", "cause": "connect_timeout"});
     Ok(vec![bed.close_line(&attempt, Side::Client, but(never_established(), this))?])
 }
@@ -87,6 +111,34 @@ fn send_into_nothing(bed: &mut Bed, cause: &str, setting: Option<&str>) -> Resul
     Ok(vec![bed.close_line(&connection, Side::Client, this)?])
 }
 
+/// The server takes no more, and then it is gone.
+fn window_stays_shut(bed: &mut Bed) -> Result<Vec<Value>> {
+    bed.namespace(Side::Client).set_sysctl("net/ipv4/tcp_retries2", "1")?;
+    probe_nothing(bed, "retransmit_timeout", None)
+}
+
+fn window_stays_shut_for_user_timeout(bed: &mut Bed) -> Result<Vec<Value>> {
+    probe_nothing(bed, "user_timeout", Some("user-timeout 500"))
+}
+
+fn probe_nothing(bed: &mut Bed, cause: &str, setting: Option<&str>) -> Result<Vec<Value>> {
+    // Before 6.6 the window may be larger than what there is memory for; then segments are lost, and it never shuts.
+    bed.namespace(Side::Server).set_sysctl("net/ipv4/tcp_adv_win_scale", "-4")?;
+    let connection = bed.idle()?;
+    bed.peer(Side::Client).ask("fill")?;
+    sockets::wait_for(bed, &connection, Side::Client, "the client probes the server's window", |sockets| {
+        sockets.iter().any(|socket| socket.timer == TIMER_OF_PROBES)
+    })?;
+    bed.lose(bed.route().address(Side::Server))?;
+    if let Some(order) = setting {
+        bed.peer(Side::Client).ask(order)?;
+    }
+    await_timeout(bed)?;
+    // How much fitted into the window is not for this test to say.
+    let this = json!({"idle_ms": known(), "last_data": "sent", "connection": {"bytes_sent": known()}});
+    Ok(vec![bed.close_line(&connection, Side::Client, but(timed_out(cause), this))?])
+}
+
 /// The kernel gives up and says so with a RST, in case somebody is there after all.
 fn nobody_answers_keepalive(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = bed.established()?;
@@ -123,6 +175,90 @@ fn nobody_acknowledges_fin(bed: &mut Bed) -> Result<Vec<Value>> {
         "connection": {"retransmits": known()},
     });
     Ok(vec![bed.close_line(&connection, Side::Client, this)?])
+}
+
+/// The lines of a client that had closed, and that did not wait for the server's FIN.
+fn not_waited_for_fin(
+    bed: &Bed,
+    connection: &Connection,
+    this: &Value,
+    reason_name: Value,
+) -> Result<Vec<Value>> {
+    let close = json!({
+        "closed_by": "local",
+        "ended": "reset_sent",
+        "cause": "fin_timeout",
+        "states": path(&["ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "CLOSE"]),
+    });
+    let reset = json!({
+        "direction": "sent",
+        "cause": "fin_timeout",
+        "state": "FIN_WAIT2",
+        "reason": reason(reason_name),
+        "stack": one_of(&[json!(null), this["stack"].clone()]),
+    });
+    let mut lines = vec![
+        bed.close_line(connection, Side::Client, but(close, this.clone()))?,
+        bed.reset_line(connection, Side::Client, reset)?,
+    ];
+    lines.extend(reset_in_close_wait(bed, connection, Side::Server)?);
+    Ok(lines)
+}
+
+fn by_close() -> Value {
+    json!({"trigger": "close", "stack": user_stack("peer_closes_socket_outer")})
+}
+
+/// The option that says so is not `SO_LINGER`.
+fn client_does_not_wait_for_fin(bed: &mut Bed) -> Result<Vec<Value>> {
+    let before = Counters::read(bed.namespace(Side::Client))?;
+    let connection = bed.established()?;
+    for order in ["fin-wait2 -1", "shutdown-write"] {
+        bed.peer(Side::Client).ask(order)?;
+    }
+    sockets::wait_until_in(bed, &connection, Side::Client, FIN_WAIT2)?;
+    bed.peer(Side::Client).ask("close")?;
+    bed.peer(Side::Server).ask("await-error")?;
+    let aborted = Counters::read(bed.namespace(Side::Client))?.since(&before, "TcpExtTCPAbortOnLinger")?;
+    ensure!(aborted == 1, "the kernel counts {aborted} such ends");
+    let this = json!({"trigger": "shutdown", "stack": user_stack("peer_shuts_socket_outer")});
+    not_waited_for_fin(bed, &connection, &this, json!("TCP_ABORT_ON_LINGER"))
+}
+
+/// The server's ACK ends it, which is answered as data would be.
+fn client_does_not_wait_for_fin_once_acknowledged(bed: &mut Bed) -> Result<Vec<Value>> {
+    let connection = bed.established()?;
+    for order in ["fin-wait2 -1", "close"] {
+        bed.peer(Side::Client).ask(order)?;
+    }
+    bed.peer(Side::Server).ask("await-error")?;
+    not_waited_for_fin(bed, &connection, &by_close(), json!("TCP_ABORT_ON_DATA"))
+}
+
+/// The timer for what is longer than `TIME_WAIT` finds that there is no time left.
+fn client_has_no_more_time_for_fin(bed: &mut Bed) -> Result<Vec<Value>> {
+    let connection = waits_longer_than_time_wait(bed)?;
+    bed.namespace(Side::Client).set_sysctl("net/ipv4/tcp_fin_timeout", "5")?;
+    bed.peer(Side::Server).ask("await-error")?;
+    not_waited_for_fin(bed, &connection, &by_close(), json!("TCP_STATE"))
+}
+
+/// The same timer leaves the rest of the time to what is kept in `TIME_WAIT`.
+fn client_waits_long_for_fin(bed: &mut Bed) -> Result<Vec<Value>> {
+    let connection = waits_longer_than_time_wait(bed)?;
+    sockets::wait_for(bed, &connection, Side::Client, "the client's socket is replaced", |sockets| {
+        sockets.iter().any(|socket| socket.timer == TIMER_OF_REMNANT)
+    })?;
+    orderly_lines(bed, &connection, Side::Client, by_close())
+}
+
+/// Has the client close and be acknowledged, with a second more to wait for the FIN than anybody stays in `TIME_WAIT`.
+fn waits_longer_than_time_wait(bed: &mut Bed) -> Result<Connection> {
+    bed.namespace(Side::Client).set_sysctl("net/ipv4/tcp_fin_timeout", "61")?;
+    let connection = bed.established()?;
+    bed.peer(Side::Client).ask("close")?;
+    sockets::wait_until_in(bed, &connection, Side::Client, FIN_WAIT2)?;
+    Ok(connection)
 }
 
 fn timed_out(cause: &str) -> Value {

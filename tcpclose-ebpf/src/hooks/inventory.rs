@@ -86,15 +86,17 @@ fn held(sk: u64, task: u64, fd: u32) {
     }
 }
 
-/// How long after an end somebody waits to hear who has the socket open, nanoseconds.
+/// How long after an end somebody waits to hear who else has the socket open, nanoseconds.
 const AWAITED: u64 = 1_000_000_000;
 
-/// It ended in softirq, and `holder` has it open: tells so of the first holder, and of the one who opened it.
+/// It ended in softirq, and `holder` has it open: tells so of the first holder that is met since, however long that took,
+/// and soon after the end also of the one who opened it.
 #[inline(always)]
 fn still_open(connection: &Connection, sk: u64, holder: &Task) {
-    let first = connection.holder.pid == 0 || holder.pid == connection.holder.pid;
+    let first = connection.holder.pid == 0;
     let awaited = connection::now().wrapping_sub(connection.ended) < AWAITED;
-    if !awaited || !(first || holder.pid == connection.opener.pid) {
+    let counts = holder.pid == connection.holder.pid || holder.pid == connection.opener.pid;
+    if !first && !(awaited && counts) {
         return;
     }
     tell(connection, sk, holder, holds::OPEN, 0);

@@ -5,6 +5,7 @@ use aya_ebpf::{
     programs::{BtfTracePointContext, TracePointContext},
 };
 use tcpclose_common::{
+    offsets::ABSENT,
     record::{UNKNOWN_U32, direction, tag},
     tcp::{shutdown, state},
 };
@@ -44,6 +45,7 @@ fn received(sk: u64, record: Option<&Record<'_>>) {
         None => connection::last_state(connection),
     };
     let (_, shut, _) = sock::end(sk);
+    let may_be_shut = global!(STRUCTS.sk_shutdown) == ABSENT || shut & shutdown::RECEIVE != 0;
     let reset = &mut connection.reset;
     reset.at = now;
     reset.reason = UNKNOWN_U32;
@@ -53,7 +55,7 @@ fn received(sk: u64, record: Option<&Record<'_>>) {
     // tcp_rcv_state_process() calls tcp_reset() in these states for data after RCV_SHUTDOWN, and sends a RST next:
     // the user half drops this record if one follows.
     reset.ambiguous = u8::from(
-        shut & shutdown::RECEIVE != 0
+        may_be_shut
             && (from == state::FIN_WAIT1
                 || from == state::FIN_WAIT2
                 || from == state::CLOSE_WAIT

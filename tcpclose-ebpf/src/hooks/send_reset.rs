@@ -41,10 +41,12 @@ pub fn send_reset_classic(ctx: TracePointContext) -> i32 {
 #[inline(always)]
 fn sent(sk: u64, skb: u64, reason: u32, record: Option<&Record<'_>>) {
     let now = connection::now();
+    // 0 where there is none, and where it cannot be read.
     let state = if sk == 0 { 0 } else { sock::state(sk).unwrap_or(0) };
-    let full =
-        state != 0 && state != state::TIME_WAIT && state != state::NEW_SYN_RECV && state != state::LISTEN;
+    let full = sk != 0 && state != state::TIME_WAIT && state != state::NEW_SYN_RECV && state != state::LISTEN;
     if let (true, Some(connection)) = (full, connection::find(sk)) {
+        // Without BTF the last change of state tells as much.
+        let state = if state == 0 { connection::last_state(connection) } else { state };
         tell(connection, sk, skb, state, reason, now, record);
         return;
     }

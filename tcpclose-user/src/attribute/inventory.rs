@@ -10,6 +10,7 @@ use aya::{
 };
 
 use super::pace::Pace;
+use crate::privilege;
 
 /// Name of the program.
 pub const PROGRAM: &str = "inventory";
@@ -22,18 +23,25 @@ pub struct Inventory {
     /// Also keeps the other programs attached.
     ebpf: Ebpf,
     works: bool,
+    /// The iterator shows the processes of the pid namespace that it is read in.
+    host_pids: bool,
     pace: Pace,
 }
 
 impl Inventory {
     /// Of the loaded object; `works` says whether the program could be loaded.
     pub fn new(ebpf: Ebpf, works: bool) -> Self {
-        Self { ebpf, works, pace: Pace::default() }
+        Self { ebpf, works, host_pids: privilege::in_initial_pid_namespace(), pace: Pace::default() }
     }
 
     /// Whether this kernel lets it run.
     pub fn works(&self) -> bool {
         self.works
+    }
+
+    /// Whether a look shows every process of the host.
+    pub fn sees_all(&self) -> bool {
+        self.works && self.host_pids
     }
 
     /// Notes every TCP socket that is open now. In two passes, because which side of a connection this is depends on

@@ -65,17 +65,18 @@ impl Attributor {
     /// Whose socket it was.
     pub fn owner(&mut self, ending: &Ending) -> Option<Process> {
         let connection = ending.connection()?;
-        if connection.actor.pid != 0 {
+        let actor = verdict::actor(connection);
+        if actor.pid != 0 {
             let attribution = if ending.close.as_ref().is_some_and(verdict::is_unaccepted) {
                 Attribution::Listener
             } else {
                 Attribution::Syscall
             };
-            return Some(self.process(&connection.actor, attribution));
+            return Some(self.process(actor, attribution));
         }
-        // Who opened it, unless the descriptor turned out to be somebody else's by now.
+        // Who opened it, unless the descriptor turned out to be somebody else's by now, or in nobody's hands.
         let opener = connection.opener.pid;
-        if opener != 0 && ending.late_owner.is_none_or(|owner| owner.task.pid == opener) {
+        if opener != 0 && !ending.unheld && ending.late_owner.is_none_or(|owner| owner.task.pid == opener) {
             return Some(self.process(&connection.opener, opened(connection)));
         }
         if let Some(LateOwner { task, holds }) = &ending.late_owner {
@@ -85,7 +86,7 @@ impl Attributor {
         if connection.holder_kind == holder_kind::LISTENER {
             return Some(self.process(&connection.holder, Attribution::Listener));
         }
-        if connection.holder_kind == holder_kind::DESCRIPTOR {
+        if connection.holder_kind == holder_kind::DESCRIPTOR && !ending.unheld {
             return Some(self.process(&connection.holder, Attribution::Procfs));
         }
         self.holder(connection)

@@ -66,6 +66,7 @@ const MEMBERS: &[Row] = rows! {
     tcp_copied_seq = "tcp_sock.copied_seq", 4;
     tcp_write_seq = "tcp_sock.write_seq", 4;
     tcp_snd_una = "tcp_sock.snd_una", 4;
+    tcp_linger2 = "tcp_sock.linger2", 4;
     net_inum = "net.ns.inum", 4;
     skb_head = "sk_buff.head", 8;
     skb_network_header = "sk_buff.network_header", 2;
@@ -156,7 +157,7 @@ mod tests {
     /// What the fixtures, in their order, must give. Checked against the whole BTF of each kernel as pahole 1.24 shows
     /// it (`pahole -E -C tcp_sock`), and for 6.18 also against what libbpf 1.1 put into relocations of the same
     /// members, running on it.
-    const EXPECTED: [(&str, [u16; 6]); 59] = [
+    const EXPECTED: [(&str, [u16; 6]); 60] = [
         //                    5.10  6.1   6.12  arm64 6.18  7.2
         ("sk_family", [16, 16, 16, 16, 16, 16]),
         ("sk_state", [18, 18, 18, 18, 18, 18]),
@@ -189,6 +190,7 @@ mod tests {
         ("tcp_copied_seq", [1420, 1428, 1472, 1472, 1464, 1504]),
         ("tcp_write_seq", [1804, 1812, 1636, 1636, 1576, 1668]),
         ("tcp_snd_una", [1460, 1468, 1720, 1720, 1672, 1776]),
+        ("tcp_linger2", [2112, 2120, 2244, 2244, 2228, 2332]),
         ("net_inum", [136, 144, 136, 136, 176, 280]),
         ("skb_head", [192, 200, 200, 200, 192, 200]),
         ("skb_network_header", [180, 184, 184, 184, 180, 184]),

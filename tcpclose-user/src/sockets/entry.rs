@@ -1,5 +1,7 @@
 //! One socket as the kernel lists it, and what follows from that alone: what it waits for, and since when.
 
+use tcpclose_common::tcp::is_teardown;
+
 use crate::{
     event::{Endpoint, LingeringKind, State},
     verdict,
@@ -114,7 +116,7 @@ impl Entry {
 
 /// Whether sockets get stuck in this state of the teardown. `TIME_WAIT` ends by itself.
 pub fn is_lingering(state: State) -> bool {
-    matches!(state, State::CloseWait | State::FinWait1 | State::FinWait2 | State::LastAck | State::Closing)
+    is_teardown(state as u8)
 }
 
 #[cfg(test)]

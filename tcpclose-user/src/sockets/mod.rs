@@ -115,9 +115,9 @@ pub struct Gaps {
     pub holdings: u64,
 }
 
-/// A number for each state.
+/// A number for each state, in the places that the kernel numbers: no state is 0.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Counts([u64; 12]);
+pub struct Counts([u64; 13]);
 
 impl Counts {
     fn add(&mut self, state: State) {

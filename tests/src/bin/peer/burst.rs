@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::Result;
 
-use crate::{DEFAULT_PROTOCOL, calls, linger_zero, new_socket};
+use crate::{DEFAULT_PROTOCOL, calls, new_socket, options::linger};
 
 /// What is sent over each connection.
 const GREETING: &[u8] = b"0123456789";
@@ -22,7 +22,7 @@ pub(crate) fn connect_all(address: SocketAddr, count: u32) -> Result<String> {
         ports.push(socket.local_addr()?.port().to_string());
         socket.write_all(GREETING)?;
         if number % 2 == 1 {
-            linger_zero(&socket)?;
+            linger(&socket, 0)?;
         }
         calls::peer_closes_socket_outer(socket.into())?;
     }

@@ -14,7 +14,7 @@ use std::{
 use nix::{
     errno::Errno,
     libc,
-    sys::socket::{self, Shutdown, SockFlag, SockaddrStorage},
+    sys::socket::{self, MsgFlags, Shutdown, SockFlag, SockaddrStorage},
     unistd,
 };
 
@@ -27,19 +27,19 @@ const NOWHERE_LENGTH: libc::socklen_t = 16;
 macro_rules! two_frames {
     ($(
         $(#[$doc:meta])*
-        $outer:ident > $inner:ident($argument:ident: $what:ty $(, $more:ident: $kind:ty)?) -> $result:ty
+        $outer:ident > $inner:ident($argument:ident: $what:ty $(, $more:ident: $kind:ty)*) -> $result:ty
             $body:block
     )*) => {$(
         $(#[$doc])*
         #[inline(never)]
-        pub(crate) fn $outer($argument: $what $(, $more: $kind)?) -> $result {
-            let result = $inner($argument $(, $more)?);
+        pub(crate) fn $outer($argument: $what $(, $more: $kind)*) -> $result {
+            let result = $inner($argument $(, $more)*);
             black_box(&result);
             result
         }
 
         #[inline(never)]
-        fn $inner($argument: $what $(, $more: $kind)?) -> $result $body
+        fn $inner($argument: $what $(, $more: $kind)*) -> $result $body
     )*};
 }
 
@@ -47,6 +47,12 @@ two_frames! {
     /// `connect()`.
     peer_connects_socket_outer > peer_connects_socket(socket: &TcpStream, to: SocketAddr) -> nix::Result<()> {
         socket::connect(socket.as_raw_fd(), &SockaddrStorage::from(to))
+    }
+
+    /// `sendto()` that connects as well, and sends the data with the SYN.
+    peer_connects_fast_outer > peer_connects_fast(socket: &TcpStream, to: SocketAddr, data: &[u8]) -> nix::Result<usize> {
+        let to = SockaddrStorage::from(to);
+        socket::sendto(socket.as_raw_fd(), data, &to, MsgFlags::from_bits_retain(libc::MSG_FASTOPEN))
     }
 
     /// `accept4()`.

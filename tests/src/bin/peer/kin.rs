@@ -56,6 +56,7 @@ impl Peer {
                 let socket = take(self.channel.as_ref().context("there is no channel")?)?;
                 return self.keep(socket);
             }
+            "lose-in-cycle" => lose_in_cycle(self.taken_socket()?)?,
             "close-channel" => calls::peer_closes_socket_outer(taken(&mut self.channel)?.into())?,
             _ => bail!("there is no order {verb}"),
         }
@@ -116,4 +117,15 @@ fn pass(child: &Child, socket: OwnedFd) -> Result<()> {
 /// Takes the socket that was passed.
 fn take(channel: &UnixDatagram) -> Result<TcpStream> {
     Ok(descriptors::receive(channel)?.context("no descriptor came")?.into())
+}
+
+/// Leaves a socket to the kernel's garbage collector: in flight to a unix socket that is in flight to itself, and that
+/// nobody has any more.
+fn lose_in_cycle(socket: OwnedFd) -> Result<()> {
+    let (sender, receiver) = UnixDatagram::pair()?;
+    descriptors::send(&sender, &socket)?;
+    descriptors::send(&sender, &receiver)?;
+    drop((socket, receiver));
+    // The collector comes when a unix socket is closed.
+    Ok(calls::peer_closes_socket_outer(sender.into())?)
 }

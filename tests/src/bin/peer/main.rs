@@ -22,12 +22,12 @@ use std::{
 use anyhow::{Context, Error, Result, anyhow, bail};
 use nix::{
     errno::Errno,
-    libc::{self, linger},
+    libc,
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         prctl,
         resource::{Resource, setrlimit},
-        socket::{self, Backlog, MsgFlags, Shutdown, SockaddrStorage, setsockopt, sockopt},
+        socket::{self, Backlog, MsgFlags, Shutdown, SockaddrStorage, sockopt},
     },
     unistd::gettid,
 };
@@ -36,6 +36,7 @@ mod burst;
 mod calls;
 mod death;
 mod kin;
+mod options;
 mod uring;
 
 /// What the kernel takes for a stream: TCP.
@@ -161,7 +162,6 @@ impl Peer {
             }
             // A listener may change its mind.
             "backlog" => socket::listen(self.listener()?, Backlog::new(words.next::<i32>()?)?)?,
-            "defer-accept" => defer_accept(self.listener()?, words.next()?)?,
             "await-client" => wait_for(self.listener()?, PollFlags::POLLIN)?,
             "accept" => {
                 let socket = calls::peer_accepts_socket_outer(self.listener()?)?;
@@ -186,10 +186,17 @@ impl Peer {
                 self.socket = Some(socket);
                 return Ok(facts);
             }
-            "cookie" => return Ok(format!("cookie={}", cookie(self.socket()?)?)),
+            "connect-to-itself" => {
+                let socket = connection_to_itself(words.address()?, self.protocol)?;
+                return self.keep(socket);
+            }
+            "connect-fast" => {
+                let socket = fast_connection(words.address()?, self.protocol, words.next()?)?;
+                return self.keep(socket);
+            }
             "descriptor" => return Ok(format!("fd={}", self.socket()?.as_raw_fd())),
-            "next-sequence" => return Ok(format!("sequence={}", next_sequence(self.socket()?)?)),
             "send" => self.socket()?.write_all(&vec![b'x'; words.next()?])?,
+            "fill" => return fill(self.socket()?),
             "receive" => self.socket()?.read_exact(&mut vec![0; words.next()?])?,
             "await-data" => {
                 let mut buffer = vec![0; words.next()?];
@@ -214,9 +221,6 @@ impl Peer {
             "disconnect" => calls::peer_disconnects_socket_outer(self.socket()?)?,
             "dup2-over" => calls::peer_replaces_socket_outer(self.taken_socket()?)?,
             "close-range" => calls::peer_closes_range_outer(self.taken_socket()?)?,
-            "linger0" => linger_zero(self.socket()?)?,
-            "keepalive" => self.keep_alive(&mut words)?,
-            "user-timeout" => setsockopt(self.socket()?, sockopt::TcpUserTimeout, &words.next()?)?,
             "thread-close" => return death::close_on_thread(self.taken_socket()?),
             "close-under-receive" => return death::close_under_receive(self.taken_socket()?),
             "fork-close" => return death::close_in_child(self.taken_socket()?),
@@ -234,7 +238,7 @@ impl Peer {
             "ring-shutdown" => {
                 uring::submit(self.socket()?.as_raw_fd(), uring::Operation::Shutdown, words.next()?)?;
             }
-            _ => return self.obey_about_kin(&verb, words),
+            _ => return self.obey_about_options(&verb, words),
         }
         Ok(String::new())
     }
@@ -256,15 +260,6 @@ impl Peer {
         let facts = format!("local={} remote={}", socket.local_addr()?, socket.peer_addr()?);
         self.socket = Some(socket);
         Ok(facts)
-    }
-
-    /// Probes after so many idle seconds, so many seconds apart, so many of them.
-    fn keep_alive(&self, words: &mut Words) -> Result<()> {
-        let socket = self.socket()?;
-        setsockopt(socket, sockopt::TcpKeepIdle, &words.next()?)?;
-        setsockopt(socket, sockopt::TcpKeepInterval, &words.next()?)?;
-        setsockopt(socket, sockopt::TcpKeepCount, &words.next()?)?;
-        Ok(setsockopt(socket, sockopt::KeepAlive, &true)?)
     }
 }
 
@@ -288,72 +283,39 @@ fn connection(words: &mut Words, protocol: libc::c_int) -> Result<(SocketAddr, n
     Ok((socket.local_addr()?, result.map(|()| socket)))
 }
 
-pub(crate) fn linger_zero(socket: &TcpStream) -> Result<()> {
-    Ok(setsockopt(socket, sockopt::Linger, &linger { l_onoff: 1, l_linger: 0 })?)
+/// A socket that is both ends of its connection.
+fn connection_to_itself(address: SocketAddr, protocol: libc::c_int) -> Result<TcpStream> {
+    let socket = new_socket(address, protocol)?;
+    socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
+    calls::peer_connects_socket_outer(&socket, socket.local_addr()?)?;
+    Ok(socket)
 }
 
-/// Has connections become sockets only when data comes, or when so many seconds are over.
-fn defer_accept(listener: &TcpListener, seconds: libc::c_int) -> Result<()> {
-    let length = libc::socklen_t::try_from(size_of_val(&seconds))?;
-    // SAFETY: the kernel reads as many bytes of the number as it has.
-    let result = unsafe {
-        let value = (&raw const seconds).cast();
-        libc::setsockopt(listener.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, value, length)
+/// A connection whose first bytes went with its SYN.
+fn fast_connection(address: SocketAddr, protocol: libc::c_int, bytes: usize) -> Result<TcpStream> {
+    let socket = new_socket(address, protocol)?;
+    if calls::peer_connects_fast_outer(&socket, address, &vec![b'x'; bytes])? < bytes {
+        bail!("not all was sent");
+    }
+    Ok(socket)
+}
+
+/// Sends until no more can be taken.
+fn fill(mut socket: &TcpStream) -> Result<String> {
+    socket.set_nonblocking(true)?;
+    let full = loop {
+        if let Err(error) = socket.write(&[b'x'; 16_384]) {
+            break error;
+        }
     };
-    Errno::result(result)?;
-    Ok(())
+    socket.set_nonblocking(false)?;
+    if full.kind() == io::ErrorKind::WouldBlock { Ok(String::new()) } else { Err(errno(full)) }
 }
 
 /// Waits until the descriptor has one of these events or an error, which `poll` always reports.
 fn wait_for(descriptor: &impl AsFd, events: PollFlags) -> Result<()> {
     poll(&mut [PollFd::new(descriptor.as_fd(), events)], PollTimeout::NONE)?;
     Ok(())
-}
-
-/// The kernel's number for this socket; asking for it is what gives it one.
-fn cookie(socket: &TcpStream) -> Result<u64> {
-    let mut cookie = 0_u64;
-    let mut length = libc::socklen_t::try_from(size_of_val(&cookie))?;
-    // SAFETY: the kernel writes at most `length` bytes, all of them into `cookie`.
-    let result = unsafe {
-        let value = (&raw mut cookie).cast();
-        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_COOKIE, value, &raw mut length)
-    };
-    Errno::result(result)?;
-    Ok(cookie)
-}
-
-/// The sequence number of what this socket would send next, as programs that move connections to other hosts read it
-/// (`TCP_REPAIR`, tcp(7)).
-fn next_sequence(socket: &TcpStream) -> Result<u32> {
-    const TCP_SEND_QUEUE: i32 = 2;
-    const TCP_REPAIR_OFF_NO_WP: i32 = -1;
-    let length_of_value = libc::socklen_t::try_from(size_of::<i32>())?;
-    let set = |option: i32, value: i32| {
-        // SAFETY: the kernel reads one integer, which is there.
-        let result = unsafe {
-            libc::setsockopt(
-                socket.as_raw_fd(),
-                libc::IPPROTO_TCP,
-                option,
-                (&raw const value).cast(),
-                length_of_value,
-            )
-        };
-        Errno::result(result)
-    };
-    set(libc::TCP_REPAIR, 1)?;
-    set(libc::TCP_REPAIR_QUEUE, TCP_SEND_QUEUE)?;
-    let mut sequence = 0_u32;
-    let mut length = libc::socklen_t::try_from(size_of_val(&sequence))?;
-    // SAFETY: the kernel writes at most `length` bytes, all of them into `sequence`.
-    let result = unsafe {
-        let value = (&raw mut sequence).cast();
-        libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_QUEUE_SEQ, value, &raw mut length)
-    };
-    Errno::result(result)?;
-    set(libc::TCP_REPAIR, TCP_REPAIR_OFF_NO_WP)?;
-    Ok(sequence)
 }
 
 /// The kernel's name for an I/O error, which is what tests compare.
