@@ -1,12 +1,13 @@
 //! Running the tests.
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 
 use crate::{
     command::{self, say},
     ebpf,
     kernels::{self, Extent},
     lint,
+    platform::Platform,
     report::{self, Report},
     run,
     suite::{self, Suite},
@@ -25,6 +26,10 @@ pub(crate) struct Args {
     /// Run them on this kernel and nothing else: 5.10, 6.1, 6.12, newest. Can be repeated
     #[arg(long, value_name = "KERNEL", conflicts_with = "kernels")]
     kernel: Vec<String>,
+    /// With --kernels or --kernel: the platform of these kernels, as rustc calls it, if it is not this one; nothing is
+    /// run here then
+    #[arg(long, value_name = "TRIPLE", value_parser = Platform::parse)]
+    target: Option<&'static Platform>,
     /// With --kernels or --kernel: each scenario over one route
     #[arg(long)]
     brief: bool,
@@ -35,20 +40,23 @@ pub(crate) struct Args {
 
 /// Runs lints and all tests, or the tests that are asked for. Each step runs whatever became of the one before.
 pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
-    let here = args.kernel.is_empty();
-    let elsewhere = args.kernels || !here;
+    let platform = args.target.unwrap_or_else(Platform::host);
+    let here = args.kernel.is_empty() && platform.is_host();
+    let elsewhere = args.kernels || !args.kernel.is_empty();
+    ensure!(here || elsewhere, "--target is for other kernels: say which with --kernel, or --kernels");
     let everything = args.filters.is_empty() && here;
     tools::for_testing()?;
     if elsewhere {
-        tools::for_machines()?;
+        tools::for_machines(platform)?;
     }
+    tools::for_platform(platform)?;
     let tools = tools::for_building()?;
     let mut failed = Vec::new();
     if everything {
         note("lints", lint::lint(workspace, &tools), &mut failed);
     }
     ebpf::build(workspace, &tools)?;
-    let tcpclose = run::build_user_half(workspace, true)?;
+    let tcpclose = run::build_user_half(workspace, platform, true)?;
 
     if here {
         let mut plain = workspace.cargo("test");
@@ -56,7 +64,7 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
         note("tests without root", command::run(plain.args(&args.filters).args(&args.more)), &mut failed);
     }
 
-    let suite = Suite::build(workspace)?;
+    let suite = Suite::build(workspace, platform)?;
     // What a test prints that passed is how it says that it was skipped.
     let more = [&["--show-output".to_owned()], &*args.more].concat();
     let mut reports = Vec::new();
@@ -67,6 +75,7 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
     }
     if elsewhere {
         let plan = kernels::Plan {
+            platform,
             suite: &suite,
             tcpclose: &tcpclose,
             extent: if args.brief { Extent::Brief } else { Extent::Full },

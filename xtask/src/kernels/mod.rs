@@ -18,7 +18,7 @@ use anyhow::{Result, anyhow, bail};
 
 use self::debian::Kernel;
 pub(crate) use self::plan::{Extent, Plan};
-use crate::{command::say, report::Report, workspace::Workspace};
+use crate::{command::say, platform::Platform, report::Report, workspace::Workspace};
 
 /// The kernels that tests run on: what each is called here, and the suite whose newest kernel it is.
 const KERNELS: [(&str, &str); 4] =
@@ -49,11 +49,12 @@ pub(crate) fn run(workspace: &Workspace, plan: &Plan, chosen: &[String]) -> Resu
             workspace.target.display()
         );
     }
+    let platform = plan.platform;
     let common = image::common(&folder, plan)?;
     let wanted = KERNELS.iter().filter(|(name, _)| chosen.is_empty() || chosen.iter().any(|one| one == name));
-    let machine = Machine { folder: &folder, common: &common };
+    let machine = Machine { platform, folder: &folder, common: &common };
     // All is fetched before anything is started: no machine waits for the network.
-    let kernels = wanted.map(|(_, suite)| Kernel::of_suite(suite)).collect::<Result<Vec<_>>>()?;
+    let kernels = wanted.map(|(_, suite)| Kernel::of_suite(platform, suite)).collect::<Result<Vec<_>>>()?;
     let queue = Mutex::new(kernels.iter());
     let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
     thread::scope(|scope| {
@@ -70,6 +71,7 @@ pub(crate) fn run(workspace: &Workspace, plan: &Plan, chosen: &[String]) -> Resu
 
 /// What all machines have in common.
 struct Machine<'a> {
+    platform: &'a Platform,
     folder: &'a Path,
     common: &'a [u8],
 }
@@ -79,7 +81,7 @@ impl Machine<'_> {
     fn test(&self, kernel: &Kernel) -> Result<(String, Report)> {
         let start = Instant::now();
         let modules = image::modules(self.folder, kernel)?;
-        let left = vm::run(self.folder, kernel, &[self.common, &modules], "")?;
+        let left = vm::run(self.platform, self.folder, kernel, &[self.common, &modules], "")?;
         let mut report = Report::parse(&left.results);
         if left.stopped {
             report.problems.insert(0, "the machine hung and was stopped".to_owned());
