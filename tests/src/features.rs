@@ -4,7 +4,7 @@
 use std::{
     ffi::c_void,
     fs, mem,
-    os::fd::{FromRawFd, OwnedFd, RawFd},
+    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
     sync::OnceLock,
 };
 
@@ -29,7 +29,8 @@ pub enum Feature {
     ReasonsOfOwnResets,
     /// Programs on tracepoints may ask for a socket's cookie (from 5.12 on).
     Cookies,
-    /// Programs on the return of a function may be loaded.
+    /// Programs on the return of a function may be loaded and attached: arm64 did the former from 6.0 on, the latter from
+    /// 6.4 on (<https://git.kernel.org/linus/2aa6ac03516d>).
     FunctionReturns,
     /// Connections over several paths.
     Mptcp,
@@ -55,7 +56,7 @@ impl Feature {
             Self::EveryReset => has_name("sk_rst_reason"),
             Self::ReasonsOfOwnResets => has_name("SK_RST_REASON_TCP_ABORT_ON_CLOSE"),
             Self::Cookies => has_name("bpf_get_socket_ptr_cookie"),
-            Self::FunctionReturns => can_load_on_return_of("inet_csk_accept"),
+            Self::FunctionReturns => can_attach_to_return_of("inet_csk_accept"),
             Self::Mptcp => fs::exists("/proc/sys/net/mptcp").unwrap_or(false),
             Self::UringShutdown => has_name("IORING_OP_SHUTDOWN"),
             Self::UnlockedMaps => !has_name("bpf_map_charge_init"),
@@ -78,7 +79,7 @@ impl Feature {
             Self::EveryReset => "tracing of RSTs without a socket",
             Self::ReasonsOfOwnResets => "reason of RSTs that are no answers",
             Self::Cookies => "way for tracing programs to ask for cookies",
-            Self::FunctionReturns => "way to load programs on the return of functions",
+            Self::FunctionReturns => "way to have programs on the return of functions",
             Self::Mptcp => "MPTCP",
             Self::UringShutdown => "shutdown by io_uring",
             Self::UnlockedMaps => "map that is not locked memory",
@@ -210,12 +211,16 @@ fn function_id(name: &str) -> Option<u32> {
 
 /// Whether the kernel takes a program that does nothing when a function returns. It may describe the function, have
 /// the means, and refuse all the same.
-fn can_load_on_return_of(function: &str) -> bool {
+fn can_attach_to_return_of(function: &str) -> bool {
     static ANSWER: OnceLock<bool> = OnceLock::new();
-    *ANSWER.get_or_init(|| function_id(function).is_some_and(can_load_at))
+    *ANSWER.get_or_init(|| {
+        let program = function_id(function).and_then(load_at);
+        program.is_some_and(|program| attach(&program).is_some())
+    })
 }
 
-fn can_load_at(function: u32) -> bool {
+/// A program that does nothing when a function returns.
+fn load_at(function: u32) -> Option<OwnedFd> {
     const PROG_LOAD: libc::c_int = 5;
     const TRACING: u32 = 26;
     const AT_RETURN: u32 = 25;
@@ -252,14 +257,34 @@ fn can_load_at(function: u32) -> bool {
     };
     // Before 5.11 programs count as locked memory. Where the limit cannot be raised, the answer tells.
     let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
-    // SAFETY: the attributes and what they point to are alive through the call, and as long as said.
-    let result = unsafe {
-        libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw const attributes, mem::size_of::<Attributes>())
-    };
-    let Some(descriptor) = RawFd::try_from(result).ok().filter(|descriptor| *descriptor >= 0) else {
-        return false;
-    };
+    // SAFETY: what the attributes point to is alive through the call, and as long as they say.
+    unsafe { bpf(PROG_LOAD, &attributes) }
+}
+
+/// The link by which a program is attached to what it was loaded for; it is detached when that is dropped.
+fn attach(program: &OwnedFd) -> Option<OwnedFd> {
+    const RAW_TRACEPOINT_OPEN: libc::c_int = 17;
+
+    /// `union bpf_attr` for `BPF_RAW_TRACEPOINT_OPEN`.
+    #[repr(C)]
+    struct Attributes {
+        name: u64,
+        prog_fd: RawFd,
+        padding: u32,
+    }
+    let attributes = Attributes { name: 0, prog_fd: program.as_raw_fd(), padding: 0 };
+    // SAFETY: these attributes point to nothing.
+    unsafe { bpf(RAW_TRACEPOINT_OPEN, &attributes) }
+}
+
+/// The bpf system call, for a command that answers with a new descriptor.
+///
+/// # Safety
+/// The attributes are those of the command, and what they point to is valid.
+unsafe fn bpf<A>(command: libc::c_int, attributes: &A) -> Option<OwnedFd> {
+    // SAFETY: the attributes are alive through the call and as long as said; the caller vouches for the rest.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, attributes, mem::size_of::<A>()) };
+    let descriptor = RawFd::try_from(result).ok().filter(|descriptor| *descriptor >= 0)?;
     // SAFETY: the kernel has just made this descriptor and nothing else has it.
-    drop(unsafe { OwnedFd::from_raw_fd(descriptor) });
-    true
+    Some(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
