@@ -1,5 +1,7 @@
 //! What the user asked for, handed to the programs as read-only globals before loading.
 
+use crate::offsets::ABSENT;
+
 /// How many values of one filter the kernel decides on; with more, the user half alone decides.
 pub const MAX_FILTER_VALUES: usize = 8;
 
@@ -11,6 +13,25 @@ pub struct Range {
     pub address: [u64; 2],
     /// Likewise.
     pub mask: [u64; 2],
+}
+
+/// Places of registers in `struct pt_regs`, bytes; [`ABSENT`] where there is none.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Registers {
+    /// Instruction pointer.
+    pub ip: u16,
+    /// Stack pointer.
+    pub sp: u16,
+    /// Frame pointer.
+    pub fp: u16,
+    /// Link register.
+    pub lr: u16,
+}
+
+impl Registers {
+    /// Nothing known.
+    pub const ABSENT: Self = Self { ip: ABSENT, sp: ABSENT, fp: ABSENT, lr: ABSENT };
 }
 
 /// Read-only parameters. A count of 0 means that the filter was not given.
@@ -53,6 +74,13 @@ pub struct Params {
     pub netns: [u32; MAX_FILTER_VALUES],
     /// A program is attached to `tcp_destroy_sock`, so that entries live until then (0 or 1).
     pub has_destroy: u32,
+    /// Bytes of user stacks that are copied, a multiple of [`STACK_STEP`](crate::record::STACK_STEP); 0 to follow frame
+    /// pointers instead.
+    pub stack_bytes: u32,
+    /// Always 0.
+    pub reserved: u32,
+    /// Where a task's `struct pt_regs` has its user registers.
+    pub registers: Registers,
     /// Address ranges.
     pub ranges: [Range; MAX_FILTER_VALUES],
 }
@@ -78,12 +106,15 @@ impl Params {
         ports: [0; MAX_FILTER_VALUES],
         netns: [0; MAX_FILTER_VALUES],
         has_destroy: 0,
+        stack_bytes: 0,
+        reserved: 0,
+        registers: Registers::ABSENT,
         ranges: [Range { address: [0; 2], mask: [0; 2] }; MAX_FILTER_VALUES],
     };
 }
 
-// 14 * 4 + 3 * 16 + 32 = 136, then 8 * 32: every member is naturally aligned, so this sum says "no padding".
-const _: () = assert!(size_of::<Params>() == 136 + MAX_FILTER_VALUES * size_of::<Range>());
+// 16 * 4 + 3 * 16 + 32 + 8 = 152, then 8 * 32: every member is naturally aligned, so this sum says "no padding".
+const _: () = assert!(size_of::<Params>() == 152 + MAX_FILTER_VALUES * size_of::<Range>());
 
 // SAFETY: `repr(C)`, integers only, and the assertion above shows that there is no padding.
 #[cfg(feature = "user")]

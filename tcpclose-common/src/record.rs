@@ -24,6 +24,8 @@ pub mod tag {
     pub const PROCESS: u16 = 4;
     /// A socket is still in a state of the teardown: a [`super::Connection`] as it is now.
     pub const LINGERING: u16 = 5;
+    /// A user stack as it lies in memory: a [`super::StackCopy`], and [`super::StackCopy::bytes`] of it.
+    pub const STACK: u16 = 6;
 }
 
 /// Directions of a RST.
@@ -168,7 +170,7 @@ layout! {
         comm: [u8; 16],
         /// Address of its `mm_struct`: tells one program image from the next; 0 once given up.
         mm: u64,
-        /// Key into `STACKS`; 0 when not taken or empty.
+        /// Key into `STACKS`, or that of a [`StackCopy`]; 0 when not taken or empty.
         user_stack: u64,
         /// Likewise.
         kernel_stack: u64,
@@ -330,6 +332,40 @@ layout! {
         reserved: u32,
         /// Address of its `mm_struct`.
         mm: u64,
+    }
+}
+
+/// Copying a stack begins at a multiple of this below the stack pointer and goes on in steps of it, so that no step
+/// reaches over the end of a page.
+pub const STACK_STEP: usize = 1024;
+
+/// The most that is copied of a stack, bytes.
+pub const MAX_STACK_BYTES: u32 = 64 << 10;
+
+layout! {
+    /// What the current task's user stack looked like when it acted on a socket, to be followed later. The bytes come
+    /// after it.
+    StackCopy (72) {
+        /// What every record begins with; its length counts the bytes too.
+        header: Header,
+        /// The key that [`Task::user_stack`] has.
+        key: u64,
+        /// Process id in the initial namespace.
+        pid: u32,
+        /// How many of the bytes could be read.
+        bytes: u32,
+        /// Address of its `mm_struct`.
+        mm: u64,
+        /// Address of the first byte.
+        start: u64,
+        /// Instruction pointer.
+        ip: u64,
+        /// Stack pointer.
+        sp: u64,
+        /// Frame pointer: `rbp`, `x29`.
+        fp: u64,
+        /// Link register (`x30`); 0 where there is none.
+        lr: u64,
     }
 }
 

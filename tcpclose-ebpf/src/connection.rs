@@ -151,8 +151,18 @@ pub fn moved(connection: &mut Connection, sk: u64, by: u8, now: u64) {
 #[inline(always)]
 pub fn acted(ctx: &impl EbpfContext, connection: &mut Connection) {
     if connection.actor.pid == 0 && !task::is_nobody() {
-        task::current(ctx, &mut connection.actor);
+        task::meet(&mut connection.actor);
+        let is_wanted = filter::wants(connection);
+        task::stacks(ctx, &mut connection.actor, is_wanted);
     }
+}
+
+/// Notes the current task as the one that opened the connection.
+#[inline(always)]
+pub fn opened(ctx: &impl EbpfContext, connection: &mut Connection) {
+    task::meet(&mut connection.opener);
+    let is_wanted = filter::wants(connection);
+    task::stacks(ctx, &mut connection.opener, is_wanted);
 }
 
 /// The socket goes to CLOSE: notes how, and writes the record.

@@ -1,11 +1,12 @@
 //! The only writer of the `RECORDS` ring.
 
 use aya_ebpf::bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, BPF_RB_RING_SIZE};
-use tcpclose_common::record::{Connection, Header, Owner, VERSION};
+use aya_ebpf::helpers::generated::bpf_probe_read_user;
+use tcpclose_common::record::{Connection, Header, Owner, STACK_STEP, StackCopy, VERSION, tag};
 
 use crate::{
     filter,
-    maps::{READER, RECORDS, count},
+    maps::{READER, RECORDS, count, global},
 };
 
 /// Writes a connection under `tag`, unless the filters keep it out.
@@ -23,6 +24,39 @@ pub fn connection(connection: &mut Connection, tag: u16) {
 #[inline(always)]
 pub fn owner(owner: &Owner) {
     written(RECORDS.output::<Owner>(owner, wake(size_of::<Owner>())));
+}
+
+/// Writes `copy` and what lies in the current task's memory from `copy.start` on. `false` if the ring is half full: the
+/// rest of it is for what happened.
+#[inline(always)]
+pub fn stack(mut copy: StackCopy) -> bool {
+    let length = size_of::<StackCopy>() + global!(PARAMS.stack_bytes) as usize;
+    let half = RECORDS.query(u64::from(BPF_RB_RING_SIZE)) / 2;
+    if RECORDS.query(u64::from(BPF_RB_AVAIL_DATA)) > half {
+        return false;
+    }
+    let Some(mut entry) = RECORDS.reserve_bytes(length, 0) else { return false };
+    let room = entry.as_mut_ptr();
+    let mut bytes = 0;
+    while bytes < global!(PARAMS.stack_bytes) as usize {
+        // SAFETY: the entry has room for the copy and `stack_bytes`, which is a multiple of the step; the helper checks
+        // the address that it reads from itself.
+        let failed = unsafe {
+            let to = room.add(size_of::<StackCopy>() + bytes);
+            bpf_probe_read_user(to.cast(), STACK_STEP as u32, (copy.start + bytes as u64) as *const _)
+        };
+        if failed != 0 {
+            break;
+        }
+        bytes += STACK_STEP;
+    }
+    copy.header = Header { tag: tag::STACK, version: VERSION, length: length as u32 };
+    copy.bytes = bytes as u32;
+    // SAFETY: entries are aligned to 8 bytes, and this one has room.
+    unsafe { room.cast::<StackCopy>().write(copy) };
+    entry.submit(wake(length));
+    count!(records_written);
+    true
 }
 
 #[inline(always)]

@@ -1,13 +1,40 @@
-//! Takes stacks and keeps each distinct one once.
+//! Takes stacks. The kernel follows frame pointers, and each distinct stack that it finds is kept once. Or a copy of the
+//! stack's memory goes to the user half, which follows it by the tables that programs carry for exceptions.
 
-use aya_ebpf::{EbpfContext, bindings::BPF_F_USER_STACK, helpers::generated::bpf_get_stack};
-use tcpclose_common::stack::{MAX_FRAMES, Stack};
+use aya_ebpf::{
+    EbpfContext,
+    bindings::BPF_F_USER_STACK,
+    helpers::{bpf_get_current_task, bpf_get_prandom_u32, generated::bpf_get_stack},
+};
+use tcpclose_common::{
+    record::{Header, STACK_STEP, StackCopy, Task, VERSION, tag},
+    stack::{MAX_FRAMES, Stack},
+    tcp::task_flag,
+};
 
-use crate::maps::{STACKS, Slot, count};
+use crate::{
+    emit,
+    kernel::member,
+    maps::{STACKS, Slot, count, global},
+    task,
+};
 
-/// The current task's user stack, as a key into `STACKS`; 0 if there is none.
+/// The current task's user stack, in the way that was asked for, as a key into `STACKS` or that of a copy; 0 if there is
+/// none.
 #[inline(always)]
-pub fn user(ctx: &impl EbpfContext) -> u64 {
+pub fn user(ctx: &impl EbpfContext, task: &Task) -> u64 {
+    if global!(PARAMS.stack_bytes) != 0 {
+        let key = copied(task);
+        if key != 0 {
+            return key;
+        }
+    }
+    followed(ctx)
+}
+
+/// The current task's user stack along its frame pointers, as a key into `STACKS`; 0 if there is none.
+#[inline(always)]
+pub fn followed(ctx: &impl EbpfContext) -> u64 {
     take(ctx, u64::from(BPF_F_USER_STACK))
 }
 
@@ -15,6 +42,39 @@ pub fn user(ctx: &impl EbpfContext) -> u64 {
 #[inline(always)]
 pub fn kernel(ctx: &impl EbpfContext) -> u64 {
     take(ctx, 0)
+}
+
+/// Sends a copy of the current task's user stack and says its key; 0 if it has none, or could not be sent.
+#[inline(always)]
+fn copied(task: &Task) -> u64 {
+    // Those of the kernel's threads that work for a process have its memory, but no stack of their own there.
+    if task.mm == 0 || task.flags & (task_flag::KTHREAD | task_flag::IO_WORKER) != 0 {
+        return 0;
+    }
+    // SAFETY: the helper has no precondition.
+    let registers = task::registers(unsafe { bpf_get_current_task() });
+    let Some(sp) = member::<u64>(registers, global!(PARAMS.registers.sp)) else { return 0 };
+    let Some(ip) = member::<u64>(registers, global!(PARAMS.registers.ip)) else { return 0 };
+    // SAFETY: the helper has no precondition.
+    let random = || u64::from(unsafe { bpf_get_prandom_u32() });
+    let key = random() << 32 | random() | 1;
+    let copy = StackCopy {
+        header: Header { tag: tag::STACK, version: VERSION, length: 0 },
+        key,
+        pid: task.pid,
+        bytes: 0,
+        mm: task.mm,
+        start: sp & !(STACK_STEP as u64 - 1),
+        ip,
+        sp,
+        fp: member(registers, global!(PARAMS.registers.fp)).unwrap_or(0),
+        lr: member(registers, global!(PARAMS.registers.lr)).unwrap_or(0),
+    };
+    if !emit::stack(copy) {
+        count!(stacks_failed);
+        return 0;
+    }
+    key
 }
 
 #[inline(always)]

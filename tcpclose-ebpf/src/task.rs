@@ -13,18 +13,17 @@ use tcpclose_common::{
 };
 
 use crate::{
-    kernel::{member, read},
+    kernel::member,
     maps::{NOTICED, PROCESSES, SELF, count, global},
     stack,
 };
 
-/// Writes the current task to `task`, with the stacks that were asked for. The caller has made sure that the current
-/// task is the one that acts on the socket.
+/// Takes the stacks that were asked for of the current task, which is `task`. `is_wanted` says whether they are worth a
+/// copy.
 #[inline(always)]
-pub fn current(ctx: &impl EbpfContext, task: &mut Task) {
-    meet(task);
+pub fn stacks(ctx: &impl EbpfContext, task: &mut Task, is_wanted: bool) {
     if global!(PARAMS.user_stack) != 0 {
-        task.user_stack = stack::user(ctx);
+        task.user_stack = if is_wanted { stack::user(ctx, task) } else { stack::followed(ctx) };
     }
     if global!(PARAMS.kernel_stack) != 0 {
         task.kernel_stack = stack::kernel(ctx);
@@ -72,22 +71,26 @@ pub fn is_nobody() -> bool {
     flags & (task_flag::KTHREAD | task_flag::WQ_WORKER) != 0
 }
 
-/// Number of the system call that the current task is in, -1 if that can not be read. It lies in the registers that
-/// the entry code saved at the top of the kernel stack.
+/// Number of the system call that the current task is in, -1 if that can not be read.
 #[inline(always)]
 fn syscall(current: u64) -> i32 {
-    let offset = global!(STRUCTS.pt_regs_syscall);
+    member::<i64>(registers(current), global!(STRUCTS.pt_regs_syscall)).unwrap_or(-1) as i32
+}
+
+/// Address of the registers that the entry code saved at the top of the current task's kernel stack, 0 if it is not
+/// known.
+#[inline(always)]
+pub fn registers(current: u64) -> u64 {
     if global!(PARAMS.has_pt_regs_helper) != 0 {
         // SAFETY: the loader has checked that this kernel has both helpers.
-        let regs = unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) };
-        return member::<i64>(regs as u64, offset).unwrap_or(-1) as i32;
+        return unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) } as u64;
     }
-    let Some(bottom) = member::<u64>(current, global!(STRUCTS.task_stack)) else { return -1 };
+    let Some(bottom) = member::<u64>(current, global!(STRUCTS.task_stack)) else { return 0 };
     let (size, regs) = (global!(STRUCTS.thread_size), global!(STRUCTS.pt_regs_size));
-    if size == u16::MAX || regs == u16::MAX || offset == u16::MAX {
-        return -1;
+    if size == u16::MAX || regs == u16::MAX {
+        return 0;
     }
-    read::<i64>(bottom + u64::from(size) - u64::from(regs) + u64::from(offset)).unwrap_or(-1) as i32
+    bottom + u64::from(size) - u64::from(regs)
 }
 
 /// Tells the reader at once of a process (or program image) that was not seen before, so that it can look it up in

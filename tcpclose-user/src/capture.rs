@@ -79,7 +79,7 @@ mod tests {
                 Record::Close(close) => correlator.close(*close),
                 Record::Reset(reset) => correlator.reset(*reset),
                 Record::Owner(owner) => correlator.owner(&owner),
-                Record::Lingering(_) | Record::Process(_) => None,
+                Record::Lingering(_) | Record::Process(_) | Record::Stack(..) => None,
             });
         }
         for _ in 0..2 {

@@ -4,6 +4,7 @@ use std::{net::IpAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
+use tcpclose_common::record::{MAX_STACK_BYTES, STACK_STEP};
 
 use crate::{event::Cause, hook::AcceptHook, loader::BtfSource, sink::Format};
 
@@ -55,6 +56,11 @@ pub struct TraceArgs {
     /// Stacks to take: user ones are cheap, kernel ones cost about 5 µs each
     #[arg(long, value_name = "WHICH", default_value = "user")]
     pub stack: Stacks,
+    /// How to follow user stacks: `fp`, by frame pointers, which most programs are built without; or `dwarf`, by the tables that
+    /// they carry for exceptions, and through Java. For that each connect, accept and close copies up to SIZE bytes of the
+    /// stack, which costs it some µs, and this tool some 10 µs
+    #[arg(long, value_name = "fp|dwarf[,SIZE]", default_value = "fp")]
+    pub call_graph: CallGraph,
     /// How to see who accepts a connection: `auto` takes what costs nothing; `syscall` slows every system call of the
     /// host down by about 40 ns
     #[arg(long, value_name = "HOW", default_value = "auto")]
@@ -185,6 +191,37 @@ impl FromStr for Linger {
     }
 }
 
+/// How user stacks are followed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CallGraph {
+    /// By frame pointers, in the kernel.
+    FramePointers,
+    /// By unwind tables, from a copy of so many bytes.
+    Dwarf(u32),
+}
+
+/// Enough for most: a web server's stack has 4 KiB, a deep one of Java's 16.
+const STACK_BYTES: u32 = 16 << 10;
+
+impl FromStr for CallGraph {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let step = u32::try_from(STACK_STEP).unwrap_or(u32::MAX);
+        match text.split_once(',') {
+            None if text == "fp" => Ok(Self::FramePointers),
+            None if text == "dwarf" => Ok(Self::Dwarf(STACK_BYTES)),
+            Some(("dwarf", size)) => match size.parse::<u32>() {
+                Ok(size) if (step..=MAX_STACK_BYTES).contains(&size) => {
+                    Ok(Self::Dwarf(size.next_multiple_of(step)))
+                }
+                _ => Err(format!("SIZE is a number of bytes from {step} to {MAX_STACK_BYTES}")),
+            },
+            _ => Err("neither `fp` nor `dwarf` nor `dwarf,SIZE`".to_owned()),
+        }
+    }
+}
+
 /// Which stacks to take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Stacks {
@@ -230,6 +267,17 @@ mod tests {
         let cli = Cli::parse_from(["tcpclose", "-o", "json", "--", "curl", "-o", "x"]);
         assert_eq!(cli.trace.command, ["curl", "-o", "x"]);
         assert_eq!(cli.trace.output, Format::Json);
+    }
+
+    #[test]
+    fn ways_to_follow_stacks() {
+        assert_eq!("fp".parse(), Ok(CallGraph::FramePointers));
+        assert_eq!("dwarf".parse(), Ok(CallGraph::Dwarf(16_384)));
+        assert_eq!("dwarf,1025".parse(), Ok(CallGraph::Dwarf(2_048)));
+        assert_eq!("dwarf,65536".parse(), Ok(CallGraph::Dwarf(65_536)));
+        for wrong in ["", "dwarf,", "dwarf,65537", "dwarf,1023", "dwarf,-1", "fp,1024", "lbr"] {
+            assert!(wrong.parse::<CallGraph>().is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -3,12 +3,14 @@
 use std::{
     collections::HashMap,
     net::Ipv6Addr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use tcpclose_common::{
     record::{
-        Address, Connection, Endpoints, Owner, Sample, Task, UNKNOWN_U32, UNKNOWN_U64, direction, role,
+        Address, Connection, Endpoints, Owner, Sample, StackCopy, Task, UNKNOWN_U32, UNKNOWN_U64, direction,
+        role,
     },
     tcp::state,
 };
@@ -25,6 +27,7 @@ use crate::{
     sockets::Socket,
     stacks::Stacks,
     symbolize::Symbolizer,
+    unwind::{Call, Unwinder},
     verdict::{self, ResetReasons},
 };
 
@@ -34,14 +37,16 @@ pub struct Composer {
     pub attributor: Attributor,
     /// Stacks that records refer to.
     pub stacks: Stacks,
+    /// Follows those of which there is a copy.
+    unwinder: Unwinder,
     /// Names for their frames.
     pub symbolizer: Symbolizer,
     /// Times.
     pub clock: Clock,
     /// Names of reset reasons.
     pub reasons: ResetReasons,
-    /// Stacks that were named, by process, program image and key; with a time to ask again where something was missing.
-    named: HashMap<(u32, u64, u64), (Frames, Option<Instant>)>,
+    /// Stacks that were named, by process and program image; with a time to ask again where something was missing.
+    named: HashMap<(u32, u64, Taken), (Frames, Option<Instant>)>,
 }
 
 /// How many named stacks are kept. Beyond it all are forgotten and named again.
@@ -58,11 +63,27 @@ enum Extent {
     Cut,
 }
 
+/// A stack, as it comes.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Taken {
+    /// By the kernel, under this key.
+    Kept(u64),
+    /// Followed here.
+    Unwound(Arc<[Call]>),
+}
+
 impl Composer {
     /// Made of these.
     pub fn new(attributor: Attributor, stacks: Stacks, reasons: ResetReasons) -> Self {
-        let (symbolizer, clock) = (Symbolizer::default(), Clock::new());
-        Self { attributor, stacks, symbolizer, clock, reasons, named: HashMap::new() }
+        let (unwinder, symbolizer, clock) = (Unwinder::default(), Symbolizer::default(), Clock::new());
+        Self { attributor, stacks, unwinder, symbolizer, clock, reasons, named: HashMap::new() }
+    }
+
+    /// Follows a stack of which this is a copy. To be called at once: what runs there may be gone in a moment.
+    pub fn unwind(&mut self, copy: &StackCopy, bytes: &[u8]) {
+        let Self { attributor, stacks, unwinder, .. } = self;
+        let image = |frames: &[u64]| attributor.image((copy.pid, copy.mm), frames);
+        stacks.keep(copy.key, unwinder.unwind(copy, bytes, image));
     }
 
     /// The lines that tell of `ending`: its RSTs, then its close.
@@ -75,6 +96,8 @@ impl Composer {
         }
         if let Some(close) = &ending.close {
             events.push(self.close(close, process, opener));
+            self.stacks.release(close.opener.user_stack);
+            self.stacks.release(close.actor.user_stack);
         }
         events
     }
@@ -203,28 +226,34 @@ impl Composer {
         if task.pid == 0 {
             return None;
         }
-        let user = self.named(task, task.user_stack, Self::user);
-        let kernel = self.named(task, task.kernel_stack, |composer, _, frames| {
-            (composer.symbolizer.kernel(frames), Extent::Whole)
+        let taken = match self.stacks.unwound(task.user_stack) {
+            Some(calls) => Taken::Unwound(calls),
+            None => Taken::Kept(task.user_stack),
+        };
+        let user = self.named(task, taken, Self::user);
+        let kernel = self.named(task, Taken::Kept(task.kernel_stack), |composer, _, stack| match stack {
+            Taken::Kept(key) => {
+                Some((composer.symbolizer.kernel(&composer.stacks.frames(*key)?), Extent::Whole))
+            }
+            Taken::Unwound(_) => None,
         });
         (user.is_some() || kernel.is_some()).then_some(event::Stack { user, kernel })
     }
 
-    /// The frames of the stack `key` of `task`, named by `name` unless they were lately.
+    /// The frames of a stack of `task`, named by `name` unless they were lately.
     fn named(
         &mut self,
         task: &Task,
-        key: u64,
-        name: impl FnOnce(&mut Self, &Task, &[u64]) -> (Vec<Frame>, Extent),
+        taken: Taken,
+        name: impl FnOnce(&mut Self, &Task, &Taken) -> Option<(Vec<Frame>, Extent)>,
     ) -> Option<Frames> {
-        let known = (task.pid, task.mm, key);
+        let known = (task.pid, task.mm, taken);
         if let Some((frames, until)) = self.named.get(&known)
             && until.is_none_or(|until| Instant::now() < until)
         {
             return Some(frames.clone());
         }
-        let addresses = self.stacks.frames(key)?;
-        let (frames, extent) = name(self, task, &addresses);
+        let (frames, extent) = name(self, task, &known.2)?;
         // A function that was compiled at run time may get its name later, and be where nothing was known to be.
         let lacks = extent == Extent::Cut || frames.iter().any(|frame| frame.symbol.is_none());
         let until = lacks.then(|| Instant::now() + ASK_AGAIN);
@@ -236,11 +265,21 @@ impl Composer {
         Some(frames)
     }
 
-    fn user(&mut self, task: &Task, frames: &[u64]) -> (Vec<Frame>, Extent) {
-        let image = self.attributor.image(task, frames);
-        let true_frames = plausible(image.as_deref(), frames);
-        let extent = if true_frames.len() == frames.len() { Extent::Whole } else { Extent::Cut };
-        (self.symbolizer.user(image.as_deref(), true_frames), extent)
+    fn user(&mut self, task: &Task, taken: &Taken) -> Option<(Vec<Frame>, Extent)> {
+        let process = (task.pid, task.mm);
+        match taken {
+            Taken::Kept(key) => {
+                let frames = self.stacks.frames(*key)?;
+                let image = self.attributor.image(process, &frames);
+                let true_frames = plausible(image.as_deref(), &frames);
+                let extent = if true_frames.len() == frames.len() { Extent::Whole } else { Extent::Cut };
+                Some((self.symbolizer.user(image.as_deref(), true_frames), extent))
+            }
+            Taken::Unwound(calls) => {
+                let image = self.attributor.image(process, &[]);
+                Some((self.symbolizer.calls(image.as_deref(), calls), Extent::Whole))
+            }
+        }
     }
 }
 

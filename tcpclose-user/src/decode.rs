@@ -4,7 +4,7 @@
 use std::fmt;
 
 use bytes::Bytes;
-use tcpclose_common::record::{Connection, Header, Owner, Process, VERSION, tag};
+use tcpclose_common::record::{Connection, Header, Owner, Process, StackCopy, VERSION, tag};
 use zerocopy::FromBytes;
 
 /// A record of the kernel half.
@@ -20,6 +20,8 @@ pub enum Record {
     Lingering(Box<Connection>),
     /// A process not seen before.
     Process(Process),
+    /// A copy of a user stack, and its bytes.
+    Stack(StackCopy, Bytes),
 }
 
 /// Bytes that are not a record.
@@ -74,6 +76,7 @@ pub fn decode(bytes: &Bytes) -> Result<Record, DecodeError> {
         tag::LINGERING => whole(header, bytes).map(Box::new).map(Record::Lingering),
         tag::OWNER => whole(header, bytes).map(Record::Owner),
         tag::PROCESS => whole(header, bytes).map(Record::Process),
+        tag::STACK => stack(header, bytes),
         unknown => Err(DecodeError::Tag(unknown)),
     }
 }
@@ -86,10 +89,23 @@ fn whole<T: FromBytes>(header: Header, bytes: &[u8]) -> Result<T, DecodeError> {
     T::read_from_bytes(bytes).map_err(|_| wrong)
 }
 
+/// A stack's bytes have the rest of the record, or a part of that.
+fn stack(header: Header, bytes: &Bytes) -> Result<Record, DecodeError> {
+    let (found, expected) = (bytes.len(), usize::try_from(header.length).unwrap_or(usize::MAX));
+    let wrong = DecodeError::Length { tag: header.tag, found, expected };
+    let (copy, rest) = StackCopy::read_from_prefix(bytes).map_err(|_| wrong)?;
+    let length = usize::try_from(copy.bytes).unwrap_or(usize::MAX);
+    if found != expected || length > rest.len() {
+        return Err(wrong);
+    }
+    let start = size_of::<StackCopy>();
+    Ok(Record::Stack(copy, bytes.slice(start..start + length)))
+}
+
 #[cfg(test)]
 mod tests {
     use tcpclose_common::record::Task;
-    use zerocopy::IntoBytes;
+    use zerocopy::{FromZeros as _, IntoBytes};
 
     use super::*;
 
@@ -133,6 +149,20 @@ mod tests {
         let mut longer = bytes.to_vec();
         longer.push(0);
         assert!(matches!(decode(&longer.into()), Err(DecodeError::Length { .. })));
+    }
+
+    #[test]
+    fn a_stack_has_the_bytes_that_it_says() {
+        let mut copy = StackCopy::new_zeroed();
+        copy.header = Header { tag: tag::STACK, version: VERSION, length: 72 + 16 };
+        copy.bytes = 8;
+        let record = |copy: StackCopy| Bytes::from([copy.as_bytes(), &[1; 8], &[2; 8]].concat());
+        assert_eq!(decode(&record(copy)), Ok(Record::Stack(copy, Bytes::from_static(&[1; 8]))));
+        let long = StackCopy { bytes: 17, ..copy };
+        assert!(matches!(decode(&record(long)), Err(DecodeError::Length { .. })));
+        let cut = record(copy).slice(..80);
+        assert_eq!(decode(&cut), Err(DecodeError::Length { tag: tag::STACK, found: 80, expected: 88 }));
+        assert!(matches!(decode(&record(copy).slice(..71)), Err(DecodeError::Length { .. })));
     }
 
     #[test]

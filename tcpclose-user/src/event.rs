@@ -600,7 +600,7 @@ impl JsonSchema for Frames {
 }
 
 /// One frame of a stack.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, JsonSchema)]
 pub struct Frame {
     /// The address, as `0x…`.
     pub address: String,

@@ -9,7 +9,7 @@
 //! 4. [`decode`] makes [`tcpclose_common::record`]s of them;
 //! 5. [`correlate`] puts what belongs together into endings;
 //! 6. [`attribute`] finds out whose socket it was;
-//! 7. [`symbolize`] names the frames of [`stacks`];
+//! 7. [`symbolize`] names the frames of [`stacks`], which the kernel followed, or [`unwind`] from a copy;
 //! 8. [`compose`] writes an [`event`], whose judgement is [`verdict`]'s;
 //! 9. [`filter`] keeps out what was not asked for;
 //! 10. [`sink`] writes text or JSON.
@@ -51,4 +51,5 @@ pub mod stacks;
 pub mod summary;
 pub mod symbolize;
 pub mod trace;
+pub mod unwind;
 pub mod verdict;

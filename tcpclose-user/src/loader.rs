@@ -314,6 +314,9 @@ impl Layouts {
     }
 }
 
+/// Bytes of the ring where it also takes copies of stacks: room for 2,000 of 16 KiB in its half, between two reads.
+const RING_WITH_STACKS: u32 = 64 << 20;
+
 /// Sets globals and sizes, and makes the maps.
 fn prepare(request: &Request, kernel: &Kernel, params: &Params, layouts: &Layouts) -> Result<Ebpf> {
     let wants_syscall = request.rehearsal || request.accept_hook == AcceptHook::Syscall;
@@ -331,6 +334,9 @@ fn prepare(request: &Request, kernel: &Kernel, params: &Params, layouts: &Layout
         .override_global(aya_log::LEVEL, &level, false)
         .map_max_entries("CONNECTIONS", request.connections)
         .map_max_entries("TEARDOWNS", request.connections);
+    if params.stack_bytes != 0 {
+        loader.map_max_entries("RECORDS", RING_WITH_STACKS);
+    }
     for (global, layout) in &layouts.records {
         loader.override_global(global, layout, true);
     }
@@ -351,6 +357,18 @@ fn attach(
     let mut ebpf = prepare(request, kernel, params, &layouts)?;
     let mut losses = privilege::losses();
     losses.extend(kernel.losses.iter().cloned());
+    let structs = &kernel.structs;
+    let has_registers = params.has_pt_regs_helper != 0
+        || [structs.task_stack, structs.thread_size, structs.pt_regs_size]
+            .iter()
+            .all(|offset| *offset != ABSENT);
+    if params.stack_bytes != 0 && !has_registers {
+        losses.push(
+            "user stacks are followed by frame pointers alone (registers cannot be read without BTF before \
+                     Linux 5.15)"
+                .to_owned(),
+        );
+    }
     let mut hooks = Vec::new();
     for hook in HOOKS {
         let mut outcome = Outcome { hook, variant: None, refused: Vec::new() };

@@ -1,28 +1,98 @@
-//! Keys in records → frames: reads the kernel half's map of stacks, each stack once.
+//! Keys in records → stacks: those that the kernel half keeps, each once, and those that were followed here.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    sync::Arc,
+};
 
 use aya::maps::{HashMap as BpfHashMap, MapData};
 use tcpclose_common::stack::Stack;
 
+use crate::unwind::Call;
+
 /// How many stacks are remembered here: as many as the kernel half keeps. Beyond it all are forgotten and read again.
 const MAX_STACKS: usize = 8_192;
+
+/// How many keys of connections that are over still lead to a stack: a RST may be told after the end.
+const MAX_RELEASED: usize = 4_096;
 
 /// See the module.
 pub struct Stacks {
     map: BpfHashMap<MapData, u64, Stack>,
     known: HashMap<u64, Arc<[u64]>>,
+    unwound: HashMap<u64, Arc<[Call]>>,
+    /// The keys of `unwound`, and some that are released, the oldest first.
+    order: VecDeque<u64>,
+    /// How many of them there may be.
+    capacity: usize,
+    released: VecDeque<u64>,
+    /// The same stacks come again and again, and are kept once.
+    shared: HashSet<Arc<[Call]>>,
     /// Stacks that were evicted before they were read.
     lost: u64,
 }
 
 impl Stacks {
-    /// Reads from `map`.
-    pub fn new(map: BpfHashMap<MapData, u64, Stack>) -> Self {
-        Self { map, known: HashMap::new(), lost: 0 }
+    /// Reads from `map`, and keeps what is followed here for as many as `connections`, each with an opener and an actor.
+    /// Beyond it the oldest is forgotten.
+    pub fn new(map: BpfHashMap<MapData, u64, Stack>, connections: u32) -> Self {
+        Self {
+            map,
+            known: HashMap::new(),
+            unwound: HashMap::new(),
+            order: VecDeque::new(),
+            capacity: usize::try_from(connections).unwrap_or(usize::MAX).saturating_mul(2),
+            released: VecDeque::new(),
+            shared: HashSet::new(),
+            lost: 0,
+        }
     }
 
-    /// The frames of a stack, innermost first; `None` if none was taken or if it is gone.
+    /// Keeps a stack that was followed here.
+    pub fn keep(&mut self, key: u64, calls: Vec<Call>) {
+        let calls: Arc<[Call]> = calls.into();
+        let calls = if let Some(known) = self.shared.get(&calls) {
+            Arc::clone(known)
+        } else {
+            if self.shared.len() >= MAX_STACKS {
+                self.shared.retain(|calls| Arc::strong_count(calls) > 1);
+            }
+            if self.shared.len() < MAX_STACKS {
+                self.shared.insert(Arc::clone(&calls));
+            }
+            calls
+        };
+        while self.unwound.len() >= self.capacity {
+            let Some(oldest) = self.order.pop_front() else { break };
+            self.lost += u64::from(self.unwound.remove(&oldest).is_some());
+        }
+        if self.order.len() >= self.capacity.saturating_mul(2) {
+            let Self { order, unwound, .. } = self;
+            order.retain(|key| unwound.contains_key(key));
+        }
+        self.order.push_back(key);
+        self.unwound.insert(key, calls);
+    }
+
+    /// Lets go of a stack that was followed here, some time from now.
+    pub fn release(&mut self, key: u64) {
+        if !self.unwound.contains_key(&key) {
+            return;
+        }
+        self.released.push_back(key);
+        if self.released.len() > MAX_RELEASED
+            && let Some(oldest) = self.released.pop_front()
+        {
+            self.unwound.remove(&oldest);
+        }
+    }
+
+    /// A stack that was followed here.
+    pub fn unwound(&self, key: u64) -> Option<Arc<[Call]>> {
+        self.unwound.get(&key).cloned()
+    }
+
+    /// The frames of a stack that the kernel half keeps, innermost first; `None` if none was taken or if it is gone.
     pub fn frames(&mut self, key: u64) -> Option<Arc<[u64]>> {
         if key == 0 {
             return None;

@@ -25,7 +25,7 @@ use crate::{
         watch,
     },
     capture::Capture,
-    cli::{Linger, Stacks as WhichStacks, TraceArgs},
+    cli::{CallGraph, Linger, Stacks as WhichStacks, TraceArgs},
     clock::Clock,
     command::{self, Followed},
     compose::Composer,
@@ -40,6 +40,7 @@ use crate::{
     sink::{Output, Written},
     stacks::Stacks,
     summary::Summary,
+    unwind,
 };
 
 /// How long connections of a command that has ended may take to end as well.
@@ -127,6 +128,10 @@ fn request(args: &TraceArgs, filter: &Filter) -> Request {
     filter.to_kernel(&mut params);
     params.user_stack = u32::from(matches!(args.stack, WhichStacks::User | WhichStacks::Both));
     params.kernel_stack = u32::from(matches!(args.stack, WhichStacks::Kernel | WhichStacks::Both));
+    if let (1, CallGraph::Dwarf(bytes)) = (params.user_stack, args.call_graph) {
+        params.stack_bytes = bytes;
+        params.registers = unwind::REGISTERS;
+    }
     params.ttl = u32::from(args.ttl);
     params.linger = u32::from(args.linger != Linger::Off);
     let follow_children = !args.command.is_empty();
@@ -191,7 +196,7 @@ impl Pipeline {
         watch::start(processes, attributor.processes())?;
         Ok(Self {
             correlator: Correlator::default(),
-            composer: Composer::new(attributor, Stacks::new(stacks), loaded.reset_reasons),
+            composer: Composer::new(attributor, Stacks::new(stacks, args.connections), loaded.reset_reasons),
             losses,
             inventory,
             lingerers,
@@ -279,6 +284,10 @@ impl Pipeline {
                     Ok(Record::Owner(owner)) => self.correlator.owner(&owner),
                     Ok(Record::Lingering(connection)) => {
                         self.lingerers.seen(connection, Clock::boot_now());
+                        None
+                    }
+                    Ok(Record::Stack(copy, bytes)) => {
+                        self.composer.unwind(&copy, &bytes);
                         None
                     }
                     Ok(Record::Process(_)) => None,

@@ -154,6 +154,44 @@ fn stacks_are_taken_as_asked() -> Result<()> {
     Ok(())
 }
 
+/// Both ways to follow a stack lead to the same functions, as far as the kernel's goes: that one leaves out the first
+/// caller, because libc keeps no frame pointer, and ends where others keep none.
+#[test]
+fn tables_lead_where_frame_pointers_lead() -> Result<()> {
+    let mut bed = Bed::new(routes::loopback_ipv4())?;
+    let by_pointers = close_of_client(&mut bed, &["--call-graph", "fp"])?;
+    let by_tables = close_of_client(&mut bed, &["--call-graph", "dwarf"])?;
+    for place in ["/stack/user", "/opener/stack/user"] {
+        let (fewer, more) = (functions(&by_pointers, place)?, functions(&by_tables, place)?);
+        let mut rest = more.iter();
+        let missing: Vec<_> =
+            fewer.iter().filter(|function| !rest.by_ref().any(|it| it == *function)).collect();
+        ensure!(missing.is_empty() && more.len() > fewer.len(), "{place}: {fewer:?}\nand {more:?}");
+        ensure!(more.last().is_some_and(|function| function.contains("start")), "cut short: {more:?}");
+    }
+    let callers = json!({"stack": user_stack("peer_closes_socket"), "opener": {"stack": user_stack("peer_connects_socket")}});
+    let differences = differences(&by_tables, &callers);
+    ensure!(differences.is_empty(), "{}", differences.join("\n"));
+    Ok(())
+}
+
+/// A stack that is longer than what is copied of it is told as far as that goes.
+#[test]
+fn short_copies_have_the_innermost_frames() -> Result<()> {
+    let mut bed = Bed::new(routes::loopback_ipv4())?;
+    let whole = functions(&close_of_client(&mut bed, &["--call-graph", "dwarf"])?, "/stack/user")?;
+    let cut = functions(&close_of_client(&mut bed, &["--call-graph", "dwarf,1024"])?, "/stack/user")?;
+    ensure!(cut.len() < whole.len() && whole.starts_with(&cut), "{cut:?}\nof {whole:?}");
+    Ok(())
+}
+
+/// The functions of a stack, innermost first.
+fn functions(line: &Value, stack: &str) -> Result<Vec<String>> {
+    let frames =
+        line.pointer(stack).and_then(Value::as_array).with_context(|| format!("no {stack} in {line}"))?;
+    Ok(frames.iter().filter_map(|frame| frame["symbol"].as_str()).map(str::to_owned).collect())
+}
+
 /// The tool says the number that the socket itself is told, where the kernel lets it be asked for.
 #[test]
 fn cookie_is_that_of_the_socket() -> Result<()> {

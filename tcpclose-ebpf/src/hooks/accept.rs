@@ -9,7 +9,7 @@ use aya_ebpf::{
 };
 use tcpclose_common::record::role;
 
-use crate::{connection, kernel::member, maps::global, sock, task};
+use crate::{connection, kernel::member, maps::global, sock};
 
 /// The return of `struct sock *inet_csk_accept(...)`. Costs nothing measurable, but not every kernel allows fexit. The
 /// result lies behind the arguments, of which there were four up to 6.8 and are two from 6.10 on.
@@ -51,7 +51,7 @@ fn file(fd: u64) -> Option<u64> {
 fn accepted(ctx: &impl EbpfContext, sk: u64) {
     if let Some(connection) = connection::find(sk) {
         if connection.role == role::SERVER && connection.opener.pid == 0 {
-            task::current(ctx, &mut connection.opener);
+            connection::opened(ctx, connection);
         }
     }
 }

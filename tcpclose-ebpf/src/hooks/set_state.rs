@@ -113,7 +113,7 @@ fn changed(ctx: &impl EbpfContext, sk: u64, old: u8, new: u8, cookie: u64, recor
             sock::endpoints(sk, record, &mut connection.endpoints);
             // MPTCP's further subflows are connected by a worker of the kernel's, which is nobody's process.
             if !task::is_nobody() {
-                task::current(ctx, &mut connection.opener);
+                connection::opened(ctx, connection);
             }
         }
         state::SYN_RECV => {

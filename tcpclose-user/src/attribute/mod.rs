@@ -87,9 +87,9 @@ impl Attributor {
         (connection.opener.pid != 0).then(|| self.process(&connection.opener, opened(connection)))
     }
 
-    /// What is known of the program that `task` ran, for naming these frames.
-    pub fn image(&mut self, task: &Task, frames: &[u64]) -> Option<Arc<Image>> {
-        lock(&self.processes).image_for(task.pid, task.mm, frames, Instant::now())
+    /// What is known of the program that process `pid` ran with `mm` as its memory, for these addresses in it.
+    pub fn image(&mut self, (pid, mm): (u32, u64), frames: &[u64]) -> Option<Arc<Image>> {
+        lock(&self.processes).image_for(pid, mm, frames, Instant::now())
     }
 
     fn process(&mut self, task: &Task, attribution: Attribution) -> Process {

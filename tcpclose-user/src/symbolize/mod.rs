@@ -29,6 +29,7 @@ use blazesym::{Pid, symbolize::Builder};
 use crate::attribute::maps::{self, Backing, Identity, Mapping, Module};
 use crate::attribute::process::Image;
 use crate::event::Frame;
+use crate::unwind::Call;
 
 use self::elf::Headers;
 use self::kernel::Kallsyms;
@@ -105,6 +106,20 @@ struct Piece {
     inlined: bool,
 }
 
+/// A stack that is being named.
+struct Naming<'a> {
+    image: Option<&'a Image>,
+    named: Vec<Frame>,
+    /// Whether the list of what was compiled at run time was read for it.
+    perf_read: bool,
+}
+
+impl<'a> Naming<'a> {
+    fn of(image: Option<&'a Image>) -> Self {
+        Self { image, named: Vec::new(), perf_read: false }
+    }
+}
+
 impl Symbolizer {
     /// Knows nothing yet.
     pub fn new() -> Self {
@@ -121,48 +136,63 @@ impl Symbolizer {
     /// The process may have ended. Functions that were compiled at run time are known only if it was asked
     /// about while the process ran.
     pub fn user(&mut self, image: Option<&Image>, frames: &[u64]) -> Vec<Frame> {
-        let mut named = Vec::with_capacity(frames.len());
-        let mut perf_read = false;
+        let mut naming = Naming::of(image);
         for (index, address) in frames.iter().copied().enumerate() {
-            let target = target(index, address);
-            let Some((image, mapping)) = image.and_then(|image| Some((image, image.mapping(target)?))) else {
-                named.push(unknown(address));
-                continue;
-            };
-            let module = match &mapping.backing {
-                Backing::File { path, .. } => Some(path.to_string_lossy().into_owned()),
-                Backing::Vdso => Some("[vdso]".to_owned()),
-                Backing::Anonymous => None,
-            };
-            let mut pieces = match &mapping.backing {
-                Backing::File { module: Some(module), .. } => self.file(image, mapping, module, target),
-                Backing::Vdso => self.vdso(mapping, target),
-                Backing::File { module: None, .. } | Backing::Anonymous => None,
-            };
-            // Memory that a compiler at run time shares with itself also has a file: `/memfd:doublemapper`.
-            if pieces.is_none() && is_run_time_code(&mapping.backing) {
-                pieces = self.compiled(image, target, !perf_read);
-                perf_read = true;
-            }
-            let pieces = pieces.unwrap_or_else(|| Arc::new([Piece::default()]));
-            named.extend(pieces.iter().map(|piece| {
-                let from_module = module.as_ref().and(address.checked_sub(mapping.base));
-                Frame {
-                    address: hexadecimal(address),
-                    symbol: piece.symbol.clone(),
-                    module: module.clone(),
-                    offset: match (&piece.symbol, piece.inlined) {
-                        (_, true) => None,
-                        (None, false) => from_module,
-                        (Some(_), false) => piece.offset.map(|offset| offset + (address - target)),
-                    },
-                    file: piece.file.clone(),
-                    line: piece.line,
-                    inlined: piece.inlined,
-                }
-            }));
+            self.code(&mut naming, address, target(index, address));
         }
-        named
+        naming.named
+    }
+
+    /// Names what is not yet named of a stack that was followed here, as [`user`](Self::user) does.
+    pub fn calls(&mut self, image: Option<&Image>, calls: &[Call]) -> Vec<Frame> {
+        let mut naming = Naming::of(image);
+        for (index, step) in calls.iter().enumerate() {
+            match step {
+                Call::Code(address) => self.code(&mut naming, *address, target(index, *address)),
+                Call::Named(frame) => naming.named.push(Frame::clone(frame)),
+            }
+        }
+        naming.named
+    }
+
+    fn code(&mut self, naming: &mut Naming<'_>, address: u64, target: u64) {
+        let mapping = naming.image.and_then(|image| Some((image, image.mapping(target)?)));
+        let Some((image, mapping)) = mapping else {
+            naming.named.push(unknown(address));
+            return;
+        };
+        let module = match &mapping.backing {
+            Backing::File { path, .. } => Some(path.to_string_lossy().into_owned()),
+            Backing::Vdso => Some("[vdso]".to_owned()),
+            Backing::Anonymous => None,
+        };
+        let mut pieces = match &mapping.backing {
+            Backing::File { module: Some(module), .. } => self.file(image, mapping, module, target),
+            Backing::Vdso => self.vdso(mapping, target),
+            Backing::File { module: None, .. } | Backing::Anonymous => None,
+        };
+        // Memory that a compiler at run time shares with itself also has a file: `/memfd:doublemapper`.
+        if pieces.is_none() && is_run_time_code(&mapping.backing) {
+            pieces = self.compiled(image, target, !naming.perf_read);
+            naming.perf_read = true;
+        }
+        let pieces = pieces.unwrap_or_else(|| Arc::new([Piece::default()]));
+        naming.named.extend(pieces.iter().map(|piece| {
+            let from_module = module.as_ref().and(address.checked_sub(mapping.base));
+            Frame {
+                address: hexadecimal(address),
+                symbol: piece.symbol.clone(),
+                module: module.clone(),
+                offset: match (&piece.symbol, piece.inlined) {
+                    (_, true) => None,
+                    (None, false) => from_module,
+                    (Some(_), false) => piece.offset.map(|offset| offset + (address - target)),
+                },
+                file: piece.file.clone(),
+                line: piece.line,
+                inlined: piece.inlined,
+            }
+        }));
     }
 
     /// Names the frames of a kernel stack, as [`user`](Self::user) does. A function of the kernel itself has

@@ -1,0 +1,119 @@
+//! The code cache: what the machine compiled, and the stubs that it makes when it starts.
+
+use std::sync::Arc;
+
+use super::{layout::Layout, target::Target};
+
+/// There are up to three, and more in machines that are still to come.
+const MAX_HEAPS: u32 = 16;
+
+/// Each step back in a map of segments leads at least one segment back, and at most 254. What is compiled is smaller than this.
+const MAX_STEPS: usize = 4_096;
+
+/// A segment that is not in use.
+const FREE: u8 = 0xff;
+
+/// Where code is.
+pub(super) struct CodeCache {
+    bounds: (u64, u64),
+    heaps: Vec<Heap>,
+}
+
+struct Heap {
+    low: u64,
+    high: u64,
+    segments: u64,
+    shift: u32,
+}
+
+/// A piece of code.
+#[derive(Clone)]
+pub(super) struct Blob {
+    pub(super) address: u64,
+    /// What kind it is, or which stub.
+    pub(super) name: Arc<str>,
+    /// The size of its frames, return address included; 0 where they are of no fixed size.
+    pub(super) frame_words: u32,
+}
+
+impl CodeCache {
+    /// As it is now; it grows.
+    pub(super) fn read(target: &Target, layout: &Layout) -> Option<Self> {
+        let bounds = (target.u64(layout.low_bound)?, target.u64(layout.high_bound)?);
+        let array = target.u64(layout.heaps)?;
+        let count = target.u32(array.checked_add(layout.array_length)?)?;
+        let data = target.u64(array.checked_add(layout.array_data)?)?;
+        let mut heaps = Vec::new();
+        for index in 0..count.min(MAX_HEAPS) {
+            let heap = target.u64(data.checked_add(u64::from(index) * 8)?)?;
+            let word = |offset: u64| target.u64(heap.checked_add(offset)?);
+            heaps.push(Heap {
+                low: word(layout.heap_memory + layout.space_low)?,
+                high: word(layout.heap_memory + layout.space_high)?,
+                segments: word(layout.heap_segments + layout.space_low)?,
+                shift: target
+                    .u32(heap.checked_add(layout.heap_segment_shift)?)
+                    .filter(|shift| *shift < 32)?,
+            });
+        }
+        Some(Self { bounds, heaps })
+    }
+
+    /// Whether an address is in it.
+    pub(super) fn has(&self, address: u64) -> bool {
+        (self.bounds.0..self.bounds.1).contains(&address)
+    }
+
+    /// Whether code may be at an address.
+    pub(super) fn is_committed(&self, address: u64) -> bool {
+        self.heap(address).is_some()
+    }
+
+    fn heap(&self, address: u64) -> Option<&Heap> {
+        self.heaps.iter().find(|heap| (heap.low..heap.high).contains(&address))
+    }
+
+    /// The piece that has an address. See `CodeHeap::find_block_for()`.
+    pub(super) fn blob(&self, target: &Target, layout: &Layout, address: u64) -> Option<Blob> {
+        let heap = self.heap(address)?;
+        let mut segment = (address - heap.low) >> heap.shift;
+        let mut back = target.u8(heap.segments.checked_add(segment)?)?;
+        for _ in 0..MAX_STEPS {
+            if back == FREE {
+                return None;
+            }
+            if back == 0 {
+                break;
+            }
+            segment = segment.checked_sub(u64::from(back))?;
+            back = target.u8(heap.segments.checked_add(segment)?)?;
+        }
+        let block = heap.low.checked_add(segment << heap.shift)?;
+        if back != 0 || target.u8(block.checked_add(layout.block_used)?)? == 0 {
+            return None;
+        }
+        let blob = block.checked_add(layout.block_size)?;
+        let size = target.u32(blob.checked_add(layout.blob_size)?)?;
+        if !(blob..blob.checked_add(u64::from(size))?).contains(&address) {
+            return None;
+        }
+        Some(Blob {
+            address: blob,
+            name: target.string(target.u64(blob.checked_add(layout.blob_name)?)?)?.into(),
+            frame_words: target
+                .u32(blob.checked_add(layout.blob_frame_size)?)
+                .filter(|words| *words < 1 << 20)?,
+        })
+    }
+}
+
+impl Blob {
+    pub(super) fn is_interpreter(&self) -> bool {
+        &*self.name == "Interpreter"
+    }
+
+    /// Whether it is a method that was compiled, or what was made to call a native one.
+    pub(super) fn is_method(&self) -> bool {
+        matches!(&*self.name, "nmethod" | "native nmethod")
+    }
+}

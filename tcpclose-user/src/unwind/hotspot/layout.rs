@@ -1,0 +1,249 @@
+//! Where the virtual machine's structures have their members, as it tells itself.
+
+use std::collections::HashMap;
+
+use super::target::Target;
+
+/// Entries of a table that are read: JDK 17 has 788 members and 600 types.
+const MAX_ENTRIES: u64 = 4_096;
+
+/// Addresses, in the file, of what the machine exports for debuggers.
+#[derive(Clone, Debug)]
+pub(in crate::unwind) struct Symbols {
+    structs: Table<4>,
+    types: Table<2>,
+}
+
+/// Symbols of a table: where it is, how far its entries are apart, and where these have their members.
+#[derive(Clone, Debug)]
+struct Table<const MEMBERS: usize> {
+    first: u64,
+    stride: u64,
+    members: [u64; MEMBERS],
+}
+
+impl Symbols {
+    /// Looks them up with `address`; `None` if there are none, as in anything but a `libjvm.so`.
+    pub(in crate::unwind) fn find(address: impl Fn(&[u8]) -> Option<u64>) -> Option<Self> {
+        Some(Self {
+            structs: Table {
+                first: address(b"gHotSpotVMStructs")?,
+                stride: address(b"gHotSpotVMStructEntryArrayStride")?,
+                members: [
+                    address(b"gHotSpotVMStructEntryTypeNameOffset")?,
+                    address(b"gHotSpotVMStructEntryFieldNameOffset")?,
+                    address(b"gHotSpotVMStructEntryOffsetOffset")?,
+                    address(b"gHotSpotVMStructEntryAddressOffset")?,
+                ],
+            },
+            types: Table {
+                first: address(b"gHotSpotVMTypes")?,
+                stride: address(b"gHotSpotVMTypeEntryArrayStride")?,
+                members: [
+                    address(b"gHotSpotVMTypeEntryTypeNameOffset")?,
+                    address(b"gHotSpotVMTypeEntrySizeOffset")?,
+                ],
+            },
+        })
+    }
+}
+
+impl<const MEMBERS: usize> Table<MEMBERS> {
+    /// The entries: of each, the words that are its members. The last has no first one.
+    fn read(&self, target: &Target, bias: u64) -> Option<Vec<[u64; MEMBERS]>> {
+        let value = |symbol: u64| target.u64(symbol.checked_add(bias)?);
+        let (first, stride) = (value(self.first)?, value(self.stride)?);
+        let mut offsets = [0; MEMBERS];
+        for (offset, member) in offsets.iter_mut().zip(self.members) {
+            *offset = value(member)?;
+        }
+        let mut entries = Vec::new();
+        for index in 0..MAX_ENTRIES {
+            let entry = first.checked_add(stride.checked_mul(index)?)?;
+            let mut words = [0; MEMBERS];
+            for (word, offset) in words.iter_mut().zip(offsets) {
+                *word = target.u64(entry.checked_add(offset)?)?;
+            }
+            if words[0] == 0 {
+                break;
+            }
+            entries.push(words);
+        }
+        Some(entries)
+    }
+}
+
+macro_rules! layout {
+    ($($(#[$doc:meta])* $member:ident = $kind:ident $type:literal $(, $field:literal)?;)*) => {
+        /// Offsets of members, sizes of types and addresses of statics.
+        #[derive(Debug)]
+        pub(super) struct Layout {
+            /// The major version of the JDK.
+            pub(super) version: u32,
+            /// How inlined methods are told, where that is known.
+            pub(super) scopes: Option<Scopes>,
+            /// Of `ConstMethod`.
+            pub(super) const_flags: u64,
+            /// Where a class has the name of its source file.
+            pub(super) source_file: SourceFile,
+            $($(#[$doc])* pub(super) $member: u64),*
+        }
+
+        impl Layout {
+            fn from(tables: &Tables, version: u32) -> Result<Self, &'static str> {
+                Ok(Self {
+                    version,
+                    scopes: Scopes::from(tables),
+                    const_flags: tables
+                        .offset("ConstMethod", "_flags")
+                        .or_else(|| tables.offset("ConstMethod", "_flags._flags"))
+                        .ok_or("ConstMethod::_flags")?,
+                    source_file: SourceFile::from(tables),
+                    $($member: tables.$kind($type $(, $field)?)
+                        .ok_or(concat!($type $(, "::", $field)?))?),*
+                })
+            }
+        }
+    };
+}
+
+layout! {
+    /// `GrowableArray<CodeHeap*>*`.
+    heaps = address "CodeCache", "_heaps";
+    low_bound = address "CodeCache", "_low_bound";
+    high_bound = address "CodeCache", "_high_bound";
+    array_length = offset "GrowableArrayBase", "_len";
+    array_data = offset "GrowableArray<int>", "_data";
+    heap_memory = offset "CodeHeap", "_memory";
+    heap_segments = offset "CodeHeap", "_segmap";
+    heap_segment_shift = offset "CodeHeap", "_log2_segment_size";
+    space_low = offset "VirtualSpace", "_low";
+    space_high = offset "VirtualSpace", "_high";
+    block_used = offset "HeapBlock::Header", "_used";
+    block_size = size "HeapBlock";
+    blob_name = offset "CodeBlob", "_name";
+    blob_size = offset "CodeBlob", "_size";
+    /// In words.
+    blob_frame_size = offset "CodeBlob", "_frame_size";
+    method_const = offset "Method", "_constMethod";
+    const_size = size "ConstMethod";
+    const_constants = offset "ConstMethod", "_constants";
+    /// Its whole size in words, bytecodes and tables included.
+    const_words = offset "ConstMethod", "_constMethod_size";
+    const_code_size = offset "ConstMethod", "_code_size";
+    const_name = offset "ConstMethod", "_name_index";
+    const_signature = offset "ConstMethod", "_signature_index";
+    pool_size = size "ConstantPool";
+    pool_holder = offset "ConstantPool", "_pool_holder";
+    klass_name = offset "Klass", "_name";
+    symbol_length = offset "Symbol", "_length";
+    symbol_body = offset "Symbol", "_body";
+}
+
+/// Where a compiled method keeps itself, and what was inlined into it.
+#[derive(Debug)]
+pub(super) struct Scopes {
+    pub(super) code_begin: u64,
+    pub(super) method: u64,
+    /// From the start of the blob to the first `PcDesc`.
+    pub(super) places: u64,
+    /// From there to behind the last.
+    pub(super) places_end: u64,
+    pub(super) place_size: u64,
+    pub(super) place_pc: u64,
+    pub(super) place_scope: u64,
+    /// Address of the first byte of what they point into.
+    pub(super) data: u64,
+    /// From the start of the blob to the methods that are named there.
+    pub(super) metadata: u64,
+}
+
+impl Scopes {
+    /// From JDK 9 to 22.
+    fn from(tables: &Tables) -> Option<Self> {
+        Some(Self {
+            code_begin: tables.offset("CodeBlob", "_code_begin")?,
+            method: tables.offset("CompiledMethod", "_method")?,
+            places: tables.offset("nmethod", "_scopes_pcs_offset")?,
+            places_end: tables.offset("nmethod", "_dependencies_offset")?,
+            place_size: tables.size("PcDesc")?,
+            place_pc: tables.offset("PcDesc", "_pc_offset")?,
+            place_scope: tables.offset("PcDesc", "_scope_decode_offset")?,
+            data: tables.offset("CompiledMethod", "_scopes_data_begin")?,
+            metadata: tables.offset("nmethod", "_metadata_offset")?,
+        })
+    }
+}
+
+/// Where the index of a source file's name is.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum SourceFile {
+    /// In the class, up to JDK 15.
+    Class(u64),
+    /// In its constant pool.
+    Pool(u64),
+    /// Not known.
+    Nowhere,
+}
+
+impl SourceFile {
+    fn from(tables: &Tables) -> Self {
+        let pool = tables.offset("ConstantPool", "_source_file_name_index").map(Self::Pool);
+        let class = || tables.offset("InstanceKlass", "_source_file_name_index").map(Self::Class);
+        pool.or_else(class).unwrap_or(Self::Nowhere)
+    }
+}
+
+/// The tables as they are read.
+struct Tables {
+    /// Offset and address.
+    members: HashMap<(String, String), (u64, u64)>,
+    sizes: HashMap<String, u64>,
+}
+
+impl Tables {
+    fn read(target: &Target, bias: u64, symbols: &Symbols) -> Option<Self> {
+        let mut members = HashMap::new();
+        for [class, member, offset, address] in symbols.structs.read(target, bias)? {
+            if let (Some(class), Some(member)) = (target.string(class), target.string(member)) {
+                members.insert((class, member), (offset, address));
+            }
+        }
+        let mut sizes = HashMap::new();
+        for [name, size] in symbols.types.read(target, bias)? {
+            if let Some(name) = target.string(name) {
+                sizes.insert(name, size);
+            }
+        }
+        Some(Self { members, sizes })
+    }
+
+    fn member(&self, class: &str, member: &str) -> Option<(u64, u64)> {
+        self.members.get(&(class.to_owned(), member.to_owned())).copied()
+    }
+
+    /// A member that is too far off is none, so that sums of offsets stay small.
+    fn offset(&self, class: &str, member: &str) -> Option<u64> {
+        self.member(class, member).map(|(offset, _)| offset).filter(|offset| *offset < 1 << 16)
+    }
+
+    fn address(&self, class: &str, member: &str) -> Option<u64> {
+        self.member(class, member).map(|(_, address)| address).filter(|address| *address != 0)
+    }
+
+    fn size(&self, class: &str) -> Option<u64> {
+        self.sizes.get(class).copied().filter(|size| *size < 1 << 16)
+    }
+}
+
+impl Layout {
+    /// Reads them from a process; or says what the first thing is that is not there.
+    pub(super) fn read(target: &Target, bias: u64, symbols: &Symbols) -> Result<Self, &'static str> {
+        let tables = Tables::read(target, bias, symbols).ok_or("its structures")?;
+        let version = tables
+            .address("Abstract_VM_Version", "_vm_major_version")
+            .and_then(|address| target.u32(address))
+            .ok_or("its version")?;
+        Self::from(&tables, version)
+    }
+}

@@ -1,0 +1,309 @@
+//! Methods: their names, and which line they are in.
+
+use super::{
+    code::Blob,
+    layout::{Layout, Scopes, SourceFile},
+    target::Target,
+};
+
+/// Bytes of a name.
+const MAX_NAME: u16 = 2_048;
+
+/// Bytes of a method's constant part.
+const MAX_CONSTANT: u64 = 1 << 20;
+
+/// Bytes of a compiled method's table of places.
+const MAX_PLACES: u64 = 4 << 20;
+
+/// Methods that are inlined into each other.
+const MAX_INLINED: usize = 64;
+
+/// The three numbers of a scope that matter here have up to 5 bytes each.
+const SCOPE: usize = 16;
+
+/// `ConstMethod::_has_linenumber_table`.
+const HAS_LINES: u16 = 1;
+
+/// A place in a program.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) symbol: Option<String>,
+    pub(super) file: Option<String>,
+    pub(super) line: Option<u32>,
+}
+
+/// Names methods.
+pub(super) struct Methods {
+    compression: Compression,
+}
+
+/// How numbers are compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Compression {
+    /// Up to JDK 19.
+    Any,
+    /// From JDK 20 on, no byte of a number is 0.
+    NoZero,
+}
+
+impl Methods {
+    pub(super) fn new(layout: &Layout) -> Self {
+        Self { compression: if layout.version < 20 { Compression::Any } else { Compression::NoZero } }
+    }
+
+    /// The method that a frame of the interpreter runs, with the address of the bytecode that it is at.
+    pub(super) fn interpreted(
+        &self,
+        target: &Target,
+        layout: &Layout,
+        (method, bytecode): (u64, u64),
+    ) -> Option<Place> {
+        let code = target.u64(method.checked_add(layout.method_const)?)?.checked_add(layout.const_size)?;
+        self.place(target, layout, method, bytecode.checked_sub(code))
+    }
+
+    /// The methods whose code a compiled one has at `pc`, innermost first.
+    pub(super) fn compiled(&self, target: &Target, layout: &Layout, blob: &Blob, pc: u64) -> Vec<Place> {
+        let Some(scopes) = &layout.scopes else { return Vec::new() };
+        let at = |offset: u64| blob.address.checked_add(offset);
+        let own = || target.u64(at(scopes.method)?);
+        if blob.name.starts_with("native") {
+            return own().and_then(|method| self.place(target, layout, method, None)).into_iter().collect();
+        }
+        let mut places = Vec::new();
+        let mut next = scope(target, scopes, blob, pc);
+        let data = at(scopes.data).and_then(|data| target.u64(data));
+        while let (Some(offset), Some(data)) = (next.filter(|offset| *offset != 0), data) {
+            let found = data.checked_add(u64::from(offset)).map(|scope| target.up_to(scope, SCOPE));
+            let mut numbers =
+                Numbers { bytes: found.as_deref().unwrap_or_default(), compression: self.compression };
+            let (Some(sender), Some(method), Some(bytecode)) =
+                (numbers.next(), numbers.next(), numbers.next())
+            else {
+                return Vec::new();
+            };
+            let method = named_method(target, scopes, blob, method);
+            // The first of them is -1: before the method begins.
+            let index = u64::from(bytecode).checked_sub(1);
+            let Some(place) = method.and_then(|method| self.place(target, layout, method, index)) else {
+                return Vec::new();
+            };
+            places.push(place);
+            if places.len() == MAX_INLINED || sender >= offset {
+                // Those outside come first in the stream.
+                break;
+            }
+            next = Some(sender);
+        }
+        places
+    }
+
+    fn place(&self, target: &Target, layout: &Layout, method: u64, index: Option<u64>) -> Option<Place> {
+        let constant = target.u64(method.checked_add(layout.method_const)?)?;
+        let at = |offset: u64| constant.checked_add(offset);
+        let pool = target.u64(at(layout.const_constants)?)?;
+        let text = |index: u16| {
+            let entry = pool.checked_add(layout.pool_size)?.checked_add(u64::from(index) * 8)?;
+            symbol(target, layout, target.u64(entry)?)
+        };
+        let name = text(target.u16(at(layout.const_name)?)?)?;
+        let signature = text(target.u16(at(layout.const_signature)?)?)?;
+        let class = target.u64(pool.checked_add(layout.pool_holder)?)?;
+        let class_name = symbol(target, layout, target.u64(class.checked_add(layout.klass_name)?)?)?;
+        let code_size = u64::from(target.u16(at(layout.const_code_size)?)?);
+        let file = match layout.source_file {
+            SourceFile::Pool(offset) => pool.checked_add(offset),
+            SourceFile::Class(offset) => class.checked_add(offset),
+            SourceFile::Nowhere => None,
+        };
+        let file = file.and_then(|file| target.u16(file)).filter(|index| *index != 0).and_then(text);
+        let has_lines = target.u16(at(layout.const_flags)?)? & HAS_LINES != 0;
+        let line = index.filter(|index| has_lines && *index < code_size).and_then(|index| {
+            // The table lies behind the bytecodes, and these behind the structure.
+            let size = u64::from(target.u32(at(layout.const_words)?)?) * 8;
+            let table = layout.const_size + code_size;
+            let length = size.checked_sub(table).filter(|length| *length <= MAX_CONSTANT)?;
+            let table = target.up_to(at(table)?, usize::try_from(length).ok()?);
+            line(&table, self.compression, u32::try_from(index).ok()?)
+        });
+        Some(Place { symbol: Some(external(&class_name, &name, &signature)?), file, line })
+    }
+}
+
+/// Where the stream begins to tell of the code before `pc`, which must be known exactly: if it is not, something
+/// else is there by now.
+fn scope(target: &Target, scopes: &Scopes, blob: &Blob, pc: u64) -> Option<u32> {
+    let at = |offset: u64| blob.address.checked_add(offset);
+    let start = at(u64::from(target.u32(at(scopes.places)?)?))?;
+    let end = at(u64::from(target.u32(at(scopes.places_end)?)?))?;
+    let size = end.checked_sub(start).filter(|size| *size <= MAX_PLACES)?;
+    let pc = pc.checked_sub(target.u64(at(scopes.code_begin)?)?)?;
+    let places = target.up_to(start, usize::try_from(size).ok()?);
+    let number = |place: &[u8], offset: u64| {
+        let offset = usize::try_from(offset).ok()?;
+        Some(u32::from_ne_bytes(place.get(offset..offset + 4)?.try_into().ok()?))
+    };
+    let size = usize::try_from(scopes.place_size).ok().filter(|size| *size > 0)?;
+    let place =
+        places.chunks_exact(size).find(|place| number(place, scopes.place_pc).map(u64::from) == Some(pc))?;
+    number(place, scopes.place_scope)
+}
+
+/// The method that a scope names by its number; 0 is none.
+fn named_method(target: &Target, scopes: &Scopes, blob: &Blob, number: u32) -> Option<u64> {
+    let metadata = u64::from(target.u32(blob.address.checked_add(scopes.metadata)?)?);
+    let index = u64::from(number.checked_sub(1)?);
+    target.u64(blob.address.checked_add(metadata)?.checked_add(index * 8)?)
+}
+
+fn symbol(target: &Target, layout: &Layout, address: u64) -> Option<String> {
+    let length =
+        target.u16(address.checked_add(layout.symbol_length)?).filter(|length| *length <= MAX_NAME)?;
+    let mut bytes = vec![0; usize::from(length)];
+    target.read(address.checked_add(layout.symbol_body)?, &mut bytes)?;
+    String::from_utf8(bytes).ok()
+}
+
+/// The line of the bytecode at `index`. See `Method::line_number_from_bci()`: the entries are in no order.
+fn line(table: &[u8], compression: Compression, index: u32) -> Option<u32> {
+    let mut numbers = Numbers { bytes: table, compression };
+    let index = i32::try_from(index).ok()?;
+    let (mut start, mut line) = (0i32, 0i32);
+    let mut best = None;
+    loop {
+        let (bytecodes, lines) = match numbers.byte()? {
+            0 => return best.and_then(|(_, line)| u32::try_from(line).ok()),
+            0xff => (numbers.signed()?, numbers.signed()?),
+            both => (i32::from(both >> 3), i32::from(both & 7)),
+        };
+        start = start.checked_add(bytecodes)?;
+        line = line.checked_add(lines)?;
+        if start <= index && best.is_none_or(|(nearest, _)| start >= nearest) {
+            best = Some((start, line));
+        }
+    }
+}
+
+/// Numbers as the machine compresses them, `UNSIGNED5`: a byte up to a limit is the last.
+struct Numbers<'a> {
+    bytes: &'a [u8],
+    compression: Compression,
+}
+
+impl Numbers<'_> {
+    fn byte(&mut self) -> Option<u8> {
+        let (first, rest) = self.bytes.split_first()?;
+        self.bytes = rest;
+        Some(*first)
+    }
+
+    fn next(&mut self) -> Option<u32> {
+        let excluded = match self.compression {
+            Compression::Any => 0,
+            Compression::NoZero => 1,
+        };
+        let low = 192 - excluded;
+        let mut sum = 0u32;
+        for index in 0..5 {
+            let digit = u32::from(self.byte()?).checked_sub(excluded)?;
+            sum = sum.wrapping_add(digit.wrapping_shl(6 * index));
+            if digit < low {
+                break;
+            }
+        }
+        Some(sum)
+    }
+
+    fn signed(&mut self) -> Option<i32> {
+        let number = self.next()?;
+        Some((number >> 1).cast_signed() ^ -(number & 1).cast_signed())
+    }
+}
+
+/// A method as the machine writes it in lists for people: `java.lang.String Prices.price(java.lang.String, int)`.
+fn external(class: &str, name: &str, signature: &str) -> Option<String> {
+    let (parameters, result) = signature.strip_prefix('(')?.split_once(')')?;
+    let (result, rest) = type_name(result)?;
+    if !rest.is_empty() {
+        return None;
+    }
+    let mut text = format!("{result} {}.{name}(", class.replace('/', "."));
+    let mut rest = parameters;
+    while !rest.is_empty() {
+        let (parameter, after) = type_name(rest)?;
+        if rest.len() < parameters.len() {
+            text.push_str(", ");
+        }
+        text.push_str(&parameter);
+        rest = after;
+    }
+    text.push(')');
+    Some(text)
+}
+
+/// The first type in a descriptor, and what comes behind it.
+///
+/// <https://docs.oracle.com/javase/specs/jvms/se17/html/jvms-4.html#jvms-4.3.2>
+fn type_name(descriptor: &str) -> Option<(String, &str)> {
+    let element = descriptor.trim_start_matches('[');
+    let dimensions = descriptor.len() - element.len();
+    let (name, rest) = match element.chars().next()? {
+        'B' => ("byte", &element[1..]),
+        'C' => ("char", &element[1..]),
+        'D' => ("double", &element[1..]),
+        'F' => ("float", &element[1..]),
+        'I' => ("int", &element[1..]),
+        'J' => ("long", &element[1..]),
+        'S' => ("short", &element[1..]),
+        'V' => ("void", &element[1..]),
+        'Z' => ("boolean", &element[1..]),
+        'L' => element[1..].split_once(';')?,
+        _ => return None,
+    };
+    Some((name.replace('/', ".") + &"[]".repeat(dimensions), rest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_as_people_read_them() {
+        assert_eq!(
+            external("Prices", "price", "(Ljava/lang/String;[[IJ)Ljava/lang/String;").as_deref(),
+            Some("java.lang.String Prices.price(java.lang.String, int[][], long)")
+        );
+        assert_eq!(external("a/b/C$D", "<init>", "()V").as_deref(), Some("void a.b.C$D.<init>()"));
+        for broken in ["", "()", "(", "(L;", "(La)V", "(Q)V", "()VV", "([)V", "V"] {
+            assert_eq!(external("C", "m", broken).filter(|_| broken != "(L;"), None, "{broken}");
+        }
+    }
+
+    #[test]
+    fn numbers_of_both_kinds() {
+        let read = |bytes, compression| Numbers { bytes, compression }.next();
+        // 191 is the last that fits into a byte, and 192 the first that does not.
+        assert_eq!(read(&[191], Compression::Any), Some(191));
+        assert_eq!(read(&[192, 0], Compression::Any), Some(192));
+        assert_eq!(read(&[200, 3], Compression::Any), Some(200 + 3 * 64));
+        assert_eq!(read(&[255, 255, 255, 255, 252], Compression::Any), Some(u32::MAX));
+        assert_eq!(read(&[1], Compression::NoZero), Some(0));
+        assert_eq!(read(&[191], Compression::NoZero), Some(190));
+        assert_eq!(read(&[192, 1], Compression::NoZero), Some(191));
+        assert_eq!(read(&[0], Compression::NoZero), None);
+        assert_eq!(read(&[255], Compression::Any), None, "cut short");
+        let signed = |bytes| Numbers { bytes, compression: Compression::Any }.signed();
+        assert_eq!([signed(&[0]), signed(&[1]), signed(&[2]), signed(&[3])], [0, -1, 1, -2].map(Some));
+    }
+
+    #[test]
+    fn lines_in_no_order() {
+        // Bytecode 0 is line 5; 4 is line 6; 20 is line 3, told in the long form; 9 is line 4.
+        let table = [5, 4 << 3 | 1, 0xff, 32, 5, 0xff, 21, 2, 0];
+        let line = |index| line(&table, Compression::Any, index);
+        assert_eq!([line(0), line(3), line(4)], [Some(5), Some(5), Some(6)]);
+        assert_eq!([line(8), line(9), line(19), line(20), line(99)], [6, 4, 4, 3, 3].map(Some));
+        assert_eq!(super::line(&table[..5], Compression::Any, 0), None, "cut short");
+        assert_eq!(super::line(&[0], Compression::Any, 0), None);
+    }
+}
