@@ -1,6 +1,6 @@
 //! Where the virtual machine's structures have their members, as it tells itself.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, ops::Range};
 
 use super::target::Target;
 
@@ -74,7 +74,10 @@ impl<const MEMBERS: usize> Table<MEMBERS> {
 }
 
 macro_rules! layout {
-    ($($(#[$doc:meta])* $member:ident = $kind:ident $type:literal $(, $field:literal)?;)*) => {
+    ($(
+        $(#[$doc:meta])*
+        $member:ident = $kind:ident $type:literal $(, $field:literal)? $(or $other:literal, $others:literal)?;
+    )*) => {
         /// Offsets of members, sizes of types and addresses of statics.
         #[derive(Debug)]
         pub(super) struct Layout {
@@ -82,8 +85,6 @@ macro_rules! layout {
             pub(super) version: u32,
             /// How inlined methods are told, where that is known.
             pub(super) scopes: Option<Scopes>,
-            /// Of `ConstMethod`.
-            pub(super) const_flags: u64,
             /// Where a class has the name of its source file.
             pub(super) source_file: SourceFile,
             $($(#[$doc])* pub(super) $member: u64),*
@@ -94,12 +95,9 @@ macro_rules! layout {
                 Ok(Self {
                     version,
                     scopes: Scopes::from(tables),
-                    const_flags: tables
-                        .offset("ConstMethod", "_flags")
-                        .or_else(|| tables.offset("ConstMethod", "_flags._flags"))
-                        .ok_or("ConstMethod::_flags")?,
                     source_file: SourceFile::from(tables),
                     $($member: tables.$kind($type $(, $field)?)
+                        $(.or_else(|| tables.$kind($other, $others)))?
                         .ok_or(concat!($type $(, "::", $field)?))?),*
                 })
             }
@@ -112,7 +110,7 @@ layout! {
     heaps = address "CodeCache", "_heaps";
     low_bound = address "CodeCache", "_low_bound";
     high_bound = address "CodeCache", "_high_bound";
-    array_length = offset "GrowableArrayBase", "_len";
+    array_length = offset "GrowableArrayBase", "_len" or "GenericGrowableArray", "_len";
     array_data = offset "GrowableArray<int>", "_data";
     heap_memory = offset "CodeHeap", "_memory";
     heap_segments = offset "CodeHeap", "_segmap";
@@ -130,6 +128,7 @@ layout! {
     const_constants = offset "ConstMethod", "_constants";
     /// Its whole size in words, bytecodes and tables included.
     const_words = offset "ConstMethod", "_constMethod_size";
+    const_flags = offset "ConstMethod", "_flags" or "ConstMethod", "_flags._flags";
     const_code_size = offset "ConstMethod", "_code_size";
     const_name = offset "ConstMethod", "_name_index";
     const_signature = offset "ConstMethod", "_signature_index";
@@ -143,34 +142,111 @@ layout! {
 /// Where a compiled method keeps itself, and what was inlined into it.
 #[derive(Debug)]
 pub(super) struct Scopes {
-    pub(super) code_begin: u64,
     pub(super) method: u64,
-    /// From the start of the blob to the first `PcDesc`.
-    pub(super) places: u64,
-    /// From there to behind the last.
-    pub(super) places_end: u64,
     pub(super) place_size: u64,
     pub(super) place_pc: u64,
     pub(super) place_scope: u64,
-    /// Address of the first byte of what they point into.
+    kept: Kept,
+}
+
+/// Where the tables of a compiled method are.
+#[derive(Debug)]
+enum Kept {
+    /// Behind its code, from JDK 9 to 22.
+    Behind {
+        code_begin: u64,
+        /// From the start of the blob to the first `PcDesc`.
+        places: u64,
+        /// From there to behind the last.
+        places_end: u64,
+        /// Address of the first byte of what they point into.
+        data: u64,
+        /// From the start of the blob to the methods that are named there.
+        metadata: u64,
+    },
+    /// In memory of their own, from JDK 25 on.
+    Apart {
+        /// From the start of the blob to the first instruction.
+        code: u64,
+        immutable: u64,
+        /// From there to the first `PcDesc`.
+        places: u64,
+        /// From there to behind the last, where what they point into begins.
+        data: u64,
+        mutable: u64,
+        /// From there to the methods.
+        metadata: u64,
+    },
+}
+
+/// The tables of one compiled method, as addresses.
+pub(super) struct MethodTables {
+    pub(super) code: u64,
+    /// `PcDesc`s.
+    pub(super) places: Range<u64>,
     pub(super) data: u64,
-    /// From the start of the blob to the methods that are named there.
     pub(super) metadata: u64,
 }
 
 impl Scopes {
-    /// From JDK 9 to 22.
     fn from(tables: &Tables) -> Option<Self> {
         Some(Self {
-            code_begin: tables.offset("CodeBlob", "_code_begin")?,
-            method: tables.offset("CompiledMethod", "_method")?,
-            places: tables.offset("nmethod", "_scopes_pcs_offset")?,
-            places_end: tables.offset("nmethod", "_dependencies_offset")?,
+            method: tables
+                .offset("CompiledMethod", "_method")
+                .or_else(|| tables.offset("nmethod", "_method"))?,
             place_size: tables.size("PcDesc")?,
             place_pc: tables.offset("PcDesc", "_pc_offset")?,
             place_scope: tables.offset("PcDesc", "_scope_decode_offset")?,
+            kept: Kept::behind(tables).or_else(|| Kept::apart(tables))?,
+        })
+    }
+
+    /// Where the compiled method at `blob` has its tables.
+    pub(super) fn of(&self, target: &Target, blob: u64) -> Option<MethodTables> {
+        let pointer = |member: u64| target.u64(blob.checked_add(member)?);
+        let number = |member: u64| target.u32(blob.checked_add(member)?).map(u64::from);
+        match self.kept {
+            Kept::Behind { code_begin, places, places_end, data, metadata } => Some(MethodTables {
+                code: pointer(code_begin)?,
+                places: blob.checked_add(number(places)?)?..blob.checked_add(number(places_end)?)?,
+                data: pointer(data)?,
+                metadata: blob.checked_add(number(metadata)?)?,
+            }),
+            Kept::Apart { code, immutable, places, data, mutable, metadata } => {
+                let immutable = pointer(immutable)?;
+                let data = immutable.checked_add(number(data)?)?;
+                Some(MethodTables {
+                    code: blob.checked_add(number(code)?)?,
+                    places: immutable.checked_add(number(places)?)?..data,
+                    data,
+                    metadata: pointer(mutable)?.checked_add(number(metadata)?)?,
+                })
+            }
+        }
+    }
+}
+
+impl Kept {
+    /// <https://github.com/openjdk/jdk/blob/jdk-17-ga/src/hotspot/share/code/nmethod.hpp>
+    fn behind(tables: &Tables) -> Option<Self> {
+        Some(Self::Behind {
+            code_begin: tables.offset("CodeBlob", "_code_begin")?,
+            places: tables.offset("nmethod", "_scopes_pcs_offset")?,
+            places_end: tables.offset("nmethod", "_dependencies_offset")?,
             data: tables.offset("CompiledMethod", "_scopes_data_begin")?,
             metadata: tables.offset("nmethod", "_metadata_offset")?,
+        })
+    }
+
+    /// <https://github.com/openjdk/jdk/blob/jdk-25-ga/src/hotspot/share/code/nmethod.hpp>
+    fn apart(tables: &Tables) -> Option<Self> {
+        Some(Self::Apart {
+            code: tables.offset("CodeBlob", "_code_offset")?,
+            immutable: tables.offset("nmethod", "_immutable_data")?,
+            places: tables.offset("nmethod", "_scopes_pcs_offset")?,
+            data: tables.offset("nmethod", "_scopes_data_offset")?,
+            mutable: tables.offset("CodeBlob", "_mutable_data")?,
+            metadata: tables.offset("CodeBlob", "_relocation_size")?,
         })
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{
     code::Blob,
-    layout::{Layout, Scopes, SourceFile},
+    layout::{Layout, MethodTables, Scopes, SourceFile},
     target::Target,
 };
 
@@ -64,38 +64,40 @@ impl Methods {
 
     /// The methods whose code a compiled one has at `pc`, innermost first.
     pub(super) fn compiled(&self, target: &Target, layout: &Layout, blob: &Blob, pc: u64) -> Vec<Place> {
-        let Some(scopes) = &layout.scopes else { return Vec::new() };
-        let at = |offset: u64| blob.address.checked_add(offset);
-        let own = || target.u64(at(scopes.method)?);
-        if blob.name.starts_with("native") {
-            return own().and_then(|method| self.place(target, layout, method, None)).into_iter().collect();
-        }
-        let mut places = Vec::new();
-        let mut next = scope(target, scopes, blob, pc);
-        let data = at(scopes.data).and_then(|data| target.u64(data));
-        while let (Some(offset), Some(data)) = (next.filter(|offset| *offset != 0), data) {
-            let found = data.checked_add(u64::from(offset)).map(|scope| target.up_to(scope, SCOPE));
-            let mut numbers =
-                Numbers { bytes: found.as_deref().unwrap_or_default(), compression: self.compression };
-            let (Some(sender), Some(method), Some(bytecode)) =
-                (numbers.next(), numbers.next(), numbers.next())
-            else {
-                return Vec::new();
-            };
-            let method = named_method(target, scopes, blob, method);
-            // The first of them is -1: before the method begins.
-            let index = u64::from(bytecode).checked_sub(1);
-            let Some(place) = method.and_then(|method| self.place(target, layout, method, index)) else {
-                return Vec::new();
-            };
-            places.push(place);
-            if places.len() == MAX_INLINED || sender >= offset {
-                // Those outside come first in the stream.
-                break;
+        let found = layout.scopes.as_ref().and_then(|scopes| {
+            if blob.name.starts_with("native") {
+                let method = target.u64(blob.address.checked_add(scopes.method)?)?;
+                return Some(vec![self.place(target, layout, method, None)?]);
             }
-            next = Some(sender);
+            self.inlined(target, layout, scopes, blob, pc)
+        });
+        found.unwrap_or_default()
+    }
+
+    fn inlined(
+        &self,
+        target: &Target,
+        layout: &Layout,
+        scopes: &Scopes,
+        blob: &Blob,
+        pc: u64,
+    ) -> Option<Vec<Place>> {
+        let tables = scopes.of(target, blob.address)?;
+        let mut places = Vec::new();
+        let mut next = scope(target, scopes, &tables, pc)?;
+        // At 0 there is none.
+        while next != 0 && places.len() < MAX_INLINED {
+            let scope = target.up_to(tables.data.checked_add(u64::from(next))?, SCOPE);
+            let mut numbers = Numbers { bytes: &scope, compression: self.compression };
+            let (sender, method, bytecode) = (numbers.next()?, numbers.next()?, numbers.next()?);
+            // Methods are counted from 1, bytecodes from -1, which is before the method begins.
+            let method = tables.metadata.checked_add(u64::from(method.checked_sub(1)?) * 8)?;
+            let index = u64::from(bytecode).checked_sub(1);
+            places.push(self.place(target, layout, target.u64(method)?, index)?);
+            // What is outside comes first.
+            next = if sender < next { sender } else { 0 };
         }
-        places
+        Some(places)
     }
 
     fn place(&self, target: &Target, layout: &Layout, method: u64, index: Option<u64>) -> Option<Place> {
@@ -132,13 +134,10 @@ impl Methods {
 
 /// Where the stream begins to tell of the code before `pc`, which must be known exactly: if it is not, something
 /// else is there by now.
-fn scope(target: &Target, scopes: &Scopes, blob: &Blob, pc: u64) -> Option<u32> {
-    let at = |offset: u64| blob.address.checked_add(offset);
-    let start = at(u64::from(target.u32(at(scopes.places)?)?))?;
-    let end = at(u64::from(target.u32(at(scopes.places_end)?)?))?;
-    let size = end.checked_sub(start).filter(|size| *size <= MAX_PLACES)?;
-    let pc = pc.checked_sub(target.u64(at(scopes.code_begin)?)?)?;
-    let places = target.up_to(start, usize::try_from(size).ok()?);
+fn scope(target: &Target, scopes: &Scopes, tables: &MethodTables, pc: u64) -> Option<u32> {
+    let size = tables.places.end.checked_sub(tables.places.start).filter(|size| *size <= MAX_PLACES)?;
+    let pc = pc.checked_sub(tables.code)?;
+    let places = target.up_to(tables.places.start, usize::try_from(size).ok()?);
     let number = |place: &[u8], offset: u64| {
         let offset = usize::try_from(offset).ok()?;
         Some(u32::from_ne_bytes(place.get(offset..offset + 4)?.try_into().ok()?))
@@ -147,13 +146,6 @@ fn scope(target: &Target, scopes: &Scopes, blob: &Blob, pc: u64) -> Option<u32> 
     let place =
         places.chunks_exact(size).find(|place| number(place, scopes.place_pc).map(u64::from) == Some(pc))?;
     number(place, scopes.place_scope)
-}
-
-/// The method that a scope names by its number; 0 is none.
-fn named_method(target: &Target, scopes: &Scopes, blob: &Blob, number: u32) -> Option<u64> {
-    let metadata = u64::from(target.u32(blob.address.checked_add(scopes.metadata)?)?);
-    let index = u64::from(number.checked_sub(1)?);
-    target.u64(blob.address.checked_add(metadata)?.checked_add(index * 8)?)
 }
 
 fn symbol(target: &Target, layout: &Layout, address: u64) -> Option<String> {
