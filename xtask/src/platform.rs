@@ -17,10 +17,10 @@ pub(crate) struct Platform {
     pub(crate) debian: &'static str,
     /// The folder of the user's cache for its kernels.
     pub(crate) kernels: &'static str,
-    /// As the GNU tools call it that work on its files elsewhere.
+    /// As the folder of its libraries is called, and as the names of tools begin that work on its files elsewhere.
     pub(crate) gnu: &'static str,
-    /// The command that links for it elsewhere, and the package that brings it.
-    pub(crate) linker: (&'static str, Package),
+    /// What links for it elsewhere, a command and a file, and the packages that bring them.
+    pub(crate) linker: [(&'static str, Package); 2],
     /// The emulator, and the package that brings it.
     pub(crate) qemu: (&'static str, Package),
     /// The emulator's arguments for an emulated processor.
@@ -39,10 +39,16 @@ static PLATFORMS: [Platform; 2] = [
         debian: "amd64",
         kernels: "kernels",
         gnu: "x86_64-linux-gnu",
-        linker: (
-            "x86_64-linux-gnu-gcc",
-            Package { name: "gcc-x86-64-linux-gnu", purpose: "what links programs for amd64" },
-        ),
+        linker: [
+            (
+                "x86_64-linux-gnu-gcc",
+                Package { name: "gcc-x86-64-linux-gnu", purpose: "what links programs for amd64" },
+            ),
+            (
+                "/usr/x86_64-linux-gnu/lib/crt1.o",
+                Package { name: "libc6-dev-amd64-cross", purpose: "the C library that they are linked to" },
+            ),
+        ],
         qemu: (
             "qemu-system-x86_64",
             Package { name: "qemu-system-x86", purpose: "QEMU, in which tests run on other kernels" },
@@ -59,10 +65,16 @@ static PLATFORMS: [Platform; 2] = [
         debian: "arm64",
         kernels: "kernels-arm64",
         gnu: "aarch64-linux-gnu",
-        linker: (
-            "aarch64-linux-gnu-gcc",
-            Package { name: "gcc-aarch64-linux-gnu", purpose: "what links programs for arm64" },
-        ),
+        linker: [
+            (
+                "aarch64-linux-gnu-gcc",
+                Package { name: "gcc-aarch64-linux-gnu", purpose: "what links programs for arm64" },
+            ),
+            (
+                "/usr/aarch64-linux-gnu/lib/crt1.o",
+                Package { name: "libc6-dev-arm64-cross", purpose: "the C library that they are linked to" },
+            ),
+        ],
         qemu: (
             "qemu-system-aarch64",
             Package { name: "qemu-system-arm", purpose: "QEMU, in which tests run on kernels for arm64" },

@@ -100,7 +100,7 @@ pub(crate) fn for_platform(platform: &Platform) -> Result<()> {
     if platform.is_host() {
         return Ok(());
     }
-    install_missing("building for another platform needs", &[platform.linker])?;
+    install_missing("building for another platform needs", &platform.linker)?;
     if !platform.has_std() && command::find("rustup").is_some() {
         say(&format!("adding rustup's target {triple}, the standard library for it"));
         command::run(Command::new("rustup").args(["target", "add", triple]))?;
