@@ -117,7 +117,7 @@ impl Kind {
                 "tracefs (mounted, or CAP_SYS_ADMIN to mount it), CONFIG_FTRACE_SYSCALLS, CAP_BPF, CAP_PERFMON"
             }
             Self::FunctionEntry | Self::FunctionReturn => {
-                "BTF, BPF trampolines that may be used (x86-64 from 5.5, arm64 from 6.0), CAP_BPF, CAP_PERFMON"
+                "BTF, BPF trampolines that may be used (x86-64 from 5.5, arm64 from 6.4), CAP_BPF, CAP_PERFMON"
             }
             Self::Iterator => "BTF, 5.8, CAP_BPF, CAP_PERFMON",
             Self::TestRun => "5.10, CAP_BPF, CAP_PERFMON",

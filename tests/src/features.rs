@@ -4,7 +4,7 @@
 use std::{
     ffi::c_void,
     fs, mem,
-    os::fd::{FromRawFd, OwnedFd, RawFd},
+    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
     sync::OnceLock,
 };
 
@@ -29,7 +29,8 @@ pub enum Feature {
     ReasonsOfOwnResets,
     /// Programs on tracepoints may ask for a socket's cookie (from 5.12 on).
     Cookies,
-    /// Programs on the return of a function may be loaded.
+    /// Programs on the return of a function may be loaded and attached: arm64 did the former from 6.0 on, the latter from
+    /// 6.4 on (<https://git.kernel.org/linus/2aa6ac03516d>).
     FunctionReturns,
     /// Programs on the entry of a function may be loaded, and the function that deals with a RST that came is given the
     /// packet (from 5.15 on).
@@ -88,8 +89,8 @@ impl Feature {
             Self::EveryReset => has_name("sk_rst_reason"),
             Self::ReasonsOfOwnResets => has_name("SK_RST_REASON_TCP_ABORT_ON_CLOSE"),
             Self::Cookies => has_name("bpf_get_socket_ptr_cookie"),
-            Self::FunctionReturns => can_load_on("inet_csk_accept", AT_RETURN, &NOTHING),
-            Self::PacketOfReset => can_load_on("tcp_reset", AT_ENTRY, &SECOND_ARGUMENT),
+            Self::FunctionReturns => can_attach_to("inet_csk_accept", AT_RETURN, &NOTHING),
+            Self::PacketOfReset => can_attach_to("tcp_reset", AT_ENTRY, &SECOND_ARGUMENT),
             Self::Mptcp => fs::exists("/proc/sys/net/mptcp").unwrap_or(false),
             Self::UringShutdown => has_name("IORING_OP_SHUTDOWN"),
             Self::UnlockedMaps => !has_name("bpf_map_charge_init"),
@@ -112,7 +113,7 @@ impl Feature {
             Self::EveryReset => "tracing of RSTs without a socket",
             Self::ReasonsOfOwnResets => "reason of RSTs that are no answers",
             Self::Cookies => "way for tracing programs to ask for cookies",
-            Self::FunctionReturns => "way to load programs on the return of functions",
+            Self::FunctionReturns => "way to have programs on the return of functions",
             Self::PacketOfReset => "way to see the packets of RSTs in the function that deals with them",
             Self::Mptcp => "MPTCP",
             Self::UringShutdown => "shutdown by io_uring",
@@ -254,7 +255,11 @@ const SECOND_ARGUMENT: [u64; 3] = [0x8_1179, 0xb7, 0x95];
 
 /// Whether the kernel takes a program on a function. It may describe the function, have the means, and refuse all the
 /// same.
-fn can_load_on(function: &str, when: u32, instructions: &[u64]) -> bool {
+fn can_attach_to(function: &str, when: u32, instructions: &[u64]) -> bool {
+    load(function, when, instructions).is_some_and(|program| attach(&program).is_some())
+}
+
+fn load(function: &str, when: u32, instructions: &[u64]) -> Option<OwnedFd> {
     const PROG_LOAD: libc::c_int = 5;
     const TRACING: u32 = 26;
 
@@ -277,28 +282,45 @@ fn can_load_on(function: &str, when: u32, instructions: &[u64]) -> bool {
         line_info: [u32; 4],
         attach_btf_id: u32,
     }
-    let (Some(function), Ok(count)) = (function_id(function), u32::try_from(instructions.len())) else {
-        return false;
-    };
     let attributes = Attributes {
         prog_type: TRACING,
-        insn_cnt: count,
+        insn_cnt: u32::try_from(instructions.len()).ok()?,
         insns: instructions.as_ptr() as u64,
         license: c"GPL".as_ptr() as u64,
         expected_attach_type: when,
-        attach_btf_id: function,
+        attach_btf_id: function_id(function)?,
         ..Attributes::default()
     };
     // Before 5.11 programs count as locked memory. Where the limit cannot be raised, the answer tells.
     let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
-    // SAFETY: the attributes and what they point to are alive through the call, and as long as said.
-    let result = unsafe {
-        libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw const attributes, mem::size_of::<Attributes>())
-    };
-    let Some(descriptor) = RawFd::try_from(result).ok().filter(|descriptor| *descriptor >= 0) else {
-        return false;
-    };
+    // SAFETY: what the attributes point to is alive through the call, and as long as they say.
+    unsafe { bpf(PROG_LOAD, &attributes) }
+}
+
+/// The link by which a program is attached to what it was loaded for; it is detached when that is dropped.
+fn attach(program: &OwnedFd) -> Option<OwnedFd> {
+    const RAW_TRACEPOINT_OPEN: libc::c_int = 17;
+
+    /// `union bpf_attr` for `BPF_RAW_TRACEPOINT_OPEN`.
+    #[repr(C)]
+    struct Attributes {
+        name: u64,
+        prog_fd: RawFd,
+        padding: u32,
+    }
+    let attributes = Attributes { name: 0, prog_fd: program.as_raw_fd(), padding: 0 };
+    // SAFETY: these attributes point to nothing.
+    unsafe { bpf(RAW_TRACEPOINT_OPEN, &attributes) }
+}
+
+/// The bpf system call, for a command that answers with a new descriptor.
+///
+/// # Safety
+/// The attributes are those of the command, and what they point to is valid.
+unsafe fn bpf<A>(command: libc::c_int, attributes: &A) -> Option<OwnedFd> {
+    // SAFETY: the attributes are alive through the call and as long as said; the caller vouches for the rest.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, attributes, mem::size_of::<A>()) };
+    let descriptor = RawFd::try_from(result).ok().filter(|descriptor| *descriptor >= 0)?;
     // SAFETY: the kernel has just made this descriptor and nothing else has it.
-    drop(unsafe { OwnedFd::from_raw_fd(descriptor) });
-    true
+    Some(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }

@@ -10,7 +10,7 @@ use anyhow::Result;
 use crate::command::{self, say};
 
 /// A package: its name for apt-get, with `=VERSION` where one is pinned, and what it is for.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Package {
     pub(crate) name: &'static str,
     pub(crate) purpose: &'static str,

@@ -123,7 +123,8 @@ fn nightly() -> Option<PathBuf> {
     command::output(&mut which).map(PathBuf::from)
 }
 
-fn has_core(folder: &Path) -> bool {
+/// Whether there is a compiled `core` in a folder of libraries.
+pub(crate) fn has_core(folder: &Path) -> bool {
     std::fs::read_dir(folder).is_ok_and(|files| {
         files.flatten().any(|file| file.file_name().to_string_lossy().starts_with("libcore-"))
     })

@@ -8,6 +8,7 @@ mod ebpf;
 mod kernels;
 mod linker;
 mod lint;
+mod platform;
 mod report;
 mod run;
 mod suite;
@@ -18,6 +19,8 @@ mod workspace;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+
+use platform::Platform;
 
 /// Sets up, builds, runs and tests tcpclose.
 ///
@@ -45,6 +48,9 @@ enum Task {
         /// Build the user half without optimisations
         #[arg(long)]
         debug: bool,
+        /// The platform to build the user half for, as rustc calls it, if it is not this one
+        #[arg(long, value_name = "TRIPLE", value_parser = Platform::parse)]
+        target: Option<&'static Platform>,
     },
     /// Check the format and the lints of both halves
     #[command(alias = "clippy")]
@@ -71,16 +77,18 @@ fn start(task: Task) -> anyhow::Result<()> {
     match task {
         Task::Run { args } => Err(run::run(&workspace, &args)),
         Task::Test(args) => test::test(&workspace, &args),
-        Task::Build { debug } => {
+        Task::Build { debug, target } => {
+            let platform = target.unwrap_or_else(Platform::host);
             ebpf::build(&workspace, &tools::for_building()?)?;
-            run::build_user_half(&workspace, !debug).map(drop)
+            tools::for_platform(platform)?;
+            run::build_user_half(&workspace, platform, !debug).map(drop)
         }
         Task::Lint => lint::lint(&workspace, &tools::for_building()?),
         Task::Bench(args) => bench::bench(&workspace, &args),
         Task::Setup => {
             let tools = tools::for_building()?;
             tools::for_testing()?;
-            tools::for_machines()?;
+            tools::for_machines(Platform::host())?;
             println!("{tools}");
             Ok(())
         }

@@ -6,7 +6,9 @@ use anyhow::{Context, Error, Result};
 
 use crate::{
     command::{self, line},
-    ebpf, tools,
+    ebpf,
+    platform::Platform,
+    tools,
     workspace::Workspace,
 };
 
@@ -16,18 +18,19 @@ const KEPT: [&str; 6] = ["RUST_LOG", "RUST_BACKTRACE", "NO_COLOR", "CLICOLOR", "
 /// Builds both halves as they are released; the answer is where tcpclose is.
 pub(crate) fn build_all(workspace: &Workspace) -> Result<PathBuf> {
     ebpf::build(workspace, &tools::for_building()?)?;
-    build_user_half(workspace, true)
+    build_user_half(workspace, Platform::host(), true)
 }
 
 /// Builds the user half, which takes in the kernel half; the answer is where it is.
-pub(crate) fn build_user_half(workspace: &Workspace, release: bool) -> Result<PathBuf> {
+pub(crate) fn build_user_half(workspace: &Workspace, platform: &Platform, release: bool) -> Result<PathBuf> {
     let mut cargo = workspace.cargo("build");
     cargo.args(["--package", "tcpclose-user", "--bin", "tcpclose"]);
+    platform.choose(&mut cargo);
     if release {
         cargo.arg("--release");
     }
     command::run_build(&mut cargo).context("the user half was not built")?;
-    Ok(workspace.target.join(if release { "release" } else { "debug" }).join("tcpclose"))
+    Ok(platform.folder(&workspace.target).join(if release { "release" } else { "debug" }).join("tcpclose"))
 }
 
 /// Becomes tcpclose, so that signals and the exit status are its own. Comes back only if it cannot.

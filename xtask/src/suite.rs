@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use crate::{
     command::{self, line},
+    platform::Platform,
     workspace::{Workspace, cargo_program},
 };
 
@@ -29,7 +30,7 @@ pub(crate) struct Suite {
 }
 
 impl Suite {
-    pub(crate) fn build(workspace: &Workspace) -> Result<Self> {
+    pub(crate) fn build(workspace: &Workspace, platform: &Platform) -> Result<Self> {
         // The tests' own programs are traced, and the kernel walks their stacks along the frame pointers. The flag
         // would have everything built anew, hence a target folder of their own.
         let mut cargo = workspace.with_cargo(&cargo_program(), "test", &workspace.target.join("tests"));
@@ -37,6 +38,7 @@ impl Suite {
         flags.push_str(" -C force-frame-pointers=yes");
         cargo.env("RUSTFLAGS", flags.trim_start()).env_remove("CARGO_ENCODED_RUSTFLAGS");
         cargo.args(["--package", PACKAGE, "--no-run", "--message-format=json-render-diagnostics"]);
+        platform.choose(&mut cargo);
         let output = cargo.stderr(Stdio::inherit()).output().context("cannot start cargo")?;
         ensure!(output.status.success(), "this command failed ({}): {}", output.status, line(&cargo));
         let mut suite =

@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 
 use crate::{
     command::{self, say},
     ebpf,
     kernels::{self, Extent},
     lint,
+    platform::Platform,
     report::{self, Report},
     run,
     suite::{self, Suite},
@@ -27,6 +28,10 @@ pub(crate) struct Args {
     /// Run them on this kernel and nothing else: 5.10, 6.1, 6.12, newest. Can be repeated
     #[arg(long, value_name = "KERNEL", conflicts_with = "kernels")]
     kernel: Vec<String>,
+    /// With --kernels or --kernel: the platform of these kernels, as rustc calls it, if it is not this one; nothing is
+    /// run here then
+    #[arg(long, value_name = "TRIPLE", value_parser = Platform::parse)]
+    target: Option<&'static Platform>,
     /// With --kernels or --kernel: each scenario over one route
     #[arg(long)]
     brief: bool,
@@ -41,13 +46,16 @@ pub(crate) struct Args {
 
 /// Runs lints and all tests, or the tests that are asked for. Each step runs whatever became of the one before.
 pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
-    let here = args.kernel.is_empty();
-    let elsewhere = args.kernels || !here;
+    let platform = args.target.unwrap_or_else(Platform::host);
+    let here = args.kernel.is_empty() && platform.is_host();
+    let elsewhere = args.kernels || !args.kernel.is_empty();
+    ensure!(here || elsewhere, "--target is for other kernels: say which with --kernel, or --kernels");
     let everything = args.filters.is_empty() && here;
     tools::for_testing()?;
+    tools::for_platform(platform)?;
     let mut failed = Vec::new();
     let has_machines = elsewhere && {
-        let found = tools::for_machines();
+        let found = tools::for_machines(platform);
         let is_good = found.is_ok();
         note("kernels", found, &mut failed);
         is_good
@@ -57,7 +65,7 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
         note("lints", lint::lint(workspace, &tools), &mut failed);
     }
     ebpf::build(workspace, &tools)?;
-    let tcpclose = run::build_user_half(workspace, true)?;
+    let tcpclose = run::build_user_half(workspace, platform, true)?;
 
     if here {
         let mut plain = workspace.cargo("test");
@@ -65,7 +73,7 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
         note("tests without root", command::run(plain.args(&args.filters).args(&args.more)), &mut failed);
     }
 
-    let suite = Suite::build(workspace)?;
+    let suite = Suite::build(workspace, platform)?;
     // What a test prints that passed is how it says that it was skipped.
     let more = [&["--show-output".to_owned()], &*args.more].concat();
     let mut reports = Vec::new();
@@ -76,6 +84,7 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
     }
     if has_machines {
         let plan = kernels::Plan {
+            platform,
             suite: &suite,
             tcpclose: &tcpclose,
             extent: if args.brief { Extent::Brief } else { Extent::Full },

@@ -2,13 +2,14 @@
 
 use std::{env, fmt, path::PathBuf, process::Command};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 
 use crate::{
     apt::{self, Package},
     command::{self, say},
     compiler::{self, Compiler, TARGET},
     linker,
+    platform::Platform,
 };
 
 /// A Rust compiler with `core` for BPF. Pinned: a later Rust may bring an LLVM that bpf-linker does not know.
@@ -53,12 +54,8 @@ const FOR_TESTS: [(&str, Package); 7] = [
     ),
 ];
 
-/// The commands that virtual machines take.
-const FOR_MACHINES: [(&str, Package); 4] = [
-    (
-        "qemu-system-x86_64",
-        Package { name: "qemu-system-x86", purpose: "QEMU, in which tests run on other kernels" },
-    ),
+/// The commands that virtual machines take, beside the emulator.
+const FOR_MACHINES: [(&str, Package); 3] = [
     ("cpio", Package { name: "cpio", purpose: "`cpio`, which packs the first file system of those kernels" }),
     ("strip", Package { name: "binutils", purpose: "`strip`, which makes it small" }),
     ("xz", Package { name: "xz-utils", purpose: "`xz`, which unpacks kernel modules" }),
@@ -93,8 +90,28 @@ pub(crate) fn for_testing() -> Result<()> {
 }
 
 /// Installs the commands that virtual machines take, where they are missing.
-pub(crate) fn for_machines() -> Result<()> {
-    install_missing("tests on other kernels need", &FOR_MACHINES)
+pub(crate) fn for_machines(platform: &Platform) -> Result<()> {
+    install_missing("tests on other kernels need", &[&[platform.qemu], &FOR_MACHINES[..]].concat())
+}
+
+/// Installs what it takes to build the user half for a platform that is not the host's.
+pub(crate) fn for_platform(platform: &Platform) -> Result<()> {
+    let triple = platform.triple;
+    if platform.is_host() {
+        return Ok(());
+    }
+    install_missing("building for another platform needs", &platform.linker)?;
+    if !platform.has_std() && command::find("rustup").is_some() {
+        say(&format!("adding rustup's target {triple}, the standard library for it"));
+        command::run(Command::new("rustup").args(["target", "add", triple]))?;
+    }
+    ensure!(
+        platform.has_std(),
+        "the Rust compiler has no standard library for {triple}: `rustup target add {triple}` brings it, or for \
+         Debian's compiler the package libstd-rust-dev:{}",
+        platform.debian
+    );
+    Ok(())
 }
 
 fn install_missing(who: &str, commands: &[(&str, Package)]) -> Result<()> {

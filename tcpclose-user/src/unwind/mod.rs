@@ -15,7 +15,7 @@ use framehop::{
     CacheNative, FrameAddress, MayAllocateDuringUnwind, Module, UnwindRegsNative, Unwinder as _,
     UnwinderNative,
 };
-use tcpclose_common::{offsets::ABSENT, params::Registers, record::StackCopy, stack::MAX_FRAMES};
+use tcpclose_common::{params::Registers, record::StackCopy, stack::MAX_FRAMES};
 
 use self::{hotspot::Vm, program::Programs};
 use crate::{
@@ -41,7 +41,7 @@ pub const REGISTERS: Registers = {
         ip: offset_of!(Shown, rip) as u16,
         sp: offset_of!(Shown, rsp) as u16,
         fp: offset_of!(Shown, rbp) as u16,
-        lr: ABSENT,
+        lr: tcpclose_common::offsets::ABSENT,
     };
     #[cfg(target_arch = "aarch64")]
     let registers = Registers {
@@ -123,7 +123,7 @@ impl Unwinder {
         let stack = Memory { start: copy.start, bytes };
         let mut place = Place {
             at: FrameAddress::from_instruction_pointer(copy.ip),
-            registers: registers(copy.ip, copy.sp, copy.fp, copy.lr),
+            registers: registers(&process.image, copy.ip, copy.sp, copy.fp, copy.lr),
         };
         if let Some(vm) = &mut process.vm {
             vm.begin();
@@ -194,7 +194,7 @@ impl Process {
         {
             let (sp, fp) = (place.registers.sp(), frame_pointer(&place.registers));
             let sender = vm.step(place.at, sp, fp, stack, calls)?;
-            place.registers = registers(sender.pc, sender.sp, sender.fp, sender.pc);
+            place.registers = registers(&self.image, sender.pc, sender.sp, sender.fp, sender.pc);
             return FrameAddress::from_return_address(sender.pc);
         }
         let mut read = |address| stack.word(address).ok_or(());
@@ -227,13 +227,17 @@ fn path(mapping: &Mapping) -> String {
 }
 
 #[cfg(target_arch = "x86_64")]
-fn registers(ip: u64, sp: u64, fp: u64, _lr: u64) -> UnwindRegsNative {
+fn registers(_image: &Image, ip: u64, sp: u64, fp: u64, _lr: u64) -> UnwindRegsNative {
     UnwindRegsNative::new(ip, sp, fp)
 }
 
+/// Programs may sign the addresses that they return to, in the bits that no address of a process uses. How many those are
+/// depends on the kernel; what is mapped last, next to the stack, uses all others.
 #[cfg(target_arch = "aarch64")]
-fn registers(_ip: u64, sp: u64, fp: u64, lr: u64) -> UnwindRegsNative {
-    UnwindRegsNative::new(lr, sp, fp)
+fn registers(image: &Image, _ip: u64, sp: u64, fp: u64, lr: u64) -> UnwindRegsNative {
+    let last = image.mappings.last().map_or(u64::MAX, |mapping| mapping.start);
+    let unsigned = framehop::aarch64::PtrAuthMask::from_max_known_address(last);
+    UnwindRegsNative::new_with_ptr_auth_mask(unsigned, lr, sp, fp)
 }
 
 #[cfg(target_arch = "x86_64")]

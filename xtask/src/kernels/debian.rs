@@ -1,5 +1,5 @@
-//! Debian's kernels, of several releases: found and fetched by apt with lists of its own, so that the system's stay as
-//! they are. What comes is checked against the keys that Debian ships.
+//! Debian's kernels, of several releases, and what else machines of another platform take: found and fetched by apt with
+//! lists of its own, so that the system's stay as they are. What comes is checked against the keys that Debian ships.
 
 use std::{
     fs,
@@ -12,14 +12,12 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::{
     apt,
     command::{self, say},
+    platform::Platform,
     workspace::cache,
 };
 
 /// The keys of Debian's archive, from the package debian-archive-keyring.
 const KEYS: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
-
-/// The package that depends on the newest kernel of a suite.
-const NEWEST: &str = "linux-image-cloud-amd64";
 
 /// A kernel and its modules, unpacked.
 pub(crate) struct Kernel {
@@ -32,17 +30,10 @@ pub(crate) struct Kernel {
 
 impl Kernel {
     /// The kernel of a suite. It is fetched once; removing the folder has it fetched again, in the version of that day.
-    pub(crate) fn of_suite(suite: &str) -> Result<Self> {
-        let folder = cache()?.join("kernels").join(suite);
-        if !folder.exists() {
-            // Under its final name only when it is complete.
-            let partial = folder.with_extension(format!("{}.part", std::process::id()));
-            let fetched = fetch(suite, &partial).and_then(|()| Ok(fs::rename(&partial, &folder)?));
-            if let Err(error) = fetched {
-                let _ = fs::remove_dir_all(&partial);
-                return Err(error.context(format!("cannot fetch the kernel of Debian {suite}")));
-            }
-        }
+    pub(crate) fn of_suite(platform: &Platform, suite: &str) -> Result<Self> {
+        let folder = cache()?.join(platform.kernels).join(suite);
+        complete(&folder, |partial| fetch_kernel(platform, suite, partial))
+            .with_context(|| format!("cannot fetch the kernel of Debian {suite} for {}", platform.debian))?;
         Self::unpacked_in(&folder).with_context(|| {
             format!("{} is broken; removing it has the kernel fetched again", folder.display())
         })
@@ -67,32 +58,56 @@ impl Kernel {
     }
 }
 
+/// A folder with Debian packages of a platform unpacked in it: these, and all that they depend on. They are of this
+/// system's suite, as is the compiler that programs for the platform are linked with. Fetched once, like a kernel.
+pub(crate) fn unpacked(platform: &Platform, packages: &[&str]) -> Result<PathBuf> {
+    let folder = cache()?.join(platform.kernels).join("programs");
+    complete(&folder, |partial| {
+        let suite = fs::read_to_string("/etc/os-release").ok().and_then(|text| {
+            let suite = text.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
+            suite.map(str::to_owned)
+        });
+        let apt = Apt::with_lists(platform, &suite.context("/etc/os-release names no suite")?, partial)?;
+        say(&format!("fetching for {}, with what they depend on: {}", platform.debian, packages.join(", ")));
+        let mut install = apt.command("apt-get");
+        install.args(["--quiet=2", "install", "--download-only", "--no-install-recommends"]);
+        command::run(install.args(packages))?;
+        apt.unpack("cache/archives", partial)
+    })
+    .with_context(|| format!("cannot fetch programs of Debian for {}", platform.debian))?;
+    Ok(folder)
+}
+
+/// Has a folder filled that is not there. It gets its name only when it is complete.
+fn complete(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    if folder.exists() {
+        return Ok(());
+    }
+    let partial = folder.with_extension(format!("{}.part", std::process::id()));
+    let filled = fill(&partial).and_then(|()| Ok(fs::rename(&partial, folder)?));
+    if filled.is_err() {
+        let _ = fs::remove_dir_all(&partial);
+    }
+    filled
+}
+
 /// Fetches the newest kernel of a suite and unpacks it.
-fn fetch(suite: &str, folder: &Path) -> Result<()> {
-    ensure!(
-        apt::is_here() && Path::new(KEYS).exists(),
-        "Debian's kernels are fetched with apt-get and checked with {KEYS}; on Debian and its relatives this brings \
-         it:\n  sudo apt-get install debian-archive-keyring"
-    );
-    let archive = archive()?;
-    let apt = Apt::new(folder.join("apt"), &format!("deb [signed-by={KEYS}] {archive} {suite} main\n"))?;
-    say(&format!("looking for the newest kernel of Debian {suite}"));
-    command::run(apt.command("apt-get").args(["--quiet=2", "update"]))?;
+fn fetch_kernel(platform: &Platform, suite: &str, folder: &Path) -> Result<()> {
+    // The package that depends on it.
+    let newest = format!("linux-image-cloud-{}", platform.debian);
+    let apt = Apt::with_lists(platform, suite, folder)?;
     let mut depends = apt.command("apt-cache");
     depends
         .args(["depends", "--recurse", "--no-recommends", "--no-suggests", "--no-conflicts", "--no-breaks"])
-        .args(["--no-replaces", "--no-enhances", NEWEST]);
-    let listed = command::output(&mut depends).with_context(|| format!("there is no {NEWEST} in it"))?;
+        .args(["--no-replaces", "--no-enhances", &newest]);
+    let listed = command::output(&mut depends).with_context(|| format!("there is no {newest} in it"))?;
     let packages: Vec<_> = listed.lines().filter(|line| is_kernel(line)).collect();
-    ensure!(!packages.is_empty(), "{NEWEST} depends on no kernel");
+    ensure!(!packages.is_empty(), "{newest} depends on no kernel");
     say(&format!("fetching {}", packages.join(", ")));
-    let debs = folder.join("apt/debs");
+    let debs = apt.folder.join("debs");
     fs::create_dir(&debs)?;
     command::run(apt.command("apt-get").args(["--quiet=2", "download"]).args(&packages).current_dir(&debs))?;
-    for deb in fs::read_dir(&debs)? {
-        command::run(Command::new("dpkg-deb").arg("--extract").arg(deb?.path()).arg(folder))?;
-    }
-    Ok(fs::remove_dir_all(folder.join("apt"))?)
+    apt.unpack("debs", folder)
 }
 
 /// Whether a package holds a part of one certain kernel, such as linux-image-6.1.0-50-cloud-amd64. Up to 7.1 the image
@@ -126,20 +141,43 @@ fn archive() -> Result<String> {
     first(&mut targets).context("none of the package sources of this system is Debian's archive")
 }
 
-/// apt with sources, lists and a cache of its own, and no packages installed.
+/// apt for a platform, with sources, lists and a cache of its own, and no packages installed.
 struct Apt {
     folder: PathBuf,
+    architecture: &'static str,
 }
 
 impl Apt {
-    fn new(folder: PathBuf, sources: &str) -> Result<Self> {
+    /// With the lists of a suite, kept in a folder that they will leave.
+    fn with_lists(platform: &Platform, suite: &str, within: &Path) -> Result<Self> {
+        ensure!(
+            apt::is_here() && Path::new(KEYS).exists(),
+            "Debian's packages are fetched with apt-get and checked with {KEYS}; on Debian and its relatives this \
+             brings it:\n  sudo apt-get install debian-archive-keyring"
+        );
+        let archive = archive()?;
+        let folder = within.join("apt");
         for place in ["lists/partial", "cache/archives/partial"] {
             let place = folder.join(place);
             fs::create_dir_all(&place)
                 .with_context(|| format!("cannot make the folder {}", place.display()))?;
         }
-        fs::write(folder.join("sources.list"), sources)?;
-        Ok(Self { folder })
+        fs::write(folder.join("sources.list"), format!("deb [signed-by={KEYS}] {archive} {suite} main\n"))?;
+        let apt = Self { folder, architecture: platform.debian };
+        say(&format!("getting the package lists of Debian {suite} for {}", platform.debian));
+        command::run(apt.command("apt-get").args(["--quiet=2", "update"]))?;
+        Ok(apt)
+    }
+
+    /// Unpacks the packages that lie in a folder of apt's, and removes all that is apt's.
+    fn unpack(self, debs: &str, to: &Path) -> Result<()> {
+        for file in fs::read_dir(self.folder.join(debs))? {
+            let file = file?.path();
+            if file.extension().is_some_and(|extension| extension == "deb") {
+                command::run(Command::new("dpkg-deb").arg("--extract").arg(file).arg(to))?;
+            }
+        }
+        Ok(fs::remove_dir_all(self.folder)?)
     }
 
     fn command(&self, program: &str) -> Command {
@@ -157,8 +195,8 @@ impl Apt {
             "Dir::Etc::preferences=/dev/null",
             "Dir::Etc::preferencesparts=/dev/null",
             "Dir::State::status=/dev/null",
-            "APT::Architecture=amd64",
-            "APT::Architectures=amd64",
+            &format!("APT::Architecture={}", self.architecture),
+            &format!("APT::Architectures={}", self.architecture),
             "Acquire::Languages=none",
             // What a desktop would like to have of every suite.
             "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false",

@@ -12,8 +12,11 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Plan, debian::Kernel};
-use crate::command;
+use super::{
+    Plan,
+    debian::{self, Kernel},
+};
+use crate::{command, platform::Platform};
 
 /// The commands that tests call.
 const COMMANDS: [&str; 4] = ["ip", "nft", "sh", "ss"];
@@ -24,6 +27,9 @@ const VARIABLES: [(&str, &str); 4] =
 
 /// Modules that tests need, where the kernel does not have them built in. What they depend on comes along.
 const MODULES: [&str; 5] = ["veth", "nf_tables", "nft_reject_inet", "tcp_diag", "mptcp_diag"];
+
+/// The packages of Debian that bring those, and what Rust programs are linked to.
+const PACKAGES: [&str; 5] = ["iproute2", "nftables", "dash", "libc6", "libgcc-s1"];
 
 /// Folders that are mounted on or written to.
 const FOLDERS: [&str; 9] = ["dev", "modules", "proc", "run", "sys", "tmp", "usr/bin", "usr/lib", "usr/lib64"];
@@ -47,21 +53,15 @@ pub(crate) fn common(folder: &Path, plan: &Plan) -> Result<Vec<u8>> {
     for (name, to) in LINKS {
         symlink(to, root.join(name))?;
     }
-    let mut needed = BTreeSet::new();
     for program in suite.programs().chain([tcpclose]) {
         let copy = copy(program, &root)?;
         // Names of functions stay; lines of the source would make the image five times as large.
-        command::run(Command::new("strip").arg("--strip-debug").arg(copy))?;
-        needed.extend(libraries(program)?);
+        command::run(Command::new(plan.platform.tool("strip")).arg("--strip-debug").arg(copy))?;
     }
-    for name in COMMANDS {
-        let program = command::find(name).with_context(|| format!("there is no {name}"))?;
-        fs::copy(&program, root.join("usr/bin").join(name))
-            .with_context(|| format!("cannot copy {}", program.display()))?;
-        needed.extend(libraries(&program)?);
-    }
-    for library in needed {
-        copy(&library, &root)?;
+    if plan.platform.is_host() {
+        add_from_host(&root, suite.programs().chain([tcpclose]))?;
+    } else {
+        add_from_packages(&root, plan.platform)?;
     }
     fs::copy(suite.helper("init")?, root.join("init"))?;
     let variables =
@@ -70,6 +70,50 @@ pub(crate) fn common(folder: &Path, plan: &Plan) -> Result<Vec<u8>> {
     let environment = variables.chain(own).map(|(name, value)| format!("{name}={value}\n"));
     fs::write(root.join("environment"), environment.collect::<String>())?;
     pack(&root)
+}
+
+/// Adds this host's commands, and its libraries for them and for the programs.
+fn add_from_host<'a>(root: &Path, programs: impl Iterator<Item = &'a Path>) -> Result<()> {
+    let mut needed = BTreeSet::new();
+    for program in programs {
+        needed.extend(libraries(program)?);
+    }
+    for name in COMMANDS {
+        let program = command::find(name).with_context(|| format!("there is no {name}"))?;
+        add_command(root, name, &program)?;
+        needed.extend(libraries(&program)?);
+    }
+    for library in needed {
+        copy(&library, root)?;
+    }
+    Ok(())
+}
+
+/// Adds another platform's commands, and all libraries of the packages that bring them: who needs which of them, only
+/// its own loader can tell.
+fn add_from_packages(root: &Path, platform: &Platform) -> Result<()> {
+    let packages = debian::unpacked(platform, &PACKAGES)?;
+    for name in COMMANDS {
+        let places = ["usr/bin", "bin", "usr/sbin", "sbin"].map(|place| packages.join(place).join(name));
+        let program = places.iter().find(|place| place.exists());
+        add_command(root, name, program.with_context(|| format!("no package of {PACKAGES:?} has {name}"))?)?;
+    }
+    for place in
+        ["lib", "usr/lib"].map(Path::new).iter().flat_map(|lib| [lib.to_path_buf(), lib.join(platform.gnu)])
+    {
+        let Ok(files) = fs::read_dir(packages.join(&place)) else { continue };
+        for file in files {
+            let file = file?;
+            if file.file_name().to_string_lossy().contains(".so") {
+                copy_to(&file.path(), &root.join(&place).join(file.file_name()))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn add_command(root: &Path, name: &str, program: &Path) -> Result<()> {
+    copy_to(program, &root.join("usr/bin").join(name))
 }
 
 /// What a machine has for itself, packed: the list of its tests, and the modules of its kernel, which it loads in the
@@ -157,9 +201,13 @@ fn fresh(folder: &Path) -> Result<PathBuf> {
 fn copy(file: &Path, root: &Path) -> Result<PathBuf> {
     let to =
         root.join(file.strip_prefix("/").with_context(|| format!("{} is no full path", file.display()))?);
-    let copied = to.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| fs::copy(file, &to));
-    copied.with_context(|| format!("cannot copy {} to {}", file.display(), to.display()))?;
+    copy_to(file, &to)?;
     Ok(to)
+}
+
+fn copy_to(file: &Path, to: &Path) -> Result<()> {
+    let copied = to.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| fs::copy(file, to));
+    copied.map(drop).with_context(|| format!("cannot copy {} to {}", file.display(), to.display()))
 }
 
 /// The shared libraries that a program loads, the loader itself included.

@@ -18,7 +18,7 @@ use anyhow::{Result, anyhow, bail};
 
 use self::debian::Kernel;
 pub(crate) use self::plan::{Extent, Plan};
-use crate::{command::say, report::Report, workspace::Workspace};
+use crate::{command::say, platform::Platform, report::Report, workspace::Workspace};
 
 /// The kernels that tests run on.
 const KERNELS: [Entry; 4] = [
@@ -34,11 +34,20 @@ const KERNELS: [Entry; 4] = [
             "UringShutdown",
             "UnlockedMaps",
         ],
+        arm64_may_lack: &PROGRAMS_ON_FUNCTIONS,
     },
-    Entry { name: "6.1", suite: "bookworm", may_lack: &["EveryReset", "ReasonsOfOwnResets"] },
-    Entry { name: "6.12", suite: "trixie", may_lack: &[] },
-    Entry { name: "newest", suite: "sid", may_lack: &[] },
+    Entry {
+        name: "6.1",
+        suite: "bookworm",
+        may_lack: &["EveryReset", "ReasonsOfOwnResets"],
+        arm64_may_lack: &PROGRAMS_ON_FUNCTIONS,
+    },
+    Entry { name: "6.12", suite: "trixie", may_lack: &[], arm64_may_lack: &[] },
+    Entry { name: "newest", suite: "sid", may_lack: &[], arm64_may_lack: &[] },
 ];
+
+/// What arm64 has from 6.4 on.
+const PROGRAMS_ON_FUNCTIONS: [&str; 2] = ["FunctionReturns", "PacketOfReset"];
 
 struct Entry {
     /// What it is called here.
@@ -47,6 +56,15 @@ struct Entry {
     suite: &'static str,
     /// What it may be without, as `tests/src/features.rs` calls it. Anything else that is missing fails a test there.
     may_lack: &'static [&'static str],
+    /// And on arm64 besides.
+    arm64_may_lack: &'static [&'static str],
+}
+
+impl Entry {
+    fn may_lack_on(&self, platform: &Platform) -> Vec<&'static str> {
+        let more = if platform.debian == "arm64" { self.arm64_may_lack } else { &[] };
+        [self.may_lack, more].concat()
+    }
 }
 
 /// Tells the tests what the kernel may be without (`tests/src/features.rs`).
@@ -79,13 +97,15 @@ pub(crate) fn run(workspace: &Workspace, plan: &Plan, chosen: &[String]) -> Resu
             workspace.target.display()
         );
     }
+    let platform = plan.platform;
     let common = image::common(&folder, plan)?;
     let wanted =
         KERNELS.iter().filter(|entry| chosen.is_empty() || chosen.iter().any(|one| one == entry.name));
-    let machine = Machine { folder: &folder, common: &common };
+    let machine = Machine { platform, folder: &folder, common: &common };
     // All is fetched before anything is started: no machine waits for the network.
-    let kernels =
-        wanted.map(|entry| Ok((entry, Kernel::of_suite(entry.suite)?))).collect::<Result<Vec<_>>>()?;
+    let kernels = wanted
+        .map(|entry| Ok((entry, Kernel::of_suite(platform, entry.suite)?)))
+        .collect::<Result<Vec<_>>>()?;
     let start = Instant::now();
     let queue = Mutex::new(kernels.iter().enumerate());
     let next = || {
@@ -117,6 +137,7 @@ pub(crate) fn run(workspace: &Workspace, plan: &Plan, chosen: &[String]) -> Resu
 
 /// What all machines have in common.
 struct Machine<'a> {
+    platform: &'a Platform,
     folder: &'a Path,
     common: &'a [u8],
 }
@@ -133,11 +154,11 @@ impl Machine<'_> {
         let start = Instant::now();
         let own = image::own(self.folder, kernel, tests)?;
         // What the kernel does not know, pid 1 has as a variable.
-        let mut variables = format!("{MAY_LACK}={}", entry.may_lack.join(","));
+        let mut variables = format!("{MAY_LACK}={}", entry.may_lack_on(self.platform).join(","));
         if let Some(time) = time {
             let _ = write!(variables, " {SECONDS}={}", time.as_secs());
         }
-        let left = vm::run(self.folder, kernel, &[self.common, &own], &variables)?;
+        let left = vm::run(self.platform, self.folder, kernel, &[self.common, &own], &variables)?;
         let mut report = Report::parse(&left.results);
         report.refuse_other_skips();
         if left.stopped {

@@ -2,7 +2,7 @@
 
 use std::{fmt::Write, path::Path, time::Duration};
 
-use crate::suite::Suite;
+use crate::{platform::Platform, suite::Suite};
 
 /// Test programs that are of no use there: the tests of the tests' own code, a crowd, which does so much at once that an
 /// emulated processor comes to the end of everybody's patience, and cases of programs that are no part of the machine
@@ -58,6 +58,8 @@ pub(crate) enum Extent {
 
 /// The tests of a machine.
 pub(crate) struct Plan<'a> {
+    /// What all of it is built for.
+    pub(crate) platform: &'static Platform,
     pub(crate) suite: &'a Suite,
     pub(crate) tcpclose: &'a Path,
     pub(crate) extent: Extent,

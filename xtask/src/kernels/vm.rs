@@ -11,6 +11,7 @@ use std::{
 use anyhow::{Context, Result};
 
 use super::debian::Kernel;
+use crate::platform::Platform;
 
 /// A machine that says nothing for so long hangs, and is stopped: several times what any test takes with an emulated
 /// processor on a busy host.
@@ -32,7 +33,13 @@ pub(crate) struct Left {
 }
 
 /// Boots a kernel and waits for the machine's end.
-pub(crate) fn run(folder: &Path, kernel: &Kernel, image: &[&[u8]], arguments: &str) -> Result<Left> {
+pub(crate) fn run(
+    platform: &Platform,
+    folder: &Path,
+    kernel: &Kernel,
+    image: &[&[u8]],
+    arguments: &str,
+) -> Result<Left> {
     let file = |kind: &str| folder.join(format!("{}.{kind}", kernel.release));
     let (initrd, results, console) = (file("initrd"), file("results"), file("console"));
     // The kernel unpacks one archive after the other.
@@ -40,25 +47,36 @@ pub(crate) fn run(folder: &Path, kernel: &Kernel, image: &[&[u8]], arguments: &s
     for output in [&results, &console] {
         fs::write(output, [])?;
     }
-    let mut qemu = Command::new("qemu-system-x86_64");
-    // Where the processor is emulated, it is an old one: what newer ones can do is slow that way. And it is without
-    // cmpxchg16b, after which QEMU 7.2 at times has other flags than the instruction left: kernels crash of that.
-    qemu.args(if has_kvm() {
-        ["-accel", "kvm", "-cpu", "host"]
+    let mut qemu = Command::new(platform.qemu.0);
+    if platform.is_host() && has_kvm() {
+        qemu.args(["-accel", "kvm", "-cpu", "host"]);
     } else {
-        ["-accel", "tcg,thread=multi", "-cpu", "Nehalem,-cx16"]
-    })
-    .args(["-smp", "2", "-m", MEMORY])
-    .args(["-display", "none", "-monitor", "none", "-nic", "none", "-no-reboot"])
-    .args(["-serial".into(), to_file(&console), "-serial".into(), to_file(&results)])
-    .arg("-kernel")
-    .arg(&kernel.vmlinuz)
-    .arg("-initrd")
-    .arg(&initrd)
-    // A bug in the kernel is to end the machine.
-    .args(["-append", &format!("console=ttyS0 quiet oops=panic panic=-1 mitigations=off {arguments}")])
-    .stdin(Stdio::null());
-    let mut machine = qemu.spawn().context("cannot start qemu-system-x86_64")?;
+        qemu.args(["-accel", "tcg"]).args(platform.emulated);
+    }
+    let [first, second] = platform.ports;
+    qemu.args(platform.board)
+        // One processor: kernels change their own code as they run, which QEMU does not always get right where another
+        // processor is running it (they crash of an int3 that was put there for a moment). And that way nobody waits for
+        // another processor to come by, which is most of what attaching and detaching programs takes.
+        .args(["-smp", "1", "-m", MEMORY])
+        .args(["-display", "none", "-monitor", "none", "-nic", "none", "-no-reboot"])
+        .arg("-serial")
+        .arg(format!("file:{}", console.display()))
+        .arg("-chardev")
+        // The emulator reads two commas as one that is no end.
+        .arg(format!("file,id=results,path={}", results.display().to_string().replace(',', ",,")))
+        .args(["-device", &format!("{},chardev=results", platform.second_port)])
+        .arg("-kernel")
+        .arg(&kernel.vmlinuz)
+        .arg("-initrd")
+        .arg(&initrd)
+        // A bug in the kernel is to end the machine. What the kernel does not know, pid 1 has as a variable.
+        .arg("-append")
+        .arg(format!(
+            "console={first} RESULTS=/dev/{second} quiet oops=panic panic=-1 mitigations=off {arguments}"
+        ))
+        .stdin(Stdio::null());
+    let mut machine = qemu.spawn().with_context(|| format!("cannot start {}", platform.qemu.0))?;
     let (mut said, mut since) = (0, Instant::now());
     let (mut stopped, mut processor) = (false, 0);
     while machine.try_wait()?.is_none() {
@@ -89,12 +107,8 @@ fn processor_time(pid: u32) -> Option<u64> {
 /// virtual machine whose processor has not been given the extension.
 fn has_kvm() -> bool {
     let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    flags.split_whitespace().any(|flag| ["vmx", "svm"].contains(&flag))
-        && fs::File::options().read(true).write(true).open("/dev/kvm").is_ok()
-}
-
-fn to_file(path: &Path) -> std::ffi::OsString {
-    let mut argument = std::ffi::OsString::from("file:");
-    argument.push(path);
-    argument
+    // Only these processors say so.
+    let has_extension = cfg!(not(target_arch = "x86_64"))
+        || flags.split_whitespace().any(|flag| ["vmx", "svm"].contains(&flag));
+    has_extension && fs::File::options().read(true).write(true).open("/dev/kvm").is_ok()
 }

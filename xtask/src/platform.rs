@@ -1,0 +1,135 @@
+//! The platforms that tcpclose is built for, and what each is called by whom.
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use crate::{apt::Package, command, compiler};
+
+/// A platform. There is one of each, in [`PLATFORMS`].
+#[derive(Debug)]
+pub(crate) struct Platform {
+    /// As Rust calls it.
+    pub(crate) triple: &'static str,
+    /// As Debian calls it.
+    pub(crate) debian: &'static str,
+    /// The folder of the user's cache for its kernels.
+    pub(crate) kernels: &'static str,
+    /// As the folder of its libraries is called, and as the names of tools begin that work on its files elsewhere.
+    pub(crate) gnu: &'static str,
+    /// What links for it elsewhere, a command and a file, and the packages that bring them.
+    pub(crate) linker: [(&'static str, Package); 2],
+    /// The emulator, and the package that brings it.
+    pub(crate) qemu: (&'static str, Package),
+    /// The emulator's arguments for an emulated processor.
+    pub(crate) emulated: &'static [&'static str],
+    /// Its arguments for a machine that has one serial port.
+    pub(crate) board: &'static [&'static str],
+    /// Its device for a second one.
+    pub(crate) second_port: &'static str,
+    /// What the kernel calls the first and the second.
+    pub(crate) ports: [&'static str; 2],
+}
+
+static PLATFORMS: [Platform; 2] = [
+    Platform {
+        triple: "x86_64-unknown-linux-gnu",
+        debian: "amd64",
+        kernels: "kernels",
+        gnu: "x86_64-linux-gnu",
+        linker: [
+            (
+                "x86_64-linux-gnu-gcc",
+                Package { name: "gcc-x86-64-linux-gnu", purpose: "what links programs for amd64" },
+            ),
+            (
+                "/usr/x86_64-linux-gnu/lib/crt1.o",
+                Package { name: "libc6-dev-amd64-cross", purpose: "the C library that they are linked to" },
+            ),
+        ],
+        qemu: (
+            "qemu-system-x86_64",
+            Package { name: "qemu-system-x86", purpose: "QEMU, in which tests run on other kernels" },
+        ),
+        // An old one: what newer ones can do is slow that way. And it is without cmpxchg16b, after which QEMU 7.2 at
+        // times has other flags than the instruction left: kernels crash of that.
+        emulated: &["-cpu", "Nehalem,-cx16"],
+        board: &[],
+        second_port: "isa-serial",
+        ports: ["ttyS0", "ttyS1"],
+    },
+    Platform {
+        triple: "aarch64-unknown-linux-gnu",
+        debian: "arm64",
+        kernels: "kernels-arm64",
+        gnu: "aarch64-linux-gnu",
+        linker: [
+            (
+                "aarch64-linux-gnu-gcc",
+                Package { name: "gcc-aarch64-linux-gnu", purpose: "what links programs for arm64" },
+            ),
+            (
+                "/usr/aarch64-linux-gnu/lib/crt1.o",
+                Package { name: "libc6-dev-arm64-cross", purpose: "the C library that they are linked to" },
+            ),
+        ],
+        qemu: (
+            "qemu-system-aarch64",
+            Package { name: "qemu-system-arm", purpose: "QEMU, in which tests run on kernels for arm64" },
+        ),
+        // One that does not sign its return addresses: to emulate that is slow.
+        emulated: &["-cpu", "cortex-a72"],
+        board: &["-machine", "virt,gic-version=max"],
+        second_port: "pci-serial",
+        ports: ["ttyAMA0", "ttyS0"],
+    },
+];
+
+impl Platform {
+    /// The one that this runs on.
+    pub(crate) fn host() -> &'static Self {
+        let is_this = |platform: &&Self| platform.triple.split('-').next() == Some(env::consts::ARCH);
+        // On a host that is neither, nothing is asked of it but to be the host: cargo builds there as it would anyway.
+        PLATFORMS.iter().find(is_this).unwrap_or(&PLATFORMS[0])
+    }
+
+    /// Reads the argument of `--target`.
+    pub(crate) fn parse(triple: &str) -> Result<&'static Self, String> {
+        PLATFORMS.iter().find(|platform| platform.triple == triple).ok_or_else(|| {
+            let known: Vec<_> = PLATFORMS.iter().map(|platform| platform.triple).collect();
+            format!("known here: {}", known.join(", "))
+        })
+    }
+
+    pub(crate) fn is_host(&self) -> bool {
+        std::ptr::eq(self, Self::host())
+    }
+
+    /// Has a cargo command build for this platform.
+    pub(crate) fn choose(&self, cargo: &mut Command) {
+        if !self.is_host() {
+            let triple = self.triple.to_uppercase().replace('-', "_");
+            cargo.args(["--target", self.triple]);
+            cargo.env(format!("CARGO_TARGET_{triple}_LINKER"), self.tool("gcc"));
+        }
+    }
+
+    /// Where in a target folder cargo puts what it builds for this platform.
+    pub(crate) fn folder(&self, target: &Path) -> PathBuf {
+        if self.is_host() { target.to_owned() } else { target.join(self.triple) }
+    }
+
+    /// What a tool is called that works on this platform's files.
+    pub(crate) fn tool(&self, name: &str) -> String {
+        if self.is_host() { name.to_owned() } else { format!("{}-{name}", self.gnu) }
+    }
+
+    /// Whether the compiler of the user half has the standard library for this platform.
+    pub(crate) fn has_std(&self) -> bool {
+        let mut rustc = Command::new("rustc");
+        let folder = command::output(rustc.args(["--print", "target-libdir", "--target", self.triple]));
+        folder.is_some_and(|folder| compiler::has_core(Path::new(&folder)))
+    }
+}
