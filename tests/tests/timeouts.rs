@@ -12,7 +12,8 @@ use tcpclose_tests::{
     scenario::{ended_by_icmp, never_established, orderly_lines, reset_in_close_wait, run},
     scenarios,
     snmp::Counters,
-    sockets::{self, FIN_WAIT2, TIMER_OF_PROBES, TIMER_OF_REMNANT},
+    sockets::{self, FIN_WAIT2, Socket, TIMER_OF_PROBES, TIMER_OF_REMNANT},
+    until,
 };
 
 scenarios! {
@@ -125,9 +126,13 @@ fn probe_nothing(bed: &mut Bed, cause: &str, setting: Option<&str>) -> Result<Ve
     // Before 6.6 the window may be larger than what there is memory for; then segments are lost, and it never shuts.
     bed.namespace(Side::Server).set_sysctl("net/ipv4/tcp_adv_win_scale", "-4")?;
     let connection = bed.idle()?;
-    bed.peer(Side::Client).ask("fill")?;
-    sockets::wait_for(bed, &connection, Side::Client, "the client probes the server's window", |sockets| {
-        sockets.iter().any(|socket| socket.timer == TIMER_OF_PROBES)
+    let (local, remote) = (connection.address(Side::Client), connection.address(Side::Server));
+    let probes =
+        |socket: &Socket| (socket.local, socket.remote) == (local, remote) && socket.timer == TIMER_OF_PROBES;
+    until("the client probes the server's window", || {
+        // More than once: what is acknowledged makes room for more.
+        bed.peer(Side::Client).ask("fill")?;
+        Ok(sockets::list(bed.namespace(Side::Client))?.iter().any(probes).then_some(()))
     })?;
     bed.lose(bed.route().address(Side::Server))?;
     if let Some(order) = setting {
