@@ -34,11 +34,14 @@ pub fn actor(connection: &Connection) -> &Task {
 
 /// Whether the socket was destroyed from outside, as `ss -K` does. What a listener has not accepted ends without an error
 /// when that befalls the listener: `tcp_abort()` stops it as `close()` does. But it does so while a message is sent to the
-/// kernel, and nobody closes a listener by sending something.
+/// kernel, and nobody closes a listener by sending something, unless it dies of it.
 fn is_destroyed(connection: &Connection) -> bool {
     let sends = [libc::SYS_sendmsg, libc::SYS_sendmmsg, libc::SYS_sendto, libc::SYS_write, libc::SYS_writev];
+    let Task { syscall, flags, .. } = connection.actor;
     connection.error == libc::ECONNABORTED
-        || is_unaccepted(connection) && sends.contains(&i64::from(connection.actor.syscall))
+        || is_unaccepted(connection)
+            && sends.contains(&i64::from(syscall))
+            && flags & task_flag::EXITING == 0
 }
 
 /// Says who ended `connection`, how and why. Its `reset` is the RST that ended it, if one did.
@@ -530,6 +533,9 @@ mod tests {
         let destroyed = sent(queued(libc::SYS_sendmsg), 14, 0, 1);
         assert_eq!(said(&destroyed, &reasons()), "admin destroyed - - destroyed");
         assert_eq!(actor(&destroyed).pid, 0, "whoever destroys it is not its owner");
+        let mut killed = destroyed;
+        (killed.actor.flags, killed.actor.exit_code) = (task_flag::EXITING, libc::SIGKILL);
+        assert_eq!(said(&killed, &reasons()), "local reset_sent signal SIGKILL listener_closed");
     }
 
     #[test]
