@@ -2,6 +2,7 @@
 
 use aya_ebpf::{
     EbpfContext,
+    bindings::BPF_NOEXIST,
     helpers::generated::{bpf_jiffies64, bpf_ktime_get_boot_ns},
 };
 use tcpclose_common::{
@@ -60,6 +61,32 @@ pub fn begin(sk: u64, now: u64) -> Option<&'static mut Connection> {
     if !known {
         count!(connections_added);
     }
+    born(sk, now)
+}
+
+/// Adds the socket at `sk`, which is older than the trace, unless it is there. The inventory and an event may both find
+/// that it is missing: whoever comes second takes what the first has made.
+#[inline(always)]
+pub fn add(sk: u64, now: u64) -> Option<&'static mut Connection> {
+    // SAFETY: read-only data of this object, always initialised.
+    match CONNECTIONS.insert(sk, unsafe { &*template() }, u64::from(BPF_NOEXIST)) {
+        Ok(()) => {
+            count!(connections_added);
+            born(sk, now)
+        }
+        Err(EXISTS) => None,
+        Err(_) => {
+            count!(connections_failed);
+            None
+        }
+    }
+}
+
+/// `-EEXIST`.
+const EXISTS: i32 = -17;
+
+#[inline(always)]
+fn born(sk: u64, now: u64) -> Option<&'static mut Connection> {
     let connection = find(sk)?;
     connection.sock = sk;
     connection.born = now;
@@ -102,9 +129,12 @@ pub fn teardown_over(sk: u64) {
 /// The entry of `sk`, or a new one for a socket that is older than the trace (or was evicted).
 #[inline(always)]
 pub fn find_or_begin(sk: u64, now: u64) -> Option<&'static mut Connection> {
-    match find(sk) {
+    if let Some(connection) = find(sk) {
+        return Some(connection);
+    }
+    match add(sk, now) {
         Some(connection) => Some(connection),
-        None => begin(sk, now),
+        None => find(sk),
     }
 }
 

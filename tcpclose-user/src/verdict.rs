@@ -39,9 +39,7 @@ fn is_destroyed(connection: &Connection) -> bool {
     let sends = [libc::SYS_sendmsg, libc::SYS_sendmmsg, libc::SYS_sendto, libc::SYS_write, libc::SYS_writev];
     let Task { syscall, flags, .. } = connection.actor;
     connection.error == libc::ECONNABORTED
-        || is_unaccepted(connection)
-            && sends.contains(&i64::from(syscall))
-            && flags & task_flag::EXITING == 0
+        || is_unaccepted(connection) && sends.contains(&i64::from(syscall)) && flags & task_flag::EXITING == 0
 }
 
 /// Says who ended `connection`, how and why. Its `reset` is the RST that ended it, if one did.

@@ -66,7 +66,7 @@ fn held(sk: u64, task: u64, fd: u32) {
         return;
     }
     let now = connection::now();
-    let Some(connection) = connection::begin(sk, now) else { return };
+    let Some(connection) = connection::add(sk, now) else { return };
     connection.found = 1;
     connection.holder = holder;
     connection.holder_kind = holder::DESCRIPTOR;
