@@ -106,11 +106,12 @@ fn changed(ctx: &impl EbpfContext, sk: u64, old: u8, new: u8, cookie: u64, recor
         return;
     };
     connection::step(connection, new, now);
+    // At once, for a socket that is older than the trace too: filters go by them, and a later look at it.
+    sock::endpoints(sk, record, &mut connection.endpoints);
     match new {
         state::SYN_SENT => {
             // Always in the connecting task's own context: tcp_v4_connect(), tcp_v6_connect().
             connection.role = role::CLIENT;
-            sock::endpoints(sk, record, &mut connection.endpoints);
             // MPTCP's further subflows are connected by a worker of the kernel's, which is nobody's process.
             if !task::is_nobody() {
                 connection::opened(ctx, connection);
@@ -120,11 +121,9 @@ fn changed(ctx: &impl EbpfContext, sk: u64, old: u8, new: u8, cookie: u64, recor
             if old == state::LISTEN {
                 connection.role = role::SERVER;
             }
-            sock::endpoints(sk, record, &mut connection.endpoints);
         }
         state::ESTABLISHED => {
             connection.established = now;
-            sock::endpoints(sk, record, &mut connection.endpoints);
             let seen = ttl::of(&connection.endpoints, true).handshake;
             if seen != 0 {
                 connection.reset.handshake_ttl = seen;
