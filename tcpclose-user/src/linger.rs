@@ -202,12 +202,13 @@ impl Lingerers {
     pub fn seen(&mut self, connection: Box<Connection>, now: u64) {
         let Some(limit) = self.limit else { return };
         let mut age = age(&connection, now);
-        // Programs were attached before the trace began to look around.
         if let (_, Some(local), Some(remote)) = ends(&connection.endpoints) {
-            self.orphans.waiting.remove(&(connection.endpoints.netns, local, remote));
-        }
-        if let Some(before) = &self.before {
-            before.narrow(&connection, now, &mut age);
+            let identity = (connection.endpoints.netns, local, remote);
+            // Programs were attached before the trace began to look around.
+            self.orphans.waiting.remove(&identity);
+            if let Some(before) = &self.before {
+                before.narrow(&identity, &connection, now, &mut age);
+            }
         }
         if let Some(due) = self.due.get_mut(&connection.sock) {
             // Told again when it is twice as old; or it has come into another state lately.
@@ -311,13 +312,11 @@ fn identity(socket: &Socket) -> Identity {
 
 impl Before {
     /// Puts the bounds that were known before the trace to the age of a socket that has not moved since.
-    fn narrow(&self, connection: &Connection, now: u64, age: &mut Age) {
-        let (_, Some(local), Some(remote)) = ends(&connection.endpoints) else { return };
-        let identity = (connection.endpoints.netns, local, remote);
+    fn narrow(&self, identity: &Identity, connection: &Connection, now: u64, age: &mut Age) {
         if age.since.is_some() || connection.steps != 1 {
             return;
         }
-        if let Some((state, bounds)) = self.sockets.get(&identity)
+        if let Some((state, bounds)) = self.sockets.get(identity)
             && State::from_kernel(connection.last_state) == Some(*state)
         {
             let later = |millis: u32| nanoseconds(millis).saturating_add(now.saturating_sub(self.at));

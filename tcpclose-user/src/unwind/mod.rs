@@ -183,14 +183,15 @@ impl Process {
         Self { image, unwinder, cache: CacheNative::new(), vm, used: 0 }
     }
 
-    fn is_managed(&mut self, at: FrameAddress) -> bool {
-        self.vm.as_mut().is_some_and(|vm| vm.has(at.address_for_lookup()))
+    /// Whether code of the process's own JVM is there.
+    fn is_managed(&self, at: FrameAddress) -> bool {
+        self.vm.as_ref().is_some_and(|vm| vm.has(at.address_for_lookup()))
     }
 
     /// Goes from one frame to its caller's, of which it says the address. Frames of a JVM are named on the way.
     fn step(&mut self, place: &mut Place, stack: &Memory<'_>, calls: &mut Vec<Call>) -> Option<FrameAddress> {
-        if let Some(vm) = &mut self.vm
-            && vm.has(place.at.address_for_lookup())
+        if self.is_managed(place.at)
+            && let Some(vm) = &mut self.vm
         {
             let (sp, fp) = (place.registers.sp(), frame_pointer(&place.registers));
             let sender = vm.step(place.at, sp, fp, stack, calls)?;
