@@ -124,16 +124,28 @@ fn ack_comes_to_nobody(bed: &mut Bed) -> Result<Vec<Value>> {
     Ok(vec![answer(bed, &stray, this)?])
 }
 
-/// The server sends though the client has closed, and has nothing left of the connection but an entry.
-fn data_comes_to_time_wait(bed: &mut Bed) -> Result<Vec<Value>> {
-    let before = bed.established()?;
+/// Has the client close, and the server send all the same, once the client's end has come as far as is waited for. Returns
+/// the connection as it is with what was sent.
+fn server_sends_late(
+    bed: &mut Bed,
+    before: &Connection,
+    wait: impl FnOnce(&Bed) -> Result<()>,
+) -> Result<Connection> {
     let mut connection = before.clone();
     bed.peer(Side::Client).ask("close")?;
     bed.peer(Side::Server).ask("receive-end")?;
-    // The server's host may take its time to acknowledge the FIN.
-    sockets::wait_until_in(bed, &before, Side::Client, FIN_WAIT2)?;
+    wait(bed)?;
     bed.send(&mut connection, Side::Server, 50)?;
     bed.peer(Side::Server).ask("await-error")?;
+    Ok(connection)
+}
+
+/// The server sends though the client has closed, and has nothing left of the connection but an entry.
+fn data_comes_to_time_wait(bed: &mut Bed) -> Result<Vec<Value>> {
+    let before = bed.established()?;
+    // The server's host may take its time to acknowledge the FIN.
+    let connection =
+        server_sends_late(bed, &before, |bed| sockets::wait_until_in(bed, &before, Side::Client, FIN_WAIT2))?;
     // The entry knows the addresses, but not whose the socket was, unless somebody has kept that in mind.
     let owner = but(bed.owner(Side::Client)?, json!({"tid": one_of(&[json!(null), known()])}));
     let answer = json!({
@@ -161,13 +173,10 @@ fn data_comes_to_time_wait(bed: &mut Bed) -> Result<Vec<Value>> {
 /// The client has closed, and what was kept of the connection is over when the server sends.
 fn data_comes_after_time_wait(bed: &mut Bed) -> Result<Vec<Value>> {
     let before = bed.established()?;
-    let mut connection = before.clone();
     bed.peer(Side::Client).ask("fin-wait2 1")?;
-    bed.peer(Side::Client).ask("close")?;
-    bed.peer(Side::Server).ask("receive-end")?;
-    sockets::wait_for(bed, &before, Side::Client, "nothing is left of the client's end", <[_]>::is_empty)?;
-    bed.send(&mut connection, Side::Server, 50)?;
-    bed.peer(Side::Server).ask("await-error")?;
+    let connection = server_sends_late(bed, &before, |bed| {
+        sockets::wait_for(bed, &before, Side::Client, "nothing is left of the client's end", <[_]>::is_empty)
+    })?;
     let mut lines = vec![
         bed.close_line(&before, Side::Client, closed_by_client("fin", None))?,
         answer_of_nobody(bed, &before, Side::Client),
@@ -181,12 +190,8 @@ fn data_comes_after_time_wait(bed: &mut Bed) -> Result<Vec<Value>> {
 fn data_comes_to_orphan(bed: &mut Bed) -> Result<Vec<Value>> {
     bed.namespace(Side::Client).set_sysctl("net/ipv4/tcp_fin_timeout", "120")?;
     let before = bed.established()?;
-    let mut connection = before.clone();
-    bed.peer(Side::Client).ask("close")?;
-    bed.peer(Side::Server).ask("receive-end")?;
-    sockets::wait_until_in(bed, &before, Side::Client, FIN_WAIT2)?;
-    bed.send(&mut connection, Side::Server, 50)?;
-    bed.peer(Side::Server).ask("await-error")?;
+    let connection =
+        server_sends_late(bed, &before, |bed| sockets::wait_until_in(bed, &before, Side::Client, FIN_WAIT2))?;
     let sent = json!({
         "direction": "sent",
         "cause": "data_after_close",

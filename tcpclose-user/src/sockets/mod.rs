@@ -457,16 +457,18 @@ mod tests {
         assert_eq!(tally.states.iter().collect::<Vec<_>>(), [(State::CloseWait, 1), (State::Listen, 1)]);
     }
 
+    /// Nothing yet, of namespace 1.
+    fn of_one_namespace(filter: &Filter) -> Collected<'_> {
+        let mut all = Collected::new(filter);
+        let (states, time_wait) = (Counts::default(), TimeWait::default());
+        all.namespaces.push(Unowned { netns: 1, states, time_wait, ports: None });
+        all
+    }
+
     #[test]
     fn the_nearest_listener() {
         let filter = Filter::default();
-        let mut all = Collected::new(&filter);
-        all.namespaces.push(Unowned {
-            netns: 1,
-            states: Counts::default(),
-            time_wait: TimeWait::default(),
-            ports: Some((32768, 60999)),
-        });
+        let mut all = of_one_namespace(&filter);
         let listener = |local, inode| Entry { local, ..entry::tests::entry(State::Listen, inode, 0) };
         all.add(1, listener(end([0, 0, 0, 0], 80), 10));
         all.add(1, listener(end([10, 0, 0, 1], 80), 11));
@@ -483,13 +485,7 @@ mod tests {
     #[test]
     fn no_guess_between_two_listeners() {
         let filter = Filter::default();
-        let mut all = Collected::new(&filter);
-        all.namespaces.push(Unowned {
-            netns: 1,
-            states: Counts::default(),
-            time_wait: TimeWait::default(),
-            ports: None,
-        });
+        let mut all = of_one_namespace(&filter);
         let waiting = Entry { local: end([10, 0, 0, 1], 80), ..entry::tests::entry(State::CloseWait, 0, 1) };
         let holder = |pid| Arc::new(Holder { pid, comm: "x".into(), uid: None, started: 0 });
         for (inode, pid, knows) in [(10, 5, true), (11, 5, true), (12, 6, false)] {
