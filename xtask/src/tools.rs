@@ -44,7 +44,7 @@ const FOR_TESTS: [(&str, Package); 7] = [
         "/usr/bin/redis-check-rdb",
         Package { name: "redis-tools", purpose: "redis and its client, in tests; without a service" },
     ),
-    ("/usr/bin/jcmd", Package { name: "default-jdk-headless", purpose: "Java, in tests" }),
+    ("/usr/bin/javac", Package { name: "default-jdk-headless", purpose: "Java, in tests" }),
     (
         "/usr/share/java/httpclient.jar",
         Package {
