@@ -83,7 +83,8 @@ impl AsFd for Ring {
 /// The ring of records, read a batch at a time.
 ///
 /// We tell the kernel half that we are about to sleep, and it wakes us for the next record. Then comes a pause in which
-/// records gather unnoticed; a second wake-up within it means that the ring is filling up.
+/// records gather unnoticed; a second wake-up within it means that the ring is filling up. We sleep when a read has found
+/// nothing.
 pub struct Records {
     ring: Ring,
     /// The kernel half's word on whether we sleep.
@@ -147,8 +148,15 @@ impl Records {
         self.due.get_or_insert_with(|| Instant::now() + GATHER);
     }
 
-    /// See [`Ring::batch`].
+    /// See [`Ring::batch`]. What was found has one more read follow.
+    ///
+    /// It may have come after we asked to be woken. Its wake-up is spent then, and void: the ring, asked whether there is
+    /// something to read, says no (`ringbuf_map_poll_kern()` in `kernel/bpf/ringbuf.c`). Nothing would wake us any more.
     pub fn batch(&mut self) -> Vec<Bytes> {
-        self.ring.batch()
+        let batch = self.ring.batch();
+        if !batch.is_empty() {
+            self.read_again_soon();
+        }
+        batch
     }
 }
