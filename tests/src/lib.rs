@@ -31,6 +31,7 @@ pub mod scratch;
 pub mod snmp;
 pub mod sockets;
 pub mod tool;
+pub mod window;
 
 /// How long anything may take before a test gives up on it. Nothing is expected to take this long and nothing
 /// is measured against it: it only keeps a broken test from hanging. An emulated processor is twenty times slower.

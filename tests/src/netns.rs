@@ -2,43 +2,48 @@
 
 use std::{
     fs::{self, File},
+    io::Write,
+    mem,
     os::{
-        fd::AsFd,
+        fd::{AsFd, AsRawFd},
         unix::{fs::MetadataExt, process::CommandExt},
     },
-    path::{Path, PathBuf},
-    process::Command,
+    path::Path,
+    process::{Command, Stdio},
+    sync::{Mutex, PoisonError},
     thread,
 };
 
 use anyhow::{Context, Result, anyhow, ensure};
 use nix::{
-    sched::{CloneFlags, setns},
+    sched::{CloneFlags, setns, unshare},
     unistd::geteuid,
 };
 
-use crate::{unique_name, until};
+use crate::until;
 
-/// A network namespace with its loopback up; removed on drop.
+/// A network namespace with its loopback up. It has no name, and is gone with whoever has it open.
 #[derive(Debug)]
 pub struct Namespace {
-    name: String,
     file: File,
     inode: u64,
 }
+
+/// Namespaces that no test has any more. They stay until all tests are over: the kernel gives the number of one that is
+/// gone to the next, and a tool that goes on ([`crate::window`]) may still have something to tell of the former.
+static LEFT: Mutex<Vec<File>> = Mutex::new(Vec::new());
 
 impl Namespace {
     /// Makes one. Fails when this is not root, because these tests are of no use without it.
     pub fn new() -> Result<Self> {
         ensure!(geteuid().is_root(), "these tests need root: run `cargo xtask test`");
-        let name = unique_name();
-        ip(&["netns", "add", &name])?;
-        let open = || -> Result<Self> {
-            let file = File::open(path_of(&name))?;
-            let inode = file.metadata()?.ino();
-            Ok(Self { name: name.clone(), file, inode })
-        };
-        let namespace = open().inspect_err(|_| remove(&name))?;
+        let made = thread::spawn(|| -> Result<File> {
+            unshare(CloneFlags::CLONE_NEWNET).context("making a network namespace")?;
+            Ok(File::open("/proc/thread-self/ns/net")?)
+        });
+        let file = made.join().map_err(|_| anyhow!("the thread that makes a namespace panicked"))??;
+        let inode = file.metadata()?.ino();
+        let namespace = Self { file, inode };
         namespace.ip(&["link", "set", "lo", "up"])?;
         Ok(namespace)
     }
@@ -48,9 +53,27 @@ impl Namespace {
         self.inode
     }
 
-    /// Runs `ip` on this namespace.
+    /// Runs `ip` in this namespace.
     pub fn ip(&self, args: &[&str]) -> Result<String> {
-        ip(&[&["-n", &self.name], args].concat())
+        let mut ip = Command::new("ip");
+        self.enter(&mut ip)?;
+        run(ip.args(args))
+    }
+
+    /// Has one `ip` do several things in this namespace.
+    fn ip_batch(&self, orders: &[String]) -> Result<()> {
+        let mut ip = Command::new("ip");
+        self.enter(&mut ip)?;
+        ip.args(["-batch", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut child = ip.spawn().context("starting ip")?;
+        let mut stdin = child.stdin.take().context("ip has no standard input")?;
+        // What it does not read it says at its end.
+        let _ = stdin.write_all(orders.join("\n").as_bytes());
+        drop(stdin);
+        let output = child.wait_with_output()?;
+        let complaint = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "ip failed: {} of {orders:?}", complaint.trim());
+        Ok(())
     }
 
     /// Has `command` run in this namespace, without a helper process in between that would change its pid or
@@ -75,7 +98,7 @@ impl Namespace {
                 setns(&self.file, CloneFlags::CLONE_NEWNET)?;
                 act()
             });
-            moved.join().map_err(|_| anyhow!("the thread inside {} panicked", self.name))?
+            moved.join().map_err(|_| anyhow!("the thread inside a namespace panicked"))?
         })
     }
 
@@ -90,7 +113,9 @@ impl Namespace {
 
 impl Drop for Namespace {
     fn drop(&mut self) {
-        remove(&self.name);
+        if let Ok(file) = self.file() {
+            LEFT.lock().unwrap_or_else(PoisonError::into_inner).push(file);
+        }
     }
 }
 
@@ -102,29 +127,17 @@ pub const DEVICE: &str = "eth0";
 /// waits until both ends carry packets: what is sent before is lost, and its retransmission would be in the
 /// results.
 pub fn join(ends: [(&Namespace, &[&str]); 2]) -> Result<()> {
-    let [(one, _), (other, _)] = ends;
-    ip(&[
-        "link",
-        "add",
-        DEVICE,
-        "netns",
-        &one.name,
-        "type",
-        "veth",
-        "peer",
-        "name",
-        DEVICE,
-        "netns",
-        &other.name,
-    ])?;
+    let [_, (other, _)] = ends;
+    let there = format!("/proc/{}/fd/{}", std::process::id(), other.file.as_raw_fd());
+    let mut orders = vec![format!("link add {DEVICE} type veth peer name {DEVICE} netns {there}")];
     for (namespace, addresses) in ends {
-        for address in addresses {
-            // Duplicate address detection would keep the address unusable for a while; IPv4 knows no such
-            // thing.
-            let detection: &[&str] = if address.contains(':') { &["nodad"] } else { &[] };
-            namespace.ip(&[&["address", "add", address, "dev", DEVICE], detection].concat())?;
-        }
-        namespace.ip(&["link", "set", DEVICE, "up"])?;
+        orders.extend(addresses.iter().map(|address| {
+            // Duplicate address detection would keep the address unusable for a while; IPv4 knows no such thing.
+            let detection = if address.contains(':') { "nodad" } else { "" };
+            format!("address add {address} dev {DEVICE} {detection}")
+        }));
+        orders.push(format!("link set {DEVICE} up"));
+        namespace.ip_batch(&mem::take(&mut orders))?;
     }
     for (namespace, _) in ends {
         until("the veth pair is up", || {
@@ -134,26 +147,10 @@ pub fn join(ends: [(&Namespace, &[&str]); 2]) -> Result<()> {
     Ok(())
 }
 
-/// Runs `ip` and returns what it prints.
-fn ip(args: &[&str]) -> Result<String> {
-    run(Command::new("ip").args(args))
-}
-
 /// Runs a command to its end and returns what it prints, or fails with its own complaint.
 pub fn run(command: &mut Command) -> Result<String> {
     let output = command.output().with_context(|| format!("starting {command:?}"))?;
     let complaint = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{command:?} failed: {}", complaint.trim());
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-}
-
-fn path_of(name: &str) -> PathBuf {
-    Path::new("/run/netns").join(name)
-}
-
-/// Removes a namespace. A failure is told but fails nothing: the namespace is empty and in nobody's way.
-fn remove(name: &str) {
-    if let Err(error) = ip(&["netns", "delete", name]) {
-        eprintln!("{error:#}");
-    }
 }

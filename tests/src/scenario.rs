@@ -1,6 +1,12 @@
 //! Running a scenario: the tool watches while two processes do something, and then every line has to be
 //! accounted for.
 
+use std::{
+    fs,
+    net::{Ipv4Addr, TcpListener, TcpStream},
+    os::unix::fs::MetadataExt,
+};
+
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
@@ -10,6 +16,7 @@ use crate::{
     features::{self, Feature, reason},
     snmp::Counters,
     tool::{Ended, Launch, Tool},
+    window::Window,
 };
 
 /// What happens, told as the lines that have to come of it.
@@ -53,22 +60,54 @@ pub mod routes {
 /// The tool, watching a bed.
 #[derive(Debug)]
 pub struct Trace {
-    /// The tool itself.
-    pub tool: Tool,
+    tool: Watching,
     /// The kernel's counters of each namespace when it began.
     before: Vec<Counters>,
 }
 
+#[derive(Debug)]
+enum Watching {
+    /// This bed, for this test.
+    Alone(Tool),
+    /// All beds, for all tests of this program.
+    Shared(Window),
+}
+
 impl Trace {
-    /// Starts the tool on a bed's namespaces.
+    /// Has a tool with these arguments watch a bed in which nothing has happened yet.
     pub fn start(bed: &Bed, args: &[&str]) -> Result<Self> {
-        Self::start_as(Launch::new()?.args(args), bed)
+        if !Feature::Types.is_here() {
+            // Its lines name no namespaces.
+            return Self::alone(bed, args);
+        }
+        Ok(Self { tool: Watching::Shared(Window::open(bed, args)?), before: counters(bed)? })
     }
 
-    /// The same, where there is more to say about how the tool is to be started.
-    pub fn start_as(launch: Launch, bed: &Bed) -> Result<Self> {
-        let tool = launch.trace(bed.namespaces()).start()?;
-        Ok(Self { tool, before: counters(bed)? })
+    /// Starts a tool on a bed's namespaces.
+    pub fn alone(bed: &Bed, args: &[&str]) -> Result<Self> {
+        Self::by(Launch::new()?.args(args).trace(bed.namespaces()).start()?, bed)
+    }
+
+    /// By a tool that has been started on a bed's namespaces.
+    pub fn by(tool: Tool, bed: &Bed) -> Result<Self> {
+        Ok(Self { tool: Watching::Alone(tool), before: counters(bed)? })
+    }
+
+    /// Waits until the lines so far satisfy, or until no line has come for as long as anybody waits. Says which of the
+    /// two it was.
+    pub fn wait_until(&self, satisfied: impl Fn(&[Value]) -> bool) -> bool {
+        match &self.tool {
+            Watching::Alone(tool) => tool.wait_until(satisfied),
+            Watching::Shared(window) => window.wait_until(satisfied),
+        }
+    }
+
+    /// Waits for a line like this and returns it.
+    pub fn wait_for(&self, what: &str, like: impl Fn(&Value) -> bool) -> Result<Value> {
+        match &self.tool {
+            Watching::Alone(tool) => tool.wait_for(what, like),
+            Watching::Shared(window) => window.wait_for(what, like),
+        }
     }
 
     /// Stops the tool when it has said as much as expected, and checks that it said that and nothing else, as far as
@@ -89,8 +128,11 @@ impl Trace {
 
     /// The same, where so many RSTs that were sent cannot have been seen.
     pub fn finish_but(self, bed: &Bed, unseen: usize, enough: impl Fn(&[Value]) -> bool) -> Result<Ended> {
-        self.tool.wait_until(enough);
-        let ended = self.tool.stop()?;
+        self.wait_until(enough);
+        let ended = match self.tool {
+            Watching::Alone(tool) => tool.stop()?,
+            Watching::Shared(window) => window.close()?,
+        };
         let (mut counted, mut again) = (0, 0);
         for (before, after) in self.before.iter().zip(counters(bed)?) {
             counted += after.since(before, "TcpOutRsts")?;
@@ -249,6 +291,23 @@ pub fn never_established() -> Value {
 /// locked is kept for the timer that tries once more; one that comes later ends the attempt by itself (`tcp_v4_err()`).
 pub fn ended_by_icmp() -> Value {
     one_of(&[json!(null), json!("timeout")])
+}
+
+/// Has a connection of this very process begin and end, over the loopback of the namespace that its thread is in, and
+/// says what is sure about the line that must come of the client's end.
+pub fn end_of_own() -> Result<Value> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let client = TcpStream::connect(listener.local_addr()?)?;
+    let line = json!({
+        "event": "close",
+        "connection": {
+            "local": endpoint(client.local_addr()?),
+            "remote": endpoint(client.peer_addr()?),
+            "netns": fs::metadata("/proc/thread-self/ns/net")?.ino(),
+        },
+    });
+    drop((listener.accept()?, client));
+    Ok(line)
 }
 
 /// Has a scenario happen under the tool's eyes from its beginning.

@@ -1,17 +1,19 @@
 //! The tool under test: started, waited for, read and stopped.
 
 use std::{
+    borrow::Cow,
     env,
     ffi::{CStr, CString, OsString},
     fmt::Write as _,
     fs::{self, File},
-    io::{self, BufRead, BufReader, Read},
+    io::{self, BufRead, BufReader},
     mem,
     os::unix::{ffi::OsStrExt, fs::PermissionsExt, process::CommandExt},
     path::Path,
     process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Output, Stdio},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread::{self, JoinHandle},
+    time::Instant,
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -92,7 +94,8 @@ pub struct Tool {
     child: Child,
     lines: Arc<Lines>,
     stdout: Option<JoinHandle<Result<()>>>,
-    stderr: Option<JoinHandle<String>>,
+    stderr: Arc<Mutex<String>>,
+    stderr_read: Option<JoinHandle<()>>,
     // Removed last, when the tool is gone.
     _scratch: Scratch,
 }
@@ -100,8 +103,8 @@ pub struct Tool {
 /// The tool, at its end.
 #[derive(Debug)]
 pub struct Ended {
-    /// How it ended.
-    pub status: ExitStatus,
+    /// How it ended; `None` while it goes on.
+    pub status: Option<ExitStatus>,
     /// Every line it wrote.
     pub lines: Vec<Value>,
     /// Everything it said on stderr.
@@ -256,12 +259,14 @@ impl Launch {
         let stdout = child.stdout.take().context("no stdout")?;
         let stderr = child.stderr.take().context("no stderr")?;
         let lines = Arc::new(Lines::default());
-        let sink = Arc::clone(&lines);
+        let said = Arc::new(Mutex::new(String::new()));
+        let (sink, heard) = (Arc::clone(&lines), Arc::clone(&said));
         Ok(Tool {
             child,
             lines,
             stdout: Some(thread::spawn(move || sink.fill(stdout, self.most_lines))),
-            stderr: Some(thread::spawn(move || read_all(stderr))),
+            stderr: said,
+            stderr_read: Some(thread::spawn(move || hear(stderr, &heard))),
             _scratch: self.scratch,
         })
     }
@@ -271,27 +276,67 @@ impl Tool {
     /// Waits until the lines so far satisfy, or until no line has come for as long as anybody waits. Says
     /// which of the two it was.
     pub fn wait_until(&self, satisfied: impl Fn(&[Value]) -> bool) -> bool {
+        self.wait_until_shown(|lines| Cow::Borrowed(lines), satisfied)
+    }
+
+    /// The same of some of the lines.
+    pub fn wait_until_shown(
+        &self,
+        show: impl Fn(&[Value]) -> Cow<'_, [Value]>,
+        satisfied: impl Fn(&[Value]) -> bool,
+    ) -> bool {
         let mut lines = self.lines.lock();
+        let (mut count, mut since) = (0, Instant::now());
         loop {
-            if satisfied(&lines) {
+            let shown = show(&lines.read);
+            if satisfied(&shown) {
                 return true;
             }
-            let before = lines.len();
-            let (later, _) =
-                self.lines.more.wait_timeout(lines, PATIENCE).unwrap_or_else(PoisonError::into_inner);
-            lines = later;
-            if lines.len() == before {
+            if shown.len() > count {
+                (count, since) = (shown.len(), Instant::now());
+            }
+            let left = PATIENCE.saturating_sub(since.elapsed());
+            if left.is_zero() || lines.are_all {
                 return false;
             }
+            drop(shown);
+            lines = self.lines.more.wait_timeout(lines, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
     /// Waits for a line like this and returns it.
     pub fn wait_for(&self, what: &str, like: impl Fn(&Value) -> bool) -> Result<Value> {
-        self.wait_until(|lines| lines.iter().any(&like));
+        self.wait_for_shown(|lines| Cow::Borrowed(lines), what, like)
+    }
+
+    /// The same among some of the lines.
+    pub fn wait_for_shown(
+        &self,
+        show: impl Fn(&[Value]) -> Cow<'_, [Value]>,
+        what: &str,
+        like: impl Fn(&Value) -> bool,
+    ) -> Result<Value> {
+        self.wait_until_shown(&show, |lines| lines.iter().any(&like));
         let lines = self.lines.lock();
-        let found = lines.iter().find(|line| like(line)).cloned();
-        found.with_context(|| format!("no line came that is {what}; these came:\n{}", listing(&lines)))
+        let shown = show(&lines.read);
+        let found = shown.iter().find(|line| like(line)).cloned();
+        found.with_context(|| format!("no line came that is {what}; these came:\n{}", listing(&shown)))
+    }
+
+    /// Whether more lines may come.
+    pub fn is_talking(&self) -> bool {
+        !self.lines.lock().are_all
+    }
+
+    /// How many lines have come.
+    pub fn count(&self) -> usize {
+        self.lines.lock().read.len()
+    }
+
+    /// What it has said so far.
+    pub fn said_so_far(&self) -> Ended {
+        let stderr = self.stderr.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        Ended { status: None, lines: self.lines.lock().read.clone(), stderr }
     }
 
     /// Its process id.
@@ -318,12 +363,11 @@ impl Tool {
             self.child.kill()?;
         }
         let read = self.stdout.take().map_or(Ok(Ok(())), JoinHandle::join);
-        let stderr = self.stderr.take().map_or(Ok(String::new()), JoinHandle::join);
-        let stderr = stderr.unwrap_or_else(|_| "its stderr could not be read".to_owned());
-        let lines = self.lines.lock().clone();
-        let told = || format!("lines:\n{}\nstderr:\n{stderr}", listing(&lines));
-        read.unwrap_or_else(|_| bail!("the reader panicked")).with_context(told)?;
-        Ok(Ended { status: status.with_context(told)?, lines, stderr })
+        let _ = self.stderr_read.take().map(JoinHandle::join);
+        let mut ended = self.said_so_far();
+        read.unwrap_or_else(|_| bail!("the reader panicked")).with_context(|| ended.to_string())?;
+        ended.status = Some(status.with_context(|| ended.to_string())?);
+        Ok(ended)
     }
 }
 
@@ -336,9 +380,14 @@ impl Drop for Tool {
 }
 
 impl Ended {
+    /// Its exit status, if it has exited.
+    pub fn code(&self) -> Option<i32> {
+        self.status?.code()
+    }
+
     /// Checks that it exited with a status.
     pub fn with_code(self, code: i32) -> Result<Self> {
-        ensure!(self.status.code() == Some(code), "expected exit status {code}\n{self}");
+        ensure!(self.code() == Some(code), "expected exit status {code}\n{self}");
         Ok(self)
     }
 
@@ -361,31 +410,45 @@ impl Ended {
 impl std::fmt::Display for Ended {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { status, lines, stderr } = self;
-        write!(f, "the tool ended with {status}\nlines:\n{}\nstderr:\n{stderr}", listing(lines))
+        match status {
+            Some(status) => write!(f, "the tool ended with {status}")?,
+            None => f.write_str("the tool has not been seen to end")?,
+        }
+        write!(f, "\nlines:\n{}\nstderr:\n{stderr}", listing(lines))
     }
 }
 
 /// The lines so far, and a bell that rings at each.
 #[derive(Debug, Default)]
 struct Lines {
-    read: Mutex<Vec<Value>>,
+    so_far: Mutex<SoFar>,
     more: Condvar,
 }
 
+#[derive(Debug, Default)]
+struct SoFar {
+    read: Vec<Value>,
+    /// No more will come.
+    are_all: bool,
+}
+
 impl Lines {
-    fn lock(&self) -> MutexGuard<'_, Vec<Value>> {
-        self.read.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, SoFar> {
+        self.so_far.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Reads so many lines and then drops the pipe.
     fn fill(&self, stdout: ChildStdout, most: usize) -> Result<()> {
-        for line in BufReader::new(stdout).lines().take(most) {
+        let read = BufReader::new(stdout).lines().take(most).try_for_each(|line| {
             let line = line?;
             let value = serde_json::from_str(&line).with_context(|| format!("not a line of JSON: {line}"))?;
-            self.lock().push(value);
+            self.lock().read.push(value);
             self.more.notify_all();
-        }
-        Ok(())
+            Ok(())
+        });
+        self.lock().are_all = true;
+        self.more.notify_all();
+        read
     }
 }
 
@@ -415,10 +478,13 @@ fn grant(program: &Path, capabilities: &[Capability]) -> Result<()> {
     Ok(())
 }
 
-fn read_all(mut stderr: ChildStderr) -> String {
-    let mut bytes = Vec::new();
-    let _ = stderr.read_to_end(&mut bytes);
-    String::from_utf8_lossy(&bytes).into_owned()
+fn hear(stderr: ChildStderr, heard: &Mutex<String>) {
+    let mut stderr = BufReader::new(stderr);
+    let mut line = Vec::new();
+    while stderr.read_until(b'\n', &mut line).is_ok_and(|length| length > 0) {
+        heard.lock().unwrap_or_else(PoisonError::into_inner).push_str(&String::from_utf8_lossy(&line));
+        line.clear();
+    }
 }
 
 /// Lines for a reader of a failed test; of very many, the first.

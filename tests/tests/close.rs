@@ -72,7 +72,7 @@ scenarios! {
 fn run_older(route: Route, scenario: fn(&mut Bed, &Connection) -> Result<Vec<Value>>) -> Result<()> {
     let mut bed = Bed::new(route)?;
     let connection = bed.established()?;
-    let trace = Trace::start(&bed, &[])?;
+    let trace = Trace::alone(&bed, &[])?;
     let expected = scenario(&mut bed, &connection)?;
     trace.verify(&bed, expected)
 }

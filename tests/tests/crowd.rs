@@ -94,7 +94,7 @@ fn index(lines: &[Value]) -> Index<'_> {
 #[test]
 fn everybody_is_told_apart() -> Result<()> {
     let bed = Bed::new(routes::loopback_ipv4())?;
-    let trace = Trace::start(&bed, &[])?;
+    let trace = Trace::alone(&bed, &[])?;
     let before = Counters::read(bed.namespace(Side::Client))?;
     let blind = Blind::watch()?;
     let (parent, claims) = crowd(&bed)?;

@@ -32,7 +32,7 @@ fn one_reset(bed: &mut Bed) -> Result<Connection> {
 /// the client's end and of the server's.
 fn tells_everything_but(launch: Launch, client: &Value, server: &Value) -> Result<()> {
     let mut bed = Bed::new(routes::veth_ipv6())?;
-    let trace = Trace::start_as(launch, &bed)?;
+    let trace = Trace::by(launch.trace(bed.namespaces()).start()?, &bed)?;
     let connection = bed.established()?;
     let lines = aborted(&mut bed, &connection, Side::Client)?.into_iter().map(|line| {
         let this = if line["connection"]["role"] == "client" { client } else { server };
@@ -157,7 +157,7 @@ fn without_iterators_descriptors_are_read_from_proc() -> Result<()> {
     let mut bed = Bed::new(routes::veth_ipv4())?;
     // Older than the trace, so that only who holds it can be its owner.
     let connection = bed.established()?;
-    let trace = Trace::start(&bed, &TYPES_APART)?;
+    let trace = Trace::alone(&bed, &TYPES_APART)?;
     for order in ["linger0", "close"] {
         bed.peer(Side::Client).ask(order)?;
     }
@@ -224,12 +224,13 @@ fn from_a_pid_namespace_nobody_is_taken_for_another() -> Result<()> {
     ensure!(place["mark"] == "less", "{place:#}");
 
     let mut bed = Bed::new(routes::loopback_ipv4())?;
-    let trace = Trace::start_as(launch()?, &bed)?;
+    let tool = launch()?.trace(bed.namespaces()).start()?;
     let client = bed.peer(Side::Client).pid();
-    let decoy = Decoy::start(trace.tool.pid(), client)?;
+    let decoy = Decoy::start(tool.pid(), client)?;
+    let trace = Trace::by(tool, &bed)?;
     let connection = bed.established()?;
     let _lines = aborted(&mut bed, &connection, Side::Client)?;
-    trace.tool.wait_until(|lines| lines.len() >= 4);
+    trace.wait_until(|lines| lines.len() >= 4);
     // The first process of a pid namespace ends after all others.
     drop(decoy);
     let ended = trace.finish(&bed, |_| true)?;
@@ -303,7 +304,7 @@ fn in_container(hierarchy: &Hierarchy, group: &str, container: &str) -> Result<(
     let group = Group::new(hierarchy, group)?;
     let mut bed = Bed::new(routes::loopback_ipv4())?;
     group.take_in(bed.peer(Side::Client).pid())?;
-    let trace = Trace::start(&bed, &[])?;
+    let trace = Trace::alone(&bed, &[])?;
     let connection = bed.established()?;
     let lines = aborted(&mut bed, &connection, Side::Client)?.into_iter().map(|line| {
         let container = if line["connection"]["role"] == "client" { json!(container) } else { Value::Null };

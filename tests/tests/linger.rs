@@ -8,7 +8,9 @@ use tcpclose_tests::{
     bed::{Bed, Connection, Route, Side},
     expect::{but, differences, known, one_of},
     scenario::{Trace, routes},
-    scenarios, until,
+    scenarios,
+    tool::{Launch, Tool},
+    until,
 };
 
 /// An age that no socket reaches before a test is done with it, but all that stay do soon.
@@ -22,7 +24,7 @@ fn run(route: Route, scenario: Scenario) -> Result<()> {
     let trace = Trace::start(&bed, &SOON)?;
     let expected = scenario(&mut bed)?;
     let is_expected = |line: &Value| differences(line, &expected).is_empty();
-    let line = trace.tool.wait_for(&format!("like {expected}"), is_expected)?;
+    let line = trace.wait_for(&format!("like {expected}"), is_expected)?;
     ensure!(line["for_ms"] == line["for_ms_at_most"], "its age is known: {line}");
     ensure!(line["for_ms"].as_f64() >= Some(300.0), "it is told too early: {line}");
     trace.finish(&bed, |_| true)?;
@@ -44,6 +46,11 @@ scenarios! {
     nobody_answers_the_fin
     nobody_answers_the_last_fin
     fins_cross_and_one_is_lost
+}
+
+/// A tool that watches this bed alone.
+fn watch(bed: &Bed, args: &[&str]) -> Result<Tool> {
+    Launch::new()?.args(args).trace(bed.namespaces()).start()
 }
 
 /// Who has a side's socket open: the process itself.
@@ -186,11 +193,11 @@ fn is_told_again_at_twice_the_age() -> Result<()> {
     let ages = |lines: &[Value]| -> Vec<f64> {
         lines.iter().filter(|line| is_it(line)).filter_map(|line| line["for_ms"].as_f64()).collect()
     };
-    ensure!(trace.tool.wait_until(|lines| ages(lines).len() >= 3), "it is not told three times");
+    ensure!(trace.wait_until(|lines| ages(lines).len() >= 3), "it is not told three times");
     bed.peer(Side::Server).ask("receive-end")?;
     bed.peer(Side::Server).ask("close")?;
     let is_close = |line: &Value| line["event"] == "close" && line["connection"]["role"] == "server";
-    let close = trace.tool.wait_for("the server's close", is_close)?;
+    let close = trace.wait_for("the server's close", is_close)?;
     let ended = trace.finish(&bed, |_| true)?;
     let ages = ages(&ended.lines);
     ensure!(ages.windows(2).all(|pair| pair[1] >= 2.0 * pair[0]), "ages {ages:?}");
@@ -211,7 +218,7 @@ fn is_found_though_older_than_the_trace() -> Result<()> {
     until("the socket is older than the limit", || {
         Ok((closed.elapsed() > Duration::from_millis(400)).then_some(()))
     })?;
-    let trace = Trace::start(&bed, &SOON)?;
+    let trace = Trace::alone(&bed, &SOON)?;
     let holder = holder(&mut bed, Side::Server)?;
     let this = json!({
         "state": "CLOSE_WAIT",
@@ -223,8 +230,7 @@ fn is_found_though_older_than_the_trace() -> Result<()> {
         "connection": {"opened": null},
     });
     let expected = bed.lingering_line(&connection, Side::Server, this)?;
-    let line =
-        trace.tool.wait_for(&format!("like {expected}"), |line| differences(line, &expected).is_empty())?;
+    let line = trace.wait_for(&format!("like {expected}"), |line| differences(line, &expected).is_empty())?;
     let (at_least, at_most) = (line["for_ms"].as_f64(), line["for_ms_at_most"].as_f64());
     // The truth lies between what the test has waited and what it can have waited at most.
     let most = before.elapsed().as_secs_f64() * 1000.0;
@@ -242,7 +248,7 @@ fn orphan_is_found_though_older_than_the_trace() -> Result<()> {
     bed.lose(bed.route().address(Side::Server))?;
     let before = Instant::now();
     bed.peer(Side::Client).ask("close")?;
-    let trace = Trace::start(&bed, &SOON)?;
+    let tool = watch(&bed, &SOON)?;
     let this = json!({
         "state": "FIN_WAIT1",
         "kind": "unacked",
@@ -254,21 +260,21 @@ fn orphan_is_found_though_older_than_the_trace() -> Result<()> {
     let expected = bed.lingering_line(&connection, Side::Client, this)?;
     let expected = but(expected, json!({"connection": {"role": null}}));
     for times in [1.0, 2.0] {
-        let line = trace.tool.wait_for(&format!("like {expected}, at {times} times the limit"), |line| {
+        let line = tool.wait_for(&format!("like {expected}, at {times} times the limit"), |line| {
             differences(line, &expected).is_empty()
                 && line["for_ms"].as_f64().is_some_and(|age| age >= times * 300.0)
         })?;
         let most = before.elapsed().as_secs_f64() * 1000.0;
         ensure!(line["for_ms"].as_f64() <= Some(most), "of {most} ms at most: {line}");
     }
-    trace.tool.stop()?;
+    tool.stop()?;
     Ok(())
 }
 
 #[test]
 fn what_lingers_at_the_end_is_in_the_summary() -> Result<()> {
     let mut bed = Bed::new(routes::loopback_ipv4())?;
-    let trace = Trace::start(&bed, &["--linger", "100ms", "--summary"])?;
+    let tool = watch(&bed, &["--linger", "100ms", "--summary"])?;
     let connection = bed.established()?;
     bed.peer(Side::Client).ask("close")?;
     bed.peer(Side::Server).ask("receive-end")?;
@@ -276,7 +282,7 @@ fn what_lingers_at_the_end_is_in_the_summary() -> Result<()> {
     until("the socket is older than the limit", || {
         Ok((closed.elapsed() > Duration::from_millis(200)).then_some(()))
     })?;
-    let ended = trace.tool.stop()?;
+    let ended = tool.stop()?;
     ensure!(ended.lines.is_empty(), "lines were written\n{ended}");
     let pid = bed.peer(Side::Server).pid().to_string();
     let is_told = |line: &str| {
@@ -290,13 +296,13 @@ fn what_lingers_at_the_end_is_in_the_summary() -> Result<()> {
 #[test]
 fn off_is_off() -> Result<()> {
     let mut bed = Bed::new(routes::loopback_ipv4())?;
-    let watched = Trace::start(&bed, &SOON)?;
-    let unwatched = Trace::start(&bed, &["--linger", "off"])?;
+    let watched = watch(&bed, &SOON)?;
+    let unwatched = watch(&bed, &["--linger", "off"])?;
     let connection = bed.established()?;
     bed.peer(Side::Client).ask("close")?;
-    watched.tool.wait_for("about the server's end", of_server(&connection))?;
-    let ended = unwatched.tool.stop()?;
+    watched.wait_for("about the server's end", of_server(&connection))?;
+    let ended = unwatched.stop()?;
     ensure!(!ended.lines.iter().any(of_server(&connection)), "it is told\n{ended}");
-    watched.tool.stop()?;
+    watched.stop()?;
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! Many connections at once: none lost, none said twice, and as many RSTs as the kernel counted.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, thread, time::Duration};
 
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
@@ -8,8 +8,9 @@ use tcpclose_tests::{
     bed::{Bed, Side},
     expect::{differences, known, one_of},
     fewer,
-    scenario::{Trace, routes},
-    tool::Ended,
+    netns::Namespace,
+    scenario::{self, Trace, routes},
+    tool::{Ended, Launch},
 };
 
 /// Half of them end by FIN, half by RST.
@@ -21,7 +22,7 @@ fn connections() -> usize {
 fn every_connection_is_told_once() -> Result<()> {
     let connections = connections();
     let mut bed = Bed::new(routes::loopback_ipv4())?;
-    let trace = Trace::start(&bed, &[])?;
+    let trace = Trace::alone(&bed, &[])?;
     let server = bed.listen()?;
     let serve = format!("serve {connections}");
     bed.peer(Side::Server).tell(&serve)?;
@@ -77,4 +78,26 @@ fn every_connection_is_told_once() -> Result<()> {
 /// The lines of one side's ends.
 fn lines_of(ended: &Ended, side: Side) -> impl Iterator<Item = &Value> {
     ended.lines.iter().filter(move |line| line["connection"]["role"] == side.to_string())
+}
+
+/// What comes while the tool is reading, and nothing after it that would wake the tool. It begins to read a tenth of a second
+/// after the first of many connections has ended, and takes some milliseconds for all; nobody knows when exactly.
+#[test]
+fn what_comes_while_it_reads_is_told() -> Result<()> {
+    const PAUSE: Duration = Duration::from_millis(98);
+    const STEP: Duration = Duration::from_millis(1);
+    let namespace = Namespace::new()?;
+    let tool = Launch::new()?.trace([&namespace]).start()?;
+    namespace.inside(|| {
+        for step in 0..8 {
+            for _ in 0..40 {
+                scenario::end_of_own()?;
+            }
+            thread::sleep(PAUSE + step * STEP);
+            let line = scenario::end_of_own()?;
+            tool.wait_for(&format!("like {line}"), |told| differences(told, &line).is_empty())?;
+        }
+        Ok(())
+    })?;
+    tool.stop().map(drop)
 }

@@ -25,7 +25,7 @@ fn integrity_loses_nothing_and_confidentiality_is_named() -> Result<()> {
     // When the test is run again, it may be past that.
     if !mode.contains("[confidentiality]") {
         let mut bed = Bed::new(routes::loopback_ipv4())?;
-        let trace = Trace::start(&bed, &[])?;
+        let trace = Trace::alone(&bed, &[])?;
         let connection = bed.established()?;
         let expected = aborted(&mut bed, &connection, Side::Client)?;
         trace.verify(&bed, expected)?;

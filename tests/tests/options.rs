@@ -127,7 +127,7 @@ fn reset(bed: &mut Bed) -> Result<Connection> {
 
 /// The client's close line of a connection that it resets, with such options.
 fn close_of_client(bed: &mut Bed, args: &[&str]) -> Result<Value> {
-    let trace = Trace::start(bed, args)?;
+    let trace = Trace::alone(bed, args)?;
     reset(bed)?;
     let ended = trace.finish(bed, |lines| lines.len() >= 4)?;
     let of_client = |line: &&Value| line["event"] == "close" && line["connection"]["role"] == "client";
@@ -242,7 +242,7 @@ fn cookie_is_that_of_the_socket() -> Result<()> {
 #[test]
 fn accept_is_seen_when_asked_for() -> Result<()> {
     let mut bed = Bed::new(routes::loopback_ipv4())?;
-    let trace = Trace::start(&bed, &["--accept-hook", "syscall"])?;
+    let trace = Trace::alone(&bed, &["--accept-hook", "syscall"])?;
     reset(&mut bed)?;
     let ended = trace.finish(&bed, |lines| lines.len() >= 4)?;
     let owner = bed.owner(Side::Server)?;

@@ -55,7 +55,7 @@ scenarios! {
 fn run_older(route: Route, scenario: fn(&mut Bed, SocketAddr) -> Result<Vec<Value>>) -> Result<()> {
     let mut bed = Bed::new(route)?;
     let listener = bed.listen()?;
-    let trace = Trace::start(&bed, &[])?;
+    let trace = Trace::alone(&bed, &[])?;
     let expected = scenario(&mut bed, listener)?;
     trace.verify(&bed, expected)
 }

@@ -1,0 +1,96 @@
+//! One tool for many tests, each with a window on what it tells: starting a tool takes an emulated processor two seconds,
+//! most of them for the verifier.
+//!
+//! Such a tool watches all namespaces and goes on until the test program is over. A test sees the lines of its own
+//! namespaces, and everything that may be about them. That nothing more will come is known because the tool holds no line
+//! back for longer than two reads of its ring.
+
+use std::{
+    borrow::Cow,
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use crate::{
+    bed::Bed,
+    contract,
+    expect::differences,
+    netns::Namespace,
+    scenario,
+    tool::{Ended, Launch, Tool},
+};
+
+/// Connections that are made and told, one after the other, before a window is closed. With each the tool has read its
+/// ring to the end once more, and what it lets go then may come behind it.
+const ROUNDS: usize = 3;
+
+/// A test's view of a tool.
+#[derive(Debug)]
+pub struct Window {
+    tool: Arc<Tool>,
+    namespaces: Vec<u64>,
+    /// Lines that came before it was opened.
+    before: usize,
+}
+
+impl Window {
+    /// A view of the tool with these arguments, which is started if there is none.
+    pub fn open(bed: &Bed, args: &[&str]) -> Result<Self> {
+        static TOOLS: Mutex<BTreeMap<Vec<String>, Arc<Tool>>> = Mutex::new(BTreeMap::new());
+        let key: Vec<_> = args.iter().map(|arg| (*arg).to_owned()).collect();
+        // Whoever comes while one is being started waits for that one.
+        let mut tools = TOOLS.lock().unwrap_or_else(PoisonError::into_inner);
+        let tool = match tools.get(&key) {
+            Some(tool) if tool.is_talking() => Arc::clone(tool),
+            _ => {
+                let tool = Arc::new(Launch::new()?.args(["-o", "json"]).args(args.iter().copied()).start()?);
+                tools.insert(key, Arc::clone(&tool));
+                tool
+            }
+        };
+        let before = tool.count();
+        Ok(Self { tool, namespaces: bed.namespaces().map(Namespace::inode).collect(), before })
+    }
+
+    /// [`Tool::wait_until`], of the lines that are to be seen.
+    pub fn wait_until(&self, satisfied: impl Fn(&[Value]) -> bool) -> bool {
+        self.tool.wait_until_shown(|lines| Cow::Owned(self.shown(lines)), satisfied)
+    }
+
+    /// [`Tool::wait_for`], among those lines.
+    pub fn wait_for(&self, what: &str, like: impl Fn(&Value) -> bool) -> Result<Value> {
+        self.tool.wait_for_shown(|lines| Cow::Owned(self.shown(lines)), what, like)
+    }
+
+    /// Waits until all that has happened is told, and returns what was to be seen.
+    pub fn close(self) -> Result<Ended> {
+        for _ in 0..ROUNDS {
+            self.make_an_end().with_context(|| self.tool.said_so_far().to_string())?;
+        }
+        let mut ended = self.tool.said_so_far();
+        let broken = contract::violations(&ended.lines[self.before..]);
+        ended.lines = self.shown(&ended.lines);
+        ensure!(broken.is_empty(), "the contract is broken:\n{}\n{ended}", broken.join("\n"));
+        Ok(ended)
+    }
+
+    /// Of all lines, those of this test, and those that name no namespace: of losses.
+    fn shown(&self, lines: &[Value]) -> Vec<Value> {
+        let is_shown = |line: &&Value| {
+            line["connection"]["netns"].as_u64().is_none_or(|netns| self.namespaces.contains(&netns))
+        };
+        lines.iter().skip(self.before).filter(is_shown).cloned().collect()
+    }
+
+    /// Has a connection end, and waits until that is told.
+    fn make_an_end(&self) -> Result<()> {
+        let line = scenario::end_of_own()?;
+        let is_told = |lines: &[Value]| lines.iter().any(|told| differences(told, &line).is_empty());
+        let seen = self.tool.wait_until_shown(|lines| Cow::Borrowed(&lines[self.before..]), is_told);
+        ensure!(seen, "the tool does not tell of a connection that has ended: {line}");
+        Ok(())
+    }
+}
