@@ -89,8 +89,10 @@ type Identity = (u32, Endpoint, Endpoint);
 /// What lingered before the trace and has descriptors, by which the inventory finds it.
 #[derive(Default)]
 struct Before {
-    /// When that was, nanoseconds of `CLOCK_BOOTTIME`.
-    at: u64,
+    /// When the kernel was asked, nanoseconds of `CLOCK_BOOTTIME`. Ages are of a moment after that,
+    asked: u64,
+    /// and before this one.
+    answered: u64,
     sockets: HashMap<Identity, (State, sockets::Age)>,
 }
 
@@ -138,12 +140,13 @@ impl Lingerers {
     /// Looks at what lingers when the trace begins, so that its age is known as far as the kernel knows it.
     pub fn take_stock(&mut self) {
         let Some(limit) = self.limit else { return };
-        let before = Clock::boot_now();
+        let asked = Clock::boot_now();
         let (orphans, held): (Vec<_>, Vec<_>) =
             sockets::lingering().into_iter().partition(|socket| socket.entry.inode == 0);
+        let answered = Clock::boot_now();
         let age = |socket: &Socket| (identity(socket), (socket.entry.state, socket.entry.age()));
-        self.before = Some(Before { at: before, sockets: held.iter().map(age).collect() });
-        self.orphans = Orphans::new(&orphans, Clock::boot_now(), limit);
+        self.before = Some(Before { asked, answered, sockets: held.iter().map(age).collect() });
+        self.orphans = Orphans::new(&orphans, answered, limit);
     }
 
     /// What had no descriptor then, and is due.
@@ -319,9 +322,11 @@ impl Before {
         if let Some((state, bounds)) = self.sockets.get(identity)
             && State::from_kernel(connection.last_state) == Some(*state)
         {
-            let later = |millis: u32| nanoseconds(millis).saturating_add(now.saturating_sub(self.at));
-            age.at_least = age.at_least.max(bounds.at_least.map_or(0, later));
-            age.at_most = bounds.at_most.map(later);
+            let later =
+                |millis: u32, since: u64| nanoseconds(millis).saturating_add(now.saturating_sub(since));
+            let at_least = bounds.at_least.map_or(0, |millis| later(millis, self.answered));
+            age.at_least = age.at_least.max(at_least);
+            age.at_most = bounds.at_most.map(|millis| later(millis, self.asked));
         }
     }
 }
@@ -385,6 +390,20 @@ mod tests {
         let moved_on =
             Connection { found: 1, ..connection(&[(state::ESTABLISHED, 30), (state::CLOSE_WAIT, 40)]) };
         assert_eq!(age(&moved_on, 100).since, Some(40));
+    }
+
+    #[test]
+    fn bounds_are_of_some_moment_between_question_and_answer() {
+        let end = |port| Endpoint { address: [10, 0, 0, 1].into(), port };
+        let identity = (1, end(40_000), end(443));
+        let bounds = sockets::Age { at_least: Some(3), at_most: Some(5) };
+        let sockets = HashMap::from([(identity, (State::CloseWait, bounds))]);
+        let before = Before { asked: 10, answered: 40, sockets };
+        let found = Connection { found: 1, ..connection(&[(state::CLOSE_WAIT, 30)]) };
+        let mut narrowed = age(&found, 100);
+        before.narrow(&identity, &found, 100, &mut narrowed);
+        let expected = Age { since: None, at_least: 3_000_060, at_most: Some(5_000_090) };
+        assert_eq!(narrowed, expected);
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! The tool under test: started, waited for, read and stopped.
 
 use std::{
-    borrow::Cow,
     env,
     ffi::{CStr, CString, OsString},
     fmt::Write as _,
@@ -98,6 +97,31 @@ pub struct Tool {
     stderr_read: Option<JoinHandle<()>>,
     // Removed last, when the tool is gone.
     _scratch: Scratch,
+}
+
+/// Some of the lines of a tool.
+#[derive(Clone, Debug)]
+pub struct View {
+    /// How many came before.
+    pub from: usize,
+    /// The namespaces they are about, or may be about as they name none; all if this is `None`.
+    pub namespaces: Option<Vec<u64>>,
+}
+
+impl View {
+    /// All lines.
+    pub const ALL: Self = Self { from: 0, namespaces: None };
+
+    /// Whether a line that has not come before is one.
+    fn has(&self, line: &Value) -> bool {
+        let netns = line["connection"]["netns"].as_u64();
+        self.namespaces.as_ref().is_none_or(|mine| netns.is_none_or(|netns| mine.contains(&netns)))
+    }
+
+    /// Those among all lines.
+    pub fn of(&self, lines: &[Value]) -> Vec<Value> {
+        lines.iter().skip(self.from).filter(|line| self.has(line)).cloned().collect()
+    }
 }
 
 /// The tool, at its end.
@@ -276,51 +300,55 @@ impl Tool {
     /// Waits until the lines so far satisfy, or until no line has come for as long as anybody waits. Says
     /// which of the two it was.
     pub fn wait_until(&self, satisfied: impl Fn(&[Value]) -> bool) -> bool {
-        self.wait_until_shown(|lines| Cow::Borrowed(lines), satisfied)
+        self.wait_until_among(&View::ALL, satisfied)
     }
 
     /// The same of some of the lines.
-    pub fn wait_until_shown(
-        &self,
-        show: impl Fn(&[Value]) -> Cow<'_, [Value]>,
-        satisfied: impl Fn(&[Value]) -> bool,
-    ) -> bool {
-        let mut lines = self.lines.lock();
-        let (mut count, mut since) = (0, Instant::now());
-        loop {
-            let shown = show(&lines.read);
-            if satisfied(&shown) {
-                return true;
-            }
-            if shown.len() > count {
-                (count, since) = (shown.len(), Instant::now());
-            }
-            let left = PATIENCE.saturating_sub(since.elapsed());
-            if left.is_zero() || lines.are_all {
-                return false;
-            }
-            drop(shown);
-            lines = self.lines.more.wait_timeout(lines, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
+    pub fn wait_until_among(&self, view: &View, satisfied: impl Fn(&[Value]) -> bool) -> bool {
+        let mut shown = Vec::new();
+        satisfied(&shown)
+            || self
+                .follow(view, |line| {
+                    shown.push(line.clone());
+                    satisfied(&shown).then_some(())
+                })
+                .is_some()
     }
 
     /// Waits for a line like this and returns it.
     pub fn wait_for(&self, what: &str, like: impl Fn(&Value) -> bool) -> Result<Value> {
-        self.wait_for_shown(|lines| Cow::Borrowed(lines), what, like)
+        self.wait_for_among(&View::ALL, what, like)
     }
 
     /// The same among some of the lines.
-    pub fn wait_for_shown(
-        &self,
-        show: impl Fn(&[Value]) -> Cow<'_, [Value]>,
-        what: &str,
-        like: impl Fn(&Value) -> bool,
-    ) -> Result<Value> {
-        self.wait_until_shown(&show, |lines| lines.iter().any(&like));
-        let lines = self.lines.lock();
-        let shown = show(&lines.read);
-        let found = shown.iter().find(|line| like(line)).cloned();
-        found.with_context(|| format!("no line came that is {what}; these came:\n{}", listing(&shown)))
+    pub fn wait_for_among(&self, view: &View, what: &str, like: impl Fn(&Value) -> bool) -> Result<Value> {
+        let found = self.follow(view, |line| like(line).then(|| line.clone()));
+        found.with_context(|| {
+            let shown = view.of(&self.lines.lock().read);
+            format!("no line came that is {what}; these came:\n{}", listing(&shown))
+        })
+    }
+
+    /// Shows `look` every line of a view, those that come included, until it makes something of one, or until none has
+    /// come for as long as anybody waits.
+    fn follow<T>(&self, view: &View, mut look: impl FnMut(&Value) -> Option<T>) -> Option<T> {
+        let mut lines = self.lines.lock();
+        let (mut next, mut since) = (view.from, Instant::now());
+        loop {
+            let fresh = next;
+            next = lines.read.len();
+            for line in lines.read[fresh..].iter().filter(|line| view.has(line)) {
+                if let Some(made) = look(line) {
+                    return Some(made);
+                }
+                since = Instant::now();
+            }
+            let left = PATIENCE.saturating_sub(since.elapsed());
+            if left.is_zero() || lines.are_all {
+                return None;
+            }
+            lines = self.lines.more.wait_timeout(lines, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
     }
 
     /// Whether more lines may come.

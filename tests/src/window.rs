@@ -6,12 +6,11 @@
 //! back for longer than two reads of its ring.
 
 use std::{
-    borrow::Cow,
     collections::BTreeMap,
     sync::{Arc, Mutex, PoisonError},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use serde_json::Value;
 
 use crate::{
@@ -20,7 +19,7 @@ use crate::{
     expect::differences,
     netns::Namespace,
     scenario,
-    tool::{Ended, Launch, Tool},
+    tool::{Ended, Launch, Tool, View},
 };
 
 /// Connections that are made and told, one after the other, before a window is closed. With each the tool has read its
@@ -31,9 +30,7 @@ const ROUNDS: usize = 3;
 #[derive(Debug)]
 pub struct Window {
     tool: Arc<Tool>,
-    namespaces: Vec<u64>,
-    /// Lines that came before it was opened.
-    before: usize,
+    view: View,
 }
 
 impl Window {
@@ -51,46 +48,33 @@ impl Window {
                 tool
             }
         };
-        let before = tool.count();
-        Ok(Self { tool, namespaces: bed.namespaces().map(Namespace::inode).collect(), before })
+        let namespaces = Some(bed.namespaces().map(Namespace::inode).collect());
+        let view = View { from: tool.count(), namespaces };
+        Ok(Self { tool, view })
     }
 
     /// [`Tool::wait_until`], of the lines that are to be seen.
     pub fn wait_until(&self, satisfied: impl Fn(&[Value]) -> bool) -> bool {
-        self.tool.wait_until_shown(|lines| Cow::Owned(self.shown(lines)), satisfied)
+        self.tool.wait_until_among(&self.view, satisfied)
     }
 
     /// [`Tool::wait_for`], among those lines.
     pub fn wait_for(&self, what: &str, like: impl Fn(&Value) -> bool) -> Result<Value> {
-        self.tool.wait_for_shown(|lines| Cow::Owned(self.shown(lines)), what, like)
+        self.tool.wait_for_among(&self.view, what, like)
     }
 
     /// Waits until all that has happened is told, and returns what was to be seen.
     pub fn close(self) -> Result<Ended> {
+        let everything = View { namespaces: None, ..self.view };
         for _ in 0..ROUNDS {
-            self.make_an_end().with_context(|| self.tool.said_so_far().to_string())?;
+            let line = scenario::end_of_own()?;
+            let is_it = |told: &Value| differences(told, &line).is_empty();
+            self.tool.wait_for_among(&everything, &format!("like {line}"), is_it)?;
         }
         let mut ended = self.tool.said_so_far();
-        let broken = contract::violations(&ended.lines[self.before..]);
-        ended.lines = self.shown(&ended.lines);
+        let broken = contract::violations(&ended.lines[self.view.from..]);
+        ended.lines = self.view.of(&ended.lines);
         ensure!(broken.is_empty(), "the contract is broken:\n{}\n{ended}", broken.join("\n"));
         Ok(ended)
-    }
-
-    /// Of all lines, those of this test, and those that name no namespace: of losses.
-    fn shown(&self, lines: &[Value]) -> Vec<Value> {
-        let is_shown = |line: &&Value| {
-            line["connection"]["netns"].as_u64().is_none_or(|netns| self.namespaces.contains(&netns))
-        };
-        lines.iter().skip(self.before).filter(is_shown).cloned().collect()
-    }
-
-    /// Has a connection end, and waits until that is told.
-    fn make_an_end(&self) -> Result<()> {
-        let line = scenario::end_of_own()?;
-        let is_told = |lines: &[Value]| lines.iter().any(|told| differences(told, &line).is_empty());
-        let seen = self.tool.wait_until_shown(|lines| Cow::Borrowed(&lines[self.before..]), is_told);
-        ensure!(seen, "the tool does not tell of a connection that has ended: {line}");
-        Ok(())
     }
 }

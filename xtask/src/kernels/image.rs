@@ -22,8 +22,13 @@ use crate::{command, platform::Platform};
 const COMMANDS: [&str; 4] = ["ip", "nft", "sh", "ss"];
 
 /// What programs are told there (`tests/src/lib.rs`, `tests/src/features.rs`).
-const VARIABLES: [(&str, &str); 4] =
-    [("PATH", "/usr/bin"), ("HOME", "/tmp"), ("TCPCLOSE_TESTS_FEWER", "20"), ("TCPCLOSE_TESTS_MACHINE", "1")];
+const VARIABLES: [(&str, &str); 5] = [
+    ("PATH", "/usr/bin"),
+    ("HOME", "/tmp"),
+    ("TCPCLOSE_TESTS_FEWER", "20"),
+    ("TCPCLOSE_TESTS_MACHINE", "1"),
+    ("RUST_TEST_THREADS", "3"),
+];
 
 /// Modules that tests need, where the kernel does not have them built in. What they depend on comes along.
 const MODULES: [&str; 5] = ["veth", "nf_tables", "nft_reject_inet", "tcp_diag", "mptcp_diag"];

@@ -73,7 +73,7 @@ pub(crate) fn run(
         // A bug in the kernel is to end the machine. What the kernel does not know, pid 1 has as a variable.
         .arg("-append")
         .arg(format!(
-            "console={first} RESULTS=/dev/{second} quiet oops=panic panic=-1 mitigations=off {arguments}"
+            "console={first} RESULTS=/dev/{second} quiet oops=panic panic=-1 mitigations=off rcupdate.rcu_expedited=1 {arguments}"
         ))
         .stdin(Stdio::null());
     let mut machine = qemu.spawn().with_context(|| format!("cannot start {}", platform.qemu.0))?;
