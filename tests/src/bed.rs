@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::{
     expect::{but, calls, known, one_of},
     features::Feature,
-    netns::{self, Namespace},
+    netns::{DEVICE, Namespace},
     peer::Peer,
 };
 
@@ -158,17 +158,13 @@ impl Bed {
 
     /// The same with processes of other names.
     pub fn with_names(route: Route, client: &str, server: &str) -> Result<Self> {
-        let client_net = Namespace::new()?;
-        let server_net = match route.wire {
-            Wire::Loopback => None,
+        let (client_net, server_net) = match route.wire {
+            Wire::Loopback => (Namespace::new()?, None),
             Wire::Veth => {
-                let server_net = Namespace::new()?;
-                let ends = [
-                    (&client_net, ["10.77.0.1/24", "fd00:77::1/64"].as_slice()),
-                    (&server_net, ["10.77.0.2/24", "fd00:77::2/64"].as_slice()),
-                ];
-                netns::join(ends)?;
-                Some(server_net)
+                let addresses: [&[&str]; 2] =
+                    [&["10.77.0.1/24", "fd00:77::1/64"], &["10.77.0.2/24", "fd00:77::2/64"]];
+                let [client_net, server_net] = Namespace::pair(addresses)?;
+                (client_net, Some(server_net))
             }
         };
         let client = Peer::start(&client_net, client)?;
@@ -259,31 +255,27 @@ impl Bed {
 
     /// Has whatever the client sends to this address of the wire from now on get lost on it.
     pub fn lose(&self, address: IpAddr) -> Result<()> {
-        let address = address.to_string();
-        let stranger = ["lladdr", "02:00:00:00:00:99", "dev", netns::DEVICE, "nud", "permanent"];
-        self.client_net.ip(&[&["neigh", "replace", &address], stranger.as_slice()].concat())?;
-        Ok(())
+        const NOBODY: &str = "lladdr 02:00:00:00:00:99 nud permanent";
+        self.client_net.ip(&[format!("neigh replace {address} dev {DEVICE} {NOBODY}")]).map(drop)
     }
 
     /// Has whatever a side sends over the wire to the other wait, until it is let go: as if the wire were long.
     pub fn hold(&self, side: Side) -> Result<()> {
-        self.set_neighbour(side, &["nud", "incomplete"])
+        self.set_neighbour(side, "nud incomplete")
     }
 
     /// Lets go what waits, in order, and what comes after it.
     pub fn release(&self, side: Side) -> Result<()> {
-        let shown = self.namespace(side.other()).ip(&["link", "show", netns::DEVICE])?;
+        let shown = self.namespace(side.other()).ip(&[format!("link show {DEVICE}")])?;
         let mut words = shown.split_whitespace().skip_while(|word| *word != "link/ether");
         let hardware = words.nth(1).with_context(|| format!("no hardware address: {shown}"))?;
-        self.set_neighbour(side, &["lladdr", hardware, "nud", "permanent"])
+        self.set_neighbour(side, &format!("lladdr {hardware} nud permanent"))
     }
 
     /// Sets what a side knows of the way to the other.
-    fn set_neighbour(&self, side: Side, what: &[&str]) -> Result<()> {
-        let address = self.route.address(side.other()).to_string();
-        let neighbour = ["neigh", "replace", &address, "dev", netns::DEVICE];
-        self.namespace(side).ip(&[neighbour.as_slice(), what].concat())?;
-        Ok(())
+    fn set_neighbour(&self, side: Side, what: &str) -> Result<()> {
+        let address = self.route.address(side.other());
+        self.namespace(side).ip(&[format!("neigh replace {address} dev {DEVICE} {what}")]).map(drop)
     }
 
     /// The expected `process` of a side.

@@ -1,9 +1,10 @@
 //! Network namespaces that belong to one test, and the veth pair between two of them.
 
 use std::{
+    borrow::Borrow,
+    fmt::Debug,
     fs::{self, File},
     io::Write,
-    mem,
     os::{
         fd::{AsFd, AsRawFd},
         unix::{fs::MetadataExt, process::CommandExt},
@@ -16,6 +17,8 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, ensure};
 use nix::{
+    ifaddrs::getifaddrs,
+    net::if_::InterfaceFlags,
     sched::{CloneFlags, setns, unshare},
     unistd::geteuid,
 };
@@ -36,6 +39,13 @@ static LEFT: Mutex<Vec<File>> = Mutex::new(Vec::new());
 impl Namespace {
     /// Makes one. Fails when this is not root, because these tests are of no use without it.
     pub fn new() -> Result<Self> {
+        let namespace = Self::bare()?;
+        namespace.ip(&[LOOPBACK_UP])?;
+        Ok(namespace)
+    }
+
+    /// The same without its loopback.
+    fn bare() -> Result<Self> {
         ensure!(geteuid().is_root(), "these tests need root: run `cargo xtask test`");
         let made = thread::spawn(|| -> Result<File> {
             unshare(CloneFlags::CLONE_NEWNET).context("making a network namespace")?;
@@ -43,9 +53,29 @@ impl Namespace {
         });
         let file = made.join().map_err(|_| anyhow!("the thread that makes a namespace panicked"))??;
         let inode = file.metadata()?.ino();
-        let namespace = Self { file, inode };
-        namespace.ip(&["link", "set", "lo", "up"])?;
-        Ok(namespace)
+        Ok(Self { file, inode })
+    }
+
+    /// Makes two, joined by a veth pair, each end with its addresses (`10.77.0.1/24`, `fd00:77::1/64`), and waits until
+    /// both ends carry packets: what is sent before is lost, and its retransmission would be in the results.
+    pub fn pair(addresses: [&[&str]; 2]) -> Result<[Self; 2]> {
+        let pair = [Self::bare()?, Self::bare()?];
+        let there = format!("/proc/{}/fd/{}", std::process::id(), pair[1].file.as_raw_fd());
+        let mut orders = vec![format!("link add {DEVICE} type veth peer name {DEVICE} netns {there}")];
+        for (namespace, addresses) in pair.iter().zip(addresses) {
+            orders.extend(addresses.iter().map(|address| {
+                // Duplicate address detection would keep the address unusable for a while; IPv4 knows no such thing.
+                let detection = if address.contains(':') { "nodad" } else { "" };
+                format!("address add {address} dev {DEVICE} {detection}")
+            }));
+            orders.extend([LOOPBACK_UP.to_owned(), format!("link set {DEVICE} up")]);
+            namespace.ip(&orders)?;
+            orders.clear();
+        }
+        for namespace in &pair {
+            until("the veth pair is up", || namespace.inside(|| Ok(carries_packets(DEVICE)?.then_some(()))))?;
+        }
+        Ok(pair)
     }
 
     /// The inode number, by which the tool names a namespace.
@@ -53,27 +83,21 @@ impl Namespace {
         self.inode
     }
 
-    /// Runs `ip` in this namespace.
-    pub fn ip(&self, args: &[&str]) -> Result<String> {
+    /// Has `ip` do something in this namespace, or several things, and returns what it prints. Each time it is started
+    /// is felt on an emulated processor.
+    pub fn ip(&self, orders: &[impl Borrow<str> + Debug]) -> Result<String> {
         let mut ip = Command::new("ip");
         self.enter(&mut ip)?;
-        run(ip.args(args))
-    }
-
-    /// Has one `ip` do several things in this namespace.
-    fn ip_batch(&self, orders: &[String]) -> Result<()> {
-        let mut ip = Command::new("ip");
-        self.enter(&mut ip)?;
-        ip.args(["-batch", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+        ip.args(["-batch", "-"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = ip.spawn().context("starting ip")?;
         let mut stdin = child.stdin.take().context("ip has no standard input")?;
-        // What it does not read it says at its end.
+        // What it does not read, it gives the reason for at its end.
         let _ = stdin.write_all(orders.join("\n").as_bytes());
         drop(stdin);
         let output = child.wait_with_output()?;
         let complaint = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "ip failed: {} of {orders:?}", complaint.trim());
-        Ok(())
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
     /// Has `command` run in this namespace, without a helper process in between that would change its pid or
@@ -119,32 +143,16 @@ impl Drop for Namespace {
     }
 }
 
-/// The device at each end of the pair that [`join`] makes; the name is free in both namespaces, as they are
-/// new.
+/// The device at each end of a [`Namespace::pair`]; the name is free in both namespaces, as they are new.
 pub const DEVICE: &str = "eth0";
 
-/// Joins two namespaces by a veth pair, each end with its addresses (`10.77.0.1/24`, `fd00:77::1/64`), and
-/// waits until both ends carry packets: what is sent before is lost, and its retransmission would be in the
-/// results.
-pub fn join(ends: [(&Namespace, &[&str]); 2]) -> Result<()> {
-    let [_, (other, _)] = ends;
-    let there = format!("/proc/{}/fd/{}", std::process::id(), other.file.as_raw_fd());
-    let mut orders = vec![format!("link add {DEVICE} type veth peer name {DEVICE} netns {there}")];
-    for (namespace, addresses) in ends {
-        orders.extend(addresses.iter().map(|address| {
-            // Duplicate address detection would keep the address unusable for a while; IPv4 knows no such thing.
-            let detection = if address.contains(':') { "nodad" } else { "" };
-            format!("address add {address} dev {DEVICE} {detection}")
-        }));
-        orders.push(format!("link set {DEVICE} up"));
-        namespace.ip_batch(&mem::take(&mut orders))?;
-    }
-    for (namespace, _) in ends {
-        until("the veth pair is up", || {
-            Ok(namespace.ip(&["link", "show", DEVICE])?.contains("state UP").then_some(()))
-        })?;
-    }
-    Ok(())
+/// What `ip` is told for that.
+const LOOPBACK_UP: &str = "link set lo up";
+
+/// Whether a device of this thread's namespace is up, as is the way to the other end.
+fn carries_packets(device: &str) -> Result<bool> {
+    let mut addresses = getifaddrs()?;
+    Ok(addresses.any(|one| one.interface_name == device && one.flags.contains(InterfaceFlags::IFF_RUNNING)))
 }
 
 /// Runs a command to its end and returns what it prints, or fails with its own complaint.

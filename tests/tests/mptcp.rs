@@ -6,7 +6,7 @@ use tcpclose_tests::{
     bed::{Bed, Family, Route, Side, endpoint},
     expect::{differences, mismatches, one_of},
     features::Feature,
-    netns,
+    netns::DEVICE,
     scenario::Trace,
     scenarios,
     snmp::Counters,
@@ -101,18 +101,16 @@ fn run(route: Route, ending: Ending) -> Result<()> {
 
 /// Gives the client's host another address, and has it connect from there too.
 fn add_path(bed: &Bed, address: &str) -> Result<()> {
-    let client = bed.namespace(Side::Client);
-    // Nobody prefers it, or else the first path would begin there.
-    let mut add = vec!["address", "add", address, "dev", netns::DEVICE, "preferred_lft", "0"];
-    if address.contains(':') {
-        add.push("nodad");
-    }
-    client.ip(&add)?;
+    const LIMITS: &str = "mptcp limits set subflow 1";
     let host = address.split('/').next().unwrap_or(address);
-    client.ip(&["mptcp", "endpoint", "add", host, "dev", netns::DEVICE, "subflow"])?;
-    for side in [Side::Client, Side::Server] {
-        bed.namespace(side).ip(&["mptcp", "limits", "set", "subflow", "1"])?;
-    }
+    let detection = if address.contains(':') { "nodad" } else { "" };
+    bed.namespace(Side::Client).ip(&[
+        // Nobody prefers it, or else the first path would begin there.
+        format!("address add {address} dev {DEVICE} preferred_lft 0 {detection}"),
+        format!("mptcp endpoint add {host} dev {DEVICE} subflow"),
+        LIMITS.to_owned(),
+    ])?;
+    bed.namespace(Side::Server).ip(&[LIMITS])?;
     Ok(())
 }
 

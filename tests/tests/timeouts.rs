@@ -76,9 +76,9 @@ fn client_gives_up_connecting(bed: &mut Bed) -> Result<Vec<Value>> {
 
 /// The server is asked to forward, and says that it cannot.
 fn no_way_to_server(bed: &mut Bed) -> Result<Vec<Value>> {
-    let router = bed.route().address(Side::Server).to_string();
+    let router = bed.route().address(Side::Server);
     let nowhere = bed.route().nowhere();
-    bed.namespace(Side::Client).ip(&["route", "add", "default", "via", &router])?;
+    bed.namespace(Side::Client).ip(&[format!("route add default via {router}")])?;
     for forwarding in ["net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"] {
         bed.namespace(Side::Server).set_sysctl(forwarding, "1")?;
     }
