@@ -61,7 +61,11 @@ impl Namespace {
     pub fn pair(addresses: [&[&str]; 2]) -> Result<[Self; 2]> {
         let pair = [Self::bare()?, Self::bare()?];
         let there = format!("/proc/{}/fd/{}", std::process::id(), pair[1].file.as_raw_fd());
-        let mut orders = vec![format!("link add {DEVICE} type veth peer name {DEVICE} netns {there}")];
+        // Where the numbers are the same, the kernel says for up to a second that the second end is down, which is up
+        // (`linkwatch_urgent_event()` in `net/core/link_watch.c`).
+        let mut orders = vec![format!(
+            "link add {DEVICE} index 1001 type veth peer name {DEVICE} index 1002 netns {there}"
+        )];
         for (namespace, addresses) in pair.iter().zip(addresses) {
             orders.extend(addresses.iter().map(|address| {
                 // Duplicate address detection would keep the address unusable for a while; IPv4 knows no such thing.
