@@ -1,5 +1,7 @@
 //! The task that is running: who it is, what it is doing, and from where.
 
+use core::sync::atomic::{Ordering, compiler_fence};
+
 use aya_ebpf::{
     EbpfContext,
     helpers::{
@@ -37,11 +39,11 @@ pub fn meet(task: &mut Task) {
     notice(task);
 }
 
-/// Writes who the current task is and what it is doing.
+/// Writes who the current task is and what it is doing. The pid comes last: an acceptor is noted without the socket's lock,
+/// and whoever copies the entry meanwhile, because the connection ends, finds either nobody or somebody whole.
 #[inline(always)]
 pub fn identify(task: &mut Task) {
     let ids = bpf_get_current_pid_tgid();
-    task.pid = (ids >> 32) as u32;
     task.tid = ids as u32;
     task.uid = bpf_get_current_uid_gid() as u32;
     // SAFETY: the buffer is as long as we say. On failure the helper leaves it all zero.
@@ -52,6 +54,8 @@ pub fn identify(task: &mut Task) {
     task.exit_code = member(current, global!(STRUCTS.task_exit_code)).unwrap_or(0);
     task.mm = member(current, global!(STRUCTS.task_mm)).unwrap_or(0);
     task.syscall = syscall(current);
+    compiler_fence(Ordering::SeqCst);
+    task.pid = (ids >> 32) as u32;
 }
 
 /// Whether the current task is nobody's: a thread of the kernel's own, or tcpclose. While the inventory looks at a file

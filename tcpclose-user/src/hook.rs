@@ -235,7 +235,7 @@ pub static HOOKS: &[Hook] = &[
         variants: &[
             Variant {
                 kind: Kind::FunctionReturn,
-                programs: &[("accept", "inet_csk_accept")],
+                programs: &[("accept", "inet_csk_accept"), ("accept_nested", "inet_csk_accept")],
                 when: When::Accept(&[AcceptHook::Auto, AcceptHook::Fexit]),
                 worse: "",
             },

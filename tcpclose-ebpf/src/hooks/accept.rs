@@ -11,14 +11,29 @@ use tcpclose_common::record::role;
 
 use crate::{connection, kernel::member, maps::global, sock};
 
-/// The return of `struct sock *inet_csk_accept(...)`. Costs nothing measurable, but not every kernel allows fexit. The
-/// result lies behind the arguments, of which there were four up to 6.8 and are two from 6.10 on.
+/// The return of `struct sock *inet_csk_accept(...)`. Costs nothing measurable, but not every kernel allows fexit.
+///
+/// The kernel does not run a program on a CPU where it is running already (`bpf_prog_get_recursion_context()`), and may let
+/// another task go on in the middle of it. What that one accepts meanwhile, [`accept_nested`] sees.
 #[fexit(function = "inet_csk_accept")]
 pub fn accept(ctx: FExitContext) -> i32 {
-    if let Some(sk) = member::<u64>(ctx.as_ptr() as u64, global!(ARGUMENTS.accept_result)) {
-        accepted(&ctx, sk);
-    }
+    returned(&ctx);
     0
+}
+
+/// The same program once more. Whichever comes second finds that the opener is known.
+#[fexit(function = "inet_csk_accept")]
+pub fn accept_nested(ctx: FExitContext) -> i32 {
+    returned(&ctx);
+    0
+}
+
+/// The result lies behind the arguments, of which there were four up to 6.8 and are two from 6.10 on.
+#[inline(always)]
+fn returned(ctx: &FExitContext) {
+    if let Some(sk) = member::<u64>(ctx.as_ptr() as u64, global!(ARGUMENTS.accept_result)) {
+        accepted(ctx, sk);
+    }
 }
 
 /// `syscalls:sys_exit_accept` and `syscalls:sys_exit_accept4`: the result is a descriptor. That any tracepoint on a system
