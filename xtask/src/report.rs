@@ -103,6 +103,12 @@ impl Report {
         self.problems.extend(others.map(|(test, reason)| format!("{test} may not be skipped: {reason}")));
     }
 
+    /// Every test that was begun.
+    fn tests(&self) -> impl Iterator<Item = &str> {
+        let tests = self.passed.iter().chain(self.failed.keys()).chain(self.skipped.keys());
+        tests.map(String::as_str)
+    }
+
     /// Whether nothing is wrong.
     pub(crate) fn is_good(&self) -> bool {
         self.failed.is_empty() && self.problems.is_empty()
@@ -141,6 +147,22 @@ pub(crate) fn never_run(reports: &[(String, Report)]) -> BTreeMap<&str, Vec<Stri
         }
     }
     never
+}
+
+/// The scenarios that were begun here, over whatever route, and in no other place over any, though their programs were run.
+pub(crate) fn never_begun<'a>(here: &'a Report, elsewhere: &[(String, Report)]) -> BTreeSet<&'a str> {
+    let others = || elsewhere.iter().map(|(_, report)| report);
+    let begun: BTreeSet<_> = others().flat_map(Report::tests).map(scenario).collect();
+    let is_unrun = |test| others().any(|report| report.unrun.keys().any(|program| is_of(test, program)));
+    here.tests().map(scenario).filter(|test| !begun.contains(test) && !is_unrun(test)).collect()
+}
+
+/// A test without the route that it takes, which is its last part.
+fn scenario(test: &str) -> &str {
+    match test.rsplit_once("::") {
+        Some((scenario, route)) if route.starts_with("loopback_") || route.starts_with("veth_") => scenario,
+        _ => test,
+    }
 }
 
 fn is_of(test: &str, program: &str) -> bool {
@@ -228,6 +250,20 @@ mod tests {
         let reports = [("here".to_owned(), late), ("there".to_owned(), ttl)];
         assert_eq!(never_run(&reports[..1])["ttl"], ["here: its time was over"]);
         assert!(!never_run(&reports).contains_key("ttl"));
+    }
+
+    #[test]
+    fn what_was_begun_only_here_is_told() {
+        let report = |tests: &[&str]| Report {
+            passed: tests.iter().map(|test| (*test).to_owned()).collect(),
+            ..Report::default()
+        };
+        let here =
+            report(&["close::a::loopback_ipv4", "close::a::veth_ipv6", "close::b::loopback_ipv4", "list::c"]);
+        let mut there = [("there".to_owned(), report(&["close::a::veth_ipv6"]))];
+        assert_eq!(never_begun(&here, &there), BTreeSet::from(["close::b", "list::c"]));
+        there[0].1.unrun.insert("list".to_owned(), "its time was over".to_owned());
+        assert_eq!(never_begun(&here, &there), BTreeSet::from(["close::b"]));
     }
 
     #[test]

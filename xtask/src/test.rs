@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
+use clap::builder::ArgPredicate;
 
 use crate::{
     command::{self, say},
@@ -22,23 +23,23 @@ use crate::{
 pub(crate) struct Args {
     /// Run only the tests whose name contains one of these, and leave the lints out
     filters: Vec<String>,
-    /// Run the tests with root on other kernels as well
+    /// Run the tests with root on four other kernels as well, each scenario over one route
     #[arg(long)]
     kernels: bool,
-    /// Run them on this kernel and nothing else: 5.10, 6.1, 6.12, newest. Can be repeated
+    /// Run them on this kernel and nowhere else: 5.10, 6.1, 6.12, newest. Can be repeated
     #[arg(long, value_name = "KERNEL", conflicts_with = "kernels")]
     kernel: Vec<String>,
     /// With --kernels or --kernel: the platform of these kernels, as rustc calls it, if it is not this one; nothing is
     /// run here then
     #[arg(long, value_name = "TRIPLE", value_parser = Platform::parse)]
     target: Option<&'static Platform>,
-    /// With --kernels or --kernel: each scenario over one route
+    /// With --kernels or --kernel: each scenario over every route
     #[arg(long)]
-    brief: bool,
+    all_routes: bool,
     /// With --kernels or --kernel: how long test programs are begun there, all machines together. Those that are left
-    /// over are told, and have failed if no machine has run them
-    #[arg(long)]
-    minutes: Option<u64>,
+    /// over are told, and have failed if no machine has run them. 0 is without end
+    #[arg(long, default_value_t = 12, default_value_if("all_routes", ArgPredicate::IsPresent, "0"))]
+    minutes: u64,
     /// More arguments for the test programs, such as --nocapture
     #[arg(last = true)]
     more: Vec<String>,
@@ -87,18 +88,23 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
             platform,
             suite: &suite,
             tcpclose: &tcpclose,
-            extent: if args.brief { Extent::Brief } else { Extent::Full },
+            extent: if args.all_routes { Extent::Full } else { Extent::Brief },
             filters: &args.filters,
             more: &more,
-            time: args.minutes.map(|minutes| Duration::from_secs(60 * minutes)),
+            time: (args.minutes > 0).then(|| Duration::from_secs(60 * args.minutes)),
         };
         match kernels::run(workspace, &plan, &args.kernel) {
             Ok(found) => reports.extend(found),
             Err(error) => note("kernels", Err(error), &mut failed),
         }
     }
-    let machines = usize::from(here);
-    tell_oddities(&reports, if everything && args.kernels { &reports[machines..] } else { &[] }, &mut failed);
+    tell_oddities(&reports);
+    if let [(_, this_host), kernels @ ..] = reports.as_slice()
+        && everything
+        && args.kernels
+    {
+        tell_never_run(this_host, kernels, &mut failed);
+    }
     failed.extend(reports.iter().filter(|(_, report)| !report.is_good()).map(|(place, _)| place.clone()));
     if !failed.is_empty() {
         bail!("failed, see above: {}", failed.join(", "));
@@ -113,9 +119,8 @@ fn note(what: &str, result: Result<()>, failed: &mut Vec<String>) {
     }
 }
 
-/// Says what was skipped, where and why, and what passed in no hurry. A test that ran on none of all `kernels` is a
-/// failure.
-fn tell_oddities(reports: &[(String, Report)], kernels: &[(String, Report)], failed: &mut Vec<String>) {
+/// Says what was skipped, where and why, and what passed in no hurry.
+fn tell_oddities(reports: &[(String, Report)]) {
     for (place, report) in reports {
         for test in &report.repeated {
             say(&format!("passed at the second attempt on {place}: {test}"));
@@ -127,11 +132,20 @@ fn tell_oddities(reports: &[(String, Report)], kernels: &[(String, Report)], fai
             say(&format!("not run on {place}: all tests of {program}: {reason}"));
         }
     }
-    let never = report::never_run(kernels);
-    if !never.is_empty() {
-        for (test, reasons) in &never {
-            say(&format!("{test} ran on no kernel: {}", reasons.join("; ")));
+}
+
+/// What ran on none of all `kernels`, and is not left out there on purpose, is a failure.
+fn tell_never_run(this_host: &Report, kernels: &[(String, Report)], failed: &mut Vec<String>) {
+    let mut never = report::never_run(kernels);
+    for scenario in report::never_begun(this_host, kernels) {
+        if !kernels::is_left_out(scenario) {
+            never.entry(scenario).or_default().push("it was begun nowhere".to_owned());
         }
+    }
+    for (test, reasons) in &never {
+        say(&format!("{test} ran on no kernel: {}", reasons.join("; ")));
+    }
+    if !never.is_empty() {
         failed.push("tests that ran on no kernel".to_owned());
     }
 }

@@ -197,6 +197,7 @@ impl Apt {
             "Dir::State::status=/dev/null",
             &format!("APT::Architecture={}", self.architecture),
             &format!("APT::Architectures={}", self.architecture),
+            "Acquire::Retries=3",
             "Acquire::Languages=none",
             // What a desktop would like to have of every suite.
             "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false",

@@ -27,7 +27,7 @@ const VARIABLES: [(&str, &str); 5] = [
     ("HOME", "/tmp"),
     ("TCPCLOSE_TESTS_FEWER", "20"),
     ("TCPCLOSE_TESTS_MACHINE", "1"),
-    ("RUST_TEST_THREADS", "3"),
+    ("RUST_TEST_THREADS", "2"),
 ];
 
 /// Modules that tests need, where the kernel does not have them built in. What they depend on comes along.

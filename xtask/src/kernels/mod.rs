@@ -17,7 +17,7 @@ use std::{
 use anyhow::{Result, anyhow, bail};
 
 use self::debian::Kernel;
-pub(crate) use self::plan::{Extent, Plan};
+pub(crate) use self::plan::{Extent, Plan, is_left_out};
 use crate::{command::say, platform::Platform, report::Report, workspace::Workspace};
 
 /// The kernels that tests run on.

@@ -31,6 +31,9 @@ const ENOUGH_WITHOUT_TYPES: [&str; 6] = [
 const OTHER_ROUTES: [&str; 5] =
     ["loopback_ipv4", "loopback_ipv6", "loopback_mapped", "veth_ipv4", "veth_mapped"];
 
+/// A program, and its scenario that goes by the loopback alone, over one of the routes for that.
+const OVER_LOOPBACK: (&str, &str) = ("close", "client_connects_to_itself::loopback_ipv6");
+
 /// Tests that are left out as well when there is little time: what they test is not the kernel's.
 const LESS: [&str; 12] = [
     "a_closed_pipe_is_no_error",
@@ -46,6 +49,12 @@ const LESS: [&str; 12] = [
     "signals_end_it",
     "wrong_usage",
 ];
+
+/// Whether a test is left out on purpose.
+pub(crate) fn is_left_out(test: &str) -> bool {
+    let program = test.split("::").next().unwrap_or_default();
+    LEFT_OUT.contains(&program) || LESS.iter().any(|name| test.contains(name))
+}
 
 /// How much is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,6 +106,11 @@ impl Plan<'_> {
         let tests: Vec<_> = self.suite.tests().filter(|(name, _)| !LEFT_OUT.contains(name)).collect();
         for (name, program) in tests.iter().filter(|(name, _)| *name != LAST) {
             add(name, "", program, &[filters.as_slice(), &routes].concat());
+            let (of, scenario) = OVER_LOOPBACK;
+            let is_wanted = filters.is_empty() || filters.iter().any(|filter| scenario.contains(filter));
+            if *name == of && self.extent == Extent::Brief && is_wanted {
+                add(name, "", program, &["--exact", scenario]);
+            }
         }
         for (name, program) in tests.iter().filter(|(name, _)| *name == WITHOUT_TYPES) {
             // Namespaces are not known then, so that one test at a time has the machine to itself.
