@@ -1,4 +1,4 @@
-//! The initial file system of a virtual machine: the test programs, tcpclose, the commands that tests call, the
+//! The initial file system of a virtual machine: the test programs and tcpclose, the commands that tests call, the
 //! libraries of all of them, each where it is on this host, and the modules of one kernel.
 
 use std::{
@@ -36,6 +36,9 @@ const MODULES: [&str; 5] = ["veth", "nf_tables", "nft_reject_inet", "tcp_diag", 
 /// The packages of Debian that bring those, and what Rust programs are linked to.
 const PACKAGES: [&str; 5] = ["iproute2", "nftables", "dash", "libc6", "libgcc-s1"];
 
+/// Where the test programs and tcpclose are there. On this host they may be below a folder that is mounted over there.
+const PROGRAMS: &str = "/programs";
+
 /// Folders that are mounted on or written to.
 const FOLDERS: [&str; 9] = ["dev", "modules", "proc", "run", "sys", "tmp", "usr/bin", "usr/lib", "usr/lib64"];
 
@@ -59,7 +62,8 @@ pub(crate) fn common(folder: &Path, plan: &Plan) -> Result<Vec<u8>> {
         symlink(to, root.join(name))?;
     }
     for program in suite.programs().chain([tcpclose]) {
-        let copy = copy(program, &root)?;
+        let copy = under(&root, &place(program));
+        copy_to(program, &copy)?;
         // Names of functions stay; lines of the source would make the image five times as large.
         command::run(Command::new(plan.platform.tool("strip")).arg("--strip-debug").arg(copy))?;
     }
@@ -69,12 +73,19 @@ pub(crate) fn common(folder: &Path, plan: &Plan) -> Result<Vec<u8>> {
         add_from_packages(&root, plan.platform)?;
     }
     fs::copy(suite.helper("init")?, root.join("init"))?;
-    let variables =
-        suite.variables(tcpclose).into_iter().map(|(name, value)| (name, value.display().to_string()));
+    let variables = suite
+        .variables(tcpclose)
+        .into_iter()
+        .map(|(name, value)| (name, place(&value).display().to_string()));
     let own = VARIABLES.map(|(name, value)| (name.to_owned(), value.to_owned()));
     let environment = variables.chain(own).map(|(name, value)| format!("{name}={value}\n"));
     fs::write(root.join("environment"), environment.collect::<String>())?;
     pack(&root)
+}
+
+/// Where a program of this host is there.
+pub(crate) fn place(program: &Path) -> PathBuf {
+    Path::new(PROGRAMS).join(program.file_name().unwrap_or_default())
 }
 
 /// Adds this host's commands, and its libraries for them and for the programs.
@@ -89,7 +100,7 @@ fn add_from_host<'a>(root: &Path, programs: impl Iterator<Item = &'a Path>) -> R
         needed.extend(libraries(&program)?);
     }
     for library in needed {
-        copy(&library, root)?;
+        copy_to(&library, &under(root, &library))?;
     }
     Ok(())
 }
@@ -202,12 +213,9 @@ fn fresh(folder: &Path) -> Result<PathBuf> {
     Ok(folder.to_owned())
 }
 
-/// Copies a file to where it is on this host.
-fn copy(file: &Path, root: &Path) -> Result<PathBuf> {
-    let to =
-        root.join(file.strip_prefix("/").with_context(|| format!("{} is no full path", file.display()))?);
-    copy_to(file, &to)?;
-    Ok(to)
+/// A full path, below the root of a file system.
+fn under(root: &Path, path: &Path) -> PathBuf {
+    root.join(path.strip_prefix("/").unwrap_or(path))
 }
 
 fn copy_to(file: &Path, to: &Path) -> Result<()> {

@@ -2,6 +2,7 @@
 
 use std::{fmt::Write, path::Path, time::Duration};
 
+use super::image;
 use crate::{platform::Platform, suite::Suite};
 
 /// Test programs that are of no use there: the tests of the tests' own code, a crowd, which does so much at once that an
@@ -96,7 +97,7 @@ impl Plan<'_> {
             let more: Vec<_> = self.more.iter().map(String::as_str).collect();
             let arguments = [arguments, &more].concat().join(" ");
             // A string always takes what is written to it.
-            let _ = writeln!(list, "{name} {variables}{} {arguments}", program.display());
+            let _ = writeln!(list, "{name} {variables}{} {arguments}", image::place(program).display());
         };
         let filters: Vec<_> = self.filters.iter().map(String::as_str).collect();
         let routes = match self.extent {
