@@ -10,7 +10,7 @@
 //! compilation unit; known ones less than 1 µs. Debug information that would take longer than 0.2 s is left
 //! alone: there are functions then but no lines.
 
-mod elf;
+pub(crate) mod elf;
 mod kernel;
 mod perf;
 

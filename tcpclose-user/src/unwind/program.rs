@@ -3,12 +3,15 @@
 use std::{collections::HashMap, fs::File, sync::Arc};
 
 use framehop::ExplicitModuleSectionInfo;
-use object::{Object, ObjectSection as _, ObjectSegment as _, ObjectSymbol as _, ReadCache, ReadRef};
+use object::{Object, ObjectSection as _, ObjectSymbol as _, ReadCache, ReadRef};
 
 use super::hotspot;
-use crate::attribute::{
-    maps::{Backing, Identity, Mapping},
-    process::Image,
+use crate::{
+    attribute::{
+        maps::{Backing, Identity, Mapping},
+        process::Image,
+    },
+    symbolize::elf::Load,
 };
 
 /// Bytes of tables that are kept of all files together. Beyond it all are forgotten, and read again.
@@ -33,13 +36,6 @@ pub(super) struct Program {
     pub(super) sections: ExplicitModuleSectionInfo<Arc<[u8]>>,
     /// If it is a Java virtual machine.
     pub(super) hotspot: Option<hotspot::Symbols>,
-}
-
-/// A piece of the file that is mapped when it runs.
-struct Load {
-    offset: u64,
-    size: u64,
-    address: u64,
 }
 
 impl Programs {
@@ -67,10 +63,6 @@ impl Program {
     fn read(file: File) -> Option<Self> {
         let cache = ReadCache::new(file);
         let file = object::File::parse(&cache).ok().filter(object::Object::is_64)?;
-        let load = |segment: object::Segment<'_, '_, _>| {
-            let (offset, size) = segment.file_range();
-            Load { offset, size, address: segment.address() }
-        };
         let place = |name| {
             let section = file.section_by_name(name)?;
             let start = section.address();
@@ -91,7 +83,7 @@ impl Program {
             Some(symbol.address())
         };
         let hotspot = hotspot::Symbols::find(address);
-        Some(Self { loads: file.segments().map(load).collect(), sections, hotspot })
+        Some(Self { loads: Load::all(&file), sections, hotspot })
     }
 
     /// What is added to an address in the file to have that in memory.
