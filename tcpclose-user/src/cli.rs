@@ -184,10 +184,14 @@ pub enum Linger {
 }
 
 impl FromStr for Linger {
-    type Err = humantime::DurationError;
+    type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if text == "off" { Ok(Self::Off) } else { humantime::parse_duration(text).map(Self::After) }
+        match humantime::parse_duration(text) {
+            _ if text == "off" => Ok(Self::Off),
+            Ok(age) => Ok(Self::After(age)),
+            Err(error) => Err(format!("{error}; needed: an age, such as 30s, or `off`")),
+        }
     }
 }
 

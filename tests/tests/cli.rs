@@ -73,6 +73,7 @@ fn wrong_usage_exits_with_2() -> Result<()> {
         ["--stack", "all"],
         ["--cause", "bad_luck"],
         ["--duration", "soon"],
+        ["--linger", "soon"],
         ["--address", "10.0.0.0/33"],
     ] {
         let ended = Launch::new()?.args(args).run()?.with_code(2)?;
