@@ -38,7 +38,7 @@ pub(crate) struct Args {
     all_routes: bool,
     /// With --kernels or --kernel: how long test programs are begun there, all machines together. Those that are left
     /// over are told, and have failed if no machine has run them. 0 is without end
-    #[arg(long, default_value_t = 12, default_value_if("all_routes", ArgPredicate::IsPresent, "0"))]
+    #[arg(long, default_value_t = 10, default_value_if("all_routes", ArgPredicate::IsPresent, "0"))]
     minutes: u64,
     /// More arguments for the test programs, such as --nocapture
     #[arg(last = true)]

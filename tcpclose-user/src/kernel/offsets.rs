@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use nix::unistd::{SysconfVar, sysconf};
 use tcpclose_common::offsets::{ABSENT, StructOffsets};
 
 use super::btf::{Absent, Btf};
@@ -157,7 +158,8 @@ fn thread_size_of_arm64(btf: &Btf<'_>) -> Option<u64> {
     const SIZE: u64 = 1 << 14;
     let is_arm64 = btf.member("pt_regs.syscallno").is_ok();
     let has_kasan = btf.size_of("kasan_cache").is_some();
-    (is_arm64 && !has_kasan && procfs::page_size() <= SIZE).then_some(SIZE)
+    let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten()?;
+    (is_arm64 && !has_kasan && u64::try_from(page).is_ok_and(|page| page <= SIZE)).then_some(SIZE)
 }
 
 #[cfg(test)]
