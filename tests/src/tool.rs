@@ -96,7 +96,7 @@ pub struct Tool {
     stderr: Arc<Mutex<String>>,
     stderr_read: Option<JoinHandle<()>>,
     // Removed last, when the tool is gone.
-    _scratch: Scratch,
+    scratch: Option<Scratch>,
 }
 
 /// Some of the lines of a tool.
@@ -291,7 +291,7 @@ impl Launch {
             stdout: Some(thread::spawn(move || sink.fill(stdout, self.most_lines))),
             stderr: said,
             stderr_read: Some(thread::spawn(move || hear(stderr, &heard))),
-            _scratch: self.scratch,
+            scratch: Some(self.scratch),
         })
     }
 }
@@ -365,6 +365,11 @@ impl Tool {
     pub fn said_so_far(&self) -> Ended {
         let stderr = self.stderr.lock().unwrap_or_else(PoisonError::into_inner).clone();
         Ended { status: None, lines: self.lines.lock().read.clone(), stderr }
+    }
+
+    /// Removes what it was started with, for a tool that is not dropped before the process ends.
+    pub fn leave_nothing(&mut self) {
+        self.scratch = None;
     }
 
     /// Its process id.

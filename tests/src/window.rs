@@ -1,7 +1,8 @@
 //! One tool for many tests, each with a window on what it tells: starting a tool takes an emulated processor two seconds,
-//! most of them for the verifier.
+//! for reading the kernel's types and for the verifier.
 //!
-//! Such a tool watches all namespaces and goes on until the test program is over. A test sees the lines of its own
+//! Such a tool watches all namespaces and goes on until the test program is over: it ends when nobody reads what it writes
+//! any more. A test sees the lines of its own
 //! namespaces, and everything that may be about them. That nothing more will come is known because the tool holds no line
 //! back for longer than two reads of its ring.
 
@@ -43,7 +44,8 @@ impl Window {
         let tool = match tools.get(&key) {
             Some(tool) if tool.is_talking() => Arc::clone(tool),
             _ => {
-                let tool = Launch::new()?.args(["-o", "json"]).args(args.iter().copied()).start()?;
+                let mut tool = Launch::new()?.args(["-o", "json"]).args(args.iter().copied()).start()?;
+                tool.leave_nothing();
                 // An emulator translates programs when they are run first. That takes so long that several tasks may be
                 // in the middle of one, and the kernel runs it for one of them alone.
                 tell_an_end(&tool, &View::ALL)?;
