@@ -67,11 +67,7 @@ impl Namespace {
             "link add {DEVICE} index 1001 type veth peer name {DEVICE} index 1002 netns {there}"
         )];
         for (namespace, addresses) in pair.iter().zip(addresses) {
-            orders.extend(addresses.iter().map(|address| {
-                // Duplicate address detection would keep the address unusable for a while; IPv4 knows no such thing.
-                let detection = if address.contains(':') { "nodad" } else { "" };
-                format!("address add {address} dev {DEVICE} {detection}")
-            }));
+            orders.extend(addresses.iter().map(|address| add_address(address)));
             orders.extend([LOOPBACK_UP.to_owned(), format!("link set {DEVICE} up")]);
             namespace.ip(&orders)?;
             orders.clear();
@@ -92,16 +88,7 @@ impl Namespace {
     pub fn ip(&self, orders: &[impl Borrow<str> + Debug]) -> Result<String> {
         let mut ip = Command::new("ip");
         self.enter(&mut ip)?;
-        ip.args(["-batch", "-"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = ip.spawn().context("starting ip")?;
-        let mut stdin = child.stdin.take().context("ip has no standard input")?;
-        // What it does not read, it gives the reason for at its end.
-        let _ = stdin.write_all(orders.join("\n").as_bytes());
-        drop(stdin);
-        let output = child.wait_with_output()?;
-        let complaint = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "ip failed: {} of {orders:?}", complaint.trim());
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        feed(ip.args(["-batch", "-"]), &orders.join("\n")).with_context(|| format!("{orders:?}"))
     }
 
     /// Has `command` run in this namespace, without a helper process in between that would change its pid or
@@ -153,6 +140,13 @@ pub const DEVICE: &str = "eth0";
 /// What `ip` is told for that.
 const LOOPBACK_UP: &str = "link set lo up";
 
+/// What `ip` is told to add an address to [`DEVICE`].
+pub fn add_address(address: &str) -> String {
+    // Duplicate address detection would keep the address unusable for a while; IPv4 knows no such thing.
+    let detection = if address.contains(':') { "nodad" } else { "" };
+    format!("address add {address} dev {DEVICE} {detection}")
+}
+
 /// Whether a device of this thread's namespace is up, as is the way to the other end.
 fn carries_packets(device: &str) -> Result<bool> {
     let mut addresses = getifaddrs()?;
@@ -161,7 +155,16 @@ fn carries_packets(device: &str) -> Result<bool> {
 
 /// Runs a command to its end and returns what it prints, or fails with its own complaint.
 pub fn run(command: &mut Command) -> Result<String> {
-    let output = command.output().with_context(|| format!("starting {command:?}"))?;
+    feed(command, "")
+}
+
+/// The same with something to read for it.
+fn feed(command: &mut Command, input: &str) -> Result<String> {
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().with_context(|| format!("starting {command:?}"))?;
+    // What it does not read, it gives the reason for at its end. Its standard input ends here.
+    let _ = child.stdin.take().map(|mut stdin| stdin.write_all(input.as_bytes()));
+    let output = child.wait_with_output()?;
     let complaint = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{command:?} failed: {}", complaint.trim());
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())

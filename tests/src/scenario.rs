@@ -85,7 +85,7 @@ impl Trace {
 
     /// Starts a tool on a bed's namespaces.
     pub fn alone(bed: &Bed, args: &[&str]) -> Result<Self> {
-        Self::by(Launch::new()?.args(args).trace(bed.namespaces()).start()?, bed)
+        Self::by(watch(bed, args)?, bed)
     }
 
     /// By a tool that has been started on a bed's namespaces.
@@ -207,6 +207,11 @@ pub fn reset_lines(
         bed.close_line(connection, by.other(), but(suffered, receiver.clone()))?,
         bed.reset_line(connection, by.other(), but(came, receiver.clone()))?,
     ])
+}
+
+/// Starts a tool that watches a bed alone.
+pub fn watch(bed: &Bed, args: &[&str]) -> Result<Tool> {
+    Launch::new()?.args(args).trace(bed.namespaces()).start()
 }
 
 /// Has one side reset a connection, and says what must come of it.

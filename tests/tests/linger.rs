@@ -7,10 +7,8 @@ use serde_json::{Value, json};
 use tcpclose_tests::{
     bed::{Bed, Connection, Route, Side},
     expect::{but, differences, known, one_of},
-    scenario::{Trace, routes},
-    scenarios,
-    tool::{Launch, Tool},
-    until,
+    scenario::{Trace, routes, watch},
+    scenarios, until,
 };
 
 /// An age that no socket reaches before a test is done with it, but all that stay do soon.
@@ -46,11 +44,6 @@ scenarios! {
     nobody_answers_the_fin
     nobody_answers_the_last_fin
     fins_cross_and_one_is_lost
-}
-
-/// A tool that watches this bed alone.
-fn watch(bed: &Bed, args: &[&str]) -> Result<Tool> {
-    Launch::new()?.args(args).trace(bed.namespaces()).start()
 }
 
 /// Who has a side's socket open: the process itself.

@@ -6,7 +6,7 @@ use tcpclose_tests::{
     bed::{Bed, Family, Route, Side, endpoint},
     expect::{differences, mismatches, one_of},
     features::Feature,
-    netns::DEVICE,
+    netns::{self, DEVICE},
     scenario::Trace,
     scenarios,
     snmp::Counters,
@@ -103,10 +103,9 @@ fn run(route: Route, ending: Ending) -> Result<()> {
 fn add_path(bed: &Bed, address: &str) -> Result<()> {
     const LIMITS: &str = "mptcp limits set subflow 1";
     let host = address.split('/').next().unwrap_or(address);
-    let detection = if address.contains(':') { "nodad" } else { "" };
     bed.namespace(Side::Client).ip(&[
         // Nobody prefers it, or else the first path would begin there.
-        format!("address add {address} dev {DEVICE} preferred_lft 0 {detection}"),
+        format!("{} preferred_lft 0", netns::add_address(address)),
         format!("mptcp endpoint add {host} dev {DEVICE} subflow"),
         LIMITS.to_owned(),
     ])?;
