@@ -380,9 +380,6 @@ impl Pipeline {
                 }
             }
         }
-        if self.correlator.is_waiting() {
-            records.read_again_soon();
-        }
         self.flush()
     }
 
