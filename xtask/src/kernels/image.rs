@@ -21,7 +21,8 @@ use crate::{command, platform::Platform};
 /// The commands that tests call.
 const COMMANDS: [&str; 4] = ["ip", "nft", "sh", "ss"];
 
-/// What programs are told there (`tests/src/lib.rs`, `tests/src/features.rs`).
+/// What programs are told there (`tests/src/lib.rs`, `tests/src/features.rs`). While one test waits for a timer, another
+/// has the processor.
 const VARIABLES: [(&str, &str); 5] = [
     ("PATH", "/usr/bin"),
     ("HOME", "/tmp"),

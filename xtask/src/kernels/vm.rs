@@ -70,10 +70,12 @@ pub(crate) fn run(
         .arg(&kernel.vmlinuz)
         .arg("-initrd")
         .arg(&initrd)
-        // A bug in the kernel is to end the machine. What the kernel does not know, pid 1 has as a variable.
+        // A bug in the kernel is to end the machine. What the kernel does not know, pid 1 has as a variable. Detaching
+        // programs waits for a grace period of RCU.
         .arg("-append")
         .arg(format!(
-            "console={first} RESULTS=/dev/{second} quiet oops=panic panic=-1 mitigations=off rcupdate.rcu_expedited=1 {arguments}"
+            "console={first} RESULTS=/dev/{second} quiet oops=panic panic=-1 mitigations=off \
+             rcupdate.rcu_expedited=1 {arguments}"
         ))
         .stdin(Stdio::null());
     let mut machine = qemu.spawn().with_context(|| format!("cannot start {}", platform.qemu.0))?;
