@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use tcpclose_common::record::{MAX_STACK_BYTES, STACK_STEP};
 
-use crate::{event::Cause, hook::AcceptHook, loader::BtfSource, sink::Format};
+use crate::{event::Cause, kernel::hooks::AcceptHook, kernel::loader::BtfSource, sink::Format};
 
 /// Tells who ended a TCP connection, how, why, and from which line of code.
 #[derive(Debug, Parser)]

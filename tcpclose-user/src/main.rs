@@ -5,7 +5,8 @@ use std::process::ExitCode;
 use clap::Parser as _;
 use tcpclose_user::{
     cli::{Cli, Command},
-    debug, doctor, explain, list, schema, trace,
+    commands::{debug, doctor, explain, list, trace},
+    event::schema,
 };
 
 fn main() -> ExitCode {

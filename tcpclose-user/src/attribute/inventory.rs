@@ -10,7 +10,7 @@ use aya::{
 };
 
 use super::pace::Pace;
-use crate::privilege;
+use crate::kernel::privilege;
 
 /// Name of the program.
 pub const PROGRAM: &str = "inventory";

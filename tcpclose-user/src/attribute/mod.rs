@@ -27,7 +27,8 @@ use self::{
 use crate::{
     correlate::{Ending, LateOwner},
     event::{Attribution, Process},
-    privilege, verdict,
+    judge,
+    kernel::privilege,
 };
 
 /// See the module.
@@ -65,9 +66,9 @@ impl Attributor {
     /// Whose socket it was.
     pub fn owner(&mut self, ending: &Ending) -> Option<Process> {
         let connection = ending.connection()?;
-        let actor = verdict::actor(connection);
+        let actor = judge::actor(connection);
         if actor.pid != 0 {
-            let attribution = if ending.close.as_ref().is_some_and(verdict::is_unaccepted) {
+            let attribution = if ending.close.as_ref().is_some_and(judge::is_unaccepted) {
                 Attribution::Listener
             } else {
                 Attribution::Syscall

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::container;
 use super::maps::{Backing, Mapping, Modules, undeleted};
-use crate::privilege;
+use crate::kernel::privilege;
 
 /// How many images are kept.
 const MAX_IMAGES: usize = 4096;

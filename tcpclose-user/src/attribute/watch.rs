@@ -22,7 +22,7 @@ use nix::{
 };
 
 use super::process::Processes;
-use crate::decode::{Record, decode};
+use crate::ingest::decode::{Record, decode};
 
 /// Notices that could not be read.
 static UNDECODABLE: AtomicU64 = AtomicU64::new(0);

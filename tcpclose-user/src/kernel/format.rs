@@ -54,7 +54,7 @@ impl Format {
         self.fields.iter().find(|field| field.name == name && field.size == size)
     }
 
-    /// Offsets for reading a record of one of the tracepoints in [`crate::hook::HOOKS`]. What this tracepoint does not have, or has in another size, is [`ABSENT`].
+    /// Offsets for reading a record of one of the tracepoints in [`crate::kernel::hooks::HOOKS`]. What this tracepoint does not have, or has in another size, is [`ABSENT`].
     pub fn record_offsets(&self) -> RecordOffsets {
         let offset = |name, size| {
             let found = self.field(name, size).and_then(|field| u16::try_from(field.offset).ok());

@@ -3,9 +3,14 @@
 
 pub mod arguments;
 pub mod btf;
+pub mod clock;
+pub mod facts;
 pub mod format;
+pub mod hooks;
+pub mod loader;
 pub mod lockdown;
 pub mod offsets;
+pub mod privilege;
 pub mod tracefs;
 
 use std::collections::BTreeMap;

@@ -9,6 +9,8 @@ use crate::event::Event;
 #[cfg(test)]
 pub(crate) mod examples;
 mod json;
+pub mod losses;
+pub mod summary;
 mod text;
 
 pub use json::Json;

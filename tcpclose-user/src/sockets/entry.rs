@@ -4,7 +4,7 @@ use tcpclose_common::tcp::is_teardown;
 
 use crate::{
     event::{Endpoint, LingeringKind, State},
-    verdict,
+    judge,
 };
 
 /// One socket as the kernel lists it.
@@ -84,7 +84,7 @@ impl Entry {
 
     /// What it waits for.
     pub fn kind(&self) -> LingeringKind {
-        verdict::waits_for(self.state, self.inode != 0, Some(self.recv_queue))
+        judge::waits_for(self.state, self.inode != 0, Some(self.recv_queue))
     }
 
     /// How long it has been in its state. The kernel keeps no such time, but times of other things that can only have

@@ -27,11 +27,11 @@ use crate::{
         holder::{self, Holder},
         process::Processes,
     },
-    clock::Clock,
     event::{
         Attribution, Connection, Endpoint, Family, Lingering, LingeringKind, Process, Role, State, Time,
     },
     filter::Filter,
+    kernel::clock::Clock,
 };
 use netns::Namespace;
 

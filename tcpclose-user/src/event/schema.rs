@@ -21,7 +21,7 @@ pub fn pretty() -> String {
 mod tests {
     use serde_json::Value;
 
-    use crate::schema::{pretty, schema};
+    use crate::event::schema::{pretty, schema};
     use crate::sink::examples;
 
     /// Every schema that `node` holds for its property `key`, and whether it is always there.

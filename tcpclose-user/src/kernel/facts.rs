@@ -1,5 +1,5 @@
 //! The table of facts: which fields of the output hang on something other than a hook, and on what. What hangs on hooks
-//! stands in [`crate::hook`].
+//! stands in [`crate::kernel::hooks`].
 
 use tcpclose_common::offsets::{ABSENT, StructOffsets};
 
@@ -129,7 +129,7 @@ impl Source {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{hook::HOOKS, schema};
+    use crate::{event::schema, kernel::hooks::HOOKS};
 
     #[test]
     fn members_are_looked_up() {

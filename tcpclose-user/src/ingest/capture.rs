@@ -60,15 +60,15 @@ mod tests {
     use super::*;
     use crate::{
         correlate::{Correlator, Ending},
-        decode::{Record, decode},
         event::State,
-        verdict,
+        ingest::decode::{Record, decode},
+        judge,
     };
 
     /// Recorded on a 6.18 kernel while `fixtures/records/provoke.py` ran.
-    const RECORDED: &[u8] = include_bytes!("../fixtures/records/6.18-amd64.bin");
+    const RECORDED: &[u8] = include_bytes!("../../fixtures/records/6.18-amd64.bin");
     /// What that script did, as it has to come out.
-    const EXPECTED: &str = include_str!("../fixtures/records/6.18-amd64.txt");
+    const EXPECTED: &str = include_str!("../../fixtures/records/6.18-amd64.txt");
 
     /// The whole user half between the ring and the owner, on records that a kernel wrote.
     fn judge(records: &[Bytes]) -> String {
@@ -99,11 +99,11 @@ mod tests {
                 .into();
         for reset in &ending.resets {
             let way = if reset.reset.direction == 1 { "sent" } else { "received" };
-            let cause = verdict::reset_cause(reset, &reasons);
+            let cause = judge::reset_cause(reset, &reasons);
             writeln!(told, "reset {way} {cause}").unwrap();
         }
         if let Some(close) = &ending.close {
-            let verdict = verdict::of(close, &reasons);
+            let verdict = judge::of(close, &reasons);
             let path: Vec<_> = close.states[..usize::from(close.steps)]
                 .iter()
                 .map(|state| State::from_kernel(*state).unwrap().to_string())

@@ -345,8 +345,8 @@ impl Wrapped {
 mod tests {
     use super::*;
     use crate::{
-        clock::Clock,
         event::{Event, Role},
+        kernel::clock::Clock,
         sink::examples,
         sockets::Gaps,
     };

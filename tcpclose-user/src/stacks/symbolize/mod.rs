@@ -29,7 +29,7 @@ use blazesym::{Pid, symbolize::Builder};
 use crate::attribute::maps::{self, Backing, Identity, Mapping, Module};
 use crate::attribute::process::Image;
 use crate::event::Frame;
-use crate::unwind::Call;
+use crate::stacks::unwind::Call;
 
 use self::elf::Headers;
 use self::kernel::Kallsyms;

@@ -76,7 +76,7 @@ mod tests {
     use super::*;
     use crate::{
         cli::{Cli, Command},
-        schema::schema,
+        event::schema::schema,
     };
 
     const LINES: usize = 24;

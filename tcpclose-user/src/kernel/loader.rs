@@ -21,9 +21,9 @@ use tcpclose_common::{
 
 use crate::{
     failure::Failure,
-    hook::{AcceptHook, HOOKS, Hook, Kind, Need, Variant, When},
+    kernel::hooks::{AcceptHook, HOOKS, Hook, Kind, Need, Variant, When},
+    kernel::privilege,
     kernel::{TypeFacts, arguments, btf, lockdown, tracefs},
-    privilege,
 };
 
 /// The BPF object that `build.rs` found, or nothing.

@@ -24,23 +24,23 @@ use crate::{
         pace::Pace,
         watch,
     },
-    capture::Capture,
     cli::{CallGraph, Linger, Stacks as WhichStacks, TraceArgs},
-    clock::Clock,
-    command::{self, Followed},
-    compose::Composer,
+    commands::child::{self, Followed},
     correlate::{Correlator, Ending},
-    decode::{Record, decode},
     event::Event,
+    event::compose::Composer,
     filter::Filter,
-    linger::{self, Lingerers},
-    loader::{self, Loaded, Request},
-    losses::Losses,
-    reader::{GATHER, Records, poll},
+    ingest::capture::Capture,
+    ingest::decode::{Record, decode},
+    ingest::reader::{GATHER, Records, poll},
+    kernel::clock::Clock,
+    kernel::loader::{self, Loaded, Request},
+    sink::losses::Losses,
+    sink::summary::Summary,
     sink::{Output, Written},
-    stacks::Stacks,
-    summary::Summary,
-    unwind,
+    stacks::store::Stacks,
+    stacks::unwind,
+    stuck::{self, Lingerers},
 };
 
 /// How long connections of a command that has ended may take to end as well.
@@ -99,7 +99,7 @@ pub async fn trace(args: TraceArgs) -> Result<ExitCode> {
             () = reader_gone.wait() => break,
             () = at(end) => break,
             status = exited(&mut child) => {
-                code = ExitCode::from(command::exit_code(status?));
+                code = ExitCode::from(child::exit_code(status?));
                 child = None;
                 command_over = Some(Instant::now());
             }
@@ -228,7 +228,7 @@ impl Pipeline {
         };
         // Its own children are the command and nothing else.
         followed.add(std::process::id())?;
-        let child = command::start(&args.command, args.output);
+        let child = child::start(&args.command, args.output);
         child.map(Some).with_context(|| format!("cannot run {}", program.to_string_lossy()))
     }
 
@@ -349,7 +349,7 @@ impl Pipeline {
 
     /// Looks at sockets in a state of the teardown, and tells of those that linger; when it `is_last`, in the summary.
     fn look(&mut self, sockets: &[u64], records: &mut Records, is_last: bool) -> Result<Going> {
-        for sockets in sockets.chunks(linger::AT_ONCE) {
+        for sockets in sockets.chunks(stuck::AT_ONCE) {
             // What was there before must not fill the ring.
             if self.drain(records)? == Going::Done {
                 return Ok(Going::Done);

@@ -17,9 +17,9 @@ use tcpclose_common::record::{Connection, Header, Owner, Task, VERSION, holds, t
 use crate::{
     attribute::holder::{self, Holder},
     cli::Linger,
-    clock::Clock,
-    compose::ends,
+    event::compose::ends,
     event::{Endpoint, State},
+    kernel::clock::Clock,
     sockets::{self, Socket},
 };
 

@@ -8,7 +8,7 @@ use std::{
 use aya::maps::{HashMap as BpfHashMap, MapData};
 use tcpclose_common::stack::Stack;
 
-use crate::unwind::Call;
+use crate::stacks::unwind::Call;
 
 /// How many stacks are remembered here: as many as the kernel half keeps. Beyond it all are forgotten and read again.
 const MAX_STACKS: usize = 8_192;

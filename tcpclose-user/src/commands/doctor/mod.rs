@@ -17,11 +17,11 @@ use serde::Serialize;
 use tcpclose_common::{offsets::StructOffsets, params::Params};
 
 use crate::{
-    fact::{FACTS, Sources},
-    hook::{AcceptHook, HOOKS, Hook, Kind, Need, Variant},
+    kernel::facts::{FACTS, Sources},
+    kernel::hooks::{AcceptHook, HOOKS, Hook, Kind, Need, Variant},
+    kernel::loader::{self, BtfSource, Loaded, Request},
+    kernel::privilege::{self, PRIVILEGES},
     kernel::{TypeFacts, arguments, btf::Btf, tracefs},
-    loader::{self, BtfSource, Loaded, Request},
-    privilege::{self, PRIVILEGES},
     sink::Format,
 };
 

@@ -9,7 +9,7 @@ const MAX_ENTRIES: u64 = 4_096;
 
 /// Addresses, in the file, of what the machine exports for debuggers.
 #[derive(Clone, Debug)]
-pub(in crate::unwind) struct Symbols {
+pub(in crate::stacks::unwind) struct Symbols {
     structs: Table<4>,
     types: Table<2>,
 }
@@ -24,7 +24,7 @@ struct Table<const MEMBERS: usize> {
 
 impl Symbols {
     /// Looks them up with `address`; `None` if there are none, as in anything but a `libjvm.so`.
-    pub(in crate::unwind) fn find(address: impl Fn(&[u8]) -> Option<u64>) -> Option<Self> {
+    pub(in crate::stacks::unwind) fn find(address: impl Fn(&[u8]) -> Option<u64>) -> Option<Self> {
         Some(Self {
             structs: Table {
                 first: address(b"gHotSpotVMStructs")?,

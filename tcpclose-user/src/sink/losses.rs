@@ -14,8 +14,8 @@ use tcpclose_common::{
 };
 
 use crate::{
-    clock::Clock,
     event::{Event, Lost, LostPlace},
+    kernel::clock::Clock,
 };
 
 /// Watches the counters.
@@ -23,7 +23,7 @@ pub struct Losses {
     counters: PerCpuArray<MapData, Counters>,
     connections: HashMap<MapData, u64, Connection>,
     capacity: u64,
-    /// See [`crate::loader::Loaded::guarded`].
+    /// See [`crate::kernel::loader::Loaded::guarded`].
     guarded: Vec<RawFd>,
     /// What was told so far.
     told: BTreeMap<LostPlace, u64>,

@@ -17,17 +17,17 @@ use tcpclose_common::{
 
 use crate::{
     attribute::{self, Attributor, comm, process::Image},
-    clock::Clock,
     correlate::{Ending, LateOwner},
     event::{
         self, Close, Direction, Event, Family, Frame, Frames, Holder, LastData, Lingering, Opener, Process,
         Reset, Role, State, Step, millis,
     },
-    linger::{Lingerer, Orphaned},
-    stacks::Stacks,
-    symbolize::Symbolizer,
-    unwind::{Call, Unwinder},
-    verdict::{self, ResetReasons},
+    judge::{self, ResetReasons},
+    kernel::clock::Clock,
+    stacks::store::Stacks,
+    stacks::symbolize::Symbolizer,
+    stacks::unwind::{Call, Unwinder},
+    stuck::{Lingerer, Orphaned},
 };
 
 /// Everything that words are made of.
@@ -110,7 +110,7 @@ impl Composer {
     }
 
     fn close(&mut self, close: &Connection, process: Option<Process>, opener: Option<Opener>) -> Event {
-        let verdict = verdict::of(close, &self.reasons);
+        let verdict = judge::of(close, &self.reasons);
         let (idle_ms, last_data) = self.idle(close, &close.at_move, close.moved);
         Event::Close(Box::new(Close {
             time: self.clock.time(close.ended),
@@ -126,7 +126,7 @@ impl Composer {
             last_data,
             close_wait_ms: close_wait(close).map(millis),
             states: steps(close),
-            stack: self.stack(verdict::actor(close)),
+            stack: self.stack(judge::actor(close)),
             opener,
         }))
     }
@@ -141,15 +141,15 @@ impl Composer {
             connection: self.connection(record, reset.at),
             process,
             direction: if sent { Direction::Sent } else { Direction::Received },
-            reason: verdict::reason(reset.reason, &self.reasons).map(str::to_owned),
-            cause: Some(verdict::reset_cause(record, &self.reasons)),
+            reason: judge::reason(reset.reason, &self.reasons).map(str::to_owned),
+            cause: Some(judge::reset_cause(record, &self.reasons)),
             state: State::from_kernel(reset.state),
             idle_ms,
             last_data,
             ttl: (!sent && reset.ttl != 0).then_some(reset.ttl),
             handshake_ttl: (!sent && reset.handshake_ttl != 0).then_some(reset.handshake_ttl),
             // Nobody here acted when a RST came, or when the kernel answered a packet with one.
-            stack: if sent && reset.answer == 0 { self.stack(verdict::actor(record)) } else { None },
+            stack: if sent && reset.answer == 0 { self.stack(judge::actor(record)) } else { None },
             opener,
         }))
     }
@@ -175,7 +175,7 @@ impl Composer {
             unread_bytes: known(connection.at_end.unread),
             holders: Some(holders.iter().map(holder).collect()),
             opener: self.opener(connection),
-            kind: verdict::lingering(connection),
+            kind: judge::lingering(connection),
         })))
     }
 
@@ -212,7 +212,7 @@ impl Composer {
     }
 
     fn idle(&mut self, connection: &Connection, sample: &Sample, at: u64) -> (Option<f64>, Option<LastData>) {
-        let Some((jiffies, way)) = verdict::last_data(sample) else {
+        let Some((jiffies, way)) = judge::last_data(sample) else {
             return (None, None);
         };
         (Some(self.clock.jiffies_to_millis(jiffies, (connection.jiffies, at))), way)

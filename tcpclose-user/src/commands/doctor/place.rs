@@ -11,9 +11,9 @@ use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 
 use super::{Finding, Mark};
 use crate::{
+    kernel::loader::BtfSource,
+    kernel::privilege,
     kernel::{TypeFacts, btf, lockdown, tracefs},
-    loader::BtfSource,
-    privilege,
 };
 
 /// Everything, in the order in which it is told.

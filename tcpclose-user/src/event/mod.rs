@@ -2,6 +2,9 @@
 //!
 //! Fields may be added, never renamed. What is not known is `None` and becomes `null`; it is never left out.
 
+pub mod compose;
+pub mod schema;
+
 use std::fmt;
 use std::net::IpAddr;
 use std::ops::Deref;

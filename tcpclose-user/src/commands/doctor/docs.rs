@@ -2,7 +2,7 @@
 
 use std::{env, fs, path::Path};
 
-use crate::{fact::FACTS, hook::HOOKS, privilege::PRIVILEGES};
+use crate::{kernel::facts::FACTS, kernel::hooks::HOOKS, kernel::privilege::PRIVILEGES};
 
 /// A table of Markdown.
 fn table(columns: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {

@@ -11,7 +11,7 @@ use crate::{
         maps::{Backing, Identity, Mapping},
         process::Image,
     },
-    symbolize::elf::Load,
+    stacks::symbolize::elf::Load,
 };
 
 /// Bytes of tables that are kept of all files together. Beyond it all are forgotten, and read again.
