@@ -14,3 +14,4 @@ pub mod sink;
 pub mod sockets;
 pub mod stacks;
 pub mod stuck;
+pub mod tcp;

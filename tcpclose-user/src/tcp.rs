@@ -1,0 +1,103 @@
+//! TCP's own vocabulary: endpoints, states, roles and directions, under the names that the JSON output gives them.
+
+use std::net::IpAddr;
+
+use schemars::JsonSchema;
+use serde::Serialize;
+
+/// Makes `Display` write the name that serde gives a value in JSON, so that there is one list of names.
+macro_rules! display_as_serialized {
+    ($($name:ty),+ $(,)?) => {
+        $(impl std::fmt::Display for $name {
+            fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                serde::Serialize::serialize(self, formatter)
+            }
+        })+
+    };
+}
+pub(crate) use display_as_serialized;
+
+display_as_serialized!(Direction, Family, Role, State);
+
+/// Address family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Family {
+    /// IPv4, mapped or not.
+    Ipv4,
+    /// IPv6.
+    Ipv6,
+}
+
+/// One end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, JsonSchema)]
+pub struct Endpoint {
+    /// IPv4 or IPv6 address.
+    pub address: IpAddr,
+    /// TCP port.
+    pub port: u16,
+}
+
+/// Who opened a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// It called `connect()`.
+    Client,
+    /// It was accepted.
+    Server,
+}
+
+/// Direction of a RST.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Direction {
+    /// This host sent it.
+    Sent,
+    /// This host received it.
+    Received,
+}
+
+/// A TCP state, under the name that `ss -o` and `netstat` users know from the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, JsonSchema)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+#[expect(missing_docs, reason = "the names are TCP's own")]
+#[repr(u8)]
+pub enum State {
+    // The kernel's number for it; those of the others follow.
+    Established = 1,
+    SynSent,
+    SynRecv,
+    #[serde(rename = "FIN_WAIT1")]
+    FinWait1,
+    #[serde(rename = "FIN_WAIT2")]
+    FinWait2,
+    TimeWait,
+    Close,
+    CloseWait,
+    LastAck,
+    Listen,
+    Closing,
+    NewSynRecv,
+}
+
+impl State {
+    /// From the kernel's number; `None` for one that is not a TCP state.
+    pub fn from_kernel(number: u8) -> Option<Self> {
+        Some(match number {
+            1 => Self::Established,
+            2 => Self::SynSent,
+            3 => Self::SynRecv,
+            4 => Self::FinWait1,
+            5 => Self::FinWait2,
+            6 => Self::TimeWait,
+            7 => Self::Close,
+            8 => Self::CloseWait,
+            9 => Self::LastAck,
+            10 => Self::Listen,
+            11 => Self::Closing,
+            12 => Self::NewSynRecv,
+            _ => return None,
+        })
+    }
+}
