@@ -38,8 +38,7 @@ use crate::{
     sink::losses::Losses,
     sink::summary::Summary,
     sink::{Output, Written},
-    stacks::store::Stacks,
-    stacks::unwind,
+    stacks::{Stacks, store::Store, unwind},
     stuck::{self, Lingerers},
 };
 
@@ -195,9 +194,10 @@ impl Pipeline {
         lingerers.take_stock();
         let attributor = Attributor::default();
         watch::start(processes, attributor.processes())?;
+        let stacks = Stacks::new(Store::new(stacks, args.connections), attributor.processes());
         Ok(Self {
             correlator: Correlator::default(),
-            composer: Composer::new(attributor, Stacks::new(stacks, args.connections), loaded.reset_reasons),
+            composer: Composer::new(attributor, stacks, loaded.reset_reasons),
             losses,
             inventory,
             lingerers,
@@ -291,7 +291,7 @@ impl Pipeline {
                         None
                     }
                     Ok(Record::Stack(copy, bytes)) => {
-                        self.composer.unwind(&copy, &bytes);
+                        self.composer.stacks.copied(&copy, &bytes);
                         None
                     }
                     Ok(Record::Process(_)) => None,
@@ -455,7 +455,7 @@ impl Pipeline {
             .map(|(place, count)| format!("{} {count}", place.to_string().replace('_', " ")))
             .collect();
         eprint!("{}", self.summary);
-        if self.composer.stumps > 0 {
+        if self.composer.stacks.without_callers() > 0 {
             eprintln!(
                 "tcpclose: some stacks have no more than the system call, because programs keep no frame pointers; \
                  `--call-graph dwarf` does without"

@@ -1,32 +1,24 @@
 //! Endings → events: puts what is known about an ending into the words of the contract.
 
-use std::{
-    collections::HashMap,
-    net::Ipv6Addr,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::net::Ipv6Addr;
 
 use tcpclose_common::{
     record::{
-        Address, Connection, Endpoints, Owner, Sample, StackCopy, Task, UNKNOWN_U32, UNKNOWN_U64, direction,
-        role,
+        Address, Connection, Endpoints, Owner, Sample, Task, UNKNOWN_U32, UNKNOWN_U64, direction, role,
     },
     tcp::state,
 };
 
 use crate::{
-    attribute::{self, Attributor, comm, process::Image},
+    attribute::{self, Attributor, comm},
     correlate::{Ending, LateOwner},
     event::{
-        self, Close, Direction, Event, Family, Frame, Frames, Holder, LastData, Lingering, Opener, Process,
-        Reset, Role, State, Step, millis,
+        self, Close, Direction, Event, Family, Holder, LastData, Lingering, Opener, Process, Reset, Role,
+        State, Step, millis,
     },
     judge::{self, ResetReasons},
     kernel::clock::Clock,
-    stacks::store::Stacks,
-    stacks::symbolize::Symbolizer,
-    stacks::unwind::{Call, Unwinder},
+    stacks::{Stacks, TaskStacks},
     stuck::{Lingerer, Orphaned},
 };
 
@@ -36,55 +28,16 @@ pub struct Composer {
     pub attributor: Attributor,
     /// Stacks that records refer to.
     pub stacks: Stacks,
-    /// Follows those of which there is a copy.
-    unwinder: Unwinder,
-    /// Names for their frames.
-    pub symbolizer: Symbolizer,
     /// Times.
     pub clock: Clock,
     /// Names of reset reasons.
     pub reasons: ResetReasons,
-    /// How many stacks ended where they began, for want of frame pointers.
-    pub stumps: u64,
-    /// Stacks that were named, by process and program image; with a time to ask again where something was missing.
-    named: HashMap<(u32, u64, Taken), (Frames, Option<Instant>)>,
-}
-
-/// How many named stacks are kept. Beyond it all are forgotten and named again.
-const MAX_NAMED: usize = 4_096;
-
-/// How long a frame without a name stays so, and a stack that leads out of what is known of its process.
-const ASK_AGAIN: Duration = Duration::from_secs(10);
-
-/// How much of a stack is told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Extent {
-    Whole,
-    /// The rest is in no mapping that is known.
-    Cut,
-}
-
-/// A stack, as it comes.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-enum Taken {
-    /// By the kernel, under this key.
-    Kept(u64),
-    /// Followed here.
-    Unwound(Arc<[Call]>),
 }
 
 impl Composer {
     /// Made of these.
     pub fn new(attributor: Attributor, stacks: Stacks, reasons: ResetReasons) -> Self {
-        let (unwinder, symbolizer, clock) = (Unwinder::default(), Symbolizer::default(), Clock::new());
-        Self { attributor, stacks, unwinder, symbolizer, clock, reasons, stumps: 0, named: HashMap::new() }
-    }
-
-    /// Follows a stack of which this is a copy. To be called at once: what runs there may be gone in a moment.
-    pub fn unwind(&mut self, copy: &StackCopy, bytes: &[u8]) {
-        let Self { attributor, stacks, unwinder, .. } = self;
-        let image = |frames: &[u64]| attributor.image((copy.pid, copy.mm), frames);
-        stacks.keep(copy.key, unwinder.unwind(copy, bytes, image));
+        Self { attributor, stacks, clock: Clock::new(), reasons }
     }
 
     /// The lines that tell of `ending`: its RSTs, then its close.
@@ -106,7 +59,7 @@ impl Composer {
     /// Lets go of files that are kept open for programs that have ended.
     pub fn sweep(&mut self) {
         self.attributor.sweep();
-        self.symbolizer.sweep();
+        self.stacks.sweep();
     }
 
     fn close(&mut self, close: &Connection, process: Option<Process>, opener: Option<Opener>) -> Event {
@@ -225,76 +178,9 @@ impl Composer {
     }
 
     fn stack(&mut self, task: &Task) -> Option<event::Stack> {
-        if task.pid == 0 {
-            return None;
-        }
-        let taken = match self.stacks.unwound(task.user_stack) {
-            Some(calls) => Taken::Unwound(calls),
-            None => Taken::Kept(task.user_stack),
-        };
-        let user = self.named(task, taken, Self::user);
-        let kernel = self.named(task, Taken::Kept(task.kernel_stack), |composer, _, stack| match stack {
-            Taken::Kept(key) => {
-                Some((composer.symbolizer.kernel(&composer.stacks.frames(*key)?), Extent::Whole))
-            }
-            Taken::Unwound(_) => None,
-        });
-        (user.is_some() || kernel.is_some()).then_some(event::Stack { user, kernel })
+        let Task { pid, mm, user_stack: user, kernel_stack: kernel, .. } = *task;
+        self.stacks.named(&TaskStacks { pid, mm, user, kernel })
     }
-
-    /// The frames of a stack of `task`, named by `name` unless they were lately.
-    fn named(
-        &mut self,
-        task: &Task,
-        taken: Taken,
-        name: impl FnOnce(&mut Self, &Task, &Taken) -> Option<(Vec<Frame>, Extent)>,
-    ) -> Option<Frames> {
-        let known = (task.pid, task.mm, taken);
-        if let Some((frames, until)) = self.named.get(&known)
-            && until.is_none_or(|until| Instant::now() < until)
-        {
-            return Some(frames.clone());
-        }
-        let (frames, extent) = name(self, task, &known.2)?;
-        // A function that was compiled at run time may get its name later, and be where nothing was known to be.
-        let lacks = extent == Extent::Cut || frames.iter().any(|frame| frame.symbol.is_none());
-        let until = lacks.then(|| Instant::now() + ASK_AGAIN);
-        if self.named.len() >= MAX_NAMED {
-            self.named.clear();
-        }
-        let frames = Frames::from(frames);
-        self.named.insert(known, (frames.clone(), until));
-        Some(frames)
-    }
-
-    fn user(&mut self, task: &Task, taken: &Taken) -> Option<(Vec<Frame>, Extent)> {
-        let process = (task.pid, task.mm);
-        match taken {
-            Taken::Kept(key) => {
-                let frames = self.stacks.frames(*key)?;
-                let image = self.attributor.image(process, &frames);
-                let true_frames = plausible(image.as_deref(), &frames);
-                self.stumps += u64::from(true_frames.len() == 1);
-                let extent = if true_frames.len() == frames.len() { Extent::Whole } else { Extent::Cut };
-                Some((self.symbolizer.user(image.as_deref(), true_frames), extent))
-            }
-            Taken::Unwound(calls) => {
-                let image = self.attributor.image(process, &[]);
-                Some((self.symbolizer.calls(image.as_deref(), calls), Extent::Whole))
-            }
-        }
-    }
-}
-
-/// The frames that can be true. The kernel follows frame pointers, and where a function kept none it ends up in data:
-/// an address that is not in any executable mapping is not a frame, and nothing after it is either.
-fn plausible<'a>(image: Option<&Image>, frames: &'a [u64]) -> &'a [u64] {
-    let Some(image) = image.filter(|image| !image.mappings.is_empty()) else {
-        // Of a process that nothing is known of, only the instruction pointer is sure.
-        return &frames[..frames.len().min(1)];
-    };
-    let end = frames.iter().position(|address| image.mapping(*address).is_none());
-    &frames[..end.unwrap_or(frames.len()).max(1).min(frames.len())]
 }
 
 fn holder(owner: &Owner) -> Holder {

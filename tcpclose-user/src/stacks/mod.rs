@@ -1,5 +1,196 @@
-//! From a stack as the kernel half takes it to frames with names.
+//! Stack keys in records → stacks with names.
+//!
+//! The kernel half takes a stack in one of two ways. By default it follows frame pointers and keeps the addresses in a
+//! map, from which [`store`] reads them. With `--call-graph dwarf` it copies the stack's memory into the ring, and
+//! [`unwind`] follows that copy here. Either way [`symbolize`] turns addresses into functions, files and lines.
 
 pub mod store;
 pub mod symbolize;
 pub mod unwind;
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use tcpclose_common::record::StackCopy;
+
+use self::{
+    store::Store,
+    symbolize::Symbolizer,
+    unwind::{Call, Unwinder},
+};
+use crate::{
+    attribute::{
+        self,
+        process::{Image, Processes},
+    },
+    event::{self, Frame, Frames},
+};
+
+/// How many named stacks are cached. When the cache is full, all are dropped and named again when next needed.
+const MAX_NAMED: usize = 4_096;
+
+/// How long a cached stack that lacks a name or ends early is used before it is named again. A just-in-time compiler
+/// may publish the name, or map the code, in the meantime.
+const RETRY_AFTER: Duration = Duration::from_secs(10);
+
+/// A task and the keys of its stacks, as a record has them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TaskStacks {
+    /// Process id in the initial pid namespace; 0 if there was no task.
+    pub pid: u32,
+    /// Address of the task's `mm_struct`, which identifies the program image; 0 if it was already given up.
+    pub mm: u64,
+    /// Key of the user stack; 0 if none was taken.
+    pub user: u64,
+    /// Key of the kernel stack; 0 if none was taken.
+    pub kernel: u64,
+}
+
+/// Reads, unwinds and names stacks.
+pub struct Stacks {
+    store: Store,
+    unwinder: Unwinder,
+    symbolizer: Symbolizer,
+    processes: Arc<Mutex<Processes>>,
+    named: HashMap<(u32, u64, Addresses), Named>,
+    without_callers: u64,
+}
+
+/// The unnamed frames of a stack.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Addresses {
+    /// In the kernel half's map, under this key.
+    Stored(u64),
+    /// Unwound from a copy.
+    Unwound(Arc<[Call]>),
+}
+
+/// A named stack in the cache.
+struct Named {
+    frames: Frames,
+    /// When to name it again; `None` if nothing is missing from it.
+    until: Option<Instant>,
+}
+
+impl Stacks {
+    /// Reads stacks from `store`, and names them with what `processes` knows of each process's program image.
+    pub fn new(store: Store, processes: Arc<Mutex<Processes>>) -> Self {
+        Self {
+            store,
+            unwinder: Unwinder::default(),
+            symbolizer: Symbolizer::default(),
+            processes,
+            named: HashMap::new(),
+            without_callers: 0,
+        }
+    }
+
+    /// Unwinds the copy of a stack's memory and keeps the frames under the copy's key. Call it as soon as the record is
+    /// read: the process may exit, and its mappings with it, at any moment.
+    pub fn copied(&mut self, copy: &StackCopy, bytes: &[u8]) {
+        let Self { store, unwinder, processes, .. } = self;
+        let image = |addresses: &[u64]| image(processes, (copy.pid, copy.mm), addresses);
+        store.keep(copy.key, unwinder.unwind(copy, bytes, image));
+    }
+
+    /// The user and kernel stack of a task, with names; `None` if neither was taken, or both are lost.
+    pub fn named(&mut self, task: &TaskStacks) -> Option<event::Stack> {
+        if task.pid == 0 {
+            return None;
+        }
+        let (user, kernel) = (self.user(task), self.kernel(task));
+        (user.is_some() || kernel.is_some()).then_some(event::Stack { user, kernel })
+    }
+
+    /// Drops the frames kept under a key, though not at once: a RST of the same connection may still refer to them.
+    pub fn release(&mut self, key: u64) {
+        self.store.release(key);
+    }
+
+    /// Number of stacks lost so far: evicted before they were read.
+    pub fn lost(&self) -> u64 {
+        self.store.lost()
+    }
+
+    /// Number of stacks so far that consist of the innermost frame only, because the program keeps no frame pointers.
+    pub fn without_callers(&self) -> u64 {
+        self.without_callers
+    }
+
+    /// Closes files that no known process maps any more. Call it after [`Processes::sweep`].
+    pub fn sweep(&mut self) {
+        self.symbolizer.sweep();
+    }
+
+    fn user(&mut self, task: &TaskStacks) -> Option<Frames> {
+        let addresses = match self.store.unwound(task.user) {
+            Some(calls) => Addresses::Unwound(calls),
+            None => Addresses::Stored(task.user),
+        };
+        let process = (task.pid, task.mm);
+        let key = (task.pid, task.mm, addresses);
+        if let Some(frames) = self.cached(&key) {
+            return Some(frames);
+        }
+        let (frames, is_whole) = match &key.2 {
+            Addresses::Stored(key) => {
+                let frames = self.store.frames(*key)?;
+                let image = image(&self.processes, process, &frames);
+                let plausible = plausible(image.as_deref(), &frames);
+                self.without_callers += u64::from(plausible.len() == 1);
+                (self.symbolizer.user(image.as_deref(), plausible), plausible.len() == frames.len())
+            }
+            Addresses::Unwound(calls) => {
+                let image = image(&self.processes, process, &[]);
+                (self.symbolizer.calls(image.as_deref(), calls), true)
+            }
+        };
+        Some(self.cache(key, frames, is_whole))
+    }
+
+    fn kernel(&mut self, task: &TaskStacks) -> Option<Frames> {
+        let key = (task.pid, task.mm, Addresses::Stored(task.kernel));
+        if let Some(frames) = self.cached(&key) {
+            return Some(frames);
+        }
+        let frames = self.symbolizer.kernel(&self.store.frames(task.kernel)?);
+        Some(self.cache(key, frames, true))
+    }
+
+    fn cached(&self, key: &(u32, u64, Addresses)) -> Option<Frames> {
+        let Named { frames, until } = self.named.get(key)?;
+        until.is_none_or(|until| Instant::now() < until).then(|| frames.clone())
+    }
+
+    fn cache(&mut self, key: (u32, u64, Addresses), frames: Vec<Frame>, is_whole: bool) -> Frames {
+        let is_final = is_whole && frames.iter().all(|frame| frame.symbol.is_some());
+        let until = (!is_final).then(|| Instant::now() + RETRY_AFTER);
+        if self.named.len() >= MAX_NAMED {
+            self.named.clear();
+        }
+        let frames = Frames::from(frames);
+        self.named.insert(key, Named { frames: frames.clone(), until });
+        frames
+    }
+}
+
+/// What is known of the program image that process `pid` ran with the address space `mm`. Its mappings are read again
+/// if they lack one of `addresses`.
+fn image(processes: &Mutex<Processes>, (pid, mm): (u32, u64), addresses: &[u64]) -> Option<Arc<Image>> {
+    attribute::lock(processes).image_for(pid, mm, addresses, Instant::now())
+}
+
+/// The leading frames that can be true. The kernel follows frame pointers; in a function that keeps none it reads
+/// arbitrary data instead. An address outside every executable mapping is therefore not a frame, and neither is anything
+/// after it.
+fn plausible<'a>(image: Option<&Image>, frames: &'a [u64]) -> &'a [u64] {
+    let Some(image) = image.filter(|image| !image.mappings.is_empty()) else {
+        // Without mappings only the instruction pointer is certain.
+        return &frames[..frames.len().min(1)];
+    };
+    let end = frames.iter().position(|address| image.mapping(*address).is_none());
+    &frames[..end.unwrap_or(frames.len()).max(1).min(frames.len())]
+}

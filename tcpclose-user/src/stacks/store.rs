@@ -16,8 +16,8 @@ const MAX_STACKS: usize = 8_192;
 /// How many keys of connections that are over still lead to a stack: a RST may be told after the end.
 const MAX_RELEASED: usize = 4_096;
 
-/// See the module.
-pub struct Stacks {
+/// Reads stacks from the kernel half's map, and keeps those that were unwound here.
+pub struct Store {
     map: BpfHashMap<MapData, u64, Stack>,
     known: HashMap<u64, Arc<[u64]>>,
     unwound: HashMap<u64, Arc<[Call]>>,
@@ -32,7 +32,7 @@ pub struct Stacks {
     lost: u64,
 }
 
-impl Stacks {
+impl Store {
     /// Reads from `map`, and keeps what is followed here for as many as `connections`, each with an opener and an actor.
     /// Beyond it the oldest is forgotten.
     pub fn new(map: BpfHashMap<MapData, u64, Stack>, connections: u32) -> Self {
