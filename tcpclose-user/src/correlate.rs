@@ -1,68 +1,81 @@
-//! Records → endings: what belongs together is put together, and held back for no longer than it takes.
+//! Records → endings. What belongs to one end of a connection is joined, and held back no longer than that takes.
 //!
-//! The kernel half writes a record when a socket reaches CLOSE and one for each RST. Three things come after the fact:
-//! the RST of an application's abort (`__tcp_close()` changes the state first), the RST that unmasks a `tcp_reset()` as
-//! this host's own abort on late data, and the owner of a socket that ended in softirq. The first two follow within
-//! microseconds on the same CPU; the third whenever the application closes the descriptor.
+//! The kernel half writes a record when a socket reaches CLOSE and one for each RST. Three facts arrive after the event
+//! that they belong to: the RST of an application's abort (`__tcp_close()` changes the state first), the RST that shows a
+//! `tcp_reset()` to be this host's own abort on late data, and the owner of a socket that ended in softirq. The first two
+//! follow within microseconds on the same CPU; the third follows whenever the application closes the descriptor.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{HashMap, VecDeque};
 
-use tcpclose_common::{
-    record::{Connection, Owner, Task, direction, holds, reset_after},
-    tcp::state,
+use crate::{
+    ingest::life::{End, Follows, Life, Reset, SocketId, Task},
+    tcp::{Direction, State},
 };
 
-/// How many endings may wait at once. Beyond it the oldest goes as it is.
+/// How many endings may wait at once. When there are more, the oldest is reported as it is.
 const MAX_WAITING: usize = 65_536;
 
 /// How much later than the end its RST may come, nanoseconds. The kernel is not preempted between the two, but the
-/// processor of a virtual machine may be taken away there. Longer is another life at the same address.
+/// CPU of a virtual machine may be descheduled there. A longer gap means another life at the same address.
 const RESET_WITHIN: u64 = 1_000_000_000;
 
-/// How long after an end in softirq the same softirq has surely sent its RST, nanoseconds.
+/// How long after an end in softirq the same softirq has certainly sent its RST, nanoseconds.
 const SOFTIRQ_IS_OVER: u64 = 5_000_000;
 
-/// How many reads of the ring an ending waits for its RST, and for its owner: at ten reads a second, both stay within
-/// the quarter of a second that the contract allows.
+/// How many reads of the ring an ending waits for its RST, and for its owner. At ten reads a second both stay within the
+/// quarter of a second that the output contract allows.
 const PATIENCE: u8 = 2;
 
-/// What happened to one end of a connection, whole.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Everything that is known about what happened to one end of a connection.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Ending {
-    /// Its RSTs, in order; each is a record of its own whose `reset` tells of it.
-    pub resets: Vec<Connection>,
-    /// Its end; `None` for a RST that ended nothing.
-    pub close: Option<Connection>,
-    /// Who closed its descriptor afterwards, or has it open still.
+    /// The connection. Its `reset` is the RST that ended it, if one did.
+    pub life: Box<Life>,
+    /// Whether this is its end; otherwise only RSTs are reported, which ended nothing.
+    pub is_end: bool,
+    /// Its RSTs, in order.
+    pub resets: Vec<Reset>,
+    /// A task that closed its descriptor after the end, or still has it open.
     pub late_owner: Option<LateOwner>,
-    /// A look at all descriptors since its end has shown that nobody has it open: whoever had it before has handed it on.
+    /// All descriptors were looked through since its end, and none refers to it: its former owner has passed it on.
     pub unheld: bool,
 }
 
-/// An owner that turned up after the end.
+/// An owner that was found after the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LateOwner {
-    /// Who.
-    pub task: Task,
-    /// It did not close the descriptor but has it open.
-    pub holds: bool,
+pub enum LateOwner {
+    /// It closed the descriptor.
+    Closed(Task),
+    /// It has the descriptor open.
+    Holds(Task),
+}
+
+impl LateOwner {
+    /// The task.
+    pub fn task(&self) -> &Task {
+        match self {
+            Self::Closed(task) | Self::Holds(task) => task,
+        }
+    }
 }
 
 impl Ending {
-    /// The record with the most facts.
-    pub fn connection(&self) -> Option<&Connection> {
-        self.close.as_ref().or(self.resets.last())
+    fn end(life: Box<Life>, resets: Vec<Reset>) -> Self {
+        Self { life, is_end: true, resets, late_owner: None, unheld: false }
     }
 
-    /// Whether its owner is still to be found out: it had a descriptor when it ended, and nobody has acted on it. Who
-    /// opened it may have handed it on.
+    fn reset_alone(life: Box<Life>, reset: Reset) -> Self {
+        Self { life, is_end: false, resets: vec![reset], late_owner: None, unheld: false }
+    }
+
+    /// Whether its owner is still to be found: it had a descriptor when it ended, and no task has acted on it. The task
+    /// that opened it may have passed it on.
     pub fn lacks_owner(&self) -> bool {
-        self.late_owner.is_none()
-            && self.close.as_ref().is_some_and(|close| close.actor.pid == 0 && close.inode != 0)
+        self.is_end && self.late_owner.is_none() && self.life.actor.is_none() && self.life.inode.is_some()
     }
 
-    fn lacks_reset(&self) -> bool {
-        self.close.as_ref().is_some_and(|close| close.reset_after != reset_after::NEVER)
+    fn reset_follows(&self) -> Option<Follows> {
+        self.life.end.filter(|_| self.is_end).and_then(|end| end.reset_follows)
     }
 }
 
@@ -71,395 +84,460 @@ struct Waiting {
     reads: u8,
 }
 
-/// See the module.
+/// Joins records into endings.
 #[derive(Default)]
 pub struct Correlator {
-    /// By order of arrival.
-    waiting: BTreeMap<u64, Waiting>,
-    /// Socket address → its latest entry in `waiting`.
-    by_sock: HashMap<u64, u64>,
-    arrivals: u64,
+    /// In order of arrival; `None` where an ending has left.
+    waiting: VecDeque<Option<Waiting>>,
+    /// Arrival number of the first place of `waiting`.
+    first: u64,
+    /// How many endings wait.
+    count: usize,
+    /// Socket address → arrival number of its latest ending.
+    by_address: HashMap<u64, u64>,
 }
 
 impl Correlator {
-    /// A RST. Returns what is whole by now.
-    pub fn reset(&mut self, reset: Connection) -> Option<Ending> {
-        let of_own_accord = reset.reset.answer == 0 && reset.ended == 0 && reset.steps != 0;
-        if reset.reset.direction == direction::RECEIVED || of_own_accord {
-            // Its CLOSE follows at once: tcp_reset(), or tcp_abort() and the keepalive timer, which send it first.
-            return self.wait(Ending { resets: vec![reset], close: None, late_owner: None, unheld: false });
+    /// Takes in a RST. Returns the ending that it completes, if any.
+    pub fn reset(&mut self, life: Box<Life>, reset: Reset) -> Option<Ending> {
+        let of_own_accord = !reset.answer && life.end.is_none() && !life.path.steps().is_empty();
+        if reset.direction == Direction::Received || of_own_accord {
+            // Its CLOSE follows at once: tcp_reset(), tcp_abort() and the keepalive timer report the RST first.
+            return self.wait(Ending::reset_alone(life, reset));
         }
-        let Some((arrival, close)) = self.awaiting_reset(&reset) else {
-            return Some(Ending { resets: vec![reset], close: None, late_owner: None, unheld: false });
+        let Some((arrival, end)) = self.awaiting_reset(&life, &reset) else {
+            return Some(Ending::reset_alone(life, reset));
         };
-        // Of its own accord the kernel sends one too where a socket that was closed goes: __tcp_close().
-        let late_data =
-            close.reset_after == reset_after::SOFTIRQ && reset.reset.answer != 0 && close.no_fin_wait2 == 0;
+        // A RST of the kernel's own accord is also sent for a closed socket that is not to wait: __tcp_close().
+        let answers_late_data =
+            end.reset_follows == Some(Follows::InSoftirq) && reset.answer && !end.no_fin_wait2;
         let mut ending = self.take(arrival)?;
-        let close = ending.close.as_mut()?;
-        close.reset_after = reset_after::NEVER;
-        close.reset = reset.reset;
-        if close.reset.state == state::CLOSE {
-            // The record of the RST does not know any more what it was in before.
-            close.reset.state = close.last_state;
-        }
-        if late_data {
-            // Nothing was received but data, to which this RST is the answer: one RST, one line.
+        let Life { end: Some(end), state: before, reset: ended_by, .. } = &mut *ending.life else {
+            return Some(ending);
+        };
+        end.reset_follows = None;
+        // The record of the RST no longer knows the state before CLOSE.
+        let state = if reset.state == Some(State::Close) { *before } else { reset.state };
+        let mut reset = Reset { state, ..reset };
+        if answers_late_data {
+            // Nothing was received but data, which this RST answers: it is one RST, and one line.
             ending.resets.clear();
-            close.reset.ambiguous = 1;
+            reset.ambiguous = true;
         }
-        // The record of the RST may have come after the socket's entry was gone, so the line is told from the end's.
-        ending.resets.push(*close);
-        self.whole_or_wait(ending)
+        *ended_by = Some(reset);
+        ending.resets.push(reset);
+        self.complete_or_wait(ending)
     }
 
-    /// An end. Returns what is whole by now.
-    pub fn close(&mut self, close: Connection) -> Option<Ending> {
-        let mut ending = Ending { resets: Vec::new(), close: None, late_owner: None, unheld: false };
-        if let Some(&arrival) = self.by_sock.get(&close.sock) {
-            let is_its_reset = self.waiting.get(&arrival).is_some_and(|waiting| {
-                waiting.ending.close.is_none()
-                    && waiting.ending.resets.iter().all(|reset| reset.born == close.born)
-            });
-            if is_its_reset {
-                // The end knows more than what came before it.
-                let before = self.take(arrival).map(|before| before.resets).unwrap_or_default();
-                for reset in before {
-                    let mut told = close;
-                    told.reset = reset.reset;
-                    ending.resets.push(told);
-                }
-            }
+    /// Takes in an end. Returns an ending that is complete.
+    pub fn close(&mut self, life: Box<Life>) -> Option<Ending> {
+        let mut resets = Vec::new();
+        if let Some(&arrival) = self.by_address.get(&life.id.address)
+            && self
+                .get(arrival)
+                .is_some_and(|waiting| !waiting.ending.is_end && waiting.ending.life.id == life.id)
+            && let Some(before) = self.take(arrival)
+        {
+            resets = before.resets;
         }
-        ending.close = Some(close);
-        self.whole_or_wait(ending)
+        self.complete_or_wait(Ending::end(life, resets))
     }
 
-    /// Who closed the descriptor of a socket that had ended before. Returns what is whole by now.
-    pub fn owner(&mut self, owner: &Owner) -> Option<Ending> {
-        let &arrival = self.by_sock.get(&owner.sock)?;
-        let close = self.waiting.get(&arrival)?.ending.close?;
-        if close.born != owner.born {
-            return None;
-        }
-        if owner.holds == holds::CLOSED {
-            let mut ending = self.take(arrival)?;
-            ending.late_owner = Some(LateOwner { task: owner.task, holds: false });
-            return self.whole_or_wait(ending);
-        }
-        // Of several holders the one who opened it counts, else the first. Told when the ring has been read to its end.
-        let late_owner = &mut self.waiting.get_mut(&arrival)?.ending.late_owner;
-        if late_owner.is_none() || owner.task.pid == close.opener.pid {
-            *late_owner = Some(LateOwner { task: owner.task, holds: true });
-        }
-        None
+    /// Takes in the task that closed the descriptor of a socket after its end. Returns the ending that it completes.
+    pub fn closer(&mut self, id: SocketId, task: Task) -> Option<Ending> {
+        let arrival = self.ended(id)?;
+        let mut ending = self.take(arrival)?;
+        ending.late_owner = Some(LateOwner::Closed(task));
+        self.complete_or_wait(ending)
     }
 
-    /// What has arrived until now, for [`searched`](Self::searched).
+    /// Takes in a task that has the descriptor of a socket open after its end. Of several such tasks the one that opened
+    /// the connection counts, otherwise the first. The ending is reported once the ring has been read to its end.
+    pub fn still_open(&mut self, id: SocketId, task: Task) {
+        let Some(waiting) = self.ended(id).and_then(|arrival| self.get_mut(arrival)) else { return };
+        let is_opener = waiting.ending.life.opener.is_some_and(|opener| opener.pid == task.pid);
+        if waiting.ending.late_owner.is_none() || is_opener {
+            waiting.ending.late_owner = Some(LateOwner::Holds(task));
+        }
+    }
+
+    /// The number of endings that have arrived so far, for [`searched`](Self::searched).
     pub fn arrivals(&self) -> u64 {
-        self.arrivals
+        self.first + self.waiting.len() as u64
     }
 
-    /// All descriptors have been looked at since the first `arrivals` came, and what was found has been read.
+    /// All descriptors were looked through after the first `arrivals` endings had arrived, and the results were read.
     pub fn searched(&mut self, arrivals: u64) {
-        for (_, waiting) in self.waiting.range_mut(..=arrivals) {
+        let count = usize::try_from(arrivals.saturating_sub(self.first)).unwrap_or(usize::MAX);
+        for waiting in self.waiting.iter_mut().take(count).flatten() {
             waiting.ending.unheld = waiting.ending.lacks_owner();
         }
     }
 
-    /// The ring has been read to its end, and it was `now` (boot time) before that. `find_owner` is asked for the owner of each ending that lacks one, all of them
-    /// at once. Returns what is whole by now, or has waited long enough.
-    pub fn caught_up(&mut self, now: u64, mut find_owners: impl FnMut(&[u64]) -> Vec<bool>) -> Vec<Ending> {
-        let ownerless: Vec<_> = self
-            .waiting
-            .iter()
-            .filter(|(_, waiting)| waiting.ending.lacks_owner())
-            .filter_map(|(arrival, waiting)| Some((*arrival, waiting.ending.close.as_ref()?.inode)))
-            .collect();
-        let mut found = HashMap::new();
-        if !ownerless.is_empty() {
-            let inodes: Vec<_> = ownerless.iter().map(|(_, inode)| *inode).collect();
-            found = ownerless.iter().map(|(arrival, _)| *arrival).zip(find_owners(&inodes)).collect();
-        }
+    /// The ring was read to its end; `now` (`CLOCK_BOOTTIME`, nanoseconds) was read before that. `find_owners` is asked
+    /// for the owners of all endings that lack one at once, by inode number, and says which it knows. Returns the endings
+    /// that are complete or have waited long enough.
+    pub fn caught_up(&mut self, now: u64, find_owners: impl FnOnce(&[u64]) -> Vec<bool>) -> Vec<Ending> {
+        let lacking = self.waiting.iter().flatten().filter(|waiting| waiting.ending.lacks_owner());
+        let inodes: Vec<u64> = lacking.filter_map(|waiting| waiting.ending.life.inode).collect();
+        let found = if inodes.is_empty() { Vec::new() } else { find_owners(&inodes) };
+        let mut found = found.into_iter();
         let mut ready = Vec::new();
-        for (arrival, waiting) in &mut self.waiting {
+        for (arrival, place) in (self.first..).zip(&mut self.waiting) {
+            let Some(waiting) = place else { continue };
             waiting.reads += 1;
-            let owned = !waiting.ending.lacks_owner() || found.get(arrival) == Some(&true);
-            let whole = waiting.ending.close.as_ref().is_some_and(|close| match close.reset_after {
-                reset_after::NEVER => owned,
-                // A softirq that began that long ago is over, and its RST would have been in the ring.
-                reset_after::SOFTIRQ => owned && now.saturating_sub(close.ended) > SOFTIRQ_IS_OVER,
-                _ => false,
-            });
-            if whole || waiting.reads >= PATIENCE {
-                ready.push(*arrival);
+            let owned = !waiting.ending.lacks_owner() || found.next() == Some(true);
+            let complete = waiting.ending.is_end
+                && match waiting.ending.reset_follows() {
+                    None => owned,
+                    // A softirq that began that long ago is over, and its RST would have been in the ring.
+                    Some(Follows::InSoftirq) => {
+                        let ended = waiting.ending.life.end.map_or(0, |end| end.at);
+                        owned && now.saturating_sub(ended) > SOFTIRQ_IS_OVER
+                    }
+                    Some(Follows::InSyscall) => false,
+                };
+            if complete || waiting.reads >= PATIENCE {
+                ready.push(arrival);
             }
         }
         ready.into_iter().filter_map(|arrival| self.take(arrival)).collect()
     }
 
-    /// Whether something is held back for want of an owner.
+    /// Whether an ending is held back because its owner is not known.
     pub fn lacks_owners(&self) -> bool {
-        self.waiting.values().any(|waiting| waiting.ending.lacks_owner())
+        self.waiting.iter().flatten().any(|waiting| waiting.ending.lacks_owner())
     }
 
-    /// Whether something is held back.
+    /// Whether an ending is held back.
     pub fn is_waiting(&self) -> bool {
-        !self.waiting.is_empty()
+        self.count > 0
     }
 
-    /// The end that this RST belongs to, if one waits for it.
-    fn awaiting_reset(&self, reset: &Connection) -> Option<(u64, Connection)> {
-        let &arrival = self.by_sock.get(&reset.sock)?;
-        let ending = &self.waiting.get(&arrival)?.ending;
-        let close = ending.close?;
-        let in_time = reset.reset.at >= close.ended && reset.reset.at - close.ended <= RESET_WITHIN;
-        // Addresses are used again within microseconds, lives are not. Only an orphan that aborts on late data has lost
-        // its entry by the time the RST goes; then the record knows no states but that of the socket.
-        let orphaned = close.reset_after == reset_after::SOFTIRQ
-            && (reset.steps, reset.reset.state, reset.reset.answer) == (0, state::CLOSE, 1);
-        let same_life = reset.born == close.born || orphaned;
-        (ending.lacks_reset() && in_time && same_life).then_some((arrival, close))
+    /// The ending of this life, if it waits.
+    fn ended(&self, id: SocketId) -> Option<u64> {
+        let &arrival = self.by_address.get(&id.address)?;
+        let ending = &self.get(arrival)?.ending;
+        (ending.is_end && ending.life.id == id).then_some(arrival)
     }
 
-    fn whole_or_wait(&mut self, ending: Ending) -> Option<Ending> {
-        if ending.lacks_reset() || ending.lacks_owner() { self.wait(ending) } else { Some(ending) }
+    /// The ending that this RST belongs to, if one waits for it.
+    fn awaiting_reset(&self, life: &Life, reset: &Reset) -> Option<(u64, End)> {
+        let &arrival = self.by_address.get(&life.id.address)?;
+        let ending = &self.get(arrival)?.ending;
+        let follows = ending.reset_follows()?;
+        let end = ending.life.end?;
+        let in_time = reset.at >= end.at && reset.at - end.at <= RESET_WITHIN;
+        // Addresses are reused within microseconds, lives are not. Only an orphan that aborts on late data has lost its
+        // entry by the time the RST is sent; the record then knows no states but that of the socket.
+        let orphaned = follows == Follows::InSoftirq
+            && life.path.steps().is_empty()
+            && reset.state == Some(State::Close)
+            && reset.answer;
+        (in_time && (life.id == ending.life.id || orphaned)).then_some((arrival, end))
     }
 
-    /// Holds `ending` back. Returns the oldest in its place when there is no more room.
-    fn wait(&mut self, ending: Ending) -> Option<Ending> {
-        let sock = ending.connection()?.sock;
-        self.arrivals += 1;
-        self.waiting.insert(self.arrivals, Waiting { ending, reads: 0 });
-        self.by_sock.insert(sock, self.arrivals);
-        if self.waiting.len() <= MAX_WAITING {
-            return None;
+    fn complete_or_wait(&mut self, ending: Ending) -> Option<Ending> {
+        if ending.reset_follows().is_some() || ending.lacks_owner() {
+            self.wait(ending)
+        } else {
+            Some(ending)
         }
-        let (&oldest, _) = self.waiting.first_key_value()?;
-        self.take(oldest)
+    }
+
+    /// Holds `ending` back. Returns the oldest instead when there is no more room.
+    fn wait(&mut self, ending: Ending) -> Option<Ending> {
+        self.by_address.insert(ending.life.id.address, self.arrivals());
+        self.waiting.push_back(Some(Waiting { ending, reads: 0 }));
+        self.count += 1;
+        // The first place is never empty: `take` sees to that.
+        if self.count > MAX_WAITING { self.take(self.first) } else { None }
+    }
+
+    fn place(&self, arrival: u64) -> Option<usize> {
+        usize::try_from(arrival.checked_sub(self.first)?).ok()
+    }
+
+    fn get(&self, arrival: u64) -> Option<&Waiting> {
+        self.waiting.get(self.place(arrival)?)?.as_ref()
+    }
+
+    fn get_mut(&mut self, arrival: u64) -> Option<&mut Waiting> {
+        let place = self.place(arrival)?;
+        self.waiting.get_mut(place)?.as_mut()
     }
 
     fn take(&mut self, arrival: u64) -> Option<Ending> {
-        let waiting = self.waiting.remove(&arrival)?;
-        if let Some(connection) = waiting.ending.connection()
-            && self.by_sock.get(&connection.sock) == Some(&arrival)
-        {
-            self.by_sock.remove(&connection.sock);
+        let place = self.place(arrival)?;
+        let Waiting { ending, .. } = self.waiting.get_mut(place)?.take()?;
+        self.count -= 1;
+        let address = ending.life.id.address;
+        if self.by_address.get(&address) == Some(&arrival) {
+            self.by_address.remove(&address);
         }
-        Some(waiting.ending)
+        while self.waiting.front().is_some_and(Option::is_none) {
+            self.waiting.pop_front();
+            self.first += 1;
+        }
+        Some(ending)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use tcpclose_common::record::{Header, Reset};
+    use crate::ingest::life::{
+        Act,
+        examples::{END, RESET, task, unknown},
+    };
 
     use super::*;
 
-    const SOCK: u64 = 0xffff_8880_0000_1000;
+    const ID: SocketId = SocketId { address: 0xffff_8880_0000_1000, born: 1 };
 
-    fn close(born: u64, ended: u64) -> Connection {
-        let mut connection = Connection { sock: SOCK, born, ended, ..Connection::NEW };
-        connection.actor.pid = 7;
-        connection
+    fn live(born: u64) -> Box<Life> {
+        Box::new(Life {
+            id: SocketId { born, ..ID },
+            actor: Some(task(7, Act::Syscall(libc::SYS_close))),
+            ..unknown()
+        })
     }
 
-    fn reset(mut connection: Connection, direction: u8, at: u64) -> Connection {
-        connection.reset = Reset { direction, at, ..connection.reset };
-        connection
+    fn closed(born: u64, end: End) -> Box<Life> {
+        Box::new(Life { end: Some(end), ..*live(born) })
+    }
+
+    fn ended(follows: Option<Follows>) -> Box<Life> {
+        closed(1, End { reset_follows: follows, ..END })
+    }
+
+    fn received(at: u64) -> Reset {
+        Reset { at, direction: Direction::Received, answer: false, state: Some(State::Established), ..RESET }
     }
 
     fn nobody(_: &[u64]) -> Vec<bool> {
-        panic!("nobody lacks an owner here")
+        panic!("every ending here has an owner")
     }
 
     #[test]
     fn an_orderly_end_does_not_wait() {
         let mut correlator = Correlator::default();
-        let ending = correlator.close(close(1, 10)).unwrap();
-        assert_eq!((ending.resets.len(), ending.close.unwrap().ended), (0, 10));
+        let ending = correlator.close(ended(None)).unwrap();
+        assert_eq!((ending.is_end, ending.resets.len()), (true, 0));
         assert!(!correlator.is_waiting());
     }
 
     #[test]
-    fn a_received_reset_goes_with_its_end() {
+    fn a_received_reset_is_reported_with_its_end() {
         let mut correlator = Correlator::default();
-        let received = reset(close(1, 0), direction::RECEIVED, 9);
-        assert_eq!(correlator.reset(received), None);
-        let ending = correlator.close(reset(close(1, 10), direction::RECEIVED, 9)).unwrap();
-        assert_eq!(ending.resets, [ending.close.unwrap()], "told with what the end knows");
+        assert_eq!(correlator.reset(live(1), received(9)), None);
+        let end = Box::new(Life { reset: Some(received(9)), ..*ended(None) });
+        let ending = correlator.close(end.clone()).unwrap();
+        assert_eq!((ending.resets, ending.life), (vec![received(9)], end));
         assert!(!correlator.is_waiting());
     }
 
     #[test]
-    fn a_reset_that_was_sent_before_the_end() {
+    fn a_reset_sent_before_the_end_is_reported_with_it() {
         let mut correlator = Correlator::default();
-        let alive = Connection { steps: 2, ..close(1, 0) };
-        assert_eq!(correlator.reset(reset(alive, direction::SENT, 9)), None);
-        let end = reset(Connection { error: 103, ..close(1, 10) }, direction::SENT, 9);
-        let ending = correlator.close(end).unwrap();
-        assert_eq!(ending.resets, [end], "ss -K, as only the end tells");
+        let path = [(State::SynSent, 1), (State::Established, 2)].into_iter().collect();
+        let sent = Reset { answer: false, ..RESET };
+        assert_eq!(correlator.reset(Box::new(Life { path, ..*live(1) }), sent), None);
+        let destroyed = closed(1, End { error: Some(libc::ECONNABORTED), ..END });
+        let ending = correlator.close(destroyed.clone()).unwrap();
+        assert_eq!((ending.resets, ending.life), (vec![sent], destroyed), "`ss -K`, as only the end shows");
     }
 
     #[test]
     fn a_reset_of_another_life_stays_alone() {
         let mut correlator = Correlator::default();
-        assert_eq!(correlator.reset(reset(close(1, 0), direction::RECEIVED, 9)), None);
-        let ending = correlator.close(close(20, 30)).unwrap();
+        assert_eq!(correlator.reset(live(1), received(9)), None);
+        let ending = correlator.close(closed(20, END)).unwrap();
         assert_eq!(ending.resets, []);
         correlator.caught_up(0, nobody);
         let late = correlator.caught_up(0, nobody);
         assert_eq!(late.len(), 1);
-        assert_eq!((late[0].resets.len(), late[0].close), (1, None));
+        assert_eq!((late[0].resets.len(), late[0].is_end), (1, false));
     }
 
     #[test]
     fn an_abort_waits_for_its_reset() {
         let mut correlator = Correlator::default();
-        let aborted = Connection { reset_after: reset_after::SYSCALL, ..close(1, 10) };
-        assert_eq!(correlator.close(aborted), None);
-        let ending = correlator.reset(reset(close(1, 10), direction::SENT, 12)).unwrap();
-        assert_eq!(ending.close.unwrap().reset.direction, direction::SENT);
-        assert_eq!(ending.resets.len(), 1);
+        assert_eq!(correlator.close(ended(Some(Follows::InSyscall))), None);
+        let sent = Reset { at: 12, answer: false, ..RESET };
+        let ending = correlator.reset(ended(None), sent).unwrap();
+        assert!(ending.is_end);
+        assert_eq!((ending.life.reset, ending.resets), (Some(sent), vec![sent]));
         assert!(!correlator.is_waiting());
     }
 
     #[test]
-    fn an_abort_whose_reset_never_comes_is_told_after_two_reads() {
+    fn an_abort_whose_reset_never_comes_waits_for_two_reads() {
         let mut correlator = Correlator::default();
-        correlator.close(Connection { reset_after: reset_after::SYSCALL, ..close(1, 10) });
+        correlator.close(ended(Some(Follows::InSyscall)));
         assert_eq!(correlator.caught_up(0, nobody), []);
-        let told = correlator.caught_up(0, nobody);
-        assert_eq!(told.len(), 1);
-        assert_eq!(told[0].resets, []);
+        let reported = correlator.caught_up(0, nobody);
+        assert_eq!(reported.len(), 1);
+        assert_eq!(reported[0].resets, []);
         // A reset much later is another one.
-        correlator.close(Connection { reset_after: reset_after::SYSCALL, ..close(1, 10) });
-        let alone = correlator.reset(reset(close(1, 10), direction::SENT, 10 + RESET_WITHIN + 1)).unwrap();
-        assert_eq!(alone.close, None);
+        correlator.close(ended(Some(Follows::InSyscall)));
+        let later = Reset { at: END.at + RESET_WITHIN + 1, answer: false, ..RESET };
+        assert!(!correlator.reset(ended(None), later).unwrap().is_end);
     }
 
     #[test]
-    fn a_reset_of_the_next_socket_at_the_same_address() {
+    fn a_reset_of_the_next_socket_at_the_same_address_stays_alone() {
         let mut correlator = Correlator::default();
-        correlator.close(Connection { reset_after: reset_after::SYSCALL, ..close(1, 10) });
-        let mut next = reset(close(11, 0), direction::SENT, 12);
-        (next.steps, next.reset.answer) = (3, 1);
-        assert_eq!(correlator.reset(next).unwrap().close, None);
+        correlator.close(ended(Some(Follows::InSyscall)));
+        let path = [(State::SynRecv, 11)].into_iter().collect();
+        let next = Box::new(Life { path, ..*live(11) });
+        assert!(!correlator.reset(next, Reset { at: 12, ..RESET }).unwrap().is_end);
         assert!(correlator.is_waiting());
     }
 
     #[test]
-    fn of_its_own_accord_is_no_answer_to_late_data() {
-        let end =
-            Connection { reset_after: reset_after::SOFTIRQ, last_state: state::FIN_WAIT2, ..close(1, 10) };
-        let mut answer = reset(end, direction::SENT, 12);
-        answer.reset.answer = 1;
-        let cases = [(reset(end, direction::SENT, 12), 0, 0), (answer, 0, 1), (answer, 1, 0)];
-        for (sent, no_fin_wait2, ambiguous) in cases {
+    fn only_an_answer_shows_late_data() {
+        let answer = Reset { at: 12, ..RESET };
+        let own_accord = Reset { answer: false, ..answer };
+        for (sent, no_fin_wait2, late_data) in
+            [(own_accord, false, false), (answer, false, true), (answer, true, false)]
+        {
             let mut correlator = Correlator::default();
-            assert_eq!(correlator.close(Connection { no_fin_wait2, ..end }), None);
-            let close = correlator.reset(sent).unwrap().close.unwrap();
-            assert_eq!(close.reset.ambiguous, ambiguous);
+            let end = End { reset_follows: Some(Follows::InSoftirq), no_fin_wait2, ..END };
+            assert_eq!(correlator.close(closed(1, end)), None);
+            let ending = correlator.reset(closed(1, end), sent).unwrap();
+            assert_eq!(ending.life.reset.unwrap().ambiguous, late_data, "{sent:?} {no_fin_wait2}");
         }
     }
 
     #[test]
-    fn what_nobody_has_open_is_nobodys() {
+    fn a_reset_after_close_has_the_state_before_it() {
         let mut correlator = Correlator::default();
-        let mut end = close(1, 10);
-        (end.actor.pid, end.opener.pid, end.inode) = (0, 7, 99);
-        correlator.close(end);
-        let arrivals = correlator.arrivals();
-        correlator.close(Connection { sock: SOCK + 1, ..end });
-        correlator.searched(arrivals);
-        correlator.caught_up(0, |inodes| vec![false; inodes.len()]);
-        let unheld = |ending: &Ending| ending.unheld;
-        let told = correlator.caught_up(0, |inodes| vec![false; inodes.len()]);
-        assert_eq!(
-            told.iter().map(unheld).collect::<Vec<_>>(),
-            [true, false],
-            "the second came after the look"
-        );
+        let before = Life { state: Some(State::CloseWait), ..*ended(Some(Follows::InSyscall)) };
+        correlator.close(Box::new(before));
+        let sent = Reset { at: 12, answer: false, state: Some(State::Close), ..RESET };
+        let ending = correlator.reset(ended(None), sent).unwrap();
+        assert_eq!(ending.resets[0].state, Some(State::CloseWait));
     }
 
     #[test]
     fn late_data_is_one_reset_and_it_was_sent() {
         let mut correlator = Correlator::default();
-        let mut received = reset(close(1, 0), direction::RECEIVED, 9);
-        received.reset.ambiguous = 1;
-        assert_eq!(correlator.reset(received), None);
-        let mut end = received;
-        end.ended = 10;
-        end.reset_after = reset_after::SOFTIRQ;
-        assert_eq!(correlator.close(end), None);
+        let taken_for_received = Reset { ambiguous: true, ..received(9) };
+        assert_eq!(correlator.reset(live(1), taken_for_received), None);
+        assert_eq!(correlator.close(ended(Some(Follows::InSoftirq))), None);
         // The orphan's entry is gone by now: the record knows the address alone.
-        let mut sent = reset(Connection { sock: SOCK, born: 11, ..Connection::NEW }, direction::SENT, 11);
-        (sent.reset.state, sent.reset.answer) = (state::CLOSE, 1);
-        let ending = correlator.reset(sent).unwrap();
-        let close = ending.close.unwrap();
-        assert_eq!((close.reset.direction, close.reset.ambiguous), (direction::SENT, 1));
-        assert_eq!(ending.resets, [close]);
+        let orphan = Box::new(Life { actor: None, ..*live(11) });
+        let sent = Reset { at: 11, state: Some(State::Close), ..RESET };
+        let ending = correlator.reset(orphan, sent).unwrap();
+        let reset = ending.life.reset.unwrap();
+        assert_eq!((reset.direction, reset.ambiguous), (Direction::Sent, true));
+        assert_eq!(ending.resets, [reset]);
     }
 
     #[test]
     fn an_ambiguous_reset_without_an_answer_was_received() {
         let mut correlator = Correlator::default();
-        let mut received = reset(close(1, 0), direction::RECEIVED, 9);
-        received.reset.ambiguous = 1;
-        correlator.reset(received);
-        correlator.close(Connection { ended: 10, reset_after: reset_after::SYSCALL, ..received });
+        let reset = Reset { ambiguous: true, ..received(9) };
+        correlator.reset(live(1), reset);
+        let end = Life { reset: Some(reset), ..*ended(Some(Follows::InSyscall)) };
+        correlator.close(Box::new(end));
         correlator.caught_up(0, nobody);
-        let told = correlator.caught_up(0, nobody);
-        assert_eq!(told.len(), 1);
-        assert_eq!(told[0].resets, [told[0].close.unwrap()]);
-        assert_eq!(told[0].close.unwrap().reset.direction, direction::RECEIVED);
+        let reported = correlator.caught_up(0, nobody);
+        assert_eq!(reported.len(), 1);
+        assert_eq!((&reported[0].resets[..], reported[0].life.reset), (&[reset][..], Some(reset)));
     }
 
     #[test]
-    fn an_end_in_softirq_waits_for_the_softirq_alone() {
+    fn an_end_in_softirq_waits_only_for_the_softirq() {
         let mut correlator = Correlator::default();
-        let end = Connection { reset_after: reset_after::SOFTIRQ, ..close(1, 10) };
-        assert_eq!(correlator.close(end), None);
+        let end = ended(Some(Follows::InSoftirq));
+        assert_eq!(correlator.close(end.clone()), None);
         assert_eq!(correlator.caught_up(SOFTIRQ_IS_OVER, nobody), [], "the ring was read while it ran");
         assert_eq!(correlator.close(end), None);
-        let told = correlator.caught_up(SOFTIRQ_IS_OVER + 11, nobody);
-        assert_eq!(told.len(), 2);
+        let reported = correlator.caught_up(SOFTIRQ_IS_OVER + END.at + 1, nobody);
+        assert_eq!(reported.len(), 2);
     }
 
-    fn ownerless() -> Connection {
-        Connection { inode: 99, actor: Task::NONE, ..close(1, 10) }
-    }
-
-    #[test]
-    fn the_owner_that_closes_later() {
-        let mut correlator = Correlator::default();
-        assert_eq!(correlator.close(ownerless()), None);
-        let header = Header { tag: 0, version: 0, length: 0 };
-        let task = Task { pid: 5, ..Task::NONE };
-        let other = Owner { header, sock: SOCK, born: 2, task, holds: holds::CLOSED, fd: 0 };
-        assert_eq!(correlator.owner(&other), None, "another life at the same address");
-        let ending = correlator.owner(&Owner { born: 1, ..other }).unwrap();
-        assert_eq!(ending.late_owner, Some(LateOwner { task, holds: false }));
+    fn ownerless(address: u64) -> Box<Life> {
+        let id = SocketId { address, ..ID };
+        Box::new(Life { id, inode: Some(99), actor: None, ..*ended(None) })
     }
 
     #[test]
-    fn the_owner_that_is_looked_up() {
+    fn the_owner_closes_later() {
         let mut correlator = Correlator::default();
-        correlator.close(ownerless());
-        let told = correlator.caught_up(0, |inodes| {
+        assert_eq!(correlator.close(ownerless(ID.address)), None);
+        let task = task(5, Act::Syscall(libc::SYS_close));
+        assert_eq!(
+            correlator.closer(SocketId { born: 2, ..ID }, task),
+            None,
+            "another life at the same address"
+        );
+        let ending = correlator.closer(ID, task).unwrap();
+        assert_eq!(ending.late_owner, Some(LateOwner::Closed(task)));
+    }
+
+    #[test]
+    fn of_several_holders_the_opener_is_the_owner() {
+        let (opener, heir, other) = (task(5, Act::Unknown), task(6, Act::Unknown), task(8, Act::Unknown));
+        for (holders, owner) in [([heir, other], heir), ([heir, opener], opener), ([opener, heir], opener)] {
+            let mut correlator = Correlator::default();
+            let end = Life { opener: Some(opener), ..*ownerless(ID.address) };
+            correlator.close(Box::new(end));
+            for holder in holders {
+                correlator.still_open(ID, holder);
+            }
+            let reported = correlator.caught_up(0, nobody);
+            assert_eq!(reported[0].late_owner, Some(LateOwner::Holds(owner)));
+        }
+    }
+
+    #[test]
+    fn the_owner_is_looked_up() {
+        let mut correlator = Correlator::default();
+        correlator.close(ownerless(ID.address));
+        let reported = correlator.caught_up(0, |inodes| {
             assert_eq!(inodes, [99]);
             vec![true]
         });
-        assert_eq!(told.len(), 1);
-        correlator.close(ownerless());
-        assert_eq!(correlator.caught_up(0, |_| vec![false]), [], "it may close yet");
-        assert_eq!(correlator.caught_up(0, |_| vec![false]).len(), 1, "told without");
+        assert_eq!(reported.len(), 1);
+        correlator.close(ownerless(ID.address));
+        assert_eq!(correlator.caught_up(0, |_| vec![false]), [], "it may still close");
+        assert_eq!(correlator.caught_up(0, |_| vec![false]).len(), 1, "reported without an owner");
+    }
+
+    #[test]
+    fn an_ending_that_no_descriptor_refers_to_is_unheld() {
+        let mut correlator = Correlator::default();
+        correlator.close(ownerless(ID.address));
+        let arrivals = correlator.arrivals();
+        correlator.close(ownerless(ID.address + 1));
+        correlator.searched(arrivals);
+        correlator.caught_up(0, |inodes| vec![false; inodes.len()]);
+        let reported = correlator.caught_up(0, |inodes| vec![false; inodes.len()]);
+        let unheld: Vec<_> = reported.iter().map(|ending| ending.unheld).collect();
+        assert_eq!(unheld, [true, false], "the second arrived after the search");
     }
 
     #[test]
     fn a_reset_without_a_socket_does_not_wait() {
         let mut correlator = Correlator::default();
-        let stray = reset(Connection { born: 1, ..Connection::NEW }, direction::SENT, 1);
-        assert_eq!(correlator.reset(stray).unwrap().resets, [stray]);
+        let stray = Life { id: SocketId { address: 0, born: 1 }, ..unknown() };
+        let ending = correlator.reset(Box::new(stray), RESET).unwrap();
+        assert_eq!((ending.resets, ending.is_end), (vec![RESET], false));
+    }
+
+    #[test]
+    fn the_oldest_gives_way_when_too_many_wait() {
+        let mut correlator = Correlator::default();
+        for address in 1..=MAX_WAITING as u64 {
+            assert_eq!(correlator.close(ownerless(address)), None);
+        }
+        let oldest = correlator.close(ownerless(MAX_WAITING as u64 + 1)).unwrap();
+        assert_eq!(oldest.life.id.address, 1);
+        // Places that were left in the middle do not count.
+        let last = SocketId { address: MAX_WAITING as u64, ..ID };
+        assert!(correlator.closer(last, task(5, Act::Unknown)).is_some());
+        assert_eq!(correlator.close(ownerless(MAX_WAITING as u64 + 2)), None);
     }
 }

@@ -10,6 +10,7 @@ pub mod filter;
 pub mod ingest;
 pub mod judge;
 pub mod kernel;
+pub mod pipeline;
 pub mod sink;
 pub mod sockets;
 pub mod stacks;

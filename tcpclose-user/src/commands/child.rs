@@ -3,25 +3,21 @@
 use std::{ffi::OsString, os::unix::process::ExitStatusExt as _, process::ExitStatus};
 
 use anyhow::{Context as _, Result};
-use aya::{
-    Ebpf,
-    maps::{HashMap, MapData},
-};
+use aya::maps::{HashMap, MapData};
 use tokio::process::{Child, Command};
 
-use crate::sink::Format;
+use crate::{kernel::handle::KernelHalf, sink::Format};
 
 /// The processes whose connections are wanted, as the kernel half keeps them.
 pub struct Followed(HashMap<MapData, u32, u8>);
 
 impl Followed {
-    /// Takes the map out of the loaded object.
+    /// Takes the map out of the kernel half.
     ///
     /// # Errors
     /// The object has no such map.
-    pub fn take(ebpf: &mut Ebpf) -> Result<Self> {
-        let map = ebpf.take_map("FOLLOWED").context("the object has no map FOLLOWED")?;
-        Ok(Self(map.try_into().context("FOLLOWED is not what it should be")?))
+    pub fn new(kernel: &mut KernelHalf) -> Result<Self> {
+        kernel.take_map("FOLLOWED").map(Self)
     }
 
     /// Adds a process.

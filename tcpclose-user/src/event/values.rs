@@ -19,7 +19,9 @@ pub enum Attribution {
     Connect,
     /// Not accepted yet: the owner of the listening socket.
     Listener,
-    /// Found through `/proc`.
+    /// It has the descriptor open, as the iterator over all descriptors has shown.
+    Descriptors,
+    /// It has the descriptor open, as `/proc` has shown.
     Procfs,
 }
 

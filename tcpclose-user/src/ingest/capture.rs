@@ -55,59 +55,62 @@ pub fn records(mut capture: Bytes) -> Vec<Bytes> {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeMap, fmt::Write as _};
+    use std::fmt::Write as _;
 
     use super::*;
     use crate::{
         correlate::{Correlator, Ending},
-        event::State,
         ingest::decode::{Record, decode},
         judge,
+        kernel::ResetReasons,
     };
 
     /// Recorded on a 6.18 kernel while `fixtures/records/provoke.py` ran.
     const RECORDED: &[u8] = include_bytes!("../../fixtures/records/6.18-amd64.bin");
-    /// What that script did, as it has to come out.
+    /// What that script did, in the words of [`describe`].
     const EXPECTED: &str = include_str!("../../fixtures/records/6.18-amd64.txt");
 
-    /// The whole user half between the ring and the owner, on records that a kernel wrote.
-    fn judge(records: &[Bytes]) -> String {
+    /// Runs the user half from the ring to the judgement on records that a kernel wrote.
+    fn judged(records: &[Bytes]) -> String {
         let mut correlator = Correlator::default();
         let mut endings = Vec::new();
         for bytes in records {
             endings.extend(match decode(bytes).unwrap() {
-                Record::Close(close) => correlator.close(*close),
-                Record::Reset(reset) => correlator.reset(*reset),
-                Record::Owner(owner) => correlator.owner(&owner),
-                Record::Lingering(_) | Record::Process(_) | Record::Stack(..) => None,
+                Record::Close(life) => correlator.close(life),
+                Record::Reset(life, reset) => correlator.reset(life, reset),
+                Record::Closer(id, task) => correlator.closer(id, task),
+                Record::StillOpen(id, task) => {
+                    correlator.still_open(id, task);
+                    None
+                }
+                Record::Descriptor(..) | Record::Stuck(_) | Record::Process(_) | Record::Stack(..) => None,
             });
         }
         for _ in 0..2 {
             endings.extend(correlator.caught_up(u64::MAX, |inodes| vec![false; inodes.len()]));
         }
-        let mut told = String::new();
+        let mut text = String::new();
         for ending in &endings {
-            tell(&mut told, ending);
+            describe(&mut text, ending);
         }
-        told
+        text
     }
 
-    fn tell(told: &mut String, ending: &Ending) {
-        let reasons: BTreeMap<_, _> =
+    fn describe(text: &mut String, ending: &Ending) {
+        let reasons = ResetReasons(
             [(1, "NO_SOCKET"), (8, "TCP_ABORT_ON_DATA"), (11, "TCP_ABORT_ON_CLOSE"), (14, "TCP_STATE")]
                 .map(|(number, name)| (number, name.to_owned()))
-                .into();
-        for reset in &ending.resets {
-            let way = if reset.reset.direction == 1 { "sent" } else { "received" };
-            let cause = judge::reset_cause(reset, &reasons);
-            writeln!(told, "reset {way} {cause}").unwrap();
+                .into(),
+        );
+        let Ending { life, resets, is_end, .. } = ending;
+        for reset in resets {
+            let cause = judge::reset_cause(life, reset, &reasons);
+            writeln!(text, "reset {} {cause}", reset.direction).unwrap();
         }
-        if let Some(close) = &ending.close {
-            let verdict = judge::of(close, &reasons);
-            let path: Vec<_> = close.states[..usize::from(close.steps)]
-                .iter()
-                .map(|state| State::from_kernel(*state).unwrap().to_string())
-                .collect();
+        if *is_end {
+            let verdict = judge::of(life, &reasons);
+            let path: Vec<_> = life.path.steps().iter().map(|(state, _)| state.to_string()).collect();
+            let bytes = |count: Option<u64>| count.unwrap_or(u64::MAX);
             let or_dash = |word: Option<String>| word.unwrap_or_else(|| "-".to_owned());
             let words = [
                 verdict.closed_by.map(|by| by.to_string()),
@@ -116,23 +119,23 @@ mod tests {
                 verdict.signal,
                 verdict.cause.map(|cause| cause.to_string()),
                 Some(path.join(">")),
-                Some(format!("{}B/{}B", close.at_end.bytes_sent, close.at_end.bytes_received)),
+                Some(format!("{}B/{}B", bytes(life.sample.bytes_sent), bytes(life.sample.bytes_received))),
             ];
-            writeln!(told, "close {}", words.map(or_dash).join(" ")).unwrap();
+            writeln!(text, "close {}", words.map(or_dash).join(" ")).unwrap();
         }
     }
 
     #[test]
-    fn recorded_records_are_judged_as_what_was_done() {
-        let told = judge(&records(Bytes::from_static(RECORDED)));
-        // Which of two ends comes first is the scheduler's affair.
+    fn recorded_records_are_judged_as_the_script_acted() {
+        let text = judged(&records(Bytes::from_static(RECORDED)));
+        // The scheduler decides which of two ends comes first.
         let sorted = |text: &str| {
             let mut lines: Vec<_> =
                 text.lines().filter(|line| !line.starts_with('#')).map(str::to_owned).collect();
             lines.sort();
             lines
         };
-        assert_eq!(sorted(&told), sorted(EXPECTED), "\n{told}");
+        assert_eq!(sorted(&text), sorted(EXPECTED), "\n{text}");
     }
 
     #[test]

@@ -1,60 +1,94 @@
-//! Bytes of the ring buffer → records. No `unsafe`, no panic: whatever comes is either a whole record of this layout
-//! or an error that says what it was.
+//! Bytes of a ring buffer → records, in terms of the domain ([`life`](super::life)).
+//!
+//! Sentinels, tags and byte orders end here. There is no `unsafe` and no panic: input is either a whole record of
+//! this layout or an error that says what was found.
 
-use std::fmt;
+use std::{fmt, net::Ipv6Addr};
 
 use bytes::Bytes;
-use tcpclose_common::record::{Connection, Header, Owner, Process, StackCopy, VERSION, tag};
+use tcpclose_common::{
+    record::{
+        Address, Connection, Header, MAX_STEPS, Owner, Process, StackCopy, UNKNOWN_U32, UNKNOWN_U64, VERSION,
+        direction, first_move, holder, holds, reset_after, role, tag,
+    },
+    tcp::{shutdown, sock_flag, task_flag},
+};
 use zerocopy::FromBytes;
 
+use super::life::{
+    Act, End, Endpoints, FirstMove, Follows, Holder, Life, Path, Reset, Sample, Side, SocketId, Task,
+};
+use crate::tcp::{Direction, Endpoint, Family, Role, State};
+
 /// A record of the kernel half.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Record {
-    /// A connection's end is over.
-    Close(Box<Connection>),
-    /// A RST was sent or received.
-    Reset(Box<Connection>),
-    /// The owner of a socket that had ended before.
-    Owner(Owner),
-    /// A socket in a state of the teardown, as it is now.
-    Lingering(Box<Connection>),
-    /// A process not seen before.
-    Process(Process),
+    /// One end of a connection is over.
+    Close(Box<Life>),
+    /// A RST was sent or received: the socket at that moment, and the RST.
+    Reset(Box<Life>, Reset),
+    /// A task closed the descriptor of a socket that had already ended.
+    Closer(SocketId, Task),
+    /// A task has a descriptor of a socket that has already ended.
+    StillOpen(SocketId, Task),
+    /// A task has this descriptor of a socket whose holders were asked for.
+    Descriptor(SocketId, Task, u32),
+    /// A socket in a teardown state, as it is now.
+    Stuck(Box<Life>),
+    /// A process touched a socket for the first time.
+    Process(NewProcess),
     /// A copy of a user stack, and its bytes.
     Stack(StackCopy, Bytes),
 }
 
-/// Bytes that are not a record.
+/// A process, or a new program image of a known one, that touched a socket for the first time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NewProcess {
+    /// Process id in the initial pid namespace.
+    pub pid: u32,
+    /// Address of its `mm_struct`.
+    pub mm: u64,
+}
+
+/// Why bytes are not a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DecodeError {
-    /// Shorter than a header.
+    /// They are shorter than a header. The value is their length.
     Short(usize),
-    /// Of another layout.
+    /// They have another layout version.
     Version(u16),
-    /// Of no known kind.
+    /// Their tag is unknown.
     Tag(u16),
-    /// Not as long as its kind is, or not as long as its header says.
+    /// Their length is not that of their tag, or not the one in their header.
     Length {
-        /// Of which kind.
+        /// The tag.
         tag: u16,
-        /// Bytes that there were.
+        /// Length found, bytes.
         found: usize,
-        /// Bytes that there should have been.
+        /// Length needed, bytes.
         expected: usize,
+    },
+    /// A field has a value that this version does not know.
+    Value {
+        /// The field.
+        field: &'static str,
+        /// Its value.
+        value: u32,
     },
 }
 
 impl fmt::Display for DecodeError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Short(length) => write!(f, "a record of {length} bytes, shorter than a header"),
+            Self::Short(length) => write!(f, "a record of {length} bytes is shorter than its header"),
             Self::Version(version) => {
-                write!(f, "a record of layout version {version}, this is version {VERSION}")
+                write!(f, "a record has layout version {version}; this build reads version {VERSION}")
             }
-            Self::Tag(tag) => write!(f, "a record of unknown kind {tag}"),
+            Self::Tag(tag) => write!(f, "a record has the unknown tag {tag}"),
             Self::Length { tag, found, expected } => {
-                write!(f, "a record of kind {tag} with {found} bytes in place of {expected}")
+                write!(f, "a record with tag {tag} has {found} bytes instead of {expected}")
             }
+            Self::Value { field, value } => write!(f, "a record has the unknown value {value} in {field}"),
         }
     }
 }
@@ -70,15 +104,23 @@ pub fn decode(bytes: &Bytes) -> Result<Record, DecodeError> {
     if header.version != VERSION {
         return Err(DecodeError::Version(header.version));
     }
-    match header.tag {
-        tag::CLOSE => whole(header, bytes).map(Box::new).map(Record::Close),
-        tag::RESET => whole(header, bytes).map(Box::new).map(Record::Reset),
-        tag::LINGERING => whole(header, bytes).map(Box::new).map(Record::Lingering),
-        tag::OWNER => whole(header, bytes).map(Record::Owner),
-        tag::PROCESS => whole(header, bytes).map(Record::Process),
-        tag::STACK => stack(header, bytes),
-        unknown => Err(DecodeError::Tag(unknown)),
-    }
+    Ok(match header.tag {
+        tag::CLOSE => Record::Close(Box::new(life(&whole(header, bytes)?)?)),
+        tag::LINGERING => Record::Stuck(Box::new(life(&whole(header, bytes)?)?)),
+        tag::RESET => {
+            let connection: Connection = whole(header, bytes)?;
+            let unknown =
+                DecodeError::Value { field: "reset.direction", value: u32::from(connection.reset.direction) };
+            Record::Reset(Box::new(life(&connection)?), reset(&connection).ok_or(unknown)?)
+        }
+        tag::OWNER => owner(&whole(header, bytes)?)?,
+        tag::PROCESS => {
+            let process: Process = whole(header, bytes)?;
+            Record::Process(NewProcess { pid: process.pid, mm: process.mm })
+        }
+        tag::STACK => stack(header, bytes)?,
+        unknown => return Err(DecodeError::Tag(unknown)),
+    })
 }
 
 fn whole<T: FromBytes>(header: Header, bytes: &[u8]) -> Result<T, DecodeError> {
@@ -89,7 +131,182 @@ fn whole<T: FromBytes>(header: Header, bytes: &[u8]) -> Result<T, DecodeError> {
     T::read_from_bytes(bytes).map_err(|_| wrong)
 }
 
-/// A stack's bytes have the rest of the record, or a part of that.
+fn life(connection: &Connection) -> Result<Life, DecodeError> {
+    let ended = connection.ended != 0;
+    let moved = (connection.moved != 0).then_some(connection.moved);
+    let by = match connection.first_move {
+        first_move::LOCAL => Some(Side::Local),
+        first_move::PEER => Some(Side::Peer),
+        _ => None,
+    };
+    // The jiffies were read with the sample: at the end, or, before it, when the RST went.
+    let read_at = if ended { connection.ended } else { connection.reset.at };
+    Ok(Life {
+        id: SocketId { address: connection.sock, born: connection.born },
+        endpoints: endpoints(&connection.endpoints),
+        cookie: (connection.cookie != 0).then_some(connection.cookie),
+        role: match connection.role {
+            role::CLIENT => Some(Role::Client),
+            role::SERVER => Some(Role::Server),
+            _ => None,
+        },
+        established: (connection.established != 0).then_some(connection.established),
+        path: path(connection),
+        state: State::from_kernel(connection.last_state),
+        inode: (connection.inode != 0).then_some(connection.inode),
+        opener: task(&connection.opener),
+        actor: task(&connection.actor),
+        holder: match (connection.holder_kind, task(&connection.holder)) {
+            (holder::DESCRIPTOR, Some(task)) => Some(Holder::Descriptor(task)),
+            (holder::LISTENER, Some(task)) => Some(Holder::Listener(task)),
+            _ => None,
+        },
+        first_move: (by.is_some() || moved.is_some()).then(|| FirstMove {
+            by,
+            at: moved,
+            sample: sample(&connection.at_move),
+        }),
+        sample: sample(&connection.at_end),
+        jiffies: (connection.jiffies != 0 && read_at != 0).then_some((connection.jiffies, read_at)),
+        end: if ended { Some(end(connection)?) } else { None },
+        reset: reset(connection),
+    })
+}
+
+fn end(connection: &Connection) -> Result<End, DecodeError> {
+    let flags = (connection.sock_flags != UNKNOWN_U64).then_some(connection.sock_flags);
+    Ok(End {
+        at: connection.ended,
+        error: (connection.error != i32::MIN).then_some(connection.error),
+        shut_down: connection.shutdown == shutdown::BOTH,
+        locked: connection.owned != 0,
+        orphan: flags.map(|flags| flags & sock_flag::DEAD != 0),
+        linger_zero: flags.is_some_and(|flags| flags & sock_flag::LINGER != 0) && connection.linger == 0,
+        no_fin_wait2: connection.no_fin_wait2 != 0,
+        reset_follows: match connection.reset_after {
+            reset_after::NEVER => None,
+            reset_after::SYSCALL => Some(Follows::InSyscall),
+            reset_after::SOFTIRQ => Some(Follows::InSoftirq),
+            value => return Err(DecodeError::Value { field: "reset_after", value: u32::from(value) }),
+        },
+    })
+}
+
+/// The RST of a connection; `None` if there was none.
+fn reset(connection: &Connection) -> Option<Reset> {
+    let reset = &connection.reset;
+    let direction = match reset.direction {
+        direction::SENT => Direction::Sent,
+        direction::RECEIVED => Direction::Received,
+        _ => return None,
+    };
+    let received = |ttl: u8| (direction == Direction::Received && ttl != 0).then_some(ttl);
+    Some(Reset {
+        at: reset.at,
+        direction,
+        reason: known(reset.reason),
+        state: State::from_kernel(reset.state),
+        answer: reset.answer != 0,
+        ambiguous: reset.ambiguous != 0,
+        ttl: received(reset.ttl),
+        handshake_ttl: received(reset.handshake_ttl),
+    })
+}
+
+fn owner(owner: &Owner) -> Result<Record, DecodeError> {
+    let unknown = |field, value| DecodeError::Value { field, value };
+    let id = SocketId { address: owner.sock, born: owner.born };
+    let task = task(&owner.task).ok_or(unknown("owner.task.pid", 0))?;
+    Ok(match owner.holds {
+        holds::CLOSED => Record::Closer(id, task),
+        holds::OPEN => Record::StillOpen(id, task),
+        holds::ASKED => Record::Descriptor(id, task, owner.fd),
+        value => return Err(unknown("owner.holds", value)),
+    })
+}
+
+/// A task; `None` for process id 0, which stands for nobody.
+fn task(task: &tcpclose_common::record::Task) -> Option<Task> {
+    let act = if task.flags & task_flag::EXITING != 0 {
+        // wait(2): the low seven bits are the signal. PF_SIGNALED is also set on the siblings of an exit_group().
+        match task.exit_code & 0x7f {
+            0 => Act::Exit,
+            signal => Act::Signal(signal),
+        }
+    } else if task.flags & task_flag::IO_WORKER != 0 {
+        Act::IoWorker
+    } else if task.syscall == -1 {
+        Act::Unknown
+    } else {
+        Act::Syscall(task.syscall.into())
+    };
+    (task.pid != 0).then(|| Task {
+        pid: task.pid,
+        tid: (task.tid != 0).then_some(task.tid),
+        uid: task.uid,
+        comm: task.comm,
+        mm: task.mm,
+        act,
+        user_stack: (task.user_stack != 0).then_some(task.user_stack),
+        kernel_stack: (task.kernel_stack != 0).then_some(task.kernel_stack),
+    })
+}
+
+fn sample(sample: &tcpclose_common::record::Sample) -> Sample {
+    let bytes_sent = (sample.bytes_sent != UNKNOWN_U64).then_some(sample.bytes_sent);
+    let bytes_received = (sample.bytes_received != UNKNOWN_U64).then_some(sample.bytes_received);
+    // The kernel sets both times when the connection is established, so they mean nothing before the first byte.
+    let since = |bytes: Option<u64>, ago: u32| known(ago).filter(|_| bytes.is_some_and(|bytes| bytes != 0));
+    Sample {
+        bytes_sent,
+        bytes_received,
+        retransmits: known(sample.retransmits),
+        rtt_us: known(sample.rtt_us).filter(|rtt| *rtt != 0),
+        unread: known(sample.unread),
+        unacknowledged: known(sample.unacknowledged),
+        sent_ago: since(bytes_sent, sample.sent_ago),
+        received_ago: since(bytes_received, sample.received_ago),
+        user_timeout: known(sample.user_timeout).filter(|millis| *millis != 0),
+        recv_queue: known(sample.untaken),
+    }
+}
+
+fn path(connection: &Connection) -> Path {
+    let length = usize::from(connection.steps).min(MAX_STEPS);
+    let steps = connection.states.iter().zip(connection.times).take(length);
+    let mut path: Path = steps.filter_map(|(state, at)| Some((State::from_kernel(*state)?, at))).collect();
+    path.began_before = connection.found != 0;
+    path
+}
+
+/// An end of which neither the address nor the port is known is `None`.
+fn endpoints(ends: &tcpclose_common::record::Endpoints) -> Endpoints {
+    let end = |address: Address, port: u16| {
+        (address != [0; 4] || port != 0).then(|| Endpoint { address: ip(address).to_canonical(), port })
+    };
+    let (local, remote) = (end(ends.local, ends.local_port), end(ends.remote, ends.remote_port));
+    let family = match remote.or(local) {
+        Some(end) if ends.family != 0 => {
+            Some(if end.address.is_ipv4() { Family::Ipv4 } else { Family::Ipv6 })
+        }
+        _ => None,
+    };
+    Endpoints { family, local, remote, netns: known(ends.netns) }
+}
+
+fn ip(address: Address) -> Ipv6Addr {
+    let mut octets = [0; 16];
+    for (to, word) in octets.chunks_exact_mut(4).zip(address) {
+        to.copy_from_slice(&word.to_ne_bytes());
+    }
+    octets.into()
+}
+
+fn known(value: u32) -> Option<u32> {
+    (value != UNKNOWN_U32).then_some(value)
+}
+
+/// The stack's bytes take the rest of the record, or a part of it.
 fn stack(header: Header, bytes: &Bytes) -> Result<Record, DecodeError> {
     let (found, expected) = (bytes.len(), usize::try_from(header.length).unwrap_or(usize::MAX));
     let wrong = DecodeError::Length { tag: header.tag, found, expected };
@@ -104,39 +321,177 @@ fn stack(header: Header, bytes: &Bytes) -> Result<Record, DecodeError> {
 
 #[cfg(test)]
 mod tests {
-    use tcpclose_common::record::Task;
+    use std::net::Ipv4Addr;
+
+    use tcpclose_common::{
+        record::{self, Sample as WireSample, Task as WireTask},
+        tcp::state,
+    };
     use zerocopy::{FromZeros as _, IntoBytes};
 
     use super::*;
 
-    fn owner() -> Owner {
+    fn wire_owner() -> Owner {
         let length = u32::try_from(size_of::<Owner>()).unwrap();
         Owner {
             header: Header { tag: tag::OWNER, version: VERSION, length },
             sock: 1,
             born: 2,
-            task: Task { pid: 3, ..Task::NONE },
-            holds: 0,
+            task: WireTask { pid: 3, ..WireTask::NONE },
+            holds: holds::CLOSED,
             fd: 0,
         }
     }
 
-    #[test]
-    fn whole_records() {
-        let mut connection = Connection::NEW;
-        for (kind, wrap) in
-            [(tag::CLOSE, Record::Close as fn(Box<Connection>) -> Record), (tag::RESET, Record::Reset)]
-        {
-            connection.header.tag = kind;
-            let bytes = Bytes::copy_from_slice(connection.as_bytes());
-            assert_eq!(decode(&bytes), Ok(wrap(Box::new(connection))));
+    fn decoded(mut connection: Connection, tag: u16) -> Result<Record, DecodeError> {
+        connection.header.tag = tag;
+        decode(&Bytes::copy_from_slice(connection.as_bytes()))
+    }
+
+    fn closed(connection: Connection) -> Life {
+        match decoded(connection, tag::CLOSE) {
+            Ok(Record::Close(life)) => *life,
+            other => panic!("{other:?}"),
         }
-        assert_eq!(decode(&Bytes::copy_from_slice(owner().as_bytes())), Ok(Record::Owner(owner())));
+    }
+
+    #[test]
+    fn nothing_known_is_none_everywhere() {
+        let life = closed(Connection::NEW);
+        assert_eq!(life.sample, Sample::default());
+        assert_eq!(
+            (life.cookie, life.role, life.established, life.state, life.inode),
+            (None, None, None, None, None)
+        );
+        assert_eq!((life.opener, life.actor, life.holder), (None, None, None));
+        assert_eq!((life.first_move, life.end, life.reset, life.jiffies), (None, None, None, None));
+        assert_eq!((life.endpoints, life.path), (Endpoints::default(), Path::EMPTY));
+    }
+
+    #[test]
+    fn an_end_has_its_facts() {
+        let end = closed(Connection { ended: 10, jiffies: 5, ..Connection::NEW });
+        assert_eq!(end.jiffies, Some((5, 10)));
+        let unknown = end.end.unwrap();
+        assert_eq!((unknown.error, unknown.orphan, unknown.linger_zero), (None, None, false));
+        let lingers = Connection {
+            ended: 10,
+            error: 0,
+            sock_flags: sock_flag::LINGER,
+            linger: 0,
+            shutdown: shutdown::BOTH,
+            reset_after: reset_after::SOFTIRQ,
+            ..Connection::NEW
+        };
+        let end = closed(lingers).end.unwrap();
+        assert_eq!(
+            (end.error, end.orphan, end.linger_zero, end.shut_down),
+            (Some(0), Some(false), true, true)
+        );
+        assert_eq!(end.reset_follows, Some(Follows::InSoftirq));
+        let timeout = closed(Connection { linger: 500, ..lingers }).end.unwrap();
+        assert!(!timeout.linger_zero);
+    }
+
+    #[test]
+    fn what_a_task_was_doing() {
+        let act = |flags, exit_code, syscall| {
+            task(&WireTask { pid: 7, flags, exit_code, syscall, ..WireTask::NONE }).unwrap().act
+        };
+        // What an exiting task slept in says nothing, and neither does PF_SIGNALED (0x400), which exit_group() sets on
+        // the threads that it wakes.
+        assert_eq!(act(task_flag::EXITING, 0x300, 202), Act::Exit);
+        assert_eq!(act(task_flag::EXITING | 0x400, 0x300, 202), Act::Exit);
+        assert_eq!(act(task_flag::EXITING, 9, 3), Act::Signal(9));
+        assert_eq!(act(task_flag::EXITING, 0x8b, -1), Act::Signal(11), "0x80 says that it dumped core");
+        assert_eq!(act(task_flag::IO_WORKER, 0, 3), Act::IoWorker);
+        assert_eq!(act(0, 0, 3), Act::Syscall(3));
+        assert_eq!(act(0, 0, -1), Act::Unknown);
+        assert_eq!(task(&WireTask::NONE), None);
+    }
+
+    #[test]
+    fn times_of_data_need_data() {
+        let wire = WireSample {
+            bytes_sent: 0,
+            bytes_received: 1,
+            sent_ago: 5,
+            received_ago: 7,
+            rtt_us: 0,
+            user_timeout: 0,
+            ..WireSample::UNKNOWN
+        };
+        let sample = sample(&wire);
+        assert_eq!((sample.sent_ago, sample.received_ago), (None, Some(7)));
+        assert_eq!((sample.bytes_sent, sample.rtt_us, sample.user_timeout), (Some(0), None, None));
+    }
+
+    #[test]
+    fn a_first_move_before_the_trace_has_no_time() {
+        let found = Connection { found: 1, first_move: first_move::PEER, ..Connection::NEW };
+        let first = closed(found).first_move.unwrap();
+        assert_eq!((first.by, first.at), (Some(Side::Peer), None));
+    }
+
+    #[test]
+    fn states_that_do_not_exist_are_left_out() {
+        let mut connection = Connection { steps: u8::MAX, ..Connection::NEW };
+        connection.states[..3].copy_from_slice(&[state::ESTABLISHED, 99, state::CLOSE]);
+        connection.times[..3].copy_from_slice(&[1, 2, 3]);
+        assert_eq!(closed(connection).path.steps(), [(State::Established, 1), (State::Close, 3)]);
+    }
+
+    #[test]
+    fn a_reset_needs_a_direction() {
+        let error = decoded(Connection::NEW, tag::RESET).unwrap_err();
+        assert_eq!(error, DecodeError::Value { field: "reset.direction", value: 0 });
+        let mut connection = Connection::NEW;
+        (connection.reset.direction, connection.reset.at, connection.reset.ttl) = (direction::SENT, 4, 64);
+        let Ok(Record::Reset(life, reset)) = decoded(connection, tag::RESET) else { panic!() };
+        assert_eq!((life.reset, reset.ttl), (Some(reset), None), "the TTL of a RST that this host sent");
+        connection.reset.direction = direction::RECEIVED;
+        let Ok(Record::Reset(_, reset)) = decoded(connection, tag::RESET) else { panic!() };
+        assert_eq!((reset.ttl, reset.handshake_ttl), (Some(64), None));
+    }
+
+    #[test]
+    fn mapped_addresses_are_ipv4() {
+        let words = |text: &str| -> Address {
+            let octets = text.parse::<Ipv6Addr>().unwrap().octets();
+            std::array::from_fn(|word| u32::from_ne_bytes(octets[word * 4..][..4].try_into().unwrap()))
+        };
+        let mut wire = Connection::NEW.endpoints;
+        assert_eq!(endpoints(&wire), Endpoints::default());
+        wire.family = 10;
+        wire.local = record::mapped(u32::from(Ipv4Addr::new(10, 0, 0, 1)).to_be());
+        wire.remote = words("::ffff:10.0.0.2");
+        (wire.local_port, wire.remote_port) = (80, 4711);
+        let ends = endpoints(&wire);
+        assert_eq!(ends.family, Some(Family::Ipv4));
+        assert_eq!(ends.local.unwrap().address.to_string(), "10.0.0.1");
+        assert_eq!(ends.remote.unwrap().address.to_string(), "10.0.0.2");
+        wire.remote = words("fd00::2");
+        assert_eq!(endpoints(&wire).family, Some(Family::Ipv6));
+    }
+
+    #[test]
+    fn what_an_owner_has_to_do_with_the_socket() {
+        let with = |holds, pid| {
+            let wire = wire_owner();
+            let task = WireTask { pid, ..wire.task };
+            decode(&Bytes::copy_from_slice(Owner { task, holds, fd: 9, ..wire }.as_bytes()))
+        };
+        let id = SocketId { address: 1, born: 2 };
+        assert!(matches!(with(holds::CLOSED, 3), Ok(Record::Closer(socket, _)) if socket == id));
+        assert!(matches!(with(holds::OPEN, 3), Ok(Record::StillOpen(socket, _)) if socket == id));
+        assert!(matches!(with(holds::ASKED, 3), Ok(Record::Descriptor(socket, _, 9)) if socket == id));
+        assert!(matches!(with(77, 3), Err(DecodeError::Value { field: "owner.holds", value: 77 })));
+        assert!(matches!(with(holds::CLOSED, 0), Err(DecodeError::Value { field: "owner.task.pid", .. })));
     }
 
     #[test]
     fn every_wrong_length_is_named() {
-        let bytes = Bytes::copy_from_slice(owner().as_bytes());
+        let bytes = Bytes::copy_from_slice(wire_owner().as_bytes());
         for length in 0..bytes.len() {
             let error = decode(&bytes.slice(..length)).unwrap_err();
             if length < size_of::<Header>() {
@@ -150,9 +505,8 @@ mod tests {
         longer.push(0);
         assert!(matches!(decode(&longer.into()), Err(DecodeError::Length { .. })));
     }
-
     #[test]
-    fn a_stack_has_the_bytes_that_it_says() {
+    fn a_stack_has_the_bytes_that_its_header_promises() {
         let mut copy = StackCopy::new_zeroed();
         copy.header = Header { tag: tag::STACK, version: VERSION, length: 72 + 16 };
         copy.bytes = 8;
@@ -167,7 +521,7 @@ mod tests {
 
     #[test]
     fn a_header_that_lies_about_its_length() {
-        let mut lying = owner();
+        let mut lying = wire_owner();
         lying.header.length += 8;
         let error = decode(&Bytes::copy_from_slice(lying.as_bytes())).unwrap_err();
         assert!(matches!(error, DecodeError::Length { .. }), "{error}");
@@ -175,7 +529,7 @@ mod tests {
 
     #[test]
     fn unknown_kinds_and_versions() {
-        let mut unknown = owner();
+        let mut unknown = wire_owner();
         unknown.header.tag = 77;
         assert_eq!(decode(&Bytes::copy_from_slice(unknown.as_bytes())), Err(DecodeError::Tag(77)));
         unknown.header.version = VERSION + 1;

@@ -14,6 +14,8 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
+use crate::kernel::handle::KernelHalf;
+
 /// How long records may gather before they are read. The contract promises them within a quarter of a second, and the
 /// correlator may hold one back for a second read.
 pub const GATHER: Duration = Duration::from_millis(100);
@@ -35,13 +37,12 @@ pub fn poll<T: AsFd + AsRawFd>(owner: T, interest: Interest) -> io::Result<Async
 pub struct Ring(AsyncFd<RingBuf<MapData>>);
 
 impl Ring {
-    /// Takes the map `name` out of the loaded object. Must be called in a tokio runtime.
+    /// Takes the map `name` out of the kernel half. Must be called in a tokio runtime.
     ///
     /// # Errors
     /// There is no such ring buffer, or it cannot be mapped.
-    pub fn take(ebpf: &mut aya::Ebpf, name: &str) -> Result<Self> {
-        let map = ebpf.take_map(name).with_context(|| format!("the object has no map {name}"))?;
-        let ring = RingBuf::try_from(map).with_context(|| format!("cannot map the ring buffer {name}"))?;
+    pub fn new(kernel: &mut KernelHalf, name: &str) -> Result<Self> {
+        let ring = kernel.take_map(name)?;
         poll(ring, Interest::READABLE)
             .map(Self)
             .with_context(|| format!("cannot wait for the ring buffer {name}"))
@@ -57,7 +58,7 @@ impl Ring {
         Ok(())
     }
 
-    /// Takes the next records out, in order; nothing when the ring is empty. All share one buffer.
+    /// Takes the next records out, in order; none when the ring is empty. They share one buffer.
     pub fn batch(&mut self) -> Vec<Bytes> {
         let ring = self.0.get_mut();
         // The last record may reach over the end; it makes the buffer grow once.
@@ -82,42 +83,42 @@ impl AsFd for Ring {
 
 /// The ring of records, read a batch at a time.
 ///
-/// We tell the kernel half that we are about to sleep, and it wakes us for the next record. Then comes a pause in which
-/// records gather unnoticed; a second wake-up within it means that the ring is filling up. We sleep when a read has found
-/// nothing.
+/// The reader tells the kernel half that it is about to sleep, and the next record wakes it. It then pauses while records
+/// gather without waking it; a second wake-up within the pause means that the ring is filling up. It sleeps once a read
+/// has found nothing.
 pub struct Records {
     ring: Ring,
-    /// The kernel half's word on whether we sleep.
-    sleeps: Array<MapData, u32>,
-    /// When to read, once something is known to be there.
+    /// Set by the reader when it is about to sleep, cleared by the kernel half when it wakes it.
+    wakeup_requested: Array<MapData, u32>,
+    /// When to read, once the ring is known to hold something.
     due: Option<Instant>,
     /// Whether the first wake-up of this pause has come.
     woken: bool,
 }
 
 impl Records {
-    /// Takes the maps that it needs out of the loaded object. Must be called in a tokio runtime.
+    /// Takes the maps that it needs out of the kernel half. Must be called in a tokio runtime.
     ///
     /// # Errors
-    /// Those of [`Ring::take`].
-    pub fn take(ebpf: &mut aya::Ebpf) -> Result<Self> {
-        let sleeps = ebpf.take_map("READER").context("the object has no map READER")?;
-        let sleeps = sleeps.try_into().context("READER is not what it should be")?;
-        let mut records = Self { ring: Ring::take(ebpf, "RECORDS")?, sleeps, due: None, woken: false };
-        records.ask_to_be_woken()?;
+    /// Those of [`Ring::new`].
+    pub fn new(kernel: &mut KernelHalf) -> Result<Self> {
+        let wakeup_requested = kernel.take_map("READER")?;
+        let ring = Ring::new(kernel, "RECORDS")?;
+        let mut records = Self { ring, wakeup_requested, due: None, woken: false };
+        records.request_wakeup()?;
         Ok(records)
     }
 
-    /// Asks for a wake-up at the next record. To be called before the ring is read, not after: what comes between the
-    /// last look at the ring and this call would wake nobody.
+    /// Requests a wake-up at the next record. Call it before the ring is read, not after: a record that arrives between
+    /// the last read and this call would wake nobody.
     ///
     /// # Errors
     /// The kernel refuses to change the map.
-    pub fn ask_to_be_woken(&mut self) -> Result<()> {
-        self.sleeps.set(0, 1, 0).context("cannot tell the kernel half that we sleep")
+    pub fn request_wakeup(&mut self) -> Result<()> {
+        self.wakeup_requested.set(0, 1, 0).context("cannot request a wake-up from the kernel half")
     }
 
-    /// Waits until there is a batch worth reading. Safe to cancel: a pause that has begun goes on with the next call.
+    /// Waits until there is a batch worth reading. Safe to cancel: a pause that has begun continues with the next call.
     ///
     /// # Errors
     /// Those of [`Ring::readable`].
@@ -143,15 +144,16 @@ impl Records {
         Ok(())
     }
 
-    /// Reads again after a pause though the kernel may stay silent, because something is held back.
+    /// Reads again after a pause even if the kernel stays silent, because something is held back.
     pub fn read_again_soon(&mut self) {
         self.due.get_or_insert_with(|| Instant::now() + GATHER);
     }
 
-    /// See [`Ring::batch`]. What was found has one more read follow.
+    /// The next records, as [`Ring::batch`] returns them. A batch that is not empty is followed by one more read.
     ///
-    /// It may have come after we asked to be woken. Its wake-up is spent then, and void: the ring, asked whether there is
-    /// something to read, says no (`ringbuf_map_poll_kern()` in `kernel/bpf/ringbuf.c`). Nothing would wake us any more.
+    /// Its records may have arrived after the wake-up was requested. Their wake-up is then spent without effect: when the
+    /// ring is polled, it says that there is nothing to read (`ringbuf_map_poll_kern()` in `kernel/bpf/ringbuf.c`), and
+    /// nothing else would wake the reader.
     pub fn batch(&mut self) -> Vec<Bytes> {
         let batch = self.ring.batch();
         if !batch.is_empty() {

@@ -58,10 +58,14 @@ impl Clock {
         Time(Timestamp::now())
     }
 
-    /// Milliseconds that `jiffies` are. `seen` is a moment at which `jiffies64` and boot time were both read.
-    pub fn jiffies_to_millis(&mut self, jiffies: u32, seen: (u64, u64)) -> f64 {
-        let hz = *self.hz.get_or_insert_with(|| hz(seen.0, i128::from(seen.1) - self.suspended));
-        f64::from(jiffies) * 1000.0 / f64::from(hz)
+    /// Learns how many jiffies a second has from a moment at which `jiffies64` and `CLOCK_BOOTTIME` were both read.
+    pub fn learn_hz(&mut self, jiffies64: u64, boot: u64) {
+        self.hz.get_or_insert_with(|| hz(jiffies64, i128::from(boot) - self.suspended));
+    }
+
+    /// Milliseconds that `jiffies` last; `None` as long as [`Self::learn_hz`] was not called.
+    pub fn jiffies_to_millis(&self, jiffies: u32) -> Option<f64> {
+        Some(f64::from(jiffies) * 1000.0 / f64::from(self.hz?))
     }
 }
 

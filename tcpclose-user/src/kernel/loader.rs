@@ -21,9 +21,12 @@ use tcpclose_common::{
 
 use crate::{
     failure::Failure,
-    kernel::hooks::{AcceptHook, HOOKS, Hook, Kind, Need, Variant, When},
-    kernel::privilege,
-    kernel::{TypeFacts, arguments, btf, lockdown, tracefs},
+    kernel::{
+        ResetReasons, TypeFacts, arguments, btf,
+        handle::{KernelHalf, Outcome},
+        hooks::{AcceptHook, HOOKS, Hook, Kind, Need, Variant, When},
+        lockdown, privilege, tracefs,
+    },
 };
 
 /// The BPF object that `build.rs` found, or nothing.
@@ -124,51 +127,6 @@ impl Request {
     }
 }
 
-/// The kernel half at work. Dropping it detaches everything.
-pub struct Loaded {
-    /// Programs, links and maps.
-    pub ebpf: Ebpf,
-    /// Names of `enum sk_rst_reason` by number; empty on kernels without.
-    pub reset_reasons: BTreeMap<i64, String>,
-    /// Whether the kernel lets these programs ask for a socket's cookie.
-    pub has_cookie: bool,
-    /// Whether it gives them the registers that a task entered it with.
-    pub has_registers: bool,
-    /// Descriptors of programs whose skipped runs are losses: those without an understudy.
-    pub guarded: Vec<RawFd>,
-    /// What became of each hook that was wanted.
-    pub hooks: Vec<Outcome>,
-    /// What is lost on this kernel with these privileges, a sentence each.
-    pub losses: Vec<String>,
-}
-
-/// What became of a hook.
-pub struct Outcome {
-    /// Which.
-    pub hook: &'static Hook,
-    /// The variant that works; `None` if none does.
-    pub variant: Option<&'static Variant>,
-    /// The variants that were tried before, and why they do not.
-    pub refused: Vec<(&'static Variant, String)>,
-}
-
-impl Outcome {
-    /// Why the variants do not work that do not.
-    fn why(&self) -> String {
-        let said: Vec<_> =
-            self.refused.iter().map(|(variant, why)| format!("{}: {why}", variant.kind.name())).collect();
-        said.join("; ")
-    }
-}
-
-impl Loaded {
-    /// Whether this program is there, to be run or attached.
-    pub fn has(&self, program: &str) -> bool {
-        let variants = self.hooks.iter().filter_map(|outcome| outcome.variant);
-        variants.flat_map(|variant| variant.programs).any(|(name, _)| *name == program)
-    }
-}
-
 /// What is known of the running kernel before anything is loaded.
 struct Kernel {
     structs: StructOffsets,
@@ -210,7 +168,7 @@ impl Kernel {
 ///
 /// # Errors
 /// A privilege is missing, the kernel lacks what nothing can be traced without, or it refuses a program.
-pub fn load(request: &Request) -> Result<Loaded> {
+pub fn load(request: &Request) -> Result<KernelHalf> {
     if OBJECT.is_empty() {
         return Err(Failure {
             failed: "this build of tcpclose has no kernel half".to_owned(),
@@ -353,7 +311,7 @@ fn attach(
     params: &Params,
     layouts: Layouts,
     untyped: Option<&str>,
-) -> Result<Loaded> {
+) -> Result<KernelHalf> {
     let mut ebpf = prepare(request, kernel, params, &layouts)?;
     let mut losses = privilege::losses();
     losses.extend(kernel.losses.iter().cloned());
@@ -410,15 +368,12 @@ fn attach(
     let reset_reasons =
         if kernel.reset_reasons.is_empty() { layouts.reset_reasons } else { kernel.reset_reasons.clone() };
     let guarded = guarded(&ebpf, &hooks);
-    Ok(Loaded {
-        ebpf,
-        reset_reasons,
-        has_cookie: params.has_cookie_helper != 0,
-        has_registers: params.has_pt_regs_helper != 0,
-        guarded,
-        hooks,
-        losses,
-    })
+    let mut half = KernelHalf::new(ebpf, hooks, guarded);
+    half.reset_reasons = ResetReasons(reset_reasons);
+    half.has_cookie = params.has_cookie_helper != 0;
+    half.has_registers = params.has_pt_regs_helper != 0;
+    half.losses = losses;
+    Ok(half)
 }
 
 /// Whether a program can tell where the current task's user stack is, and whether it has one.

@@ -6,6 +6,7 @@ pub mod btf;
 pub mod clock;
 pub mod facts;
 pub mod format;
+pub mod handle;
 pub mod hooks;
 pub mod loader;
 pub mod lockdown;
@@ -20,6 +21,17 @@ use tcpclose_common::offsets::{ArgumentOffsets, StructOffsets};
 
 use self::btf::Btf;
 use self::offsets::Missing;
+
+/// The names of the running kernel's `enum sk_rst_reason`, by number. Empty on kernels that give no reasons.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ResetReasons(pub BTreeMap<i64, String>);
+
+impl ResetReasons {
+    /// The kernel's name of a reason.
+    pub fn name(&self, number: Option<u32>) -> Option<&str> {
+        self.0.get(&i64::from(number?)).map(String::as_str)
+    }
+}
 
 /// Everything that is read out of BTF, in one go.
 #[derive(Debug)]

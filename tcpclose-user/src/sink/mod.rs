@@ -10,6 +10,7 @@ use crate::event::Event;
 pub(crate) mod examples;
 mod json;
 pub mod losses;
+pub mod report;
 pub mod summary;
 mod text;
 
@@ -72,13 +73,17 @@ pub enum Written {
 pub struct Output {
     sink: Box<dyn Sink + Send>,
     lines: u64,
+    /// Lines that are in the sink's buffer.
+    buffered: u64,
+    /// Lines that could not be written because nobody reads any more.
+    unwritten: u64,
     reader_gone: bool,
 }
 
 impl Output {
     /// Writes to `sink`.
     pub fn new(sink: impl Sink + Send + 'static) -> Self {
-        Self { sink: Box::new(sink), lines: 0, reader_gone: false }
+        Self { sink: Box::new(sink), lines: 0, buffered: 0, unwritten: 0, reader_gone: false }
     }
 
     /// Writes to `writer`, in colour only if `palette` has any. `details` is [`Text`]'s.
@@ -104,9 +109,11 @@ impl Output {
     /// A line that could not be written does not use up its number.
     pub fn write(&mut self, mut event: Event) -> io::Result<Written> {
         if self.reader_gone {
+            self.unwritten += 1;
             return Ok(Written::ReaderGone);
         }
         event.set_seq(self.lines + 1);
+        self.buffered += 1;
         let result = self.sink.write(&event);
         let written = self.judge(result)?;
         if written == Written::Yes {
@@ -121,7 +128,16 @@ impl Output {
             return Ok(Written::ReaderGone);
         }
         let result = self.sink.flush();
-        self.judge(result)
+        let written = self.judge(result)?;
+        if written == Written::Yes {
+            self.buffered = 0;
+        }
+        Ok(written)
+    }
+
+    /// How many lines could not be written because nobody reads any more.
+    pub fn unwritten(&self) -> u64 {
+        self.unwritten
     }
 
     /// How many events were written.
@@ -134,6 +150,7 @@ impl Output {
             Ok(()) => Ok(Written::Yes),
             Err(error) if error.kind() == ErrorKind::BrokenPipe => {
                 self.reader_gone = true;
+                self.unwritten += std::mem::take(&mut self.buffered);
                 Ok(Written::ReaderGone)
             }
             Err(error) => Err(error),

@@ -325,8 +325,11 @@ impl Facts {
 
     fn process(&mut self, process: Option<&Process>) {
         let Some(process) = process else { return };
-        // The others acted on this socket or obtained it themselves; of these two it was only concluded.
-        if matches!(process.attribution, Attribution::Listener | Attribution::Procfs) {
+        // The others acted on this socket or obtained it themselves; these were only found to have it.
+        if matches!(
+            process.attribution,
+            Attribution::Listener | Attribution::Descriptors | Attribution::Procfs
+        ) {
             self.add("owner from", process.attribution);
         }
         // As long as `docker ps` shows it.

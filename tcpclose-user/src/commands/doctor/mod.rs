@@ -19,9 +19,12 @@ use tcpclose_common::{offsets::StructOffsets, params::Params};
 use crate::{
     kernel::facts::{FACTS, Sources},
     kernel::hooks::{AcceptHook, HOOKS, Hook, Kind, Need, Variant},
-    kernel::loader::{self, BtfSource, Loaded, Request},
     kernel::privilege::{self, PRIVILEGES},
     kernel::{TypeFacts, arguments, btf::Btf, tracefs},
+    kernel::{
+        handle::KernelHalf,
+        loader::{self, BtfSource, Request},
+    },
     sink::Format,
 };
 
@@ -217,7 +220,7 @@ fn capability(privilege: &privilege::Privilege) -> Finding {
 }
 
 /// What became of a hook when all were attached.
-fn rehearsed(hook: &'static Hook, loaded: &Loaded) -> HookFinding {
+fn rehearsed(hook: &'static Hook, loaded: &KernelHalf) -> HookFinding {
     let outcome = loaded.hooks.iter().find(|outcome| std::ptr::eq(outcome.hook, hook));
     let taken = outcome.and_then(|outcome| outcome.variant);
     let variants = hook.variants.iter().map(|variant| {
@@ -312,13 +315,13 @@ fn outlook(variant: &Variant, types: Option<&Btf<'_>>) -> String {
     outlook.to_owned()
 }
 
-fn sources(facts: Option<&TypeFacts>, loaded: Option<&Loaded>) -> Sources {
+fn sources(facts: Option<&TypeFacts>, loaded: Option<&KernelHalf>) -> Sources {
     Sources {
         members: facts.map_or(StructOffsets::ABSENT, |facts| facts.offsets),
         registers_helper: loaded.map(|loaded| loaded.has_registers),
         cookie_helper: loaded.map(|loaded| loaded.has_cookie),
         reset_reasons: match (loaded, facts) {
-            (Some(loaded), _) => Some(!loaded.reset_reasons.is_empty()),
+            (Some(loaded), _) => Some(!loaded.reset_reasons.0.is_empty()),
             (None, facts) => facts.map(|facts| !facts.reset_reasons.is_empty()),
         },
         other_processes: privilege::has(Capability::CAP_SYS_PTRACE) && privilege::in_initial_pid_namespace(),

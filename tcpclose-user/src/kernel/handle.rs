@@ -1,0 +1,233 @@
+//! The loaded kernel half: owns its programs, links and maps, and lends what other modules need of them.
+
+use std::{io, os::fd::RawFd};
+
+use anyhow::{Context as _, Result};
+use aya::{
+    Ebpf, RawTracePointRunOptions, TestRun as _,
+    maps::{HashMap, Map, PerCpuArray},
+    programs::{Iter, RawTracePoint},
+};
+use tcpclose_common::{counters::Counters, record::Connection};
+
+use super::{
+    ResetReasons,
+    hooks::{Hook, Variant},
+    privilege,
+};
+use crate::attribute::pace::Pace;
+
+/// Program that looks through all descriptors (`hooks/inventory.rs` of the kernel half).
+const INVENTORY: &str = "inventory";
+
+/// Program that reads one socket (`hooks/look.rs` of the kernel half).
+const INSPECT: &str = "look";
+
+/// The kernel half at work. Dropping it detaches everything.
+pub struct KernelHalf {
+    ebpf: Ebpf,
+    /// Names of `enum sk_rst_reason`; empty on kernels without.
+    pub reset_reasons: ResetReasons,
+    /// Whether the kernel lets these programs read a socket's cookie.
+    pub has_cookie: bool,
+    /// Whether the kernel gives them the registers that a task entered it with.
+    pub has_registers: bool,
+    /// What became of each hook that was asked for.
+    pub hooks: Vec<Outcome>,
+    /// What is lost on this kernel with these privileges, a sentence each.
+    pub losses: Vec<String>,
+    /// Descriptors of programs whose skipped runs are losses, because no second copy takes over.
+    guarded: Vec<RawFd>,
+    /// Whether the inventory can be run.
+    has_inventory: bool,
+    /// Keeps the inventory from taking more than a tenth of a CPU.
+    pace: Pace,
+}
+
+/// What became of a hook.
+pub struct Outcome {
+    /// Which.
+    pub hook: &'static Hook,
+    /// The variant that works; `None` if none does.
+    pub variant: Option<&'static Variant>,
+    /// The variants that were tried before it, and why they do not work.
+    pub refused: Vec<(&'static Variant, String)>,
+}
+
+impl Outcome {
+    /// Why the refused variants do not work, in one line.
+    pub fn why(&self) -> String {
+        let reasons: Vec<_> =
+            self.refused.iter().map(|(variant, why)| format!("{}: {why}", variant.kind.name())).collect();
+        reasons.join("; ")
+    }
+
+    fn has(&self, program: &str) -> bool {
+        self.variant.is_some_and(|variant| variant.programs.iter().any(|(name, _)| *name == program))
+    }
+}
+
+impl KernelHalf {
+    /// Takes over an object whose programs have been loaded and attached. `guarded` are descriptors of programs.
+    pub(super) fn new(ebpf: Ebpf, hooks: Vec<Outcome>, guarded: Vec<RawFd>) -> Self {
+        let has_inventory = hooks.iter().any(|outcome| outcome.has(INVENTORY));
+        Self {
+            ebpf,
+            reset_reasons: ResetReasons::default(),
+            has_cookie: false,
+            has_registers: false,
+            hooks,
+            losses: Vec::new(),
+            guarded,
+            has_inventory,
+            pace: Pace::default(),
+        }
+    }
+
+    /// Takes a map out, for the one module that uses it.
+    ///
+    /// # Errors
+    /// The object has no such map, or it is of another type.
+    pub fn take_map<T: TryFrom<Map, Error: std::error::Error + Send + Sync + 'static>>(
+        &mut self,
+        name: &str,
+    ) -> Result<T> {
+        let map = self.ebpf.take_map(name).with_context(|| format!("the object has no map {name}"))?;
+        map.try_into().with_context(|| format!("the map {name} has an unexpected type or cannot be mapped"))
+    }
+
+    /// The log of the programs.
+    ///
+    /// # Errors
+    /// The object has no log.
+    pub fn logger(&mut self) -> Result<aya_log::EbpfLogger<&'static dyn log::Log>> {
+        aya_log::EbpfLogger::init(&mut self.ebpf).context("the programs have no log")
+    }
+
+    /// Whether sockets that stay in a teardown state can be inspected.
+    pub fn can_inspect(&self) -> bool {
+        self.hooks.iter().any(|outcome| outcome.has(INSPECT))
+    }
+
+    /// Whether the kernel lets descriptors be looked through with an iterator.
+    pub fn can_search_descriptors(&self) -> bool {
+        self.has_inventory
+    }
+
+    /// Whether a search covers every process of the host. An iterator shows the processes of the pid namespace that it is
+    /// read in.
+    pub fn searches_whole_host(&self) -> bool {
+        self.has_inventory && privilege::in_initial_pid_namespace()
+    }
+
+    /// Records every TCP socket that is open now. Two passes, because the role of a connection depends on whether there is
+    /// a listener, whose process may come later in the order of processes.
+    pub fn find_older_sockets(&mut self) {
+        for _ in 0..2 {
+            self.search_descriptors();
+        }
+    }
+
+    /// Looks through all descriptors for the owners of sockets that ended without a known one. Returns whether it did: not
+    /// every time, if that takes long on this host. What is found is in the ring afterwards.
+    pub fn search_owners(&mut self) -> bool {
+        let mut pace = self.pace;
+        let searched = self.has_inventory && pace.look(|| self.search_descriptors()).is_some();
+        self.pace = pace;
+        searched
+    }
+
+    /// Looks through all descriptors. What the programs find is in `CONNECTIONS` and in the ring afterwards.
+    pub fn search_descriptors(&mut self) {
+        if self.has_inventory
+            && let Err(error) = run_iterator(&mut self.ebpf)
+        {
+            log::warn!("cannot look through all descriptors, will not try again: {error:#}");
+            self.has_inventory = false;
+        }
+    }
+
+    /// Reads the socket at `address`, if it is still in a teardown state, into a record in the ring. The inventory pass
+    /// numbered `pass` will then report its holders. Returns whether the program could be run.
+    pub fn inspect(&self, address: u64, pass: u16) -> bool {
+        let result = self.run_inspect(address, pass);
+        if let Err(error) = &result {
+            log::warn!("cannot inspect a socket: {error:#}");
+        }
+        result.is_ok()
+    }
+
+    fn run_inspect(&self, address: u64, pass: u16) -> Result<()> {
+        let program: &RawTracePoint =
+            self.ebpf.program(INSPECT).context("the object has no such program")?.try_into()?;
+        let mut options = RawTracePointRunOptions::new();
+        options.args[..2].copy_from_slice(&[address, u64::from(pass)]);
+        program.test_run(options)?;
+        Ok(())
+    }
+
+    /// What the kernel half has counted, on all CPUs together.
+    pub fn counters(&self) -> Counters {
+        let counters =
+            self.ebpf.map("COUNTERS").and_then(|map| PerCpuArray::<_, Counters>::try_from(map).ok());
+        let Some(cpus) = counters.and_then(|counters| counters.get(&0, 0).ok()) else {
+            return Counters::default();
+        };
+        cpus.iter().fold(Counters::default(), |sum, cpu| sum.plus(cpu))
+    }
+
+    /// How many runs the kernel skipped of programs that have no second copy, because they were running on that CPU
+    /// already. Counted by kernels from 5.12 on; 0 before, where nothing keeps them from running.
+    pub fn skipped_runs(&self) -> u64 {
+        self.guarded.iter().map(|fd| skipped_runs(*fd)).sum()
+    }
+
+    /// How many sockets the table of connections holds.
+    pub fn connections(&self) -> u64 {
+        self.connection_table().map_or(0, |table| table.keys().flatten().count() as u64)
+    }
+
+    /// Whether a live connection was opened or acted on by a process that `is_ours` accepts.
+    pub fn any_alive(&self, is_ours: impl Fn(u32) -> bool) -> bool {
+        let ours = |pid: u32| pid != 0 && is_ours(pid);
+        self.connection_table().is_some_and(|table| {
+            table.iter().flatten().any(|(_, connection)| {
+                connection.ended == 0 && (ours(connection.opener.pid) || ours(connection.actor.pid))
+            })
+        })
+    }
+
+    fn connection_table(&self) -> Option<HashMap<&aya::maps::MapData, u64, Connection>> {
+        self.ebpf.map("CONNECTIONS").and_then(|map| map.try_into().ok())
+    }
+}
+
+/// Runs the iterator. Its program runs once for each descriptor while the iterator's file, which has no content, is read.
+fn run_iterator(ebpf: &mut Ebpf) -> Result<()> {
+    let program: &mut Iter =
+        ebpf.program_mut(INVENTORY).context("the object has no such program")?.try_into()?;
+    let link = program.attach().context("cannot attach the iterator")?;
+    let mut file = program.take_link(link)?.into_file().context("cannot open the iterator")?;
+    io::copy(&mut file, &mut io::sink()).context("cannot run the iterator")?;
+    Ok(())
+}
+
+fn skipped_runs(program: RawFd) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{program}")).unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("recursion_misses:"));
+    line.and_then(|number| number.trim().parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd as _;
+
+    use super::*;
+
+    #[test]
+    fn a_file_that_is_no_program_skips_nothing() {
+        let file = std::fs::File::open("/proc/self/stat").unwrap();
+        assert_eq!(skipped_runs(file.as_raw_fd()), 0);
+        assert_eq!(skipped_runs(-1), 0);
+    }
+}

@@ -1,0 +1,137 @@
+//! The last stage: decides which events are reported, writes them, and counts them for the summary.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+
+use super::{Output, Written, human_millis, summary::Summary};
+use crate::{
+    commands::child::Followed,
+    event::{Event, LostPlace},
+    filter::Filter,
+};
+
+/// Whether to go on.
+#[must_use]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Going {
+    /// There may be more to report.
+    On,
+    /// The count given with `--count` is reached, or nobody reads the output any more.
+    Done,
+}
+
+/// Reports events that the filters let through.
+pub struct Report {
+    filter: Filter,
+    /// With `-- COMMAND`: its processes.
+    followed: Option<Followed>,
+    output: Output,
+    /// How many events `--count` still lets through.
+    left: Option<u64>,
+    events: u64,
+    summary: Summary,
+}
+
+impl Report {
+    /// Writes to `output` what `filter` lets through, `count` events at most; with `followed`, only those of its
+    /// processes.
+    pub fn new(filter: Filter, followed: Option<Followed>, output: Output, count: Option<u64>) -> Self {
+        Self { filter, followed, output, left: count, events: 0, summary: Summary::default() }
+    }
+
+    /// The processes of the command, with `-- COMMAND`.
+    pub fn followed(&self) -> Option<&Followed> {
+        self.followed.as_ref()
+    }
+
+    /// Whether the count given with `--count` is reached.
+    pub fn is_full(&self) -> bool {
+        self.left == Some(0)
+    }
+
+    /// How many events could not be written because nobody reads the output any more.
+    pub fn unwritten(&self) -> u64 {
+        self.output.unwritten()
+    }
+
+    /// Writes an event and counts it, if the filters let it through.
+    ///
+    /// # Errors
+    /// The output cannot be written.
+    pub fn event(&mut self, event: Event) -> Result<Going> {
+        if !self.wants(&event) {
+            return Ok(Going::On);
+        }
+        self.summary.add(&event);
+        if self.output.write(event).context("cannot write to the standard output")? == Written::ReaderGone {
+            return Ok(Going::Done);
+        }
+        self.events += 1;
+        if let Some(left) = &mut self.left {
+            *left -= 1;
+        }
+        Ok(if self.is_full() { Going::Done } else { Going::On })
+    }
+
+    /// Counts the event of a socket that is still stuck when the trace ends.
+    ///
+    /// # Errors
+    /// None; the signature is that of [`Self::event`].
+    #[expect(clippy::needless_pass_by_value, clippy::unnecessary_wraps, reason = "stands in for `event`")]
+    pub fn still_stuck(&mut self, event: Event) -> Result<Going> {
+        if self.wants(&event) {
+            self.summary.add_lingering(&event);
+        }
+        Ok(Going::On)
+    }
+
+    /// Writes an event that says what was lost. It does not count as an event, and no filter applies to it.
+    ///
+    /// # Errors
+    /// The output cannot be written.
+    pub fn lost(&mut self, lost: Event) -> Result<()> {
+        let _ = self.output.write(lost).context("cannot write to the standard output")?;
+        Ok(())
+    }
+
+    /// Hands on all that was written.
+    ///
+    /// # Errors
+    /// The output cannot be written.
+    pub fn flush(&mut self) -> Result<Going> {
+        match self.output.flush().context("cannot write to the standard output")? {
+            Written::Yes => Ok(Going::On),
+            Written::ReaderGone => Ok(Going::Done),
+        }
+    }
+
+    /// Writes the summary of a trace to stderr: how long it took, what it lost, and whether some stacks lack callers.
+    pub fn summarize(&self, took: Duration, lost: &[(LostPlace, u64)], lacks_callers: bool) {
+        eprint!("{}", self.summary);
+        if lacks_callers {
+            eprintln!(
+                "tcpclose: some stacks end at the system call, because their programs keep no frame pointers; \
+                 `--call-graph dwarf` follows them without"
+            );
+        }
+        let lost: Vec<_> = lost
+            .iter()
+            .map(|(place, count)| format!("{} {count}", place.to_string().replace('_', " ")))
+            .collect();
+        eprintln!(
+            "tcpclose: {} events in {}; lost: {}",
+            self.events,
+            human_millis(took.as_secs_f64() * 1000.0),
+            lost.join(", ")
+        );
+    }
+
+    fn wants(&self, event: &Event) -> bool {
+        let is_followed = self
+            .followed
+            .as_ref()
+            .is_none_or(|followed| event.process().is_some_and(|process| followed.contains(process.pid)));
+        is_followed && self.filter.wants(event)
+    }
+}
