@@ -154,7 +154,7 @@ impl Pipeline {
             }
         });
         for ending in ready {
-            if self.end(ending)? == Going::Done {
+            if self.end(&ending)? == Going::Done {
                 return Ok(Going::Done);
             }
         }
@@ -188,7 +188,7 @@ impl Pipeline {
                     }
                 };
                 if let Some(ending) = complete
-                    && self.end(ending)? == Going::Done
+                    && self.end(&ending)? == Going::Done
                 {
                     return Ok(Going::Done);
                 }
@@ -215,7 +215,7 @@ impl Pipeline {
     }
 
     /// Reports an ending.
-    fn end(&mut self, ending: Ending) -> Result<Going> {
+    fn end(&mut self, ending: &Ending) -> Result<Going> {
         let claim = ending.late_owner.as_ref().map(|owner| match owner {
             LateOwner::Closed(task) => Claim::Closed(task),
             LateOwner::Holds(task) => Claim::Holds(task),
@@ -223,7 +223,7 @@ impl Pipeline {
         let life = &ending.life;
         let process = self.attributor.owner(life, claim, ending.unheld);
         let looked_up = LookedUp { process, opener: self.opener(life), stack: self.stack(life.own_actor()) };
-        let events = self.composer.ending(&ending, looked_up);
+        let events = self.composer.ending(ending, looked_up);
         if ending.is_end {
             for task in [life.opener, life.actor].into_iter().flatten() {
                 self.stacks.release(task.user_stack.unwrap_or(0));

@@ -320,6 +320,7 @@ fn stack(header: Header, bytes: &Bytes) -> Result<Record, DecodeError> {
 }
 
 #[cfg(test)]
+#[expect(clippy::large_types_passed_by_value, reason = "wire records are built with the update syntax")]
 mod tests {
     use std::net::Ipv4Addr;
 

@@ -170,6 +170,7 @@ pub struct Sample {
 
 /// How a socket came to CLOSE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "the kernel's flags are independent of each other")]
 pub struct End {
     /// When, nanoseconds of `CLOCK_BOOTTIME`.
     pub at: u64,

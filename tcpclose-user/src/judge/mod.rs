@@ -97,6 +97,11 @@ fn closed_by(life: &Life) -> Option<ClosedBy> {
 }
 
 #[cfg(test)]
+#[expect(
+    clippy::needless_pass_by_value,
+    clippy::large_stack_arrays,
+    reason = "lives are built by functions that change one and hand it on"
+)]
 mod tests {
     use super::*;
     use crate::ingest::life::{

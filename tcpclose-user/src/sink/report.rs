@@ -78,7 +78,7 @@ impl Report {
     ///
     /// # Errors
     /// None; the signature is that of [`Self::event`].
-    #[expect(clippy::needless_pass_by_value, clippy::unnecessary_wraps, reason = "stands in for `event`")]
+    #[expect(clippy::needless_pass_by_value, reason = "stands in for `event`")]
     pub fn still_stuck(&mut self, event: Event) -> Result<Going> {
         if self.wants(&event) {
             self.summary.add_lingering(&event);
