@@ -1,0 +1,221 @@
+//! The place where measurements run: a network namespace and a folder of their own, and BPF statistics switched on.
+
+use std::{
+    env,
+    fs::{self, File},
+    io::{BufRead, BufReader},
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::command::{self, line};
+
+const STATS: &str = "/proc/sys/kernel/bpf_stats_enabled";
+
+pub(crate) struct Bed {
+    name: String,
+    folder: PathBuf,
+    /// Number of the network namespace, as the tool reports it.
+    pub(crate) inode: u64,
+    load: PathBuf,
+    janitor: Child,
+}
+
+/// Waits until nobody holds the other end of its input any more, and then puts things back. Its arguments: the
+/// namespace, the folder, the old setting, and the setting's file.
+const JANITOR: &str =
+    r#"trap "" HUP INT TERM; cat; ip netns delete "$1" 2>/dev/null; rm -r "$2"; echo "$3" >"$4""#;
+
+impl Bed {
+    pub(crate) fn lay(load: &Path) -> Result<Self> {
+        let name = format!("tcpclose-bench-{}", std::process::id());
+        let folder = env::temp_dir().join(&name);
+        let stats = fs::read_to_string(STATS)
+            .with_context(|| format!("cannot read {STATS}, which enables statistics of BPF programs"))?;
+        fs::create_dir(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        // A separate process, so that it cleans up however this one ends, by Ctrl-C for example.
+        let mut janitor = Command::new("sh");
+        janitor.args(["-c", JANITOR, "sh", &name]).arg(&folder).args([stats.trim(), STATS]);
+        let janitor = janitor.stdin(Stdio::piped()).spawn().context("cannot start sh")?;
+        fs::write(STATS, "1").with_context(|| format!("cannot write to {STATS}"))?;
+        let mut bed = Self { name, folder, inode: 0, load: load.to_owned(), janitor };
+        bed.renew()?;
+        // Whatever the first connections have to wait for is not part of the first round.
+        bed.churn(Extent::Seconds(1), Ends::Rst)?;
+        Ok(bed)
+    }
+
+    /// Replaces the network namespace by a new one, in which no `TIME_WAIT` sockets of an earlier phase are left.
+    pub(crate) fn renew(&mut self) -> Result<()> {
+        if self.inode != 0 {
+            command::run(Command::new("ip").args(["netns", "delete", &self.name]))?;
+        }
+        command::run(Command::new("ip").args(["netns", "add", &self.name]))?;
+        self.inode = fs::metadata(Path::new("/run/netns").join(&self.name))?.ino();
+        command::run(Command::new("ip").args(["-n", &self.name, "link", "set", "lo", "up"]))?;
+        let range = "net.ipv4.ip_local_port_range=1024 65535";
+        let mut sysctl = Command::new("ip");
+        sysctl.args(["netns", "exec", &self.name, "sysctl", "--quiet", "--write", range]);
+        command::run(&mut sysctl)
+    }
+
+    /// The load generator, to be run in the namespace.
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut load = Command::new("ip");
+        load.args(["netns", "exec", &self.name]).arg(&self.load).args(arguments);
+        load.stdin(Stdio::null());
+        load
+    }
+
+    /// Runs the load generator to its end; returns its report.
+    pub(crate) fn load(&self, arguments: &[&str]) -> Result<Value> {
+        let mut load = self.command(arguments);
+        let output = load.stderr(Stdio::inherit()).output().context("cannot start ip")?;
+        ensure!(output.status.success(), "this command failed ({}): {}", output.status, line(&load));
+        serde_json::from_slice(&output.stdout).with_context(|| {
+            format!("the load generator printed {:?}", String::from_utf8_lossy(&output.stdout))
+        })
+    }
+
+    /// Opens and closes connections.
+    pub(crate) fn churn(&self, extent: Extent, ends: Ends) -> Result<Churn> {
+        let (option, number) = match extent {
+            Extent::Seconds(seconds) => ("--seconds", u64::from(seconds)),
+            Extent::Connections(connections) => ("--connections", connections),
+        };
+        let number = number.to_string();
+        let mut arguments = vec!["churn", option, &number];
+        arguments.extend((ends == Ends::Fin).then_some("--fin"));
+        Ok(serde_json::from_value(self.load(&arguments)?)?)
+    }
+
+    /// Opens connections and holds them until the result is dropped. With `half_closed`, each leaves a socket in
+    /// `CLOSE_WAIT`.
+    pub(crate) fn hold(&self, connections: u64, half_closed: bool) -> Result<Held> {
+        let mut held = Held { children: Vec::new(), connections: 0 };
+        // One process may hold fewer than asked for, by its limit of open files.
+        while held.connections < connections {
+            let more = (connections - held.connections).to_string();
+            let mut arguments = vec!["open", "--connections", &more];
+            arguments.extend(half_closed.then_some("--half-closed"));
+            let mut child = self
+                .command(&arguments)
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .context("cannot start ip")?;
+            let stdout = child.stdout.take();
+            held.children.push(child);
+            let mut report = String::new();
+            BufReader::new(stdout.context("the load generator has no output")?).read_line(&mut report)?;
+            let report: Value = serde_json::from_str(&report)
+                .with_context(|| format!("the load generator printed {report:?} instead of a report"))?;
+            let opened = report["connections"].as_u64().filter(|&opened| opened > 0);
+            held.connections += opened.context("the load generator opened no connection")?;
+        }
+        Ok(held)
+    }
+
+    /// A file in the folder.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// Creates a file in the folder that is written at its end, also after it was cut.
+    pub(crate) fn create(&self, name: &str) -> Result<File> {
+        let path = self.path(name);
+        // Not there the first time.
+        let _ = fs::remove_file(&path);
+        let file = File::options().create_new(true).append(true).open(&path);
+        file.with_context(|| format!("cannot create {}", path.display()))
+    }
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        drop(self.janitor.stdin.take());
+        // There is nothing that could be done about a failure.
+        let _ = self.janitor.wait();
+    }
+}
+
+/// How connections end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Ends {
+    /// With a RST that the client sends.
+    Rst,
+    /// With FINs, the client's first.
+    Fin,
+}
+
+impl Ends {
+    /// Lines that tcpclose writes about a connection: at each end a close, and a reset if there was one.
+    pub(crate) fn lines(self) -> u32 {
+        match self {
+            Self::Rst => 4,
+            Self::Fin => 2,
+        }
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Rst => "RST",
+            Self::Fin => "FIN",
+        }
+    }
+}
+
+/// How much load there is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Extent {
+    /// As many connections as can be made in so long.
+    Seconds(u32),
+    /// So many connections.
+    Connections(u64),
+}
+
+/// Report of the load generator on connections that it opened and closed.
+#[derive(Clone, Copy, Deserialize)]
+pub(crate) struct Churn {
+    pub(crate) connections: u32,
+    pub(crate) seconds: f64,
+    /// The port that accepted them.
+    pub(crate) port: u16,
+}
+
+impl Churn {
+    /// Connections a second.
+    pub(crate) fn rate(&self) -> f64 {
+        f64::from(self.connections) / self.seconds
+    }
+}
+
+/// Processes that hold connections; they end, and close them, when this is dropped.
+pub(crate) struct Held {
+    children: Vec<Child>,
+    pub(crate) connections: u64,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        for child in &mut self.children {
+            drop(child.stdin.take());
+        }
+        for child in &mut self.children {
+            // There is nothing that could be done about a failure.
+            let _ = child.wait();
+        }
+    }
+}
+
+/// MiB of memory that programs could still use.
+pub(crate) fn available_memory() -> Result<f64> {
+    let text = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
+    let kib = super::tool::field(&text, "MemAvailable").and_then(|value| value.strip_suffix(" kB"));
+    Ok(kib.context("/proc/meminfo has no MemAvailable")?.parse::<f64>()? / 1024.0)
+}

@@ -1,0 +1,107 @@
+//! What a tool wrote: lines of the load's connections, and what it says it lost.
+
+use std::io::BufRead;
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+
+use super::tool::Kind;
+
+/// Totals of a tool's output.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Totals {
+    /// Lines about the load's connections.
+    pub(crate) written: u64,
+    /// Events that it reports as lost.
+    pub(crate) lost: u64,
+    /// Stacks that it reports as lost; the events were written.
+    pub(crate) lost_stacks: u64,
+}
+
+/// The fields of a line of tcpclose that are needed here.
+#[derive(Deserialize)]
+struct Line<'a> {
+    event: &'a str,
+    connection: Option<Connection>,
+    count: Option<u64>,
+    #[serde(rename = "where")]
+    place: Option<&'a str>,
+}
+
+#[derive(Deserialize)]
+struct Connection {
+    netns: Option<u64>,
+}
+
+impl Totals {
+    /// Adds up what a tool wrote. The load's connections are known by their network namespace, or, as tcplife does
+    /// not report that, by the port that accepted them.
+    pub(crate) fn read(&mut self, kind: Kind, text: impl BufRead, netns: u64, port: u16) -> Result<()> {
+        for line in text.lines() {
+            let line = line.context("cannot read its output")?;
+            match kind {
+                // Messages to a person are no events.
+                Kind::Tcpclose if !line.starts_with('{') => {}
+                Kind::Tcpclose => {
+                    let line: Line = serde_json::from_str(&line)
+                        .with_context(|| format!("it wrote a line that is no event: {line}"))?;
+                    match line {
+                        Line { event: "lost", count, place, .. } => {
+                            let lost =
+                                if place == Some("stacks") { &mut self.lost_stacks } else { &mut self.lost };
+                            *lost += count.context("a `lost` line has no count")?;
+                        }
+                        line => {
+                            let found = line.connection.and_then(|connection| connection.netns);
+                            self.written += u64::from(found == Some(netns));
+                        }
+                    }
+                }
+                Kind::Tcplife => {
+                    let words: Vec<_> = line.split_whitespace().collect();
+                    self.written += u64::from(words.contains(&&*port.to_string()));
+                    // libbpf's tools print `lost 12 events on CPU #0!`.
+                    if let ["lost" | "Lost", count, ..] = words[..] {
+                        self.lost += count.parse().unwrap_or(0);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_lines_of_the_load_count() {
+        let text = concat!(
+            r#"{"event":"close","connection":{"netns":7},"stack":null}"#,
+            "\n",
+            r#"{"event":"reset","connection":{"netns":7}}"#,
+            "\n",
+            r#"{"event":"close","connection":{"netns":8}}"#,
+            "\n",
+            r#"{"event":"lost","where":"ring","count":12}"#,
+            "\n",
+            r#"{"event":"lost","where":"stacks","count":3}"#,
+            "\nwarning: no BTF\n",
+        );
+        let mut totals = Totals::default();
+        totals.read(Kind::Tcpclose, text.as_bytes(), 7, 80).unwrap();
+        assert_eq!(totals, Totals { written: 2, lost: 12, lost_stacks: 3 });
+        assert!(totals.read(Kind::Tcpclose, &b"{\"event\":"[..], 7, 80).is_err());
+    }
+
+    #[test]
+    fn tcplife_is_read_by_its_columns() {
+        let text = "PID COMM LADDR LPORT RADDR RPORT TX_KB RX_KB MS\n\
+                    12 load 127.0.0.1 4000 127.0.0.2 80 0 0 0.1\n12 load 127.0.0.2 80 127.0.0.1 4000 0 0 0.1\n\
+                    13 sshd 10.0.0.1 22 10.0.0.2 5000 0 0 1\nlost 12 events on CPU #0!\n";
+        let mut totals = Totals::default();
+        totals.read(Kind::Tcplife, text.as_bytes(), 7, 80).unwrap();
+        assert_eq!(totals, Totals { written: 2, lost: 12, lost_stacks: 0 });
+    }
+}

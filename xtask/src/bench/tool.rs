@@ -1,0 +1,215 @@
+//! A tool that is being measured: tcpclose or tcplife, running.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    time::{clock_getcpuclockid, clock_gettime},
+    unistd::Pid,
+};
+
+use super::bed::Bed;
+use crate::command::line;
+
+/// How long anything may take that ends by itself. Nothing is measured against it.
+const PATIENCE: Duration = Duration::from_mins(2);
+
+/// A tool that has done nothing for so long has finished: longer than the time for which tcpclose lets records gather.
+const QUIET: Duration = Duration::from_millis(400);
+
+/// CPU time that counts as nothing while a tool is idle, for each look at it.
+const IDLE: Duration = Duration::from_micros(500);
+
+/// Whose tool it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Tcpclose,
+    Tcplife,
+}
+
+/// A running tool; killed on drop.
+pub(crate) struct Tracer {
+    child: Child,
+    process: PathBuf,
+    output: PathBuf,
+    errors: PathBuf,
+    /// From the start until every program was attached; known of tcpclose only.
+    pub(crate) ready: Option<Duration>,
+}
+
+/// Mounts tracefs for this process alone, unless it is there, and becomes the program.
+const WITH_TRACEFS: &str = r#"mount -t tracefs tracefs /sys/kernel/tracing 2>/dev/null; exec "$0" "$@""#;
+
+impl Tracer {
+    /// Starts a tool that writes to the file `output` in the bed's folder.
+    pub(crate) fn start(bed: &Bed, kind: Kind, words: &[String]) -> Result<Self> {
+        Self::start_with(bed, kind, words, bed.create("output")?.into())
+    }
+
+    /// Starts a tool; tcpclose is ready when this returns.
+    pub(crate) fn start_with(bed: &Bed, kind: Kind, words: &[String], output: Stdio) -> Result<Self> {
+        let [program, arguments @ ..] = words else { bail!("there is no command to start") };
+        let ready = bed.path("ready");
+        // Not there the first time.
+        let _ = fs::remove_file(&ready);
+        let mut tool = match kind {
+            Kind::Tcpclose => {
+                let mut tool = Command::new(program);
+                tool.arg("--ready-file").arg(&ready);
+                tool
+            }
+            Kind::Tcplife => {
+                // It needs tracefs in its usual place, and does not mount it as tcpclose does.
+                let mut unshare = Command::new("unshare");
+                unshare.args(["--mount", "sh", "-c", WITH_TRACEFS, program]);
+                unshare
+            }
+        };
+        tool.args(arguments).stdin(Stdio::null()).stdout(output).stderr(bed.create("errors")?);
+        let start = Instant::now();
+        let child = tool.spawn().with_context(|| format!("cannot start {}", line(&tool)))?;
+        let process = Path::new("/proc").join(child.id().to_string());
+        let (output, errors) = (bed.path("output"), bed.path("errors"));
+        let mut tracer = Self { child, process, output, errors, ready: None };
+        if kind == Kind::Tcpclose {
+            tracer.until("it is ready", Duration::from_micros(200), |_| Ok(ready.exists()))?;
+            tracer.ready = Some(start.elapsed());
+        }
+        Ok(tracer)
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits for something; an end of the tool is an error.
+    fn until(
+        &mut self,
+        what: &str,
+        every: Duration,
+        mut is_so: impl FnMut(&Self) -> Result<bool>,
+    ) -> Result<()> {
+        let start = Instant::now();
+        while !is_so(self)? {
+            if let Some(status) = self.child.try_wait()? {
+                let errors = fs::read_to_string(&self.errors).unwrap_or_default();
+                bail!("it ended by itself ({status}) and printed: {}", errors.trim());
+            }
+            ensure!(start.elapsed() < PATIENCE, "gave up after waiting {PATIENCE:?} until {what}");
+            thread::sleep(every);
+        }
+        Ok(())
+    }
+
+    /// Waits until it has programs loaded and has done nothing for a while.
+    pub(crate) fn settle(&mut self) -> Result<()> {
+        let mut last = (Duration::ZERO, 0, 0);
+        let mut since = Instant::now();
+        self.until("it is idle", Duration::from_millis(20), |tracer| {
+            let written = fs::metadata(&tracer.output).map_or(0, |output| output.len());
+            let now = (tracer.cpu()?, tracer.held("bpf-prog")?.len(), written);
+            if now.0.saturating_sub(last.0) > IDLE || (now.1, now.2) != (last.1, last.2) {
+                since = Instant::now();
+            }
+            last = now;
+            Ok(now.1 > 0 && since.elapsed() >= QUIET)
+        })
+    }
+
+    /// The CPU time of the whole process so far, user and system, threads that have ended included.
+    pub(crate) fn cpu(&self) -> Result<Duration> {
+        let pid = Pid::from_raw(i32::try_from(self.child.id())?);
+        let clock = clock_getcpuclockid(pid).context("its CPU clock cannot be found")?;
+        Ok(clock_gettime(clock).context("its CPU clock cannot be read")?.into())
+    }
+
+    /// `/proc/PID/fdinfo` of each descriptor of this kind that it holds.
+    pub(crate) fn held(&self, kind: &str) -> Result<Vec<String>> {
+        let folder = self.process.join("fd");
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))? {
+            let entry = entry?;
+            // A descriptor that is closed meanwhile is not held.
+            let Ok(target) = fs::read_link(entry.path()) else { continue };
+            if target.to_string_lossy() == format!("anon_inode:{kind}")
+                && let Ok(text) = fs::read_to_string(self.process.join("fdinfo").join(entry.file_name()))
+            {
+                found.push(text);
+            }
+        }
+        Ok(found)
+    }
+
+    /// MiB that it has in memory.
+    pub(crate) fn resident(&self) -> Result<f64> {
+        self.memory("VmRSS")
+    }
+
+    /// MiB that it had in memory at its peak, mapped rings included.
+    pub(crate) fn peak_resident(&self) -> Result<f64> {
+        self.memory("VmHWM")
+    }
+
+    /// MiB of its own: heap and stacks, without files and rings that it maps.
+    pub(crate) fn anonymous(&self) -> Result<f64> {
+        self.memory("RssAnon")
+    }
+
+    fn memory(&self, name: &str) -> Result<f64> {
+        let file = self.process.join("status");
+        let text = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+        let kib = field(&text, name).and_then(|value| value.strip_suffix(" kB"));
+        Ok(kib.with_context(|| format!("{} has no {name}", file.display()))?.parse::<f64>()? / 1024.0)
+    }
+
+    /// Ends it as Ctrl-C would, so that it writes what it still has.
+    pub(crate) fn stop(&mut self) -> Result<()> {
+        kill(Pid::from_raw(i32::try_from(self.child.id())?), Signal::SIGINT)?;
+        let start = Instant::now();
+        while self.child.try_wait()?.is_none() {
+            ensure!(start.elapsed() < PATIENCE, "it does not end {PATIENCE:?} after SIGINT");
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    /// Empties its output file.
+    pub(crate) fn cut_output(&self) -> Result<()> {
+        let file = File::options().write(true).open(&self.output);
+        file.and_then(|file| file.set_len(0)).with_context(|| format!("cannot cut {}", self.output.display()))
+    }
+}
+
+impl Drop for Tracer {
+    fn drop(&mut self) {
+        // It has ended already, unless something failed.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The value in a line `NAME:<tab>VALUE` of a file in `/proc`.
+pub(crate) fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    let value = |line: &'a str| line.strip_prefix(name)?.strip_prefix(':');
+    text.lines().find_map(value).map(str::trim)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_of_proc_are_found_by_their_whole_name() {
+        let text = "prog_tag:\t55f3\nprog_id:\t960\nVmHWM:\t    5120 kB\n";
+        assert_eq!(field(text, "prog_id"), Some("960"));
+        assert_eq!(field(text, "VmHWM"), Some("5120 kB"));
+        assert_eq!(field(text, "prog"), None);
+    }
+}
