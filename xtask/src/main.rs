@@ -57,6 +57,8 @@ enum Task {
     Lint,
     /// Measure what tracing costs, per connection
     Bench(bench::Args),
+    /// Write the test fixtures that are generated from source
+    Fixtures,
     /// Install what is missing, and say what is used
     Setup,
 }
@@ -85,6 +87,11 @@ fn start(task: Task) -> anyhow::Result<()> {
         }
         Task::Lint => lint::lint(&workspace, &tools::for_building()?),
         Task::Bench(args) => bench::bench(&workspace, &args),
+        Task::Fixtures => {
+            let mut test = workspace.cargo("test");
+            test.args(["--package", "tcpclose-user", "--lib", "members_c_is_generated"]);
+            command::run(test.env("TCPCLOSE_UPDATE_FIXTURES", "1"))
+        }
         Task::Setup => {
             let tools = tools::for_building()?;
             tools::for_testing()?;

@@ -10,6 +10,8 @@ pub mod handle;
 pub mod hooks;
 pub mod loader;
 pub mod lockdown;
+#[cfg(test)]
+mod members;
 pub mod offsets;
 pub mod privilege;
 pub mod tracefs;

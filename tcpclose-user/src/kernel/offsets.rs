@@ -26,7 +26,7 @@ impl fmt::Display for Missing {
 }
 
 /// A row of the table: field, path, size in bytes that the programs read.
-type Row = (&'static str, fn(&mut StructOffsets) -> &mut u16, &'static str, u64);
+pub(super) type Row = (&'static str, fn(&mut StructOffsets) -> &mut u16, &'static str, u64);
 
 macro_rules! rows {
     ($($field:ident = $path:literal, $size:literal;)*) => {
@@ -34,7 +34,7 @@ macro_rules! rows {
     };
 }
 
-const MEMBERS: &[Row] = rows! {
+pub(super) const MEMBERS: &[Row] = rows! {
     sk_family = "sock.__sk_common.skc_family", 2;
     sk_state = "sock.__sk_common.skc_state", 1;
     sk_rcv_saddr = "sock.__sk_common.skc_rcv_saddr", 4;

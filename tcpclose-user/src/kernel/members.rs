@@ -1,0 +1,152 @@
+//! Generates `fixtures/btf/members.c`, the C program by which bpftool knows what of a kernel's BTF the fixtures keep.
+
+use std::{collections::BTreeMap, env, fmt::Write as _, fs, path::Path};
+
+use super::offsets::MEMBERS;
+
+/// Members whose size alone does not give their kind: 8 bytes are a pointer unless listed here.
+const INTEGERS: [&str; 7] =
+    ["skc_flags", "sk_lingertime", "bytes_received", "bytes_sent", "bytes_retrans", "i_ino", "orig_ax"];
+/// Members that are structs, of any size.
+const STRUCTS: [&str; 5] = ["skc_cookie", "skc_v6_rcv_saddr", "skc_v6_daddr", "socket", "uid"];
+/// Members that are arrays of `char`.
+const ARRAYS: [&str; 1] = ["comm"];
+
+/// Members that are looked up elsewhere than in the table: path, and size in bytes.
+const OTHERS: [(&str, u64); 5] = [
+    // `socket_inode`: the whole of one member, and a member of the other.
+    ("socket_alloc.socket", 128),
+    ("socket_alloc.vfs_inode.i_ino", 8),
+    // `pt_regs_syscall`, on x86-64 and on arm64.
+    ("pt_regs.orig_ax", 8),
+    ("pt_regs.syscallno", 4),
+    // A bit-field, for the test `other_sizes_are_missing`.
+    ("sock.sk_kern_sock", 0),
+];
+
+/// What is needed besides members: sizes of types, the tracepoints' prototypes, and the reasons for a RST.
+const DECLARATIONS: &str = "\
+enum sk_rst_reason { SK_RST_REASON_NOT_SPECIFIED };
+union thread_union { unsigned long stack[1]; };
+struct irq_stack { char stack[1]; };
+
+typedef void (*btf_trace_inet_sock_set_state)(void *, const struct sock *, const int, const int);
+typedef void (*btf_trace_tcp_send_reset___2)(void *, const struct sock *, const struct sk_buff *);
+typedef void (*btf_trace_tcp_send_reset___3)(void *, const struct sock *, const struct sk_buff *,
+					     const enum sk_rst_reason);
+typedef void (*btf_trace_tcp_receive_reset)(void *, struct sock *);
+typedef void (*btf_trace_tcp_destroy_sock)(void *, struct sock *);
+";
+const STATEMENTS: &str = "	SIZE(struct pt_regs);
+	SIZE(union thread_union);
+	SIZE(struct irq_stack);
+	EXISTS(btf_trace_inet_sock_set_state);
+	EXISTS(btf_trace_tcp_send_reset___2);
+	EXISTS(btf_trace_tcp_send_reset___3);
+	EXISTS(btf_trace_tcp_receive_reset);
+	EXISTS(btf_trace_tcp_destroy_sock);
+	sum += __builtin_preserve_enum_value(*(enum sk_rst_reason *)SK_RST_REASON_NOT_SPECIFIED, ENUM_VALUE);
+";
+
+/// A struct by the names of its members, or a member that is no struct, by its size.
+enum Type {
+    Struct(BTreeMap<&'static str, Type>),
+    Leaf(u64),
+}
+
+/// The program. Its types are cut down to the members that are looked up; relocation goes by names, and by the kinds
+/// of types, not by sizes.
+fn members_c() -> String {
+    let paths = || MEMBERS.iter().map(|&(_, _, path, size)| (path, size)).chain(OTHERS);
+    let mut types = BTreeMap::new();
+    for (path, size) in paths() {
+        insert(&mut types, path, size);
+    }
+    let mut text = "\
+/* Generated from src/kernel/offsets.rs by `cargo xtask fixtures`. It touches, by CO-RE relocation, the kernel types
+ * that tcpclose looks up, so that `bpftool gen min_core_btf` keeps them and nothing else. See README.md. */
+#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+
+"
+    .to_owned();
+    for (name, members) in &types {
+        declare(&mut text, name, members, 0);
+    }
+    text += DECLARATIONS;
+    text += "
+#pragma clang attribute pop
+
+enum { BYTE_OFFSET = 0, TYPE_EXISTS = 0, TYPE_SIZE = 1, ENUM_VALUE = 1 };
+#define FIELD(type, member) sum += __builtin_preserve_field_info(((type *)0)->member, BYTE_OFFSET)
+#define EXISTS(type) sum += __builtin_preserve_type_info(*(type *)0, TYPE_EXISTS)
+#define SIZE(type) sum += __builtin_preserve_type_info(*(type *)0, TYPE_SIZE)
+
+__attribute__((section(\"raw_tp/members\"), used)) int members(void *context)
+{
+	unsigned long long sum = 0;
+
+";
+    for (path, _) in paths() {
+        if let Some((name, member)) = path.split_once('.') {
+            let _ = writeln!(text, "\tFIELD(struct {name}, {member});");
+        }
+    }
+    text + STATEMENTS + "	return (int)sum;\n}\n"
+}
+
+fn insert(members: &mut BTreeMap<&'static str, Type>, path: &'static str, size: u64) {
+    let Some((name, rest)) = path.split_once('.') else {
+        members.insert(path, Type::Leaf(size));
+        return;
+    };
+    let found = members.entry(name).or_insert_with(|| Type::Struct(BTreeMap::new()));
+    let Type::Struct(inner) = found else { panic!("{name} is a struct in one path, and none in another") };
+    insert(inner, rest, size);
+}
+
+fn declare(text: &mut String, name: &str, declared: &Type, depth: usize) {
+    let indent = "\t".repeat(depth);
+    let _ = match declared {
+        Type::Struct(members) => {
+            let _ = if depth == 0 {
+                writeln!(text, "struct {name} {{")
+            } else {
+                writeln!(text, "{indent}struct {{")
+            };
+            for (name, member) in members {
+                declare(text, name, member, depth + 1);
+            }
+            if depth == 0 { writeln!(text, "}};\n") } else { writeln!(text, "{indent}}} {name};") }
+        }
+        Type::Leaf(size) => match size {
+            _ if STRUCTS.contains(&name) => {
+                writeln!(text, "{indent}struct {{ char bytes[{size}]; }} {name};")
+            }
+            _ if ARRAYS.contains(&name) => writeln!(text, "{indent}char {name}[{size}];"),
+            8 if !INTEGERS.contains(&name) => writeln!(text, "{indent}void *{name};"),
+            8 => writeln!(text, "{indent}unsigned long long {name};"),
+            4 => writeln!(text, "{indent}unsigned int {name};"),
+            2 => writeln!(text, "{indent}unsigned short {name};"),
+            1 => writeln!(text, "{indent}unsigned char {name};"),
+            0 => writeln!(text, "{indent}unsigned char {name} : 1;"),
+            other => panic!("{name} has {other} bytes: list it with the structs or the arrays"),
+        },
+    };
+}
+
+/// The checked-in file names every member that is looked up. With `TCPCLOSE_UPDATE_FIXTURES` set, as by
+/// `cargo xtask fixtures`, the test writes the file.
+#[test]
+fn members_c_is_generated_from_the_table() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/btf/members.c");
+    let generated = members_c();
+    if env::var_os("TCPCLOSE_UPDATE_FIXTURES").is_some() {
+        fs::write(&path, &generated).unwrap();
+    }
+    let found = fs::read_to_string(&path).unwrap();
+    assert!(
+        found == generated,
+        "{} is not what src/kernel/offsets.rs gives; `cargo xtask fixtures` writes it",
+        path.display()
+    );
+}
