@@ -1,65 +1,113 @@
-//! Finds the container of a process in the text of its `/proc/PID/cgroup`.
+//! Identifies the container of a process from the text of its `/proc/PID/cgroup`.
 //!
-//! Runtimes put each container in a control group of its own and write the container's id into its name.
-//! There is no standard for that, so what is known here is what Docker, containerd, CRI-O, Podman and LXC do,
-//! with systemd's cgroup driver and without.
+//! Each container runtime creates a control group for each container and puts the container's id into the group's name.
+//! No standard says how. The patterns here are those of Docker, containerd, nerdctl, CRI-O, Podman, BuildKit, LXC,
+//! systemd-nspawn, Amazon ECS, Garden and Mesos, with systemd as the cgroup driver and with cgroupfs.
 
-/// What comes before the id in the name of a systemd scope.
-const SCOPES: [&str; 7] = ["docker", "cri-containerd", "crio", "libpod", "podman", "containerd", "nerdctl"];
+/// The part before the id in the name of a control group: `docker-ID.scope`, `libpod-ID`.
+const RUNTIMES: [&str; 8] =
+    ["docker", "cri-containerd", "crio", "libpod", "podman", "containerd", "nerdctl", "buildkit"];
 
-/// The id of the innermost container that a process is in, as its runtime prints it at full length; for LXC,
-/// which has no ids, the container's name. `None` if it is in none, and also if it is in one whose control
-/// groups cannot be seen from here (`0::/`).
+/// The id of the innermost container that a process is in, as its runtime prints it at full length; for LXC and
+/// systemd-nspawn, which have no ids, the container's name. `None` if the process is in no container, or if the
+/// container's control groups are not visible from this control group namespace (`0::/`).
 ///
 /// `cgroup` is the content of `/proc/PID/cgroup`: a line `number:controllers:path` for each hierarchy, with
 /// cgroup v1, v2 or both.
 pub fn id(cgroup: &str) -> Option<String> {
     let paths = || cgroup.lines().filter_map(|line| line.splitn(3, ':').nth(2).map(|path| (line, path)));
-    // On a hybrid system either may be the one that the runtime uses; the unified one is right where both
-    // are.
+    // On a hybrid system the runtime may use either; if both name a container, the unified hierarchy is right.
     let unified = paths().filter(|(line, _)| line.starts_with("0::"));
     let others = paths().filter(|(line, _)| !line.starts_with("0::"));
-    unified.chain(others).find_map(|(_, path)| id_in(path))
+    unified.chain(others).find_map(|(_, path)| id_in(path)).map(str::to_owned)
 }
 
 /// The innermost container in one path.
-fn id_in(path: &str) -> Option<String> {
+fn id_in(path: &str) -> Option<&str> {
     let segments: Vec<&str> = path.split('/').filter(|segment| !segment.is_empty()).collect();
-    (0..segments.len()).rev().find_map(|index| {
-        let parent = index.checked_sub(1).and_then(|before| segments.get(before)).copied();
-        segment_id(segments[index], parent, &segments[..index]).map(str::to_owned)
-    })
+    // The monitor of a container in a pod: `/libpod_parent/POD/conmon`. The pod's id would be taken for a container's.
+    if segments.last() == Some(&"conmon") {
+        return None;
+    }
+    (0..segments.len()).rev().find_map(|index| segment_id(segments[index], &segments[..index]))
 }
 
-fn segment_id<'a>(segment: &'a str, parent: Option<&str>, above: &[&str]) -> Option<&'a str> {
+/// The id in one segment of a path, if that is a container's group; `above` are the segments before it.
+fn segment_id<'a>(segment: &'a str, above: &[&str]) -> Option<&'a str> {
     if let Some(name) = segment.strip_prefix("lxc.payload.") {
         return (!name.is_empty()).then_some(name);
     }
-    if matches!(parent, Some("lxc" | "lxc.payload")) {
-        return Some(segment);
+    if let Some(name) = segment.strip_prefix("systemd-nspawn@").and_then(|rest| rest.strip_suffix(".service"))
+    {
+        return (!name.is_empty()).then_some(name);
     }
-    if let Some(scope) = segment.strip_suffix(".scope") {
-        // `libpod-conmon-ID.scope` is the monitor outside the container: its prefix is not in the list.
-        let (runtime, id) = scope.rsplit_once('-')?;
-        return (SCOPES.contains(&runtime) && is_id(id)).then_some(id);
+    match above.last() {
+        Some(&("lxc" | "lxc.payload")) => return Some(segment),
+        Some(&("garden" | "mesos")) if is_uuid(segment) => return Some(segment),
+        Some(&"buildkit") if is_buildkit_id(segment) => return Some(segment),
+        _ => {}
     }
-    // containerd told to use systemd's names without systemd: `kubepods-podUID.slice:cri-containerd:ID`.
+    // A driver for systemd that runs without it: `kubepods-podUID.slice:cri-containerd:ID`.
     if let Some((before, id)) = segment.rsplit_once(':') {
         let runtime = before.rsplit(':').next()?;
-        return (SCOPES.contains(&runtime) && is_id(id)).then_some(id);
+        return is_named(runtime, id).then_some(id);
     }
-    // Sixty-four digits are an id wherever they are; fewer could be anything's, unless a runtime's group is
-    // above.
+    let name = segment.strip_suffix(".scope").unwrap_or(segment);
+    if let Some((runtime, id)) = name.rsplit_once('-')
+        && is_named(runtime, id)
+    {
+        // The runtime of `libpod-conmon-ID`, the monitor outside the container, is not in the list.
+        return Some(id);
+    }
+    if above.contains(&"ecs") && is_fargate_id(segment) {
+        return Some(segment);
+    }
+    // An id of 64 digits is one wherever it is. A shorter one could be anything, unless a runtime's group is above it.
     let runtime_above = || {
         above.iter().any(|name| {
-            SCOPES.contains(name) || name.starts_with("kubepods") || name.starts_with("libpod_parent")
+            RUNTIMES.contains(name) || name.starts_with("kubepods") || name.starts_with("libpod_parent")
         })
     };
     (is_id(segment) && (segment.len() == 64 || runtime_above())).then_some(segment)
 }
 
+/// Whether `runtime` gives a container a name that ends with this id.
+fn is_named(runtime: &str, id: &str) -> bool {
+    // dockerd runs BuildKit's containers under its own name.
+    let is_build = matches!(runtime, "docker" | "buildkit") && is_buildkit_id(id);
+    RUNTIMES.contains(&runtime) && (is_id(id) || is_build)
+}
+
 fn is_id(text: &str) -> bool {
-    (32..=64).contains(&text.len()) && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+    (32..=64).contains(&text.len()) && text.bytes().all(is_hex_digit)
+}
+
+fn is_hex_digit(byte: u8) -> bool {
+    matches!(byte, b'0'..=b'9' | b'a'..=b'f')
+}
+
+/// BuildKit writes 128 random bits in base 36.
+///
+/// <https://github.com/moby/buildkit/blob/v0.16.0/identity/randomid.go>
+fn is_buildkit_id(text: &str) -> bool {
+    text.len() == 25 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'z'))
+}
+
+/// Groups of hexadecimal digits: a UUID, or Garden's `6f265890-5165-7fab-6b52-18d1`.
+fn is_uuid(text: &str) -> bool {
+    let mut groups = text.split('-');
+    let first = groups.next().is_some_and(|group| group.len() == 8);
+    first && text.len() >= 28 && text.bytes().all(|byte| byte == b'-' || is_hex_digit(byte))
+}
+
+/// The task's id and a number: `34dc0b5e626f2c5c4c5170e34b10e765-1234567890`.
+fn is_fargate_id(text: &str) -> bool {
+    text.split_once('-').is_some_and(|(task, number)| {
+        task.len() == 32
+            && task.bytes().all(is_hex_digit)
+            && !number.is_empty()
+            && number.bytes().all(|byte| byte.is_ascii_digit())
+    })
 }
 
 #[cfg(test)]
@@ -68,15 +116,24 @@ mod tests {
 
     const A: &str = "3f4ac1b2d5e6f70819283746556473829100aabbccddeeff0011223344556677";
     const B: &str = "b0000000000000000000000000000000000000000000000000000000000000b1";
+    const BUILD: &str = "w5oe7fwrhqh4yryb4qrw5ypcc";
     const SHORT: &str = "0123456789abcdef0123456789abcdef";
+
+    const POD: &str = "pod8a1c2a4e-1111-2222-3333-444455556666";
+    const SLICE: &str = "kubepods-burstable-pod8a1c2a4e_1111_2222_3333_444455556666.slice";
+
+    fn check(cases: &[(&str, String, Option<&str>)]) {
+        for (name, text, expected) in cases {
+            assert_eq!(id(text).as_deref(), *expected, "{name}: {text}");
+        }
+    }
 
     #[test]
     fn finds_the_container() {
-        let pod = "pod8a1c2a4e-1111-2222-3333-444455556666";
-        let slice = "kubepods-burstable-pod8a1c2a4e_1111_2222_3333_444455556666.slice";
-        let cases = [
+        check(&[
             ("docker, v2, systemd", format!("0::/system.slice/docker-{A}.scope\n"), Some(A)),
             ("docker, v2, cgroupfs", format!("0::/docker/{A}\n"), Some(A)),
+            ("docker with a parent of its own", format!("0::/docker/buildx/{A}\n"), Some(A)),
             ("docker, v1", format!("12:memory:/docker/{A}\n1:name=systemd:/docker/{A}\n"), Some(A)),
             (
                 "docker, hybrid",
@@ -88,22 +145,57 @@ mod tests {
                 format!("0::/user.slice/user-1000.slice/user@1000.service/user.slice/docker-{A}.scope\n"),
                 Some(A),
             ),
-            (
-                "containerd, systemd",
-                format!("0::/kubepods.slice/{slice}/cri-containerd-{A}.scope\n"),
-                Some(A),
-            ),
-            ("containerd, cgroupfs", format!("0::/kubepods/burstable/{pod}/{A}\n"), Some(A)),
-            (
-                "containerd, mixed up",
-                format!("11:cpu:/system.slice/containerd.service/{slice}:cri-containerd:{A}\n"),
-                Some(A),
-            ),
-            ("containerd, short id", format!("0::/kubepods/besteffort/{pod}/{SHORT}\n"), Some(SHORT)),
-            ("CRI-O", format!("0::/kubepods.slice/{slice}/crio-{A}.scope\n"), Some(A)),
-            ("CRI-O, crun", format!("0::/kubepods.slice/{slice}/crio-{A}.scope/container\n"), Some(A)),
             ("podman", format!("0::/machine.slice/libpod-{A}.scope/container\n"), Some(A)),
-            ("podman, cgroupfs", format!("0::/libpod_parent/libpod-{A}\n"), None),
+            (
+                "podman, cgroupfs",
+                format!("9:pids:/libpod_parent/libpod-{A}\n0::/libpod_parent/libpod-{A}\n"),
+                Some(A),
+            ),
+            ("podman, cgroupfs, crun", format!("0::/libpod_parent/libpod-{A}/ctr\n"), Some(A)),
+            ("podman's pod, cgroupfs", format!("0::/libpod_parent/{B}/libpod-{A}\n"), Some(A)),
+            (
+                "podman's pod, rootless",
+                format!(
+                    "0::/user.slice/user-1000.slice/user@1000.service/user.slice/user-libpod_pod_{B}.slice/\
+                     libpod-{A}.scope/container\n"
+                ),
+                Some(A),
+            ),
+            ("nerdctl, cgroupfs", format!("0::/default/{A}\n"), Some(A)),
+            (
+                "nerdctl, rootless",
+                format!("0::/user.slice/user-1000.slice/user@1000.service/user.slice/nerdctl-{A}.scope\n"),
+                Some(A),
+            ),
+            ("buildkit", "0::/buildkit/w5oe7fwrhqh4yryb4qrw5ypcc\n".into(), Some(BUILD)),
+            ("buildkit in docker", format!("0::/system.slice/docker-{BUILD}.scope\n"), Some(BUILD)),
+            ("buildkit in docker, v1", format!("7:cpu:/docker/buildkit/{BUILD}\n"), Some(BUILD)),
+            ("buildkit, mixed up", format!("0::/system.slice:docker:{BUILD}\n"), Some(BUILD)),
+            ("buildkit's worker in a container", format!("0::/docker/{A}/buildkit/{BUILD}\n"), Some(BUILD)),
+            ("a parent of one's own", format!("0::/actions_job/{A}\n"), Some(A)),
+            (
+                "Fargate",
+                "9:pids:/ecs/34dc0b5e626f2c5c4c5170e34b10e765/34dc0b5e626f2c5c4c5170e34b10e765-1234567890\n"
+                    .into(),
+                Some("34dc0b5e626f2c5c4c5170e34b10e765-1234567890"),
+            ),
+            (
+                "Garden",
+                "1:name=systemd:/garden/6f265890-5165-7fab-6b52-18d1\n".into(),
+                Some("6f265890-5165-7fab-6b52-18d1"),
+            ),
+            (
+                "Mesos",
+                "5:cpu:/mesos/9d4537d9-8c02-40bb-a5ec-9c5b2b9b0c37\n".into(),
+                Some("9d4537d9-8c02-40bb-a5ec-9c5b2b9b0c37"),
+            ),
+            ("LXC, v1 with namespaces", "3:memory:/lxc.payload/web-1\n".into(), Some("web-1")),
+            ("LXC in LXC", "0::/lxc.payload.outer/lxc.payload.inner/init.scope\n".into(), Some("inner")),
+            (
+                "systemd-nspawn",
+                "0::/machine.slice/systemd-nspawn@web.service/payload/init.scope\n".into(),
+                Some("web"),
+            ),
             ("nerdctl", format!("0::/system.slice/nerdctl-{A}.scope\n"), Some(A)),
             ("ECS", format!("9:pids:/ecs/0123-task/{A}\n"), Some(A)),
             ("LXC", "0::/lxc.payload.web-1/system.slice/nginx.service\n".into(), Some("web-1")),
@@ -114,8 +206,61 @@ mod tests {
                 format!("0::/docker/{A}/kubelet.slice/docker-{B}.scope\n"),
                 Some(B),
             ),
-            ("seen from a sibling's namespace", format!("0::/../../kubepods/{pod}/{A}\n"), Some(A)),
-            ("CRI-O's monitor", format!("0::/kubepods.slice/{slice}/crio-conmon-{A}.scope\n"), None),
+        ]);
+    }
+
+    #[test]
+    fn finds_the_container_in_kubernetes() {
+        check(&[
+            (
+                "containerd, systemd",
+                format!("0::/kubepods.slice/{SLICE}/cri-containerd-{A}.scope\n"),
+                Some(A),
+            ),
+            ("containerd, cgroupfs", format!("0::/kubepods/burstable/{POD}/{A}\n"), Some(A)),
+            (
+                "containerd, mixed up",
+                format!("11:cpu:/system.slice/containerd.service/{SLICE}:cri-containerd:{A}\n"),
+                Some(A),
+            ),
+            ("containerd, short id", format!("0::/kubepods/besteffort/{POD}/{SHORT}\n"), Some(SHORT)),
+            ("CRI-O", format!("0::/kubepods.slice/{SLICE}/crio-{A}.scope\n"), Some(A)),
+            ("CRI-O, crun", format!("0::/kubepods.slice/{SLICE}/crio-{A}.scope/container\n"), Some(A)),
+            ("minikube", format!("0::/docker/{B}/kubelet/kubepods/burstable/{POD}/{A}\n"), Some(A)),
+            (
+                "kind",
+                format!(
+                    "0::/system.slice/docker-{B}.scope/kubelet.slice/kubelet-kubepods.slice/\
+                     kubelet-kubepods-{POD}.slice/cri-containerd-{A}.scope\n"
+                ),
+                Some(A),
+            ),
+            ("k3s, cgroupfs, v1", format!("3:memory:/kubepods/besteffort/{POD}/{A}\n"), Some(A)),
+            (
+                "kubelet with docker, systemd",
+                format!("1:name=systemd:/kubepods.slice/{SLICE}/docker-{A}.scope\n"),
+                Some(A),
+            ),
+            ("CRI-O, cgroupfs", format!("0::/kubepods/burstable/{POD}/crio-{A}\n"), Some(A)),
+            ("seen from a sibling's namespace", format!("0::/../../kubepods/{POD}/{A}\n"), Some(A)),
+        ]);
+    }
+
+    #[test]
+    fn is_not_fooled() {
+        check(&[
+            ("podman's pod, monitor", format!("0::/libpod_parent/{B}/conmon\n"), None),
+            ("podman's monitor, cgroupfs", "0::/libpod_parent/conmon\n".into(), None),
+            ("podman's pod, its slice", format!("0::/machine.slice/machine-libpod_pod_{B}.slice\n"), None),
+            (
+                "podman, not in a container",
+                "0::/user.slice/user-1000.slice/user@1000.service/user.slice/podman-239302.scope\n".into(),
+                None,
+            ),
+            ("CRI-O's monitor, cgroupfs", format!("0::/kubepods/burstable/{POD}/crio-conmon-{A}\n"), None),
+            ("a pod's slice", format!("0::/kubepods.slice/{SLICE}\n"), None),
+            ("LXC's monitor, v1", "3:memory:/lxc.monitor/web-1\n".into(), None),
+            ("CRI-O's monitor", format!("0::/kubepods.slice/{SLICE}/crio-conmon-{A}.scope\n"), None),
             ("podman's monitor", format!("0::/machine.slice/libpod-conmon-{A}.scope\n"), None),
             ("LXC's monitor", "0::/lxc.monitor.web-1\n".into(), None),
             ("the engine itself", "0::/system.slice/docker.service\n".into(), None),
@@ -129,9 +274,6 @@ mod tests {
             ("a private namespace", "0::/\n".into(), None),
             ("nothing", String::new(), None),
             ("nonsense", "::::\n0:\n-\n/docker/\n".into(), None),
-        ];
-        for (name, text, expected) in cases {
-            assert_eq!(id(&text).as_deref(), expected, "{name}: {text}");
-        }
+        ]);
     }
 }
