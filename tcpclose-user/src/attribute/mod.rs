@@ -7,7 +7,7 @@
 
 pub mod container;
 pub mod holder;
-pub mod maps;
+pub mod mappings;
 pub mod pace;
 pub mod process;
 pub mod watch;

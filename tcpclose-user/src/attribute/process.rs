@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::container;
-use super::maps::{Backing, Mapping, Modules, undeleted};
+use super::mappings::{Backing, Mapping, Modules, undeleted};
 use crate::kernel::privilege;
 
 /// How many images are kept.

@@ -1,22 +1,43 @@
-//! The memory of a process.
+//! Memory that is read while a stack is unwound: the copied part of the stack, and the process it belongs to.
 
 use std::{fs::File, os::unix::fs::FileExt as _};
 
-/// A string that is longer is none.
+/// Longest string that is read, in bytes.
 const MAX_STRING: usize = 1024;
 
-/// The memory that a process had when this was opened: once it has ended, or called exec, nothing can be read of it.
-pub(super) struct Target(File);
+/// The copied part of a stack.
+pub struct StackMemory<'a> {
+    start: u64,
+    bytes: &'a [u8],
+}
 
-impl Target {
-    /// `None` if it is gone, or is not to be looked at.
-    pub(super) fn open(pid: u32) -> Option<Self> {
+impl<'a> StackMemory<'a> {
+    /// A copy of the memory from address `start` on.
+    pub fn new(start: u64, bytes: &'a [u8]) -> Self {
+        Self { start, bytes }
+    }
+
+    /// The word at an address; `None` if it was not copied.
+    pub fn word(&self, address: u64) -> Option<u64> {
+        let offset = usize::try_from(address.checked_sub(self.start)?).ok()?;
+        let word = self.bytes.get(offset..offset.checked_add(8)?)?;
+        Some(u64::from_ne_bytes(word.try_into().ok()?))
+    }
+}
+
+/// The memory of a process, as the kernel shows it in `/proc/PID/mem`. It stays that of the program image that the
+/// process had when this was opened: after an exit or exec every read fails.
+pub struct ProcessMemory(File);
+
+impl ProcessMemory {
+    /// `None` if the process is gone, or this process may not read its memory.
+    pub fn open(pid: u32) -> Option<Self> {
         File::open(format!("/proc/{pid}/mem")).ok().map(Self)
     }
 
-    /// Fills the buffer.
-    pub(super) fn read(&self, address: u64, buffer: &mut [u8]) -> Option<()> {
-        // What is beyond could be no address, and reading it no offset.
+    /// Fills the buffer from an address.
+    pub fn read(&self, address: u64, buffer: &mut [u8]) -> Option<()> {
+        // `pread` takes a signed offset, and no process has memory beyond it.
         i64::try_from(address).ok()?;
         self.0.read_exact_at(buffer, address).ok()
     }
@@ -27,32 +48,36 @@ impl Target {
         Some(bytes)
     }
 
-    pub(super) fn u64(&self, address: u64) -> Option<u64> {
+    /// The number at an address, in native byte order.
+    pub fn u64(&self, address: u64) -> Option<u64> {
         self.number(address).map(u64::from_ne_bytes)
     }
 
-    pub(super) fn u32(&self, address: u64) -> Option<u32> {
+    /// The number at an address, in native byte order.
+    pub fn u32(&self, address: u64) -> Option<u32> {
         self.number(address).map(u32::from_ne_bytes)
     }
 
-    pub(super) fn u16(&self, address: u64) -> Option<u16> {
+    /// The number at an address, in native byte order.
+    pub fn u16(&self, address: u64) -> Option<u16> {
         self.number(address).map(u16::from_ne_bytes)
     }
 
-    pub(super) fn u8(&self, address: u64) -> Option<u8> {
+    /// The byte at an address.
+    pub fn u8(&self, address: u64) -> Option<u8> {
         self.number(address).map(u8::from_ne_bytes)
     }
 
-    /// As much as can be read of `size` bytes.
-    pub(super) fn up_to(&self, address: u64, size: usize) -> Vec<u8> {
+    /// At most `size` bytes from an address: as many as one read yields.
+    pub fn up_to(&self, address: u64, size: usize) -> Vec<u8> {
         let mut bytes = vec![0; size];
         let read = i64::try_from(address).ok().and_then(|_| self.0.read_at(&mut bytes, address).ok());
         bytes.truncate(read.unwrap_or(0));
         bytes
     }
 
-    /// A string that ends with a zero.
-    pub(super) fn string(&self, address: u64) -> Option<String> {
+    /// A string of at most 1 KiB that ends with a zero.
+    pub fn string(&self, address: u64) -> Option<String> {
         let mut bytes = Vec::new();
         while bytes.len() < MAX_STRING {
             let piece = self.up_to(address.checked_add(bytes.len() as u64)?, 64);
@@ -66,5 +91,12 @@ impl Target {
             bytes.extend(piece);
         }
         None
+    }
+}
+
+impl From<File> for ProcessMemory {
+    /// A file whose offsets are addresses.
+    fn from(file: File) -> Self {
+        Self(file)
     }
 }

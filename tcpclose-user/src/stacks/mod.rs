@@ -4,6 +4,10 @@
 //! map, from which [`store`] reads them. With `--call-graph dwarf` it copies the stack's memory into the ring, and
 //! [`unwind`] follows that copy here. Either way [`symbolize`] turns addresses into functions, files and lines.
 
+pub mod elf;
+pub mod frame;
+pub mod memory;
+pub mod runtimes;
 pub mod store;
 pub mod symbolize;
 pub mod unwind;
@@ -16,11 +20,7 @@ use std::{
 
 use tcpclose_common::record::StackCopy;
 
-use self::{
-    store::Store,
-    symbolize::Symbolizer,
-    unwind::{Call, Unwinder},
-};
+use self::{frame::UnwoundFrame, store::Store, symbolize::Symbolizer, unwind::Unwinder};
 use crate::{
     attribute::{
         self,
@@ -55,17 +55,17 @@ pub struct Stacks {
     unwinder: Unwinder,
     symbolizer: Symbolizer,
     processes: Arc<Mutex<Processes>>,
-    named: HashMap<(u32, u64, Addresses), Named>,
+    named: HashMap<(u32, u64, Unnamed), Named>,
     without_callers: u64,
 }
 
 /// The unnamed frames of a stack.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-enum Addresses {
+enum Unnamed {
     /// In the kernel half's map, under this key.
     Stored(u64),
     /// Unwound from a copy.
-    Unwound(Arc<[Call]>),
+    Unwound(Arc<[UnwoundFrame]>),
 }
 
 /// A named stack in the cache.
@@ -127,8 +127,8 @@ impl Stacks {
 
     fn user(&mut self, task: &TaskStacks) -> Option<Frames> {
         let addresses = match self.store.unwound(task.user) {
-            Some(calls) => Addresses::Unwound(calls),
-            None => Addresses::Stored(task.user),
+            Some(frames) => Unnamed::Unwound(frames),
+            None => Unnamed::Stored(task.user),
         };
         let process = (task.pid, task.mm);
         let key = (task.pid, task.mm, addresses);
@@ -136,23 +136,23 @@ impl Stacks {
             return Some(frames);
         }
         let (frames, is_whole) = match &key.2 {
-            Addresses::Stored(key) => {
+            Unnamed::Stored(key) => {
                 let frames = self.store.frames(*key)?;
                 let image = image(&self.processes, process, &frames);
                 let plausible = plausible(image.as_deref(), &frames);
                 self.without_callers += u64::from(plausible.len() == 1);
                 (self.symbolizer.user(image.as_deref(), plausible), plausible.len() == frames.len())
             }
-            Addresses::Unwound(calls) => {
+            Unnamed::Unwound(frames) => {
                 let image = image(&self.processes, process, &[]);
-                (self.symbolizer.calls(image.as_deref(), calls), true)
+                (self.symbolizer.unwound(image.as_deref(), frames), true)
             }
         };
         Some(self.cache(key, frames, is_whole))
     }
 
     fn kernel(&mut self, task: &TaskStacks) -> Option<Frames> {
-        let key = (task.pid, task.mm, Addresses::Stored(task.kernel));
+        let key = (task.pid, task.mm, Unnamed::Stored(task.kernel));
         if let Some(frames) = self.cached(&key) {
             return Some(frames);
         }
@@ -160,12 +160,12 @@ impl Stacks {
         Some(self.cache(key, frames, true))
     }
 
-    fn cached(&self, key: &(u32, u64, Addresses)) -> Option<Frames> {
+    fn cached(&self, key: &(u32, u64, Unnamed)) -> Option<Frames> {
         let Named { frames, until } = self.named.get(key)?;
         until.is_none_or(|until| Instant::now() < until).then(|| frames.clone())
     }
 
-    fn cache(&mut self, key: (u32, u64, Addresses), frames: Vec<Frame>, is_whole: bool) -> Frames {
+    fn cache(&mut self, key: (u32, u64, Unnamed), frames: Vec<Frame>, is_whole: bool) -> Frames {
         let is_final = is_whole && frames.iter().all(|frame| frame.symbol.is_some());
         let until = (!is_final).then(|| Instant::now() + RETRY_AFTER);
         if self.named.len() >= MAX_NAMED {

@@ -8,7 +8,7 @@ use std::{
 use aya::maps::{HashMap as BpfHashMap, MapData};
 use tcpclose_common::stack::Stack;
 
-use crate::stacks::unwind::Call;
+use crate::stacks::frame::UnwoundFrame;
 
 /// How many stacks are remembered here: as many as the kernel half keeps. Beyond it all are forgotten and read again.
 const MAX_STACKS: usize = 8_192;
@@ -20,14 +20,14 @@ const MAX_RELEASED: usize = 4_096;
 pub struct Store {
     map: BpfHashMap<MapData, u64, Stack>,
     known: HashMap<u64, Arc<[u64]>>,
-    unwound: HashMap<u64, Arc<[Call]>>,
+    unwound: HashMap<u64, Arc<[UnwoundFrame]>>,
     /// The keys of `unwound`, and some that are released, the oldest first.
     order: VecDeque<u64>,
     /// How many of them there may be.
     capacity: usize,
     released: VecDeque<u64>,
     /// The same stacks come again and again, and are kept once.
-    shared: HashSet<Arc<[Call]>>,
+    shared: HashSet<Arc<[UnwoundFrame]>>,
     /// Stacks that were evicted before they were read.
     lost: u64,
 }
@@ -49,18 +49,18 @@ impl Store {
     }
 
     /// Keeps a stack that was followed here.
-    pub fn keep(&mut self, key: u64, calls: Vec<Call>) {
-        let calls: Arc<[Call]> = calls.into();
-        let calls = if let Some(known) = self.shared.get(&calls) {
+    pub fn keep(&mut self, key: u64, frames: Vec<UnwoundFrame>) {
+        let frames: Arc<[UnwoundFrame]> = frames.into();
+        let frames = if let Some(known) = self.shared.get(&frames) {
             Arc::clone(known)
         } else {
             if self.shared.len() >= MAX_STACKS {
-                self.shared.retain(|calls| Arc::strong_count(calls) > 1);
+                self.shared.retain(|frames| Arc::strong_count(frames) > 1);
             }
             if self.shared.len() < MAX_STACKS {
-                self.shared.insert(Arc::clone(&calls));
+                self.shared.insert(Arc::clone(&frames));
             }
-            calls
+            frames
         };
         while self.unwound.len() >= self.capacity {
             let Some(oldest) = self.order.pop_front() else { break };
@@ -71,7 +71,7 @@ impl Store {
             order.retain(|key| unwound.contains_key(key));
         }
         self.order.push_back(key);
-        self.unwound.insert(key, calls);
+        self.unwound.insert(key, frames);
     }
 
     /// Lets go of a stack that was followed here, some time from now.
@@ -88,7 +88,7 @@ impl Store {
     }
 
     /// A stack that was followed here.
-    pub fn unwound(&self, key: u64) -> Option<Arc<[Call]>> {
+    pub fn unwound(&self, key: u64) -> Option<Arc<[UnwoundFrame]>> {
         self.unwound.get(&key).cloned()
     }
 

@@ -1,15 +1,15 @@
-//! As much of an ELF file as it takes to say whether its symbols can be read in good time.
+//! The parts of an ELF file that tell whether its symbols can be read, and in reasonable time.
 
 use std::{fmt::Write as _, fs::File, path::PathBuf};
 
-use object::{
-    Object, ObjectSection as _, ObjectSegment as _, ReadCache, ReadRef, SectionFlags, elf::SHF_COMPRESSED,
-};
+use object::{Object, ObjectSection as _, ReadCache, SectionFlags, elf::SHF_COMPRESSED};
 
-/// What the headers say.
+use crate::stacks::elf::Segments;
+
+/// What the headers of a file say.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Headers {
-    loads: Vec<Load>,
+    pub(super) segments: Segments,
     /// Identifies the file among all builds of all programs.
     pub(super) build_id: Option<Vec<u8>>,
     /// Bytes of symbol tables.
@@ -22,28 +22,6 @@ pub(super) struct Headers {
     pub(super) refers: bool,
 }
 
-/// A piece of the file that is mapped when it runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Load {
-    /// Where it begins in the file.
-    pub(crate) offset: u64,
-    /// Bytes of it in the file.
-    pub(crate) size: u64,
-    /// Where it begins for the symbol table.
-    pub(crate) address: u64,
-}
-
-impl Load {
-    /// All of a file.
-    pub(crate) fn all<'data>(file: &object::File<'data, impl ReadRef<'data>>) -> Vec<Self> {
-        let load = |segment: object::Segment<'data, '_, _>| {
-            let (offset, size) = segment.file_range();
-            Self { offset, size, address: segment.address() }
-        };
-        file.segments().map(load).collect()
-    }
-}
-
 impl Headers {
     /// Reads them; `None` if it is not an ELF file of this machine's byte order, or is broken.
     pub(super) fn read(file: &File) -> Option<Self> {
@@ -53,7 +31,7 @@ impl Headers {
             return None;
         }
         let build_id = file.build_id().ok().flatten().map(<[u8]>::to_vec);
-        let mut headers = Self { loads: Load::all(&file), build_id, ..Self::default() };
+        let mut headers = Self { segments: Segments::read(&file), build_id, ..Self::default() };
         for section in file.sections() {
             let name = section.name_bytes().unwrap_or_default();
             let is_compressed = matches!(
@@ -69,13 +47,6 @@ impl Headers {
             }
         }
         Some(headers)
-    }
-
-    /// The address, as in the symbol table, of what is at an offset in the file.
-    pub(super) fn address(&self, offset: u64) -> Option<u64> {
-        let load =
-            self.loads.iter().find(|load| load.offset <= offset && offset - load.offset < load.size)?;
-        load.address.checked_add(offset - load.offset)
     }
 
     /// Where distributions put the debug information of this build.
@@ -102,8 +73,8 @@ mod tests {
         let headers = Headers::read(&file).unwrap();
         assert!(headers.symbols > 0 && headers.debug_info > 0, "{headers:?}");
         assert!(!headers.refers && !headers.compressed);
-        assert_eq!(headers.address(0), Some(0), "the headers themselves are mapped");
-        assert_eq!(headers.address(u64::MAX), None);
+        assert_eq!(headers.segments.address(0), Some(0), "the headers themselves are mapped");
+        assert_eq!(headers.segments.address(u64::MAX), None);
     }
 
     #[test]

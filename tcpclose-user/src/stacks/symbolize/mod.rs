@@ -10,7 +10,7 @@
 //! compilation unit; known ones less than 1 µs. Debug information that would take longer than 0.2 s is left
 //! alone: there are functions then but no lines.
 
-pub(crate) mod elf;
+mod headers;
 mod kernel;
 mod perf;
 
@@ -26,12 +26,12 @@ use blazesym::symbolize::source::{Elf, Process, Source};
 use blazesym::symbolize::{self, CodeInfo, Input, Sym, Symbolized};
 use blazesym::{Pid, symbolize::Builder};
 
-use crate::attribute::maps::{self, Backing, Identity, Mapping, Module};
+use crate::attribute::mappings::{self, Backing, Identity, Mapping, Module};
 use crate::attribute::process::Image;
 use crate::event::Frame;
-use crate::stacks::unwind::Call;
+use crate::stacks::frame::UnwoundFrame;
 
-use self::elf::Headers;
+use self::headers::Headers;
 use self::kernel::Kallsyms;
 use self::perf::PerfMap;
 
@@ -144,12 +144,12 @@ impl Symbolizer {
     }
 
     /// Names what is not yet named of a stack that was followed here, as [`user`](Self::user) does.
-    pub fn calls(&mut self, image: Option<&Image>, calls: &[Call]) -> Vec<Frame> {
+    pub fn unwound(&mut self, image: Option<&Image>, frames: &[UnwoundFrame]) -> Vec<Frame> {
         let mut naming = Naming::of(image);
-        for (index, step) in calls.iter().enumerate() {
-            match step {
-                Call::Code(address) => self.code(&mut naming, *address, target(index, *address)),
-                Call::Named(frame) => naming.named.push(Frame::clone(frame)),
+        for (index, frame) in frames.iter().enumerate() {
+            match frame {
+                UnwoundFrame::Address(address) => self.code(&mut naming, *address, target(index, *address)),
+                UnwoundFrame::Named(frame) => naming.named.push(Frame::clone(frame)),
             }
         }
         naming.named
@@ -317,7 +317,7 @@ impl Symbols {
             if !identity.is(file) {
                 return None;
             }
-            let address = headers.address(offset)?;
+            let address = headers.segments.address(offset)?;
             let mut found = None;
             for source in sources.iter() {
                 let pieces = look_up(blazesym, source, Input::VirtOffset(address));
@@ -337,7 +337,7 @@ impl Symbols {
 impl Vdso {
     fn own() -> Self {
         let maps = fs::read("/proc/self/maps").unwrap_or_default();
-        let place = maps::parse(&maps).find(|it| it.path == b"[vdso]").map(|it| (it.start, it.end));
+        let place = mappings::parse(&maps).find(|it| it.path == b"[vdso]").map(|it| (it.start, it.end));
         Self { blazesym: builder().build(), place, known: HashMap::new() }
     }
 }

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::{layout::Layout, target::Target};
+use super::layout::Layout;
+use crate::stacks::memory::ProcessMemory;
 
 /// There are up to three, and more in machines that are still to come.
 const MAX_HEAPS: u32 = 16;
@@ -38,20 +39,20 @@ pub(super) struct Blob {
 
 impl CodeCache {
     /// As it is now; it grows.
-    pub(super) fn read(target: &Target, layout: &Layout) -> Option<Self> {
-        let bounds = (target.u64(layout.low_bound)?, target.u64(layout.high_bound)?);
-        let array = target.u64(layout.heaps)?;
-        let count = target.u32(array.checked_add(layout.array_length)?)?;
-        let data = target.u64(array.checked_add(layout.array_data)?)?;
+    pub(super) fn read(memory: &ProcessMemory, layout: &Layout) -> Option<Self> {
+        let bounds = (memory.u64(layout.low_bound)?, memory.u64(layout.high_bound)?);
+        let array = memory.u64(layout.heaps)?;
+        let count = memory.u32(array.checked_add(layout.array_length)?)?;
+        let data = memory.u64(array.checked_add(layout.array_data)?)?;
         let mut heaps = Vec::new();
         for index in 0..count.min(MAX_HEAPS) {
-            let heap = target.u64(data.checked_add(u64::from(index) * 8)?)?;
-            let word = |offset: u64| target.u64(heap.checked_add(offset)?);
+            let heap = memory.u64(data.checked_add(u64::from(index) * 8)?)?;
+            let word = |offset: u64| memory.u64(heap.checked_add(offset)?);
             heaps.push(Heap {
                 low: word(layout.heap_memory + layout.space_low)?,
                 high: word(layout.heap_memory + layout.space_high)?,
                 segments: word(layout.heap_segments + layout.space_low)?,
-                shift: target
+                shift: memory
                     .u32(heap.checked_add(layout.heap_segment_shift)?)
                     .filter(|shift| *shift < 32)?,
             });
@@ -74,10 +75,10 @@ impl CodeCache {
     }
 
     /// The piece that has an address. See `CodeHeap::find_block_for()`.
-    pub(super) fn blob(&self, target: &Target, layout: &Layout, address: u64) -> Option<Blob> {
+    pub(super) fn blob(&self, memory: &ProcessMemory, layout: &Layout, address: u64) -> Option<Blob> {
         let heap = self.heap(address)?;
         let mut segment = (address - heap.low) >> heap.shift;
-        let mut back = target.u8(heap.segments.checked_add(segment)?)?;
+        let mut back = memory.u8(heap.segments.checked_add(segment)?)?;
         for _ in 0..MAX_STEPS {
             if back == FREE {
                 return None;
@@ -86,21 +87,21 @@ impl CodeCache {
                 break;
             }
             segment = segment.checked_sub(u64::from(back))?;
-            back = target.u8(heap.segments.checked_add(segment)?)?;
+            back = memory.u8(heap.segments.checked_add(segment)?)?;
         }
         let block = heap.low.checked_add(segment << heap.shift)?;
-        if back != 0 || target.u8(block.checked_add(layout.block_used)?)? == 0 {
+        if back != 0 || memory.u8(block.checked_add(layout.block_used)?)? == 0 {
             return None;
         }
         let blob = block.checked_add(layout.block_size)?;
-        let size = target.u32(blob.checked_add(layout.blob_size)?)?;
+        let size = memory.u32(blob.checked_add(layout.blob_size)?)?;
         if !(blob..blob.checked_add(u64::from(size))?).contains(&address) {
             return None;
         }
         Some(Blob {
             address: blob,
-            name: target.string(target.u64(blob.checked_add(layout.blob_name)?)?)?.into(),
-            frame_words: target
+            name: memory.string(memory.u64(blob.checked_add(layout.blob_name)?)?)?.into(),
+            frame_words: memory
                 .u32(blob.checked_add(layout.blob_frame_size)?)
                 .filter(|words| *words < 1 << 20)?,
         })

@@ -2,14 +2,14 @@
 
 use std::{collections::HashMap, ops::Range};
 
-use super::target::Target;
+use crate::stacks::memory::ProcessMemory;
 
 /// Entries of a table that are read: JDK 17 has 788 members and 600 types.
 const MAX_ENTRIES: u64 = 4_096;
 
 /// Addresses, in the file, of what the machine exports for debuggers.
 #[derive(Clone, Debug)]
-pub(in crate::stacks::unwind) struct Symbols {
+pub(super) struct Symbols {
     structs: Table<4>,
     types: Table<2>,
 }
@@ -24,24 +24,24 @@ struct Table<const MEMBERS: usize> {
 
 impl Symbols {
     /// Looks them up with `address`; `None` if there are none, as in anything but a `libjvm.so`.
-    pub(in crate::stacks::unwind) fn find(address: impl Fn(&[u8]) -> Option<u64>) -> Option<Self> {
+    pub(super) fn find(address: &dyn Fn(&str) -> Option<u64>) -> Option<Self> {
         Some(Self {
             structs: Table {
-                first: address(b"gHotSpotVMStructs")?,
-                stride: address(b"gHotSpotVMStructEntryArrayStride")?,
+                first: address("gHotSpotVMStructs")?,
+                stride: address("gHotSpotVMStructEntryArrayStride")?,
                 members: [
-                    address(b"gHotSpotVMStructEntryTypeNameOffset")?,
-                    address(b"gHotSpotVMStructEntryFieldNameOffset")?,
-                    address(b"gHotSpotVMStructEntryOffsetOffset")?,
-                    address(b"gHotSpotVMStructEntryAddressOffset")?,
+                    address("gHotSpotVMStructEntryTypeNameOffset")?,
+                    address("gHotSpotVMStructEntryFieldNameOffset")?,
+                    address("gHotSpotVMStructEntryOffsetOffset")?,
+                    address("gHotSpotVMStructEntryAddressOffset")?,
                 ],
             },
             types: Table {
-                first: address(b"gHotSpotVMTypes")?,
-                stride: address(b"gHotSpotVMTypeEntryArrayStride")?,
+                first: address("gHotSpotVMTypes")?,
+                stride: address("gHotSpotVMTypeEntryArrayStride")?,
                 members: [
-                    address(b"gHotSpotVMTypeEntryTypeNameOffset")?,
-                    address(b"gHotSpotVMTypeEntrySizeOffset")?,
+                    address("gHotSpotVMTypeEntryTypeNameOffset")?,
+                    address("gHotSpotVMTypeEntrySizeOffset")?,
                 ],
             },
         })
@@ -50,8 +50,8 @@ impl Symbols {
 
 impl<const MEMBERS: usize> Table<MEMBERS> {
     /// The entries: of each, the words that are its members. The last has no first one.
-    fn read(&self, target: &Target, bias: u64) -> Option<Vec<[u64; MEMBERS]>> {
-        let value = |symbol: u64| target.u64(symbol.checked_add(bias)?);
+    fn read(&self, memory: &ProcessMemory, bias: u64) -> Option<Vec<[u64; MEMBERS]>> {
+        let value = |symbol: u64| memory.u64(symbol.checked_add(bias)?);
         let (first, stride) = (value(self.first)?, value(self.stride)?);
         let mut offsets = [0; MEMBERS];
         for (offset, member) in offsets.iter_mut().zip(self.members) {
@@ -62,7 +62,7 @@ impl<const MEMBERS: usize> Table<MEMBERS> {
             let entry = first.checked_add(stride.checked_mul(index)?)?;
             let mut words = [0; MEMBERS];
             for (word, offset) in words.iter_mut().zip(offsets) {
-                *word = target.u64(entry.checked_add(offset)?)?;
+                *word = memory.u64(entry.checked_add(offset)?)?;
             }
             if words[0] == 0 {
                 break;
@@ -202,9 +202,9 @@ impl Scopes {
     }
 
     /// Where the compiled method at `blob` has its tables.
-    pub(super) fn of(&self, target: &Target, blob: u64) -> Option<MethodTables> {
-        let pointer = |member: u64| target.u64(blob.checked_add(member)?);
-        let number = |member: u64| target.u32(blob.checked_add(member)?).map(u64::from);
+    pub(super) fn of(&self, memory: &ProcessMemory, blob: u64) -> Option<MethodTables> {
+        let pointer = |member: u64| memory.u64(blob.checked_add(member)?);
+        let number = |member: u64| memory.u32(blob.checked_add(member)?).map(u64::from);
         match self.kept {
             Kept::Behind { code_begin, places, places_end, data, metadata } => Some(MethodTables {
                 code: pointer(code_begin)?,
@@ -278,16 +278,16 @@ struct Tables {
 }
 
 impl Tables {
-    fn read(target: &Target, bias: u64, symbols: &Symbols) -> Option<Self> {
+    fn read(memory: &ProcessMemory, bias: u64, symbols: &Symbols) -> Option<Self> {
         let mut members = HashMap::new();
-        for [class, member, offset, address] in symbols.structs.read(target, bias)? {
-            if let (Some(class), Some(member)) = (target.string(class), target.string(member)) {
+        for [class, member, offset, address] in symbols.structs.read(memory, bias)? {
+            if let (Some(class), Some(member)) = (memory.string(class), memory.string(member)) {
                 members.insert((class, member), (offset, address));
             }
         }
         let mut sizes = HashMap::new();
-        for [name, size] in symbols.types.read(target, bias)? {
-            if let Some(name) = target.string(name) {
+        for [name, size] in symbols.types.read(memory, bias)? {
+            if let Some(name) = memory.string(name) {
                 sizes.insert(name, size);
             }
         }
@@ -314,11 +314,11 @@ impl Tables {
 
 impl Layout {
     /// Reads them from a process; or says what the first thing is that is not there.
-    pub(super) fn read(target: &Target, bias: u64, symbols: &Symbols) -> Result<Self, &'static str> {
-        let tables = Tables::read(target, bias, symbols).ok_or("its structures")?;
+    pub(super) fn read(memory: &ProcessMemory, bias: u64, symbols: &Symbols) -> Result<Self, &'static str> {
+        let tables = Tables::read(memory, bias, symbols).ok_or("its structures")?;
         let version = tables
             .address("Abstract_VM_Version", "_vm_major_version")
-            .and_then(|address| target.u32(address))
+            .and_then(|address| memory.u32(address))
             .ok_or("its version")?;
         Self::from(&tables, version)
     }

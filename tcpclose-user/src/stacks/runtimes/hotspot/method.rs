@@ -3,8 +3,8 @@
 use super::{
     code::Blob,
     layout::{Layout, MethodTables, Scopes, SourceFile},
-    target::Target,
 };
+use crate::stacks::memory::ProcessMemory;
 
 /// Bytes of a name.
 const MAX_NAME: u16 = 2_048;
@@ -54,78 +54,90 @@ impl Methods {
     /// The method that a frame of the interpreter runs, with the address of the bytecode that it is at.
     pub(super) fn interpreted(
         &self,
-        target: &Target,
+        memory: &ProcessMemory,
         layout: &Layout,
         (method, bytecode): (u64, u64),
     ) -> Option<Place> {
-        let code = target.u64(method.checked_add(layout.method_const)?)?.checked_add(layout.const_size)?;
-        self.place(target, layout, method, bytecode.checked_sub(code))
+        let code = memory.u64(method.checked_add(layout.method_const)?)?.checked_add(layout.const_size)?;
+        self.place(memory, layout, method, bytecode.checked_sub(code))
     }
 
     /// The methods whose code a compiled one has at `pc`, innermost first.
-    pub(super) fn compiled(&self, target: &Target, layout: &Layout, blob: &Blob, pc: u64) -> Vec<Place> {
+    pub(super) fn compiled(
+        &self,
+        memory: &ProcessMemory,
+        layout: &Layout,
+        blob: &Blob,
+        pc: u64,
+    ) -> Vec<Place> {
         let found = layout.scopes.as_ref().and_then(|scopes| {
             if blob.name.starts_with("native") {
-                let method = target.u64(blob.address.checked_add(scopes.method)?)?;
-                return Some(vec![self.place(target, layout, method, None)?]);
+                let method = memory.u64(blob.address.checked_add(scopes.method)?)?;
+                return Some(vec![self.place(memory, layout, method, None)?]);
             }
-            self.inlined(target, layout, scopes, blob, pc)
+            self.inlined(memory, layout, scopes, blob, pc)
         });
         found.unwrap_or_default()
     }
 
     fn inlined(
         &self,
-        target: &Target,
+        memory: &ProcessMemory,
         layout: &Layout,
         scopes: &Scopes,
         blob: &Blob,
         pc: u64,
     ) -> Option<Vec<Place>> {
-        let tables = scopes.of(target, blob.address)?;
+        let tables = scopes.of(memory, blob.address)?;
         let mut places = Vec::new();
-        let mut next = scope(target, scopes, &tables, pc)?;
+        let mut next = scope(memory, scopes, &tables, pc)?;
         // At 0 there is none.
         while next != 0 && places.len() < MAX_INLINED {
-            let scope = target.up_to(tables.data.checked_add(u64::from(next))?, SCOPE);
+            let scope = memory.up_to(tables.data.checked_add(u64::from(next))?, SCOPE);
             let mut numbers = Numbers { bytes: &scope, compression: self.compression };
             let (sender, method, bytecode) = (numbers.next()?, numbers.next()?, numbers.next()?);
             // Methods are counted from 1, bytecodes from -1, which is before the method begins.
             let method = tables.metadata.checked_add(u64::from(method.checked_sub(1)?) * 8)?;
             let index = u64::from(bytecode).checked_sub(1);
-            places.push(self.place(target, layout, target.u64(method)?, index)?);
+            places.push(self.place(memory, layout, memory.u64(method)?, index)?);
             // What is outside comes first.
             next = if sender < next { sender } else { 0 };
         }
         Some(places)
     }
 
-    fn place(&self, target: &Target, layout: &Layout, method: u64, index: Option<u64>) -> Option<Place> {
-        let constant = target.u64(method.checked_add(layout.method_const)?)?;
+    fn place(
+        &self,
+        memory: &ProcessMemory,
+        layout: &Layout,
+        method: u64,
+        index: Option<u64>,
+    ) -> Option<Place> {
+        let constant = memory.u64(method.checked_add(layout.method_const)?)?;
         let at = |offset: u64| constant.checked_add(offset);
-        let pool = target.u64(at(layout.const_constants)?)?;
+        let pool = memory.u64(at(layout.const_constants)?)?;
         let text = |index: u16| {
             let entry = pool.checked_add(layout.pool_size)?.checked_add(u64::from(index) * 8)?;
-            symbol(target, layout, target.u64(entry)?)
+            symbol(memory, layout, memory.u64(entry)?)
         };
-        let name = text(target.u16(at(layout.const_name)?)?)?;
-        let signature = text(target.u16(at(layout.const_signature)?)?)?;
-        let class = target.u64(pool.checked_add(layout.pool_holder)?)?;
-        let class_name = symbol(target, layout, target.u64(class.checked_add(layout.klass_name)?)?)?;
-        let code_size = u64::from(target.u16(at(layout.const_code_size)?)?);
+        let name = text(memory.u16(at(layout.const_name)?)?)?;
+        let signature = text(memory.u16(at(layout.const_signature)?)?)?;
+        let class = memory.u64(pool.checked_add(layout.pool_holder)?)?;
+        let class_name = symbol(memory, layout, memory.u64(class.checked_add(layout.klass_name)?)?)?;
+        let code_size = u64::from(memory.u16(at(layout.const_code_size)?)?);
         let file = match layout.source_file {
             SourceFile::Pool(offset) => pool.checked_add(offset),
             SourceFile::Class(offset) => class.checked_add(offset),
             SourceFile::Nowhere => None,
         };
-        let file = file.and_then(|file| target.u16(file)).filter(|index| *index != 0).and_then(text);
-        let has_lines = target.u16(at(layout.const_flags)?)? & HAS_LINES != 0;
+        let file = file.and_then(|file| memory.u16(file)).filter(|index| *index != 0).and_then(text);
+        let has_lines = memory.u16(at(layout.const_flags)?)? & HAS_LINES != 0;
         let line = index.filter(|index| has_lines && *index < code_size).and_then(|index| {
             // The table lies behind the bytecodes, and these behind the structure.
-            let size = u64::from(target.u32(at(layout.const_words)?)?) * 8;
+            let size = u64::from(memory.u32(at(layout.const_words)?)?) * 8;
             let table = layout.const_size + code_size;
             let length = size.checked_sub(table).filter(|length| *length <= MAX_CONSTANT)?;
-            let table = target.up_to(at(table)?, usize::try_from(length).ok()?);
+            let table = memory.up_to(at(table)?, usize::try_from(length).ok()?);
             line(&table, self.compression, u32::try_from(index).ok()?)
         });
         Some(Place { symbol: Some(external(&class_name, &name, &signature)?), file, line })
@@ -134,10 +146,10 @@ impl Methods {
 
 /// Where the stream begins to tell of the code before `pc`, which must be known exactly: if it is not, something
 /// else is there by now.
-fn scope(target: &Target, scopes: &Scopes, tables: &MethodTables, pc: u64) -> Option<u32> {
+fn scope(memory: &ProcessMemory, scopes: &Scopes, tables: &MethodTables, pc: u64) -> Option<u32> {
     let size = tables.places.end.checked_sub(tables.places.start).filter(|size| *size <= MAX_PLACES)?;
     let pc = pc.checked_sub(tables.code)?;
-    let places = target.up_to(tables.places.start, usize::try_from(size).ok()?);
+    let places = memory.up_to(tables.places.start, usize::try_from(size).ok()?);
     let number = |place: &[u8], offset: u64| {
         let offset = usize::try_from(offset).ok()?;
         Some(u32::from_ne_bytes(place.get(offset..offset + 4)?.try_into().ok()?))
@@ -148,11 +160,11 @@ fn scope(target: &Target, scopes: &Scopes, tables: &MethodTables, pc: u64) -> Op
     number(place, scopes.place_scope)
 }
 
-fn symbol(target: &Target, layout: &Layout, address: u64) -> Option<String> {
+fn symbol(memory: &ProcessMemory, layout: &Layout, address: u64) -> Option<String> {
     let length =
-        target.u16(address.checked_add(layout.symbol_length)?).filter(|length| *length <= MAX_NAME)?;
+        memory.u16(address.checked_add(layout.symbol_length)?).filter(|length| *length <= MAX_NAME)?;
     let mut bytes = vec![0; usize::from(length)];
-    target.read(address.checked_add(layout.symbol_body)?, &mut bytes)?;
+    memory.read(address.checked_add(layout.symbol_body)?, &mut bytes)?;
     String::from_utf8(bytes).ok()
 }
 

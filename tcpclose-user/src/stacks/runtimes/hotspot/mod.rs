@@ -1,16 +1,15 @@
-//! Frames of the virtual machine of `OpenJDK`. It needs no restart and no agent: `libjvm.so` exports tables of its own structures
-//! for debuggers, and from these the code cache, the frames of compiled and interpreted methods, and their names and lines
-//! can be read out of the process's memory.
+//! HotSpot, the virtual machine of OpenJDK. It needs no restart and no agent: `libjvm.so` exports tables of its own
+//! structures for debuggers. With these the code cache, the frames of compiled and interpreted methods, and their names
+//! and lines can be read from the process's memory.
 //!
 //! <https://github.com/openjdk/jdk/blob/jdk-17-ga/src/hotspot/share/runtime/vmStructs.hpp>
 //!
-//! The machine runs on while it is read. What does not fit together is left out: a frame then has its address and nothing
-//! else, and the walk ends if its caller cannot be told.
+//! The machine runs on while it is read. What is inconsistent is left out: a frame then has its address only, and the
+//! stack ends if its caller is not known.
 
 mod code;
 mod layout;
 mod method;
-mod target;
 
 use std::{
     collections::HashMap,
@@ -18,44 +17,57 @@ use std::{
     time::{Duration, Instant},
 };
 
-use framehop::FrameAddress;
-
 use self::{
     code::{Blob, CodeCache},
-    layout::Layout,
+    layout::{Layout, Symbols},
     method::Methods,
-    target::Target,
 };
-use super::{Call, Memory};
-use crate::event::Frame;
+use super::{Caller, Program, Registers, Runtime};
+use crate::{
+    event::Frame,
+    stacks::memory::{ProcessMemory, StackMemory},
+};
 
-pub(super) use self::layout::Symbols;
+/// How long names are cached while the machine runs. The memory of a class that is unloaded is used for others.
+const CACHE_FOR: Duration = Duration::from_secs(1);
 
-/// How long names are remembered while the machine runs. A class that is unloaded leaves its memory to others.
-const REMEMBER: Duration = Duration::from_secs(1);
-
-/// How many are remembered meanwhile.
+/// How many are cached.
 const MAX_NAMES: usize = 8_192;
 
-/// Where an interpreted frame keeps things, in words from its frame pointer; the same on x86-64 and arm64, from JDK 9 on.
+/// The slots of an interpreted frame, in words from its frame pointer; the same on x86-64 and arm64, from JDK 9 on.
 ///
 /// <https://github.com/openjdk/jdk/blob/jdk-17-ga/src/hotspot/cpu/x86/frame_x86.hpp>
 mod interpreted {
-    pub(super) const SENDER_SP: i64 = -1;
+    pub(super) const CALLER_SP: i64 = -1;
     pub(super) const METHOD: i64 = -3;
     pub(super) const BYTECODE: i64 = -8;
 }
 
+/// Recognizes `libjvm.so`.
+pub fn recognize(symbol: &dyn Fn(&str) -> Option<u64>) -> Option<Box<dyn Program>> {
+    Symbols::find(symbol).map(|symbols| Box::new(Library(symbols)) as _)
+}
+
+/// A `libjvm.so`.
+struct Library(Symbols);
+
+impl Program for Library {
+    fn attach(&self, pid: u32, memory: ProcessMemory, bias: u64) -> Option<Box<dyn Runtime>> {
+        Vm::open(pid, memory, bias, &self.0).map(|vm| Box::new(vm) as _)
+    }
+}
+
 /// A running virtual machine.
-pub(super) struct Vm {
-    target: Target,
+struct Vm {
+    memory: ProcessMemory,
     layout: Layout,
     code: CodeCache,
     methods: Methods,
-    /// What code there is at an address.
+    /// The pieces of code at addresses of frames.
     blobs: HashMap<u64, Blob>,
-    /// The frames that are at one address, where methods are inlined.
+    /// The frames at one position: several where methods are inlined.
     named: HashMap<Position, Arc<[Arc<Frame>]>>,
+    /// When the two were last emptied.
     since: Instant,
 }
 
@@ -63,107 +75,51 @@ pub(super) struct Vm {
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Position {
     pc: u64,
-    /// Addresses of the method and of its bytecode, where it is interpreted; else 0.
+    /// Addresses of the method and of its bytecode, if it is interpreted; else 0.
     interpreted: (u64, u64),
 }
 
-/// The caller of a frame.
-pub(super) struct Sender {
-    pub(super) pc: u64,
-    pub(super) sp: u64,
-    pub(super) fp: u64,
-}
-
 impl Vm {
-    /// The one in process `pid`, whose `libjvm.so` is at `bias`. `None` if it cannot be read, or is of a version whose
-    /// structures are not understood.
-    pub(super) fn open(pid: u32, bias: u64, symbols: &Symbols) -> Option<Self> {
-        let target = Target::open(pid)?;
-        let layout = match Layout::read(&target, bias, symbols) {
+    /// `None` if it cannot be read, or is of a version whose structures are not known.
+    fn open(pid: u32, memory: ProcessMemory, bias: u64, symbols: &Symbols) -> Option<Self> {
+        let layout = match Layout::read(&memory, bias, symbols) {
             Ok(layout) => layout,
             Err(missing) => {
                 log::debug!(
-                    "process {pid}: no names of Java methods: its libjvm.so does not tell of {missing}"
+                    "process {pid}: no names of Java methods: its libjvm.so does not describe {missing}"
                 );
                 return None;
             }
         };
-        let code = CodeCache::read(&target, &layout)?;
+        let code = CodeCache::read(&memory, &layout)?;
         let methods = Methods::new(&layout);
         let (blobs, named) = (HashMap::new(), HashMap::new());
-        Some(Self { target, layout, code, methods, blobs, named, since: Instant::now() })
-    }
-
-    /// To be called before each stack.
-    pub(super) fn begin(&mut self) {
-        let is_old = self.since.elapsed() >= REMEMBER || self.named.len() >= MAX_NAMES;
-        // Of a machine that has ended, what is known is all that there will be.
-        if is_old && self.target.u64(self.layout.heaps).is_some() {
-            self.named.clear();
-            self.blobs.clear();
-            self.since = Instant::now();
-        }
-    }
-
-    /// Whether code of this machine's making is at an address.
-    pub(super) fn has(&self, address: u64) -> bool {
-        self.code.has(address)
-    }
-
-    /// Names a frame of the machine's, and says where its caller is.
-    pub(super) fn step(
-        &mut self,
-        at: FrameAddress,
-        sp: u64,
-        fp: u64,
-        stack: &Memory<'_>,
-        calls: &mut Vec<Call>,
-    ) -> Option<Sender> {
-        let pc = at.address();
-        let Some(blob) = self.blob(at.address_for_lookup()) else {
-            calls.push(Call::Code(pc));
-            return None;
-        };
-        let word = |base: u64, words: i64| stack.word(base.checked_add_signed(words * 8)?);
-        if blob.is_interpreter() {
-            let method = word(fp, interpreted::METHOD).unwrap_or(0);
-            let bytecode = word(fp, interpreted::BYTECODE).unwrap_or(0);
-            self.name(pc, &blob, (method, bytecode), calls);
-            let sender_sp = word(fp, interpreted::SENDER_SP)?;
-            return Some(Sender { pc: word(fp, 1)?, sp: sender_sp, fp: word(fp, 0)? });
-        }
-        self.name(pc, &blob, (0, 0), calls);
-        if blob.frame_words == 0 {
-            // Such as the stub by which the machine calls Java: it keeps a frame pointer.
-            return Some(Sender { pc: word(fp, 1)?, sp: fp.checked_add(16)?, fp: word(fp, 0)? });
-        }
-        let sender_sp = sp.checked_add(u64::from(blob.frame_words) * 8)?;
-        Some(Sender { pc: word(sender_sp, -1)?, sp: sender_sp, fp: word(sender_sp, -2)? })
+        Some(Self { memory, layout, code, methods, blobs, named, since: Instant::now() })
     }
 
     fn blob(&mut self, address: u64) -> Option<Blob> {
-        let Self { target, layout, code, blobs, .. } = self;
+        let Self { memory, layout, code, blobs, .. } = self;
         if let Some(known) = blobs.get(&address) {
             return Some(known.clone());
         }
         if !code.is_committed(address) {
             // It has grown since.
-            *code = CodeCache::read(target, layout)?;
+            *code = CodeCache::read(memory, layout)?;
         }
-        let blob = code.blob(target, layout, address)?;
+        let blob = code.blob(memory, layout, address)?;
         blobs.insert(address, blob.clone());
         Some(blob)
     }
 
-    fn name(&mut self, pc: u64, blob: &Blob, interpreted: (u64, u64), calls: &mut Vec<Call>) {
-        let Self { target, layout, methods, named, .. } = self;
+    fn describe(&mut self, pc: u64, blob: &Blob, interpreted: (u64, u64)) -> Arc<[Arc<Frame>]> {
+        let Self { memory, layout, methods, named, .. } = self;
         let key = Position { pc, interpreted };
         let frames = named.entry(key).or_insert_with(|| {
-            let (target, layout) = (&*target, &*layout);
+            let (memory, layout) = (&*memory, &*layout);
             let found = if blob.is_interpreter() {
-                methods.interpreted(target, layout, interpreted).into_iter().collect()
+                methods.interpreted(memory, layout, interpreted).into_iter().collect()
             } else if blob.is_method() {
-                methods.compiled(target, layout, blob, pc)
+                methods.compiled(memory, layout, blob, pc)
             } else {
                 vec![method::Place { symbol: Some(blob.name.to_string()), ..method::Place::default() }]
             };
@@ -181,9 +137,55 @@ impl Vm {
             };
             found.into_iter().enumerate().map(frame).collect()
         });
-        if frames.is_empty() {
-            calls.push(Call::Code(pc));
-        }
-        calls.extend(frames.iter().cloned().map(Call::Named));
+        Arc::clone(frames)
     }
+}
+
+impl Runtime for Vm {
+    fn begin_stack(&mut self) {
+        let is_old = self.since.elapsed() >= CACHE_FOR || self.named.len() >= MAX_NAMES;
+        // Once the machine has exited, nothing can be read that is not cached.
+        if is_old && self.memory.u64(self.layout.heaps).is_some() {
+            self.named.clear();
+            self.blobs.clear();
+            self.since = Instant::now();
+        }
+    }
+
+    fn owns(&self, address: u64) -> bool {
+        self.code.has(address)
+    }
+
+    fn name(&mut self, frame: &Registers, stack: &StackMemory<'_>) -> Arc<[Arc<Frame>]> {
+        let Some(blob) = self.blob(frame.inside) else { return Arc::new([]) };
+        let slot = |words| slot(stack, frame.fp, words).unwrap_or(0);
+        let interpreted = if blob.is_interpreter() {
+            (slot(interpreted::METHOD), slot(interpreted::BYTECODE))
+        } else {
+            (0, 0)
+        };
+        self.describe(frame.pc, &blob, interpreted)
+    }
+
+    fn caller(&mut self, frame: &Registers, stack: &StackMemory<'_>) -> Caller {
+        let caller = |blob: Blob| {
+            if blob.is_interpreter() {
+                let sp = slot(stack, frame.fp, interpreted::CALLER_SP)?;
+                return Some(Caller::At { pc: slot(stack, frame.fp, 1)?, sp, fp: slot(stack, frame.fp, 0)? });
+            }
+            if blob.frame_words == 0 {
+                // Such as the stub by which the machine calls Java: it keeps a frame pointer.
+                let sp = frame.fp.checked_add(16)?;
+                return Some(Caller::At { pc: slot(stack, frame.fp, 1)?, sp, fp: slot(stack, frame.fp, 0)? });
+            }
+            let sp = frame.sp.checked_add(u64::from(blob.frame_words) * 8)?;
+            Some(Caller::At { pc: slot(stack, sp, -1)?, sp, fp: slot(stack, sp, -2)? })
+        };
+        self.blob(frame.inside).and_then(caller).unwrap_or(Caller::Unknown)
+    }
+}
+
+/// The word so many words from an address.
+fn slot(stack: &StackMemory<'_>, base: u64, words: i64) -> Option<u64> {
+    stack.word(base.checked_add_signed(words * 8)?)
 }

@@ -1,0 +1,90 @@
+//! Language runtimes: code that no file has unwind tables or symbols for, because it was compiled or interpreted at run
+//! time.
+//!
+//! To support another runtime, add a directory that implements [`Program`] and [`Runtime`] and a line to [`RUNTIMES`].
+//! The unwinder asks each runtime of a process about each frame:
+//!
+//! - A runtime whose code has no unwind tables, such as HotSpot or V8, owns the frames in its code, names them and finds
+//!   their callers.
+//! - An interpreter in C, such as CPython, owns the frames of its evaluation loop. It names the frames of the program
+//!   that the loop runs, and leaves it to the tables of its library to find the caller.
+
+pub mod hotspot;
+
+use std::sync::Arc;
+
+use super::memory::{ProcessMemory, StackMemory};
+use crate::event::Frame;
+
+/// All that are supported.
+const RUNTIMES: &[Recognize] = &[hotspot::recognize];
+
+/// Recognizes a runtime by the symbols of an executable or library. `symbol` looks up the address that a dynamic symbol
+/// has in the file.
+type Recognize = fn(symbol: &dyn Fn(&str) -> Option<u64>) -> Option<Box<dyn Program>>;
+
+/// An executable or library that contains a runtime.
+pub trait Program {
+    /// Attaches to the runtime in process `pid`, where the file is mapped with the load bias `bias`. `None` if it cannot
+    /// be read, has not been initialized yet, or is a version that is not supported.
+    fn attach(&self, pid: u32, memory: ProcessMemory, bias: u64) -> Option<Box<dyn Runtime>>;
+}
+
+/// A runtime in a process.
+///
+/// The process runs on while it is read, and anyone may have written it. Return nothing rather than what is
+/// inconsistent, read a bounded amount, and never panic.
+///
+/// Frames must depend on nothing but the registers, the words read through `stack`, and memory of the process that does
+/// not change while they are live, so that a stack that is found again need not be unwound again.
+pub trait Runtime {
+    /// Called before each stack.
+    fn begin_stack(&mut self) {}
+
+    /// Whether the frame at this address is the runtime's. Called for every frame, so it must be cheap.
+    fn owns(&self, address: u64) -> bool;
+
+    /// Names a frame that the runtime owns: several frames, innermost first, where functions are inlined or where an
+    /// interpreter runs several. If there is none, the frame is left to the symbolizer.
+    fn name(&mut self, frame: &Registers, stack: &StackMemory<'_>) -> Arc<[Arc<Frame>]>;
+
+    /// Finds the caller of a frame that the runtime owns.
+    fn caller(&mut self, frame: &Registers, stack: &StackMemory<'_>) -> Caller;
+}
+
+/// The registers of a frame that unwinding needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Registers {
+    /// Instruction pointer of the innermost frame, return address in all others.
+    pub pc: u64,
+    /// An address inside the instruction that the frame is at: of a call, `pc` may be the first address of the next
+    /// function.
+    pub inside: u64,
+    /// Stack pointer.
+    pub sp: u64,
+    /// Frame pointer.
+    pub fp: u64,
+}
+
+/// The caller of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Caller {
+    /// It has these registers; `pc` is the return address.
+    At {
+        /// Return address.
+        pc: u64,
+        /// Stack pointer.
+        sp: u64,
+        /// Frame pointer.
+        fp: u64,
+    },
+    /// The unwind tables of the file at the frame's address are to be used.
+    ByTables,
+    /// Not known: the stack ends here.
+    Unknown,
+}
+
+/// The runtimes that a file contains.
+pub fn recognize(symbol: &dyn Fn(&str) -> Option<u64>) -> Vec<Box<dyn Program>> {
+    RUNTIMES.iter().filter_map(|recognize| recognize(symbol)).collect()
+}
