@@ -141,7 +141,7 @@ impl Module {
 
 /// All modules that some mapping refers to.
 #[derive(Debug, Default)]
-pub(super) struct Modules {
+pub struct Modules {
     known: HashMap<Identity, Weak<Module>>,
     prune_at: usize,
     tickets: Arc<()>,
@@ -149,13 +149,13 @@ pub(super) struct Modules {
 
 impl Modules {
     /// How many files are held open.
-    pub(super) fn held(&self) -> usize {
+    pub fn held(&self) -> usize {
         Arc::strong_count(&self.tickets) - 1
     }
 
     /// The executable mappings of a process in the order of addresses, from the content of its
     /// `/proc/PID/maps`. `exe` is the path of its program.
-    pub(super) fn mappings(&mut self, pid: u32, maps: &[u8], exe: Option<&Path>) -> Vec<Mapping> {
+    pub fn mappings(&mut self, pid: u32, maps: &[u8], exe: Option<&Path>) -> Vec<Mapping> {
         // A file is mapped in several pieces; one look at it is enough.
         let mut seen: HashMap<(Vec<u8>, u64), Option<Arc<Module>>> = HashMap::new();
         let mut mappings = Vec::new();
@@ -231,20 +231,20 @@ impl Modules {
 
 /// A line of `/proc/PID/maps`.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Region<'a> {
-    pub(crate) start: u64,
-    pub(crate) end: u64,
+pub struct Region<'a> {
+    pub start: u64,
+    pub end: u64,
     offset: u64,
     base: u64,
     /// Major and minor number, as they stand there.
     device: &'a [u8],
     inode: u64,
     /// As it stands there; empty where there is none.
-    pub(crate) path: &'a [u8],
+    pub path: &'a [u8],
 }
 
 /// The executable mappings in the content of a `/proc/PID/maps`. Lines that are not understood are left out.
-pub(crate) fn parse(maps: &[u8]) -> impl Iterator<Item = Region<'_>> {
+pub fn parse(maps: &[u8]) -> impl Iterator<Item = Region<'_>> {
     // A file's pieces lie one behind the other, the one with its beginning first.
     let mut first: Option<(&[u8], u64, u64)> = None;
     maps.split(|byte| *byte == b'\n').filter_map(move |line| {
@@ -278,7 +278,7 @@ fn hexadecimal(digits: &[u8]) -> Option<u64> {
 }
 
 /// The kernel writes a line feed in a path as `\012`.
-fn unescape(path: &[u8]) -> Vec<u8> {
+pub fn unescape(path: &[u8]) -> Vec<u8> {
     let mut rest = path;
     let mut plain = Vec::with_capacity(path.len());
     while let Some((byte, tail)) = rest.split_first() {
@@ -294,7 +294,7 @@ fn unescape(path: &[u8]) -> Vec<u8> {
 }
 
 /// The path of a file without the kernel's mark for removed ones, and whether it bore it.
-pub(super) fn undeleted(path: &[u8]) -> (&Path, bool) {
+pub fn undeleted(path: &[u8]) -> (&Path, bool) {
     match path.strip_suffix(DELETED) {
         Some(path) => (Path::new(OsStr::from_bytes(path)), true),
         None => (Path::new(OsStr::from_bytes(path)), false),

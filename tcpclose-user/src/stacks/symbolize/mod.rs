@@ -12,7 +12,7 @@
 
 mod headers;
 mod kernel;
-mod perf;
+pub mod perf;
 
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};

@@ -18,7 +18,7 @@ const TAIL: usize = 1024;
 
 /// What was read of one process's file so far.
 #[derive(Debug, Default)]
-pub(super) struct PerfMap {
+pub struct PerfMap {
     /// Device and inode number.
     file: (u64, u64),
     /// How far it was read.
@@ -31,7 +31,7 @@ pub(super) struct PerfMap {
 
 impl PerfMap {
     /// Reads what the process has added since. Once it has ended, what is known stays as it is.
-    pub(super) fn update(&mut self, image: &Image) {
+    pub fn update(&mut self, image: &Image) {
         let Some(file) = open(image) else { return };
         let Ok(metadata) = file.metadata() else { return };
         let identity = (metadata.dev(), metadata.ino());
@@ -55,7 +55,7 @@ impl PerfMap {
     }
 
     /// Takes in lines, except for a last one that is not yet complete.
-    fn add(&mut self, added: &[u8]) {
+    pub fn add(&mut self, added: &[u8]) {
         let Some(last) = added.iter().rposition(|byte| *byte == b'\n') else { return };
         self.read += last as u64 + 1;
         self.tail.extend_from_slice(&added[(last + 1).saturating_sub(TAIL)..=last]);
@@ -75,7 +75,7 @@ impl PerfMap {
     }
 
     /// The function at an address, and the address of its start.
-    pub(super) fn find(&self, address: u64) -> Option<(&str, u64)> {
+    pub fn find(&self, address: u64) -> Option<(&str, u64)> {
         let (start, (end, name)) = self.functions.range(..=address).next_back()?;
         (address < *end).then_some((name, *start))
     }

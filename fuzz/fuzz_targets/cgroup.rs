@@ -1,0 +1,11 @@
+//! `/proc/PID/cgroup`, in which whoever made the control groups chose the names.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use tcpclose_user::attribute::container;
+
+fuzz_target!(|text: &str| {
+    if let Some(id) = container::id(text) {
+        assert!(!id.is_empty() && text.contains(&id));
+    }
+});

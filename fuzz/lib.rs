@@ -1,0 +1,64 @@
+//! What several targets need: files made of fuzzed bytes, mapped into an imaginary process.
+
+use std::{
+    fs,
+    io::Write as _,
+    os::unix::fs::{MetadataExt as _, fchown},
+    panic,
+    path::PathBuf,
+    sync::Arc,
+};
+
+use tcpclose_user::attribute::{mappings::Modules, process::Image};
+
+/// Where [`mapped`] maps the file.
+pub const BASE: u64 = 0x10_0000;
+
+/// A file in memory that is removed when it is dropped.
+pub struct Scratch(PathBuf);
+
+impl Scratch {
+    /// A new file with this content, which nobody in particular owns: what belongs to root is trusted more.
+    pub fn new(content: &[u8]) -> Self {
+        let path = PathBuf::from(format!("/dev/shm/tcpclose-fuzz-{}", std::process::id()));
+        // Files are told apart by their inode and times, so each gets new ones.
+        let _ = fs::remove_file(&path);
+        let mut file = fs::File::create(&path).expect("/dev/shm is writable");
+        file.write_all(content).expect("/dev/shm has room");
+        // Without privileges it stays ours, which serves as well unless that is root.
+        let _ = fchown(&file, Some(65534), Some(65534));
+        Self(path)
+    }
+
+    /// An image whose only executable mapping is this file, in this process.
+    pub fn mapped(&self) -> Arc<Image> {
+        let metadata = fs::metadata(&self.0).expect("it was just written");
+        let (end, inode, path) = (BASE + metadata.len().next_multiple_of(4096), metadata.ino(), self.0.display());
+        let maps = format!("{BASE:x}-{end:x} r-xp 00000000 00:00 {inode} {path}\n");
+        let pid = std::process::id();
+        let mappings = Modules::default().mappings(pid, maps.as_bytes(), None);
+        Arc::new(Image { pid, mm: 1, mappings, ..Image::default() })
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// Lets panics unwind where libFuzzer would abort at once: those of crates that are caught are no finding. One that is
+/// not caught still ends the target.
+pub fn allow_caught_panics() {
+    panic::set_hook(Box::new(|_| {}));
+}
+
+/// Splits a number off the front; 0 if there are no bytes left.
+pub fn word(data: &mut &[u8]) -> u64 {
+    let Some((word, rest)) = data.split_first_chunk() else {
+        *data = &[];
+        return 0;
+    };
+    *data = rest;
+    u64::from_le_bytes(*word)
+}
