@@ -45,6 +45,25 @@ pub enum Command {
     },
     /// Print the JSON Schema of the output
     Schema,
+    /// Make the same lines again from a file that `--record` wrote; needs no privilege
+    Replay(Box<ReplayArgs>),
+}
+
+/// Options of `replay`.
+#[derive(Args, Clone, Debug)]
+pub struct ReplayArgs {
+    /// The recording
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// How to write events
+    #[arg(short, long, value_name = "FORMAT", default_value = "text")]
+    pub output: Format,
+    /// End after this many events
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub count: Option<u64>,
+    /// Only events that match
+    #[command(flatten)]
+    pub filter: FilterArgs,
 }
 
 /// Options of `trace`.
@@ -93,7 +112,7 @@ pub struct TraceArgs {
     /// Where descriptions of the kernel's types come from: `kernel`, a file of raw BTF, or `none`
     #[arg(long, value_name = "SOURCE", default_value = "kernel")]
     pub btf: BtfSource,
-    /// Write the kernel half's records to this file as they are, for a bug report or a test
+    /// Record what the kernel half reports and what the host answers to this file, for `tcpclose replay`
     #[arg(long, value_name = "PATH", hide_short_help = true)]
     pub record: Option<PathBuf>,
     /// Show debug messages of the kernel half and of the tool on stderr

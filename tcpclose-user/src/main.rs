@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Parser as _;
 use tcpclose_user::{
     cli::{Cli, Command},
-    commands::{debug, doctor, explain, list, trace},
+    commands::{debug, doctor, explain, list, replay, trace},
     event::schema,
 };
 
@@ -21,6 +21,7 @@ fn main() -> ExitCode {
             print!("{}", schema::pretty());
             Ok(ExitCode::SUCCESS)
         }
+        Some(Command::Replay(args)) => replay::replay(*args),
         Some(Command::List(args)) => list::list(*args).map(|()| ExitCode::SUCCESS),
         Some(Command::Trace(args)) => run(*args),
         None => run(cli.trace),

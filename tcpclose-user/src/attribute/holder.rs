@@ -15,7 +15,7 @@ use super::pace::Pace;
 const MAX_HOLDERS: usize = 16_384;
 
 /// A process that has a socket open.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Holder {
     /// Process id, as this tool's `/proc` shows it.
     pub pid: u32,
@@ -111,8 +111,8 @@ impl Holders {
     }
 
     /// The holder of a socket that was looked for, and found.
-    pub fn of(&self, inode: u64) -> Option<&Holder> {
-        if inode == 0 { None } else { self.by_inode.get(&inode).map(Arc::as_ref) }
+    pub fn of(&self, inode: u64) -> Option<Arc<Holder>> {
+        if inode == 0 { None } else { self.by_inode.get(&inode).cloned() }
     }
 }
 

@@ -12,27 +12,13 @@ pub mod pace;
 pub mod process;
 pub mod watch;
 
-use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Instant,
-};
-
-use self::{
-    holder::{Holder, Holders},
-    process::Processes,
-};
+use self::holder::Holder;
 use crate::{
     event::{Attribution, Process},
+    host::{Host, Program},
     ingest::life::{Holder as Candidate, Life, Task},
-    kernel::privilege,
     tcp::Role,
 };
-
-/// Finds the owners of sockets.
-pub struct Attributor {
-    processes: Arc<Mutex<Processes>>,
-    holders: Holders,
-}
 
 /// What a process has to do with a socket that it was not seen to act on.
 #[derive(Clone, Copy, Debug)]
@@ -54,96 +40,57 @@ impl Claim<'_> {
     }
 }
 
-impl Default for Attributor {
-    fn default() -> Self {
-        Self { processes: Arc::new(Mutex::new(Processes::of_kernel_half())), holders: Holders::default() }
+/// The owner of a socket. `claim` is that of a process which was found after the fact; with `unheld`, a search of all
+/// descriptors has shown that nobody has the socket open any more.
+pub fn owner(life: &Life, claim: Option<Claim<'_>>, unheld: bool, host: &mut impl Host) -> Option<Process> {
+    if let Some(actor) = life.own_actor() {
+        let attribution = if life.is_unaccepted() { Attribution::Listener } else { Attribution::Syscall };
+        return Some(acted(actor, attribution, host));
     }
+    // The task that opened it, unless the descriptor turned out to be another process's by now, or nobody's.
+    if let Some(opener) = &life.opener
+        && !unheld
+        && claim.is_none_or(|claim| claim.pid() == opener.pid)
+    {
+        return Some(acted(opener, obtained(life), host));
+    }
+    Some(match (claim, &life.holder) {
+        (Some(Claim::Closed(task)), _) => acted(task, Attribution::Syscall, host),
+        (Some(Claim::Holds(task)), _) => acted(task, Attribution::Descriptors, host),
+        (Some(Claim::Procfs(holder)), _) => listed(holder, Attribution::Procfs, host.program(holder.pid, 0)),
+        (None, Some(Candidate::Listener(task))) => acted(task, Attribution::Listener, host),
+        (None, Some(Candidate::Descriptor(task))) if !unheld => acted(task, Attribution::Descriptors, host),
+        (None, _) => {
+            let holder = host.holder(life.inode?)?;
+            listed(&holder, Attribution::Procfs, host.program(holder.pid, 0))
+        }
+    })
 }
 
-impl Attributor {
-    /// The known processes, for the thread that watches for new ones.
-    pub fn processes(&self) -> Arc<Mutex<Processes>> {
-        Arc::clone(&self.processes)
-    }
-
-    /// Closes files that are held open for processes that have ended. Call it every few seconds.
-    pub fn sweep(&mut self) {
-        lock(&self.processes).sweep(Instant::now());
-    }
-
-    /// Looks the holders of these sockets up in `/proc`, by inode number. Says for each whether one is known.
-    pub fn find_owners(&mut self, inodes: &[u64]) -> Vec<bool> {
-        // In another pid namespace the ids in `/proc` are not those that the kernel half reports.
-        if !privilege::in_initial_pid_namespace() {
-            return vec![false; inodes.len()];
-        }
-        self.holders.find(inodes)
-    }
-
-    /// The owner of a socket. `claim` is that of a process which was found after the fact; with `unheld`, a search of all
-    /// descriptors has shown that nobody has the socket open any more.
-    pub fn owner(&mut self, life: &Life, claim: Option<Claim<'_>>, unheld: bool) -> Option<Process> {
-        if let Some(actor) = life.own_actor() {
-            let attribution = if life.is_unaccepted() { Attribution::Listener } else { Attribution::Syscall };
-            return Some(self.process(actor, attribution));
-        }
-        // The task that opened it, unless the descriptor turned out to be another process's by now, or nobody's.
-        if let Some(opener) = &life.opener
-            && !unheld
-            && claim.is_none_or(|claim| claim.pid() == opener.pid)
-        {
-            return Some(self.process(opener, obtained(life)));
-        }
-        match (claim, &life.holder) {
-            (Some(Claim::Closed(task)), _) => Some(self.process(task, Attribution::Syscall)),
-            (Some(Claim::Holds(task)), _) => Some(self.process(task, Attribution::Descriptors)),
-            (Some(Claim::Procfs(holder)), _) => Some(self.listed(holder)),
-            (None, Some(Candidate::Listener(task))) => Some(self.process(task, Attribution::Listener)),
-            (None, Some(Candidate::Descriptor(task))) if !unheld => {
-                Some(self.process(task, Attribution::Descriptors))
-            }
-            (None, _) => {
-                let holder = self.holders.of(life.inode?)?.clone();
-                Some(self.listed(&holder))
-            }
-        }
-    }
-
-    /// The process that opened the connection.
-    pub fn opener(&mut self, life: &Life) -> Option<Process> {
-        life.opener.as_ref().map(|opener| self.process(opener, obtained(life)))
-    }
-
-    fn process(&mut self, task: &Task, attribution: Attribution) -> Process {
-        let image = lock(&self.processes).image(task.pid, task.mm);
-        Process {
-            pid: task.pid,
-            tid: task.tid,
-            comm: task.comm(),
-            exe: image.as_ref().and_then(|image| image.exe.clone()),
-            uid: Some(task.uid),
-            container: image.and_then(|image| image.container.clone()),
-            attribution,
-        }
-    }
-
-    fn listed(&mut self, holder: &Holder) -> Process {
-        describe(holder, &mut lock(&self.processes), Attribution::Procfs)
-    }
+/// The process that opened the connection.
+pub fn opener(life: &Life, host: &mut impl Host) -> Option<Process> {
+    life.opener.as_ref().map(|opener| acted(opener, obtained(life), host))
 }
 
-/// A process that was found through `/proc`, as the output describes it.
-pub fn describe(holder: &Holder, processes: &mut Processes, attribution: Attribution) -> Process {
-    let image = processes.image(holder.pid, 0);
+/// A process that is known from a task.
+fn acted(task: &Task, attribution: Attribution, host: &mut impl Host) -> Process {
+    let Program { exe, container } = host.program(task.pid, task.mm);
     Process {
-        pid: holder.pid,
-        tid: None,
-        comm: holder.comm.clone(),
-        exe: image.as_ref().and_then(|image| image.exe.clone()),
-        uid: holder.uid,
-        container: image.and_then(|image| image.container.clone()),
+        pid: task.pid,
+        tid: task.tid,
+        comm: task.comm(),
+        exe,
+        uid: Some(task.uid),
+        container,
         attribution,
     }
+}
+
+/// A process that was found through `/proc`.
+pub fn listed(holder: &Holder, attribution: Attribution, program: Program) -> Process {
+    let Program { exe, container } = program;
+    let comm = holder.comm.clone();
+    Process { pid: holder.pid, tid: None, comm, exe, uid: holder.uid, container, attribution }
 }
 
 /// How the opener of a connection obtained it.
@@ -151,28 +98,25 @@ fn obtained(life: &Life) -> Attribution {
     if life.role == Some(Role::Server) { Attribution::Accept } else { Attribution::Connect }
 }
 
-/// A thread that panicked while it held the lock has left at worst an image that was read halfway.
-pub(crate) fn lock(processes: &Mutex<Processes>) -> MutexGuard<'_, Processes> {
-    processes.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ingest::life::{
-        Act, End, SocketId,
-        examples::{END, task, unknown},
+    use crate::{
+        host::Recorded,
+        ingest::life::{
+            Act, End, SocketId,
+            examples::{END, task, unknown},
+        },
     };
 
     fn owner(life: &Life, claim: Option<Claim<'_>>, unheld: bool) -> Option<(u32, Attribution)> {
-        let process = Attributor::default().owner(life, claim, unheld)?;
+        let process = super::owner(life, claim, unheld, &mut Recorded::default())?;
         Some((process.pid, process.attribution))
     }
 
     #[test]
     fn the_order_of_trust() {
-        // Process ids that cannot exist, so that nothing is found in /proc.
-        let [acted, opened, held, listens] = [1, 2, 3, 4].map(|n| task(u32::MAX - n, Act::Unknown));
+        let [acted, opened, held, listens] = [1, 2, 3, 4].map(|pid| task(pid, Act::Unknown));
         let nobody = Life { id: SocketId { address: 1, born: 1 }, end: Some(END), ..unknown() };
         assert_eq!(owner(&nobody, None, false), None);
 

@@ -5,4 +5,5 @@ pub mod debug;
 pub mod doctor;
 pub mod explain;
 pub mod list;
+pub mod replay;
 pub mod trace;

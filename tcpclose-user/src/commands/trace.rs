@@ -22,12 +22,15 @@ use super::child::{self, Followed};
 use crate::{
     cli::{CallGraph, Linger, Stacks, TraceArgs},
     filter::Filter,
-    ingest::{capture::Capture, reader::poll},
+    ingest::{
+        reader::poll,
+        recording::{Recorder, Step},
+    },
     kernel::{
         handle::KernelHalf,
         loader::{self, Request},
     },
-    pipeline::{Options, Pipeline},
+    live::{Live, Options},
     sink::{
         Output,
         report::{Going, Report},
@@ -63,20 +66,24 @@ pub async fn trace(args: TraceArgs) -> Result<ExitCode> {
     } else {
         Output::stdout(args.output, args.stack != Stacks::None)
     };
-    let options = Options {
-        linger: args.linger,
-        connections: args.connections,
-        capture: args.record.as_deref().map(create_capture).transpose()?,
+    let recorder = match &args.record {
+        Some(path) => {
+            let recorder =
+                Recorder::create(path).with_context(|| format!("cannot create {}", path.display()))?;
+            Some((recorder, beginning(&kernel, &args)))
+        }
+        None => None,
     };
-    let report = Report::new(filter, followed, output, args.count);
-    let mut pipeline = Pipeline::new(kernel, report, options)?;
-    let mut logger = if args.debug { Some(poll(pipeline.logger()?, Interest::READABLE)?) } else { None };
+    let report = Report::new(vec![filter], output, args.count);
+    let options = Options { linger: args.linger, connections: args.connections, followed, recorder };
+    let mut live = Live::new(kernel, report, options)?;
+    let mut logger = if args.debug { Some(poll(live.logger()?, Interest::READABLE)?) } else { None };
     let mut child = start_command(&args)?;
     if let Some(path) = &args.ready_file {
         write_ready_file(path)?;
     }
     let mut sweep = tokio::time::interval(SWEEP_PERIOD);
-    let mut stuck = pipeline.stuck_period().map(tokio::time::interval);
+    let mut stuck = live.stuck_period().map(tokio::time::interval);
     if let Some(stuck) = &mut stuck {
         stuck.set_missed_tick_behavior(MissedTickBehavior::Delay);
     }
@@ -87,9 +94,9 @@ pub async fn trace(args: TraceArgs) -> Result<ExitCode> {
     let mut command_ended: Option<Instant> = None;
     loop {
         tokio::select! {
-            result = pipeline.ready() => {
+            result = live.ready() => {
                 result?;
-                if pipeline.read()? == Going::Done {
+                if live.read()? == Going::Done {
                     break;
                 }
             }
@@ -104,21 +111,21 @@ pub async fn trace(args: TraceArgs) -> Result<ExitCode> {
             }
             () = tokio::time::sleep(CHECK_PERIOD), if command_ended.is_some() => {
                 let waited = command_ended.is_some_and(|ended| ended.elapsed() >= AFTER_COMMAND);
-                if waited || !pipeline.followed_alive() {
+                if waited || !live.followed_alive() {
                     break;
                 }
             }
             result = debug_messages(&mut logger) => result?,
-            _ = sweep.tick() => pipeline.sweep(),
+            _ = sweep.tick() => live.sweep(),
             () = tick(&mut stuck) => {
-                if pipeline.report_stuck()? == Going::Done {
+                if live.report_stuck()? == Going::Done {
                     break;
                 }
             }
         }
     }
-    pipeline.finish()?;
-    pipeline.summarize(started.elapsed());
+    live.finish()?;
+    live.summarize(started.elapsed());
     Ok(code)
 }
 
@@ -147,8 +154,15 @@ fn request(args: &TraceArgs, filter: &Filter) -> Request {
     }
 }
 
-fn create_capture(path: &Path) -> Result<Capture> {
-    Capture::create(path).with_context(|| format!("cannot create {}", path.display()))
+/// What a recording begins with.
+fn beginning(kernel: &KernelHalf, args: &TraceArgs) -> Step {
+    let arguments = std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned());
+    Step::Start {
+        reset_reasons: kernel.reset_reasons.0.clone(),
+        stacks: args.stack != Stacks::None,
+        command: !args.command.is_empty(),
+        arguments: arguments.take_while(|argument| argument != "--").collect(),
+    }
 }
 
 /// Has the kernel half follow the processes that `--pid` names, and with `-- COMMAND` this process, whose only child the

@@ -9,7 +9,7 @@ mod time;
 mod values;
 
 use schemars::JsonSchema;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub use crate::tcp::{Direction, Endpoint, Family, Role, State};
 pub use stack::{Frame, Frames, Stack};
@@ -17,7 +17,7 @@ pub use time::{Time, millis};
 pub use values::{Attribution, Cause, ClosedBy, Ended, LastData, LingeringKind, LostPlace, Trigger};
 
 /// One line of output.
-#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
     /// One end of a connection, or of an attempt at one, is over.
@@ -54,7 +54,7 @@ impl Event {
 }
 
 /// One end of a connection that is over.
-#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Close {
     /// When it was over.
     pub time: Time,
@@ -90,7 +90,7 @@ pub struct Close {
 }
 
 /// A RST that was sent or received.
-#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Reset {
     /// When.
     pub time: Time,
@@ -123,7 +123,7 @@ pub struct Reset {
 }
 
 /// A socket that stays in a teardown state.
-#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Lingering {
     /// When this was noticed.
     pub time: Time,
@@ -153,7 +153,7 @@ pub struct Lingering {
 }
 
 /// A process that has a socket open.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Holder {
     /// Process id in the initial pid namespace.
     pub pid: u32,
@@ -164,7 +164,7 @@ pub struct Holder {
 }
 
 /// What could not be said.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Lost {
     /// When it was noticed.
     pub time: Time,
@@ -178,7 +178,7 @@ pub struct Lost {
 }
 
 /// A connection, seen from the host that traces.
-#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Connection {
     /// An IPv4-mapped IPv6 socket is `ipv4`.
     pub family: Option<Family>,
@@ -207,7 +207,7 @@ pub struct Connection {
 }
 
 /// The owner of a socket.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Process {
     /// Process id in the initial pid namespace.
     pub pid: u32,
@@ -226,7 +226,7 @@ pub struct Process {
 }
 
 /// A state and when it was entered.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Step {
     /// The state.
     pub state: State,
@@ -235,7 +235,7 @@ pub struct Step {
 }
 
 /// Who made a connection.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Opener {
     /// Who called connect or accept.
     pub process: Option<Process>,

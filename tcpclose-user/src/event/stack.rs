@@ -7,11 +7,11 @@ use std::{
 };
 
 use schemars::JsonSchema;
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::value::RawValue;
 
 /// Where something was done.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Stack {
     /// Innermost first; null when not taken or not there to take.
     pub user: Option<Frames>,
@@ -67,6 +67,12 @@ impl Serialize for Frames {
     }
 }
 
+impl<'de> Deserialize<'de> for Frames {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Vec::<Frame>::deserialize(deserializer).map(Self::from)
+    }
+}
+
 impl JsonSchema for Frames {
     fn schema_name() -> std::borrow::Cow<'static, str> {
         Vec::<Frame>::schema_name()
@@ -82,7 +88,7 @@ impl JsonSchema for Frames {
 }
 
 /// One frame of a stack.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 pub struct Frame {
     /// The address, as `0x…`.
     pub address: String,

@@ -1,6 +1,6 @@
 //! From the ring buffer to the correlator: records are read, decoded into the domain model, and, with `--record`, kept.
 
-pub mod capture;
 pub mod decode;
 pub mod life;
 pub mod reader;
+pub mod recording;

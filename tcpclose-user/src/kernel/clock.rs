@@ -41,6 +41,18 @@ impl Clock {
         self.suspended = boot - nanoseconds(ClockId::CLOCK_MONOTONIC);
     }
 
+    /// The clocks as they were read last, for a recording: nanoseconds from `CLOCK_BOOTTIME` to the wall clock, and from
+    /// `CLOCK_MONOTONIC` to `CLOCK_BOOTTIME`.
+    pub fn offsets(&self) -> (i64, i64) {
+        let narrow = |offset: i128| i64::try_from(offset).unwrap_or(i64::MAX);
+        (narrow(self.wall_minus_boot), narrow(self.suspended))
+    }
+
+    /// Sets the clocks to what [`Self::offsets`] was.
+    pub fn set_offsets(&mut self, (wall_minus_boot, suspended): (i64, i64)) {
+        (self.wall_minus_boot, self.suspended) = (wall_minus_boot.into(), suspended.into());
+    }
+
     /// Nanoseconds of `CLOCK_BOOTTIME` now.
     pub fn boot_now() -> u64 {
         u64::try_from(nanoseconds(ClockId::CLOCK_BOOTTIME)).unwrap_or(0)

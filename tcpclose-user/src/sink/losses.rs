@@ -6,7 +6,7 @@ use aya::util::nr_cpus;
 use tcpclose_common::counters::Counters;
 
 use crate::{
-    event::{Event, Lost, LostPlace},
+    event::{Lost, LostPlace},
     kernel::{clock::Clock, handle::KernelHalf},
 };
 
@@ -37,15 +37,15 @@ impl Losses {
         Self { capacity: u64::from(capacity), reported: BTreeMap::new(), evicted: 0 }
     }
 
-    /// An event for each place where more was lost than was reported.
-    pub fn news(&mut self, kernel: &KernelHalf, user: UserLosses) -> Vec<Event> {
+    /// A line for each place where more was lost than was reported.
+    pub fn news(&mut self, kernel: &KernelHalf, user: UserLosses) -> Vec<Lost> {
         let totals = self.totals(kernel, user);
         let mut news = Vec::new();
         for (place, total) in totals {
             let reported = self.reported.entry(place).or_default();
             if total > *reported {
                 let count = total - *reported;
-                news.push(Event::Lost(Lost { time: Clock::now(), seq: 0, place, count }));
+                news.push(Lost { time: Clock::now(), seq: 0, place, count });
                 *reported = total;
             }
         }

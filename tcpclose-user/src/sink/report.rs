@@ -6,8 +6,7 @@ use anyhow::{Context as _, Result};
 
 use super::{Output, Written, human_millis, summary::Summary};
 use crate::{
-    commands::child::Followed,
-    event::{Event, LostPlace},
+    event::{Event, Lost, LostPlace},
     filter::Filter,
 };
 
@@ -23,9 +22,8 @@ pub enum Going {
 
 /// Reports events that the filters let through.
 pub struct Report {
-    filter: Filter,
-    /// With `-- COMMAND`: its processes.
-    followed: Option<Followed>,
+    /// An event has to pass all of them.
+    filters: Vec<Filter>,
     output: Output,
     /// How many events `--count` still lets through.
     left: Option<u64>,
@@ -34,15 +32,9 @@ pub struct Report {
 }
 
 impl Report {
-    /// Writes to `output` what `filter` lets through, `count` events at most; with `followed`, only those of its
-    /// processes.
-    pub fn new(filter: Filter, followed: Option<Followed>, output: Output, count: Option<u64>) -> Self {
-        Self { filter, followed, output, left: count, events: 0, summary: Summary::default() }
-    }
-
-    /// The processes of the command, with `-- COMMAND`.
-    pub fn followed(&self) -> Option<&Followed> {
-        self.followed.as_ref()
+    /// Writes to `output` what all `filters` let through, `count` events at most.
+    pub fn new(filters: Vec<Filter>, output: Output, count: Option<u64>) -> Self {
+        Self { filters, output, left: count, events: 0, summary: Summary::default() }
     }
 
     /// Whether the count given with `--count` is reached.
@@ -74,24 +66,19 @@ impl Report {
         Ok(if self.is_full() { Going::Done } else { Going::On })
     }
 
-    /// Counts the event of a socket that is still stuck when the trace ends.
-    ///
-    /// # Errors
-    /// None; the signature is that of [`Self::event`].
-    #[expect(clippy::needless_pass_by_value, reason = "stands in for `event`")]
-    pub fn still_stuck(&mut self, event: Event) -> Result<Going> {
-        if self.wants(&event) {
-            self.summary.add_lingering(&event);
+    /// Counts the event of a socket that is still stuck when the trace ends, if the filters let it through.
+    pub fn still_stuck(&mut self, event: &Event) {
+        if self.wants(event) {
+            self.summary.add_lingering(event);
         }
-        Ok(Going::On)
     }
 
-    /// Writes an event that says what was lost. It does not count as an event, and no filter applies to it.
+    /// Writes a line that says what was lost. It does not count as an event, and no filter applies to it.
     ///
     /// # Errors
     /// The output cannot be written.
-    pub fn lost(&mut self, lost: Event) -> Result<()> {
-        let _ = self.output.write(lost).context("cannot write to the standard output")?;
+    pub fn lost(&mut self, lost: Lost) -> Result<()> {
+        let _ = self.output.write(Event::Lost(lost)).context("cannot write to the standard output")?;
         Ok(())
     }
 
@@ -128,10 +115,6 @@ impl Report {
     }
 
     fn wants(&self, event: &Event) -> bool {
-        let is_followed = self
-            .followed
-            .as_ref()
-            .is_none_or(|followed| event.process().is_some_and(|process| followed.contains(process.pid)));
-        is_followed && self.filter.wants(event)
+        self.filters.iter().all(|filter| filter.wants(event))
     }
 }

@@ -31,6 +31,7 @@ use crate::{
         Attribution, Connection, Endpoint, Family, Lingering, LingeringKind, Process, Role, State, Time,
     },
     filter::Filter,
+    host::Program,
     kernel::clock::Clock,
 };
 use netns::Namespace;
@@ -185,7 +186,7 @@ impl Socket {
 
     fn process(&self, processes: &mut Processes) -> Option<Process> {
         let (holder, attribution) = self.owner.as_ref()?;
-        Some(attribute::describe(holder, processes, *attribution))
+        Some(attribute::listed(holder, *attribution, Program::of(processes, holder.pid, 0)))
     }
 }
 

@@ -22,10 +22,7 @@ use tcpclose_common::record::StackCopy;
 
 use self::{frame::UnwoundFrame, store::Store, symbolize::Symbolizer, unwind::Unwinder};
 use crate::{
-    attribute::{
-        self,
-        process::{Image, Processes},
-    },
+    attribute::process::{Image, Processes},
     event::{self, Frame, Frames},
 };
 
@@ -37,7 +34,7 @@ const MAX_NAMED: usize = 4_096;
 const RETRY_AFTER: Duration = Duration::from_secs(10);
 
 /// A task and the keys of its stacks, as a record has them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub struct TaskStacks {
     /// Process id in the initial pid namespace; 0 if there was no task.
     pub pid: u32,
@@ -180,7 +177,7 @@ impl Stacks {
 /// What is known of the program image that process `pid` ran with the address space `mm`. Its mappings are read again
 /// if they lack one of `addresses`.
 fn image(processes: &Mutex<Processes>, (pid, mm): (u32, u64), addresses: &[u64]) -> Option<Arc<Image>> {
-    attribute::lock(processes).image_for(pid, mm, addresses, Instant::now())
+    crate::host::lock(processes).image_for(pid, mm, addresses, Instant::now())
 }
 
 /// The leading frames that can be true. The kernel follows frame pointers; in a function that keeps none it reads

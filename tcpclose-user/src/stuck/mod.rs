@@ -124,8 +124,6 @@ pub struct StuckSockets {
     entries: HashMap<u64, Entry>,
     /// Number of the inventory pass that will report holders; 0 if none was requested yet.
     pass: u16,
-    /// Sockets that were inspected since the last report.
-    found: HashMap<SocketId, Stuck>,
     /// Sockets that were stuck before the trace and have a descriptor.
     older: Older,
     /// Sockets that were stuck before the trace and have none.
@@ -150,7 +148,6 @@ impl StuckSockets {
             requested_pass: kernel.take_map("ASKED")?,
             entries: HashMap::new(),
             pass: 0,
-            found: HashMap::new(),
             older: Older::default(),
             orphans: Orphans::default(),
         })
@@ -204,7 +201,6 @@ impl StuckSockets {
     /// # Errors
     /// The kernel refuses to change the map.
     pub fn begin(&mut self) -> Result<u16> {
-        self.found.clear();
         self.pass = self.pass.wrapping_add(1).max(1);
         self.requested_pass
             .set(0, u32::from(self.pass), 0)
@@ -212,55 +208,74 @@ impl StuckSockets {
         Ok(self.pass)
     }
 
-    /// Takes in a socket as it was when it was inspected, `now`.
-    pub fn inspected(&mut self, life: Box<Life>, now: u64) {
-        let Some(limit) = self.limit else { return };
-        let mut age = Age::of(&life, now);
+    /// The age of a socket that was inspected `now`, and when to inspect it next.
+    pub fn inspected(&mut self, life: &Life, now: u64) -> Age {
+        let mut age = Age::of(life, now);
         // An event of a socket shows that the kernel half knows it.
         self.orphans.forget(&life.endpoints);
-        self.older.narrow(&life, now, &mut age);
-        if let Some(entry) = self.entries.get_mut(&life.id.address) {
+        self.older.narrow(life, now, &mut age);
+        if let (Some(limit), Some(entry)) = (self.limit, self.entries.get_mut(&life.id.address)) {
             // Reported again at twice the age; or it has entered another state meanwhile.
             let wait = if age.at_least < limit { limit - age.at_least } else { age.at_least };
             entry.next = now.saturating_add(wait);
         }
-        if age.at_least >= limit {
-            self.found.insert(life.id, Stuck { life, inspected: now, age, descriptors: Vec::new() });
-        }
+        age
     }
 
-    /// Takes in a descriptor of an inspected socket.
+    /// Whether a socket of this age is reported.
+    pub fn is_old_enough(&self, age: &Age) -> bool {
+        self.limit.is_some_and(|limit| age.at_least >= limit)
+    }
+}
+
+/// The sockets that were found to be stuck since the last report.
+#[derive(Default)]
+pub struct Found(HashMap<SocketId, Stuck>);
+
+impl Found {
+    /// Takes in a socket as it was when it was inspected, `at`.
+    pub fn socket(&mut self, life: Box<Life>, at: u64, age: Age) {
+        self.0.insert(life.id, Stuck { life, inspected: at, age, descriptors: Vec::new() });
+    }
+
+    /// Takes in a descriptor of an inspected socket. Returns whether the socket is stuck and there was room.
     pub fn descriptor(&mut self, id: SocketId, descriptor: Descriptor) {
-        if let Some(stuck) = self.found.get_mut(&id)
+        if let Some(stuck) = self.0.get_mut(&id)
             && stuck.descriptors.len() < MAX_HOLDERS
         {
             stuck.descriptors.push(descriptor);
         }
     }
 
-    /// Whether one of the inspected sockets has a descriptor, and so a holder.
+    /// Whether one of the sockets has a descriptor, and so a holder.
     pub fn lacks_holders(&self) -> bool {
-        self.found.values().any(|stuck| stuck.life.inode.is_some())
+        self.0.values().any(|stuck| stuck.life.inode.is_some())
     }
 
-    /// Looks the holders up in `/proc`, where the iterator cannot be run.
-    pub fn look_up_holders(&mut self) {
-        let by_inode = self.found.values_mut().filter_map(|stuck| Some((stuck.life.inode?, stuck)));
-        let mut wanted: HashMap<u64, &mut Stuck> = by_inode.collect();
+    /// Looks the holders up in `/proc`, where the iterator cannot be run. Returns what was found.
+    pub fn look_up_holders(&self) -> Vec<(SocketId, u32, Arc<Holder>)> {
+        let by_inode = self.0.values().filter_map(|stuck| Some((stuck.life.inode?, stuck.life.id)));
+        let wanted: HashMap<u64, SocketId> = by_inode.collect();
+        let mut found = Vec::new();
+        let mut counts = HashMap::<SocketId, usize>::new();
         holder::walk(|process, fd, inode| {
-            if let Some(stuck) = wanted.get_mut(&inode)
-                && stuck.descriptors.len() < MAX_HOLDERS
+            let Some(id) = wanted.get(&inode) else { return };
+            let count = counts.entry(*id).or_default();
+            if *count < MAX_HOLDERS
                 && let Some(holder) = process.holder()
             {
-                stuck.descriptors.push(Descriptor { fd, holder: FoundBy::Procfs(Arc::clone(holder)) });
+                *count += 1;
+                found.push((*id, fd, Arc::clone(holder)));
             }
         });
+        found
     }
 
-    /// The sockets that were found to be stuck since [`Self::begin`], the oldest first.
-    pub fn take_found(&mut self) -> Vec<Stuck> {
-        let mut found: Vec<_> = self.found.drain().map(|(_, stuck)| stuck).collect();
-        found.sort_by_key(|stuck| std::cmp::Reverse(stuck.age.at_least));
+    /// Takes the sockets out, the oldest first.
+    pub fn take(&mut self) -> Vec<Stuck> {
+        let mut found: Vec<_> = self.0.drain().map(|(_, stuck)| stuck).collect();
+        // By identity too, so that a replay has the same order.
+        found.sort_by_key(|stuck| (std::cmp::Reverse(stuck.age.at_least), stuck.life.id.address));
         found
     }
 }

@@ -16,6 +16,7 @@ use crate::{
     cli::ListArgs,
     event::{Attribution, Endpoint, Event, Lingering, Role},
     filter::Filter,
+    host::Program,
     sink::{Format, Output, Palette, Written},
     sockets::{self, Gaps, Scan, Socket},
 };
@@ -83,7 +84,11 @@ fn finish(written: io::Result<()>) -> io::Result<()> {
 fn keep_wanted(scan: &mut Scan, filter: &Filter, processes: &mut Processes) {
     if filter.is_about_processes() {
         scan.processes.retain(|tally| {
-            let process = attribute::describe(&tally.process, processes, Attribution::Procfs);
+            let process = attribute::listed(
+                &tally.process,
+                Attribution::Procfs,
+                Program::of(processes, tally.process.pid, 0),
+            );
             filter.wants_process(Some(&process))
         });
         scan.namespaces.clear();

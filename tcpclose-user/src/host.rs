@@ -1,0 +1,258 @@
+//! What records do not say and the host is asked for: programs, holders of sockets, and names of stack frames.
+//!
+//! A trace asks the running host ([`Live`]). With `--record` the answers are kept beside the records, and
+//! `tcpclose replay` takes them from there ([`Recorded`]), so that everything else runs as it did.
+
+use std::{
+    collections::HashMap,
+    hash::{BuildHasher as _, RandomState},
+    mem,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
+};
+
+use serde::{Deserialize, Serialize};
+use tcpclose_common::record::StackCopy;
+
+use crate::{
+    attribute::{
+        holder::{Holder, Holders},
+        process::Processes,
+    },
+    commands::child::Followed,
+    event::Stack,
+    kernel::privilege,
+    stacks::{Stacks, TaskStacks},
+};
+
+/// What is known about the program that a process runs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Program {
+    /// Its path, as the process sees it.
+    pub exe: Option<String>,
+    /// The id of the container that the process is in.
+    pub container: Option<String>,
+}
+
+impl Program {
+    /// What `processes` knows, or can find out, about the program of a process.
+    pub fn of(processes: &mut Processes, pid: u32, mm: u64) -> Self {
+        let image = processes.image(pid, mm);
+        image.map_or_else(Self::default, |image| Self {
+            exe: image.exe.clone(),
+            container: image.container.clone(),
+        })
+    }
+}
+
+/// Answers questions about the host.
+pub trait Host {
+    /// The program of process `pid`. `mm` is the address of its `mm_struct`, which identifies the program image; with 0
+    /// its latest is meant.
+    fn program(&mut self, pid: u32, mm: u64) -> Program;
+    /// The process that has the socket with this inode number open, if it was looked up before.
+    fn holder(&mut self, inode: u64) -> Option<Arc<Holder>>;
+    /// The named stacks of a task.
+    fn stack(&mut self, task: &TaskStacks) -> Option<Stack>;
+    /// Whether this process belongs to the command that is traced.
+    fn is_followed(&mut self, pid: u32) -> bool;
+    /// The connection of the task with these stacks is over, and they will hardly be asked for again.
+    fn release(&mut self, _: &TaskStacks) {}
+}
+
+/// A question to the host.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Question {
+    /// [`Host::program`].
+    Program {
+        /// Process id.
+        pid: u32,
+        /// Address of its `mm_struct`.
+        mm: u64,
+    },
+    /// [`Host::holder`], with the inode number.
+    Holder(u64),
+    /// [`Host::stack`].
+    Stack(TaskStacks),
+    /// [`Host::is_followed`], with the process id.
+    IsFollowed(u32),
+}
+
+/// What the host answered.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Answer {
+    /// To [`Question::Program`].
+    Program(Program),
+    /// To [`Question::Holder`].
+    Holder(Option<Holder>),
+    /// To [`Question::Stack`].
+    Stack(Option<Stack>),
+    /// To [`Question::IsFollowed`].
+    IsFollowed(bool),
+}
+
+/// How many questions are remembered, to write an answer only when it differs from the last one. When there are more, all
+/// are forgotten, and answers are written again.
+const MAX_QUESTIONS: usize = 65_536;
+
+/// The host that runs.
+pub struct Live {
+    processes: Arc<Mutex<Processes>>,
+    holders: Holders,
+    /// Stacks that records refer to.
+    pub stacks: Stacks,
+    followed: Option<Followed>,
+    /// With `--record`: the answers that are still to be kept.
+    kept: Option<Kept>,
+}
+
+#[derive(Default)]
+struct Kept {
+    hasher: RandomState,
+    /// A hash of the last answer to each question.
+    last: HashMap<Question, u64>,
+    fresh: Vec<(Question, Answer)>,
+}
+
+impl Live {
+    /// Asks `processes` about programs. `followed` are the processes of the command that is traced, if there is one. With
+    /// `keep`, answers are kept for a recording.
+    pub fn new(
+        processes: Arc<Mutex<Processes>>,
+        stacks: Stacks,
+        followed: Option<Followed>,
+        keep: bool,
+    ) -> Self {
+        Self { processes, holders: Holders::default(), stacks, followed, kept: keep.then(Kept::default) }
+    }
+
+    /// What is known of processes.
+    pub fn processes(&self) -> MutexGuard<'_, Processes> {
+        lock(&self.processes)
+    }
+
+    /// Whether a process belongs to the command that is traced.
+    pub fn follows(&self, pid: u32) -> bool {
+        self.followed.as_ref().is_some_and(|followed| followed.contains(pid))
+    }
+
+    /// Takes in the copy of a user stack.
+    pub fn stack_copied(&mut self, copy: &StackCopy, bytes: &[u8]) {
+        self.stacks.copied(copy, bytes);
+    }
+
+    /// Looks the holders of these sockets up in `/proc`, by inode number. Says for each whether one is known.
+    pub fn find_holders(&mut self, inodes: &[u64]) -> Vec<bool> {
+        // In another pid namespace the ids in `/proc` are not those that the kernel half reports.
+        if !privilege::in_initial_pid_namespace() {
+            return vec![false; inodes.len()];
+        }
+        self.holders.find(inodes)
+    }
+
+    /// Closes files that are held open for programs that have ended. Call it every few seconds.
+    pub fn sweep(&mut self) {
+        lock(&self.processes).sweep(Instant::now());
+        self.stacks.sweep();
+    }
+
+    /// The answers given since the last call that differ from earlier ones to the same question.
+    pub fn fresh_answers(&mut self) -> Vec<(Question, Answer)> {
+        self.kept.as_mut().map_or_else(Vec::new, |kept| mem::take(&mut kept.fresh))
+    }
+
+    fn keep(&mut self, question: impl FnOnce() -> Question, answer: impl FnOnce() -> Answer) {
+        if let Some(kept) = &mut self.kept {
+            kept.add(question(), answer());
+        }
+    }
+}
+
+impl Kept {
+    fn add(&mut self, question: Question, answer: Answer) {
+        // An answer that cannot be written as JSON cannot be kept either.
+        let Ok(text) = serde_json::to_string(&answer) else { return };
+        let hash = self.hasher.hash_one(text);
+        if self.last.len() >= MAX_QUESTIONS {
+            self.last.clear();
+        }
+        if self.last.insert(question.clone(), hash) != Some(hash) {
+            self.fresh.push((question, answer));
+        }
+    }
+}
+
+impl Host for Live {
+    fn program(&mut self, pid: u32, mm: u64) -> Program {
+        let program = Program::of(&mut lock(&self.processes), pid, mm);
+        self.keep(|| Question::Program { pid, mm }, || Answer::Program(program.clone()));
+        program
+    }
+
+    fn holder(&mut self, inode: u64) -> Option<Arc<Holder>> {
+        let holder = self.holders.of(inode);
+        self.keep(|| Question::Holder(inode), || Answer::Holder(holder.as_deref().cloned()));
+        holder
+    }
+
+    fn stack(&mut self, task: &TaskStacks) -> Option<Stack> {
+        let stack = self.stacks.named(task);
+        self.keep(|| Question::Stack(*task), || Answer::Stack(stack.clone()));
+        stack
+    }
+
+    fn is_followed(&mut self, pid: u32) -> bool {
+        let follows = self.follows(pid);
+        self.keep(|| Question::IsFollowed(pid), || Answer::IsFollowed(follows));
+        follows
+    }
+
+    fn release(&mut self, task: &TaskStacks) {
+        self.stacks.release(task.user);
+    }
+}
+
+/// The host as it was when a recording was made.
+#[derive(Default)]
+pub struct Recorded {
+    answers: HashMap<Question, Answer>,
+}
+
+impl Recorded {
+    /// Takes in an answer, which holds until there is another one to the same question.
+    pub fn learn(&mut self, question: Question, answer: Answer) {
+        self.answers.insert(question, answer);
+    }
+}
+
+impl Host for Recorded {
+    fn program(&mut self, pid: u32, mm: u64) -> Program {
+        match self.answers.get(&Question::Program { pid, mm }) {
+            Some(Answer::Program(program)) => program.clone(),
+            _ => Program::default(),
+        }
+    }
+
+    fn holder(&mut self, inode: u64) -> Option<Arc<Holder>> {
+        match self.answers.get(&Question::Holder(inode)) {
+            Some(Answer::Holder(holder)) => holder.clone().map(Arc::new),
+            _ => None,
+        }
+    }
+
+    fn stack(&mut self, task: &TaskStacks) -> Option<Stack> {
+        match self.answers.get(&Question::Stack(*task)) {
+            Some(Answer::Stack(stack)) => stack.clone(),
+            _ => None,
+        }
+    }
+
+    fn is_followed(&mut self, pid: u32) -> bool {
+        matches!(self.answers.get(&Question::IsFollowed(pid)), Some(Answer::IsFollowed(true)))
+    }
+}
+
+/// A thread that panicked while it held the lock has left at worst an image that was read halfway.
+pub(crate) fn lock(processes: &Mutex<Processes>) -> MutexGuard<'_, Processes> {
+    processes.lock().unwrap_or_else(PoisonError::into_inner)
+}

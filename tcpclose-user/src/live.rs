@@ -1,0 +1,385 @@
+//! Feeds the pipeline from the loaded kernel half: reads the ring, has descriptors searched and sockets inspected, counts
+//! what is lost, and keeps all of it with `--record`.
+
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+
+use crate::{
+    attribute::{pace::Pace, process::Processes, watch},
+    cli::Linger,
+    commands::child::Followed,
+    correlate::Correlator,
+    event::{Event, Lingering, compose::Composer, millis},
+    host::Live as LiveHost,
+    ingest::{
+        decode::{Record, decode},
+        life::Life,
+        reader::{GATHER, Records},
+        recording::{Recorder, Step},
+    },
+    kernel::{clock::Clock, handle::KernelHalf},
+    pipeline::{Pipeline, When},
+    sink::{
+        losses::{Losses, UserLosses},
+        report::{Going, Report},
+    },
+    stacks::{Stacks, store::Store},
+    stuck::{self, Descriptor, Found, FoundBy, StuckSockets, older::Orphan},
+};
+
+/// What a trace is to do, beyond what the kernel half was asked for when it was loaded.
+pub struct Options {
+    /// From which age on sockets in a teardown state are reported.
+    pub linger: Linger,
+    /// Size of the kernel half's table of connections.
+    pub connections: u32,
+    /// With `-- COMMAND`: its processes.
+    pub followed: Option<Followed>,
+    /// With `--record`, and what the recording begins with.
+    pub recorder: Option<(Recorder, Step)>,
+}
+
+/// A trace that runs.
+pub struct Live {
+    kernel: KernelHalf,
+    ring: Records,
+    pipeline: Pipeline<LiveHost>,
+    stuck: StuckSockets,
+    /// Keeps inspections of stuck sockets from taking more than a tenth of a CPU.
+    pace: Pace,
+    losses: Losses,
+    /// Records that could not be decoded.
+    undecodable: u64,
+    recorder: Option<Recorder>,
+}
+
+impl Live {
+    /// Takes the maps that it needs, begins to watch for new processes, and finds the sockets that are older than the
+    /// trace. Must be called in a tokio runtime.
+    ///
+    /// # Errors
+    /// The object lacks a map, a thread cannot be started, or the recording cannot be written.
+    pub fn new(mut kernel: KernelHalf, report: Report, options: Options) -> Result<Self> {
+        let ring = Records::new(&mut kernel)?;
+        let store = Store::new(kernel.take_map("STACKS")?, options.connections);
+        let new_processes = kernel.take_map("PROCESSES")?;
+        let mut stuck = StuckSockets::new(&mut kernel, options.linger)?;
+        kernel.find_older_sockets();
+        stuck.find_older();
+        let processes = Arc::new(Mutex::new(Processes::of_kernel_half()));
+        watch::start(new_processes, Arc::clone(&processes))?;
+        let command_only = options.followed.is_some();
+        let stacks = Stacks::new(store, Arc::clone(&processes));
+        let host = LiveHost::new(processes, stacks, options.followed, options.recorder.is_some());
+        let mut live = Self {
+            ring,
+            pipeline: Pipeline {
+                host,
+                correlator: Correlator::default(),
+                composer: Composer::new(kernel.reset_reasons.clone()),
+                report,
+                found: Found::default(),
+                command_only,
+            },
+            stuck,
+            pace: Pace::default(),
+            losses: Losses::new(options.connections),
+            undecodable: 0,
+            recorder: None,
+            kernel,
+        };
+        if let Some((recorder, start)) = options.recorder {
+            live.recorder = Some(recorder);
+            live.keep(|| start)?;
+        }
+        Ok(live)
+    }
+
+    /// The log of the programs, for `--debug`.
+    ///
+    /// # Errors
+    /// The programs have no log.
+    pub fn logger(&mut self) -> Result<aya_log::EbpfLogger<&'static dyn log::Log>> {
+        self.kernel.logger()
+    }
+
+    /// Waits until there is something in the ring that is worth reading. Safe to cancel.
+    ///
+    /// # Errors
+    /// The ring cannot be polled any more.
+    pub async fn ready(&mut self) -> Result<()> {
+        self.ring.ready().await
+    }
+
+    /// How often to call [`Self::report_stuck`]; `None` for never.
+    pub fn stuck_period(&self) -> Option<Duration> {
+        self.stuck.period()
+    }
+
+    /// Whether a connection of a followed process is still alive.
+    pub fn followed_alive(&self) -> bool {
+        self.kernel.any_alive(|pid| self.pipeline.host.follows(pid))
+    }
+
+    /// Reads the ring to its end and reports what is complete.
+    ///
+    /// # Errors
+    /// The output or the recording cannot be written.
+    pub fn read(&mut self) -> Result<Going> {
+        self.synchronize()?;
+        let now = Clock::boot_now();
+        if self.drain()? == Going::Done {
+            return Ok(Going::Done);
+        }
+        let arrivals = self.pipeline.correlator.arrivals();
+        if self.pipeline.correlator.lacks_owners() && self.kernel.search_owners() {
+            // What the search found is in the ring at once.
+            if self.drain()? == Going::Done {
+                return Ok(Going::Done);
+            }
+            if self.kernel.searches_whole_host() {
+                self.keep(|| Step::Searched(arrivals))?;
+                self.pipeline.correlator.searched(arrivals);
+            }
+        }
+        let can_search = self.kernel.can_search_descriptors();
+        let mut found = Vec::new();
+        let going = self.pipeline.caught_up(now, |host, inodes| {
+            found = if can_search { vec![false; inodes.len()] } else { host.find_holders(inodes) };
+            found.clone()
+        })?;
+        self.keep(|| Step::CaughtUp { now, found })?;
+        if going == Going::Done {
+            return self.done();
+        }
+        self.report_losses()?;
+        if self.pipeline.correlator.is_waiting() {
+            self.ring.read_again_soon();
+        }
+        self.flush()
+    }
+
+    /// Reads the ring to its end.
+    fn drain(&mut self) -> Result<Going> {
+        // Each time, because what the inventory and the inspections write clears the request, and would be the only
+        // thing to wake the reader.
+        self.ring.request_wakeup()?;
+        loop {
+            let batch = self.ring.batch();
+            if batch.is_empty() {
+                return Ok(Going::On);
+            }
+            for bytes in batch {
+                let record = match decode(&bytes) {
+                    Ok(record) => record,
+                    Err(error) => {
+                        log::warn!("{error}");
+                        self.undecodable += 1;
+                        continue;
+                    }
+                };
+                let going = match record {
+                    Record::Stack(copy, stack) => {
+                        self.pipeline.host.stack_copied(&copy, &stack);
+                        // A recording has the frames with their names.
+                        continue;
+                    }
+                    Record::Stuck(life) => {
+                        self.inspected(life, &bytes)?;
+                        continue;
+                    }
+                    record => self.pipeline.record(record)?,
+                };
+                if let Some(recorder) = &mut self.recorder {
+                    recorder.record(&bytes).context(UNWRITTEN)?;
+                    self.keep_answers()?;
+                }
+                if going == Going::Done {
+                    return self.done();
+                }
+            }
+        }
+    }
+
+    /// Takes in a socket that was inspected.
+    fn inspected(&mut self, life: Box<Life>, record: &[u8]) -> Result<()> {
+        let at = Clock::boot_now();
+        let age = self.stuck.inspected(&life, at);
+        if !self.stuck.is_old_enough(&age) {
+            return Ok(());
+        }
+        if let Some(recorder) = &mut self.recorder {
+            let stuck::age::Age { since, at_least, at_most } = age;
+            recorder.step(&Step::Inspected { at, since, at_least, at_most }).context(UNWRITTEN)?;
+            recorder.record(record).context(UNWRITTEN)?;
+        }
+        self.pipeline.found.socket(life, at, age);
+        Ok(())
+    }
+
+    /// Reports the sockets that are stuck in a teardown state and due, unless the last inspection was too expensive.
+    ///
+    /// # Errors
+    /// Those of [`Self::read`]; or the kernel refuses to change a map.
+    pub fn report_stuck(&mut self) -> Result<Going> {
+        let mut pace = self.pace;
+        let going = pace.look(|| self.report_due()).unwrap_or(Ok(Going::On));
+        self.pace = pace;
+        going
+    }
+
+    fn report_due(&mut self) -> Result<Going> {
+        self.synchronize()?;
+        let due = self.stuck.due(Clock::boot_now());
+        if self.inspect(&due, When::Now)? == Going::Done {
+            return Ok(Going::Done);
+        }
+        for orphan in self.stuck.due_orphans() {
+            let lingering = Box::new(self.orphan(&orphan));
+            self.keep(|| Step::Orphan(lingering.clone()))?;
+            if self.pipeline.event(Event::Lingering(lingering))? == Going::Done {
+                return self.done();
+            }
+        }
+        self.flush()
+    }
+
+    /// Inspects sockets in a teardown state and reports those that are stuck.
+    fn inspect(&mut self, addresses: &[u64], when: When) -> Result<Going> {
+        for addresses in addresses.chunks(stuck::BATCH) {
+            // Earlier records must not fill the ring.
+            if self.drain()? == Going::Done {
+                return Ok(Going::Done);
+            }
+            let pass = self.stuck.begin()?;
+            if !addresses.iter().all(|address| self.kernel.inspect(*address, pass)) {
+                break;
+            }
+            if self.drain()? == Going::Done {
+                return Ok(Going::Done);
+            }
+            if self.pipeline.found.lacks_holders() && self.find_holders()? == Going::Done {
+                return Ok(Going::Done);
+            }
+            let going = self.pipeline.stuck(when)?;
+            self.keep(|| Step::Stuck { at_end: when == When::AtEnd })?;
+            if going == Going::Done {
+                return self.done();
+            }
+        }
+        self.flush()
+    }
+
+    /// Finds the processes that have the inspected sockets open.
+    fn find_holders(&mut self) -> Result<Going> {
+        if self.kernel.can_search_descriptors() {
+            self.kernel.search_descriptors();
+            return self.drain();
+        }
+        for (id, fd, holder) in self.pipeline.found.look_up_holders() {
+            let step =
+                || Step::Descriptor { address: id.address, born: id.born, fd, holder: (*holder).clone() };
+            self.keep(step)?;
+            self.pipeline.found.descriptor(id, Descriptor { fd, holder: FoundBy::Procfs(holder) });
+        }
+        Ok(Going::On)
+    }
+
+    /// The event of a socket without a descriptor that was stuck before the trace.
+    fn orphan(&self, (socket, at_least): &Orphan) -> Lingering {
+        let line = socket.lingering(Clock::now(), &mut self.pipeline.host.processes());
+        Lingering { for_ms: Some(millis(*at_least)), ..line }
+    }
+
+    /// Closes files that are held open for programs that have ended.
+    pub fn sweep(&mut self) {
+        self.pipeline.host.sweep();
+    }
+
+    /// Reads what is left in the ring and reports what was held back; sockets that are still stuck go to the summary.
+    ///
+    /// # Errors
+    /// Those of [`Self::read`].
+    pub fn finish(&mut self) -> Result<()> {
+        if self.pipeline.report.is_full() {
+            return Ok(());
+        }
+        let addresses = self.stuck.all();
+        if self.inspect(&addresses, When::AtEnd)? == Going::Done {
+            return Ok(());
+        }
+        while self.read()? == Going::On && self.pipeline.correlator.is_waiting() {
+            // What is held back is reported with the second read.
+            std::thread::sleep(GATHER / 10);
+        }
+        Ok(())
+    }
+
+    /// Writes the summary of a trace that took this long to stderr.
+    pub fn summarize(&mut self, took: Duration) {
+        let lost = self.losses.totals(&self.kernel, self.user_losses());
+        let lacks_callers = self.pipeline.host.stacks.without_callers() > 0;
+        self.pipeline.report.summarize(took, &lost, lacks_callers);
+    }
+
+    fn report_losses(&mut self) -> Result<()> {
+        for lost in self.losses.news(&self.kernel, self.user_losses()) {
+            self.keep(|| Step::Lost(lost.clone()))?;
+            self.pipeline.report.lost(lost)?;
+        }
+        Ok(())
+    }
+
+    fn user_losses(&self) -> UserLosses {
+        UserLosses {
+            undecodable: self.undecodable + watch::undecodable(),
+            stacks: self.pipeline.host.stacks.lost(),
+            output: self.pipeline.report.unwritten(),
+        }
+    }
+
+    /// Reads the clocks again.
+    fn synchronize(&mut self) -> Result<()> {
+        let clock = &mut self.pipeline.composer.clock;
+        clock.synchronize();
+        let (wall_minus_boot, suspended) = clock.offsets();
+        self.keep(|| Step::Clock { wall_minus_boot, suspended })
+    }
+
+    /// Adds a step to the recording, if there is one, and the answers that it took.
+    fn keep(&mut self, step: impl FnOnce() -> Step) -> Result<()> {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.step(&step()).context(UNWRITTEN)?;
+            self.keep_answers()?;
+        }
+        Ok(())
+    }
+
+    fn keep_answers(&mut self) -> Result<()> {
+        if let Some(recorder) = &mut self.recorder {
+            for (question, answer) in self.pipeline.host.fresh_answers() {
+                recorder.step(&Step::Answer(question, answer)).context(UNWRITTEN)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn done(&mut self) -> Result<Going> {
+        let _ = self.flush()?;
+        Ok(Going::Done)
+    }
+
+    fn flush(&mut self) -> Result<Going> {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.flush().context(UNWRITTEN)?;
+        }
+        self.pipeline.report.flush()
+    }
+}
+
+/// What failed when the recording cannot be written.
+const UNWRITTEN: &str = "cannot write to the file given with --record";
