@@ -255,7 +255,7 @@ impl Pipeline {
     /// Those of [`Self::read`]; or the kernel refuses to change a map.
     pub fn report_stuck(&mut self) -> Result<Going> {
         let mut pace = self.pace;
-        let going = pace.look(|| self.report_due()).unwrap_or(Ok(Going::On));
+        let going = pace.run(|| self.report_due()).unwrap_or(Ok(Going::On));
         self.pace = pace;
         going
     }
