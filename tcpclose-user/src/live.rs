@@ -227,7 +227,7 @@ impl Live {
     /// Those of [`Self::read`]; or the kernel refuses to change a map.
     pub fn report_stuck(&mut self) -> Result<Going> {
         let mut pace = self.pace;
-        let going = pace.look(|| self.report_due()).unwrap_or(Ok(Going::On));
+        let going = pace.run(|| self.report_due()).unwrap_or(Ok(Going::On));
         self.pace = pace;
         going
     }

@@ -1,36 +1,36 @@
-//! Who has a socket open, according to `/proc/PID/fd`: for kernels on which the inventory cannot run, and for what is
-//! looked at without any program in the kernel. A look takes from 3 ms (a hundred processes) to a second (a hundred
+//! Finds the processes that have a socket open, in `/proc/PID/fd`: for kernels on which the inventory cannot run, and for
+//! commands that load no program into the kernel. A scan takes from 3 ms (a hundred processes) to a second (a hundred
 //! thousand sockets).
 
 use std::{collections::HashMap, sync::Arc};
 
 use procfs::{
     ProcError,
-    process::{FDTarget, Process},
+    process::{self, FDTarget},
 };
 
 use super::pace::Pace;
 
-/// How many sockets' holders are remembered. Beyond it all are forgotten, and looked up again when asked for.
+/// How many sockets' holders are cached. When there are more, all are dropped and found again when needed.
 const MAX_HOLDERS: usize = 16_384;
 
 /// A process that has a socket open.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Holder {
-    /// Process id, as this tool's `/proc` shows it.
+    /// Process id, in the pid namespace of this tool's `/proc`.
     pub pid: u32,
-    /// Its name.
+    /// Name of its main thread.
     pub comm: String,
     /// Its real user id.
     pub uid: Option<u32>,
-    /// When it started, in clock ticks since boot. Of several holders, a parent and the children that inherited its
-    /// descriptors, the oldest one is the owner.
+    /// When it started, in clock ticks since boot. If there are several holders, such as a parent and the children that
+    /// inherited its descriptors, the oldest is the owner.
     pub started: u64,
 }
 
 impl Holder {
-    /// Takes the place of another holder of the same socket if it has been there for longer. Processes are listed by id,
-    /// which is not age.
+    /// Replaces `owner`, another holder of the same socket, if this one started earlier. Processes are listed by id, which
+    /// does not tell their age.
     pub fn replace_if_older(self: &Arc<Self>, owner: &mut Arc<Self>) {
         if self.started < owner.started {
             *owner = Arc::clone(self);
@@ -38,14 +38,14 @@ impl Holder {
     }
 }
 
-/// A process whose descriptors are being looked at.
-pub struct Looked {
-    process: Process,
+/// A process whose descriptors are being listed.
+pub struct Listed {
+    process: process::Process,
     holder: Option<Arc<Holder>>,
 }
 
-impl Looked {
-    /// What is known of it, read when it is first asked for; `None` if it is gone.
+impl Listed {
+    /// The process, read when this is first called; `None` if it has exited.
     pub fn holder(&mut self) -> Option<&Arc<Holder>> {
         if self.holder.is_none() {
             self.holder = describe(&self.process).map(Arc::new);
@@ -54,31 +54,31 @@ impl Looked {
     }
 }
 
-/// Looks at every descriptor of every process, once. `socket` is told of each that is a socket: the process, the
-/// descriptor, the socket's inode. Returns how many processes may not be looked at.
-pub fn walk(mut socket: impl FnMut(&mut Looked, u32, u64)) -> usize {
+/// Lists every descriptor of every process, and calls `socket` for each that is a socket with the process, the descriptor
+/// and the socket's inode. Returns the number of processes whose descriptors this process may not list.
+pub fn walk(mut socket: impl FnMut(&mut Listed, u32, u64)) -> usize {
     let mut refused = 0;
     let Ok(processes) = procfs::process::all_processes() else { return refused };
     for process in processes.flatten() {
         let descriptors = match process.fd() {
             Ok(descriptors) => descriptors,
             Err(error) => {
-                // Any other error: gone meanwhile.
+                // On any other error the process has exited meanwhile.
                 refused += usize::from(matches!(error, ProcError::PermissionDenied(_)));
                 continue;
             }
         };
-        let mut looked = Looked { process, holder: None };
+        let mut listed = Listed { process, holder: None };
         for descriptor in descriptors.flatten() {
             if let (FDTarget::Socket(inode), Ok(fd)) = (descriptor.target, u32::try_from(descriptor.fd)) {
-                socket(&mut looked, fd, inode);
+                socket(&mut listed, fd, inode);
             }
         }
     }
     refused
 }
 
-/// See the module.
+/// Finds the holders of sockets, and caches them.
 #[derive(Default)]
 pub struct Holders {
     by_inode: HashMap<u64, Arc<Holder>>,
@@ -86,7 +86,7 @@ pub struct Holders {
 }
 
 impl Holders {
-    /// Looks for the holders of `inodes`, all in one pass; says for each whether it is known now.
+    /// Finds the holders of the sockets with these inodes, in one scan. Returns for each whether a holder is known.
     pub fn find(&mut self, inodes: &[u64]) -> Vec<bool> {
         let unknown: Vec<_> =
             inodes.iter().filter(|inode| !self.by_inode.contains_key(inode)).copied().collect();
@@ -95,7 +95,7 @@ impl Holders {
                 self.by_inode.clear();
             }
             let mut pace = self.pace;
-            pace.look(|| {
+            pace.run(|| {
                 walk(|process, _, inode| {
                     if unknown.contains(&inode)
                         && let Some(holder) = process.holder()
@@ -116,7 +116,7 @@ impl Holders {
     }
 }
 
-fn describe(process: &Process) -> Option<Holder> {
+fn describe(process: &process::Process) -> Option<Holder> {
     let stat = process.stat().ok()?;
     Some(Holder {
         pid: u32::try_from(stat.pid).ok()?,

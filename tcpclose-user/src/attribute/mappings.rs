@@ -1,8 +1,8 @@
 //! Executable mappings of a process, and the files behind them.
 //!
-//! A file's path says little: it may lead elsewhere in our mount namespace, or to a newer version by now, and
-//! a function name read from the wrong file would be a lie. So a mapped file is known by what `stat` says of
-//! it, and nothing is ever read from a file that has not been compared with that.
+//! A path does not identify a file: in this process's mount namespace it may lead elsewhere, or to a newer version by
+//! now, and a function name read from the wrong file would be false. A mapped file is therefore identified by what
+//! `stat` reports, and nothing is read from a file that was not compared with that.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -12,14 +12,14 @@ use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
-/// How many executable mappings of one process are kept. The kernel allows 65530 of all kinds; a process with
-/// thousands of executable ones holds code that was made at run time.
+/// How many executable mappings of one process are kept. The kernel allows 65530 of all kinds; in a process with
+/// thousands of executable ones, those are of code compiled at run time.
 const MAX_MAPPINGS: usize = 4096;
 
-/// How many files are held open, see [`Module`].
+/// How many files are kept open, see [`Module`].
 const MAX_HELD: usize = 192;
 
-/// What the kernel appends to the path of a file that has been removed.
+/// The kernel's mark behind the path of a file that has been removed.
 const DELETED: &[u8] = b" (deleted)";
 
 /// An executable mapping.
@@ -27,11 +27,11 @@ const DELETED: &[u8] = b" (deleted)";
 pub struct Mapping {
     /// First address.
     pub start: u64,
-    /// First address behind it.
+    /// End address, exclusive.
     pub end: u64,
     /// Offset of `start` in the file, in bytes.
     pub offset: u64,
-    /// Where the file's first byte is mapped, or would be.
+    /// Address of the file's first byte, were all of it mapped here.
     pub base: u64,
     /// What is mapped.
     pub backing: Backing,
@@ -44,16 +44,16 @@ pub enum Backing {
     File {
         /// Its path as the process sees it, without the kernel's mark for removed files.
         path: Arc<Path>,
-        /// The file; `None` if it could not be looked at, or is no longer to be had.
+        /// The file; `None` if it could not be inspected, or is not available any more.
         module: Option<Arc<Module>>,
     },
-    /// The code that the kernel maps into every process.
+    /// The vDSO, which the kernel maps into every process.
     Vdso,
-    /// Memory without a file, such as that of a just-in-time compiler.
+    /// No file, as with the code of a just-in-time compiler.
     Anonymous,
 }
 
-/// Tells one version of one file from all others.
+/// Identifies one version of one file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Identity {
     device: u64,
@@ -73,15 +73,15 @@ impl Identity {
         })
     }
 
-    /// Whether an open file is this one, and has not been written to since.
+    /// Whether an open file is this one and was not written to since.
     pub fn is(&self, file: &File) -> bool {
         file.metadata().is_ok_and(|metadata| Self::of(&metadata) == Some(*self))
     }
 
     /// Opens the file at `path` if it is this one.
     fn open(&self, path: &Path) -> Option<File> {
-        // Looked at first, since opening a device can do things; and not waited for, in case it is a pipe by
-        // now.
+        // Checked before it is opened, because opening a device can have effects; and opened without blocking, in case it
+        // has become a pipe meanwhile.
         if Self::of(&fs::metadata(path).ok()?)? != *self {
             return None;
         }
@@ -93,11 +93,10 @@ impl Identity {
 
 /// A file that processes have mapped.
 ///
-/// Where its path leads to it from here, it is opened when it is needed. Where not, because it was removed or
-/// is in another mount namespace, it is held open from the start, as the process, and its namespace with it,
-/// may be gone when the file is needed. At most 192 files are held; those beyond that can be read only while
-/// a process has them mapped. An open file keeps its file system busy, which is why they are let go of some
-/// time after the process.
+/// If its path leads to it in this process's mount namespace, it is opened when it is needed. If not, because it was
+/// removed or is in another mount namespace, it is kept open from the start: the process, and its namespace with it, may
+/// be gone when the file is needed. At most 192 files are kept open; further ones can be read only while a process maps
+/// them. An open file keeps its file system busy, so it is closed some time after the process has exited.
 #[derive(Debug)]
 pub struct Module {
     identity: Identity,
@@ -108,12 +107,12 @@ pub struct Module {
 #[derive(Debug)]
 struct Held {
     file: File,
-    /// How many of these there are is how many files are held.
+    /// The number of references to it is the number of files that are kept open.
     _ticket: Arc<()>,
 }
 
 impl Module {
-    /// Which file it is.
+    /// Identifies the file.
     pub fn identity(&self) -> Identity {
         self.identity
     }
@@ -123,23 +122,23 @@ impl Module {
         self.held.is_some()
     }
 
-    /// Its path in our own mount namespace.
+    /// Its path in this process's mount namespace.
     pub fn host_path(&self) -> Option<&Path> {
         self.host.as_deref()
     }
 
-    /// Opens it. Process `pid`, which has it mapped from `start` to `end`, helps where it still runs.
-    /// `None` if the file, as it was when it was first seen, is nowhere to be found any more.
+    /// Opens it, through process `pid`, which maps it from `start` to `end`, if that still runs and there is no other way.
+    /// `None` if the file is not available any more as it was when it was first seen.
     pub fn open(&self, pid: u32, start: u64, end: u64) -> Option<File> {
         let held = || self.held.as_ref().and_then(|held| held.file.try_clone().ok());
         let host = || self.host.as_ref().and_then(|path| self.identity.open(path));
         let mapped = || self.identity.open(&map_file(pid, start, end));
-        // A held file too may have been written to since.
+        // A file that is kept open may have been written to as well.
         held().filter(|file| self.identity.is(file)).or_else(host).or_else(mapped)
     }
 }
 
-/// All modules that some mapping refers to.
+/// All files that some mapping refers to.
 #[derive(Debug, Default)]
 pub struct Modules {
     known: HashMap<Identity, Weak<Module>>,
@@ -148,7 +147,7 @@ pub struct Modules {
 }
 
 impl Modules {
-    /// How many files are held open.
+    /// How many files are kept open.
     pub fn held(&self) -> usize {
         Arc::strong_count(&self.tickets) - 1
     }
@@ -156,7 +155,7 @@ impl Modules {
     /// The executable mappings of a process in the order of addresses, from the content of its
     /// `/proc/PID/maps`. `exe` is the path of its program.
     pub fn mappings(&mut self, pid: u32, maps: &[u8], exe: Option<&Path>) -> Vec<Mapping> {
-        // A file is mapped in several pieces; one look at it is enough.
+        // A file is mapped in several pieces, and inspected once.
         let mut seen: HashMap<(Vec<u8>, u64), Option<Arc<Module>>> = HashMap::new();
         let mut mappings = Vec::new();
         for found in parse(maps).take(MAX_MAPPINGS) {
@@ -191,11 +190,10 @@ impl Modules {
         map_file: &Path,
         exe: Option<&Path>,
     ) -> Option<Arc<Module>> {
-        // The link in map_files leads to the mapped file itself, whatever its path leads to by now; so does
-        // that of the program. Following the former takes CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE. Without,
-        // the path has to do, as the process sees it; it must then lead to the inode that is mapped. Device
-        // numbers are not compared: those in `maps` are the file system's, which on btrfs and overlayfs
-        // `stat` does not report.
+        // The link in map_files leads to the mapped file itself, whatever its path leads to by now; so does the link to
+        // the program. Following the former needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE. Without it the path is used,
+        // as the process sees it, if it leads to the inode that is mapped. Device numbers are not compared: those in
+        // `maps` are the file system's, which `stat` does not report on btrfs and overlayfs.
         let exe_link = PathBuf::from(format!("/proc/{pid}/exe"));
         let seen_path = below(&format!("/proc/{pid}/root"), path);
         let (link, metadata) = if let Ok(metadata) = fs::metadata(map_file) {
@@ -232,20 +230,22 @@ impl Modules {
 /// A line of `/proc/PID/maps`.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Region<'a> {
+    /// First address.
     pub start: u64,
+    /// End address, exclusive.
     pub end: u64,
     offset: u64,
     base: u64,
-    /// Major and minor number, as they stand there.
+    /// Major and minor number, as text.
     device: &'a [u8],
     inode: u64,
-    /// As it stands there; empty where there is none.
+    /// With the kernel's escapes and mark for removed files; empty if there is none.
     pub path: &'a [u8],
 }
 
-/// The executable mappings in the content of a `/proc/PID/maps`. Lines that are not understood are left out.
+/// The executable mappings in the content of a `/proc/PID/maps`. Malformed lines are skipped.
 pub fn parse(maps: &[u8]) -> impl Iterator<Item = Region<'_>> {
-    // A file's pieces lie one behind the other, the one with its beginning first.
+    // The pieces of a file are adjacent, and the one with its beginning comes first.
     let mut first: Option<(&[u8], u64, u64)> = None;
     maps.split(|byte| *byte == b'\n').filter_map(move |line| {
         let (mut region, permissions) = parse_line(line)?;
@@ -293,7 +293,7 @@ pub fn unescape(path: &[u8]) -> Vec<u8> {
     plain
 }
 
-/// The path of a file without the kernel's mark for removed ones, and whether it bore it.
+/// The path of a file without the kernel's mark for removed files, and whether it had that mark.
 pub fn undeleted(path: &[u8]) -> (&Path, bool) {
     match path.strip_suffix(DELETED) {
         Some(path) => (Path::new(OsStr::from_bytes(path)), true),

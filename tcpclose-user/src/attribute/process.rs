@@ -1,7 +1,7 @@
-//! What is known of processes, also after they have ended.
+//! What is known of processes, including those that have exited.
 //!
-//! A short-lived program is gone before the close of its connection has been told. So what will be needed of
-//! its `/proc/PID` is copied as soon as it first touches a socket: see [`Processes::notice`].
+//! A short-lived program has exited before the close of its connection is reported. What will be needed of its
+//! `/proc/PID` is therefore copied as soon as it first touches a socket: see [`Processes::notice`].
 
 use std::collections::HashMap;
 use std::fs;
@@ -14,34 +14,33 @@ use super::container;
 use super::mappings::{Backing, Mapping, Modules, undeleted};
 use crate::kernel::privilege;
 
-/// How many images are kept.
+/// How many program images are kept.
 const MAX_IMAGES: usize = 4096;
 
-/// How many mappings they may have together: what bounds the memory, about 64 bytes each.
+/// How many mappings these may have in all. They take most of the memory, about 64 bytes each.
 const MAX_MAPPINGS: usize = 1 << 20;
 
-/// When stacks lead out of the known mappings, a process is asked again, but not sooner than this. A walk along
-/// frame pointers through code that has none ends in arbitrary numbers, so addresses that are nowhere are
-/// common.
+/// Shortest time after which a process's mappings are read again because a stack has an address outside them. Such
+/// addresses are common: following frame pointers through code that keeps none yields arbitrary numbers.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 
-/// How long files of an ended process stay open.
-const LINGER: Duration = Duration::from_mins(1);
+/// How long files stay open for a process that has exited.
+const KEEP_OPEN: Duration = Duration::from_mins(1);
 
-/// A program as a process runs it: exec makes another one. What could not be read is `None` or empty.
+/// A program image: what a process runs until its next exec. What could not be read is `None` or empty.
 #[derive(Clone, Debug, Default)]
 pub struct Image {
     /// Process id in the initial pid namespace.
     pub pid: u32,
-    /// Address of its `mm_struct`, 0 when not known.
+    /// Address of its `mm_struct`; 0 if not known.
     pub mm: u64,
-    /// When the process started, in clock ticks since boot: tells it from a later one with the same id.
+    /// When the process started, in clock ticks since boot: distinguishes it from a later one with the same id.
     pub started: Option<u64>,
-    /// Path of the program, as the process sees it.
+    /// Path of the executable, as the process sees it.
     pub exe: Option<String>,
-    /// Id of the container it is in.
+    /// Id of its container.
     pub container: Option<String>,
-    /// The process id that it has in its own pid namespace.
+    /// Process id in its own pid namespace.
     pub inner_pid: Option<u32>,
     /// Effective user id, in the initial user namespace.
     pub uid: Option<u32>,
@@ -56,14 +55,13 @@ impl Image {
         self.mappings.get(index).filter(|mapping| mapping.start <= address)
     }
 
-    /// Whether the process still runs, and is not another one with the same id. It may have called exec
-    /// since.
+    /// Whether the process still runs, and is not another one with the same id. It may have called exec since.
     pub fn is_running(&self) -> bool {
         self.started.is_some() && self.started == started(self.pid)
     }
 
-    /// Whether what is mapped from the first instruction to the last is where it is in another image. Where not, the
-    /// process has called exec for the same program between the two.
+    /// Whether the executable and the vDSO, which stay mapped for an image's whole life, have the same addresses in
+    /// `other`. If not, the process called exec for the same program between the two.
     fn has_layout_of(&self, other: &Self) -> bool {
         let is_lasting = |mapping: &&Mapping| match &mapping.backing {
             Backing::File { path, .. } => self.exe.as_deref() == path.to_str(),
@@ -75,7 +73,7 @@ impl Image {
         self.mappings.iter().filter(is_lasting).all(is_there)
     }
 
-    /// Whether files are held open for it.
+    /// Whether files are kept open for it.
     fn holds_files(&self) -> bool {
         self.mappings.iter().any(|mapping| holds_file(&mapping.backing))
     }
@@ -88,26 +86,25 @@ fn holds_file(backing: &Backing) -> bool {
 #[derive(Debug)]
 struct Entry {
     image: Arc<Image>,
-    /// The higher, the more recently used.
+    /// When it was last used, by [`Processes::clock`].
     used: u64,
-    /// When a stack that led out of the known mappings last had them read again.
+    /// When the mappings were last read again because a stack had an address outside them.
     asked: Option<Instant>,
-    /// When the process was first found to be gone.
+    /// When the process was first found to have exited.
     gone: Option<Instant>,
 }
 
-/// The images of processes. At most 4096 are kept, with at most a million mappings together; beyond that
-/// those that have not been asked for longest are forgotten, and are read again if they are asked for and
-/// still there.
+/// The program images of processes. At most 4096 are kept, with at most a million mappings in all. Beyond that the least
+/// recently used are dropped; they are read again when needed if the process still runs.
 #[derive(Debug, Default)]
 pub struct Processes {
     images: HashMap<(u32, u64), Entry>,
-    /// The image of each process that was noticed last.
+    /// The latest image of each process, by its `mm`.
     latest: HashMap<u32, u64>,
     modules: Modules,
     mappings: usize,
     clock: u64,
-    /// Whether the ids that are asked for are none of those in `/proc`.
+    /// Whether ids come from another pid namespace than `/proc` shows, so that nothing can be looked up there.
     are_elsewhere: bool,
 }
 
@@ -117,26 +114,25 @@ impl Processes {
         Self::default()
     }
 
-    /// For processes by the ids that the kernel half tells. In another pid namespace than the first these lead nowhere,
-    /// or to somebody else.
+    /// For the ids that the kernel half reports, those of the initial pid namespace. In any other one they lead nowhere in
+    /// `/proc`, or to another process, and nothing is read.
     pub fn of_kernel_half() -> Self {
         Self { are_elsewhere: !privilege::in_initial_pid_namespace(), ..Self::default() }
     }
 
-    /// Copies what will be needed of a process, at once. To be called when it first touches a socket, and
-    /// again after exec, with the `mm` that the kernel told: reading it later would find the next program, or
-    /// nothing.
+    /// Copies what will be needed of a process. Call it when the process first touches a socket, and again after exec,
+    /// with the `mm` that the kernel half reported: a later read would find the next program, or nothing.
     pub fn notice(&mut self, pid: u32, mm: u64) {
         let image = self.take(pid, mm);
-        // Told twice, the second time too late.
+        // A second notice that came too late.
         if image.started.is_none() && self.images.contains_key(&(pid, mm)) {
             return;
         }
         self.insert(image);
     }
 
-    /// The image of a process: the one noticed, or else, if the process is still there, the one it has now.
-    /// With an `mm` of 0, which a process has when it is about to end, its latest.
+    /// The image that was noticed or, if there is none and the process still runs, its current one. With an `mm` of 0,
+    /// which a process has when it is about to exit, its latest.
     pub fn image(&mut self, pid: u32, mm: u64) -> Option<Arc<Image>> {
         let key = self.key(pid, mm);
         if !self.images.contains_key(&key) {
@@ -150,9 +146,9 @@ impl Processes {
         Some(entry.image.clone())
     }
 
-    /// Like [`image`](Self::image), for naming `frames`. Where one of them is in none of the known mappings,
-    /// they are first read again, unless they were within the last second: a library may have been loaded
-    /// since, or the place for code that is compiled at run time may have grown.
+    /// Like [`image`](Self::image), for the addresses `frames`. If one of them is in no known mapping, the mappings are
+    /// read again first, unless that was done within the last second: a library may have been loaded since, or the region
+    /// for code compiled at run time may have grown.
     pub fn image_for(&mut self, pid: u32, mm: u64, frames: &[u64], now: Instant) -> Option<Arc<Image>> {
         let image = self.image(pid, mm)?;
         if frames.iter().all(|address| image.mapping(*address).is_some()) {
@@ -167,12 +163,12 @@ impl Processes {
         self.refresh(pid, mm)
     }
 
-    /// Reads the mappings again, if the process is still there, is the same and runs the same program; the
-    /// image that it has then, or had.
+    /// Reads the mappings again if the process still runs and has not called exec. Returns its image, the old one if
+    /// nothing was read.
     pub fn refresh(&mut self, pid: u32, mm: u64) -> Option<Arc<Image>> {
         let key = self.key(pid, mm);
         let old = self.images.get(&key)?.image.clone();
-        // After an exec, what can be read now belongs to another image.
+        // After an exec, what can be read belongs to another image.
         let is_latest = self.latest.get(&pid) == Some(&key.1);
         if !is_latest || !old.is_running() {
             return Some(old);
@@ -187,15 +183,15 @@ impl Processes {
         Some(entry.image.clone())
     }
 
-    /// Lets go of files that are held open for processes which ended more than a minute ago. What else is
-    /// known of those stays. To be called every few seconds.
+    /// Closes files that are kept open for processes that exited more than a minute ago. The rest of their images stays.
+    /// Call it every few seconds.
     pub fn sweep(&mut self, now: Instant) {
         for entry in self.images.values_mut().filter(|entry| entry.image.holds_files()) {
             if entry.image.is_running() {
                 continue;
             }
             let gone = *entry.gone.get_or_insert(now);
-            if now.saturating_duration_since(gone) < LINGER {
+            if now.saturating_duration_since(gone) < KEEP_OPEN {
                 continue;
             }
             let mut image = Image::clone(&entry.image);
@@ -215,7 +211,7 @@ impl Processes {
         take(&mut self.modules, pid, mm)
     }
 
-    /// How many files are held open.
+    /// How many files are kept open.
     pub fn files_held(&self) -> usize {
         self.modules.held()
     }
@@ -250,13 +246,12 @@ impl Processes {
     }
 }
 
-/// Reads everything of a process. It may call exec or end meanwhile: then once more, lest two programs get
-/// mixed up.
+/// Reads the image of a process. If it calls exec meanwhile, reads again, so that two programs are not mixed.
 fn take(modules: &mut Modules, pid: u32, mm: u64) -> Image {
     for _ in 0..3 {
         let Some(before) = exe(pid) else { break };
         let image = read(modules, pid, mm, &before);
-        // If it ended between one file and the next, what was read up to then was its own.
+        // If it exited meanwhile, all that was read was its own.
         if exe(pid).is_none_or(|after| after == before) {
             return image;
         }
@@ -264,8 +259,7 @@ fn take(modules: &mut Modules, pid: u32, mm: u64) -> Image {
     Image { pid, mm, started: started(pid), ..Image::default() }
 }
 
-/// In the order in which a process that ends loses things: its memory goes first, and may be gone a tenth of a
-/// millisecond from now.
+/// Reads first what a process loses first when it exits: its memory, which may be gone within a tenth of a millisecond.
 fn read(modules: &mut Modules, pid: u32, mm: u64, exe: &[u8]) -> Image {
     let text = |name: &str| fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
     let maps = text("maps");
@@ -295,17 +289,17 @@ fn exe(pid: u32) -> Option<Vec<u8>> {
     Some(fs::read_link(format!("/proc/{pid}/exe")).ok()?.as_os_str().as_bytes().to_vec())
 }
 
-/// When a process started, clock ticks since boot. `None` when there is none, or only its remains are left.
+/// When a process started, in clock ticks since boot. `None` if there is no such process, or if it is a zombie.
 fn started(pid: u32) -> Option<u64> {
     started_in(&fs::read(format!("/proc/{pid}/stat")).ok()?)
 }
 
-/// The same, from the content of a `/proc/PID/stat`.
+/// The start time in the content of a `/proc/PID/stat`.
 fn started_in(stat: &[u8]) -> Option<u64> {
-    // The thread's name is in brackets, and may itself have brackets and spaces in it.
+    // The thread's name is in parentheses, and may contain parentheses and spaces itself.
     let name_end = stat.iter().rposition(|byte| *byte == b')')?;
     let mut fields = str::from_utf8(stat.get(name_end + 1..)?).ok()?.split_ascii_whitespace();
-    // The third field of the line, then the twenty-second.
+    // The third field of the line; below, the twenty-second.
     let state = fields.next()?;
     if matches!(state, "Z" | "X" | "x") {
         return None;
@@ -313,7 +307,7 @@ fn started_in(stat: &[u8]) -> Option<u64> {
     fields.nth(18)?.parse().ok()
 }
 
-/// The numbers behind a name in a `/proc/PID/status`.
+/// The numbers in the line of a `/proc/PID/status` that begins with `name`.
 fn status_field(status: &str, name: &str) -> Option<Vec<u32>> {
     let numbers = status.lines().find_map(|line| line.strip_prefix(name))?;
     numbers.split_ascii_whitespace().map(|number| number.parse().ok()).collect()
@@ -328,7 +322,7 @@ mod tests {
     use std::path::PathBuf;
     use std::process::{Child, ChildStdin, Command, Stdio};
 
-    /// A program that waits until it is told to end.
+    /// A program that waits until its standard input is closed.
     struct Waiting {
         child: Child,
         stdin: Option<ChildStdin>,
@@ -380,7 +374,7 @@ mod tests {
         let Backing::File { path, module: Some(module) } = &mapping.backing else { panic!("{mapping:?}") };
         assert_eq!(**path, *exe);
         assert_eq!(module.host_path(), Some(exe.as_path()));
-        assert_eq!(processes.files_held(), 0, "what its path leads to need not be held open");
+        assert_eq!(processes.files_held(), 0, "a file that its path leads to need not be kept open");
         assert!(image.mapping(0).is_none());
         assert!(image.mapping(u64::MAX).is_none());
     }
@@ -397,9 +391,9 @@ mod tests {
         assert!(image.exe.as_deref().is_some_and(|exe| exe.starts_with('/')), "{image:?}");
         assert!(image.mappings.len() > 1);
         assert!(!image.is_running());
-        // The kernel has taken the address space away: the latest image is meant.
+        // Without an address space, which an exiting process has given up, the latest image is meant.
         assert!(Arc::ptr_eq(&image, &processes.image(pid, 0).unwrap()));
-        // Another image of a process that is gone cannot be had.
+        // There is no other image of a process that has exited.
         assert!(processes.image(pid, 2).is_none());
     }
 
@@ -445,14 +439,14 @@ mod tests {
         let image = processes.image(pid, 1).unwrap();
         assert_eq!(image.exe.as_deref(), program.to_str(), "without the kernel's mark");
         let now = Instant::now();
-        processes.sweep(now + 9 * LINGER);
+        processes.sweep(now + 9 * KEEP_OPEN);
         assert_eq!(processes.files_held(), 1, "it still runs");
         waiting.end();
         drop(image);
         processes.sweep(now);
-        processes.sweep(now + LINGER / 2);
+        processes.sweep(now + KEEP_OPEN / 2);
         assert_eq!(processes.files_held(), 1);
-        processes.sweep(now + LINGER);
+        processes.sweep(now + KEEP_OPEN);
         assert_eq!(processes.files_held(), 0);
         assert_eq!(processes.image(pid, 1).unwrap().exe.as_deref(), program.to_str());
         fs::remove_dir_all(directory).unwrap();
@@ -480,7 +474,7 @@ mod tests {
             assert_eq!(image.mapping(address).is_some(), found, "after {later:?}");
         }
         assert!(processes.refresh(pid, 1).unwrap().mapping(address).is_some());
-        // Nor is one image to be mixed with another, of the same program and with the same number.
+        // One image is not mixed with another of the same program and the same process.
         let entry = processes.images.get_mut(&(pid, 1)).unwrap();
         let mut moved = Image::clone(&entry.image);
         let vdso = moved.mappings.iter_mut().find(|mapping| matches!(mapping.backing, Backing::Vdso));

@@ -1,7 +1,7 @@
-//! Looks at processes the moment they are seen for the first time.
+//! Reads what is needed of a process as soon as the kernel half first sees it.
 //!
-//! In a thread of its own: a command such as curl is gone a millisecond after it has closed its socket, and the main
-//! loop may be busy naming the frames of another one for longer than that.
+//! This runs in a thread of its own: a command such as curl exits a millisecond after it has closed its socket, and the
+//! main loop may need longer than that to symbolize the stack of another one.
 
 use std::{
     io,
@@ -24,15 +24,15 @@ use nix::{
 use super::process::Processes;
 use crate::ingest::decode::{Record, decode};
 
-/// Notices that could not be read.
+/// Notices that could not be decoded.
 static UNDECODABLE: AtomicU64 = AtomicU64::new(0);
 
-/// How many notices could not be read so far.
+/// How many notices could not be decoded so far.
 pub fn undecodable() -> u64 {
     UNDECODABLE.load(Ordering::Relaxed)
 }
 
-/// Starts the thread, which ends with the process.
+/// Starts the thread. It runs until this process exits.
 ///
 /// # Errors
 /// The thread cannot be started.
@@ -55,8 +55,8 @@ pub fn start(mut ring: RingBuf<MapData>, processes: Arc<Mutex<Processes>>) -> Re
     Ok(())
 }
 
-/// Lets this thread run before others: it is in a race with a process that ends, and what it does takes a fraction of a
-/// millisecond for each new process. Without the privilege (`CAP_SYS_NICE`) it stays as it is and loses more often.
+/// Raises the priority of this thread: it races against processes that exit, and needs a fraction of a millisecond for
+/// each new one. Without the privilege (`CAP_SYS_NICE`) the priority stays, and the race is lost more often.
 fn hurry() {
     let priority = libc::sched_param { sched_priority: 1 };
     // SAFETY: the call reads one structure, which is there; 0 is the calling thread.

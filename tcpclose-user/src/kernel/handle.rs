@@ -132,7 +132,7 @@ impl KernelHalf {
     /// every time, if that takes long on this host. What is found is in the ring afterwards.
     pub fn search_owners(&mut self) -> bool {
         let mut pace = self.pace;
-        let searched = self.has_inventory && pace.look(|| self.search_descriptors()).is_some();
+        let searched = self.has_inventory && pace.run(|| self.search_descriptors()).is_some();
         self.pace = pace;
         searched
     }

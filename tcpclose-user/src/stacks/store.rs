@@ -1,4 +1,4 @@
-//! Keys in records → stacks: those that the kernel half keeps, each once, and those that were followed here.
+//! Keys in records → unnamed stacks: those in the kernel half's map, and those that were unwound here.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -10,10 +10,11 @@ use tcpclose_common::stack::Stack;
 
 use crate::stacks::frame::UnwoundFrame;
 
-/// How many stacks are remembered here: as many as the kernel half keeps. Beyond it all are forgotten and read again.
+/// How many stacks of the kernel half are cached: as many as its map holds. When there are more, all are dropped and read
+/// again.
 const MAX_STACKS: usize = 8_192;
 
-/// How many keys of connections that are over still lead to a stack: a RST may be told after the end.
+/// How many released keys still lead to a stack: a RST may be reported after the end of its connection.
 const MAX_RELEASED: usize = 4_096;
 
 /// Reads stacks from the kernel half's map, and keeps those that were unwound here.
@@ -21,20 +22,20 @@ pub struct Store {
     map: BpfHashMap<MapData, u64, Stack>,
     known: HashMap<u64, Arc<[u64]>>,
     unwound: HashMap<u64, Arc<[UnwoundFrame]>>,
-    /// The keys of `unwound`, and some that are released, the oldest first.
+    /// The keys of `unwound` and some that were released, oldest first.
     order: VecDeque<u64>,
-    /// How many of them there may be.
+    /// How many stacks `unwound` may have.
     capacity: usize,
     released: VecDeque<u64>,
-    /// The same stacks come again and again, and are kept once.
+    /// Equal stacks share their frames: programs have few places that close sockets.
     shared: HashSet<Arc<[UnwoundFrame]>>,
     /// Stacks that were evicted before they were read.
     lost: u64,
 }
 
 impl Store {
-    /// Reads from `map`, and keeps what is followed here for as many as `connections`, each with an opener and an actor.
-    /// Beyond it the oldest is forgotten.
+    /// Reads from `map`, and keeps unwound stacks for this many connections, each with an opener and an actor. When there
+    /// are more, the oldest are dropped and counted as lost.
     pub fn new(map: BpfHashMap<MapData, u64, Stack>, connections: u32) -> Self {
         Self {
             map,
@@ -48,7 +49,7 @@ impl Store {
         }
     }
 
-    /// Keeps a stack that was followed here.
+    /// Keeps a stack that was unwound here.
     pub fn keep(&mut self, key: u64, frames: Vec<UnwoundFrame>) {
         let frames: Arc<[UnwoundFrame]> = frames.into();
         let frames = if let Some(known) = self.shared.get(&frames) {
@@ -74,7 +75,7 @@ impl Store {
         self.unwound.insert(key, frames);
     }
 
-    /// Lets go of a stack that was followed here, some time from now.
+    /// Drops an unwound stack after [`MAX_RELEASED`] others have been released.
     pub fn release(&mut self, key: u64) {
         if !self.unwound.contains_key(&key) {
             return;
@@ -87,12 +88,12 @@ impl Store {
         }
     }
 
-    /// A stack that was followed here.
+    /// A stack that was unwound here.
     pub fn unwound(&self, key: u64) -> Option<Arc<[UnwoundFrame]>> {
         self.unwound.get(&key).cloned()
     }
 
-    /// The frames of a stack that the kernel half keeps, innermost first; `None` if none was taken or if it is gone.
+    /// The addresses of a stack in the kernel half's map, innermost first; `None` if none was taken, or if it was evicted.
     pub fn frames(&mut self, key: u64) -> Option<Arc<[u64]>> {
         if key == 0 {
             return None;
@@ -113,7 +114,7 @@ impl Store {
         Some(frames)
     }
 
-    /// How many were evicted before they were read, so far.
+    /// How many were evicted before they were read.
     pub fn lost(&self) -> u64 {
         self.lost
     }

@@ -10,20 +10,20 @@ use crate::stacks::elf::Segments;
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Headers {
     pub(super) segments: Segments,
-    /// Identifies the file among all builds of all programs.
+    /// Identifies this build of the file.
     pub(super) build_id: Option<Vec<u8>>,
     /// Bytes of symbol tables.
     pub(super) symbols: u64,
-    /// Bytes of `.debug_info`; 0 without.
+    /// Bytes of `.debug_info`; 0 if there is none.
     pub(super) debug_info: u64,
-    /// Whether some debug section is compressed.
+    /// Whether a debug section is compressed.
     pub(super) compressed: bool,
-    /// Whether it names another file that has, or shares, its debug information.
+    /// Whether it names another file with its debug information, or a part of it.
     pub(super) refers: bool,
 }
 
 impl Headers {
-    /// Reads them; `None` if it is not an ELF file of this machine's byte order, or is broken.
+    /// `None` if it is not an ELF file of this machine's byte order, or is malformed.
     pub(super) fn read(file: &File) -> Option<Self> {
         let cache = ReadCache::new(file);
         let file = object::File::parse(&cache).ok()?;
@@ -49,7 +49,7 @@ impl Headers {
         Some(headers)
     }
 
-    /// Where distributions put the debug information of this build.
+    /// Where distributions install the debug information of this build.
     pub(super) fn debug_file(&self) -> Option<PathBuf> {
         let (first, rest) = self.build_id.as_deref().filter(|id| id.len() >= 8)?.split_first()?;
         let mut path = format!("/usr/lib/debug/.build-id/{first:02x}/");

@@ -1,23 +1,23 @@
 //! Names of the kernel's functions, from `/proc/kallsyms`.
 //!
-//! blazesym reads that file too, but drops the names of modules and takes the nearest symbol below an address
-//! however far it is, which with modules and BPF programs coming and going ends in wrong names.
+//! blazesym reads that file too, but drops the names of modules and takes the nearest symbol below an address however far
+//! away it is. As modules and BPF programs come and go, that yields wrong names.
 
 use std::fs;
 use std::time::{Duration, Instant};
 
-/// How far behind the last known symbol of a module an address may be, its end not being known.
+/// The last known symbol of a module has no known end: an address must be in the same page.
 const PAGE: u64 = 4096;
 
-/// When an address is not found the file is read again, as a module may have been loaded since; but not sooner than this,
-/// for it takes a twentieth of a second, and programs that were compiled at run time are never in it.
+/// If an address is not found the file is read again, because a module may have been loaded; but not sooner than this,
+/// because reading takes 50 ms and code of just-in-time compilers is never in it.
 const READ_AGAIN: Duration = Duration::from_mins(1);
 
 /// The kernel's functions.
 #[derive(Debug, Default)]
 pub(super) struct Kallsyms {
     text: String,
-    /// In the order of addresses, and of the file where they are the same.
+    /// Sorted by address; symbols of equal addresses are in the order of the file.
     symbols: Vec<Symbol>,
     read: Option<Instant>,
 }
@@ -28,7 +28,7 @@ struct Symbol {
     code: bool,
     /// Position in `text`, and length.
     name: (u32, u16),
-    /// Likewise; no length for the kernel itself.
+    /// Position in `text`, and length; 0 for the kernel itself.
     module: (u32, u16),
 }
 
@@ -42,10 +42,9 @@ pub(super) struct Function<'a> {
 }
 
 impl Kallsyms {
-    /// Reads the running kernel's. Without `CAP_SYSLOG`, or with `kptr_restrict` at 2, there is nothing in
-    /// it.
+    /// Reads those of the running kernel. There are none without `CAP_SYSLOG`, or with `kptr_restrict` at 2.
     pub(super) fn read() -> Self {
-        // Names are ASCII, save perhaps those of somebody's own module.
+        // Names are ASCII, except perhaps in an out-of-tree module.
         let text = fs::read("/proc/kallsyms").unwrap_or_default();
         let parsed = Self::parse(String::from_utf8(text).unwrap_or_default());
         Self { read: Some(Instant::now()), ..parsed }
@@ -59,7 +58,7 @@ impl Kallsyms {
         let mut symbols: Vec<Symbol> = text
             .lines()
             .filter_map(|line| {
-                // `ffffffff81000000 T name`, and for modules behind a tab `[module]`.
+                // `ffffffff81000000 T name`; for modules a tab and `[module]` follow.
                 let mut fields = line.split_ascii_whitespace();
                 let address = u64::from_str_radix(fields.next()?, 16).ok().filter(|address| *address != 0)?;
                 let code = matches!(fields.next()?, "t" | "T" | "w" | "W");
@@ -72,7 +71,7 @@ impl Kallsyms {
         Self { text, symbols, read: None }
     }
 
-    /// Reads again if there is reason to.
+    /// Reads the file again if one of these addresses is not found.
     pub(super) fn update(&mut self, frames: &[u64]) {
         let may = self.read.is_none_or(|read| read.elapsed() >= READ_AGAIN);
         if may && frames.iter().any(|address| self.find(*address).is_none()) {
@@ -85,7 +84,7 @@ impl Kallsyms {
         let behind = self.symbols.partition_point(|symbol| symbol.address <= address);
         let start = self.symbols.get(behind.checked_sub(1)?)?.address;
         let first = self.symbols.partition_point(|symbol| symbol.address < start);
-        // Of several names for one function, the first is the one that the kernel itself prints.
+        // Of several names of one function, the first is the one that the kernel prints.
         let symbol = self.symbols.get(first..behind)?.iter().find(|symbol| symbol.code)?;
         let module = self.slice(symbol.module);
         let next = self.symbols.get(behind);

@@ -1,14 +1,13 @@
-//! Turns addresses of stacks into functions, files and lines.
+//! Turns the addresses of stacks into functions, files and lines.
 //!
-//! A name that is wrong is worse than none. So a name is only said when the symbol's size shows that the
-//! address is in it, when the file is the very one that the process had mapped, and when it can be had
-//! without trusting that file with more than its own names.
+//! A wrong name is worse than none. A name is reported only if the symbol's size shows that the address is in it, if the
+//! file is the one that the process has mapped, and if reading it does not require trust in what the file says about
+//! anything but its own names.
 //!
-//! What it costs, on two shared 3 GHz cores: the first address in a file takes 0.2 ms where there are only
-//! dynamic symbols, 5 ms for node's 110 000 symbols, and with debug information about 1 ms for each MB of
-//! `.debug_info`, ten times that where it is compressed. Further addresses take 10 µs, or 1 ms in a new
-//! compilation unit; known ones less than 1 µs. Debug information that would take longer than 0.2 s is left
-//! alone: there are functions then but no lines.
+//! Costs, on two shared 3 GHz cores: the first address in a file takes 0.2 ms if there are only dynamic symbols, 5 ms for
+//! node's 110 000 symbols, and with debug information about 1 ms for each MB of `.debug_info`, ten times that if it is
+//! compressed. Further addresses take 10 µs, or 1 ms in a new compilation unit; cached ones less than 1 µs. Debug
+//! information that would take longer than 0.2 s is not read: there are then functions without lines.
 
 mod headers;
 mod kernel;
@@ -35,30 +34,30 @@ use self::headers::Headers;
 use self::kernel::Kallsyms;
 use self::perf::PerfMap;
 
-/// How many files' symbols are kept. Each takes up to four file descriptors.
+/// How many files' symbols are cached. Each takes up to four file descriptors.
 const MAX_FILES: usize = 48;
 
-/// How many addresses of a file, and how many of the vDSO.
+/// How many addresses of a file are cached, and how many of the vDSO.
 const MAX_ADDRESSES: usize = 8192;
 
-/// How many processes' run-time compiled functions.
+/// How many processes' perf maps are cached.
 const MAX_PERF_MAPS: usize = 16;
 
-/// Bytes of symbol tables that are looked into, 2.8 million symbols: more takes too long to sort.
+/// Largest symbol table that is read, in bytes: 2.8 million symbols. More take too long to sort.
 const MAX_SYMBOLS: u64 = 64 << 20;
 
-/// Bytes of `.debug_info` that are looked into: at 1 ms for each MB.
+/// Largest `.debug_info` that is read, in bytes: 1 ms for each MB.
 const MAX_DEBUG_INFO: u64 = 128 << 20;
 
-/// Bytes of a file with compressed debug information: at 2.5 times the size when unpacked, and 4 ms for each
-/// MB of that.
+/// Largest file with compressed debug information that is read, in bytes: decompressed it has 2.5 times the size, and
+/// takes 4 ms for each MB of that.
 const MAX_COMPRESSED: u64 = 16 << 20;
 
-/// Bytes of a name that are said.
+/// Longest name, in bytes; longer ones are cut.
 const MAX_NAME: usize = 2048;
 
-/// Names addresses, and remembers what it found. Not to be shared between threads, nor moved to another one:
-/// what blazesym keeps is counted without locks.
+/// Symbolizes addresses, and caches the results. It cannot be shared between threads or moved to another one, because
+/// blazesym counts references without locks.
 #[derive(Debug, Default)]
 pub struct Symbolizer {
     files: HashMap<Identity, Symbols>,
@@ -73,44 +72,44 @@ pub struct Symbolizer {
 struct Symbols {
     blazesym: symbolize::Symbolizer,
     headers: Headers,
-    /// Where to look, the best first.
+    /// Where to look, best first.
     sources: Vec<Source<'static>>,
     known: HashMap<u64, Arc<[Piece]>>,
-    /// Whether some process may still need it.
+    /// Alive as long as a known process maps the file.
     module: Weak<Module>,
     used: u64,
     identity: Identity,
-    /// `sources` lead to these by their numbers.
+    /// `sources` refer to these two by their descriptors.
     file: File,
     _debug: Option<File>,
 }
 
-/// This process's own vDSO: the kernel maps the same into all.
+/// The vDSO of this process: the kernel maps the same one into all.
 #[derive(Debug)]
 struct Vdso {
     blazesym: symbolize::Symbolizer,
-    /// Where it is; `None` where there is none.
+    /// Start and end address; `None` if there is none.
     place: Option<(u64, u64)>,
     known: HashMap<u64, Arc<[Piece]>>,
 }
 
-/// A frame without what depends on the process. Innermost first, the last is the function that has the
-/// address.
+/// A frame without what depends on the process. Several, innermost first, belong to one address if functions are inlined;
+/// the last is the function that was compiled.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Piece {
     symbol: Option<String>,
-    /// From the symbol's start to the address that was looked up.
+    /// From the symbol's start to the address.
     offset: Option<u64>,
     file: Option<String>,
     line: Option<u32>,
     inlined: bool,
 }
 
-/// A stack that is being named.
+/// A stack that is being symbolized.
 struct Naming<'a> {
     image: Option<&'a Image>,
     named: Vec<Frame>,
-    /// Whether the list of what was compiled at run time was read for it.
+    /// Whether the perf map was read for it.
     perf_read: bool,
 }
 
@@ -121,20 +120,19 @@ impl<'a> Naming<'a> {
 }
 
 impl Symbolizer {
-    /// Knows nothing yet.
+    /// With empty caches.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Names the frames of a user stack, innermost first; the first address is an instruction pointer, the
-    /// others are return addresses. Without an image, and where nothing is known, a frame has its address and
-    /// nulls.
+    /// Symbolizes the frames of a user stack, innermost first; the first address is an instruction pointer, all others are
+    /// return addresses. Without an image, or if nothing is known, a frame has its address and nulls.
     ///
-    /// There are more frames than addresses where functions were merged into their callers: such a frame has
-    /// the address of the one that it was merged into, and no offset.
+    /// There are more frames than addresses if functions are inlined: an inlined frame has the address of its caller and no
+    /// offset.
     ///
-    /// The process may have ended. Functions that were compiled at run time are known only if it was asked
-    /// about while the process ran.
+    /// The process may have exited. Functions that were compiled at run time are then known only if its perf map was read
+    /// while it ran.
     pub fn user(&mut self, image: Option<&Image>, frames: &[u64]) -> Vec<Frame> {
         let mut naming = Naming::of(image);
         for (index, address) in frames.iter().copied().enumerate() {
@@ -143,7 +141,7 @@ impl Symbolizer {
         naming.named
     }
 
-    /// Names what is not yet named of a stack that was followed here, as [`user`](Self::user) does.
+    /// Symbolizes those frames of an unwound stack that have no name yet, as [`user`](Self::user) does.
     pub fn unwound(&mut self, image: Option<&Image>, frames: &[UnwoundFrame]) -> Vec<Frame> {
         let mut naming = Naming::of(image);
         for (index, frame) in frames.iter().enumerate() {
@@ -171,7 +169,7 @@ impl Symbolizer {
             Backing::Vdso => self.vdso(mapping, target),
             Backing::File { module: None, .. } | Backing::Anonymous => None,
         };
-        // Memory that a compiler at run time shares with itself also has a file: `/memfd:doublemapper`.
+        // A just-in-time compiler may map its memory twice, for which it needs a file: `/memfd:doublemapper`.
         if pieces.is_none() && is_run_time_code(&mapping.backing) {
             pieces = self.compiled(image, target, !naming.perf_read);
             naming.perf_read = true;
@@ -195,12 +193,11 @@ impl Symbolizer {
         }));
     }
 
-    /// Names the frames of a kernel stack, as [`user`](Self::user) does. A function of the kernel itself has
-    /// no module, that of a loadable one has the module's name, that of a BPF program `bpf`. There are no
-    /// files and lines. Where `/proc/kallsyms` hides addresses, for want of `CAP_SYSLOG`, there are no names
-    /// either.
+    /// Symbolizes the frames of a kernel stack, as [`user`](Self::user) does. A function of the kernel itself has no
+    /// module, one of a loadable module has the module's name, and one of a BPF program has `bpf`. There are no files and
+    /// lines, and without `CAP_SYSLOG`, which `/proc/kallsyms` requires, no names.
     ///
-    /// The first time it reads `/proc/kallsyms`, which takes about 0.1 s.
+    /// The first call reads `/proc/kallsyms`, which takes about 0.1 s.
     pub fn kernel(&mut self, frames: &[u64]) -> Vec<Frame> {
         let kernel = self.kernel.get_or_insert_with(Kallsyms::read);
         kernel.update(frames);
@@ -216,7 +213,7 @@ impl Symbolizer {
         frames.iter().enumerate().map(name).collect()
     }
 
-    /// Lets go of files that no known process has mapped. To be called after
+    /// Closes files that no known process maps. Call it after
     /// [`Processes::sweep`](crate::attribute::process::Processes::sweep).
     pub fn sweep(&mut self) {
         self.files.retain(|_, symbols| symbols.module.strong_count() > 0);
@@ -257,7 +254,7 @@ impl Symbolizer {
         (source.debug_syms, source.perf_map, source.map_files) = (false, false, false);
         let source = Source::Process(source);
         let input = Input::AbsAddr(start.checked_add(offset).filter(|address| *address < end)?);
-        remember(known, offset, || look_up(blazesym, &source, input))
+        remember(known, offset, || query(blazesym, &source, input))
     }
 
     fn compiled(&mut self, image: &Image, address: u64, update: bool) -> Option<Arc<[Piece]>> {
@@ -280,7 +277,7 @@ impl Symbolizer {
 impl Symbols {
     fn open(file: File, module: &Arc<Module>) -> Self {
         let headers = Headers::read(&file).unwrap_or_default();
-        // Unpacking has no bound, and a few MB can become many GB: not from a file that just anybody made.
+        // Decompression is not bounded, and a few MB can become many GB: not for a file that anyone may have written.
         let trusted = module.host_path().is_some() && is_roots(&file);
         let mut sources = vec![];
         let debug = separate(&headers).map(|(debug, with_lines)| {
@@ -288,7 +285,7 @@ impl Symbols {
             debug
         });
         if headers.symbols <= MAX_SYMBOLS {
-            // blazesym goes after files that are named in the one at hand, which anybody may have written.
+            // blazesym opens files that this one names, and anyone may have written it.
             let with_lines = !headers.refers && has_cheap_lines(&headers, &file, trusted);
             if with_lines && sources.is_empty() {
                 sources.push(source(&file, true));
@@ -308,20 +305,20 @@ impl Symbols {
         }
     }
 
-    /// What is at an offset in the file.
+    /// Symbolizes an offset in the file.
     fn find(&mut self, offset: u64) -> Option<Arc<[Piece]>> {
         let Self { blazesym, headers, sources, known, identity, file, .. } = self;
         remember(known, offset, || {
-            // blazesym has it mapped. Were it written to, names would be wrong; were it cut short, reading
-            // would end us.
+            // blazesym maps it. If it was written to, names would be wrong; if it was truncated, reading would raise
+            // SIGBUS.
             if !identity.is(file) {
                 return None;
             }
             let address = headers.segments.address(offset)?;
             let mut found = None;
             for source in sources.iter() {
-                let pieces = look_up(blazesym, source, Input::VirtOffset(address));
-                // A line without a function is better than nothing, a function better than that.
+                let pieces = query(blazesym, source, Input::VirtOffset(address));
+                // A line without a function is better than nothing, and a function is better than that.
                 let is_named =
                     pieces.as_ref().is_some_and(|pieces| pieces.iter().any(|it| it.symbol.is_some()));
                 found = if is_named { pieces } else { found.or(pieces) };
@@ -343,13 +340,11 @@ impl Vdso {
 }
 
 fn builder() -> Builder {
-    // Each file is compared with what was mapped before it is opened, once. It must not be exchanged behind
-    // that.
+    // A file is compared with what was mapped once, before it is opened, so it must not be reopened later.
     symbolize::Symbolizer::builder().enable_auto_reload(false).set_debug_dirs(Some(["/usr/lib/debug"]))
 }
 
-/// The file with the debug information of a stripped one, where the distribution puts it, and whether to look
-/// for lines.
+/// The separate debug file of a stripped one, where distributions install it, and whether lines are read from it.
 fn separate(headers: &Headers) -> Option<(File, bool)> {
     let path = headers.debug_file().filter(|_| headers.debug_info == 0)?;
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).ok()?;
@@ -376,10 +371,10 @@ fn source(file: &File, with_lines: bool) -> Source<'static> {
     Source::Elf(elf)
 }
 
-/// Asks blazesym. `None` if it knows nothing, or fails.
-fn look_up(blazesym: &symbolize::Symbolizer, source: &Source<'_>, input: Input<u64>) -> Option<Arc<[Piece]>> {
-    // It reads files that anybody may have made, and has places that count on them to be well formed. Nothing
-    // that it keeps is left half done in a way that could hurt: it is filled in as a whole, or not.
+/// What blazesym finds; `None` if that is nothing, or if it fails.
+fn query(blazesym: &symbolize::Symbolizer, source: &Source<'_>, input: Input<u64>) -> Option<Arc<[Piece]>> {
+    // Anyone may have written the files that it reads, and it relies in some places on their being well formed. A panic
+    // leaves nothing half done in its caches: entries are inserted whole.
     let result = catch_unwind(AssertUnwindSafe(|| blazesym.symbolize_single(source, input)));
     match result {
         Ok(Ok(Symbolized::Sym(symbol))) => pieces(&symbol),
@@ -401,7 +396,7 @@ fn pieces(symbol: &Sym<'_>) -> Option<Arc<[Piece]>> {
         let file = info.map(|info| cut(&info.to_path().to_string_lossy()));
         (file, info.and_then(|info| info.line))
     };
-    // A symbol without a size could end anywhere before the address.
+    // A symbol without a size may end before the address.
     let is_inside = size.is_some_and(|size| offset < &size) && !name.is_empty();
     let mut pieces: Vec<Piece> = Vec::with_capacity(inlined.len() + 1);
     for function in inlined.iter().rev() {
@@ -417,15 +412,14 @@ fn pieces(symbol: &Sym<'_>) -> Option<Arc<[Piece]>> {
     is_known.then(|| pieces.into())
 }
 
-/// Looks something up once. That nothing was found is remembered too.
+/// Finds something once. That nothing was found is cached too.
 fn remember(
     known: &mut HashMap<u64, Arc<[Piece]>>,
     key: u64,
     find: impl FnOnce() -> Option<Arc<[Piece]>>,
 ) -> Option<Arc<[Piece]>> {
     if !known.contains_key(&key) {
-        // Programs have few places that end connections; one with so many more is a rare thing to start over
-        // for.
+        // Programs have few places that open or end connections; one that fills the cache is rare.
         if known.len() >= MAX_ADDRESSES {
             known.clear();
         }
@@ -434,8 +428,7 @@ fn remember(
     known.get(&key).filter(|pieces| !pieces.is_empty()).cloned()
 }
 
-/// The address to look up: a return address is behind the call, and may be the first of another line, or
-/// function.
+/// The address to symbolize: a return address is behind the call, and may be the first of another line or function.
 fn target(index: usize, address: u64) -> u64 {
     if index == 0 { address } else { address.saturating_sub(1) }
 }

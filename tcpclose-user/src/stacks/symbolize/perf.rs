@@ -1,6 +1,6 @@
-//! Names of functions that were compiled at run time, from the file in which a just-in-time compiler lists
-//! them for `perf`: `/tmp/perf-PID.map`, a line `START SIZE NAME` for each, in hexadecimal. Most append to it as
-//! they compile; the JVM writes it anew each time that it is told to, with what there is then.
+//! Names of functions that were compiled at run time, from the file in which a just-in-time compiler lists them for
+//! `perf`: `/tmp/perf-PID.map`, a line `START SIZE NAME` for each, numbers in hexadecimal. Most compilers append to it; the
+//! JVM writes a new one, with what exists at that time, whenever `jcmd` requests it.
 //!
 //! <https://git.kernel.org/pub/scm/linux/kernel/git/torvalds/linux.git/tree/tools/perf/Documentation/jit-interface.txt>
 
@@ -10,27 +10,27 @@ use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 
 use crate::attribute::process::Image;
 
-/// How much of one is read: more than node and the JVM write in days. What comes after is not known.
+/// Bytes that are read of one file: more than node and the JVM write in days. The rest is ignored.
 const MAX_SIZE: u64 = 16 << 20;
 
-/// How much of what was read last is compared when there is more: some ten lines of the JVM's.
+/// Bytes before the end of what was read that are compared before more is read: some ten lines of the JVM.
 const TAIL: usize = 1024;
 
-/// What was read of one process's file so far.
+/// What was read so far of one process's file.
 #[derive(Debug, Default)]
 pub struct PerfMap {
     /// Device and inode number.
     file: (u64, u64),
-    /// How far it was read.
+    /// Bytes that were read.
     read: u64,
-    /// What is right before that place, up to [`TAIL`] bytes.
+    /// The last of them, at most [`TAIL`].
     tail: Vec<u8>,
-    /// By start: the end, and the name.
+    /// End address and name, by start address.
     functions: BTreeMap<u64, (u64, String)>,
 }
 
 impl PerfMap {
-    /// Reads what the process has added since. Once it has ended, what is known stays as it is.
+    /// Reads what the process has added since the last call. Once it has exited, nothing is read.
     pub fn update(&mut self, image: &Image) {
         let Some(file) = open(image) else { return };
         let Ok(metadata) = file.metadata() else { return };
@@ -48,13 +48,13 @@ impl PerfMap {
         }
     }
 
-    /// Whether what was read last is still where it was. Where it is not, the file was written anew.
+    /// Whether the last bytes that were read are still there. If not, the file was rewritten.
     fn is_start_of(&self, file: &File) -> bool {
         let mut tail = vec![0; self.tail.len()];
         file.read_exact_at(&mut tail, self.read - self.tail.len() as u64).is_ok() && tail == self.tail
     }
 
-    /// Takes in lines, except for a last one that is not yet complete.
+    /// Parses lines, except for a last one that is incomplete.
     pub fn add(&mut self, added: &[u8]) {
         let Some(last) = added.iter().rposition(|byte| *byte == b'\n') else { return };
         self.read += last as u64 + 1;
@@ -62,7 +62,7 @@ impl PerfMap {
         self.tail.drain(..self.tail.len().saturating_sub(TAIL));
         for line in added[..last].split(|byte| *byte == b'\n') {
             if let Some((start, end, name)) = parse(line) {
-                // Memory is used again: what was there before is not there any more.
+                // Memory is reused: what was compiled to it before does not exist any more.
                 while let Some((older, _)) =
                     self.functions.range(..end).next_back().filter(|it| it.1.0 > start)
                 {
@@ -74,7 +74,7 @@ impl PerfMap {
         }
     }
 
-    /// The function at an address, and the address of its start.
+    /// The name and the start address of the function at an address.
     pub fn find(&self, address: u64) -> Option<(&str, u64)> {
         let (start, (end, name)) = self.functions.range(..=address).next_back()?;
         (address < *end).then_some((name, *start))
@@ -94,7 +94,7 @@ fn parse(line: &[u8]) -> Option<(u64, u64, String)> {
 fn open(image: &Image) -> Option<File> {
     let inner_pid = image.inner_pid.filter(|_| image.is_running())?;
     let path = format!("/proc/{}/root/tmp/perf-{inner_pid}.map", image.pid);
-    // Anybody may write to /tmp: it could be a link to elsewhere, a pipe, or somebody else's.
+    // Anyone may write to /tmp: this could be a symbolic link, a pipe, or another user's file.
     let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW | libc::O_NOCTTY;
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path).ok()?;
     let metadata = file.metadata().ok()?;

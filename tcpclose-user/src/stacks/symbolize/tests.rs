@@ -319,7 +319,7 @@ fn names_functions_of_the_kernel() {
 /// Says what blazesym finds at an address of a file.
 fn symbol_in(path: &Path, address: u64) -> Option<(String, u64)> {
     let file = File::open(path).unwrap();
-    let pieces = look_up(&builder().build(), &source(&file, false), Input::VirtOffset(address))?;
+    let pieces = query(&builder().build(), &source(&file, false), Input::VirtOffset(address))?;
     Some((pieces[0].symbol.clone()?, pieces[0].offset?))
 }
 
@@ -349,7 +349,7 @@ fn survives_broken_files() {
             let file = File::open(&path).unwrap();
             let _ = Headers::read(&file);
             for with_lines in [false, true] {
-                let _ = look_up(&builder().build(), &source(&file, with_lines), Input::VirtOffset(0x1104));
+                let _ = query(&builder().build(), &source(&file, with_lines), Input::VirtOffset(0x1104));
             }
         }
     }

@@ -1,20 +1,20 @@
-//! The code cache: what the machine compiled, and the stubs that it makes when it starts.
+//! The code cache: compiled methods, and the stubs that the machine generates when it starts.
 
 use std::sync::Arc;
 
 use super::layout::Layout;
 use crate::stacks::memory::ProcessMemory;
 
-/// There are up to three, and more in machines that are still to come.
+/// JDK 9 to 25 have up to three.
 const MAX_HEAPS: u32 = 16;
 
-/// Each step back in a map of segments leads at least one segment back, and at most 254. What is compiled is smaller than this.
+/// Each step in a segment map goes back by 1 to 254 segments; no compiled method takes more steps than this.
 const MAX_STEPS: usize = 4_096;
 
-/// A segment that is not in use.
+/// Marks a segment that is not in use.
 const FREE: u8 = 0xff;
 
-/// Where code is.
+/// Where the machine has code.
 pub(super) struct CodeCache {
     bounds: (u64, u64),
     heaps: Vec<Heap>,
@@ -27,18 +27,18 @@ struct Heap {
     shift: u32,
 }
 
-/// A piece of code.
+/// A piece of code: a method, a stub or the interpreter.
 #[derive(Clone)]
 pub(super) struct Blob {
     pub(super) address: u64,
-    /// What kind it is, or which stub.
+    /// The kind of code, or the name of the stub.
     pub(super) name: Arc<str>,
-    /// The size of its frames, return address included; 0 where they are of no fixed size.
+    /// Size of its frames in words, including the return address; 0 if that is not fixed.
     pub(super) frame_words: u32,
 }
 
 impl CodeCache {
-    /// As it is now; it grows.
+    /// Reads it. It grows while the machine runs.
     pub(super) fn read(memory: &ProcessMemory, layout: &Layout) -> Option<Self> {
         let bounds = (memory.u64(layout.low_bound)?, memory.u64(layout.high_bound)?);
         let array = memory.u64(layout.heaps)?;
@@ -60,12 +60,12 @@ impl CodeCache {
         Some(Self { bounds, heaps })
     }
 
-    /// Whether an address is in it.
+    /// Whether an address is in the range reserved for it.
     pub(super) fn has(&self, address: u64) -> bool {
         (self.bounds.0..self.bounds.1).contains(&address)
     }
 
-    /// Whether code may be at an address.
+    /// Whether an address is in memory that is committed.
     pub(super) fn is_committed(&self, address: u64) -> bool {
         self.heap(address).is_some()
     }
@@ -74,7 +74,7 @@ impl CodeCache {
         self.heaps.iter().find(|heap| (heap.low..heap.high).contains(&address))
     }
 
-    /// The piece that has an address. See `CodeHeap::find_block_for()`.
+    /// The piece of code at an address. See `CodeHeap::find_block_for()`.
     pub(super) fn blob(&self, memory: &ProcessMemory, layout: &Layout, address: u64) -> Option<Blob> {
         let heap = self.heap(address)?;
         let mut segment = (address - heap.low) >> heap.shift;
@@ -113,7 +113,7 @@ impl Blob {
         &*self.name == "Interpreter"
     }
 
-    /// Whether it is a method that was compiled, or what was made to call a native one.
+    /// Whether it is a compiled method, or the wrapper of a native one.
     pub(super) fn is_method(&self) -> bool {
         matches!(&*self.name, "nmethod" | "native nmethod")
     }

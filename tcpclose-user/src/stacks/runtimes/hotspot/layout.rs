@@ -1,20 +1,20 @@
-//! Where the virtual machine's structures have their members, as it tells itself.
+//! Offsets of the members of the virtual machine's structures, from the tables that it exports for debuggers.
 
 use std::{collections::HashMap, ops::Range};
 
 use crate::stacks::memory::ProcessMemory;
 
-/// Entries of a table that are read: JDK 17 has 788 members and 600 types.
+/// How many entries of a table are read: JDK 17 has 788 members and 600 types.
 const MAX_ENTRIES: u64 = 4_096;
 
-/// Addresses, in the file, of what the machine exports for debuggers.
+/// Addresses, in the file, of the tables that the machine exports.
 #[derive(Clone, Debug)]
 pub(super) struct Symbols {
     structs: Table<4>,
     types: Table<2>,
 }
 
-/// Symbols of a table: where it is, how far its entries are apart, and where these have their members.
+/// Addresses of variables that describe a table: its address, the size of its entries, and the offsets of their members.
 #[derive(Clone, Debug)]
 struct Table<const MEMBERS: usize> {
     first: u64,
@@ -23,7 +23,7 @@ struct Table<const MEMBERS: usize> {
 }
 
 impl Symbols {
-    /// Looks them up with `address`; `None` if there are none, as in anything but a `libjvm.so`.
+    /// Looks up their symbols; `None` for any file but a `libjvm.so`.
     pub(super) fn find(address: &dyn Fn(&str) -> Option<u64>) -> Option<Self> {
         Some(Self {
             structs: Table {
@@ -49,7 +49,7 @@ impl Symbols {
 }
 
 impl<const MEMBERS: usize> Table<MEMBERS> {
-    /// The entries: of each, the words that are its members. The last has no first one.
+    /// The members of each entry. The first member of the entry behind the last is 0.
     fn read(&self, memory: &ProcessMemory, bias: u64) -> Option<Vec<[u64; MEMBERS]>> {
         let value = |symbol: u64| memory.u64(symbol.checked_add(bias)?);
         let (first, stride) = (value(self.first)?, value(self.stride)?);
@@ -83,9 +83,9 @@ macro_rules! layout {
         pub(super) struct Layout {
             /// The major version of the JDK.
             pub(super) version: u32,
-            /// How inlined methods are told, where that is known.
+            /// How compiled methods describe the methods inlined into them, if that is known.
             pub(super) scopes: Option<Scopes>,
-            /// Where a class has the name of its source file.
+            /// Where the name of a class's source file is.
             pub(super) source_file: SourceFile,
             $($(#[$doc])* pub(super) $member: u64),*
         }
@@ -126,7 +126,7 @@ layout! {
     method_const = offset "Method", "_constMethod";
     const_size = size "ConstMethod";
     const_constants = offset "ConstMethod", "_constants";
-    /// Its whole size in words, bytecodes and tables included.
+    /// Size in words, including bytecodes and tables.
     const_words = offset "ConstMethod", "_constMethod_size";
     const_flags = offset "ConstMethod", "_flags" or "ConstMethod", "_flags._flags";
     const_code_size = offset "ConstMethod", "_code_size";
@@ -139,7 +139,7 @@ layout! {
     symbol_body = offset "Symbol", "_body";
 }
 
-/// Where a compiled method keeps itself, and what was inlined into it.
+/// How a compiled method describes itself and the methods inlined into it.
 #[derive(Debug)]
 pub(super) struct Scopes {
     pub(super) method: u64,
@@ -149,7 +149,7 @@ pub(super) struct Scopes {
     kept: Kept,
 }
 
-/// Where the tables of a compiled method are.
+/// Where the tables of compiled methods are.
 #[derive(Debug)]
 enum Kept {
     /// Behind its code, from JDK 9 to 22.
@@ -157,21 +157,21 @@ enum Kept {
         code_begin: u64,
         /// From the start of the blob to the first `PcDesc`.
         places: u64,
-        /// From there to behind the last.
+        /// From there to the end of the last.
         places_end: u64,
-        /// Address of the first byte of what they point into.
+        /// Address of the data that they point into.
         data: u64,
-        /// From the start of the blob to the methods that are named there.
+        /// From the start of the blob to the methods that the data refers to.
         metadata: u64,
     },
-    /// In memory of their own, from JDK 25 on.
+    /// In separate memory, from JDK 25 on.
     Apart {
         /// From the start of the blob to the first instruction.
         code: u64,
         immutable: u64,
         /// From there to the first `PcDesc`.
         places: u64,
-        /// From there to behind the last, where what they point into begins.
+        /// From there to the end of the last, where the data that they point into begins.
         data: u64,
         mutable: u64,
         /// From there to the methods.
@@ -201,7 +201,7 @@ impl Scopes {
         })
     }
 
-    /// Where the compiled method at `blob` has its tables.
+    /// The tables of the compiled method at `blob`.
     pub(super) fn of(&self, memory: &ProcessMemory, blob: u64) -> Option<MethodTables> {
         let pointer = |member: u64| memory.u64(blob.checked_add(member)?);
         let number = |member: u64| memory.u32(blob.checked_add(member)?).map(u64::from);
@@ -251,7 +251,7 @@ impl Kept {
     }
 }
 
-/// Where the index of a source file's name is.
+/// Where the constant pool index of a source file's name is.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum SourceFile {
     /// In the class, up to JDK 15.
@@ -270,9 +270,9 @@ impl SourceFile {
     }
 }
 
-/// The tables as they are read.
+/// The contents of the tables.
 struct Tables {
-    /// Offset and address.
+    /// Offset and address, by class and member.
     members: HashMap<(String, String), (u64, u64)>,
     sizes: HashMap<String, u64>,
 }
@@ -298,7 +298,7 @@ impl Tables {
         self.members.get(&(class.to_owned(), member.to_owned())).copied()
     }
 
-    /// A member that is too far off is none, so that sums of offsets stay small.
+    /// Larger offsets are not accepted, so that sums of offsets stay small.
     fn offset(&self, class: &str, member: &str) -> Option<u64> {
         self.member(class, member).map(|(offset, _)| offset).filter(|offset| *offset < 1 << 16)
     }
@@ -313,7 +313,7 @@ impl Tables {
 }
 
 impl Layout {
-    /// Reads them from a process; or says what the first thing is that is not there.
+    /// Reads it from a process; the error is the first thing that is missing.
     pub(super) fn read(memory: &ProcessMemory, bias: u64, symbols: &Symbols) -> Result<Self, &'static str> {
         let tables = Tables::read(memory, bias, symbols).ok_or("its structures")?;
         let version = tables

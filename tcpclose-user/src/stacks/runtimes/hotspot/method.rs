@@ -1,4 +1,4 @@
-//! Methods: their names, and which line they are in.
+//! Methods: their names and lines.
 
 use super::{
     code::Blob,
@@ -6,19 +6,19 @@ use super::{
 };
 use crate::stacks::memory::ProcessMemory;
 
-/// Bytes of a name.
+/// Longest name, in bytes.
 const MAX_NAME: u16 = 2_048;
 
-/// Bytes of a method's constant part.
+/// Largest constant part of a method, in bytes.
 const MAX_CONSTANT: u64 = 1 << 20;
 
-/// Bytes of a compiled method's table of places.
+/// Largest table of places of a compiled method, in bytes.
 const MAX_PLACES: u64 = 4 << 20;
 
-/// Methods that are inlined into each other.
+/// How many methods inlined into each other are reported.
 const MAX_INLINED: usize = 64;
 
-/// The three numbers of a scope that matter here have up to 5 bytes each.
+/// Bytes of a scope that are read: three numbers of up to 5 bytes each.
 const SCOPE: usize = 16;
 
 /// `ConstMethod::_has_linenumber_table`.
@@ -51,7 +51,7 @@ impl Methods {
         Self { compression: if layout.version < 20 { Compression::Any } else { Compression::NoZero } }
     }
 
-    /// The method that a frame of the interpreter runs, with the address of the bytecode that it is at.
+    /// The method that an interpreted frame runs; `bytecode` is the address of the current bytecode.
     pub(super) fn interpreted(
         &self,
         memory: &ProcessMemory,
@@ -62,7 +62,7 @@ impl Methods {
         self.place(memory, layout, method, bytecode.checked_sub(code))
     }
 
-    /// The methods whose code a compiled one has at `pc`, innermost first.
+    /// The methods at `pc` in compiled code, innermost first.
     pub(super) fn compiled(
         &self,
         memory: &ProcessMemory,
@@ -91,16 +91,16 @@ impl Methods {
         let tables = scopes.of(memory, blob.address)?;
         let mut places = Vec::new();
         let mut next = scope(memory, scopes, &tables, pc)?;
-        // At 0 there is none.
+        // 0 means that there is no further one.
         while next != 0 && places.len() < MAX_INLINED {
             let scope = memory.up_to(tables.data.checked_add(u64::from(next))?, SCOPE);
             let mut numbers = Numbers { bytes: &scope, compression: self.compression };
             let (sender, method, bytecode) = (numbers.next()?, numbers.next()?, numbers.next()?);
-            // Methods are counted from 1, bytecodes from -1, which is before the method begins.
+            // Methods are numbered from 1. Bytecodes are numbered from -1, which is before the method begins, plus 1.
             let method = tables.metadata.checked_add(u64::from(method.checked_sub(1)?) * 8)?;
             let index = u64::from(bytecode).checked_sub(1);
             places.push(self.place(memory, layout, memory.u64(method)?, index)?);
-            // What is outside comes first.
+            // The scope of a caller comes before that of its callees.
             next = if sender < next { sender } else { 0 };
         }
         Some(places)
@@ -133,7 +133,7 @@ impl Methods {
         let file = file.and_then(|file| memory.u16(file)).filter(|index| *index != 0).and_then(text);
         let has_lines = memory.u16(at(layout.const_flags)?)? & HAS_LINES != 0;
         let line = index.filter(|index| has_lines && *index < code_size).and_then(|index| {
-            // The table lies behind the bytecodes, and these behind the structure.
+            // The line table follows the bytecodes, which follow the structure.
             let size = u64::from(memory.u32(at(layout.const_words)?)?) * 8;
             let table = layout.const_size + code_size;
             let length = size.checked_sub(table).filter(|length| *length <= MAX_CONSTANT)?;
@@ -144,8 +144,8 @@ impl Methods {
     }
 }
 
-/// Where the stream begins to tell of the code before `pc`, which must be known exactly: if it is not, something
-/// else is there by now.
+/// The offset of the scope of the code before `pc`. The table must have exactly that address: if it has not, the memory
+/// has been reused meanwhile.
 fn scope(memory: &ProcessMemory, scopes: &Scopes, tables: &MethodTables, pc: u64) -> Option<u32> {
     let size = tables.places.end.checked_sub(tables.places.start).filter(|size| *size <= MAX_PLACES)?;
     let pc = pc.checked_sub(tables.code)?;
@@ -168,7 +168,7 @@ fn symbol(memory: &ProcessMemory, layout: &Layout, address: u64) -> Option<Strin
     String::from_utf8(bytes).ok()
 }
 
-/// The line of the bytecode at `index`. See `Method::line_number_from_bci()`: the entries are in no order.
+/// The line of the bytecode at `index`. See `Method::line_number_from_bci()`: the entries are not sorted.
 fn line(table: &[u8], compression: Compression, index: u32) -> Option<u32> {
     let mut numbers = Numbers { bytes: table, compression };
     let index = i32::try_from(index).ok()?;
@@ -188,7 +188,7 @@ fn line(table: &[u8], compression: Compression, index: u32) -> Option<u32> {
     }
 }
 
-/// Numbers as the machine compresses them, `UNSIGNED5`: a byte up to a limit is the last.
+/// Numbers in the machine's compression `UNSIGNED5`: a byte below a limit is the last of a number.
 struct Numbers<'a> {
     bytes: &'a [u8],
     compression: Compression,
@@ -224,7 +224,7 @@ impl Numbers<'_> {
     }
 }
 
-/// A method as the machine writes it in lists for people: `java.lang.String Prices.price(java.lang.String, int)`.
+/// A method as the machine's own listings show it: `java.lang.String Prices.price(java.lang.String, int)`.
 fn external(class: &str, name: &str, signature: &str) -> Option<String> {
     let (parameters, result) = signature.strip_prefix('(')?.split_once(')')?;
     let (result, rest) = type_name(result)?;
@@ -245,7 +245,7 @@ fn external(class: &str, name: &str, signature: &str) -> Option<String> {
     Some(text)
 }
 
-/// The first type in a descriptor, and what comes behind it.
+/// The first type in a descriptor, and the rest of it.
 ///
 /// <https://docs.oracle.com/javase/specs/jvms/se17/html/jvms-4.html#jvms-4.3.2>
 fn type_name(descriptor: &str) -> Option<(String, &str)> {
@@ -302,7 +302,7 @@ mod tests {
 
     #[test]
     fn lines_in_no_order() {
-        // Bytecode 0 is line 5; 4 is line 6; 20 is line 3, told in the long form; 9 is line 4.
+        // Bytecode 0 is line 5; 4 is line 6; 20 is line 3, in the long form; 9 is line 4.
         let table = [5, 4 << 3 | 1, 0xff, 32, 5, 0xff, 21, 2, 0];
         let line = |index| line(&table, Compression::Any, index);
         assert_eq!([line(0), line(3), line(4)], [Some(5), Some(5), Some(6)]);
