@@ -6,6 +6,18 @@
 //! Built for `bpfel-unknown-none` by `cargo xtask build`. For any other target this is an empty program, so that
 //! `cargo build --workspace` and `cargo clippy --workspace` work without the BPF toolchain.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![cfg_attr(
+    target_arch = "bpf",
+    allow(
+        clippy::inline_always,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::needless_pass_by_value,
+        clippy::upper_case_acronyms,
+        reason = "a BPF program is one function as far as possible; helpers return u64 and i64 whatever they mean; aya's \
+                  macros pass contexts by value and make types of the maps' names"
+    )
+)]
 
 #[cfg(target_arch = "bpf")]
 mod connection;

@@ -7,11 +7,13 @@ use tcpclose_user::{
     cli::{Cli, Command},
     commands::{debug, doctor, explain, list, replay, trace},
     event::schema,
+    kernel::privilege,
 };
 
 fn main() -> ExitCode {
     // Usage errors end here, with status 2.
     let cli = Cli::parse();
+    privilege::raise();
     let result = match cli.command {
         Some(Command::Explain { cause }) => {
             explain::print(cause).map(|()| ExitCode::SUCCESS).map_err(anyhow::Error::from)

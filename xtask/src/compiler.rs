@@ -67,6 +67,11 @@ impl Compiler {
             .ok_or_else(|| format!("(Rust {major}.{minor}) has neither `core` for {TARGET} nor its source"))
     }
 
+    /// Whether it is Debian's.
+    pub(crate) fn is_debian(&self) -> bool {
+        self.core == Some(Core::Ready) && self.rustc == Path::new("/usr/bin/rustc")
+    }
+
     /// The cargo to build with: one of another release may not know how to build this compiler's `core`.
     pub(crate) fn cargo(&self) -> PathBuf {
         let own = self.sysroot.join("bin/cargo");

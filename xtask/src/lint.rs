@@ -1,61 +1,100 @@
 //! Format and lints.
 
-use std::{path::Path, process::Command};
+use std::{env, path::PathBuf, process::Command};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::{
+    apt::{self, Package},
     command::{self, say},
-    compiler::Core,
     ebpf,
     tools::Tools,
     workspace::{Workspace, cargo_program},
 };
 
+/// The clippy of Debian's compiler.
+const DEBIAN_CLIPPY: Package =
+    Package { name: "rust-web-clippy=1.96.*", purpose: "clippy for the compiler of the kernel half" };
+
 /// Checks the format and the lints of both halves; a warning is an error.
 pub(crate) fn lint(workspace: &Workspace, tools: &Tools) -> Result<()> {
-    if is_here("cargo-fmt", "the format is not checked") {
-        // `cargo fmt` knows none of the options that builds have.
-        let mut fmt = Command::new(cargo_program());
-        command::run(fmt.args(["fmt", "--all", "--check"]).current_dir(&workspace.root))
-            .context("the format is not rustfmt's; `cargo fmt --all` mends it")?;
+    let mut failed = Vec::new();
+    let mut note = |result: Result<()>| failed.extend(result.err().map(|error| format!("{error:#}")));
+    note(check_format(workspace));
+    note(lint_user_half(workspace));
+    note(lint_kernel_half(workspace, tools));
+    if !failed.is_empty() {
+        bail!("{}", failed.join("\n"));
     }
-    if is_here("cargo-clippy", "the lints are not checked") {
-        let mut clippy = workspace.cargo("clippy");
-        command::run(clippy.args(["--workspace", "--all-targets", "--", "-D", "warnings"]))
-            .context("clippy has something to say")?;
-    }
-    lint_kernel_half(workspace, tools)
+    Ok(())
 }
 
-/// The kernel half, seen as what it is: on the host it is an empty program.
-fn lint_kernel_half(workspace: &Workspace, tools: &Tools) -> Result<()> {
-    let driver = tools.compiler.rustc.with_file_name("clippy-driver");
-    if !driver.exists() {
-        let from_debian =
-            tools.compiler.core() == Ok(Core::Ready) && Path::new("/usr/bin/rustc") == tools.compiler.rustc;
-        let mend =
-            if from_debian { "sudo apt-get install rust-web-clippy" } else { "rustup component add clippy" };
-        say(&format!(
-            "the lints of the kernel half are not checked: its compiler has no clippy; `{mend}` brings it"
-        ));
-        return Ok(());
+fn check_format(workspace: &Workspace) -> Result<()> {
+    if !is_installed("cargo-fmt") {
+        return missing("the format is not checked: there is no cargo-fmt", "rustup component add rustfmt");
     }
+    // `cargo fmt` knows none of the options that builds have.
+    let mut fmt = Command::new(cargo_program());
+    command::run(fmt.args(["fmt", "--all", "--check"]).current_dir(&workspace.root))
+        .context("the format is not rustfmt's; `cargo fmt --all` corrects it")
+}
+
+fn lint_user_half(workspace: &Workspace) -> Result<()> {
+    if !is_installed("cargo-clippy") {
+        return missing("the lints are not checked: there is no cargo-clippy", "rustup component add clippy");
+    }
+    let mut clippy = workspace.cargo("clippy");
+    command::run(clippy.args(["--workspace", "--all-targets", "--", "-D", "warnings"]))
+        .context("clippy has findings, see above")
+}
+
+/// Lints the kernel half for its own target: for the host it is an empty program.
+fn lint_kernel_half(workspace: &Workspace, tools: &Tools) -> Result<()> {
+    // Crates that were compiled by one compiler cannot be read by another, so it takes the clippy of the compiler
+    // that has `core` for BPF.
+    let Some(driver) = kernel_half_driver(tools) else {
+        let fix = if tools.compiler.is_debian() {
+            apt::advice(&[DEBIAN_CLIPPY])
+        } else {
+            "rustup component add clippy".to_owned()
+        };
+        return missing("the lints of the kernel half are not checked: its compiler has no clippy", &fix);
+    };
     let mut check = ebpf::cargo(workspace, tools, "check");
-    // What `cargo clippy` does, with the clippy of the compiler that has `core`.
+    // What `cargo clippy` sets, with that driver.
     check
         .env("RUSTC_WORKSPACE_WRAPPER", driver)
         .env("CLIPPY_ARGS", "-D__CLIPPY_HACKERY__warnings__CLIPPY_HACKERY__");
-    command::run(&mut check).context("clippy has something to say about the kernel half")
+    command::run(&mut check).context("clippy has findings in the kernel half, see above")
 }
 
-fn is_here(program: &str, otherwise: &str) -> bool {
-    // rustup puts the program there whether or not it is installed: only calling it tells.
-    let is_here = command::output(Command::new(program).arg("--version")).is_some();
-    if !is_here {
-        say(&format!(
-            "{otherwise}: there is no {program} here; `rustup component add rustfmt clippy` brings it"
-        ));
+/// The clippy of the compiler that builds the kernel half, installed first if need be.
+fn kernel_half_driver(tools: &Tools) -> Option<PathBuf> {
+    let driver = tools.compiler.rustc.with_file_name("clippy-driver");
+    if driver.exists() {
+        return Some(driver);
     }
-    is_here
+    if tools.compiler.is_debian() {
+        // The caller reports that it is missing, and the command that installs it.
+        let _ = apt::install(&[DEBIAN_CLIPPY]);
+    } else if let Some(rustup) = command::find("rustup") {
+        say("adding rustup's component clippy");
+        let _ = command::run(Command::new(rustup).args(["component", "add", "clippy"]));
+    }
+    driver.exists().then_some(driver)
+}
+
+/// Reports a check that cannot be made. In CI that is a failure: nobody reads a message there.
+fn missing(what: &str, fix: &str) -> Result<()> {
+    let message = format!("{what}; install it with `{fix}`");
+    if env::var_os("CI").is_some_and(|value| !value.is_empty() && value != "false") {
+        bail!(message);
+    }
+    say(&message);
+    Ok(())
+}
+
+fn is_installed(program: &str) -> bool {
+    // rustup puts the program on PATH whether or not it is installed, so it has to be called.
+    command::output(Command::new(program).arg("--version")).is_some()
 }

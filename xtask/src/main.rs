@@ -4,6 +4,7 @@ mod apt;
 mod bench;
 mod command;
 mod compiler;
+mod dist;
 mod ebpf;
 mod kernels;
 mod linker;
@@ -57,6 +58,10 @@ enum Task {
     Lint,
     /// Measure what tracing costs, per connection
     Bench(bench::Args),
+    /// Build what is released: static binaries, tarballs, Debian packages, checksums
+    Dist(dist::Args),
+    /// Build a container image that holds the static binary alone
+    Image(dist::image::Args),
     /// Write the test fixtures that are generated from source
     Fixtures,
     /// Install what is missing, and say what is used
@@ -87,6 +92,8 @@ fn start(task: Task) -> anyhow::Result<()> {
         }
         Task::Lint => lint::lint(&workspace, &tools::for_building()?),
         Task::Bench(args) => bench::bench(&workspace, &args),
+        Task::Dist(args) => dist::dist(&workspace, &args),
+        Task::Image(args) => dist::image::image(&workspace, &args),
         Task::Fixtures => {
             let mut test = workspace.cargo("test");
             test.args(["--package", "tcpclose-user", "--lib", "members_c_is_generated"]);

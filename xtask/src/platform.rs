@@ -88,6 +88,11 @@ static PLATFORMS: [Platform; 2] = [
 ];
 
 impl Platform {
+    /// All that are supported.
+    pub(crate) fn all() -> impl Iterator<Item = &'static Self> {
+        PLATFORMS.iter()
+    }
+
     /// The one that this runs on.
     pub(crate) fn host() -> &'static Self {
         let is_this = |platform: &&Self| platform.triple.split('-').next() == Some(env::consts::ARCH);
@@ -110,8 +115,15 @@ impl Platform {
     /// Has a cargo command build for this platform.
     pub(crate) fn choose(&self, cargo: &mut Command) {
         if !self.is_host() {
+            self.choose_always(cargo);
+        }
+    }
+
+    /// As [`Self::choose`], but names the platform to cargo even if it is the host's.
+    pub(crate) fn choose_always(&self, cargo: &mut Command) {
+        cargo.args(["--target", self.triple]);
+        if !self.is_host() {
             let triple = self.triple.to_uppercase().replace('-', "_");
-            cargo.args(["--target", self.triple]);
             cargo.env(format!("CARGO_TARGET_{triple}_LINKER"), self.tool("gcc"));
         }
     }

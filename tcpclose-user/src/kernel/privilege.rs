@@ -92,6 +92,17 @@ impl Privilege {
     }
 }
 
+/// Makes every permitted capability effective.
+///
+/// The binary in a container image has capabilities that are permitted and not effective, because the kernel refuses to
+/// execute a file with effective ones where the container lacks one of them.
+pub fn raise() {
+    if let Ok(permitted) = caps::read(None, CapSet::Permitted) {
+        // If it fails, `check` names what is missing.
+        let _ = caps::set(None, CapSet::Effective, &permitted);
+    }
+}
+
 /// Whether the effective set has `capability`. A kernel that does not know it says no.
 pub fn has(capability: Capability) -> bool {
     caps::has_cap(None, CapSet::Effective, capability).unwrap_or(false)

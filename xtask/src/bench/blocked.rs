@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::{
     Bench,
-    bed::{Ends, Extent},
+    bed::{CLOSES, Ends, Extent},
     compare::tcpclose,
     output::Totals,
     table,
@@ -47,12 +47,12 @@ pub(crate) fn measure(bench: &mut Bench, args: &Args) -> Result<Value> {
         let cpu = tracer.cpu()?;
         let load = bed.churn(extent, Ends::Rst)?;
         port = load.port;
-        expected += u64::from(load.connections * Ends::Rst.lines());
+        expected += u64::from(load.connections * (CLOSES + Ends::Rst.resets()));
         rates.push(load.rate());
         let cpu = tracer.cpu()?.saturating_sub(cpu).as_secs_f64() * 1e6 / f64::from(load.connections);
         rows.push(vec![
             ("connections/s", rounded(load.rate(), 0)),
-            ("lines expected so far", json!(expected)),
+            ("events expected so far", json!(expected)),
             ("CPU us/connection", rounded(cpu, 2)),
             ("resident MiB", rounded(tracer.resident()?, 1)),
         ]);
@@ -67,20 +67,21 @@ pub(crate) fn measure(bench: &mut Bench, args: &Args) -> Result<Value> {
     table::print(&rows);
     let (without, with) = (table::median(&untraced), table::median(&rates));
     let (without, with) = without.zip(with).context("nothing was measured")?;
+    let written = totals.closes + totals.resets;
     // Negative if the tool is silent about a loss.
-    let surplus = i128::from(totals.written + totals.lost) - i128::from(expected);
+    let surplus = i128::from(written + totals.lost) - i128::from(expected);
     println!(
         "\nuntraced: {without:.0} connections/s, traced with nobody reading: {with:.0}, ratio {:.2}\n\
-         lines expected: {expected}, written: {}, reported as lost: {}, together {surplus:+} lines",
+         events expected: {expected}, written: {}, reported as lost: {}, together {surplus:+}",
         with / without,
-        totals.written,
+        written,
         totals.lost,
     );
     Ok(json!({
         "untraced_per_second": without,
         "traced_per_second": with,
-        "lines_expected": expected,
-        "lines_written": totals.written,
+        "events_expected": expected,
+        "events_written": written,
         "lost": totals.lost,
         "surplus": i64::try_from(surplus)?,
         "phases": table::json(&rows),

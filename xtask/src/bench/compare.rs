@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::{
     Bench,
-    bed::{Bed, Ends, Extent},
+    bed::{Bed, CLOSES, Ends, Extent},
     output::Totals,
     programs::{self, Cost, Program},
     table,
@@ -48,7 +48,8 @@ enum Figure {
     CpuTime,
     AgainstPeer,
     Expected,
-    Written,
+    Closes,
+    Resets,
     Lost,
     LostStacks,
     Ready,
@@ -57,14 +58,15 @@ enum Figure {
 }
 
 impl Figure {
-    const ALL: [Self; 12] = [
+    const ALL: [Self; 13] = [
         Self::Rate,
         Self::Ratio,
         Self::BpfTime,
         Self::CpuTime,
         Self::AgainstPeer,
         Self::Expected,
-        Self::Written,
+        Self::Closes,
+        Self::Resets,
         Self::Lost,
         Self::LostStacks,
         Self::Ready,
@@ -86,8 +88,9 @@ impl Figure {
             Self::AgainstPeer => {
                 ("of_tcplife", "BPF + CPU time, of tcplife's", "median of the rounds' ratios", 2)
             }
-            Self::Expected => ("lines_expected", "lines expected", "all rounds", 0),
-            Self::Written => ("lines_written", "lines written", "all rounds; of the load's connections", 0),
+            Self::Expected => ("closes_expected", "closes expected", "all rounds; two a connection", 0),
+            Self::Closes => ("closes", "closes written", "all rounds; of the load's connections", 0),
+            Self::Resets => ("resets", "resets written", "all rounds; RST ends have two a connection", 0),
             Self::Lost => ("lost", "lost", "all rounds; as the tool reports", 0),
             Self::LostStacks => ("stacks_lost", "stacks lost", "all rounds; as the tool reports", 0),
             Self::Ready => ("ready_ms", "start to ready, ms", "from exec to --ready-file", 0),
@@ -99,7 +102,7 @@ impl Figure {
     /// The figure of all rounds.
     fn of_rounds(self, rounds: &[f64]) -> Option<f64> {
         match self {
-            Self::Expected | Self::Written | Self::Lost | Self::LostStacks => {
+            Self::Expected | Self::Closes | Self::Resets | Self::Lost | Self::LostStacks => {
                 (!rounds.is_empty()).then(|| rounds.iter().sum())
             }
             _ => table::median(rounds),
@@ -143,11 +146,6 @@ impl Candidate {
             Some(value) => format!("{value:.*}", figure.description().3),
             None => "-".to_owned(),
         }
-    }
-
-    /// Lines that it writes about a connection; tcplife writes one for each end.
-    fn lines(&self, ends: Ends) -> u32 {
-        if self.kind == Kind::Tcpclose { ends.lines() } else { 2 }
     }
 }
 
@@ -270,11 +268,11 @@ fn traced(bed: &mut Bed, candidate: &mut Candidate, extent: Extent, ends: Ends, 
     }
     tracer.stop()?;
     let totals = totals(bed, candidate.kind, cost.load.port)?;
-    let lines = f64::from(candidate.lines(ends)) * f64::from(cost.load.connections);
-    candidate.note(Figure::Expected, lines);
+    candidate.note(Figure::Expected, f64::from(CLOSES) * f64::from(cost.load.connections));
     #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
     for (figure, count) in [
-        (Figure::Written, totals.written),
+        (Figure::Closes, totals.closes),
+        (Figure::Resets, totals.resets),
         (Figure::Lost, totals.lost),
         (Figure::LostStacks, totals.lost_stacks),
     ] {

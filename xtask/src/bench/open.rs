@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::{
     Bench,
-    bed::{Bed, Ends, Extent, available_memory},
+    bed::{Bed, CLOSES, Ends, Extent, available_memory},
     compare::{tcpclose, totals},
     programs::{self, Cost},
     table,
@@ -74,8 +74,8 @@ fn row(bed: &mut Bed, command: &[String], connections: u64, table: u64, seconds:
         ("connections/s", rounded(cost.load.rate(), 0)),
         ("BPF us/connection", rounded(cost.bpf(), 2)),
         ("CPU us/connection", rounded(cost.cpu, 2)),
-        ("lines expected", json!(cost.load.connections * Ends::Rst.lines())),
-        ("written", json!(totals.written)),
+        ("closes expected", json!(cost.load.connections * CLOSES)),
+        ("written", json!(totals.closes)),
         ("lost", json!(totals.lost)),
         ("ready ms", rounded(ready.as_secs_f64() * 1e3, 0)),
         ("peak resident MiB", rounded(resident, 1)),

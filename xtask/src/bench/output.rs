@@ -10,8 +10,10 @@ use super::tool::Kind;
 /// Totals of a tool's output.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Totals {
-    /// Lines about the load's connections.
-    pub(crate) written: u64,
+    /// Closes of the load's connections.
+    pub(crate) closes: u64,
+    /// Resets of the load's connections.
+    pub(crate) resets: u64,
     /// Events that it reports as lost.
     pub(crate) lost: u64,
     /// Stacks that it reports as lost; the events were written.
@@ -53,13 +55,16 @@ impl Totals {
                         }
                         line => {
                             let found = line.connection.and_then(|connection| connection.netns);
-                            self.written += u64::from(found == Some(netns));
+                            if found == Some(netns) {
+                                self.closes += u64::from(line.event == "close");
+                                self.resets += u64::from(line.event == "reset");
+                            }
                         }
                     }
                 }
                 Kind::Tcplife => {
                     let words: Vec<_> = line.split_whitespace().collect();
-                    self.written += u64::from(words.contains(&&*port.to_string()));
+                    self.closes += u64::from(words.contains(&&*port.to_string()));
                     // libbpf's tools print `lost 12 events on CPU #0!`.
                     if let ["lost" | "Lost", count, ..] = words[..] {
                         self.lost += count.parse().unwrap_or(0);
@@ -91,7 +96,7 @@ mod tests {
         );
         let mut totals = Totals::default();
         totals.read(Kind::Tcpclose, text.as_bytes(), 7, 80).unwrap();
-        assert_eq!(totals, Totals { written: 2, lost: 12, lost_stacks: 3 });
+        assert_eq!(totals, Totals { closes: 1, resets: 1, lost: 12, lost_stacks: 3 });
         assert!(totals.read(Kind::Tcpclose, &b"{\"event\":"[..], 7, 80).is_err());
     }
 
@@ -102,6 +107,6 @@ mod tests {
                     13 sshd 10.0.0.1 22 10.0.0.2 5000 0 0 1\nlost 12 events on CPU #0!\n";
         let mut totals = Totals::default();
         totals.read(Kind::Tcplife, text.as_bytes(), 7, 80).unwrap();
-        assert_eq!(totals, Totals { written: 2, lost: 12, lost_stacks: 0 });
+        assert_eq!(totals, Totals { closes: 2, resets: 0, lost: 12, lost_stacks: 0 });
     }
 }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{
     Bench,
-    bed::{Ends, Extent},
+    bed::{CLOSES, Ends, Extent},
     compare::tcpclose,
     output::Totals,
     table,
@@ -48,7 +48,7 @@ pub(crate) fn measure(bench: &mut Bench, args: &Args) -> Result<Value> {
         let load = bed.churn(Extent::Connections(SLICE), ends)?;
         tracer.settle()?;
         made += u64::from(load.connections);
-        expected += u64::from(load.connections * ends.lines());
+        expected += u64::from(load.connections * CLOSES);
         let output = BufReader::with_capacity(1 << 20, File::open(bed.path("output"))?);
         totals.read(Kind::Tcpclose, output, bed.inode, load.port)?;
         tracer.cut_output()?;
@@ -56,8 +56,8 @@ pub(crate) fn measure(bench: &mut Bench, args: &Args) -> Result<Value> {
             say(&format!("{} of {} ends", made * 2, slices * SLICE * 2));
             rows.push(vec![
                 ("ends", json!(made * 2)),
-                ("lines expected", json!(expected)),
-                ("written", json!(totals.written)),
+                ("closes expected", json!(expected)),
+                ("written", json!(totals.closes)),
                 ("lost", json!(totals.lost)),
                 ("stacks lost", json!(totals.lost_stacks)),
                 ("resident MiB", rounded(tracer.resident()?, 1)),

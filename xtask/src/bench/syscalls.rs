@@ -75,7 +75,8 @@ fn count(bench: &mut Bench, args: &Args, ends: Ends) -> Result<Vec<Row>> {
     kill(Pid::from_raw(i32::try_from(strace.id())?), Signal::SIGINT)?;
     strace.wait()?;
     tracer.stop()?;
-    let events = totals(bed, Kind::Tcpclose, load.port)?.written;
+    let totals = totals(bed, Kind::Tcpclose, load.port)?;
+    let events = totals.closes + totals.resets;
     ensure!(events > 0, "the tool wrote no event");
     let text = fs::read_to_string(&file)?;
     #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
