@@ -1,4 +1,33 @@
-//! The user half of tcpclose.
+//! The user half of tcpclose: turns the records of the kernel half into lines that say who ended a TCP connection, how,
+//! why, and from which line of code.
+//!
+//! # The path of an event
+//!
+//! An event passes the modules in this order. [`pipeline`] owns them and hands the result of each on to the next.
+//!
+//! 1. [`kernel`] loads the programs of the kernel half, tells them where the running kernel keeps what they read, and
+//!    owns them and their maps.
+//! 2. [`ingest`] reads the ring buffer and decodes its bytes into the domain model, [`ingest::life`].
+//! 3. [`correlate`] joins an end with the RSTs that belong to it and waits for facts that arrive late.
+//! 4. [`attribute`] finds the process that owns the socket.
+//! 5. [`stacks`] reads or unwinds call stacks, and names their frames.
+//! 6. [`judge`] concludes who ended the connection, how, and why.
+//! 7. [`event`] is the model of the output. [`event::compose`] fills it in.
+//! 8. [`filter`] decides what the user asked for, first in the kernel half and again here.
+//! 9. [`sink`] writes lines as text or JSON, counts for the summary, and reports what was lost.
+//!
+//! Sockets that stay in a teardown state are found by [`stuck`] and join at step 4.
+//!
+//! # Around it
+//!
+//! - [`cli`] is the command line, and [`commands`] has a module for each subcommand; [`commands::trace`] is the loop
+//!   around the pipeline.
+//! - [`sockets`] asks the kernel for its TCP sockets without a program in the kernel, for `tcpclose list` and for sockets
+//!   that are older than the trace.
+//! - [`tcp`] has the terms of TCP that all modules share: states, endpoints, roles, directions.
+//! - [`failure`] is the form of an error that ends tcpclose: what failed, what was found, what was needed, what to try.
+//!
+//! `docs/architecture.md` follows one event from hook to line, and lists the decisions and the bounds.
 
 pub mod attribute;
 pub mod cli;
