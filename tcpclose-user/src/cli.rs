@@ -158,9 +158,6 @@ pub struct TraceArgs {
     /// never replaced.
     #[arg(long, value_name = "PATH")]
     pub ready_file: Option<PathBuf>,
-    /// Filters of events.
-    #[command(flatten)]
-    pub filter: FilterArgs,
     /// How many live sockets to keep track of
     ///
     /// Each takes about 600 bytes. Beyond this number the socket that has had no event for longest is evicted.
@@ -178,6 +175,9 @@ pub struct TraceArgs {
     /// Trace this command and its children alone, until it and its connections have ended
     #[arg(last = true, value_name = "COMMAND")]
     pub command: Vec<std::ffi::OsString>,
+    /// Filters of events. They come last, because their heading would apply to every option after them.
+    #[command(flatten)]
+    pub filter: FilterArgs,
 }
 
 /// Options of `list`.
@@ -201,7 +201,7 @@ pub struct FilterArgs {
     /// Filters of the socket that an event is about.
     #[command(flatten)]
     pub socket: SocketArgs,
-    /// Event
+    /// Events to report
     #[arg(long, value_name = "EVENT", value_delimiter = ',')]
     pub event: Vec<EventKind>,
     /// Cause of a `close` or `reset` (`tcpclose explain` lists them); `lingering` lines are not affected
@@ -350,6 +350,18 @@ mod tests {
         let cli = Cli::parse_from(["tcpclose", "-o", "json", "--", "curl", "-o", "x"]);
         assert_eq!(cli.trace.command, ["curl", "-o", "x"]);
         assert_eq!(cli.trace.output, Format::Json);
+    }
+
+    #[test]
+    fn only_filters_are_under_their_heading() {
+        let command = Cli::command();
+        let trace = command.find_subcommand("trace").unwrap();
+        for arg in trace.get_arguments() {
+            let is_filter = FilterArgs::augment_args(clap::Command::new("x"))
+                .get_arguments()
+                .any(|other| other.get_id() == arg.get_id());
+            assert_eq!(arg.get_help_heading().is_some(), is_filter, "{}", arg.get_id());
+        }
     }
 
     #[test]

@@ -38,7 +38,7 @@ fn print(bytes: &[u8]) -> Result<()> {
 }
 
 fn render() -> io::Result<Vec<u8>> {
-    let mut command = Cli::command();
+    let mut command = Cli::command().mut_args(|arg| arg.hide_short_help(false));
     command.build();
     let usage = "tcpclose [OPTIONS] [-- COMMAND...]\ntcpclose SUBCOMMAND [OPTIONS]";
     let man = Man::new(command.clone().override_usage(usage)).manual("User Commands");
@@ -68,7 +68,11 @@ fn render() -> io::Result<Vec<u8>> {
 
 /// The subsection of one subcommand: its sections of a page of its own, without their headings.
 fn section(subcommand: &Command) -> io::Result<Vec<u8>> {
-    let mut subcommand = subcommand.clone();
+    // Every subcommand has --help, which need not be repeated.
+    let mut subcommand = subcommand.clone().mut_args(|arg| {
+        let is_help = arg.get_id() == "help";
+        arg.hide(is_help)
+    });
     let usage = subcommand.render_usage().to_string();
     let mut roff = Roff::new();
     roff.control("SS", [usage.trim_start_matches("Usage: ")]);
@@ -80,7 +84,7 @@ fn section(subcommand: &Command) -> io::Result<Vec<u8>> {
     man.render_description_section(&mut rest)?;
     if is_trace {
         let mut roff = Roff::new();
-        roff.text([roman("Its options are those above.")]);
+        roff.control("PP", []).text([roman("Its options are those above.")]);
         roff.to_writer(&mut rest)?;
     } else {
         man.render_options_section(&mut rest)?;

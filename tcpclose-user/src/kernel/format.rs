@@ -1,5 +1,5 @@
 //! Reads the `format` files of tracefs, which describe the layout of a tracepoint's record. Layouts differ between
-//! kernels, and distributions backport changes, so the kernel's version tells nothing.
+//! kernels, and distributions backport changes, so the kernel's version says nothing about them.
 
 use std::collections::BTreeMap;
 

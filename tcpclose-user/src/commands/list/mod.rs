@@ -45,7 +45,7 @@ pub fn list(args: ListArgs) -> Result<()> {
                     report.add(*lingering);
                 }
             }
-            keep_wanted(&mut scan, &filter, &mut processes);
+            drop_filtered(&mut scan, &filter, &mut processes);
             finish(report.write(&mut io::stdout().lock(), Palette::of_stdout(), &scan))
         }
     }
@@ -80,7 +80,7 @@ fn finish(written: io::Result<()>) -> io::Result<()> {
 }
 
 /// Drops the counts that the filters exclude. If any filter is about processes, that includes sockets without one.
-fn keep_wanted(scan: &mut Scan, filter: &Filter, processes: &mut Processes) {
+fn drop_filtered(scan: &mut Scan, filter: &Filter, processes: &mut Processes) {
     if filter.is_about_processes() {
         scan.processes.retain(|tally| {
             let process = attribute::describe(&tally.process, processes, Attribution::Procfs);
