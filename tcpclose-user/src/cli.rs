@@ -1,18 +1,32 @@
-//! The command line, as typed.
+//! The command line as it is typed. `--help`, the man page and the shell completions are generated from these types.
 
 use std::{net::IpAddr, path::PathBuf, str::FromStr, time::Duration};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum, builder::PossibleValuesParser};
+use clap_complete::Shell;
 use ipnet::IpNet;
 use tcpclose_common::record::{MAX_STACK_BYTES, STACK_STEP};
 
-use crate::{event::Cause, kernel::hooks::AcceptHook, kernel::loader::BtfSource, sink::Format};
+use crate::{
+    commands::explain,
+    event::{Cause, LingeringKind},
+    kernel::hooks::AcceptHook,
+    kernel::loader::BtfSource,
+    sink::Format,
+};
 
-/// Tells who ended a TCP connection, how, why, and from which line of code.
+/// Show who ended a TCP connection, how, why, and from which line of code
+///
+/// tcpclose traces the end of every TCP connection of this host, in all network namespaces, and writes one line for each
+/// end of a connection (`close`), one for each RST sent or received (`reset`), and one for each socket that stays in a
+/// teardown state (`lingering`). Without a subcommand it traces.
+///
+/// Filters: the values of one option are alternatives, separated by commas or given by repeating the option. Different
+/// options must all match.
 #[derive(Debug, Parser)]
-#[command(name = "tcpclose", version, args_conflicts_with_subcommands = true)]
+#[command(name = "tcpclose", version, args_conflicts_with_subcommands = true, after_long_help = after_help())]
 pub struct Cli {
-    /// What to do; `trace` if nothing is said.
+    /// Subcommand; `trace` if there is none.
     #[command(subcommand)]
     pub command: Option<Command>,
     /// Options of `trace`.
@@ -20,33 +34,83 @@ pub struct Cli {
     pub trace: TraceArgs,
 }
 
-/// What there is to do.
+/// Commands to try, and what each does.
+pub const EXAMPLES: &[(&str, &str)] = &[
+    ("sudo tcpclose", "every close and every reset of this host"),
+    ("sudo tcpclose -o json --port 443", "as JSON lines, for connections from or to port 443"),
+    ("sudo tcpclose --cause unread_data,linger_zero", "closes and resets with one of these causes"),
+    ("sudo tcpclose -- curl https://example.org", "the connections of one command and its children"),
+    ("tcpclose explain unread_data", "what a cause means and what to do about it"),
+    ("sudo tcpclose list", "the sockets that are in a teardown state now"),
+    ("sudo tcpclose doctor", "what this kernel and these privileges allow"),
+];
+
+/// Exit statuses and what they mean.
+pub const EXIT_STATUS: &[(&str, &str)] = &[
+    ("0", "it ended in order: by a signal, a limit, or because nobody reads its output any more"),
+    ("1", "it failed: a privilege or the kernel's support is missing, or output cannot be written"),
+    ("2", "wrong usage"),
+    ("125", "with -- COMMAND: tcpclose itself failed"),
+    ("126", "with -- COMMAND: the command cannot be run"),
+    ("127", "with -- COMMAND: the command was not found"),
+    ("other", "with -- COMMAND: the command's own status, or 128 plus the signal that killed it"),
+];
+
+fn after_help() -> String {
+    let table = |rows: &[(&str, &str)]| {
+        let width = rows.iter().map(|(left, _)| left.len()).max().unwrap_or_default();
+        rows.iter().map(|(left, right)| format!("  {left:<width$}  {right}\n")).collect::<Vec<_>>().concat()
+    };
+    format!("Examples:\n{}\nExit status:\n{}", table(EXAMPLES), table(EXIT_STATUS))
+}
+
+/// Subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Trace closes and resets until interrupted (the default)
+    /// Trace closes, resets and lingering sockets until interrupted (the default)
     Trace(Box<TraceArgs>),
-    /// Say what a cause means, how it comes about, what to check and what to change; without one, list them all
+    /// Explain a cause or a kind of lingering socket: what it means, how it comes about, what to check, what to change
+    ///
+    /// Without a name it lists all of them, each with one sentence.
     Explain {
-        /// A value of the field `cause`
-        #[arg(value_name = "CAUSE", hide_possible_values = true)]
-        cause: Option<Cause>,
+        /// A value of the field `cause` or `kind`, such as `unread_data` or `leaked`
+        #[arg(
+            value_name = "NAME",
+            hide_possible_values = true,
+            value_parser = PossibleValuesParser::new(explain::names())
+        )]
+        name: Option<String>,
     },
-    /// List the sockets that are in a teardown state now, who holds them and since when, and the count of every state
+    /// List the sockets that are in a teardown state now, with owners and ages, and count the sockets in every state
+    ///
+    /// Filters: the values of one option are alternatives, separated by commas or given by repeating the option. Different
+    /// options must all match.
     List(Box<ListArgs>),
-    /// Say what this kernel and these privileges give, and what to do about the rest. Exits with 0 if everything can be
-    /// told, 1 if tracing works with less, 3 if it does not work
+    /// Report what this kernel and these privileges allow, and what to do about the rest
+    ///
+    /// As root it attaches every hook for a moment. Without privileges it reports what is known without trying. The exit
+    /// status is 0 if tcpclose works in full, 1 if it works with restrictions, and 3 if it cannot trace.
     Doctor {
-        /// Text, or one JSON object
+        /// Format of the report: text, or one JSON object
         #[arg(short, long, value_name = "FORMAT", default_value = "text")]
         output: Format,
-        /// As for `trace`
+        /// Where the descriptions of the kernel's types come from, as for `trace`
         #[arg(long, value_name = "SOURCE", default_value = "kernel")]
         btf: BtfSource,
     },
-    /// Print the JSON Schema of the output
+    /// Print the JSON Schema of the lines that `-o json` writes
     Schema,
     /// Make the same lines again from a file that `--record` wrote; needs no privilege
     Replay(Box<ReplayArgs>),
+    /// Print the manual page: `tcpclose man | man -l -`
+    Man,
+    /// Print the completions for a shell
+    ///
+    /// For bash: `tcpclose completions bash > /etc/bash_completion.d/tcpclose`
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
 }
 
 /// Options of `replay`.
@@ -69,97 +133,109 @@ pub struct ReplayArgs {
 /// Options of `trace`.
 #[derive(Args, Clone, Debug)]
 pub struct TraceArgs {
-    /// How to write events
+    /// Format of the events: lines for a person, or one JSON object a line
     #[arg(short, long, value_name = "FORMAT", default_value = "text")]
     pub output: Format,
-    /// Stacks to take: user ones are cheap, kernel ones cost about 5 µs each
+    /// Which stacks to take
+    ///
+    /// A user stack is cheap. A kernel stack costs about 5 µs.
     #[arg(long, value_name = "WHICH", default_value = "user")]
     pub stack: Stacks,
-    /// How to follow user stacks: `fp`, by frame pointers, which most programs are built without; or `dwarf`, by the tables that
-    /// they carry for exceptions, and through Java. For that each connect, accept and close copies up to SIZE bytes of the
-    /// stack, which costs it some µs, and this tool some 10 µs
+    /// How to unwind user stacks
+    ///
+    /// `fp` follows frame pointers, which most programs are built without. `dwarf` uses the unwind tables that programs
+    /// carry for exceptions, and unwinds Java too: for that, each connect, accept and close copies up to SIZE bytes of the
+    /// stack, which costs the program some µs and tcpclose some 10 µs.
     #[arg(long, value_name = "fp|dwarf[,SIZE]", default_value = "fp")]
     pub call_graph: CallGraph,
-    /// How to see who accepts a connection: `auto` takes what costs nothing; `syscall` slows every system call of the
-    /// host down by about 40 ns
+    /// How to see who accepts a connection
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub accept_hook: AcceptHook,
-    /// Compare the time to live of a RST with that of the connection's first packet, which tells a forged one, on
-    /// kernels too where that takes a look at every packet that the host receives; others do it anyway
+    /// Compare the time to live of each RST received with that of the connection's first packet
+    ///
+    /// A difference reveals a forged RST. Most kernels allow this at no cost, and then it happens without this option. On
+    /// the others it takes a hook on every packet that the host receives, which only this option attaches.
     #[arg(long)]
     pub ttl: bool,
-    /// Tell of sockets that stay in a state of the teardown (`CLOSE_WAIT`, `FIN_WAIT2`, …) longer than this; `off` does not
+    /// Report sockets that stay in a teardown state (CLOSE_WAIT, FIN_WAIT2, …) longer than this, or `off`
+    ///
+    /// A `lingering` line is written when the limit is crossed and again each time the age has doubled.
     #[arg(long, value_name = "TIME", default_value = "10s")]
     pub linger: Linger,
     /// Write no events, only the summary at the end
     #[arg(long)]
     pub summary: bool,
-    /// End after this long
+    /// Stop after this time, such as 30s or 5min
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     pub duration: Option<Duration>,
-    /// End after this many events
+    /// Stop after this many events
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub count: Option<u64>,
-    /// Write the tool's pid to this file once every program is attached
+    /// Write tcpclose's pid to this file once every program is attached
+    ///
+    /// A new file has the pid in it from the moment it appears. A file, FIFO or device that exists is written into and
+    /// never replaced.
     #[arg(long, value_name = "PATH")]
     pub ready_file: Option<PathBuf>,
-    /// Only events that match
-    #[command(flatten)]
-    pub filter: FilterArgs,
-    /// How many live sockets to keep track of; the one longest without an event gives way. Each takes about 600 bytes
+    /// How many live sockets to keep track of
+    ///
+    /// Each takes about 600 bytes. Beyond this number the socket that has had no event for longest is evicted.
     #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(128..=4_194_304))]
     pub connections: u32,
-    /// Where descriptions of the kernel's types come from: `kernel`, a file of raw BTF, or `none`
+    /// Where the descriptions of the kernel's types come from: `kernel`, a file of raw BTF, or `none`
     #[arg(long, value_name = "SOURCE", default_value = "kernel")]
     pub btf: BtfSource,
     /// Record what the kernel half reports and what the host answers to this file, for `tcpclose replay`
     #[arg(long, value_name = "PATH", hide_short_help = true)]
     pub record: Option<PathBuf>,
-    /// Show debug messages of the kernel half and of the tool on stderr
+    /// Write debug messages of both halves of tcpclose to the standard error
     #[arg(long)]
     pub debug: bool,
-    /// Trace this command and its children alone, until it and its connections are over
+    /// Trace this command and its children alone, until it and its connections have ended
     #[arg(last = true, value_name = "COMMAND")]
     pub command: Vec<std::ffi::OsString>,
+    /// Filters of events. They come last, because their heading would apply to every option after them.
+    #[command(flatten)]
+    pub filter: FilterArgs,
 }
 
 /// Options of `list`.
 #[derive(Args, Clone, Debug, Default)]
 pub struct ListArgs {
-    /// How to write: tables for a person, or a `lingering` line for each socket
+    /// Format: tables for a person, or one `lingering` line for each socket
     #[arg(short, long, value_name = "FORMAT", default_value = "text")]
     pub output: Format,
-    /// Leave out what has surely been in its state for less than this
+    /// Leave out sockets that have certainly been in their state for less than this
     #[arg(long, value_name = "TIME", default_value = "0s", value_parser = humantime::parse_duration)]
     pub linger: Duration,
-    /// Only sockets that match
+    /// Filters of sockets.
     #[command(flatten)]
     pub filter: SocketArgs,
 }
 
-/// Which events to tell. Values of one option are alternatives; different options must all match.
+/// Filters of events. Values of one option are alternatives; different options must all match.
 #[derive(Args, Clone, Debug, Default)]
-#[command(next_help_heading = "Filters (repeatable; a list with commas will do)")]
+#[command(next_help_heading = "Filters")]
 pub struct FilterArgs {
-    /// Of these sockets
+    /// Filters of the socket that an event is about.
     #[command(flatten)]
     pub socket: SocketArgs,
-    /// Kind of event
+    /// Events to report
     #[arg(long, value_name = "EVENT", value_delimiter = ',')]
     pub event: Vec<EventKind>,
-    /// Cause
+    /// Cause of a `close` or `reset` (`tcpclose explain` lists them); `lingering` lines are not affected
     #[arg(long, value_name = "CAUSE", value_delimiter = ',', hide_possible_values = true)]
     pub cause: Vec<Cause>,
 }
 
-/// Which sockets to tell of, likewise.
+/// Filters of sockets. Values of one option are alternatives; different options must all match.
 #[derive(Args, Clone, Debug, Default)]
-#[command(next_help_heading = "Filters (repeatable; a list with commas will do)")]
+#[command(next_help_heading = "Filters")]
 pub struct SocketArgs {
     /// Process that owns the socket
     #[arg(long, value_name = "PID", value_delimiter = ',')]
     pub pid: Vec<u32>,
-    /// Name of the thread that owns the socket
+    /// Name of the process that owns the socket
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     pub comm: Vec<String>,
     /// Port at either end
@@ -177,28 +253,31 @@ pub struct SocketArgs {
     /// Inode number of the network namespace (`readlink /proc/PID/ns/net`)
     #[arg(long, value_name = "INODE", value_delimiter = ',')]
     pub netns: Vec<u32>,
-    /// Container id, or its beginning
+    /// Container id, or the beginning of one
     #[arg(long, value_name = "ID", value_delimiter = ',')]
     pub container: Vec<String>,
+    /// Kind of a `lingering` socket; `close` and `reset` lines are not affected
+    #[arg(long, value_name = "KIND", value_delimiter = ',')]
+    pub kind: Vec<LingeringKind>,
 }
 
-/// Kinds of event that can be filtered; losses are always told.
+/// Events that can be filtered; losses are always reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum EventKind {
-    /// An end is over.
+    /// One end of a connection is closed.
     Close,
-    /// A RST.
+    /// A RST was sent or received.
     Reset,
-    /// A socket that stays in a state of the teardown.
+    /// A socket stays in a teardown state.
     Lingering,
 }
 
-/// From what age on sockets count as lingering.
+/// The age from which on a socket in a teardown state is reported (`--linger`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Linger {
     /// Never.
     Off,
-    /// From this one.
+    /// From this age on.
     After(Duration),
 }
 
@@ -214,16 +293,16 @@ impl FromStr for Linger {
     }
 }
 
-/// How user stacks are followed.
+/// How user stacks are unwound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CallGraph {
     /// By frame pointers, in the kernel.
     FramePointers,
-    /// By unwind tables, from a copy of so many bytes.
+    /// By unwind tables, from a copy of this many bytes of the stack.
     Dwarf(u32),
 }
 
-/// Enough for most: a web server's stack has 4 KiB, a deep one of Java's 16.
+/// Enough for most programs: a web server uses about 4 KiB of stack, deep Java code 16 KiB.
 const STACK_BYTES: u32 = 16 << 10;
 
 impl FromStr for CallGraph {
@@ -238,9 +317,9 @@ impl FromStr for CallGraph {
                 Ok(size) if (step..=MAX_STACK_BYTES).contains(&size) => {
                     Ok(Self::Dwarf(size.next_multiple_of(step)))
                 }
-                _ => Err(format!("SIZE is a number of bytes from {step} to {MAX_STACK_BYTES}")),
+                _ => Err(format!("SIZE must be a number of bytes from {step} to {MAX_STACK_BYTES}")),
             },
-            _ => Err("neither `fp` nor `dwarf` nor `dwarf,SIZE`".to_owned()),
+            _ => Err("needed: `fp`, `dwarf` or `dwarf,SIZE`".to_owned()),
         }
     }
 }
@@ -248,21 +327,21 @@ impl FromStr for CallGraph {
 /// Which stacks to take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Stacks {
-    /// None.
+    /// No stacks.
     None,
-    /// The program's.
+    /// The program's stack.
     User,
-    /// The kernel's.
+    /// The kernel's stack.
     Kernel,
-    /// Both.
+    /// Both stacks.
     Both,
 }
 
-/// An address without a prefix length is a range of one.
+/// Parses a range of addresses. An address without a prefix length is a range of one.
 fn cidr(text: &str) -> Result<IpNet, String> {
     text.parse::<IpNet>()
         .or_else(|_| text.parse::<IpAddr>().map(IpNet::from))
-        .map_err(|_| "not an IP address, nor one with a prefix length such as 10.0.0.0/8".to_owned())
+        .map_err(|_| "needed: an IP address, or a range such as 10.0.0.0/8".to_owned())
 }
 
 #[cfg(test)]
@@ -272,17 +351,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn clap_finds_nothing_wrong() {
+    fn definitions_are_consistent() {
         Cli::command().debug_assert();
     }
 
     #[test]
     fn trace_is_the_default() {
-        let said = Cli::parse_from(["tcpclose", "trace", "--port", "80,443"]);
-        let unsaid = Cli::parse_from(["tcpclose", "--port", "80", "--port", "443"]);
-        let Some(Command::Trace(args)) = said.command else { panic!("{said:?}") };
+        let explicit = Cli::parse_from(["tcpclose", "trace", "--port", "80,443"]);
+        let implicit = Cli::parse_from(["tcpclose", "--port", "80", "--port", "443"]);
+        let Some(Command::Trace(args)) = explicit.command else { panic!("{explicit:?}") };
         assert_eq!(args.filter.socket.port, [80, 443]);
-        assert_eq!(unsaid.trace.filter.socket.port, [80, 443]);
+        assert_eq!(implicit.trace.filter.socket.port, [80, 443]);
     }
 
     #[test]
@@ -293,13 +372,34 @@ mod tests {
     }
 
     #[test]
-    fn ways_to_follow_stacks() {
+    fn only_filters_are_under_their_heading() {
+        let command = Cli::command();
+        let trace = command.find_subcommand("trace").unwrap();
+        for arg in trace.get_arguments() {
+            let is_filter = FilterArgs::augment_args(clap::Command::new("x"))
+                .get_arguments()
+                .any(|other| other.get_id() == arg.get_id());
+            assert_eq!(arg.get_help_heading().is_some(), is_filter, "{}", arg.get_id());
+        }
+    }
+
+    #[test]
+    fn call_graphs() {
         assert_eq!("fp".parse(), Ok(CallGraph::FramePointers));
         assert_eq!("dwarf".parse(), Ok(CallGraph::Dwarf(16_384)));
         assert_eq!("dwarf,1025".parse(), Ok(CallGraph::Dwarf(2_048)));
         assert_eq!("dwarf,65536".parse(), Ok(CallGraph::Dwarf(65_536)));
         for wrong in ["", "dwarf,", "dwarf,65537", "dwarf,1023", "dwarf,-1", "fp,1024", "lbr"] {
             assert!(wrong.parse::<CallGraph>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn kinds_are_named_as_in_the_output() {
+        let cli = Cli::parse_from(["tcpclose", "--kind", "half_closed,leaked"]);
+        assert_eq!(cli.trace.filter.socket.kind, [LingeringKind::HalfClosed, LingeringKind::Leaked]);
+        for kind in LingeringKind::value_variants() {
+            assert_eq!(LingeringKind::from_str(&kind.to_string(), false).as_ref(), Ok(kind));
         }
     }
 

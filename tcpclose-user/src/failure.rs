@@ -1,19 +1,19 @@
-//! Errors for the person who reads them: what failed, what was found, what was needed, and the command that mends it.
+//! Errors for the person who reads them: what failed, what was found, what was needed, and what to try.
 
 use std::fmt;
 
 use crate::kernel::tracefs;
 
-/// Why tcpclose cannot go on; ends it with exit status 1.
+/// Why tcpclose cannot go on.
 #[derive(Debug)]
 pub struct Failure {
-    /// What was attempted.
+    /// What failed, such as `cannot load the kernel programs: not permitted`.
     pub failed: String,
-    /// How things are.
+    /// What was found.
     pub found: String,
-    /// How they would have to be.
+    /// What was needed.
     pub needed: String,
-    /// A command, or what else to do.
+    /// A command to run, or what else to do.
     pub fix: String,
 }
 

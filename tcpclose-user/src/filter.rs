@@ -1,5 +1,5 @@
-//! The user's filters: as much as the kernel half can decide goes there, and all of it is decided again here, on what
-//! is finally known.
+//! The user's filters. The kernel half applies those that it can decide; all of them are applied again here, to the
+//! finished event.
 
 use std::net::IpAddr;
 
@@ -8,10 +8,10 @@ use tcpclose_common::params::{MAX_FILTER_VALUES, Params, Range};
 
 use crate::{
     cli::{EventKind, FilterArgs, SocketArgs},
-    event::{Cause, Connection, Endpoint, Event, Process},
+    event::{Cause, Connection, Endpoint, Event, LingeringKind, Process},
 };
 
-/// See the module.
+/// The filters of one trace or list.
 #[derive(Clone, Debug, Default)]
 pub struct Filter(FilterArgs);
 
@@ -22,18 +22,18 @@ impl From<SocketArgs> for Filter {
 }
 
 impl Filter {
-    /// Of what was typed.
+    /// Makes a filter of the options.
     pub fn new(args: FilterArgs) -> Self {
         Self(args)
     }
 
-    /// Processes to follow from the start.
+    /// Processes of `--pid`, which the kernel half follows from the start.
     pub fn pids(&self) -> &[u32] {
         &self.0.socket.pid
     }
 
-    /// Writes to `params` what the kernel half is to decide. A filter with more values than it has room for is left to
-    /// [`Self::wants`].
+    /// Writes to `params` the filters that the kernel half applies. It has room for [`MAX_FILTER_VALUES`] values of each; a
+    /// filter with more is applied by [`Self::wants`] alone.
     pub fn to_kernel(&self, params: &mut Params) {
         params.by_process = u32::from(!self.0.socket.pid.is_empty());
         params.port_count = fill(&mut params.ports, &self.0.socket.port);
@@ -44,37 +44,49 @@ impl Filter {
         params.range_count = fill(&mut params.ranges, &ranges);
     }
 
-    /// Whether to tell this event. Losses are always told.
+    /// Whether an event passes the filters. Losses always do.
     pub fn wants(&self, event: &Event) -> bool {
-        let (kind, connection, process, cause) = match event {
-            Event::Close(close) => (EventKind::Close, &close.connection, &close.process, close.cause),
-            Event::Reset(reset) => (EventKind::Reset, &reset.connection, &reset.process, reset.cause),
-            Event::Lingering(lingering) => {
-                (EventKind::Lingering, &lingering.connection, &lingering.process, None)
+        let (kind, why, connection, process) = match event {
+            Event::Close(close) => {
+                (EventKind::Close, self.wants_cause(close.cause), &close.connection, &close.process)
             }
+            Event::Reset(reset) => {
+                (EventKind::Reset, self.wants_cause(reset.cause), &reset.connection, &reset.process)
+            }
+            Event::Lingering(lingering) => (
+                EventKind::Lingering,
+                self.wants_kind(lingering.kind),
+                &lingering.connection,
+                &lingering.process,
+            ),
             Event::Lost(_) => return true,
         };
-        self.wants_event(kind, cause)
+        why && (self.0.event.is_empty() || self.0.event.contains(&kind))
             && self.wants_connection(connection)
             && self.wants_process(process.as_ref())
     }
 
-    fn wants_event(&self, kind: EventKind, cause: Option<Cause>) -> bool {
-        (self.0.event.is_empty() || self.0.event.contains(&kind))
-            && (self.0.cause.is_empty() || cause.is_some_and(|cause| self.0.cause.contains(&cause)))
+    /// For lines that have a cause: `--cause`.
+    fn wants_cause(&self, cause: Option<Cause>) -> bool {
+        self.0.cause.is_empty() || cause.is_some_and(|cause| self.0.cause.contains(&cause))
+    }
+
+    /// For lines that have a kind: `--kind`.
+    fn wants_kind(&self, kind: LingeringKind) -> bool {
+        self.0.socket.kind.is_empty() || self.0.socket.kind.contains(&kind)
     }
 
     fn wants_connection(&self, connection: &Connection) -> bool {
         self.wants_netns(connection.netns) && self.wants_ends(connection.local, connection.remote)
     }
 
-    /// Whether to tell of sockets in this network namespace.
+    /// Whether sockets in this network namespace pass.
     pub fn wants_netns(&self, netns: Option<u32>) -> bool {
         let wanted = &self.0.socket.netns;
         wanted.is_empty() || netns.is_some_and(|netns| wanted.contains(&netns))
     }
 
-    /// Whether to tell of a socket with these ends.
+    /// Whether a socket with these ends passes.
     pub fn wants_ends(&self, local: Option<Endpoint>, remote: Option<Endpoint>) -> bool {
         let socket = &self.0.socket;
         let has = |wanted: &[u16], ends: &[Option<Endpoint>]| {
@@ -90,13 +102,13 @@ impl Filter {
                     .any(|end| socket.address.iter().any(|range| range.contains(&end.address))))
     }
 
-    /// Whether anything depends on whose a socket is.
+    /// Whether any filter depends on the owner of a socket.
     pub fn is_about_processes(&self) -> bool {
         let SocketArgs { pid, comm, container, .. } = &self.0.socket;
         !(pid.is_empty() && comm.is_empty() && container.is_empty())
     }
 
-    /// Whether to tell of sockets of this process, or, with `None`, of those that have none.
+    /// Whether sockets of this process pass or, with `None`, sockets without an owner.
     pub fn wants_process(&self, process: Option<&Process>) -> bool {
         (self.0.socket.pid.is_empty()
             || process.is_some_and(|process| self.0.socket.pid.contains(&process.pid)))
@@ -109,7 +121,7 @@ impl Filter {
     }
 }
 
-/// Copies the values if there is room for all of them. Returns how many count.
+/// Copies the values if there is room for all of them, and returns their number, else 0.
 fn fill<T: Copy>(room: &mut [T; MAX_FILTER_VALUES], values: &[T]) -> u32 {
     if values.len() > MAX_FILTER_VALUES {
         return 0;
@@ -118,7 +130,7 @@ fn fill<T: Copy>(room: &mut [T; MAX_FILTER_VALUES], values: &[T]) -> u32 {
     u32::try_from(values.len()).unwrap_or(0)
 }
 
-/// A range as the kernel half compares it: IPv4 as IPv4-mapped.
+/// The range in the form that the kernel half compares: IPv4 addresses are IPv4-mapped.
 fn range(net: &IpNet) -> Range {
     let (address, bits) = match net.network() {
         IpAddr::V4(address) => (address.to_ipv6_mapped().to_bits(), 96 + u32::from(net.prefix_len())),
@@ -145,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kernel_decides() {
+    fn filters_of_the_kernel_half() {
         let params = kernel(SocketArgs { port: vec![80, 443], pid: vec![1], ..SocketArgs::default() });
         assert_eq!((params.port_count, params.ports[0], params.ports[1], params.by_process), (2, 80, 443, 1));
         let ports: Vec<_> = (1..=9).collect();
@@ -217,5 +229,17 @@ mod tests {
         let of = |pid| Filter::from(SocketArgs { pid: vec![pid], ..SocketArgs::default() });
         assert!(of(pid).wants(&event));
         assert!(!of(pid + 1).wants(&event));
+    }
+
+    #[test]
+    fn kinds_are_of_lingering_sockets_and_causes_of_ends() {
+        let (end, event) = (examples::orderly(), examples::lingering());
+        let Event::Lingering(lingering) = &event else { panic!("a lingering socket") };
+        let of_kind = |kind| Filter::from(SocketArgs { kind: vec![kind], ..SocketArgs::default() });
+        assert!(of_kind(lingering.kind).wants(&event));
+        assert!(!of_kind(LingeringKind::Unaccepted).wants(&event));
+        assert!(of_kind(LingeringKind::Unaccepted).wants(&end), "a close has no kind");
+        let cause = FilterArgs { cause: vec![Cause::UnreadData], ..FilterArgs::default() };
+        assert!(Filter::new(cause).wants(&event), "a lingering socket has no cause");
     }
 }

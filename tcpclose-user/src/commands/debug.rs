@@ -1,4 +1,4 @@
-//! `--debug`: messages of this half, of aya, and of the kernel half, on the standard error.
+//! `--debug`: writes the messages of the user half, of aya, and of the kernel half to the standard error.
 
 use log::{LevelFilter, Log, Metadata, Record};
 
@@ -16,7 +16,7 @@ impl Log for Stderr {
     fn flush(&self) {}
 }
 
-/// From now on messages are shown.
+/// Shows messages from now on.
 pub fn to_stderr() {
     if log::set_logger(&Stderr).is_ok() {
         log::set_max_level(LevelFilter::Debug);

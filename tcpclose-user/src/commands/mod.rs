@@ -1,9 +1,11 @@
-//! What `tcpclose` can be asked to do, a file or directory for each subcommand.
+//! The subcommands of tcpclose, a file or directory for each, and what `trace` needs around it.
 
 pub mod child;
 pub mod debug;
 pub mod doctor;
 pub mod explain;
 pub mod list;
+pub mod man;
+pub mod ready;
 pub mod replay;
 pub mod trace;

@@ -4,7 +4,6 @@ use std::{
     ffi::OsString,
     io,
     os::fd::{AsFd as _, OwnedFd},
-    path::Path,
     process::ExitCode,
     time::{Duration, Instant},
 };
@@ -18,7 +17,10 @@ use tokio::{
     time::{Interval, MissedTickBehavior},
 };
 
-use super::child::{self, Followed};
+use super::{
+    child::{self, Followed},
+    ready,
+};
 use crate::{
     cli::{CallGraph, Linger, Stacks, TraceArgs},
     filter::Filter,
@@ -80,7 +82,7 @@ pub async fn trace(args: TraceArgs) -> Result<ExitCode> {
     let mut logger = if args.debug { Some(poll(live.logger()?, Interest::READABLE)?) } else { None };
     let mut child = start_command(&args)?;
     if let Some(path) = &args.ready_file {
-        write_ready_file(path)?;
+        ready::write(path)?;
     }
     let mut sweep = tokio::time::interval(SWEEP_PERIOD);
     let mut stuck = live.stuck_period().map(tokio::time::interval);
@@ -239,13 +241,4 @@ async fn debug_messages(
         }
         None => std::future::pending().await,
     }
-}
-
-/// Writes our pid beside `path` and moves it there, so that who sees the file sees it whole.
-fn write_ready_file(path: &Path) -> Result<()> {
-    let failed = || format!("cannot write the ready file {}", path.display());
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(".new");
-    std::fs::write(&temporary, format!("{}\n", std::process::id())).with_context(failed)?;
-    std::fs::rename(&temporary, path).with_context(failed)
 }

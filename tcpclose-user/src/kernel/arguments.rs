@@ -1,5 +1,5 @@
-//! Where programs on kernel functions find what they are given, looked up in BTF: functions get and lose parameters
-//! from one kernel to the next.
+//! Where programs on kernel functions (fentry, fexit) find the arguments and the result, according to BTF. Functions gain
+//! and lose parameters from one kernel version to the next.
 
 use std::collections::BTreeSet;
 
@@ -7,15 +7,16 @@ use tcpclose_common::offsets::{ABSENT, ArgumentOffsets};
 
 use super::btf::Btf;
 
-/// Something that [`ArgumentOffsets`] has a field for.
+/// A value in the context of such a program.
 #[derive(Clone, Copy)]
 enum What {
     /// The parameter of that name.
     Parameter(&'static str),
+    /// What the function returns.
     Result,
 }
 
-/// A row of the table: field, function, what of it.
+/// A row of the table: the field of [`ArgumentOffsets`], the function, and the value that the field locates.
 type Row = (fn(&mut ArgumentOffsets) -> &mut u16, &'static str, What);
 
 const ROWS: &[Row] = &[
@@ -28,11 +29,11 @@ const ROWS: &[Row] = &[
     (|offsets| &mut offsets.child_skb, "tcp_child_process", What::Parameter("skb")),
 ];
 
-/// A context holds the arguments, eight bytes each, and behind them the result (`btf_ctx_access()` of
+/// The context holds the arguments, eight bytes each, followed by the result (`btf_ctx_access()` of
 /// `kernel/bpf/btf.c`). None of the functions here takes an argument of more than eight bytes.
 const SLOT: usize = 8;
 
-/// Looks up everything in [`ArgumentOffsets`]; what is not there is [`ABSENT`].
+/// Looks up every field of [`ArgumentOffsets`]. What BTF does not describe is [`ABSENT`].
 pub fn argument_offsets(btf: &Btf<'_>) -> ArgumentOffsets {
     let mut offsets = ArgumentOffsets::ABSENT;
     let functions: BTreeSet<_> = ROWS.iter().map(|(_, function, _)| *function).collect();
@@ -47,7 +48,7 @@ pub fn argument_offsets(btf: &Btf<'_>) -> ArgumentOffsets {
     offsets
 }
 
-/// What programs on `function` would not find, as the end of a sentence.
+/// Which argument of `function` its programs would not find, as the end of a sentence; `None` if they find all.
 pub fn missing(mut offsets: ArgumentOffsets, function: &str) -> Option<String> {
     let of_function = ROWS.iter().filter(|(_, name, _)| *name == function);
     let absent: Vec<_> = of_function.clone().filter(|(slot, ..)| *slot(&mut offsets) == ABSENT).collect();
@@ -67,7 +68,7 @@ mod tests {
     use super::*;
     use crate::kernel::btf;
 
-    /// `tcp_reset(sk, skb)` from 5.15 on, as a kernel of 5.10 has it, and not at all.
+    /// `tcp_reset(sk, skb)` as from 5.15 on, then `tcp_reset(sk)` as in 5.10, then no `tcp_reset()`.
     #[test]
     fn missing_arguments_are_named() {
         let mut offsets = ArgumentOffsets { reset_sk: 0, reset_skb: 8, ..ArgumentOffsets::ABSENT };

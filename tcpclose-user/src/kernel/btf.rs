@@ -1,40 +1,40 @@
 //! Reads BTF, the kernel's own description of its types: where members lie, what enumerators are called, how many
 //! arguments a tracepoint has. The format: <https://docs.kernel.org/bpf/btf.html>.
 //!
-//! Written here because of the crates `btf` 0.5.1 needs 110 to 230 ms for a kernel's BTF, aya-obj 0.3 keeps members
-//! to itself, and `btf-rs` is LGPL. This one takes 5 to 8 ms, and malformed input only ever gives an error.
+//! No crate does: `btf` 0.5.1 needs 110 to 230 ms for a kernel's BTF, aya-obj 0.3 does not expose members, and `btf-rs` is
+//! LGPL. This reader takes 5 to 8 ms, and malformed input only ever yields an error.
 
 use std::collections::{BTreeMap, HashMap};
 use std::{fmt, fs};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-/// Where the kernel shows the BTF of itself.
+/// Where the kernel exposes its own BTF.
 pub const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 
 /// The bytes of [`VMLINUX`].
 ///
 /// # Errors
-/// They cannot be read, which usually means that the kernel was built without.
+/// The file cannot be read, usually because the kernel was built without BTF.
 pub fn running_kernel() -> Result<Vec<u8>> {
     fs::read(VMLINUX).with_context(|| {
         format!("cannot read {VMLINUX}, where a kernel built with CONFIG_DEBUG_INFO_BTF describes its types")
     })
 }
 
-/// Bytes in a pointer: BPF only knows 64-bit kernels, and BTF does not say.
+/// Size of a pointer in bytes, which BTF does not say. The kernels that tcpclose runs on are all 64-bit.
 const POINTER_SIZE: u64 = 8;
-/// The longest name that counts. The kernel allows 511 bytes (`KSYM_NAME_LEN`); without a limit, a string section
-/// with no NUL in it would make every name a walk through all of it.
-const LONGEST_NAME: usize = 511;
+/// The longest name in bytes; the kernel allows no more (`KSYM_NAME_LEN`). Without a limit, a string section without a
+/// NUL would be searched to its end for every name.
+const MAX_NAME: usize = 511;
 /// How many typedefs, qualifiers or array dimensions may be wrapped around a type, and how many anonymous structs
-/// around a member. The kernel's own verifier stops at 32 (`MAX_RESOLVE_DEPTH`). It ends loops in broken BTF.
-const DEEPEST: usize = 32;
-/// How many members one look-up may visit; the largest kernel struct has a few hundred. Without it, a struct whose
-/// anonymous members are the struct itself would take for ever although the depth is limited.
-const MOST_MEMBERS: u32 = 10_000;
-/// How many types of one name are looked at.
-const MOST_NAMESAKES: usize = 16;
+/// around a member. The limit ends loops in broken BTF; the kernel's verifier has the same one (`MAX_RESOLVE_DEPTH`).
+const MAX_DEPTH: usize = 32;
+/// How many members one lookup may visit; the largest kernel struct has a few hundred. Without this limit, a lookup in a
+/// struct whose anonymous members are the struct itself would hardly ever end, in spite of the limited depth.
+const MAX_MEMBERS: u32 = 10_000;
+/// How many types of the same name a lookup considers.
+const MAX_NAMESAKES: usize = 16;
 
 /// Kind numbers, `BTF_KIND_*` of `include/uapi/linux/btf.h`.
 mod kind {
@@ -59,21 +59,21 @@ mod kind {
     pub(super) const ENUM64: u8 = 19;
 }
 
-/// Parsed BTF: an index over the bytes it was made from.
+/// Parsed BTF: an index over its bytes.
 #[derive(Debug)]
 pub struct Btf<'a> {
     types: &'a [u8],
     strings: &'a [u8],
-    /// Where type `id` begins in `types`, at `id - 1`: type 0 is `void` and not stored.
+    /// The offset in `types` of each type, that of type `id` at `id - 1`: type 0 is `void` and not stored.
     starts: Vec<u32>,
-    /// Ids of structs, unions, enums and typedefs, in order; several types may have one name.
+    /// Ids of structs, unions, enums and typedefs by name, in order; several types may have the same name.
     names: HashMap<&'a [u8], Vec<u32>>,
 }
 
-/// Where a member lies, as [`Btf::member`] found it.
+/// Where a member lies; see [`Btf::member`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
-    /// Bytes from the start of the type that the path began with.
+    /// Offset in bytes from the start of the outermost struct.
     pub offset: u64,
     /// Size of the member in bytes.
     pub size: u64,
@@ -86,16 +86,16 @@ pub enum Absent {
     NoType,
     /// The type is there, the member is not.
     NoMember,
-    /// A bit field that does not begin and end between two bytes.
+    /// The member is a bit field that does not begin and end at a byte.
     BitField,
-    /// The member has another size (bytes) than its reader expects.
+    /// The member has another size than its reader expects; both in bytes.
     Size {
         /// What BTF says.
         found: u64,
         /// What the reader needs.
         expected: u64,
     },
-    /// The number of bytes does not fit into an offset as the programs take it.
+    /// The offset, in bytes, does not fit into the 16 bits that the programs use.
     TooFar(u64),
 }
 
@@ -105,8 +105,8 @@ impl fmt::Display for Absent {
             Self::NoType => f.write_str("no such type"),
             Self::NoMember => f.write_str("no such member"),
             Self::BitField => f.write_str("a bit field"),
-            Self::Size { found, expected } => write!(f, "{found} bytes where {expected} were expected"),
-            Self::TooFar(bytes) => write!(f, "{bytes} bytes, too many for a 16-bit offset"),
+            Self::Size { found, expected } => write!(f, "{found} bytes; expected {expected}"),
+            Self::TooFar(bytes) => write!(f, "{bytes} bytes, which exceeds a 16-bit offset"),
         }
     }
 }
@@ -116,15 +116,15 @@ impl fmt::Display for Absent {
 struct Type<'a> {
     kind: u8,
     flag: bool,
-    /// Number of elements in `tail`: members, enumerators, parameters.
+    /// The number of elements in `tail`: members, enumerators, parameters.
     count: usize,
     /// A size in bytes or another type's id, depending on the kind.
     value: u32,
-    /// What follows the common part.
+    /// The bytes after the common part.
     tail: &'a [u8],
 }
 
-/// One member of a struct or union, and its bit offset from the start of whatever was searched.
+/// A member of a struct or union. Its bit offset counts from the start of the type that was searched.
 struct Member<'a> {
     name: &'a [u8],
     type_id: u32,
@@ -137,16 +137,16 @@ impl<'a> Btf<'a> {
     /// Indexes raw BTF such as the bytes of [`VMLINUX`].
     ///
     /// # Errors
-    /// A sentence that says where the bytes stop being BTF.
+    /// Says where the bytes stop being BTF.
     pub fn parse(bytes: &'a [u8]) -> Result<Self> {
         let magic = bytes.first_chunk().context("BTF is shorter than its magic number")?;
         match magic {
             [0x9f, 0xeb] => {}
-            [0xeb, 0x9f] => bail!("BTF is big-endian, which this program cannot read"),
+            [0xeb, 0x9f] => bail!("BTF is big-endian; only little-endian BTF can be read"),
             [a, b] => bail!("BTF begins with {a:02x} {b:02x} instead of 9f eb"),
         }
         let version = bytes.get(2).context("BTF ends before its version")?;
-        ensure!(*version == 1, "BTF has version {version}; this program knows version 1");
+        ensure!(*version == 1, "BTF has version {version}; only version 1 can be read");
 
         let field = |at| u32_at(bytes, at).with_context(|| format!("BTF header ends before byte {}", at + 4));
         let body = bytes.get(index(field(4)?)..).context("BTF header is longer than the BTF")?;
@@ -158,12 +158,12 @@ impl<'a> Btf<'a> {
         };
         let types = section("type", field(8)?, field(12)?)?;
         let strings = section("string", field(16)?, field(20)?)?;
-        // From Linux 7.1 on, BTF may say itself how long each kind's records are, for readers older than the kind:
+        // From Linux 7.1 on, BTF may describe how long the records of each kind are, for readers older than the kind:
         // https://git.kernel.org/torvalds/c/222edc843c15 "btf: Add BTF kind layout encoding to UAPI".
         let layout = if field(4)? >= 32 { section("layout", field(24)?, field(28)?)? } else { &[] };
 
         let mut btf = Self { types, strings, starts: Vec::new(), names: HashMap::new() };
-        // A type takes 28 bytes on the average in kernels 5.10 to 7.2.
+        // A type takes 28 bytes on average in kernels 5.10 to 7.2.
         btf.starts.reserve(types.len() / 28);
         let mut at = 0;
         while at < types.len() {
@@ -172,9 +172,8 @@ impl<'a> Btf<'a> {
                 bail!("BTF type {id} ends after {} bytes", types.len() - at);
             };
             let (kind, count) = kind_and_count(info);
-            let (fixed, each) = tail_size(kind, layout).with_context(|| {
-                format!("BTF type {id} is of kind {kind}, which this program does not know")
-            })?;
+            let (fixed, each) = tail_size(kind, layout)
+                .with_context(|| format!("BTF type {id} is of unknown kind {kind}"))?;
             let end = count.checked_mul(each).and_then(|tail| tail.checked_add(at + 12 + fixed));
             let Some(end) = end.filter(|&end| end <= types.len()) else {
                 bail!(
@@ -193,10 +192,10 @@ impl<'a> Btf<'a> {
     }
 
     /// Finds a member by its path, such as `sock.__sk_common.skc_family`: the name of a struct or union, then
-    /// members. Anonymous structs and unions on the way are looked into, as in C.
+    /// members. Anonymous structs and unions on the way are searched too, as in C.
     ///
     /// # Errors
-    /// Which part of the path is not there, or that the member is not made of whole bytes.
+    /// The type or the member does not exist, or the member is not made of whole bytes.
     pub fn member(&self, path: &str) -> Result<Place, Absent> {
         let (root, members) = path.split_once('.').unwrap_or((path, ""));
         let mut why = Absent::NoType;
@@ -205,7 +204,7 @@ impl<'a> Btf<'a> {
                 continue;
             }
             match self.member_of(ty, members) {
-                // Two unrelated types may have the same name: the one that has the member is the one that is meant.
+                // Unrelated types may have the same name; the one that has the member is meant.
                 Err(absent) => why = absent,
                 found => return found,
             }
@@ -218,7 +217,7 @@ impl<'a> Btf<'a> {
         self.named(name).find(|ty| ty.is_composite() && ty.value > 0).map(|ty| ty.value.into())
     }
 
-    /// The enumerators of `enum name`, with `prefix` taken off their names. Empty if there is no such enum.
+    /// The enumerators of `enum name`, by value, with `prefix` removed from their names. Empty if there is no such enum.
     pub fn enum_values(&self, name: &str, prefix: &str) -> BTreeMap<i64, String> {
         let mut values = BTreeMap::new();
         for ty in self.named(name) {
@@ -244,10 +243,10 @@ impl<'a> Btf<'a> {
         values
     }
 
-    /// The number of parameters of a typedef that stands for a pointer to a function.
+    /// The number of parameters of the function that a typedef points to.
     ///
-    /// For each tracepoint the kernel has one, `btf_trace_<name>`, whose first parameter is a `void *` that belongs
-    /// to the tracing itself; what raw tracepoint programs get is the rest.
+    /// For each tracepoint the kernel has such a typedef, `btf_trace_<name>`. Its first parameter, a `void *`, is internal
+    /// to tracing; raw tracepoint programs get the others.
     pub fn func_proto_params(&self, typedef: &str) -> Option<usize> {
         self.named(typedef).find_map(|ty| {
             let pointer =
@@ -258,8 +257,9 @@ impl<'a> Btf<'a> {
         })
     }
 
-    /// The names of the parameters of functions; those that the kernel has not are not in the result. Functions are half
-    /// of all types and seldom asked for, so they are not indexed: this looks at every type, in about a millisecond.
+    /// The names of the parameters of each of these functions. A function that the kernel does not have is not in the
+    /// result. Functions are half of all types and seldom looked up, so they are not indexed: this walks all types, which
+    /// takes about a millisecond.
     pub fn func_params<'n>(&self, functions: &[&'n str]) -> HashMap<&'n str, Vec<&'a [u8]>> {
         let mut found = HashMap::new();
         for (nth, start) in self.starts.iter().enumerate() {
@@ -293,7 +293,7 @@ impl<'a> Btf<'a> {
             .get(name.as_bytes())
             .into_iter()
             .flatten()
-            .take(MOST_NAMESAKES)
+            .take(MAX_NAMESAKES)
             .filter_map(|&id| self.get(id))
     }
 
@@ -307,16 +307,16 @@ impl<'a> Btf<'a> {
         Some(Type { kind, flag: info >> 31 == 1, count, value: u32_at(record, 8)?, tail: record.get(12..)? })
     }
 
-    /// The string at `offset`; empty if there is none, or if it is longer than any name may be.
+    /// The string at `offset`; empty if there is none, or if it is longer than [`MAX_NAME`].
     fn string(&self, offset: u32) -> &'a [u8] {
         let rest = self.strings.get(index(offset)..).unwrap_or_default();
-        let end = rest.iter().take(LONGEST_NAME + 1).position(|&byte| byte == 0);
+        let end = rest.iter().take(MAX_NAME + 1).position(|&byte| byte == 0);
         end.map_or(&[], |end| &rest[..end])
     }
 
     /// Type `id` without the typedefs and qualifiers around it.
     fn resolve(&self, mut id: u32) -> Option<Type<'a>> {
-        for _ in 0..DEEPEST {
+        for _ in 0..MAX_DEPTH {
             let ty = self.get(id)?;
             match ty.kind {
                 kind::TYPEDEF | kind::VOLATILE | kind::CONST | kind::RESTRICT | kind::TYPE_TAG => {
@@ -330,7 +330,7 @@ impl<'a> Btf<'a> {
 
     fn size(&self, mut ty: Type<'a>) -> Option<u64> {
         let mut elements = 1u64;
-        for _ in 0..DEEPEST {
+        for _ in 0..MAX_DEPTH {
             match ty.kind {
                 kind::ARRAY => {
                     elements = elements.checked_mul(u32_at(ty.tail, 8)?.into())?;
@@ -350,14 +350,14 @@ impl<'a> Btf<'a> {
         let mut bit = 0;
         let mut width = 0;
         for name in path.split('.') {
-            let mut budget = MOST_MEMBERS;
+            let mut budget = MAX_MEMBERS;
             // A bit field has no members, so `width` here is that of the last name.
-            let member = self.find(ty, name.as_bytes(), DEEPEST, &mut budget).ok_or(Absent::NoMember)?;
+            let member = self.find(ty, name.as_bytes(), MAX_DEPTH, &mut budget).ok_or(Absent::NoMember)?;
             bit += member.bit;
             width = member.bits;
             ty = self.resolve(member.type_id).ok_or(Absent::NoMember)?;
         }
-        // BTF from before Linux 5.0 has bit fields as integers of few bits, and no widths in the struct.
+        // Before Linux 5.0, BTF describes a bit field as an integer of few bits, and the struct has no widths.
         if let (kind::INT, 0, Some(int)) = (ty.kind, width, u32_at(ty.tail, 0)) {
             let bits = u64::from(int & 0xff);
             if bits != u64::from(ty.value) * 8 {
@@ -372,7 +372,7 @@ impl<'a> Btf<'a> {
         Ok(Place { offset: bit / 8, size })
     }
 
-    /// Looks for a member of `ty` itself or of an anonymous struct or union inside it.
+    /// Finds a member of `ty` or of an anonymous struct or union inside it.
     fn find(&self, ty: Type<'a>, name: &[u8], depth: usize, budget: &mut u32) -> Option<Member<'a>> {
         if !ty.is_composite() || name.is_empty() {
             return None;
@@ -409,13 +409,14 @@ impl Type<'_> {
     }
 }
 
-/// The kind of a type and the number of its elements. Linux 7.2 gave both fields the unused bits next to them, which
-/// are zero before: `BTF_INFO_KIND` and `BTF_INFO_VLEN` of `include/uapi/linux/btf.h`.
+/// The kind of a type and the number of its elements. In Linux 7.2 both fields took over the unused bits next to them,
+/// which are zero before: `BTF_INFO_KIND` and `BTF_INFO_VLEN` of `include/uapi/linux/btf.h`.
 fn kind_and_count(info: u32) -> (u8, usize) {
     ((info >> 24 & 0x7f) as u8, index(info & 0x00ff_ffff))
 }
 
-/// What follows the twelve common bytes of a type: so many bytes once, and so many for each element.
+/// The number of bytes that follow the twelve common bytes of a type: once, and for each element. `None` if the kind is
+/// unknown.
 fn tail_size(kind: u8, layout: &[u8]) -> Option<(usize, usize)> {
     Some(match kind {
         kind::INT | kind::VAR | kind::DECL_TAG => (4, 0),
@@ -442,7 +443,7 @@ fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     bytes.get(at..)?.first_chunk().copied().map(u32::from_le_bytes)
 }
 
-/// BPF needs a 64-bit machine, where every u32 is a valid index.
+/// tcpclose runs on 64-bit machines, where every `u32` is a valid index.
 fn index(value: u32) -> usize {
     value as usize
 }
@@ -452,7 +453,7 @@ mod tests {
     use super::*;
     use crate::kernel::{FIXTURES, TypeFacts};
 
-    /// Puts BTF together by hand. Types get ids from 1 on in the order they are added.
+    /// Builds BTF. Types get ids from 1 on, in the order in which they are added.
     #[derive(Default)]
     struct Builder {
         types: Vec<u8>,
@@ -611,7 +612,7 @@ mod tests {
             0,
             8,
         );
-        assert_eq!(refusal(&builder.bytes()), "BTF type 1 is of kind 20, which this program does not know");
+        assert_eq!(refusal(&builder.bytes()), "BTF type 1 is of unknown kind 20");
         builder.layout = vec![0; 20 * 4];
         builder.layout.extend([4, 8, 0, 0]);
         assert_eq!(Btf::parse(&builder.bytes()).unwrap().size_of("s"), Some(8));
@@ -662,9 +663,9 @@ mod tests {
         let (_, good) = FIXTURES[0];
         assert_eq!(refusal(b""), "BTF is shorter than its magic number");
         assert_eq!(refusal(b"\x7fELF"), "BTF begins with 7f 45 instead of 9f eb");
-        assert_eq!(refusal(b"\xeb\x9f\x01\x00"), "BTF is big-endian, which this program cannot read");
+        assert_eq!(refusal(b"\xeb\x9f\x01\x00"), "BTF is big-endian; only little-endian BTF can be read");
         assert_eq!(refusal(&good[..2]), "BTF ends before its version");
-        assert_eq!(refusal(b"\x9f\xeb\x02\x00"), "BTF has version 2; this program knows version 1");
+        assert_eq!(refusal(b"\x9f\xeb\x02\x00"), "BTF has version 2; only version 1 can be read");
         assert_eq!(refusal(&good[..6]), "BTF header ends before byte 8");
         assert_eq!(refusal(&good[..10]), "BTF header is longer than the BTF");
     }

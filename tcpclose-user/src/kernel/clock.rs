@@ -1,4 +1,4 @@
-//! The kernel half's clocks → wall time and milliseconds.
+//! Converts the clocks of the kernel half, boot time and jiffies, to wall time and milliseconds.
 
 use jiff::Timestamp;
 use nix::time::{ClockId, clock_gettime};
@@ -12,14 +12,14 @@ pub struct Clock {
     wall_minus_boot: i128,
     /// Boot time minus monotonic time: how long the host was suspended, nanoseconds.
     suspended: i128,
-    /// Jiffies a second, once a record has shown them.
+    /// Jiffies per second, once the first record has revealed it.
     hz: Option<u32>,
 }
 
-/// Up to this many nanoseconds apart, two readings of the clocks are the same.
-const READ_ALIKE: i128 = 1_000_000;
+/// Two readings of the clocks that differ by at most this many nanoseconds count as equal.
+const TOLERANCE: i128 = 1_000_000;
 
-/// Values that `CONFIG_HZ` can have (`kernel/Kconfig.hz`, and 1024 for Alpha's sake left out).
+/// The values that `CONFIG_HZ` can have: `kernel/Kconfig.hz`.
 const RATES: [u32; 5] = [100, 250, 300, 500, 1000];
 
 impl Clock {
@@ -30,12 +30,13 @@ impl Clock {
         clock
     }
 
-    /// Reads the clocks again, so that a wall clock that was set, or a suspend, shifts only what comes after.
+    /// Reads the clocks again, so that setting the wall clock, or a suspend, shifts only the times of later events.
     pub fn synchronize(&mut self) {
         let boot = nanoseconds(ClockId::CLOCK_BOOTTIME);
         let wall_minus_boot = nanoseconds(ClockId::CLOCK_REALTIME) - boot;
-        // The two are read one after the other, so every reading differs a little; the same moment is to be told the same.
-        if (wall_minus_boot - self.wall_minus_boot).abs() > READ_ALIKE {
+        // The two clocks are read one after the other, so every reading differs a little. Ignoring that keeps the wall time
+        // of a given moment the same on every line.
+        if (wall_minus_boot - self.wall_minus_boot).abs() > TOLERANCE {
             self.wall_minus_boot = wall_minus_boot;
         }
         self.suspended = boot - nanoseconds(ClockId::CLOCK_MONOTONIC);
@@ -58,7 +59,7 @@ impl Clock {
         u64::try_from(nanoseconds(ClockId::CLOCK_BOOTTIME)).unwrap_or(0)
     }
 
-    /// Wall time of a moment in boot time.
+    /// The wall time of a moment in boot time (nanoseconds).
     pub fn time(&self, boot: u64) -> Time {
         let wall = i128::from(boot) + self.wall_minus_boot;
         // Out of jiff's range only if the host's clock is ten thousand years off.
@@ -93,8 +94,8 @@ fn nanoseconds(clock: ClockId) -> i128 {
         .map_or(0, |time| i128::from(time.tv_sec()) * 1_000_000_000 + i128::from(time.tv_nsec()))
 }
 
-/// Jiffies a second. They start at -300 seconds as a 32-bit number (`INITIAL_JIFFIES`, `include/linux/jiffies.h`), so
-/// one reading beside the monotonic clock is enough to tell which of the possible rates it is.
+/// Jiffies per second. Jiffies start at -300 seconds as a 32-bit number (`INITIAL_JIFFIES`, `include/linux/jiffies.h`), so
+/// one reading next to the monotonic clock is enough to tell the possible rates apart.
 fn hz(jiffies64: u64, monotonic: i128) -> u32 {
     let expected =
         |rate: u32| (1_i128 << 32) + i128::from(rate) * (monotonic - 300_000_000_000) / 1_000_000_000;

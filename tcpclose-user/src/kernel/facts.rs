@@ -1,12 +1,12 @@
-//! The table of facts: which fields of the output hang on something other than a hook, and on what. What hangs on hooks
-//! stands in [`crate::kernel::hooks`].
+//! The table of facts: the fields of the output that depend on something other than a hook, and what that is. Fields that
+//! depend on hooks are in [`crate::kernel::hooks`].
 
 use tcpclose_common::offsets::{ABSENT, StructOffsets};
 
 /// A field of the output that is null, for some events or for all, where its source is missing.
 #[derive(Debug)]
 pub struct Fact {
-    /// Its name; with a dot where it lies within another one.
+    /// Its name; `outer.inner` for a field of an object.
     pub field: &'static str,
     /// Where it comes from.
     pub source: Source,
@@ -15,11 +15,11 @@ pub struct Fact {
 /// Where a fact comes from.
 #[derive(Clone, Copy, Debug)]
 pub enum Source {
-    /// Members of kernel structs that BTF describes, by their names in [`StructOffsets`].
+    /// Members of kernel structs, by their names in [`StructOffsets`].
     Members(&'static [&'static str]),
-    /// The registers that a task entered the kernel with: by `bpf_task_pt_regs`, or by these members.
+    /// The registers with which a task entered the kernel, through `bpf_task_pt_regs` or through these members.
     Registers(&'static [&'static str]),
-    /// `bpf_get_socket_cookie`, for programs on typed tracepoints.
+    /// `bpf_get_socket_cookie`, which must be allowed in programs on typed tracepoints.
     CookieHelper,
     /// `enum sk_rst_reason`.
     ResetReasons,
@@ -55,16 +55,16 @@ pub const FACTS: &[Fact] = &[
     Fact { field: "stack.kernel.symbol", source: Source::KernelSymbols },
 ];
 
-/// What is known of the sources, here.
+/// Which sources this kernel and these privileges provide.
 #[derive(Debug)]
 pub struct Sources {
     /// Offsets of members.
     pub members: StructOffsets,
     /// Whether there is `bpf_task_pt_regs`; `None` if that could not be tried.
     pub registers_helper: Option<bool>,
-    /// Likewise `bpf_get_socket_cookie`.
+    /// Whether there is `bpf_get_socket_cookie`; `None` if that could not be tried.
     pub cookie_helper: Option<bool>,
-    /// Whether the kernel has reset reasons; `None` if it did not say.
+    /// Whether the kernel has reset reasons; `None` if that is not known.
     pub reset_reasons: Option<bool>,
     /// Whether other users' processes can be looked up.
     pub other_processes: bool,
@@ -73,14 +73,14 @@ pub struct Sources {
 }
 
 impl Source {
-    /// What it takes, for the table in docs/kernels.md.
+    /// What it requires, for the table in docs/kernels.md.
     pub fn needs(self) -> String {
         match self {
             Self::Members(members) => format!("BTF ({})", members.join(", ")),
             Self::Registers(members) => format!("`bpf_task_pt_regs` (5.15) or BTF ({})", members.join(", ")),
             Self::CookieHelper => "tp_btf and `bpf_get_socket_cookie` (5.12)".to_owned(),
             Self::ResetReasons => "`enum sk_rst_reason` (6.10)".to_owned(),
-            Self::OtherProcesses => "CAP_SYS_PTRACE, the host's pid namespace".to_owned(),
+            Self::OtherProcesses => "CAP_SYS_PTRACE and the host's pid namespace".to_owned(),
             Self::KernelSymbols => {
                 "addresses in /proc/kallsyms (CAP_SYSLOG, `kernel.kptr_restrict`)".to_owned()
             }
@@ -91,16 +91,16 @@ impl Source {
     pub fn fix(self) -> &'static str {
         match self {
             Self::Members(_) | Self::Registers(_) => {
-                "a kernel with BTF (CONFIG_DEBUG_INFO_BTF), or --btf FILE with the BTF of this one"
+                "a kernel with BTF (CONFIG_DEBUG_INFO_BTF), or --btf FILE with the BTF of this kernel"
             }
             Self::CookieHelper => "Linux 5.12 or later, with BTF",
-            Self::ResetReasons => "Linux 6.10 or later; `cause` is told without it",
-            Self::OtherProcesses => "CAP_SYS_PTRACE, and in a container the host's processes: --pid host",
+            Self::ResetReasons => "Linux 6.10 or later; `cause` does not need it",
+            Self::OtherProcesses => "CAP_SYS_PTRACE, and in a container --pid host",
             Self::KernelSymbols => "CAP_SYSLOG, and kernel.kptr_restrict below 2",
         }
     }
 
-    /// Why it is missing; `None` if it is there, or if there is no telling.
+    /// Why it is missing; `None` if it is available or if that is not known.
     pub fn missing(self, here: &Sources) -> Option<String> {
         let lacks = |members: &[&str]| {
             if here.members == StructOffsets::ABSENT {
@@ -108,16 +108,15 @@ impl Source {
             }
             let absent = here.members.named().into_iter().filter(|(_, offset)| *offset == ABSENT);
             let absent: Vec<_> = absent.map(|(name, _)| name).filter(|name| members.contains(name)).collect();
-            (!absent.is_empty())
-                .then(|| format!("where the kernel keeps it is not known: {}", absent.join(", ")))
+            (!absent.is_empty()).then(|| format!("BTF of this kernel has no usable {}", absent.join(", ")))
         };
         let if_not = |there: Option<bool>, why: &str| (there == Some(false)).then(|| why.to_owned());
         match self {
-            // The helper gives the registers, but where the number lies in them is for BTF to say.
+            // The helper gives the registers. The offset of the system call's number in them still comes from BTF.
             Self::Registers([number, ..]) if here.registers_helper == Some(true) => lacks(&[number]),
             Self::Members(members) | Self::Registers(members) => lacks(members),
-            Self::CookieHelper => if_not(here.cookie_helper, "the kernel does not let programs ask for it"),
-            Self::ResetReasons => if_not(here.reset_reasons, "the kernel gives none"),
+            Self::CookieHelper => if_not(here.cookie_helper, "the kernel does not let programs read it"),
+            Self::ResetReasons => if_not(here.reset_reasons, "the kernel gives no reasons"),
             Self::OtherProcesses => {
                 if_not(Some(here.other_processes), "processes of other users cannot be looked up in /proc")
             }
@@ -154,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn without_btf_all_that_is_read_is_missing() {
+    fn without_btf_every_member_is_missing() {
         let here = Sources {
             members: StructOffsets::ABSENT,
             registers_helper: Some(true),

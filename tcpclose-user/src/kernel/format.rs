@@ -1,5 +1,5 @@
-//! Reads the `format` files of tracefs, which say how a tracepoint's record is laid out. Layouts differ between
-//! kernels, and distributions carry changes back, so nothing may be concluded from the kernel's version.
+//! Reads the `format` files of tracefs, which describe the layout of a tracepoint's record. Layouts differ between
+//! kernels, and distributions backport changes, so the kernel's version says nothing about them.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use tcpclose_common::offsets::{ABSENT, RecordOffsets};
 pub struct Field {
     /// The name alone, without type and array brackets.
     pub name: String,
-    /// Bytes from the start of the record, which includes the 8 bytes common to all records.
+    /// Offset in bytes from the start of the record, including the 8 bytes common to all records.
     pub offset: u32,
     /// Size in bytes.
     pub size: u32,
@@ -24,7 +24,7 @@ pub struct Field {
 pub struct Format {
     /// Fields in the order of the file; the common ones, `common_type` and so on, come first.
     pub fields: Vec<Field>,
-    /// What the kernel would print, as C.
+    /// The C expression with which the kernel prints a record.
     print: String,
 }
 
@@ -32,35 +32,37 @@ impl Format {
     /// Parses the text of a `format` file.
     ///
     /// # Errors
-    /// The line that cannot be understood, or that there is no field at all.
+    /// A line cannot be parsed, or there is no field.
     pub fn parse(text: &str) -> Result<Self> {
         let mut fields = Vec::new();
         let mut print = String::new();
         for line in text.lines().map(str::trim) {
             if let Some(field) = line.strip_prefix("field:") {
                 fields.push(
-                    parse_field(field).with_context(|| format!("not a field of a tracepoint: {line:?}"))?,
+                    parse_field(field)
+                        .with_context(|| format!("cannot parse the field of a tracepoint: {line:?}"))?,
                 );
             } else if let Some(rest) = line.strip_prefix("print fmt:") {
                 rest.clone_into(&mut print);
             }
         }
-        ensure!(!fields.is_empty(), "a tracepoint's format file with no fields in it");
+        ensure!(!fields.is_empty(), "the format file of a tracepoint has no fields");
         Ok(Self { fields, print })
     }
 
-    /// The field of that name and size. Of another size, a field is something else than its reader thinks.
+    /// The field of that name, if it has that size: a field of another size is not what its reader takes it for.
     pub fn field(&self, name: &str, size: u32) -> Option<&Field> {
         self.fields.iter().find(|field| field.name == name && field.size == size)
     }
 
-    /// Offsets for reading a record of one of the tracepoints in [`crate::kernel::hooks::HOOKS`]. What this tracepoint does not have, or has in another size, is [`ABSENT`].
+    /// The offsets for reading a record of one of the tracepoints in [`HOOKS`](crate::kernel::hooks::HOOKS). A field that
+    /// this tracepoint does not have, or has in another size, is [`ABSENT`].
     pub fn record_offsets(&self) -> RecordOffsets {
         let offset = |name, size| {
             let found = self.field(name, size).and_then(|field| u16::try_from(field.offset).ok());
             found.unwrap_or(ABSENT)
         };
-        // From 6.10 on, `tcp_send_reset` has `__u8 saddr[sizeof(struct sockaddr_in6)]` where others have 4 bytes:
+        // From 6.10 on, `saddr` of `tcp_send_reset` is a `struct sockaddr_in6`; elsewhere it has 4 bytes:
         // https://git.kernel.org/torvalds/c/19822a980e19
         let sockaddr_in6 = 28;
         RecordOffsets {
@@ -68,7 +70,7 @@ impl Format {
             skbaddr: offset("skbaddr", 8),
             oldstate: offset("oldstate", 4),
             newstate: offset("newstate", 4),
-            // One byte up to 5.5: https://git.kernel.org/torvalds/c/bf9765145b85
+            // One byte before 5.6: https://git.kernel.org/torvalds/c/bf9765145b85
             protocol: offset("protocol", 2),
             reason: offset("reason", 4),
             sport: offset("sport", 2),
@@ -84,10 +86,10 @@ impl Format {
         }
     }
 
-    /// Names of a field's values, from `__print_symbolic(REC->field, { 14, "TCP_STATE" }, …)` in the print format.
+    /// The names of a field's values, from `__print_symbolic(REC->field, { 14, "TCP_STATE" }, …)` in the print format.
     ///
-    /// Values that are not written as numbers are left out, as `tcp_send_reset` has them for its states. Empty if
-    /// the field is not printed that way.
+    /// Values that are not numbers, such as the states of `tcp_send_reset`, are left out. Empty if the field is not printed
+    /// this way.
     pub fn value_names(&self, field: &str) -> BTreeMap<i64, String> {
         let start = format!("__print_symbolic(REC->{field},");
         let Some((_, mut rest)) = self.print.split_once(&start) else { return BTreeMap::new() };
@@ -102,12 +104,12 @@ impl Format {
     }
 }
 
-/// Parses what follows `field:`, such as `__u8 saddr[4]; offset:32; size:4; signed:0;` with tabs in it.
+/// Parses the text after `field:`, such as `__u8 saddr[4]; offset:32; size:4; signed:0;` (with tabs).
 fn parse_field(text: &str) -> Option<Field> {
     let mut parts = text.split(';').map(str::trim);
     let declaration = parts.next()?;
-    // The brackets may hold spaces: `saddr[sizeof(struct sockaddr_in6)]`. Those of `__data_loc char[] name` are not
-    // at the end.
+    // The brackets may contain spaces, as in `saddr[sizeof(struct sockaddr_in6)]`, and need not be at the end, as in
+    // `__data_loc char[] name`.
     let name = match declaration.strip_suffix(']') {
         Some(array) => array.split_once('[')?.0,
         None => declaration,
@@ -153,7 +155,7 @@ mod tests {
         Format::parse(&text).unwrap()
     }
 
-    /// The kernels whose files are in `fixtures/format`, and the text of one event's files.
+    /// The kernels whose files are in `fixtures/format`, with the parsed file of one event.
     macro_rules! fixtures {
         ($event:literal) => {
             [
@@ -251,7 +253,7 @@ mod tests {
             ..SEND_RESET
         };
         assert_eq!(v4_16.record_offsets(), expected);
-        // 6.10 as it may look where the kernel does not work the size out in the text.
+        // 6.10 on kernels that do not evaluate the size in the text.
         let unsized_array = format_of(&[
             ("const void * skbaddr", 8, 8),
             ("const void * skaddr", 16, 8),
@@ -324,12 +326,12 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_is_no_format() {
+    fn rejects_malformed_text() {
         let refusal = |text: &str| format!("{:#}", Format::parse(text).unwrap_err());
-        assert_eq!(refusal(""), "a tracepoint's format file with no fields in it");
+        assert_eq!(refusal(""), "the format file of a tracepoint has no fields");
         assert_eq!(
             refusal("\tfield:int x;\toffset:eight;\tsize:4;"),
-            "not a field of a tracepoint: \"field:int x;\\toffset:eight;\\tsize:4;\""
+            "cannot parse the field of a tracepoint: \"field:int x;\\toffset:eight;\\tsize:4;\""
         );
         assert!(Format::parse("field:;offset:8;size:4;").is_err());
         assert!(Format::parse("field:[4];offset:8;size:4;").is_err());

@@ -1,63 +1,64 @@
-//! The table of hooks: what is watched, in which ways, when, and what is lost without it. The loader attaches from it,
-//! `tcpclose doctor` and docs/kernels.md are made of it; nothing else knows the hooks.
+//! The table of hooks: each hook with its variants, and what is lost without it. The loader attaches what is in this
+//! table, and `tcpclose doctor` and docs/kernels.md are made from it. Hooks are described nowhere else.
 
-/// One thing that is watched.
+/// A hook: one thing to observe, in one of several ways.
 #[derive(Debug)]
 pub struct Hook {
-    /// What that is: a tracepoint as perf writes it, or a word for what several ways lead to.
+    /// The tracepoint as perf writes it, or a word for what the variants have in common.
     pub name: &'static str,
-    /// Ways to watch it, the best first. Of those that were asked for, the first that the kernel allows is taken.
+    /// The ways to observe it, the best first. The first one that the options permit and the kernel allows is used.
     pub variants: &'static [Variant],
-    /// What it means that none of them works.
+    /// What happens if none of them works.
     pub need: Need,
-    /// What cannot be told then, as the end of a sentence.
+    /// What is lost without the hook, as the end of a sentence.
     pub lost: &'static str,
-    /// Fields of the output that are null then, for some events or for all.
+    /// The fields of the output that are null without it, in some events or in all.
     pub null: &'static [&'static str],
     /// What to do about it.
     pub fix: &'static str,
 }
 
-/// One way to watch it.
+/// One way to observe it.
 #[derive(Debug)]
 pub struct Variant {
-    /// What kind of program that takes.
+    /// The kind of its programs.
     pub kind: Kind,
-    /// Programs, each with what it is attached to; all of them or none.
+    /// The programs, each with its attach point. Either all of them are attached or none.
     pub programs: &'static [(&'static str, &'static str)],
-    /// When it may be taken.
+    /// When it may be used.
     pub when: When,
-    /// What is worse than in the first variant, as a sentence; empty if nothing is.
+    /// Its drawback compared with the first variant, as a sentence; empty if it has none.
     pub worse: &'static str,
 }
 
-/// Kinds of program. Of a tracepoint, `at` is `group:name`; of other kinds, the function or what is iterated over.
+/// Kinds of programs. The attach point of a tracepoint is `group:name`; of the other kinds it is a function, or what is
+/// iterated over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// BTF-typed raw tracepoint (`tp_btf`).
     TypedTracepoint,
-    /// Classic tracepoint, through tracefs and perf; the global takes the layout of its record.
+    /// Classic tracepoint, through tracefs and perf. The string names the global that receives the record's layout.
     ClassicTracepoint(&'static str),
     /// Classic tracepoint on the return of a system call.
     SystemCall,
-    /// On the entry of a kernel function (`fentry`).
+    /// Entry of a kernel function (`fentry`).
     FunctionEntry,
-    /// On its return (`fexit`).
+    /// Return of a kernel function (`fexit`).
     FunctionReturn,
-    /// Iterator: loaded, and run by tcpclose itself when it wants to know.
+    /// Iterator, which tcpclose runs on demand.
     Iterator,
-    /// Raw tracepoint program that is attached to nothing: run by tcpclose itself, through `BPF_PROG_TEST_RUN`.
+    /// Raw tracepoint program that is attached to nothing. tcpclose runs it on demand, with `BPF_PROG_TEST_RUN`.
     TestRun,
     /// No program: the user half reads `/proc`.
     Procfs,
 }
 
-/// When a variant may be taken.
+/// When a variant may be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum When {
     /// Always.
     Always,
-    /// Without `--linger off`.
+    /// Unless `--linger off` is given.
     Linger,
     /// With `-- COMMAND`.
     Command,
@@ -67,33 +68,33 @@ pub enum When {
     Accept(&'static [AcceptHook]),
 }
 
-/// What it means that a hook cannot be attached.
+/// What happens if a hook cannot be attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Need {
-    /// There is nothing to trace.
+    /// Nothing can be traced.
     Essential,
-    /// Tracing goes on, and the loss is told when it begins.
+    /// Tracing works, and a warning at its start reports the loss.
     Useful,
-    /// Not every kernel has it: `doctor` tells. It has to work if an option asks for it by name.
+    /// Not every kernel allows it, and `doctor` reports that. If an option requests it by name, it has to work.
     Extra,
 }
 
-/// Ways to see who accepts a connection; chosen by `--accept-hook`.
+/// Ways to see who accepts a connection, chosen by `--accept-hook`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum AcceptHook {
-    /// fexit where the kernel allows it, nothing elsewhere.
+    /// Use fexit if the kernel allows it, else nothing.
     #[default]
     Auto,
-    /// The return of `inet_csk_accept()`: costs nothing measurable, must be allowed.
+    /// Use fexit on `inet_csk_accept()`, at no measurable cost; fail if the kernel refuses it.
     Fexit,
-    /// Tracepoints on the return of accept and accept4: slow every system call of the host down a little.
+    /// Use tracepoints on the return of accept and accept4, which slow every system call of the host by about 40 ns.
     Syscall,
-    /// None: owners of accepted sockets are known when they act, or looked up; their opener is null.
+    /// Use no hook: accepted sockets get their owners when those act on them, or by a lookup, and `opener` is null.
     Off,
 }
 
 impl Kind {
-    /// The name of the kind, as bpftrace and libbpf users know it.
+    /// The name of the kind, as in bpftrace and libbpf.
     pub fn name(self) -> &'static str {
         match self {
             Self::TypedTracepoint => "tp_btf",
@@ -106,7 +107,7 @@ impl Kind {
         }
     }
 
-    /// What it takes.
+    /// What it requires.
     pub fn needs(self) -> &'static str {
         match self {
             Self::TypedTracepoint => "BTF, CAP_BPF, CAP_PERFMON",
@@ -117,7 +118,7 @@ impl Kind {
                 "tracefs (mounted, or CAP_SYS_ADMIN to mount it), CONFIG_FTRACE_SYSCALLS, CAP_BPF, CAP_PERFMON"
             }
             Self::FunctionEntry | Self::FunctionReturn => {
-                "BTF, BPF trampolines that may be used (x86-64 from 5.5, arm64 from 6.4), CAP_BPF, CAP_PERFMON"
+                "BTF, BPF trampolines (x86-64 from 5.5, arm64 from 6.4) that the kernel allows, CAP_BPF, CAP_PERFMON"
             }
             Self::Iterator => "BTF, 5.8, CAP_BPF, CAP_PERFMON",
             Self::TestRun => "5.10, CAP_BPF, CAP_PERFMON",
@@ -127,7 +128,7 @@ impl Kind {
 }
 
 impl When {
-    /// The option without which the variant is not taken.
+    /// The option without which the variant is not used.
     pub fn option(self) -> Option<&'static str> {
         match self {
             Self::Always | Self::Linger => None,
@@ -139,10 +140,10 @@ impl When {
     }
 }
 
-/// What all classic tracepoints have in common: they share one guard against recursion on each CPU
-/// (`bpf_prog_active` of `kernel/trace/bpf_trace.c`), typed ones have one each.
+/// The drawback of classic tracepoints: on each CPU all of them share one guard against recursion (`bpf_prog_active` of
+/// `kernel/trace/bpf_trace.c`), while each typed one has its own.
 const SHARED_GUARD: &str =
-    "what happens while another classic program runs on the same CPU is skipped, and counted";
+    "events that occur while another classic program runs on the same CPU are skipped and counted";
 
 const fn typed(programs: &'static [(&'static str, &'static str)], when: When) -> Variant {
     Variant { kind: Kind::TypedTracepoint, programs, when, worse: "" }
@@ -156,8 +157,8 @@ const fn classic(
     Variant { kind: Kind::ClassicTracepoint(layout), programs, when, worse: SHARED_GUARD }
 }
 
-/// Every hook, in the order in which they are attached: the one that begins lives comes last, so that no life begins
-/// that could not be ended.
+/// Every hook, in the order in which they are attached. The hook that starts tracking a connection comes last, so that
+/// those that end it are in place by then.
 pub static HOOKS: &[Hook] = &[
     Hook {
         name: "tcp:tcp_destroy_sock",
@@ -166,7 +167,7 @@ pub static HOOKS: &[Hook] = &[
             classic(&[("destroy_sock_classic", "tcp:tcp_destroy_sock")], "DESTROY_SOCK_RECORD", When::Always),
         ],
         need: Need::Useful,
-        lost: "the owner of an accepted socket that a reset ended, where only its later close could have told",
+        lost: "the owner of an accepted socket that a reset ended, if only its later close reveals it",
         null: &["process"],
         fix: "a kernel with this tracepoint (4.16 and later)",
     },
@@ -181,7 +182,7 @@ pub static HOOKS: &[Hook] = &[
             ),
         ],
         need: Need::Useful,
-        lost: "`reset` lines for RSTs received, and the word of a peer's RST in `close` lines",
+        lost: "`reset` lines for RSTs received, and the evidence of the peer's RST for `close` lines",
         null: &[],
         fix: "a kernel with this tracepoint (4.16 and later)",
     },
@@ -209,11 +210,11 @@ pub static HOOKS: &[Hook] = &[
                 kind: Kind::Procfs,
                 programs: &[],
                 when: When::Always,
-                worse: "owners of older sockets are looked up in /proc when they end, which may be too late",
+                worse: "owners of older sockets are looked up in /proc when the sockets end, which may be too late",
             },
         ],
         need: Need::Useful,
-        lost: "owners and roles of sockets older than the trace",
+        lost: "the owners and roles of sockets that are older than the trace",
         null: &["process", "connection.role"],
         fix: "a kernel with BTF (CONFIG_DEBUG_INFO_BTF), 5.8 or later",
     },
@@ -226,7 +227,7 @@ pub static HOOKS: &[Hook] = &[
             worse: "",
         }],
         need: Need::Useful,
-        lost: "`lingering` lines; `tcpclose list` shows what lingers now",
+        lost: "`lingering` lines; `tcpclose list` still shows the sockets that linger now",
         null: &[],
         fix: "Linux 5.10 or later",
     },
@@ -250,14 +251,14 @@ pub static HOOKS: &[Hook] = &[
             },
         ],
         need: Need::Extra,
-        lost: "who accepted a connection, and where; owners are known when they act on it, or looked up",
+        lost: "who accepted a connection, and where in the code; owners are known once they act on it, or by a lookup",
         null: &["opener"],
         fix: "--accept-hook syscall, which slows every system call of the host by about 40 ns",
     },
     Hook {
         name: "time to live",
         variants: &[
-            // The packet that resets, and the last one that the peer sent to establish the connection.
+            // They see the RST, and the last packet with which the peer established the connection.
             Variant {
                 kind: Kind::FunctionEntry,
                 programs: &[
@@ -272,9 +273,9 @@ pub static HOOKS: &[Hook] = &[
             classic(&[("receive_skb_classic", "net:netif_receive_skb")], "RECEIVE_SKB_RECORD", When::Ttl),
         ],
         need: Need::Extra,
-        lost: "the times to live of RSTs, and so the suspicion that one was forged",
+        lost: "the times to live of RSTs, and with them the detection of forged ones",
         null: &["ttl", "handshake_ttl"],
-        fix: "--ttl, which takes a look at every packet that the host receives",
+        fix: "--ttl, which hooks every packet that the host receives",
     },
     Hook {
         name: "sched:sched_process_fork",
@@ -283,14 +284,14 @@ pub static HOOKS: &[Hook] = &[
             classic(&[("fork_classic", "sched:sched_process_fork")], "FORK_RECORD", When::Command),
         ],
         need: Need::Useful,
-        lost: "the children of the command",
+        lost: "the connections of the command's children",
         null: &[],
-        fix: "--comm or --pid in place of `-- COMMAND`",
+        fix: "--comm or --pid instead of `-- COMMAND`",
     },
     Hook {
         name: "sock:inet_sock_set_state",
         variants: &[
-            // The second program takes what comes while the first one runs on the same CPU; attached after it.
+            // The second program handles events that occur while the first one runs on the same CPU; it is attached after it.
             typed(
                 &[
                     ("set_state", "sock:inet_sock_set_state"),

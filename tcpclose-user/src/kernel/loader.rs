@@ -352,7 +352,9 @@ fn attach(
                 bail!("{} cannot be traced: {}", hook.name, outcome.why());
             }
             None if must => return Err(unmet(&outcome).into()),
-            None if hook.need == Need::Useful => format!("without {}, no {}", hook.name, hook.lost),
+            None if hook.need == Need::Useful => {
+                format!("the hook {} does not work; lost without it: {}", hook.name, hook.lost)
+            }
             None => String::new(),
         };
         if !outcome.refused.is_empty() {

@@ -2,27 +2,10 @@
 
 use std::{collections::BTreeMap, env, fmt::Write as _, fs, path::Path};
 
-use super::offsets::MEMBERS;
+use super::offsets::{Shape, members};
 
-/// Members whose size alone does not give their kind: 8 bytes are a pointer unless listed here.
-const INTEGERS: [&str; 7] =
-    ["skc_flags", "sk_lingertime", "bytes_received", "bytes_sent", "bytes_retrans", "i_ino", "orig_ax"];
-/// Members that are structs, of any size.
-const STRUCTS: [&str; 5] = ["skc_cookie", "skc_v6_rcv_saddr", "skc_v6_daddr", "socket", "uid"];
-/// Members that are arrays of `char`.
-const ARRAYS: [&str; 1] = ["comm"];
-
-/// Members that are looked up elsewhere than in the table: path, and size in bytes.
-const OTHERS: [(&str, u64); 5] = [
-    // `socket_inode`: the whole of one member, and a member of the other.
-    ("socket_alloc.socket", 128),
-    ("socket_alloc.vfs_inode.i_ino", 8),
-    // `pt_regs_syscall`, on x86-64 and on arm64.
-    ("pt_regs.orig_ax", 8),
-    ("pt_regs.syscallno", 4),
-    // A bit-field, for the test `other_sizes_are_missing`.
-    ("sock.sk_kern_sock", 0),
-];
+/// A bit field, for the test `other_sizes_are_missing`.
+const BIT_FIELD: &str = "sock.sk_kern_sock";
 
 /// What is needed besides members: sizes of types, the tracepoints' prototypes, and the reasons for a RST.
 const DECLARATIONS: &str = "\
@@ -48,20 +31,21 @@ const STATEMENTS: &str = "	SIZE(struct pt_regs);
 	sum += __builtin_preserve_enum_value(*(enum sk_rst_reason *)SK_RST_REASON_NOT_SPECIFIED, ENUM_VALUE);
 ";
 
-/// A struct by the names of its members, or a member that is no struct, by its size.
+/// A struct by the names of its members, or the member at the end of a path.
 enum Type {
     Struct(BTreeMap<&'static str, Type>),
-    Leaf(u64),
+    Leaf(Shape),
+    Bit,
 }
 
 /// The program. Its types are cut down to the members that are looked up; relocation goes by names, and by the kinds
 /// of types, not by sizes.
 fn members_c() -> String {
-    let paths = || MEMBERS.iter().map(|&(_, _, path, size)| (path, size)).chain(OTHERS);
     let mut types = BTreeMap::new();
-    for (path, size) in paths() {
-        insert(&mut types, path, size);
+    for member in members() {
+        insert(&mut types, member.path, Type::Leaf(member.shape));
     }
+    insert(&mut types, BIT_FIELD, Type::Bit);
     let mut text = "\
 /* Generated from src/kernel/offsets.rs by `cargo xtask fixtures`. It touches, by CO-RE relocation, the kernel types
  * that tcpclose looks up, so that `bpftool gen min_core_btf` keeps them and nothing else. See README.md. */
@@ -86,7 +70,7 @@ __attribute__((section(\"raw_tp/members\"), used)) int members(void *context)
 	unsigned long long sum = 0;
 
 ";
-    for (path, _) in paths() {
+    for path in members().map(|member| member.path).chain([BIT_FIELD]) {
         if let Some((name, member)) = path.split_once('.') {
             let _ = writeln!(text, "\tFIELD(struct {name}, {member});");
         }
@@ -94,14 +78,14 @@ __attribute__((section(\"raw_tp/members\"), used)) int members(void *context)
     text + STATEMENTS + "	return (int)sum;\n}\n"
 }
 
-fn insert(members: &mut BTreeMap<&'static str, Type>, path: &'static str, size: u64) {
+fn insert(members: &mut BTreeMap<&'static str, Type>, path: &'static str, leaf: Type) {
     let Some((name, rest)) = path.split_once('.') else {
-        members.insert(path, Type::Leaf(size));
+        members.insert(path, leaf);
         return;
     };
     let found = members.entry(name).or_insert_with(|| Type::Struct(BTreeMap::new()));
     let Type::Struct(inner) = found else { panic!("{name} is a struct in one path, and none in another") };
-    insert(inner, rest, size);
+    insert(inner, rest, leaf);
 }
 
 fn declare(text: &mut String, name: &str, declared: &Type, depth: usize) {
@@ -118,19 +102,16 @@ fn declare(text: &mut String, name: &str, declared: &Type, depth: usize) {
             }
             if depth == 0 { writeln!(text, "}};\n") } else { writeln!(text, "{indent}}} {name};") }
         }
-        Type::Leaf(size) => match size {
-            _ if STRUCTS.contains(&name) => {
-                writeln!(text, "{indent}struct {{ char bytes[{size}]; }} {name};")
-            }
-            _ if ARRAYS.contains(&name) => writeln!(text, "{indent}char {name}[{size}];"),
-            8 if !INTEGERS.contains(&name) => writeln!(text, "{indent}void *{name};"),
-            8 => writeln!(text, "{indent}unsigned long long {name};"),
-            4 => writeln!(text, "{indent}unsigned int {name};"),
-            2 => writeln!(text, "{indent}unsigned short {name};"),
-            1 => writeln!(text, "{indent}unsigned char {name};"),
-            0 => writeln!(text, "{indent}unsigned char {name} : 1;"),
-            other => panic!("{name} has {other} bytes: list it with the structs or the arrays"),
+        Type::Leaf(shape) => match shape {
+            Shape::U8 => writeln!(text, "{indent}unsigned char {name};"),
+            Shape::U16 => writeln!(text, "{indent}unsigned short {name};"),
+            Shape::U32 => writeln!(text, "{indent}unsigned int {name};"),
+            Shape::U64 => writeln!(text, "{indent}unsigned long long {name};"),
+            Shape::Pointer => writeln!(text, "{indent}void *{name};"),
+            Shape::Bytes(size) => writeln!(text, "{indent}char {name}[{size}];"),
+            Shape::Struct(size) => writeln!(text, "{indent}struct {{ char bytes[{size}]; }} {name};"),
         },
+        Type::Bit => writeln!(text, "{indent}unsigned char {name} : 1;"),
     };
 }
 

@@ -1,5 +1,5 @@
-//! What has to be known of the running kernel before the programs can be loaded: BTF gives offsets in structs and
-//! names of reset reasons, tracefs gives the layout of tracepoint records.
+//! The running kernel: which hooks it offers and what it allows (`hooks`, `privilege`, `lockdown`), how its types and
+//! records are laid out (`btf`, `offsets`, `arguments`, `tracefs`, `format`), and the loaded programs (`loader`).
 
 pub mod arguments;
 pub mod btf;
@@ -35,25 +35,25 @@ impl ResetReasons {
     }
 }
 
-/// Everything that is read out of BTF, in one go.
+/// Everything that tcpclose reads from BTF.
 #[derive(Debug)]
 pub struct TypeFacts {
-    /// Where the members are that the programs read.
+    /// Offsets of the members that the programs read.
     pub offsets: StructOffsets,
-    /// What [`Self::offsets`] lacks, and why.
+    /// The members that [`Self::offsets`] lacks, and why.
     pub missing: Vec<Missing>,
     /// Names of `enum sk_rst_reason` without their common prefix, such as 11 `TCP_ABORT_ON_CLOSE`. Numbers above 10
     /// differ between kernels. Empty before 6.10; `MAX` is the last.
     pub reset_reasons: BTreeMap<i64, String>,
-    /// Whether a raw tracepoint program on `tcp_send_reset` gets a reason as its third argument, as from 6.10 on.
-    /// `None` if BTF does not say.
+    /// Whether the third argument of a raw tracepoint program on `tcp_send_reset` is a reason, as from 6.10 on. `None` if
+    /// BTF does not describe the tracepoint.
     pub send_reset_has_reason: Option<bool>,
-    /// Where programs on kernel functions find their arguments.
+    /// Offsets of the arguments of programs on kernel functions.
     pub arguments: ArgumentOffsets,
 }
 
 impl TypeFacts {
-    /// Takes the facts out of raw BTF.
+    /// Reads the facts from raw BTF.
     ///
     /// # Errors
     /// The bytes are not BTF.
@@ -71,7 +71,7 @@ impl TypeFacts {
     }
 }
 
-/// Reduced BTF of several kernels, by name. See `fixtures/README.md`.
+/// Reduced BTF of several kernels, with their names; see `fixtures/README.md`.
 #[cfg(test)]
 const FIXTURES: [(&str, &[u8]); 6] = [
     ("5.10-amd64", include_bytes!("../../fixtures/btf/5.10-amd64.btf")),

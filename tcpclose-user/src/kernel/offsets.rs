@@ -1,4 +1,4 @@
-//! Which members of which kernel structs the programs read, looked up in BTF.
+//! The members of kernel structs that the programs read, and their offsets according to BTF.
 
 use std::fmt;
 
@@ -7,13 +7,12 @@ use tcpclose_common::offsets::{ABSENT, StructOffsets};
 
 use super::btf::{Absent, Btf};
 
-/// Something that [`StructOffsets`] has a field for and this kernel's BTF has not, or not in a form the programs
-/// can read.
+/// A field of [`StructOffsets`] for which BTF has no member, or one that the programs cannot read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Missing {
-    /// The field of [`StructOffsets`] that stays [`ABSENT`].
+    /// The field of [`StructOffsets`], which stays [`ABSENT`].
     pub field: &'static str,
-    /// What was looked for, such as `sock.sk_lock.owned`.
+    /// What was looked up, such as `sock.sk_lock.owned`.
     pub path: &'static str,
     /// Why it cannot be used.
     pub why: Absent,
@@ -25,80 +24,150 @@ impl fmt::Display for Missing {
     }
 }
 
-/// A row of the table: field, path, size in bytes that the programs read.
-pub(super) type Row = (&'static str, fn(&mut StructOffsets) -> &mut u16, &'static str, u64);
-
-macro_rules! rows {
-    ($($field:ident = $path:literal, $size:literal;)*) => {
-        &[$((stringify!($field), |offsets| &mut offsets.$field, $path, $size)),*]
-    };
+/// The type of a member, as far as BTF and the programs care.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// An integer of one byte.
+    U8,
+    /// An integer of two bytes.
+    U16,
+    /// An integer of four bytes, or an enum.
+    U32,
+    /// An integer of eight bytes.
+    U64,
+    /// A pointer.
+    Pointer,
+    /// An array of so many characters.
+    Bytes(u8),
+    /// A struct of this size in bytes, read as a whole, such as `kuid_t`.
+    Struct(u8),
 }
 
-pub(super) const MEMBERS: &[Row] = rows! {
-    sk_family = "sock.__sk_common.skc_family", 2;
-    sk_state = "sock.__sk_common.skc_state", 1;
-    sk_rcv_saddr = "sock.__sk_common.skc_rcv_saddr", 4;
-    sk_daddr = "sock.__sk_common.skc_daddr", 4;
-    sk_v6_rcv_saddr = "sock.__sk_common.skc_v6_rcv_saddr", 16;
-    sk_v6_daddr = "sock.__sk_common.skc_v6_daddr", 16;
-    sk_num = "sock.__sk_common.skc_num", 2;
-    sk_sport = "inet_sock.inet_sport", 2;
-    sk_dport = "sock.__sk_common.skc_dport", 2;
-    sk_net = "sock.__sk_common.skc_net.net", 8;
-    sk_flags = "sock.__sk_common.skc_flags", 8;
-    sk_cookie = "sock.__sk_common.skc_cookie", 8;
-    sk_protocol = "sock.sk_protocol", 2;
-    sk_err = "sock.sk_err", 4;
-    sk_shutdown = "sock.sk_shutdown", 1;
-    sk_lingertime = "sock.sk_lingertime", 8;
-    sk_lock_owned = "sock.sk_lock.owned", 4;
-    sk_socket = "sock.sk_socket", 8;
-    // `struct sock` is the first member of `inet_sock`, that of `inet_connection_sock`, and that of `tcp_sock`:
+impl Shape {
+    /// The size in bytes.
+    pub fn size(self) -> u64 {
+        match self {
+            Self::U8 => 1,
+            Self::U16 => 2,
+            Self::U32 => 4,
+            Self::U64 | Self::Pointer => 8,
+            Self::Bytes(size) | Self::Struct(size) => size.into(),
+        }
+    }
+}
+
+/// A member that is looked up in BTF.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// The name of the struct and the names of the members on the way, such as `sock.sk_lock.owned`.
+    pub path: &'static str,
+    /// Its type.
+    pub shape: Shape,
+}
+
+/// Every member that is looked up on any kernel. The fixtures' `members.c` is generated from this list.
+pub fn members() -> impl Iterator<Item = Member> {
+    let in_table = MEMBERS.iter().map(|row| row.member);
+    in_table.chain([SOCKET, SOCKET_INODE]).chain(SYSCALL)
+}
+
+/// One row of the table of members.
+struct Row {
+    /// The name of the field of [`StructOffsets`], and how to reach it.
+    field: &'static str,
+    slot: fn(&mut StructOffsets) -> &mut u16,
+    member: Member,
+}
+
+macro_rules! rows {
+    ($($field:ident = $path:literal, $shape:expr;)*) => {{
+        #[allow(clippy::enum_glob_use, reason = "the rows are a table of shapes")]
+        use Shape::*;
+        &[$(Row {
+            field: stringify!($field),
+            slot: |offsets| &mut offsets.$field,
+            member: Member { path: $path, shape: $shape },
+        }),*]
+    }};
+}
+
+/// The members whose offset is the field of [`StructOffsets`] as it is. The others are below.
+const MEMBERS: &[Row] = rows! {
+    sk_family = "sock.__sk_common.skc_family", U16;
+    sk_state = "sock.__sk_common.skc_state", U8;
+    sk_rcv_saddr = "sock.__sk_common.skc_rcv_saddr", U32;
+    sk_daddr = "sock.__sk_common.skc_daddr", U32;
+    sk_v6_rcv_saddr = "sock.__sk_common.skc_v6_rcv_saddr", Struct(16);
+    sk_v6_daddr = "sock.__sk_common.skc_v6_daddr", Struct(16);
+    sk_num = "sock.__sk_common.skc_num", U16;
+    sk_sport = "inet_sock.inet_sport", U16;
+    sk_dport = "sock.__sk_common.skc_dport", U16;
+    sk_net = "sock.__sk_common.skc_net.net", Pointer;
+    sk_flags = "sock.__sk_common.skc_flags", U64;
+    sk_cookie = "sock.__sk_common.skc_cookie", Struct(8);
+    sk_protocol = "sock.sk_protocol", U16;
+    sk_err = "sock.sk_err", U32;
+    sk_shutdown = "sock.sk_shutdown", U8;
+    sk_lingertime = "sock.sk_lingertime", U64;
+    sk_lock_owned = "sock.sk_lock.owned", U32;
+    sk_socket = "sock.sk_socket", Pointer;
+    // `struct sock` is the first member of `inet_sock`, which is the first of `inet_connection_sock`, which is the first
+    // of `tcp_sock`:
     // https://elixir.bootlin.com/linux/v6.12/source/include/linux/tcp.h
-    icsk_lrcvtime = "inet_connection_sock.icsk_ack.lrcvtime", 4;
-    icsk_user_timeout = "inet_connection_sock.icsk_user_timeout", 4;
-    tcp_lsndtime = "tcp_sock.lsndtime", 4;
-    tcp_bytes_received = "tcp_sock.bytes_received", 8;
-    tcp_bytes_sent = "tcp_sock.bytes_sent", 8;
-    tcp_bytes_retrans = "tcp_sock.bytes_retrans", 8;
-    tcp_total_retrans = "tcp_sock.total_retrans", 4;
-    tcp_srtt_us = "tcp_sock.srtt_us", 4;
-    tcp_rcv_nxt = "tcp_sock.rcv_nxt", 4;
-    tcp_copied_seq = "tcp_sock.copied_seq", 4;
-    tcp_write_seq = "tcp_sock.write_seq", 4;
-    tcp_snd_una = "tcp_sock.snd_una", 4;
-    tcp_linger2 = "tcp_sock.linger2", 4;
-    net_inum = "net.ns.inum", 4;
-    skb_head = "sk_buff.head", 8;
-    skb_network_header = "sk_buff.network_header", 2;
-    skb_transport_header = "sk_buff.transport_header", 2;
-    skb_dev = "sk_buff.dev", 8;
-    dev_net = "net_device.nd_net.net", 8;
-    task_pid = "task_struct.pid", 4;
-    task_tgid = "task_struct.tgid", 4;
-    task_comm = "task_struct.comm", 16;
-    task_cred = "task_struct.real_cred", 8;
-    cred_uid = "cred.uid", 4;
-    task_files = "task_struct.files", 8;
-    files_fdt = "files_struct.fdt", 8;
-    fdtable_fd = "fdtable.fd", 8;
-    file_inode = "file.f_inode", 8;
-    file_private = "file.private_data", 8;
-    inode_mode = "inode.i_mode", 2;
-    socket_sk = "socket.sk", 8;
-    iter_task = "bpf_iter__task_file.task", 8;
-    iter_fd = "bpf_iter__task_file.fd", 4;
-    iter_file = "bpf_iter__task_file.file", 8;
-    task_flags = "task_struct.flags", 4;
-    task_exit_code = "task_struct.exit_code", 4;
-    task_mm = "task_struct.mm", 8;
-    task_stack = "task_struct.stack", 8;
+    icsk_lrcvtime = "inet_connection_sock.icsk_ack.lrcvtime", U32;
+    icsk_user_timeout = "inet_connection_sock.icsk_user_timeout", U32;
+    tcp_lsndtime = "tcp_sock.lsndtime", U32;
+    tcp_bytes_received = "tcp_sock.bytes_received", U64;
+    tcp_bytes_sent = "tcp_sock.bytes_sent", U64;
+    tcp_bytes_retrans = "tcp_sock.bytes_retrans", U64;
+    tcp_total_retrans = "tcp_sock.total_retrans", U32;
+    tcp_srtt_us = "tcp_sock.srtt_us", U32;
+    tcp_rcv_nxt = "tcp_sock.rcv_nxt", U32;
+    tcp_copied_seq = "tcp_sock.copied_seq", U32;
+    tcp_write_seq = "tcp_sock.write_seq", U32;
+    tcp_snd_una = "tcp_sock.snd_una", U32;
+    tcp_linger2 = "tcp_sock.linger2", U32;
+    net_inum = "net.ns.inum", U32;
+    skb_head = "sk_buff.head", Pointer;
+    skb_network_header = "sk_buff.network_header", U16;
+    skb_transport_header = "sk_buff.transport_header", U16;
+    skb_dev = "sk_buff.dev", Pointer;
+    dev_net = "net_device.nd_net.net", Pointer;
+    task_pid = "task_struct.pid", U32;
+    task_tgid = "task_struct.tgid", U32;
+    task_comm = "task_struct.comm", Bytes(16);
+    task_cred = "task_struct.real_cred", Pointer;
+    cred_uid = "cred.uid", Struct(4);
+    task_files = "task_struct.files", Pointer;
+    files_fdt = "files_struct.fdt", Pointer;
+    fdtable_fd = "fdtable.fd", Pointer;
+    file_inode = "file.f_inode", Pointer;
+    file_private = "file.private_data", Pointer;
+    inode_mode = "inode.i_mode", U16;
+    socket_sk = "socket.sk", Pointer;
+    iter_task = "bpf_iter__task_file.task", Pointer;
+    iter_fd = "bpf_iter__task_file.fd", U32;
+    iter_file = "bpf_iter__task_file.file", Pointer;
+    task_flags = "task_struct.flags", U32;
+    task_exit_code = "task_struct.exit_code", U32;
+    task_mm = "task_struct.mm", Pointer;
+    task_stack = "task_struct.stack", Pointer;
 };
 
-/// Looks up everything in [`StructOffsets`].
+/// What a `struct socket_alloc` holds: a socket, and the inode of its descriptors.
+const SOCKET: Member = Member { path: "socket_alloc.socket", shape: Shape::Struct(128) };
+const SOCKET_INODE: Member = Member { path: "socket_alloc.vfs_inode.i_ino", shape: Shape::U64 };
+
+/// The number of the system call in the registers of a task: on x86-64, and on arm64.
+const SYSCALL: [Member; 2] = [
+    Member { path: "pt_regs.orig_ax", shape: Shape::U64 },
+    Member { path: "pt_regs.syscallno", shape: Shape::U32 },
+];
+
+/// Looks up every field of [`StructOffsets`].
 ///
-/// Never fails: what is not there, or has another shape than the programs expect, is [`ABSENT`] in the first result
-/// and in the second with the reason.
+/// A field that BTF has no member for, or one of another size than the programs read, stays [`ABSENT`] and is listed with
+/// the reason in the second result.
 pub fn struct_offsets(btf: &Btf<'_>) -> (StructOffsets, Vec<Missing>) {
     let mut offsets = StructOffsets::ABSENT;
     let mut missing = Vec::new();
@@ -113,10 +182,10 @@ pub fn struct_offsets(btf: &Btf<'_>) -> (StructOffsets, Vec<Missing>) {
         }
     };
 
-    for &(field, slot, path, size) in MEMBERS {
-        put(field, slot(&mut offsets), path, sized(btf, path, size));
+    for Row { field, slot, member } in MEMBERS {
+        put(field, slot(&mut offsets), member.path, offset(btf, *member));
     }
-    put("socket_inode", &mut offsets.socket_inode, "socket_alloc.vfs_inode.i_ino", socket_inode(btf));
+    put("socket_inode", &mut offsets.socket_inode, SOCKET_INODE.path, socket_inode(btf));
     put("thread_size", &mut offsets.thread_size, "union thread_union", thread_size(btf));
     put(
         "pt_regs_size",
@@ -124,39 +193,42 @@ pub fn struct_offsets(btf: &Btf<'_>) -> (StructOffsets, Vec<Missing>) {
         "struct pt_regs",
         btf.size_of("pt_regs").ok_or(Absent::NoType),
     );
-    // x86-64 and arm64; there is no other kernel with either name in its `pt_regs`.
-    let syscall = sized(btf, "pt_regs.orig_ax", 8).or_else(|_| sized(btf, "pt_regs.syscallno", 4));
+    // No other architecture's `pt_regs` has either name.
+    let [x86_64, arm64] = SYSCALL;
+    let syscall = offset(btf, x86_64).or_else(|_| offset(btf, arm64));
     put("pt_regs_syscall", &mut offsets.pt_regs_syscall, "pt_regs.orig_ax or pt_regs.syscallno", syscall);
     (offsets, missing)
 }
 
-fn sized(btf: &Btf<'_>, path: &str, expected: u64) -> Result<u64, Absent> {
-    let place = btf.member(path)?;
+/// The offset of a member that has the expected size.
+fn offset(btf: &Btf<'_>, member: Member) -> Result<u64, Absent> {
+    let (place, expected) = (btf.member(member.path)?, member.shape.size());
     if place.size == expected { Ok(place.offset) } else { Err(Absent::Size { found: place.size, expected }) }
 }
 
-/// A socket and its inode are allocated together, and `SOCK_INODE()` goes from one to the other:
-/// <https://elixir.bootlin.com/linux/v6.12/source/include/net/sock.h>
+/// The offset of the inode number from the socket. Both are allocated together, and `SOCK_INODE()` goes from one to the
+/// other: <https://elixir.bootlin.com/linux/v6.12/source/include/net/sock.h>
 fn socket_inode(btf: &Btf<'_>) -> Result<u64, Absent> {
-    let inode = sized(btf, "socket_alloc.vfs_inode.i_ino", 8)?;
-    let socket = btf.member("socket_alloc.socket")?.offset;
+    let inode = offset(btf, SOCKET_INODE)?;
+    let socket = btf.member(SOCKET.path)?.offset;
     inode.checked_sub(socket).ok_or(Absent::NoMember)
 }
 
-/// The kernel only ever declares `union thread_union`, so BTF mostly has no entry for it. x86 gives its interrupt
-/// stacks the same size as its thread stacks, `PAGE_SIZE << (2 + KASAN_STACK_ORDER)`, and those are in BTF:
+/// The size of a kernel stack. Most BTF does not describe `union thread_union`, because the kernel only ever declares it.
+/// On x86 the interrupt stacks, which BTF describes, have the same size, `PAGE_SIZE << (2 + KASAN_STACK_ORDER)`:
 /// <https://elixir.bootlin.com/linux/v6.12/source/arch/x86/include/asm/page_64_types.h>
 fn thread_size(btf: &Btf<'_>) -> Result<u64, Absent> {
     let described = btf.size_of("thread_union").or_else(|| btf.size_of("irq_stack"));
     described.or_else(|| thread_size_of_arm64(btf)).ok_or(Absent::NoType)
 }
 
-/// `1 << MIN_THREAD_SHIFT`, which no type of arm64 has. Stacks are larger with KASAN, and where a page is larger than
-/// this. It only matters before 5.15, where the programs have to find a task's registers themselves:
+/// `1 << MIN_THREAD_SHIFT`, which is in no type of arm64. Stacks are larger with KASAN, and where pages are larger than
+/// this. The size only matters before 5.15, where the programs have to find a task's registers themselves:
 /// <https://elixir.bootlin.com/linux/v5.10/source/arch/arm64/include/asm/memory.h>
 fn thread_size_of_arm64(btf: &Btf<'_>) -> Option<u64> {
     const SIZE: u64 = 1 << 14;
-    let is_arm64 = btf.member("pt_regs.syscallno").is_ok();
+    let [_, syscall] = SYSCALL;
+    let is_arm64 = btf.member(syscall.path).is_ok();
     let has_kasan = btf.size_of("kasan_cache").is_some();
     let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten()?;
     (is_arm64 && !has_kasan && u64::try_from(page).is_ok_and(|page| page <= SIZE)).then_some(SIZE)
@@ -164,12 +236,14 @@ fn thread_size_of_arm64(btf: &Btf<'_>) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
     use crate::kernel::FIXTURES;
 
-    /// What the fixtures, in their order, must give. Checked against the whole BTF of each kernel as pahole 1.24 shows
-    /// it (`pahole -E -C tcp_sock`), and for 6.18 also against what libbpf 1.1 put into relocations of the same
-    /// members, running on it.
+    /// The offsets in the fixtures, in their order. They were compared with what pahole 1.24 shows for the whole BTF of
+    /// each kernel (`pahole -E -C tcp_sock`), and for 6.18 also with what libbpf 1.1, running on it, put into relocations
+    /// of the same members.
     const EXPECTED: [(&str, [u16; 6]); 60] = [
         //                    5.10  6.1   6.12  arm64 6.18  7.2
         ("sk_family", [16, 16, 16, 16, 16, 16]),
@@ -247,7 +321,7 @@ mod tests {
 
     #[test]
     fn empty_btf_lacks_everything() {
-        // A header and nothing else.
+        // Only a header.
         let mut bytes = [0; 24];
         bytes[..8].copy_from_slice(&[0x9f, 0xeb, 1, 0, 24, 0, 0, 0]);
         let (offsets, missing) = struct_offsets(&Btf::parse(&bytes).unwrap());
@@ -262,7 +336,27 @@ mod tests {
     #[test]
     fn other_sizes_are_missing() {
         let btf = Btf::parse(FIXTURES[4].1).unwrap();
-        assert_eq!(sized(&btf, "sock.sk_err", 2), Err(Absent::Size { found: 4, expected: 2 }));
-        assert_eq!(sized(&btf, "sock.sk_kern_sock", 1), Err(Absent::BitField));
+        let offset = |path, shape| offset(&btf, Member { path, shape });
+        assert_eq!(offset("sock.sk_err", Shape::U16), Err(Absent::Size { found: 4, expected: 2 }));
+        assert_eq!(offset("sock.sk_kern_sock", Shape::U8), Err(Absent::BitField));
+    }
+
+    /// A reduced BTF made from these members has everything that is looked up.
+    #[test]
+    fn members_are_those_of_the_fixtures() {
+        let types: Vec<_> = FIXTURES.iter().map(|(_, bytes)| Btf::parse(bytes).unwrap()).collect();
+        for member in members() {
+            // Of the two names of the system call's number a kernel has one.
+            let has = |btf: &&Btf<'_>| btf.member(member.path).is_ok();
+            let found = types.iter().filter(has).count();
+            let expected = match member.path {
+                "pt_regs.orig_ax" => 5,
+                "pt_regs.syscallno" => 1,
+                _ => FIXTURES.len(),
+            };
+            assert_eq!(found, expected, "{}", member.path);
+        }
+        let paths: BTreeSet<_> = members().map(|member| member.path).collect();
+        assert_eq!(paths.len(), members().count(), "a member is there twice");
     }
 }

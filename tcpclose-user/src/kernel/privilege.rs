@@ -1,4 +1,4 @@
-//! What this process is allowed to do. Capabilities count, not user ids: a root without them is refused as well.
+//! What this process may do. Capabilities decide, not user ids: root without them is refused as well.
 
 use std::{fs, os::unix::fs::MetadataExt as _};
 
@@ -6,74 +6,74 @@ use caps::{CapSet, Capability};
 
 use crate::failure::Failure;
 
-/// A capability (`capabilities(7)`) that makes a difference.
+/// A capability (`capabilities(7)`) that tcpclose makes use of.
 #[derive(Debug)]
 pub struct Privilege {
-    /// Which.
+    /// The capability.
     pub capability: Capability,
-    /// What it is for.
+    /// What it is for, as an infinitive.
     pub purpose: &'static str,
-    /// What it means to go without.
+    /// What happens without it.
     pub need: Need,
     /// What is lost without it, as a sentence; empty if nothing is.
     pub lost: &'static str,
 }
 
-/// What it means to go without a capability.
+/// What happens without a capability.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Need {
     /// Nothing can be loaded.
     Essential,
-    /// Facts are lost, which is told when tracing begins.
+    /// Facts are lost, and a warning at the start of tracing reports it.
     Useful,
-    /// Little is lost, or nothing: `doctor` tells.
+    /// Little or nothing is lost, and only `doctor` reports it.
     Minor,
 }
 
-/// The capabilities that make a difference. `CAP_SYS_ADMIN` stands for the first two, as it does in the kernel.
+/// The capabilities that tcpclose makes use of. `CAP_SYS_ADMIN` includes the first two, as it does in the kernel.
 pub const PRIVILEGES: &[Privilege] = &[
     Privilege {
         capability: Capability::CAP_BPF,
-        purpose: "to load programs and make maps",
+        purpose: "to load programs and create maps",
         need: Need::Essential,
         lost: "nothing can be traced",
     },
     Privilege {
         capability: Capability::CAP_PERFMON,
-        purpose: "to attach them to tracepoints and read kernel memory",
+        purpose: "to attach programs to tracepoints and read kernel memory",
         need: Need::Essential,
         lost: "nothing can be traced",
     },
     Privilege {
         capability: Capability::CAP_SYS_ADMIN,
-        purpose: "to mount tracefs where nobody has, which only a kernel without BTF makes necessary",
+        purpose: "to mount tracefs where it is not mounted, which is only necessary without BTF",
         need: Need::Minor,
         lost: "",
     },
     Privilege {
         capability: Capability::CAP_SYS_PTRACE,
-        purpose: "to look other users' programs up in /proc",
+        purpose: "to look up other users' processes in /proc",
         need: Need::Useful,
-        lost: "other users' programs cannot be looked up in /proc: `exe`, symbols, and owners known only there are null",
+        lost: "other users' processes cannot be looked up in /proc: `exe`, symbols, and owners known only there are null",
     },
     Privilege {
         capability: Capability::CAP_DAC_READ_SEARCH,
-        purpose: "to read programs and directories that are closed to this user",
+        purpose: "to read programs and directories that this user may not read",
         need: Need::Minor,
-        lost: "frames in programs that this user may not read have no names",
+        lost: "stack frames in programs that this user may not read have no symbols",
     },
     Privilege {
         capability: Capability::CAP_SYSLOG,
-        purpose: "to see addresses in /proc/kallsyms, if the kernel hides them",
+        purpose: "to see addresses in /proc/kallsyms if the kernel hides them",
         need: Need::Minor,
-        // Whether it hides them is seen in the file itself.
+        // The file itself shows whether the kernel hides them, and `doctor` reports that.
         lost: "",
     },
     Privilege {
         capability: Capability::CAP_SYS_NICE,
-        purpose: "to be in time to look at programs that end at once",
+        purpose: "to look up short-lived processes in time",
         need: Need::Minor,
-        lost: "on a busy host `exe` and symbols of programs that end at once are null more often",
+        lost: "on a busy host `exe` and symbols of short-lived processes are null more often",
     },
     Privilege {
         capability: Capability::CAP_NET_ADMIN,
@@ -84,7 +84,7 @@ pub const PRIVILEGES: &[Privilege] = &[
 ];
 
 impl Privilege {
-    /// How to get it.
+    /// How to grant it.
     pub fn grant(&self) -> String {
         let name = self.capability.to_string();
         let short = name.trim_start_matches("CAP_");
@@ -103,46 +103,46 @@ pub fn raise() {
     }
 }
 
-/// Whether the effective set has `capability`. A kernel that does not know it says no.
+/// Whether the effective set has `capability`; false on a kernel that does not know it.
 pub fn has(capability: Capability) -> bool {
     caps::has_cap(None, CapSet::Effective, capability).unwrap_or(false)
 }
 
-/// What it means not to see the host's processes in `/proc`.
-pub const OUTSIDE: &str = "pids are told as the host has them; /proc here does not show those processes, so `exe`, \
-                           containers, symbols, and owners known only there are null";
+/// What is lost in a pid namespace whose `/proc` does not show the host's processes.
+pub const OUTSIDE: &str = "pids are the host's; /proc here does not show those processes, so `exe`, containers, symbols, \
+                           and owners known only from /proc are null";
 
-/// Whether pids here are those that the kernel half sees.
+/// Whether pids here are those that the kernel half reports.
 pub fn in_initial_pid_namespace() -> bool {
     is_namespace("pid", PROC_PID_INIT_INO)
 }
 
-/// Whether capabilities here count for the whole kernel.
+/// Whether capabilities here are valid for the whole kernel.
 pub fn in_initial_user_namespace() -> bool {
     is_namespace("user", PROC_USER_INIT_INO)
 }
 
-/// Inode numbers of the namespaces that a kernel begins with: `include/linux/proc_ns.h`; part of the interface since 6.18
+/// Inode numbers of the initial namespaces: `include/linux/proc_ns.h`, and since 6.18 part of the user interface
 /// (`include/uapi/linux/nsfs.h`).
 const PROC_PID_INIT_INO: u64 = 0xefff_fffc;
 const PROC_USER_INIT_INO: u64 = 0xefff_fffd;
 
-/// Where the file cannot be read there is no telling, and most processes are where the kernel began.
+/// If the file cannot be read, this assumes the initial namespace, in which most processes are.
 fn is_namespace(kind: &str, inode: u64) -> bool {
     fs::metadata(format!("/proc/self/ns/{kind}")).map_or(true, |file| file.ino() == inode)
 }
 
-/// Refuses to go on without what loading takes.
+/// Checks the privileges that loading requires.
 ///
 /// # Errors
-/// A capability is missing, or counts for nothing here.
+/// A capability is missing, or is not valid because this is not the initial user namespace.
 pub fn check() -> Result<(), Failure> {
     if !in_initial_user_namespace() {
         return Err(Failure {
             failed: "cannot load the kernel programs: not permitted".to_owned(),
-            found: "a user namespace of its own, whose capabilities do not count outside it".to_owned(),
+            found: "a separate user namespace, whose capabilities are not valid outside it".to_owned(),
             needed: "the host's user namespace".to_owned(),
-            fix: "run it as the host's root: a rootful container, without --userns".to_owned(),
+            fix: "run tcpclose as the host's root, in a container: rootful and without --userns".to_owned(),
         });
     }
     if has(Capability::CAP_SYS_ADMIN) {
@@ -155,9 +155,9 @@ pub fn check() -> Result<(), Failure> {
     let names: Vec<_> =
         missing.iter().map(|privilege| format!("{} {}", privilege.capability, privilege.purpose)).collect();
     let found = if nix::unistd::geteuid().is_root() {
-        "root without it: a container or a service manager has taken it away".to_owned()
+        "root without this capability: a container or a service manager has dropped it".to_owned()
     } else {
-        format!("user id {}, without it", nix::unistd::geteuid())
+        format!("user id {}, without this capability", nix::unistd::geteuid())
     };
     Err(Failure {
         failed: "cannot load the kernel programs: not permitted".to_owned(),
@@ -167,7 +167,7 @@ pub fn check() -> Result<(), Failure> {
     })
 }
 
-/// How to give this program what it needs.
+/// How to grant tcpclose the capabilities that it needs.
 pub fn grant() -> String {
     let program =
         std::env::current_exe().map_or_else(|_| "tcpclose".to_owned(), |path| path.display().to_string());
@@ -177,12 +177,12 @@ pub fn grant() -> String {
     )
 }
 
-/// What is lost for want of capabilities that are merely useful, and of the host's pid namespace; a sentence each.
+/// What is lost because a useful capability or the host's pid namespace is missing, one sentence each.
 pub fn losses() -> Vec<String> {
     let capabilities = missing(Need::Useful)
         .map(|privilege| format!("without {}, {}", privilege.capability, privilege.lost));
     let elsewhere = (!in_initial_pid_namespace())
-        .then(|| format!("in a pid namespace of its own, {OUTSIDE} (in a container: --pid host)"));
+        .then(|| format!("in a separate pid namespace, {OUTSIDE} (in a container: --pid host)"));
     capabilities.chain(elsewhere).collect()
 }
 

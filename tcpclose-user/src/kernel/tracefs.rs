@@ -1,8 +1,8 @@
-//! Finds tracefs, and where nobody has mounted it, mounts it for this program alone.
+//! Finds tracefs, and mounts it for this process alone where it is not mounted.
 //!
-//! Tracefs is where the layout of tracepoint records is described, and aya looks there for a tracepoint's number, at
-//! the two usual places only. Not every machine has it mounted. Mounting it for all to see would change the host, so
-//! [`ensure`] does it in a mount namespace of its own, and [`with`] in one that is gone when the work is done.
+//! Tracefs describes the layout of tracepoint records, and aya reads a tracepoint's number from it, at the two usual
+//! mount points only. Not every machine has it mounted. Mounting it for everybody would change the host, so [`ensure`]
+//! mounts it in a new mount namespace, and [`with`] in one that ends with the work.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -15,8 +15,8 @@ use nix::sched::{CloneFlags, unshare};
 
 use super::format::Format;
 
-/// Where tracefs usually is: its own place since Linux 4.1, and the older one inside debugfs. aya 0.14 looks at the
-/// same two.
+/// The usual mount points: the one of its own since Linux 4.1, and the older one inside debugfs. aya 0.14 knows the same
+/// two.
 const PLACES: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
 
 /// A tracefs that can be read.
@@ -27,30 +27,30 @@ pub struct Tracefs {
 }
 
 impl Tracefs {
-    /// The directory it is mounted at.
+    /// The mount point.
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// Whether [`ensure`] mounted it. Then only the thread that called it, and threads and processes which that one
-    /// starts later, can see it.
+    /// Whether [`ensure`] mounted it. In that case only the calling thread, and the threads and processes that it starts
+    /// afterwards, can see it.
     pub fn mounted_here(&self) -> bool {
         self.mounted_here
     }
 
-    /// Whether the kernel has that tracepoint, such as `tcp/tcp_send_reset`.
+    /// Whether the kernel has a tracepoint, named by group and name, such as `tcp/tcp_send_reset`.
     pub fn has_event(&self, event: &str) -> bool {
         self.event(event).is_dir()
     }
 
-    /// The layout of an event's records. `event` is group and name, such as `tcp/tcp_send_reset`.
+    /// The layout of a tracepoint's records. `event` is group and name, such as `tcp/tcp_send_reset`.
     ///
     /// # Errors
-    /// The kernel has no such tracepoint, or its file cannot be read or understood.
+    /// The kernel has no such tracepoint, or its file cannot be read or parsed.
     pub fn format(&self, event: &str) -> anyhow::Result<Format> {
         let path = self.event(event).join("format");
         let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        Format::parse(&text).with_context(|| format!("cannot make sense of {}", path.display()))
+        Format::parse(&text).with_context(|| format!("cannot parse {}", path.display()))
     }
 
     fn event(&self, event: &str) -> PathBuf {
@@ -58,7 +58,7 @@ impl Tracefs {
     }
 }
 
-/// Why there is no tracefs to read: four sentences, the last one a command.
+/// Why tracefs cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Error {
     /// What failed.
@@ -67,7 +67,7 @@ pub struct Error {
     pub found: String,
     /// What was needed.
     pub needed: String,
-    /// What to run, or else to do, before trying again.
+    /// A command to run, or what else to do, before trying again.
     pub fix: String,
 }
 
@@ -80,23 +80,23 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-/// Looks for a tracefs that is mounted already; `None` if there is none.
+/// Finds a tracefs that is already mounted; `None` if there is none.
 ///
 /// # Errors
-/// There is one and this user may not read it.
+/// Tracefs is mounted, but this user may not read it.
 pub fn find() -> Result<Option<Tracefs>, Error> {
     find_in(&PLACES)
 }
 
-/// Finds tracefs, or mounts it at `/sys/kernel/tracing` in a mount namespace that the calling thread gets for itself.
+/// Finds tracefs, or mounts it at `/sys/kernel/tracing` in a new mount namespace of the calling thread.
 ///
-/// The new namespace takes over what the host mounts and unmounts later on, but hands nothing back. Only the calling
-/// thread moves, and whatever it starts from then on follows, processes included; other threads stay. So this belongs
-/// at the very start of the program, or in a thread of its own, as [`with`] does. `/proc/PID/root` of other processes
-/// is not affected. aya remembers where tracefs was, or that there was none, so the first look has to be this one.
+/// The new namespace receives mounts and unmounts from the host and propagates none back. Only the calling thread moves
+/// into it, along with the threads and processes that it starts afterwards. So call this at the very start of the program,
+/// or in a thread of its own, as [`with`] does. `/proc/PID/root` of other processes is not affected. aya caches where
+/// tracefs is, even if it is nowhere, so this has to come before aya's first lookup.
 ///
 /// # Errors
-/// There is a tracefs but it may not be read, or there is none and it may not be mounted: that takes `CAP_SYS_ADMIN`.
+/// Tracefs is mounted but may not be read, or it is not mounted and may not be: mounting requires `CAP_SYS_ADMIN`.
 pub fn ensure() -> Result<Tracefs, Error> {
     if let Some(tracefs) = find()? {
         return Ok(tracefs);
@@ -105,20 +105,19 @@ pub fn ensure() -> Result<Tracefs, Error> {
     mount_privately(place).map_err(|(step, errno)| cannot_mount(place, step, errno))?;
     match find()? {
         Some(tracefs) => Ok(Tracefs { mounted_here: true, ..tracefs }),
-        // A kernel without events has a tracefs without the directory.
+        // The tracefs of a kernel without tracepoints has no such directory.
         None => Err(cannot_mount(place, "find tracepoints in tracefs", Errno::ENODEV)),
     }
 }
 
-/// Calls `work` with tracefs at hand. Where it has to be mounted first, `work` runs in a thread of its own, and the
-/// mount is gone when it returns: what it opened and attached stays, and neither this process nor those it starts
-/// ever see it.
+/// Calls `work` with a tracefs. If it has to be mounted first, `work` runs in a thread of its own and the mount ends when
+/// it returns. What `work` has opened and attached stays; no other thread, and no process started later, sees the mount.
 ///
 /// # Errors
-/// Those of [`ensure`]; `work` has not been called then.
+/// Those of [`ensure`], in which case `work` was not called.
 ///
 /// # Panics
-/// If `work` does.
+/// If `work` panics.
 pub fn with<T: Send>(work: impl FnOnce(&Tracefs) -> T + Send) -> Result<T, Error> {
     if let Some(tracefs) = find()? {
         return Ok(work(&tracefs));
@@ -132,10 +131,10 @@ pub fn with<T: Send>(work: impl FnOnce(&Tracefs) -> T + Send) -> Result<T, Error
 fn find_in(places: &[&str]) -> Result<Option<Tracefs>, Error> {
     let mut denied = None;
     for place in places {
-        // The mount point is there, empty, also when nothing is mounted.
+        // If nothing is mounted, the mount point exists but is empty.
         match fs::read_dir(Path::new(place).join("events")) {
             Ok(_) => return Ok(Some(Tracefs { root: place.into(), mounted_here: false })),
-            // When it is debugfs that may not be entered, there is no saying what is in it.
+            // In a debugfs that may not be entered the mount point is not visible, so nothing is known about it.
             Err(error) if error.kind() == ErrorKind::PermissionDenied && Path::new(place).exists() => {
                 denied.get_or_insert_with(|| cannot_read(place, &error));
             }
@@ -148,8 +147,8 @@ fn find_in(places: &[&str]) -> Result<Option<Tracefs>, Error> {
 fn mount_privately(place: &'static str) -> Result<(), (&'static str, Errno)> {
     let none = None::<&str>;
     unshare(CloneFlags::CLONE_NEWNS).map_err(|errno| ("make a mount namespace", errno))?;
-    // Slave, not private: file systems that are mounted later, such as those of new containers, are wanted when their
-    // programs' symbols are read.
+    // Slave, not private: file systems that are mounted later, such as those of new containers, have to be visible when
+    // the symbols of their programs are read.
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
         .map_err(|errno| ("keep mounts from the host", errno))?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
@@ -159,31 +158,31 @@ fn mount_privately(place: &'static str) -> Result<(), (&'static str, Errno)> {
 fn cannot_read(place: &str, error: &io::Error) -> Error {
     Error {
         failed: format!("cannot read the tracepoints in {place}"),
-        found: format!("its events directory gives: {error}"),
-        needed: "to be root, or a tracefs that one of this user's groups may read".to_owned(),
+        found: format!("reading its events directory: {error}"),
+        needed: "root, or a tracefs that one of this user's groups may read".to_owned(),
         fix: format!("sudo mount -o remount,gid=$(id -g),mode=750 {place}"),
     }
 }
 
 fn cannot_mount(place: &str, step: &str, errno: Errno) -> Error {
-    let looked = PLACES.join(" or ");
+    let places = PLACES.join(" or ");
     let (needed, fix) = match errno {
         Errno::ENODEV => (
             "a kernel built with CONFIG_EVENT_TRACING".to_owned(),
             "boot a kernel that has tracefs in /proc/filesystems".to_owned(),
         ),
         Errno::ENOENT | Errno::ENOTDIR => (
-            format!("the directory {place}, which sysfs has"),
-            format!("in a container, pass it in: podman run -v {place}:{place}:ro …"),
+            format!("the directory {place}, which sysfs provides"),
+            format!("in a container, bind-mount it: podman run -v {place}:{place}:ro …"),
         ),
         _ => (
             format!("tracefs mounted at {place}, or CAP_SYS_ADMIN to mount it"),
-            // Without options only root could read it.
+            // Without these options only root could read it.
             format!("sudo mount -t tracefs -o gid=$(id -g),mode=750 tracefs {place}"),
         ),
     };
     let failed = format!("cannot {step}: {}", errno.desc());
-    Error { failed, found: format!("no tracefs at {looked}"), needed, fix }
+    Error { failed, found: format!("no tracefs at {places}"), needed, fix }
 }
 
 #[cfg(test)]
@@ -191,7 +190,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn finds_the_first_place_with_events() {
+    fn finds_the_first_mount_point_with_events() {
         let base = std::env::temp_dir().join(format!("tcpclose-tracefs-{}", std::process::id()));
         let (empty, full) = (base.join("empty"), base.join("full"));
         fs::create_dir_all(&empty).unwrap();
@@ -226,7 +225,7 @@ mod tests {
         );
     }
 
-    /// Mounts and mount namespace of this thread, as it sees them.
+    /// The mounts and the mount namespace of this thread.
     fn mounts() -> (String, PathBuf) {
         let namespace = fs::read_link("/proc/thread-self/ns/mnt").unwrap();
         (fs::read_to_string("/proc/thread-self/mountinfo").unwrap(), namespace)

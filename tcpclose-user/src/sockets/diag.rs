@@ -1,4 +1,4 @@
-//! Asks the kernel for the TCP sockets of this thread's network namespace: `sock_diag(7)`.
+//! Requests the TCP sockets of this thread's network namespace from the kernel: `sock_diag(7)`.
 
 use std::{io, net::SocketAddr as Address};
 
@@ -10,44 +10,44 @@ use netlink_packet_sock_diag::{
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_SOCK_DIAG};
 
-use super::entry::{Entry, Info, is_lingering};
+use super::entry::{Entry, Info, is_in_teardown};
 use crate::event::{Endpoint, State};
 
-/// The kernel fills at most 32 KiB at a time (`netlink_dump()`, `net/netlink/af_netlink.c`), and more only if the reader
-/// has once offered more. One answer takes some 500 bytes.
+/// The kernel sends at most 32 KiB at a time (`netlink_dump()`, `net/netlink/af_netlink.c`), and more only if the reader
+/// has offered more before. The message about one socket takes about 500 bytes.
 const BUFFER: usize = 32 * 1024;
 
-/// Calls `each` for every TCP socket there is: listeners first, then those without teardown, then the lingering ones.
-/// `struct tcp_info` comes with the last alone: the kernel locks each socket to fill it in.
+/// Calls `each` for every TCP socket: first for listeners, last for those in a teardown state. Only these come with
+/// `struct tcp_info`, because the kernel locks each socket to fill it in.
 ///
 /// # Errors
-/// The kernel has no `sock_diag` (`CONFIG_INET_DIAG`), or says something that is not understood.
+/// The kernel has no `sock_diag` (`CONFIG_INET_DIAG`), or its answer cannot be parsed.
 pub fn dump(each: impl FnMut(Entry)) -> io::Result<()> {
     let listening = |state| state == State::Listen;
-    let plain = |state| !listening(state) && !is_lingering(state);
+    let others = |state| !listening(state) && !is_in_teardown(state);
     dump_each(
         &[
             (mask(listening), ExtensionFlags::empty()),
-            (mask(plain), ExtensionFlags::empty()),
-            (mask(is_lingering), ExtensionFlags::INFO),
+            (mask(others), ExtensionFlags::empty()),
+            (mask(is_in_teardown), ExtensionFlags::INFO),
         ],
         each,
     )
 }
 
-/// Calls `each` for every TCP socket that lingers.
+/// Calls `each` for every TCP socket in a teardown state.
 ///
 /// # Errors
 /// Those of [`dump`].
-pub fn dump_lingering(each: impl FnMut(Entry)) -> io::Result<()> {
-    dump_each(&[(mask(is_lingering), ExtensionFlags::INFO)], each)
+pub fn dump_teardown(each: impl FnMut(Entry)) -> io::Result<()> {
+    dump_each(&[(mask(is_in_teardown), ExtensionFlags::INFO)], each)
 }
 
-fn dump_each(wanted: &[(StateFlags, ExtensionFlags)], mut each: impl FnMut(Entry)) -> io::Result<()> {
+fn dump_each(requests: &[(StateFlags, ExtensionFlags)], mut each: impl FnMut(Entry)) -> io::Result<()> {
     let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
-    for (states, extensions) in wanted {
+    for (states, extensions) in requests {
         for (family, socket_id) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
             let request = InetRequest {
                 family,
@@ -56,8 +56,8 @@ fn dump_each(wanted: &[(StateFlags, ExtensionFlags)], mut each: impl FnMut(Entry
                 states: states.clone(),
                 socket_id,
             };
-            match ask(&socket, request, &mut each) {
-                // A kernel without IPv6 has none of its sockets either.
+            match request_dump(&socket, request, &mut each) {
+                // A kernel without IPv6.
                 Err(error) if family == AF_INET6 && error.raw_os_error() == Some(libc::ENOENT) => {}
                 result => result?,
             }
@@ -66,13 +66,14 @@ fn dump_each(wanted: &[(StateFlags, ExtensionFlags)], mut each: impl FnMut(Entry
     Ok(())
 }
 
-/// The states that satisfy. The crate's flags lack `NEW_SYN_RECV`, in which requests to connect are.
+/// The mask of the states for which `satisfies` is true. The crate's own flags lack `NEW_SYN_RECV`.
 fn mask(satisfies: impl Fn(State) -> bool) -> StateFlags {
     let numbers = (1..=12_u8).filter(|number| State::from_kernel(*number).is_some_and(&satisfies));
     StateFlags::from_bits_retain(numbers.fold(0, |mask, number| mask | 1 << number))
 }
 
-fn ask(socket: &Socket, request: InetRequest, each: &mut impl FnMut(Entry)) -> io::Result<()> {
+/// Sends a request and reads the answer to its end.
+fn request_dump(socket: &Socket, request: InetRequest, each: &mut impl FnMut(Entry)) -> io::Result<()> {
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST | NLM_F_DUMP;
     let mut message = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
@@ -83,12 +84,12 @@ fn ask(socket: &Socket, request: InetRequest, each: &mut impl FnMut(Entry)) -> i
     let mut buffer = Vec::with_capacity(BUFFER);
     loop {
         buffer.clear();
-        // With this flag the answer is the length of what came, and not of what there was room for.
+        // With this flag the result is the length of the message, even if it did not fit.
         let length = socket.recv(&mut buffer, libc::MSG_TRUNC)?;
         if length > buffer.len() {
-            return Err(io::Error::other("an answer of sock_diag is longer than 32 KiB"));
+            return Err(io::Error::other("a message of sock_diag is longer than 32 KiB"));
         }
-        if read(&buffer, each)? == Dump::Over {
+        if read(&buffer, each)? == Dump::Complete {
             return Ok(());
         }
     }
@@ -96,11 +97,11 @@ fn ask(socket: &Socket, request: InetRequest, each: &mut impl FnMut(Entry)) -> i
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Dump {
-    Goes,
-    Over,
+    Continues,
+    Complete,
 }
 
-/// Takes the messages out of one answer.
+/// Reads the messages in one buffer.
 fn read(mut bytes: &[u8], each: &mut impl FnMut(Entry)) -> io::Result<Dump> {
     while !bytes.is_empty() {
         let message = NetlinkMessage::<SockDiagMessage>::deserialize(bytes).map_err(io::Error::other)?;
@@ -108,22 +109,22 @@ fn read(mut bytes: &[u8], each: &mut impl FnMut(Entry)) -> io::Result<Dump> {
             NetlinkPayload::Done(done) if done.code < 0 => {
                 return Err(io::Error::from_raw_os_error(-done.code));
             }
-            NetlinkPayload::Done(_) => return Ok(Dump::Over),
+            NetlinkPayload::Done(_) => return Ok(Dump::Complete),
             NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
-            NetlinkPayload::Overrun(_) => return Err(io::Error::other("an answer of sock_diag was lost")),
+            NetlinkPayload::Overrun(_) => return Err(io::Error::other("a message of sock_diag was lost")),
             NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => {
-                // A state that this tool does not know yet is none that lingers.
+                // An unknown state is not a teardown state, so the socket can be ignored.
                 if let Some(entry) = entry(&response) {
                     each(entry);
                 }
             }
             _ => {}
         }
-        // Messages begin at multiples of four.
+        // Messages are aligned to four bytes.
         let length = (message.header.length as usize).next_multiple_of(4).max(4);
         bytes = bytes.get(length..).unwrap_or_default();
     }
-    Ok(Dump::Goes)
+    Ok(Dump::Continues)
 }
 
 fn entry(response: &InetResponse) -> Option<Entry> {
@@ -153,12 +154,12 @@ fn entry(response: &InetResponse) -> Option<Entry> {
     })
 }
 
-/// IPv4-mapped addresses are IPv4 ones.
+/// Converts an address; IPv4-mapped addresses become IPv4 addresses.
 pub fn endpoint(address: Address) -> Endpoint {
     Endpoint { address: address.ip().to_canonical(), port: address.port() }
 }
 
-/// Two numbers, the lower half first (`sock_diag_save_cookie()`, `net/core/sock_diag.c`). All ones stand for none.
+/// Two 32-bit halves, the lower one first (`sock_diag_save_cookie()`, `net/core/sock_diag.c`). All ones mean none.
 fn cookie(bytes: [u8; 8]) -> Option<u64> {
     let half = |at: usize| u32::from_ne_bytes(std::array::from_fn(|index| bytes[at + index]));
     let (low, high) = (half(0), half(4));
@@ -176,11 +177,11 @@ mod tests {
     use crate::sockets::table;
 
     #[test]
-    fn nonsense_is_an_error_and_no_panic() {
+    fn malformed_messages_are_errors() {
         for bytes in [&[0xff_u8; 64][..], &[0; 16], &[1, 2, 3], &[20, 0, 0, 0, 3, 0, 0, 0, 0, 0]] {
             assert!(read(bytes, &mut |entry| panic!("{entry:?}")).is_err(), "{bytes:?}");
         }
-        assert_eq!(read(&[], &mut |_| ()).unwrap(), Dump::Goes);
+        assert_eq!(read(&[], &mut |_| ()).unwrap(), Dump::Continues);
     }
 
     #[test]
@@ -193,7 +194,7 @@ mod tests {
         assert_eq!(cookie(bytes), Some(0x1_0000_0007));
     }
 
-    /// The two ways to ask see the same, but for what only one of them tells.
+    /// Both sources list the same sockets, apart from the facts that only one of them has.
     #[test]
     fn the_kernel_and_proc_agree() {
         let listener = TcpListener::bind("[::1]:0").unwrap();
@@ -202,22 +203,22 @@ mod tests {
         let (mut server, _) = listener.accept().unwrap();
         client.shutdown(std::net::Shutdown::Write).unwrap();
         assert_eq!(server.read(&mut [0]).unwrap(), 0);
-        let (mut asked, mut read) = (Vec::new(), Vec::new());
+        let (mut dumped, mut read) = (Vec::new(), Vec::new());
         let ours = |entry: &Entry| entry.local.port == port || entry.remote.port == port;
         // The ACK of the FIN may be delayed.
-        while !asked.iter().any(|entry: &Entry| entry.state == State::FinWait2) {
-            asked.clear();
-            dump(|entry| asked.extend(Some(entry).filter(ours))).unwrap();
+        while !dumped.iter().any(|entry: &Entry| entry.state == State::FinWait2) {
+            dumped.clear();
+            dump(|entry| dumped.extend(Some(entry).filter(ours))).unwrap();
         }
         table::read(std::process::id(), |entry| read.extend(Some(entry).filter(ours))).unwrap();
-        assert_eq!(asked.len(), 3, "{asked:?}");
-        assert!(asked.iter().all(|entry| entry.cookie.is_some()));
-        assert!(asked.iter().all(|entry| entry.is_lingering() == entry.info.is_some()));
-        for entry in asked.iter_mut().chain(&mut read) {
+        assert_eq!(dumped.len(), 3, "{dumped:?}");
+        assert!(dumped.iter().all(|entry| entry.cookie.is_some()));
+        assert!(dumped.iter().all(|entry| entry.is_in_teardown() == entry.info.is_some()));
+        for entry in dumped.iter_mut().chain(&mut read) {
             (entry.cookie, entry.info) = (None, None);
         }
-        asked.sort_by_key(|entry| entry.state);
+        dumped.sort_by_key(|entry| entry.state);
         read.sort_by_key(|entry| entry.state);
-        assert_eq!(asked, read);
+        assert_eq!(dumped, read);
     }
 }

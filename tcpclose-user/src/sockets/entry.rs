@@ -1,4 +1,5 @@
-//! One socket as the kernel lists it, and what follows from that alone: what it waits for, and since when.
+//! One socket as the kernel lists it, and what follows from that alone: what keeps it in its state, and for how long it
+//! has been there.
 
 use tcpclose_common::tcp::is_teardown;
 
@@ -10,112 +11,114 @@ use crate::{
 /// One socket as the kernel lists it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Entry {
-    /// Its state; for what is left of a closed socket ([`is_remnant`](Self::is_remnant)) the state of that.
+    /// Its state. For a [remnant](Self::is_remnant), the state in which that is.
     pub state: State,
-    /// This end.
+    /// The local end.
     pub local: Endpoint,
-    /// The other end.
+    /// The remote end.
     pub remote: Endpoint,
-    /// Inode of its descriptors; 0 while it is in an accept queue, and when no descriptor is left.
+    /// Inode of its descriptors; 0 while it is in an accept queue, and once no descriptor is left.
     pub inode: u64,
-    /// Bytes from what was read to what was received, a FIN counting as one (`Recv-Q` of `ss`).
+    /// Bytes received and not read, where a FIN counts as one (`Recv-Q` of `ss`).
     pub recv_queue: u32,
-    /// Only the small structure is left that the kernel keeps for `TIME_WAIT`, and for a closed socket in `FIN_WAIT2`.
+    /// Whether only the small structure is left that the kernel keeps in `TIME_WAIT`, and for a closed socket in
+    /// `FIN_WAIT2`.
     pub is_remnant: bool,
     /// The kernel's socket cookie.
     pub cookie: Option<u64>,
-    /// From `struct tcp_info`, if that was to be had.
+    /// Facts from `struct tcp_info`, if the kernel sent it.
     pub info: Option<Info>,
 }
 
-/// What is used of `struct tcp_info`. Times are milliseconds before now, made of whole jiffies.
+/// The part of `struct tcp_info` that is used. Times are milliseconds before now, with the resolution of a jiffy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Info {
-    /// Since data was last sent, or sent again; since it was established if there never was any.
+    /// Time since data was last sent or retransmitted or, if none was, since the connection was established.
     pub last_data_sent: u32,
-    /// Since data last came, likewise.
+    /// Time since data was last received or, if none was, since the connection was established.
     pub last_data_received: u32,
-    /// Since an ACK last came; every segment of a connection carries one.
+    /// Time since an ACK was last received; every segment of a connection carries one.
     pub last_ack_received: u32,
-    /// Payload sent, each byte once.
+    /// Payload sent, each byte counted once.
     pub bytes_sent: u64,
-    /// Payload received, each byte once; and the FIN.
+    /// Payload received, each byte counted once, plus one for a FIN.
     pub bytes_received: u64,
-    /// Segments sent again.
+    /// Segments retransmitted.
     pub retransmits: u32,
-    /// Smoothed round trip time, microseconds; 0 when never measured.
+    /// Smoothed round-trip time in microseconds; 0 if never measured.
     pub rtt_us: u32,
 }
 
-/// Between which times it is in its state, milliseconds. `None` where the kernel gives no such bound.
+/// The range within which the time lies that a socket has been in its state, in milliseconds. A bound that the kernel does
+/// not provide is `None`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Age {
-    /// At least.
+pub struct AgeRange {
+    /// The lower bound.
     pub at_least: Option<u32>,
-    /// At most.
+    /// The upper bound.
     pub at_most: Option<u32>,
 }
 
-/// The longest that a jiffy is (`CONFIG_HZ=100`), milliseconds. Between two moments that are `n` ticks apart, up to one
-/// tick more or less has passed.
+/// The longest duration of a jiffy in milliseconds (`CONFIG_HZ=100`). Times made of jiffies are off by up to one jiffy.
 const JIFFY: u32 = 10;
 
 impl Entry {
-    /// Whether it is in a state of the teardown in which sockets get stuck.
-    pub fn is_lingering(&self) -> bool {
-        is_lingering(self.state)
+    /// Whether it is in a teardown state; see [`is_in_teardown`].
+    pub fn is_in_teardown(&self) -> bool {
+        is_in_teardown(self.state)
     }
 
-    /// Whether the peer's FIN has come.
+    /// Whether the peer's FIN has been received.
     fn has_fin(&self) -> bool {
         matches!(self.state, State::CloseWait | State::Closing | State::LastAck)
     }
 
-    /// Payload that nobody has read.
+    /// Payload received and not read; `None` for a remnant, which has no queue.
     pub fn unread_bytes(&self) -> Option<u32> {
-        // A remnant has no queue, and nobody who could read it.
         (!self.is_remnant).then(|| self.recv_queue.saturating_sub(u32::from(self.has_fin())))
     }
 
-    /// Payload received, each byte once.
+    /// Payload received, each byte counted once.
     pub fn bytes_received(&self) -> Option<u64> {
         self.info.map(|info| info.bytes_received.saturating_sub(u64::from(self.has_fin())))
     }
 
-    /// What it waits for.
+    /// What keeps it in its state.
     pub fn kind(&self) -> LingeringKind {
         judge::waits_for(self.state, self.inode != 0, Some(self.recv_queue))
     }
 
-    /// How long it has been in its state. The kernel keeps no such time, but times of other things that can only have
-    /// been before or after (`tcp_get_info()`, `net/ipv4/tcp.c`). A socket that carries segments out of order may be off
-    /// by the time between these.
-    pub fn age(&self) -> Age {
-        const UNKNOWN: Age = Age { at_least: None, at_most: None };
-        // A remnant has a timer and no times.
+    /// How long it has been in its state. The kernel does not record that, but it records when other things last happened
+    /// that must have come before or after the change of state (`tcp_get_info()`, `net/ipv4/tcp.c`). If segments arrive out
+    /// of order, the bounds may be off by the time between them.
+    pub fn age(&self) -> AgeRange {
+        const UNKNOWN: AgeRange = AgeRange { at_least: None, at_most: None };
+        // A remnant has a timer but no times.
         let Some(info) = self.info else { return UNKNOWN };
         let at_least = |millis: u32| Some(millis.saturating_sub(JIFFY));
         let at_most = |millis: u32| Some(millis.saturating_add(JIFFY));
         match self.state {
-            // The peer's FIN made the state. It had an ACK in it, and more may have come since. Data may have come with
-            // it, none after it.
-            State::CloseWait | State::Closing => {
-                Age { at_least: at_least(info.last_ack_received), at_most: at_most(info.last_data_received) }
-            }
-            // The ACK of our FIN made the state. What we sent, and sent again, was before: that ACK was for all of it.
+            // The peer's FIN led to this state. The FIN carried an ACK, and more ACKs may have come since. Data may have
+            // come with the FIN, but not after it.
+            State::CloseWait | State::Closing => AgeRange {
+                at_least: at_least(info.last_ack_received),
+                at_most: at_most(info.last_data_received),
+            },
+            // The ACK of our FIN led to this state. It acknowledged everything we had sent, so we sent nothing after it.
             State::FinWait2 => {
-                Age { at_least: at_least(info.last_ack_received), at_most: at_most(info.last_data_sent) }
+                AgeRange { at_least: at_least(info.last_ack_received), at_most: at_most(info.last_data_sent) }
             }
-            // We closed, which leaves no trace, but after the peer had: no data has come since.
-            State::LastAck => Age { at_least: None, at_most: at_most(info.last_data_received) },
-            // We closed or shut down. Data and ACKs may have come, and data may have been sent again, before or since.
+            // Our close, which the kernel does not record, led to this state. The peer had closed before, so no data has
+            // come since.
+            State::LastAck => AgeRange { at_least: None, at_most: at_most(info.last_data_received) },
+            // Our close or shutdown led to this state. Data, ACKs and retransmissions may have come before or after it.
             _ => UNKNOWN,
         }
     }
 }
 
-/// Whether sockets get stuck in this state of the teardown. `TIME_WAIT` ends by itself.
-pub fn is_lingering(state: State) -> bool {
+/// Whether this is a teardown state in which a socket can get stuck. `TIME_WAIT` is not, because it ends by itself.
+pub fn is_in_teardown(state: State) -> bool {
     is_teardown(state as u8)
 }
 
@@ -146,7 +149,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn kinds_and_what_was_not_read() {
+    fn kinds_and_unread_bytes() {
         for (entry, kind, unread) in [
             (entry(State::CloseWait, 7, 0), LingeringKind::Leaked, 0),
             (entry(State::CloseWait, 7, 1), LingeringKind::Unread, 0),
@@ -164,9 +167,9 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn only_bounds_that_hold() {
+    fn bounds_of_ages() {
         let age = |state| entry(state, 7, 0).age();
-        let between = |at_least, at_most| Age { at_least, at_most };
+        let between = |at_least, at_most| AgeRange { at_least, at_most };
         assert_eq!(age(State::CloseWait), between(Some(2_990), Some(4_010)));
         assert_eq!(age(State::Closing), between(Some(2_990), Some(4_010)));
         assert_eq!(age(State::FinWait2), between(Some(2_990), Some(5_010)));

@@ -1,8 +1,8 @@
-//! The TCP sockets of the host as they are now, in every network namespace, found without a program in the kernel: which
-//! of them linger in the teardown, who holds them, and how many there are of every other kind.
+//! A scan of the host's TCP sockets in every network namespace, without a program in the kernel: which sockets are stuck
+//! in a teardown state, which processes hold them, and how many sockets are in every state.
 //!
-//! [`netns`] finds the namespaces; [`diag`] asks the kernel in each of them, or [`table`] reads its `/proc`; one walk over
-//! all descriptors ([`attribute::holder`]) says whose they are.
+//! [`netns`] finds the namespaces. [`diag`] requests the sockets of each from the kernel; where that is not possible
+//! [`table`] reads them from `/proc`. A walk over all file descriptors ([`attribute::holder`]) finds their owners.
 
 use std::{
     cmp::Reverse,
@@ -18,7 +18,7 @@ pub mod netns;
 pub mod table;
 pub mod time_wait;
 
-pub use entry::{Age, Entry};
+pub use entry::{AgeRange, Entry};
 pub use time_wait::{Outgoing, TimeWait};
 
 use crate::{
@@ -36,52 +36,53 @@ use crate::{
 };
 use netns::Namespace;
 
-/// How many lingering sockets are told of, each taking some 300 bytes. Others are counted.
-const MAX_LINGERING: usize = 262_144;
+/// How many stuck sockets are kept, about 300 bytes each. The rest is only counted.
+const MAX_STUCK: usize = 262_144;
 
-/// How many sockets are looked up among the descriptors, each taking some 60 bytes. Others count as without an owner.
+/// How many sockets with descriptors are kept, about 60 bytes each, to find their owners. The rest counts as without an
+/// owner.
 const MAX_OWNED: usize = 1_048_576;
 
-/// How many holders of lingering sockets are told of, all together, each taking 16 bytes.
-const MAX_HOLDINGS: usize = 1_048_576;
+/// How many holders of stuck sockets are kept altogether, 16 bytes each.
+const MAX_HOLDERS: usize = 1_048_576;
 
-/// What was found.
+/// The result of a scan.
 #[derive(Debug)]
 pub struct Scan {
-    /// When.
+    /// When the sockets were listed.
     pub at: Time,
-    /// The sockets that linger, those that have surely been there longest first.
-    pub lingering: Vec<Socket>,
-    /// How many sockets of each state the processes own, most first.
+    /// The sockets in a teardown state, ordered by the least time that each has been in it, longest first.
+    pub stuck: Vec<Socket>,
+    /// The number of sockets in each state by owner, most first.
     pub processes: Vec<Tally>,
-    /// What is in each network namespace and has no owner.
+    /// The sockets without an owner, by network namespace.
     pub namespaces: Vec<Unowned>,
-    /// What could not be looked at.
+    /// What could not be read.
     pub gaps: Gaps,
 }
 
-/// A socket that lingers.
+/// A socket in a teardown state.
 #[derive(Clone, Debug)]
 pub struct Socket {
-    /// What the kernel says of it.
+    /// What the kernel reports of it.
     pub entry: Entry,
     /// Inode number of its network namespace.
     pub netns: u32,
-    /// Server if somebody listens where it is, or it has not been accepted yet.
+    /// Server if there is a listener for its local address, or if it has not been accepted yet; else unknown.
     pub role: Option<Role>,
-    /// Whose it is, and how that is known.
+    /// The process that owns it, and how that is known.
     pub owner: Option<(Arc<Holder>, Attribution)>,
-    /// Who has it open, with the descriptor: nobody if it has been closed or was never accepted; `None` if it should be
-    /// somebody, and nobody was found.
+    /// The processes that have it open, each with its descriptor. Empty if it was closed or never accepted; `None` if it is
+    /// open and no holder was found.
     pub holders: Option<Vec<(Arc<Holder>, u32)>>,
 }
 
-/// How many sockets of each state a process owns.
+/// The number of sockets in each state that a process owns.
 #[derive(Clone, Debug)]
 pub struct Tally {
     /// The process.
     pub process: Arc<Holder>,
-    /// Its sockets. One that several processes have open is the oldest one's.
+    /// The counts. A socket that several processes have open counts for the oldest of them.
     pub states: Counts,
 }
 
@@ -90,33 +91,33 @@ pub struct Tally {
 pub struct Unowned {
     /// Inode number of the namespace.
     pub netns: u32,
-    /// How many in each state: closed by their process, not accepted yet, or of a process that could not be looked at.
+    /// The number in each state: closed by their process, not accepted yet, or of a process that could not be read.
     pub states: Counts,
-    /// Those in `TIME_WAIT` in detail.
+    /// Those in `TIME_WAIT`, by where they led.
     pub time_wait: TimeWait,
-    /// The ports that `connect()` chooses from, first and last.
+    /// The range of ports from which `connect()` chooses, first and last.
     pub ports: Option<(u16, u16)>,
 }
 
-/// What could not be looked at.
+/// What a scan could not read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Gaps {
-    /// Processes whose descriptors may not be seen.
+    /// Processes whose descriptors may not be read.
     pub processes: usize,
-    /// Namespaces that may not be entered, or in which the kernel has no `sock_diag`: of these sockets neither age nor
-    /// bytes nor cookies are known.
+    /// Namespaces that may not be entered, or where the kernel has no `sock_diag`: their sockets come without ages, bytes
+    /// and cookies.
     pub tables: Vec<u32>,
-    /// Namespaces of which nothing is known, and why.
+    /// Namespaces whose sockets are not known, and why.
     pub namespaces: Vec<(u32, String)>,
-    /// Lingering sockets beyond those that are told of.
-    pub lingering: u64,
-    /// Sockets beyond those that were looked up among the descriptors.
+    /// Stuck sockets beyond [`MAX_STUCK`].
+    pub stuck: u64,
+    /// Sockets with descriptors beyond [`MAX_OWNED`].
     pub owned: u64,
-    /// Holders beyond those that are told of.
-    pub holdings: u64,
+    /// Holders beyond [`MAX_HOLDERS`].
+    pub holders: u64,
 }
 
-/// A number for each state, in the places that the kernel numbers: no state is 0.
+/// A count for each state, indexed by the kernel's number of the state; no state has number 0.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Counts([u64; 13]);
 
@@ -125,28 +126,28 @@ impl Counts {
         self.0[state as usize] += 1;
     }
 
-    /// Those that are not 0, in the kernel's order.
+    /// The counts that are not 0, in the kernel's order of states.
     pub fn iter(&self) -> impl Iterator<Item = (State, u64)> {
         let states = (1..=12).filter_map(State::from_kernel);
         states.map(|state| (state, self.0[state as usize])).filter(|(_, count)| *count > 0)
     }
 
-    /// All together.
+    /// The sum over all states.
     pub fn total(&self) -> u64 {
         self.0.iter().sum()
     }
 }
 
 impl Socket {
-    /// What it waits for.
+    /// What keeps it in its state.
     pub fn kind(&self) -> LingeringKind {
         self.entry.kind()
     }
 
-    /// The line that tells of it, `at` being when it was found.
+    /// Its `lingering` event; `at` is when it was listed.
     pub fn lingering(&self, at: Time, processes: &mut Processes) -> Lingering {
         let Entry { state, local, remote, cookie, info, .. } = self.entry;
-        let Age { at_least, at_most } = self.entry.age();
+        let AgeRange { at_least, at_most } = self.entry.age();
         let holders = self.holders.as_ref().map(|holders| {
             let holder = |(holder, fd): &(Arc<Holder>, u32)| crate::event::Holder {
                 pid: holder.pid,
@@ -190,32 +191,31 @@ impl Socket {
     }
 }
 
-/// Looks at all sockets once, and keeps of them what `filter` wants as far as addresses, ports and namespaces go.
-/// Processes are not filtered here.
+/// Scans all sockets once. Applies the filters of addresses, ports and namespaces, but not those of processes.
 pub fn scan(filter: &Filter) -> Scan {
-    let mut collected = Collected::new(filter);
+    let mut collector = Collector::new(filter);
     for namespace in netns::all() {
         if filter.wants_netns(Some(namespace.inode)) {
-            collected.look_into(&namespace);
+            collector.list(&namespace);
         }
     }
     let at = Clock::now();
-    collected.find_owners();
-    collected.finish(at)
+    collector.find_owners();
+    collector.finish(at)
 }
 
-/// The sockets that linger, without their owners: what a trace that begins asks for. A namespace that may not be looked
-/// into is left out.
-pub fn lingering() -> Vec<Socket> {
+/// The sockets that are in a teardown state, without their owners, for the start of a trace. A namespace that may not be
+/// entered is left out.
+pub fn in_teardown() -> Vec<Socket> {
     let mut sockets = Vec::new();
     for namespace in netns::all() {
         let mut found = Vec::new();
-        let dumped = namespace.inside(|| diag::dump_lingering(|entry| found.push(entry)));
+        let dumped = namespace.inside(|| diag::dump_teardown(|entry| found.push(entry)));
         if let Err(error) = dumped.and_then(|dumped| dumped) {
             log::debug!("network namespace {}: {error}", namespace.inode);
             continue;
         }
-        let room = MAX_LINGERING.saturating_sub(sockets.len());
+        let room = MAX_STUCK.saturating_sub(sockets.len());
         sockets.extend(found.into_iter().take(room).map(|entry| Socket {
             netns: namespace.inode,
             role: (entry.kind() == LingeringKind::Unaccepted).then_some(Role::Server),
@@ -227,33 +227,34 @@ pub fn lingering() -> Vec<Socket> {
     sockets
 }
 
-/// What is known of a socket that has descriptors.
+/// A socket that has descriptors.
 struct Owned {
     state: State,
-    /// Of its namespace, in `namespaces`.
+    /// Index of its namespace in `namespaces`.
     namespace: usize,
-    /// Its place in `lingering`.
-    lingering: Option<u32>,
-    /// Whether it passed the filter. A listener is kept all the same, for those that wait in its queue.
-    is_wanted: bool,
+    /// Index in `stuck`.
+    stuck: Option<u32>,
+    /// Whether it passed the filter. A listener is kept in any case, for the sockets in its accept queue.
+    passed: bool,
     owner: Option<Arc<Holder>>,
 }
 
-struct Collected<'a> {
+/// A scan in progress.
+struct Collector<'a> {
     filter: &'a Filter,
-    lingering: Vec<Socket>,
+    stuck: Vec<Socket>,
     by_inode: HashMap<u64, Owned>,
     namespaces: Vec<Unowned>,
-    /// By namespace and port.
+    /// Addresses and inodes, by namespace and port.
     listeners: HashMap<(u32, u16), Vec<(IpAddr, u64)>>,
     gaps: Gaps,
 }
 
-impl<'a> Collected<'a> {
+impl<'a> Collector<'a> {
     fn new(filter: &'a Filter) -> Self {
         Self {
             filter,
-            lingering: Vec::new(),
+            stuck: Vec::new(),
             by_inode: HashMap::new(),
             namespaces: Vec::new(),
             listeners: HashMap::new(),
@@ -261,18 +262,19 @@ impl<'a> Collected<'a> {
         }
     }
 
-    fn look_into(&mut self, namespace: &Namespace) {
+    /// Adds the sockets of a namespace.
+    fn list(&mut self, namespace: &Namespace) {
         let netns = namespace.inode;
         let unowned =
             Unowned { netns, states: Counts::default(), time_wait: TimeWait::default(), ports: None };
         self.namespaces.push(unowned);
-        let asked = namespace.inside(|| {
+        let dumped = namespace.inside(|| {
             self.here().ports = netns::port_range();
             diag::dump(|entry| self.add(netns, entry))
         });
-        let error = match asked.and_then(|dumped| dumped) {
+        let error = match dumped.and_then(|dumped| dumped) {
             Ok(()) => return,
-            // It has ended meanwhile.
+            // The namespace has ended meanwhile.
             Err(error) if error.kind() == io::ErrorKind::NotFound => return,
             Err(error) => error,
         };
@@ -284,15 +286,15 @@ impl<'a> Collected<'a> {
         }
     }
 
-    /// The namespace that is being looked into.
+    /// The namespace that is being listed.
     fn here(&mut self) -> &mut Unowned {
-        self.namespaces.last_mut().expect("look_into() has pushed one")
+        self.namespaces.last_mut().expect("list() has pushed one")
     }
 
-    /// Drops what half a dump has told.
+    /// Drops the sockets of an incomplete dump.
     fn forget(&mut self, netns: u32) {
         let here = self.namespaces.len() - 1;
-        self.lingering.retain(|socket| socket.netns != netns);
+        self.stuck.retain(|socket| socket.netns != netns);
         self.by_inode.retain(|_, owned| owned.namespace != here);
         self.listeners.retain(|(of, _), _| *of != netns);
         (self.here().states, self.here().time_wait) = Default::default();
@@ -303,8 +305,8 @@ impl<'a> Collected<'a> {
             let at = (entry.local.address, entry.inode);
             self.listeners.entry((netns, entry.local.port)).or_default().push(at);
         }
-        let is_wanted = self.filter.wants_ends(Some(entry.local), Some(entry.remote));
-        if !is_wanted && entry.state != State::Listen {
+        let passed = self.filter.wants_ends(Some(entry.local), Some(entry.remote));
+        if !passed && entry.state != State::Listen {
             return;
         }
         if entry.state == State::TimeWait {
@@ -314,65 +316,66 @@ impl<'a> Collected<'a> {
             self.here().time_wait.add(&entry, incoming);
         }
         let (state, inode) = (entry.state, entry.inode);
-        let lingering = if entry.is_lingering() { self.linger(netns, entry) } else { None };
+        let stuck = if entry.is_in_teardown() { self.add_stuck(netns, entry) } else { None };
         if inode == 0 {
             self.here().states.add(state);
         } else if self.by_inode.len() < MAX_OWNED {
             let namespace = self.namespaces.len() - 1;
-            self.by_inode.insert(inode, Owned { state, namespace, lingering, is_wanted, owner: None });
+            self.by_inode.insert(inode, Owned { state, namespace, stuck, passed, owner: None });
         } else {
             self.gaps.owned += 1;
             self.here().states.add(state);
         }
     }
 
-    fn linger(&mut self, netns: u32, entry: Entry) -> Option<u32> {
-        if self.lingering.len() >= MAX_LINGERING {
-            self.gaps.lingering += 1;
+    /// Adds a socket in a teardown state. Returns its index in `stuck`, or `None` if there is no room.
+    fn add_stuck(&mut self, netns: u32, entry: Entry) -> Option<u32> {
+        if self.stuck.len() >= MAX_STUCK {
+            self.gaps.stuck += 1;
             return None;
         }
-        let accepted =
-            entry.kind() != LingeringKind::Unaccepted && self.listener(netns, entry.local).is_none();
-        self.lingering.push(Socket {
+        let is_server =
+            entry.kind() == LingeringKind::Unaccepted || self.listener(netns, entry.local).is_some();
+        self.stuck.push(Socket {
             netns,
-            role: (!accepted).then_some(Role::Server),
+            role: is_server.then_some(Role::Server),
             owner: None,
             holders: (entry.inode == 0).then(Vec::new),
             entry,
         });
-        u32::try_from(self.lingering.len() - 1).ok()
+        u32::try_from(self.stuck.len() - 1).ok()
     }
 
-    /// The inodes of those who listen there: on that very address, or else on all.
+    /// The inodes of the listeners for a local address: those on this very address or, if there are none, those on any.
     fn listener(&self, netns: u32, local: Endpoint) -> Option<Vec<u64>> {
         let there = self.listeners.get(&(netns, local.port))?;
-        let on = |satisfies: &dyn Fn(&IpAddr) -> bool| -> Vec<u64> {
-            there.iter().filter(|(address, _)| satisfies(address)).map(|(_, inode)| *inode).collect()
+        let those = |matches: &dyn Fn(&IpAddr) -> bool| -> Vec<u64> {
+            there.iter().filter(|(address, _)| matches(address)).map(|(_, inode)| *inode).collect()
         };
-        let exactly = on(&|address| *address == local.address);
-        let found = if exactly.is_empty() { on(&IpAddr::is_unspecified) } else { exactly };
+        let exact = those(&|address| *address == local.address);
+        let found = if exact.is_empty() { those(&IpAddr::is_unspecified) } else { exact };
         (!found.is_empty()).then_some(found)
     }
 
-    /// Looks for who has them open.
+    /// Finds the owners of the sockets, and the holders of those that are stuck.
     fn find_owners(&mut self) {
         if self.by_inode.is_empty() {
             return;
         }
-        let mut holdings = 0;
-        let Self { by_inode, lingering, gaps, .. } = self;
+        let mut holders = 0;
+        let Self { by_inode, stuck, gaps, .. } = self;
         gaps.processes = holder::walk(|process, fd, inode| {
             let Some(owned) = by_inode.get_mut(&inode) else { return };
             let Some(holder) = process.holder() else { return };
             holder.replace_if_older(owned.owner.get_or_insert_with(|| Arc::clone(holder)));
-            let Some(socket) = owned.lingering.and_then(|index| lingering.get_mut(index as usize)) else {
+            let Some(socket) = owned.stuck.and_then(|index| stuck.get_mut(index as usize)) else {
                 return;
             };
-            if holdings < MAX_HOLDINGS {
-                holdings += 1;
+            if holders < MAX_HOLDERS {
+                holders += 1;
                 socket.holders.get_or_insert_default().push((Arc::clone(holder), fd));
             } else {
-                gaps.holdings += 1;
+                gaps.holders += 1;
             }
         });
     }
@@ -380,12 +383,12 @@ impl<'a> Collected<'a> {
     fn finish(mut self, at: Time) -> Scan {
         let mut tallies = BTreeMap::new();
         for owned in self.by_inode.values() {
-            if let Some(index) = owned.lingering {
+            if let Some(index) = owned.stuck {
                 let owner = owned.owner.as_ref();
-                self.lingering[index as usize].owner =
+                self.stuck[index as usize].owner =
                     owner.map(|owner| (Arc::clone(owner), Attribution::Procfs));
             }
-            if !owned.is_wanted {
+            if !owned.passed {
                 continue;
             }
             let counts = match &owned.owner {
@@ -397,30 +400,30 @@ impl<'a> Collected<'a> {
             };
             counts.add(owned.state);
         }
-        for index in 0..self.lingering.len() {
-            let socket = &self.lingering[index];
+        for index in 0..self.stuck.len() {
+            let socket = &self.stuck[index];
             if socket.kind() == LingeringKind::Unaccepted {
-                self.lingering[index].owner = self.who_listens(socket);
+                self.stuck[index].owner = self.owner_of_listener(socket);
             }
         }
         let mut processes: Vec<_> = tallies.into_values().collect();
         processes.sort_by_key(|tally| (Reverse(tally.states.total()), tally.process.pid));
-        // Of two that have surely been there equally long, the one that may have been longer; no bound is the longest.
-        self.lingering.sort_by_cached_key(|socket| {
-            let Age { at_least, at_most } = socket.entry.age();
+        // If the lower bounds are equal, the upper bounds decide; none is the longest.
+        self.stuck.sort_by_cached_key(|socket| {
+            let AgeRange { at_least, at_most } = socket.entry.age();
             Reverse((at_least, at_most.unwrap_or(u32::MAX)))
         });
-        Scan { at, lingering: self.lingering, processes, namespaces: self.namespaces, gaps: self.gaps }
+        Scan { at, stuck: self.stuck, processes, namespaces: self.namespaces, gaps: self.gaps }
     }
 
-    /// Whose listener a socket waits at. Where several processes listen on the same port with sockets of their own
-    /// (`SO_REUSEPORT`), it is not known in whose queue it is.
-    fn who_listens(&self, socket: &Socket) -> Option<(Arc<Holder>, Attribution)> {
+    /// The owner of the listener in whose accept queue a socket is. If several processes have listeners of their own on the
+    /// same port (`SO_REUSEPORT`), the queue is not known.
+    fn owner_of_listener(&self, socket: &Socket) -> Option<(Arc<Holder>, Attribution)> {
         let inodes = self.listener(socket.netns, socket.entry.local)?;
         let mut owners = inodes.iter().map(|inode| self.by_inode.get(inode)?.owner.as_ref());
         let first = owners.next()??;
-        let is_it = |owner: Option<&Arc<Holder>>| owner.is_some_and(|owner| owner.pid == first.pid);
-        owners.all(is_it).then(|| (Arc::clone(first), Attribution::Listener))
+        let is_first = |owner: Option<&Arc<Holder>>| owner.is_some_and(|owner| owner.pid == first.pid);
+        owners.all(is_first).then(|| (Arc::clone(first), Attribution::Listener))
     }
 }
 
@@ -440,14 +443,14 @@ mod tests {
     }
 
     #[test]
-    fn our_own_socket_lingers() {
+    fn a_socket_of_this_process_is_stuck() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         drop(TcpStream::connect(("127.0.0.1", port)).unwrap());
         let (mut server, _) = listener.accept().unwrap();
         assert_eq!(server.read(&mut [0]).unwrap(), 0);
         let scan = scan(&Filter::from(SocketArgs { local_port: vec![port], ..SocketArgs::default() }));
-        let [socket] = &scan.lingering[..] else { panic!("{:?}", scan.lingering) };
+        let [socket] = &scan.stuck[..] else { panic!("{:?}", scan.stuck) };
         assert_eq!((socket.kind(), socket.role), (LingeringKind::Leaked, Some(Role::Server)));
         let line = socket.lingering(scan.at, &mut Processes::new());
         let process = line.process.unwrap();
@@ -458,9 +461,9 @@ mod tests {
         assert_eq!(tally.states.iter().collect::<Vec<_>>(), [(State::CloseWait, 1), (State::Listen, 1)]);
     }
 
-    /// Nothing yet, of namespace 1.
-    fn of_one_namespace(filter: &Filter) -> Collected<'_> {
-        let mut all = Collected::new(filter);
+    /// A scan that has just begun to list namespace 1.
+    fn scan_of_one_namespace(filter: &Filter) -> Collector<'_> {
+        let mut all = Collector::new(filter);
         let (states, time_wait) = (Counts::default(), TimeWait::default());
         all.namespaces.push(Unowned { netns: 1, states, time_wait, ports: None });
         all
@@ -469,7 +472,7 @@ mod tests {
     #[test]
     fn the_nearest_listener() {
         let filter = Filter::default();
-        let mut all = of_one_namespace(&filter);
+        let mut all = scan_of_one_namespace(&filter);
         let listener = |local, inode| Entry { local, ..entry::tests::entry(State::Listen, inode, 0) };
         all.add(1, listener(end([0, 0, 0, 0], 80), 10));
         all.add(1, listener(end([10, 0, 0, 1], 80), 11));
@@ -477,16 +480,16 @@ mod tests {
         assert_eq!(all.listener(1, end([10, 0, 0, 2], 80)), Some(vec![10]));
         assert_eq!(all.listener(2, end([10, 0, 0, 1], 80)), None);
         assert_eq!(all.listener(1, end([10, 0, 0, 1], 81)), None);
-        // What half a dump has told goes with its namespace.
+        // The sockets of an incomplete dump are dropped.
         all.forget(1);
         assert!(all.listener(1, end([10, 0, 0, 1], 80)).is_none() && all.by_inode.is_empty());
     }
 
-    /// Two processes, each with a socket of its own on the same port: nobody knows in whose queue it is.
+    /// With two processes that have listeners of their own on the same port, the queue is not known.
     #[test]
     fn no_guess_between_two_listeners() {
         let filter = Filter::default();
-        let mut all = of_one_namespace(&filter);
+        let mut all = scan_of_one_namespace(&filter);
         let waiting = Entry { local: end([10, 0, 0, 1], 80), ..entry::tests::entry(State::CloseWait, 0, 1) };
         let holder = |pid| Arc::new(Holder { pid, comm: "x".into(), uid: None, started: 0 });
         for (inode, pid, knows) in [(10, 5, true), (11, 5, true), (12, 6, false)] {
@@ -495,9 +498,9 @@ mod tests {
                 Entry { local: end([0, 0, 0, 0], 80), ..entry::tests::entry(State::Listen, inode, 0) },
             );
             all.by_inode.get_mut(&inode).unwrap().owner = Some(holder(pid));
-            all.lingering.clear();
+            all.stuck.clear();
             all.add(1, waiting.clone());
-            let owner = all.who_listens(&all.lingering[0]);
+            let owner = all.owner_of_listener(&all.stuck[0]);
             assert_eq!(owner.map(|(owner, _)| owner.pid), knows.then_some(5));
         }
     }

@@ -1,4 +1,4 @@
-//! The network namespaces of the host, and how to look around in one.
+//! The network namespaces of the host, and how to run code inside one.
 
 use std::{
     collections::HashMap,
@@ -14,28 +14,28 @@ use nix::sched::{CloneFlags, setns};
 /// A network namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Namespace {
-    /// Its inode number, by which it is known.
+    /// Its inode number, which identifies it.
     pub inode: u32,
-    /// A file that stands for it.
+    /// A file that represents it.
     path: PathBuf,
-    /// A process in it, if it was found through one.
+    /// A process in it, if one is known.
     pub pid: Option<u32>,
-    /// Whether this process is in it.
+    /// Whether tcpclose itself is in it.
     is_ours: bool,
 }
 
-/// All that can be seen from here: this process's own, those that other processes are in, those that are kept by a
-/// mount (`ip netns`, container engines). One that is kept alive by nothing but a socket or a thread is not found.
+/// All namespaces that can be found: that of tcpclose, those of other processes, and those that a mount keeps alive
+/// (`ip netns`, container engines). A namespace that only a socket or a single thread keeps alive is not found.
 pub fn all() -> Vec<Namespace> {
     let mut found = HashMap::new();
     let mut add = |path: PathBuf, pid: Option<u32>, is_ours: bool| {
-        // Gone meanwhile, or not ours to look at.
+        // The process has ended meanwhile, or this user may not read it.
         let Some(inode) = inode(&path) else { return };
         let known = found.entry(inode).or_insert(Namespace { inode, path, pid, is_ours });
         known.pid = known.pid.or(pid);
     };
     add("/proc/thread-self/ns/net".into(), Some(std::process::id()), true);
-    // A mount stays where processes come and go, so its path is the better one.
+    // Mounts come before processes, because their paths are valid for longer.
     let mounts = procfs::process::Process::myself().and_then(|this| this.mountinfo());
     for mount in mounts.into_iter().flatten() {
         if mount.fs_type == "nsfs" && mount.root.starts_with("net:") {
@@ -52,24 +52,23 @@ pub fn all() -> Vec<Namespace> {
 }
 
 impl Namespace {
-    /// Has `look` run within it, on a thread of its own: a namespace is a property of threads, and nobody else is to be
-    /// moved.
+    /// Runs `work` inside the namespace. That takes a thread of its own, because entering a namespace moves the thread.
     ///
     /// # Errors
-    /// It may not be entered (`CAP_SYS_ADMIN`), or is gone.
-    pub fn inside<T: Send>(&self, look: impl FnOnce() -> T + Send) -> io::Result<T> {
+    /// The namespace may not be entered, which requires `CAP_SYS_ADMIN`, or it has ended ([`io::ErrorKind::NotFound`]).
+    pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
         if self.is_ours {
-            return Ok(look());
+            return Ok(work());
         }
         let file = File::open(&self.path)?;
         if u32::try_from(file.metadata()?.ino()) != Ok(self.inode) {
-            // Another process has got the id.
+            // The id now belongs to another process.
             return Err(io::ErrorKind::NotFound.into());
         }
         thread::scope(|scope| {
             let moved = thread::Builder::new().name("tcpclose-netns".into()).spawn_scoped(scope, || {
                 setns(&file, CloneFlags::CLONE_NEWNET)?;
-                Ok(look())
+                Ok(work())
             })?;
             moved.join().unwrap_or_else(|_| Err(io::Error::other("the thread inside it panicked")))
         })
@@ -80,7 +79,7 @@ fn inode(path: &Path) -> Option<u32> {
     u32::try_from(fs::metadata(path).ok()?.ino()).ok()
 }
 
-/// The ports that `connect()` chooses from, first and last, in the namespace of this thread.
+/// The range of ports from which `connect()` chooses in the namespace of this thread, first and last.
 pub fn port_range() -> Option<(u16, u16)> {
     parse_range(&fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").ok()?)
 }
@@ -98,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn our_own_comes_first_and_can_be_looked_at() {
+    fn our_own_comes_first_and_can_be_entered() {
         let all = all();
         let ours = &all[0];
         assert_eq!(Some(ours.inode), inode(Path::new("/proc/self/ns/net")));
@@ -109,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_stands_for_another_namespace_is_not_entered() {
+    fn a_file_of_another_namespace_is_not_entered() {
         let other = Namespace { inode: 1, path: "/proc/self/ns/net".into(), pid: None, is_ours: false };
         assert_eq!(other.inside(|| ()).unwrap_err().kind(), io::ErrorKind::NotFound);
     }

@@ -1,15 +1,15 @@
-//! Reads the TCP sockets of a network namespace out of `/proc/PID/net/tcp` and `tcp6` of a process in it: where the
-//! namespace may not be entered, or the kernel has no `sock_diag`. The kernel tells less there.
+//! Reads the TCP sockets of a network namespace from `/proc/PID/net/tcp` and `tcp6` of a process in it. This is for
+//! namespaces that may not be entered and kernels without `sock_diag`; these files have fewer facts.
 
 use procfs::{ProcError, ProcResult, net::TcpNetEntry, process::Process};
 
 use super::{diag::endpoint, entry::Entry};
 use crate::event::State;
 
-/// Calls `each` for every TCP socket there is, listeners first.
+/// Calls `each` for every TCP socket, listeners first.
 ///
 /// # Errors
-/// The process is gone, or may not be looked at.
+/// The process has ended, or this user may not read it.
 pub fn read(pid: u32, mut each: impl FnMut(Entry)) -> ProcResult<()> {
     let process = Process::new(i32::try_from(pid).map_err(|_| ProcError::NotFound(None))?)?;
     let mut sockets = process.tcp()?;

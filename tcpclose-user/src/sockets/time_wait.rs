@@ -1,41 +1,40 @@
-//! Sockets in `TIME_WAIT`, counted by where they led: they have no owner, and only their number matters.
+//! Sockets in `TIME_WAIT`, counted by destination: they have no owner, and only their number matters.
 
 use std::{collections::HashMap, net::IpAddr};
 
 use super::entry::Entry;
 use crate::event::Endpoint;
 
-/// How many destinations, and how many ports of this host, are told apart in a namespace; beyond, they are counted
-/// together.
+/// How many destinations, and how many local ports, are counted separately in a namespace. The rest is counted together.
 const MAX_KEYS: usize = 32_768;
 
-/// Those of one network namespace.
+/// The sockets in `TIME_WAIT` of one network namespace.
 #[derive(Clone, Debug, Default)]
 pub struct TimeWait {
-    /// All of them.
+    /// The number of all of them.
     pub total: u64,
-    /// Towards each destination, where this host connected: each holds a port that cannot be used for another connection
-    /// from that address to that destination.
+    /// Outgoing connections, by local address and destination. Each occupies a port that cannot be used for another
+    /// connection from that address to that destination.
     outgoing: HashMap<(IpAddr, Endpoint), u32>,
-    /// By the port that was connected to. They hold no port that anybody else could use.
+    /// Incoming connections, by local port. They occupy no port that could be used otherwise.
     incoming: HashMap<u16, u32>,
-    /// What is in neither of these for want of room.
+    /// Those that are in neither map, because it was full.
     pub others: u64,
 }
 
 /// The sockets in `TIME_WAIT` from one address to one destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Outgoing {
-    /// Address of this host.
+    /// The local address.
     pub from: IpAddr,
-    /// Where they led.
+    /// The destination.
     pub to: Endpoint,
-    /// How many, which is how many ports they hold.
+    /// Their number, which is also the number of ports that they occupy.
     pub sockets: u32,
 }
 
 impl TimeWait {
-    /// Counts one. `incoming` says that its port is one that is connected to.
+    /// Counts a socket; `incoming` if this host had accepted the connection.
     pub fn add(&mut self, entry: &Entry, incoming: bool) {
         self.total += 1;
         let counted = if incoming {
@@ -46,7 +45,7 @@ impl TimeWait {
         self.others += u64::from(!counted);
     }
 
-    /// By destination, most first.
+    /// The outgoing connections by destination, most first.
     pub fn outgoing(&self) -> Vec<Outgoing> {
         let all = self.outgoing.iter();
         let mut all: Vec<_> = all.map(|(&(from, to), &sockets)| Outgoing { from, to, sockets }).collect();
@@ -54,7 +53,7 @@ impl TimeWait {
         all
     }
 
-    /// By port that was connected to, most first.
+    /// The incoming connections by local port, most first.
     pub fn incoming(&self) -> Vec<(u16, u32)> {
         let mut all: Vec<_> = self.incoming.iter().map(|(&port, &sockets)| (port, sockets)).collect();
         all.sort_by_key(|&(port, sockets)| (std::cmp::Reverse(sockets), port));
@@ -62,7 +61,7 @@ impl TimeWait {
     }
 }
 
-/// Says whether there was room.
+/// Increments a count. Returns false if the map is full.
 fn count<K: Eq + std::hash::Hash>(counts: &mut HashMap<K, u32>, key: K) -> bool {
     let has_room = counts.len() < MAX_KEYS;
     match counts.get_mut(&key) {
@@ -81,7 +80,7 @@ mod tests {
     use crate::{event::State, sockets::entry::tests::entry};
 
     #[test]
-    fn counted_by_where_they_led() {
+    fn counted_by_destination() {
         let mut all = TimeWait::default();
         let socket = |local, remote| {
             let mut socket = entry(State::TimeWait, 0, 0);

@@ -20,7 +20,7 @@ pub struct Older {
     /// moment in between.
     asked: u64,
     answered: u64,
-    sockets: HashMap<Identity, (State, sockets::Age)>,
+    sockets: HashMap<Identity, (State, sockets::AgeRange)>,
 }
 
 /// Sockets that were stuck before the trace and have no descriptor. The kernel half knows nothing of them while they stay
@@ -47,7 +47,7 @@ struct Waiting {
 pub fn find(limit: u64) -> (Older, Orphans) {
     let asked = now();
     let (orphans, held): (Vec<_>, Vec<_>) =
-        sockets::lingering().into_iter().partition(|socket| socket.entry.inode == 0);
+        sockets::in_teardown().into_iter().partition(|socket| socket.entry.inode == 0);
     let answered = now();
     let age = |socket: &Socket| (identity(socket), (socket.entry.state, socket.entry.age()));
     let older = Older { asked, answered, sockets: held.iter().map(age).collect() };
@@ -98,7 +98,7 @@ impl Orphans {
         if self.next.is_none_or(|next| next > asked) {
             return Vec::new();
         }
-        let found = sockets::lingering();
+        let found = sockets::in_teardown();
         self.take_in(found, asked, now(), limit)
     }
 
@@ -156,7 +156,7 @@ mod tests {
             remote: Some(end(443)),
             ..Endpoints::default()
         };
-        let bounds = sockets::Age { at_least: Some(3), at_most: Some(5) };
+        let bounds = sockets::AgeRange { at_least: Some(3), at_most: Some(5) };
         let known = (State::CloseWait, bounds);
         let sockets = HashMap::from([(identity_of(&endpoints).unwrap(), known)]);
         let older = Older { asked: 10, answered: 40, sockets };

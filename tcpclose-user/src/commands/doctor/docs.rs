@@ -1,4 +1,5 @@
-//! docs/kernels.md says what the tables say. `UPDATE_DOCS=1 cargo test --package tcpclose-user doctor::docs` writes it.
+//! Checks the tables in docs/kernels.md against the code. `UPDATE_DOCS=1 cargo test --package tcpclose-user doctor::docs`
+//! writes them.
 
 use std::{env, fs, path::Path};
 
@@ -44,7 +45,7 @@ fn variants() -> String {
             row
         })
     });
-    table(&["variant", "needs", "what is worse"], rows)
+    table(&["variant", "needs", "drawback"], rows)
 }
 
 fn facts() -> String {
@@ -60,7 +61,7 @@ fn privileges() -> String {
 }
 
 #[test]
-fn kernels_md_says_what_the_tables_say() {
+fn tables_in_kernels_md_are_current() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/kernels.md");
     let before = fs::read_to_string(&path).unwrap();
     let mut after = before.clone();
@@ -77,7 +78,7 @@ fn kernels_md_says_what_the_tables_say() {
     } else {
         assert!(
             before == after,
-            "docs/kernels.md is not what the tables say; UPDATE_DOCS=1 writes this:\n{after}"
+            "docs/kernels.md differs from the code; UPDATE_DOCS=1 writes this:\n{after}"
         );
     }
 }

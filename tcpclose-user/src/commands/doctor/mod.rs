@@ -1,5 +1,5 @@
-//! `tcpclose doctor`: what this kernel and these privileges give, line by line, and what to do about the rest. Where it
-//! may, it attaches every hook for a moment; where it may not, it says what is known all the same.
+//! `tcpclose doctor`: reports what this kernel and these privileges allow, line by line, and what to do about the rest.
+//! With the privilege to trace it attaches every hook for a moment; without, it reports what is known without trying.
 
 #[cfg(test)]
 mod docs;
@@ -28,21 +28,21 @@ use crate::{
     sink::Format,
 };
 
-/// What a line comes to.
+/// The result of a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Mark {
-    /// As good as it can be.
+    /// Everything works.
     Ok,
-    /// Something is lost, or has to be asked for.
+    /// Something is lost, or requires an option.
     Less,
-    /// Nothing can be traced for want of it.
+    /// Nothing can be traced.
     No,
-    /// Neither good nor bad, or not tried.
+    /// For information, or not tried.
     Note,
 }
 
-/// A line about the place or about a capability.
+/// A line about the environment or about a capability.
 #[derive(Debug, Serialize)]
 struct Finding {
     name: String,
@@ -68,14 +68,14 @@ impl Finding {
     }
 }
 
-/// A hook of the table.
+/// The lines about a hook.
 #[derive(Debug, Serialize)]
 struct HookFinding {
     name: &'static str,
     mark: Mark,
     /// The variants, best first.
     variants: Vec<VariantFinding>,
-    /// What is lost here, the fields that are null for it, and what to do about it.
+    /// What is lost here, the fields that are null because of it, and what to do about it.
     lost: Option<&'static str>,
     null: &'static [&'static str],
     fix: Option<&'static str>,
@@ -85,10 +85,10 @@ struct HookFinding {
 struct VariantFinding {
     kind: &'static str,
     at: Vec<&'static str>,
-    /// The option that it takes.
+    /// The option that it requires.
     option: Option<&'static str>,
     result: Tried,
-    /// Why it does not work, what is worse about it, or what is known without having tried.
+    /// Why it does not work, its drawback, or what is known without trying.
     why: Option<String>,
 }
 
@@ -97,15 +97,15 @@ struct VariantFinding {
 enum Tried {
     /// It works.
     Attached,
-    /// It does not.
+    /// It does not work.
     Refused,
-    /// A better one works.
+    /// A better variant works.
     NotNeeded,
-    /// Nothing could be tried.
+    /// Trying it was not possible.
     Untried,
 }
 
-/// A field of the output that is null, for some events or for all.
+/// A field of the output that is null, in some events or in all.
 #[derive(Debug, Serialize)]
 struct Null {
     field: &'static str,
@@ -121,7 +121,7 @@ enum Verdict {
     Nothing,
 }
 
-/// All of it. Serialized as `-o json` prints it.
+/// The whole report, serialized as `-o json` prints it.
 #[derive(Debug, Serialize)]
 struct Report {
     version: &'static str,
@@ -134,8 +134,8 @@ struct Report {
     null: Vec<Null>,
 }
 
-/// Prints the report. The exit status is 0 if everything can be told, 1 if tracing works with less, and 3 if it does not
-/// work at all; 2 is for usage errors.
+/// Prints the report. The exit status is 0 if tcpclose works in full, 1 if it works with restrictions, and 3 if it cannot
+/// trace; 2 is for usage errors.
 ///
 /// # Errors
 /// The report cannot be written.
@@ -162,7 +162,7 @@ pub fn doctor(format: Format, btf: &BtfSource) -> Result<ExitCode> {
 impl Report {
     fn make(btf: &BtfSource) -> Self {
         let facts = btf.facts().map_err(|error| format!("{error:#}"));
-        // Attached until the end of this function.
+        // The hooks stay attached until the end of this function.
         let loaded = loader::load(&rehearsal(btf));
         let hooks: Vec<_> = if let Ok(loaded) = &loaded {
             HOOKS.iter().map(|hook| rehearsed(hook, loaded)).collect()
@@ -188,7 +188,7 @@ impl Report {
     }
 }
 
-/// Asks for everything, so that the verifier sees every program as it is when it was asked for.
+/// A request with everything switched on, so that the verifier checks every program in full.
 fn rehearsal(btf: &BtfSource) -> Request {
     Request {
         params: Params { user_stack: 1, kernel_stack: 1, ttl: 1, ..Params::NONE },
@@ -206,9 +206,10 @@ fn capability(privilege: &privilege::Privilege) -> Finding {
     if privilege::has(privilege.capability) {
         return Finding::new(name, Mark::Ok, privilege.purpose);
     }
-    let stands_in = privilege.need == privilege::Need::Essential && privilege::has(Capability::CAP_SYS_ADMIN);
-    if stands_in {
-        return Finding::new(name, Mark::Ok, format!("{} (CAP_SYS_ADMIN stands for it)", privilege.purpose));
+    let is_included =
+        privilege.need == privilege::Need::Essential && privilege::has(Capability::CAP_SYS_ADMIN);
+    if is_included {
+        return Finding::new(name, Mark::Ok, format!("{} (included in CAP_SYS_ADMIN)", privilege.purpose));
     }
     let mark = match privilege.need {
         privilege::Need::Essential => Mark::No,
@@ -219,10 +220,10 @@ fn capability(privilege: &privilege::Privilege) -> Finding {
     if privilege.lost.is_empty() { finding } else { finding.lost(privilege.lost).fix(privilege.grant()) }
 }
 
-/// What became of a hook when all were attached.
+/// The result of attaching a hook.
 fn rehearsed(hook: &'static Hook, loaded: &KernelHalf) -> HookFinding {
     let outcome = loaded.hooks.iter().find(|outcome| std::ptr::eq(outcome.hook, hook));
-    let taken = outcome.and_then(|outcome| outcome.variant);
+    let used = outcome.and_then(|outcome| outcome.variant);
     let variants = hook.variants.iter().map(|variant| {
         let refused = outcome.and_then(|outcome| {
             outcome
@@ -231,8 +232,8 @@ fn rehearsed(hook: &'static Hook, loaded: &KernelHalf) -> HookFinding {
                 .find(|(other, _)| std::ptr::eq(*other, variant))
                 .map(|(_, why)| why.clone())
         });
-        let (result, why) = match (taken, refused) {
-            (Some(taken), _) if std::ptr::eq(taken, variant) => {
+        let (result, why) = match (used, refused) {
+            (Some(used), _) if std::ptr::eq(used, variant) => {
                 (Tried::Attached, Some(variant.worse.to_owned()).filter(|worse| !worse.is_empty()))
             }
             (_, Some(why)) => (Tried::Refused, Some(why)),
@@ -240,12 +241,12 @@ fn rehearsed(hook: &'static Hook, loaded: &KernelHalf) -> HookFinding {
         };
         finding(variant, result, why)
     });
-    let mark = match taken {
+    let mark = match used {
         None if hook.need == Need::Essential => Mark::No,
         Some(variant) if variant.worse.is_empty() && by_default(hook, variant) => Mark::Ok,
         _ => Mark::Less,
     };
-    let without = taken.is_none_or(|variant| !by_default(hook, variant));
+    let without = used.is_none_or(|variant| !by_default(hook, variant));
     HookFinding {
         name: hook.name,
         mark,
@@ -256,12 +257,12 @@ fn rehearsed(hook: &'static Hook, loaded: &KernelHalf) -> HookFinding {
     }
 }
 
-/// Whether a variant is taken without having been asked for. What belongs to `-- COMMAND` is taken with it.
+/// Whether a variant is used without an option of its own. `-- COMMAND` brings its hooks along.
 fn by_default(hook: &Hook, variant: &Variant) -> bool {
     hook.need != Need::Extra || variant.when.option().is_none()
 }
 
-/// What can be said of a hook without attaching it.
+/// What is known of a hook without attaching it.
 fn untried(hook: &'static Hook, types: Option<&Btf<'_>>) -> HookFinding {
     let variants =
         hook.variants.iter().map(|variant| finding(variant, Tried::Untried, Some(outlook(variant, types))));
@@ -285,7 +286,7 @@ fn finding(variant: &Variant, result: Tried, why: Option<String>) -> VariantFind
     }
 }
 
-/// What BTF and tracefs say of a variant.
+/// What BTF and tracefs say about a variant.
 fn outlook(variant: &Variant, types: Option<&Btf<'_>>) -> String {
     let points = || variant.programs.iter().map(|(_, at)| at.split_once(':').map_or(*at, |(_, point)| point));
     let of_types = |has: fn(&Btf<'_>, &str) -> bool| match types {
@@ -309,8 +310,8 @@ fn outlook(variant: &Variant, types: Option<&Btf<'_>>) -> String {
             Ok(None) => "tracefs is not mounted",
             Err(_) => "tracefs may not be read",
         },
-        Kind::TestRun => "only trying tells",
-        Kind::Procfs => "it takes no program",
+        Kind::TestRun => "known only by trying",
+        Kind::Procfs => "no program is needed",
     };
     outlook.to_owned()
 }
@@ -329,7 +330,7 @@ fn sources(facts: Option<&TypeFacts>, loaded: Option<&KernelHalf>) -> Sources {
     }
 }
 
-/// Every field that is null: for want of a hook, or of what it is read from.
+/// Every field that is null because a hook or another source is missing.
 fn nulls(hooks: &[HookFinding], sources: &Sources) -> Vec<Null> {
     let of_hooks = hooks.iter().flat_map(|hook| {
         hook.null.iter().map(|field| Null {

@@ -1,5 +1,5 @@
-//! What kind of place this is: the kernel, and what surrounds this process. Reads files of `/proc` and `/sys` that
-//! anybody may read.
+//! The environment of this process: the kernel, mounts, limits and namespaces. Everything is read from files in `/proc`
+//! and `/sys` that every user may read.
 
 use std::{
     fs,
@@ -16,7 +16,7 @@ use crate::{
     kernel::{TypeFacts, btf, lockdown, tracefs},
 };
 
-/// Everything, in the order in which it is told.
+/// All findings, in the order of the report.
 pub(super) fn findings(source: &BtfSource, facts: Result<&TypeFacts, String>) -> Vec<Finding> {
     vec![
         kernel(),
@@ -42,7 +42,7 @@ fn architecture() -> Finding {
     match here {
         "x86_64" | "aarch64" => Finding::new("architecture", Mark::Ok, here),
         _ => Finding::new("architecture", Mark::Less, here)
-            .lost("system call numbers are not known, so `trigger` is null for most closes")
+            .lost("the system call numbers of this architecture are not known, so `trigger` is null for most closes")
             .fix("x86_64 or aarch64"),
     }
 }
@@ -59,19 +59,19 @@ fn types(source: &BtfSource, facts: Result<&TypeFacts, String>) -> Finding {
             Finding::new("BTF", Mark::Ok, format!("{place}, without {}", missing.join(", ")))
         }
         Err(error) => Finding::new("BTF", Mark::Less, error)
-            .lost("all that is read from the kernel's own structures")
-            .fix("a kernel with CONFIG_DEBUG_INFO_BTF, or --btf FILE with the BTF of this one"),
+            .lost("everything that is read from kernel structures")
+            .fix("a kernel with CONFIG_DEBUG_INFO_BTF, or --btf FILE with the BTF of this kernel"),
     }
 }
 
 fn tracefs() -> Finding {
-    const USE: &str = "only needed without BTF, and for --accept-hook syscall";
+    const USE: &str = "needed only without BTF, and for --accept-hook syscall";
     match tracefs::find() {
         Ok(Some(tracefs)) => {
             Finding::new("tracefs", Mark::Ok, format!("{}, readable", tracefs.root().display()))
         }
         Ok(None) if privilege::has(Capability::CAP_SYS_ADMIN) => {
-            Finding::new("tracefs", Mark::Ok, "not mounted; tcpclose mounts it for itself when it needs it")
+            Finding::new("tracefs", Mark::Ok, "not mounted; tcpclose mounts it privately when it needs it")
         }
         Ok(None) => Finding::new("tracefs", Mark::Note, format!("not mounted; {USE}"))
             .fix("sudo mount -t tracefs -o gid=$(id -g),mode=750 tracefs /sys/kernel/tracing"),
@@ -85,13 +85,13 @@ fn tracefs() -> Finding {
 fn lockdown() -> Finding {
     match lockdown::mode() {
         Some(mode) if mode == "confidentiality" => Finding::new("lockdown", Mark::No, mode)
-            .lost("programs may not read kernel memory, so nothing can be traced")
+            .lost("BPF programs may not read kernel memory, so nothing can be traced")
             .fix("boot with lockdown=integrity, or without lockdown"),
         Some(mode) => Finding::new("lockdown", Mark::Ok, format!("{mode}: reading kernel memory is allowed")),
         None => Finding::new(
             "lockdown",
             Mark::Note,
-            "not told: securityfs is not mounted, or the kernel has no lockdown",
+            "unknown: securityfs is not mounted, or the kernel has no lockdown",
         ),
     }
 }
@@ -99,14 +99,14 @@ fn lockdown() -> Finding {
 fn memlock() -> Finding {
     let limit = match getrlimit(Resource::RLIMIT_MEMLOCK) {
         Ok((RLIM_INFINITY, _)) => "unlimited".to_owned(),
-        Ok((bytes, _)) => format!("{} KiB; maps count against it before 5.11 only", bytes / 1024),
+        Ok((bytes, _)) => format!("{} KiB; maps count against it only before 5.11", bytes / 1024),
         Err(errno) => format!("unknown: {errno}"),
     };
     Finding::new("RLIMIT_MEMLOCK", Mark::Ok, limit)
 }
 
 fn cgroups() -> Finding {
-    // The type comes after the separator: proc_pid_mountinfo(5).
+    // The file system type follows the separator: proc_pid_mountinfo(5).
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let kinds = mounts.lines().filter_map(|line| line.split_once(" - ")?.1.split(' ').next());
     let (mut one, mut two) = (false, false);
@@ -127,7 +127,7 @@ fn pid_namespace() -> Finding {
     if privilege::in_initial_pid_namespace() {
         return Finding::new("pid namespace", Mark::Ok, "the host's");
     }
-    Finding::new("pid namespace", Mark::Less, "one of its own")
+    Finding::new("pid namespace", Mark::Less, "a separate one")
         .lost(privilege::OUTSIDE)
         .fix("in a container: --pid host")
 }
@@ -136,26 +136,31 @@ fn user_namespace() -> Finding {
     if privilege::in_initial_user_namespace() {
         return Finding::new("user namespace", Mark::Ok, "the host's");
     }
-    Finding::new("user namespace", Mark::No, "one of its own")
-        .lost("capabilities do not count outside it, and programs are loaded outside")
-        .fix("run it as the host's root: a rootful container, without --userns")
+    Finding::new("user namespace", Mark::No, "a separate one")
+        .lost("its capabilities are not valid outside it, so programs cannot be loaded")
+        .fix("run tcpclose as the host's root, in a container: rootful and without --userns")
 }
 
 fn kernel_symbols() -> Finding {
     if kernel_symbols_are_shown() {
-        return Finding::new("/proc/kallsyms", Mark::Ok, "shows addresses");
+        return Finding::new("/proc/kallsyms", Mark::Ok, "shows kernel addresses");
     }
     let restrict = fs::read_to_string("/proc/sys/kernel/kptr_restrict");
     let restrict = restrict.as_deref().map_or("unknown", str::trim);
-    Finding::new("/proc/kallsyms", Mark::Less, format!("hides addresses (kernel.kptr_restrict={restrict})"))
-        .lost("frames of kernel stacks have no names")
-        .fix(if restrict == "2" { "sudo sysctl kernel.kptr_restrict=1" } else { "CAP_SYSLOG" })
+    Finding::new(
+        "/proc/kallsyms",
+        Mark::Less,
+        format!("hides kernel addresses (kernel.kptr_restrict={restrict})"),
+    )
+    .lost("frames of kernel stacks have no symbols")
+    .fix(if restrict == "2" { "sudo sysctl kernel.kptr_restrict=1" } else { "CAP_SYSLOG" })
 }
 
-/// Hidden addresses are all zero: `s_show()` of `kernel/kallsyms.c`.
+/// Whether `/proc/kallsyms` shows addresses to this process. Hidden addresses are all 0: `s_show()` of
+/// `kernel/kallsyms.c`.
 pub(super) fn kernel_symbols_are_shown() -> bool {
     let Ok(file) = fs::File::open("/proc/kallsyms") else { return false };
-    // Per-CPU symbols at the beginning may be at 0 for all to see.
+    // The per-CPU symbols at the beginning may really be at 0.
     let lines = BufReader::new(file).lines().map_while(Result::ok);
     lines
         .take(1000)

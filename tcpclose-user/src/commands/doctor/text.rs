@@ -1,4 +1,4 @@
-//! The report as people read it and paste it: aligned, in [`WIDTH`] columns.
+//! The report as text that people read and paste: aligned, [`WIDTH`] columns wide.
 
 use std::io::{self, Write};
 
@@ -7,25 +7,25 @@ use anstyle::{AnsiColor, Style};
 use super::{Finding, HookFinding, Mark, Null, Report, Tried, VariantFinding, Verdict};
 
 const WIDTH: usize = 100;
-/// Columns of the mark and of the name, and where the text begins.
+/// Widths of the columns of the mark and the name, and the column where the text begins.
 const MARK: usize = 8;
 const NAME: usize = 27;
 const TEXT: usize = MARK + NAME;
 
 const HEADING: Style = Style::new().bold();
 
-/// Writes the report, with colours; the writer leaves them out where they do not belong.
+/// Writes the report with colours, which `out` strips if they are not wanted.
 pub(super) fn write(out: &mut impl Write, report: &Report) -> io::Result<()> {
     let verdict = match report.verdict {
-        Verdict::Everything => "everything can be traced",
-        Verdict::Less => "traces, with less than there could be",
+        Verdict::Everything => "works in full",
+        Verdict::Less => "works, with restrictions",
         Verdict::Nothing => "cannot trace",
     };
     writeln!(out, "{HEADING}tcpclose {}: {verdict}{HEADING:#}", report.version)?;
     if let Some(cannot) = &report.cannot {
         writeln!(out, "\n{cannot}")?;
     }
-    heading(out, "Place")?;
+    heading(out, "Environment")?;
     for found in &report.place {
         finding(out, found)?;
     }
@@ -38,7 +38,7 @@ pub(super) fn write(out: &mut impl Write, report: &Report) -> io::Result<()> {
         hook(out, found)?;
     }
     if !report.null.is_empty() {
-        heading(out, "Null, for some events or for all")?;
+        heading(out, "Null in some events or in all")?;
         for alike in report.null.chunk_by(|one, other| one.why == other.why && one.fix == other.fix) {
             null(out, alike)?;
         }
@@ -56,12 +56,12 @@ fn finding(out: &mut impl Write, finding: &Finding) -> io::Result<()> {
 }
 
 fn hook(out: &mut impl Write, hook: &HookFinding) -> io::Result<()> {
-    let told = hook.variants.iter().filter(|variant| variant.result != Tried::NotNeeded);
-    for (number, variant) in told.enumerate() {
+    let shown = hook.variants.iter().filter(|variant| variant.result != Tried::NotNeeded);
+    for (number, variant) in shown.enumerate() {
         let first = number == 0;
         line(out, first.then_some(hook.mark), if first { hook.name } else { "" }, &sentence(variant))?;
     }
-    // Where fields are null, it stands with them.
+    // If fields are null, the loss is reported with them.
     if hook.null.is_empty() { consequences(out, hook.lost, hook.fix) } else { Ok(()) }
 }
 
@@ -96,7 +96,7 @@ fn consequences(out: &mut impl Write, lost: Option<&str>, fix: Option<&str>) -> 
     Ok(())
 }
 
-/// Mark, name, and text in the columns that are left.
+/// Writes the mark, the name, and the text wrapped in the remaining columns.
 fn line(out: &mut impl Write, mark: Option<Mark>, name: &str, text: &str) -> io::Result<()> {
     let (word, style) = match mark {
         Some(Mark::Ok) => ("ok", AnsiColor::Green.on_default()),
@@ -111,7 +111,7 @@ fn line(out: &mut impl Write, mark: Option<Mark>, name: &str, text: &str) -> io:
     lines.try_for_each(|rest| writeln!(out, "{:TEXT$}{rest}", ""))
 }
 
-/// Lines of at most `width` columns; a longer word has a line of its own.
+/// Breaks text into lines of at most `width` columns; a longer word gets a line of its own.
 fn wrap(text: &str, width: usize) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
     for word in text.split_whitespace() {
@@ -131,7 +131,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_are_as_long_as_they_may_be() {
+    fn lines_are_filled() {
         assert_eq!(wrap("one two three", 7), ["one two", "three"]);
         assert_eq!(wrap("a longer-than-that b", 5), ["a", "longer-than-that", "b"]);
         assert_eq!(wrap("", 5), Vec::<String>::new());

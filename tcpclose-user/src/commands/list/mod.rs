@@ -1,5 +1,5 @@
-//! `tcpclose list`: the sockets that linger now, and how many there are of every other kind. A look at the host from
-//! outside, with no program in the kernel.
+//! `tcpclose list`: the sockets that are in a teardown state now, and the number of sockets in every state. It loads no
+//! program into the kernel.
 
 mod report;
 
@@ -22,17 +22,17 @@ use crate::{
 };
 use report::Report;
 
-/// Looks once, writes what it saw to the standard output, and what it could not see to the standard error.
+/// Scans the sockets once, writes them to the standard output, and what could not be read to the standard error.
 ///
 /// # Errors
-/// The standard output does not take it. That nobody reads on is none.
+/// The standard output cannot be written. A reader that has gone is none.
 pub fn list(args: ListArgs) -> Result<()> {
     let ListArgs { output, linger, filter } = args;
     let filter = Filter::from(filter);
     let mut scan = sockets::scan(&filter);
     let mut processes = Processes::new();
-    let (at, lingering) = (scan.at, std::mem::take(&mut scan.lingering));
-    let lines = lingering
+    let (at, stuck) = (scan.at, std::mem::take(&mut scan.stuck));
+    let lines = stuck
         .iter()
         .filter(|socket| !is_younger(socket, linger))
         .map(|socket| Event::Lingering(Box::new(socket.lingering(at, &mut processes))))
@@ -46,7 +46,7 @@ pub fn list(args: ListArgs) -> Result<()> {
                     report.add(*lingering);
                 }
             }
-            keep_wanted(&mut scan, &filter, &mut processes);
+            drop_filtered(&mut scan, &filter, &mut processes);
             finish(report.write(&mut io::stdout().lock(), Palette::of_stdout(), &scan))
         }
     }
@@ -57,7 +57,7 @@ pub fn list(args: ListArgs) -> Result<()> {
     Ok(())
 }
 
-/// Whether it has surely been in its state for less than this.
+/// Whether a socket has certainly been in its state for less than this.
 fn is_younger(socket: &Socket, linger: Duration) -> bool {
     socket.entry.age().at_most.is_some_and(|most| Duration::from_millis(most.into()) < linger)
 }
@@ -72,7 +72,7 @@ fn write_lines(lines: impl Iterator<Item = Event>) -> io::Result<()> {
     output.flush().map(|_| ())
 }
 
-/// A reader that has seen enough is no error: `tcpclose list | head`.
+/// A reader that has gone is no error: `tcpclose list | head`.
 fn finish(written: io::Result<()>) -> io::Result<()> {
     match written {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
@@ -80,8 +80,8 @@ fn finish(written: io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// Drops the counts of processes that were not asked for, and those without a process if any were.
-fn keep_wanted(scan: &mut Scan, filter: &Filter, processes: &mut Processes) {
+/// Drops the counts that the filters exclude. If any filter is about processes, that includes sockets without one.
+fn drop_filtered(scan: &mut Scan, filter: &Filter, processes: &mut Processes) {
     if filter.is_about_processes() {
         scan.processes.retain(|tally| {
             let process = attribute::listed(
@@ -95,43 +95,44 @@ fn keep_wanted(scan: &mut Scan, filter: &Filter, processes: &mut Processes) {
     }
 }
 
-/// What could not be looked at, a sentence each.
+/// What could not be read, one sentence each.
 fn gaps(gaps: &Gaps) -> Vec<String> {
-    let Gaps { processes, tables, namespaces, lingering, owned, holdings } = gaps;
-    let mut said = Vec::new();
+    let Gaps { processes, tables, namespaces, stuck, owned, holders } = gaps;
+    let mut sentences = Vec::new();
     if *processes > 0 {
-        said.push(format!(
-            "the descriptors of {processes} processes may not be looked at, so their sockets have no owner here, and \
-             network namespaces that only they are in are left out; as root (sudo tcpclose list) all can be seen"
+        sentences.push(format!(
+            "the file descriptors of {processes} processes may not be read, so their sockets are listed without an \
+             owner, and network namespaces that contain only such processes are missing; run it as root (sudo tcpclose \
+             list) to see everything"
         ));
     }
     if !tables.is_empty() {
-        said.push(format!(
-            "of sockets in the network namespaces {} neither ages nor bytes are known: the kernel did not let them be \
-             asked about there (CAP_SYS_ADMIN and CONFIG_INET_DIAG do), and /proc/PID/net/tcp says less",
+        sentences.push(format!(
+            "ages, bytes and cookies of sockets in the network namespaces {} are not known: they were read from \
+             /proc/PID/net/tcp, because sock_diag could not be used there (it needs CAP_SYS_ADMIN and CONFIG_INET_DIAG)",
             some(tables)
         ));
     }
     if let Some((_, why)) = namespaces.first() {
         let inodes: Vec<_> = namespaces.iter().map(|(netns, _)| *netns).collect();
-        said.push(format!(
-            "the network namespaces {} are left out: {why}; as root they can be entered",
+        sentences.push(format!(
+            "the network namespaces {} are missing: {why}; run it as root to enter them",
             some(&inodes)
         ));
     }
     for (count, what) in [
-        (*lingering, "lingering sockets are counted, but not listed"),
-        (*owned, "sockets were not looked up among the descriptors, so they have no owner here"),
-        (*holdings, "holders of sockets are left out"),
+        (*stuck, "lingering sockets are counted but not listed"),
+        (*owned, "sockets are listed without an owner"),
+        (*holders, "holders of sockets are not listed"),
     ] {
         if count > 0 {
-            said.push(format!("there are too many: {count} {what}; filters make them fewer"));
+            sentences.push(format!("{count} {what}, because there are too many; use filters"));
         }
     }
-    said
+    sentences
 }
 
-/// The first few, and how many more there are.
+/// The first few numbers, and how many more there are.
 fn some(namespaces: &[u32]) -> String {
     const ENOUGH: usize = 5;
     let named = namespaces.iter().take(ENOUGH).map(ToString::to_string).collect::<Vec<_>>().join(", ");
@@ -141,12 +142,12 @@ fn some(namespaces: &[u32]) -> String {
     }
 }
 
-/// Where the sockets of a group lead.
+/// The remote end that the sockets of a group have in common.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Towards {
-    /// They connected there.
+    /// Outgoing: the address and port that they connected to.
     To(Endpoint),
-    /// They came from there, to this port.
+    /// Incoming: the address that they came from, and the local port.
     From(IpAddr, u16),
 }
 
@@ -154,7 +155,7 @@ impl Towards {
     fn of(lingering: &Lingering) -> Option<Self> {
         let (local, remote) = (lingering.connection.local?, lingering.connection.remote?);
         Some(match lingering.connection.role {
-            // The port of a client is another one each time.
+            // Each client has a different port.
             Some(Role::Server) => Self::From(remote.address, local.port),
             _ => Self::To(remote),
         })

@@ -1,4 +1,4 @@
-//! What `tcpclose list` found, as tables for a person: at 100 columns nothing wraps for IPv4.
+//! The tables of `tcpclose list`. With IPv4 addresses they fit into 100 columns.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -13,28 +13,28 @@ use crate::{
     sockets::{Counts, Outgoing, Scan, Unowned},
 };
 
-/// How many groups of lingering sockets are shown, and how many sockets of each. Of the others only the number is.
+/// How many groups of lingering sockets are shown, and how many sockets of each. The rest is only counted.
 const MAX_GROUPS: usize = 100;
 const MAX_SHOWN: usize = 10;
 
-/// How many processes, and how many destinations.
+/// How many processes and how many destinations are shown.
 const MAX_PROCESSES: usize = 50;
 const MAX_DESTINATIONS: usize = 5;
 
-/// From so many percent of the ports on, `connect()` may soon find none.
+/// The percentage of ports in use from which on `connect()` may soon find none.
 const SCARCE: f64 = 80.0;
 
-/// The lingering sockets in groups by process and remote, as they come: the oldest first.
+/// The lingering sockets, grouped by process and remote end. They are added in the order of their age, oldest first.
 #[derive(Default)]
 pub struct Report {
     groups: Vec<Group>,
     places: HashMap<Key, usize>,
     total: u64,
-    /// Those in groups beyond the hundredth.
+    /// Sockets in groups beyond [`MAX_GROUPS`].
     others: u64,
 }
 
-/// The process, the namespace, where they lead.
+/// The pid of the process, the network namespace, the remote end.
 type Key = (Option<u32>, Option<u32>, Option<Towards>);
 
 struct Group {
@@ -46,7 +46,7 @@ struct Group {
 }
 
 impl Report {
-    /// Adds one that is younger than those before.
+    /// Adds a socket, which must not be older than those added before.
     pub fn add(&mut self, lingering: Lingering) {
         self.total += 1;
         let towards = Towards::of(&lingering);
@@ -80,7 +80,7 @@ impl Report {
 
     /// Writes all tables.
     pub fn write(mut self, writer: &mut impl Write, palette: Palette, scan: &Scan) -> io::Result<()> {
-        // A process's groups together, in the order of the oldest of them.
+        // Groups of a process come together, in the order of the oldest of them.
         let mut ranks = HashMap::new();
         for group in &self.groups {
             let next = ranks.len();
@@ -96,7 +96,7 @@ impl Report {
 
     fn lingering<W: Write>(&self, page: &mut Page<W>) -> io::Result<()> {
         if self.total == 0 {
-            return page.line("No socket lingers.");
+            return page.line("No lingering sockets.");
         }
         page.header(&format!(
             "{:<15} {:<10} {:<11} {:>9}  {:<21}  FD, OTHERS' PID/FD",
@@ -107,7 +107,7 @@ impl Report {
         }
         if self.others > 0 {
             page.line(&format!(
-                "and {} more in other groups; -o json has them, filters make them fewer",
+                "and {} more in other groups; use -o json to list them, or filters to select",
                 self.others
             ))?;
         }
@@ -177,7 +177,7 @@ impl<W: Write> Page<W> {
     }
 
     fn socket(&mut self, lingering: &Lingering, owner: Option<u32>) -> io::Result<()> {
-        // Those that the application has to mend stand out; of the others the peer is the cause.
+        // The kinds that the application itself causes stand out from those that its peer causes.
         let style = match lingering.kind {
             LingeringKind::Leaked | LingeringKind::Unread | LingeringKind::Unaccepted => self.palette.alarm,
             _ => self.palette.peer,
@@ -193,7 +193,7 @@ impl<W: Write> Page<W> {
         writeln!(self.writer, "{}", format!("{line}{}", cut(&holders, room)).trim_end())
     }
 
-    /// Every socket once: at its owner, or in its namespace.
+    /// Counts every socket once: for its owner or, without one, for its network namespace.
     fn states(&mut self, scan: &Scan) -> io::Result<()> {
         let unowned = || scan.namespaces.iter().filter(|namespace| namespace.states.total() > 0);
         if scan.processes.is_empty() && unowned().next().is_none() {
@@ -261,24 +261,24 @@ impl<W: Write> Page<W> {
         match outgoing.first() {
             Some((namespace, most)) => self.hint(namespace, most),
             None => self.dim(
-                "This host closed first. Sockets that it accepted cost some memory for a minute, and no ports.",
+                "This host closed first. For a minute, a socket that it had accepted costs some memory, and no port.",
             ),
         }
     }
 
     fn hint(&mut self, namespace: &Unowned, most: &Outgoing) -> io::Result<()> {
         let Some((first, last)) = namespace.ports else {
-            return self.dim("The range of ports that connect() chooses from is not known there.");
+            return self.dim("The range of ports from which connect() chooses is not known there.");
         };
         self.dim(&format!(
-            "PORTS: of the {} that connect() chooses from ({first} to {last}), those that cannot be used for\n\
-             another connection to the same place, for a minute each.",
+            "PORTS: the share of the {} ports that connect() chooses from ({first} to {last}) that is unusable\n\
+             for another connection to the same address and port, each for a minute.",
             u32::from(last - first) + 1
         ))?;
         if share(namespace, most).is_some_and(|used| used >= SCARCE) {
             self.line(&format!(
-                "Near 100% connect() to {} fails with EADDRNOTAVAIL. Keep connections open (a pool,\n\
-                 keep-alive), or have the other end close first; net.ipv4.tcp_tw_reuse=1 lets ports be used again.",
+                "Near 100%, connect() to {} fails with EADDRNOTAVAIL. Keep connections open (a pool,\n\
+                 keep-alive), or let the other end close first; net.ipv4.tcp_tw_reuse=1 frees ports earlier.",
                 endpoint(Some(most.to))
             ))?;
         }
@@ -287,7 +287,7 @@ impl<W: Write> Page<W> {
 }
 
 fn in_namespace(namespace: &Unowned) -> impl Iterator<Item = (&Unowned, Outgoing)> {
-    // Nobody needs more than will be shown.
+    // No more than these can be shown.
     namespace
         .time_wait
         .outgoing()
@@ -296,13 +296,13 @@ fn in_namespace(namespace: &Unowned) -> impl Iterator<Item = (&Unowned, Outgoing
         .map(move |outgoing| (namespace, outgoing))
 }
 
-/// How many percent of the ports that `connect()` chooses from are taken towards a destination.
+/// The percentage of the ports from which `connect()` chooses that is in use towards a destination.
 fn share(namespace: &Unowned, outgoing: &Outgoing) -> Option<f64> {
     let (first, last) = namespace.ports?;
     Some(f64::from(outgoing.sockets) * 100.0 / (f64::from(last) - f64::from(first) + 1.0))
 }
 
-/// The owner's descriptors alone, the others' with their pids.
+/// The descriptors of the owner, and `pid/descriptor` of the other holders.
 fn holders(holders: Option<&[Holder]>, owner: Option<u32>) -> String {
     let Some(holders) = holders else { return "-".to_owned() };
     let (own, others): (Vec<_>, Vec<_>) = holders.iter().partition(|holder| Some(holder.pid) == owner);
@@ -311,7 +311,7 @@ fn holders(holders: Option<&[Holder]>, owner: Option<u32>) -> String {
     own.chain(others).collect::<Vec<_>>().join(", ")
 }
 
-/// Items with commas, over as many lines as it takes, those after the first as far to the right as the first item.
+/// Items separated by commas and wrapped, with continuation lines indented to the first item.
 struct Wrapped {
     text: String,
     indent: usize,
@@ -354,7 +354,7 @@ mod tests {
     fn nothing() -> Scan {
         Scan {
             at: Clock::now(),
-            lingering: Vec::new(),
+            stuck: Vec::new(),
             processes: Vec::new(),
             namespaces: Vec::new(),
             gaps: Gaps::default(),
@@ -381,9 +381,9 @@ mod tests {
         for (pid, role, remote_port) in [
             (1, Some(Role::Client), 443),
             (2, Some(Role::Client), 443),
-            // The same process, elsewhere: goes up to its first.
+            // The same process and another remote end: follows the process's first group.
             (1, Some(Role::Client), 444),
-            // From one address, from two ports.
+            // From one address and two ports.
             (3, Some(Role::Server), 50_000),
             (3, Some(Role::Server), 50_001),
         ] {
@@ -420,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn names_cannot_steer_the_terminal() {
+    fn names_cannot_control_the_terminal() {
         let mut evil = lingering(1, None, 1);
         evil.process.as_mut().unwrap().comm = "\x1b[2J\nfake".into();
         evil.process.as_mut().unwrap().container = Some("\x1b[2J".into());
@@ -431,7 +431,7 @@ mod tests {
     }
 
     #[test]
-    fn long_lines_go_on_below() {
+    fn long_lines_wrap() {
         let mut line = Wrapped::new("   start ".into());
         for _ in 0..30 {
             line.add("ESTABLISHED 12345");
