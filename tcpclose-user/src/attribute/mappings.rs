@@ -64,7 +64,7 @@ pub struct Identity {
 
 impl Identity {
     /// `None` for what is not a regular file: only those are ever opened.
-    fn of(metadata: &Metadata) -> Option<Self> {
+    pub(crate) fn of(metadata: &Metadata) -> Option<Self> {
         metadata.is_file().then(|| Self {
             device: metadata.dev(),
             inode: metadata.ino(),

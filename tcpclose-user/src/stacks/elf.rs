@@ -1,6 +1,6 @@
 //! Where the parts of an ELF file are mapped: what unwinding and symbolizing both need to know.
 
-use object::{Object as _, ObjectSegment as _, ReadRef};
+use object::{Object as _, ObjectSegment as _, ReadRef, SegmentFlags, elf::PF_X};
 
 use crate::attribute::mappings::Mapping;
 
@@ -16,6 +16,7 @@ struct Segment {
     size: u64,
     /// Virtual address, as in the symbol table.
     address: u64,
+    executable: bool,
 }
 
 impl Segments {
@@ -23,7 +24,8 @@ impl Segments {
     pub fn read<'data>(file: &object::File<'data, impl ReadRef<'data>>) -> Self {
         let segment = |segment: object::Segment<'data, '_, _>| {
             let (offset, size) = segment.file_range();
-            Segment { offset, size, address: segment.address() }
+            let executable = matches!(segment.flags(), SegmentFlags::Elf { p_flags } if p_flags & PF_X != 0);
+            Segment { offset, size, address: segment.address(), executable }
         };
         Self(file.segments().map(segment).collect())
     }
@@ -36,12 +38,16 @@ impl Segments {
         segment.address.checked_add(offset - segment.offset)
     }
 
-    /// The load bias of a mapping of the file: what is added to a virtual address to get the address in memory.
+    /// The load bias of an executable mapping of the file: what is added to a virtual address to get the address in
+    /// memory.
     pub fn bias(&self, mapping: &Mapping) -> Option<u64> {
         let end = mapping.offset.checked_add(mapping.end.checked_sub(mapping.start)?)?;
-        // A segment need not start at a page boundary, but its mapping does.
+        // A segment need not start at a page boundary, but its mapping does. The first page may therefore also contain the
+        // end of the segment before it, which linkers (lld) place at other addresses, and which is not executable.
         let is_mapped = |segment: &&Segment| {
-            segment.offset < end && mapping.offset < segment.offset.saturating_add(segment.size)
+            segment.executable
+                && segment.offset < end
+                && mapping.offset < segment.offset.saturating_add(segment.size)
         };
         let segment = self.0.iter().find(is_mapped)?;
         let start = segment.address.wrapping_add(mapping.offset).wrapping_sub(segment.offset);
@@ -56,10 +62,10 @@ mod tests {
 
     #[test]
     fn addresses_and_biases() {
-        // A segment that begins in the middle of a page, as linkers lay out the second one.
+        // The code begins in the middle of a page of the file, as lld lays it out.
         let segments = Segments(vec![
-            Segment { offset: 0, size: 0x1234, address: 0x1000 },
-            Segment { offset: 0x1234, size: 0x1000, address: 0x3234 },
+            Segment { offset: 0, size: 0x1234, address: 0x1000, executable: false },
+            Segment { offset: 0x1234, size: 0x1000, address: 0x3234, executable: true },
         ]);
         assert_eq!(segments.address(0x1233), Some(0x2233));
         assert_eq!(segments.address(0x1234), Some(0x3234));
@@ -72,10 +78,11 @@ mod tests {
             base: 0,
             backing: Backing::Anonymous,
         };
-        assert_eq!(segments.bias(&mapping(0x7000_1000, 0x1000, 0)), Some(0x7000_0000));
-        assert_eq!(segments.bias(&mapping(0x7000_4000, 0x1000, 0x2000)), Some(0x7000_0000));
+        assert_eq!(segments.bias(&mapping(0x7000_3000, 0x2000, 0x1000)), Some(0x7000_0000));
+        assert_eq!(segments.bias(&mapping(0x7000_4000, 0x1000, 0x2000)), Some(0x7000_0000), "the rest of it");
         assert_eq!(segments.bias(&mapping(0x7000_4000, 0x1000, 0x3000)), None, "no segment is there");
-        assert_eq!(segments.bias(&mapping(0, 0x1000, 0)), None, "below its own address");
+        assert_eq!(segments.bias(&mapping(0x7000_0000, 0x1000, 0)), None, "no code is there");
+        assert_eq!(segments.bias(&mapping(0, 0x2000, 0x1000)), None, "below its own address");
         assert_eq!(segments.bias(&mapping(0, u64::MAX, u64::MAX)), None);
     }
 }

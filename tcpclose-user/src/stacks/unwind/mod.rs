@@ -133,3 +133,86 @@ impl Unwinder {
         process
     }
 }
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use std::{arch::asm, hint::black_box};
+
+    use zerocopy::FromZeros as _;
+
+    use super::*;
+    use crate::{
+        attribute::process::Processes,
+        stacks::{memory::ProcessMemory, symbolize::Symbolizer},
+    };
+
+    /// A copy of this thread's stack.
+    struct Taken {
+        copy: StackCopy,
+        bytes: Vec<u8>,
+    }
+
+    #[inline(never)]
+    fn innermost() -> Taken {
+        let mut copy = StackCopy::new_zeroed();
+        // SAFETY: it reads three registers and changes nothing.
+        unsafe {
+            asm!(
+                "lea {ip}, [rip]", "mov {sp}, rsp", "mov {fp}, rbp",
+                ip = out(reg) copy.ip, sp = out(reg) copy.sp, fp = out(reg) copy.fp,
+                options(nomem, nostack, preserves_flags)
+            );
+        }
+        (copy.pid, copy.mm, copy.start) = (std::process::id(), 1, copy.sp);
+        let bytes = ProcessMemory::open(copy.pid).unwrap().up_to(copy.start, 16 << 10);
+        Taken { copy, bytes }
+    }
+
+    #[inline(never)]
+    fn middle() -> Taken {
+        black_box(innermost())
+    }
+
+    #[inline(never)]
+    fn outermost() -> Taken {
+        black_box(middle())
+    }
+
+    /// The unwound functions, innermost first, up to this module's last.
+    fn functions(taken: &Taken, frames: usize) -> Vec<String> {
+        let image = Processes::new().image(taken.copy.pid, 1).unwrap();
+        let unwound = Unwinder::default().unwind(&taken.copy, &taken.bytes, |_| Some(Arc::clone(&image)));
+        let named = Symbolizer::new().unwound(Some(&image), &unwound);
+        let own = |symbol: String| symbol.rsplit_once("unwind::tests::").map(|(_, name)| name.to_owned());
+        named
+            .into_iter()
+            .filter(|frame| !frame.inlined)
+            .filter_map(|frame| own(frame.symbol?))
+            .take(frames)
+            .collect()
+    }
+
+    #[test]
+    fn unwinds_this_process() {
+        let taken = outermost();
+        let expected = ["innermost", "middle", "outermost", "unwinds_this_process"];
+        assert_eq!(functions(&taken, 4), expected);
+        // A copy that ends early gives fewer frames, never others.
+        for length in (0..512).step_by(8) {
+            let bytes = taken.bytes[..length].to_vec();
+            let found = functions(&Taken { copy: taken.copy, bytes }, 4);
+            assert_eq!(found, expected[..found.len()], "{length} bytes");
+            assert!(!found.is_empty());
+        }
+    }
+
+    #[test]
+    fn knows_nothing_of_other_processes() {
+        let mut copy = StackCopy::new_zeroed();
+        copy.ip = 0x1234;
+        assert_eq!(Unwinder::default().unwind(&copy, &[], |_| None), [UnwoundFrame::Address(0x1234)]);
+        let empty = Arc::new(Image::default());
+        let frames = Unwinder::default().unwind(&copy, &[0; 64], |_| Some(Arc::clone(&empty)));
+        assert_eq!(frames, [UnwoundFrame::Address(0x1234)]);
+    }
+}

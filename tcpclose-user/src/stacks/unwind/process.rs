@@ -157,3 +157,76 @@ fn frame_pointer(registers: &UnwindRegsNative) -> u64 {
 fn frame_pointer(registers: &UnwindRegsNative) -> u64 {
     registers.fp()
 }
+
+#[cfg(test)]
+mod tests {
+    use zerocopy::FromZeros as _;
+
+    use super::*;
+    use crate::event::Frame;
+
+    /// Owns 0x1000 to 0x2000.
+    struct Fake(Vec<Caller>);
+
+    impl Runtime for Fake {
+        fn owns(&self, address: u64) -> bool {
+            (0x1000..0x2000).contains(&address)
+        }
+
+        fn name(&mut self, frame: &Registers, _: &StackMemory<'_>) -> Arc<[Arc<Frame>]> {
+            let named = |symbol: &str| {
+                Arc::new(Frame {
+                    address: format!("{:#x}", frame.pc),
+                    symbol: Some(symbol.to_owned()),
+                    module: None,
+                    offset: None,
+                    file: None,
+                    line: None,
+                    inlined: false,
+                })
+            };
+            // An address that it owns but knows nothing of.
+            if frame.inside < 0x1100 { Arc::new([]) } else { Arc::new([named("inner"), named("outer")]) }
+        }
+
+        fn caller(&mut self, _: &Registers, stack: &StackMemory<'_>) -> Caller {
+            assert_eq!(stack.word(0x9000), Some(7));
+            self.0.pop().unwrap_or(Caller::Unknown)
+        }
+    }
+
+    fn cursor(address: u64) -> Cursor {
+        let mut copy = StackCopy::new_zeroed();
+        (copy.ip, copy.sp) = (address, 0x9000);
+        Cursor::innermost(&copy, &Image::default())
+    }
+
+    #[test]
+    fn a_runtime_names_its_frames_and_finds_their_callers() {
+        let mut process = ProcessUnwinder::new(Arc::default(), None, &mut Binaries::default());
+        let at = |pc| Caller::At { pc, sp: 0x9100, fp: 0x9200 };
+        let metadata = std::fs::metadata("/proc/self/exe").unwrap();
+        let identity = Identity::of(&metadata).unwrap();
+        let runtime = Fake(vec![Caller::Unknown, Caller::ByTables, at(0), at(0x5001)]);
+        process.runtimes.push((identity, Box::new(runtime)));
+        let bytes = 7u64.to_ne_bytes();
+        let stack = StackMemory::new(0x9000, &bytes);
+
+        let mut frames = Vec::new();
+        for address in [0x1200, 0x1000, 0x5000] {
+            process.name(&cursor(address), &stack, &mut frames);
+        }
+        let symbol = |frame: &UnwoundFrame| match frame {
+            UnwoundFrame::Named(frame) => frame.symbol.clone().unwrap(),
+            UnwoundFrame::Address(address) => format!("{address:x}"),
+        };
+        assert_eq!(frames.iter().map(symbol).collect::<Vec<_>>(), ["inner", "outer", "1000", "5000"]);
+
+        let caller = process.caller(&cursor(0x1200), &stack).unwrap();
+        let expected = Registers { pc: 0x5001, inside: 0x5000, sp: 0x9100, fp: 0x9200 };
+        assert_eq!(caller.registers(), expected);
+        assert!(process.caller(&cursor(0x1200), &stack).is_none(), "a return address of 0");
+        assert!(process.caller(&cursor(0x1200), &stack).is_none(), "there are no tables at this address");
+        assert!(process.caller(&cursor(0x1200), &stack).is_none(), "the runtime does not know");
+    }
+}
