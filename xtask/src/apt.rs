@@ -9,7 +9,7 @@ use anyhow::Result;
 
 use crate::command::{self, say};
 
-/// A package: its name for apt-get, with `=VERSION` where one is pinned, and what it is for.
+/// A package: its name for apt-get, with `=VERSION` if the version is pinned, and its purpose.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Package {
     pub(crate) name: &'static str,
@@ -21,7 +21,7 @@ pub(crate) fn is_here() -> bool {
     command::find("apt-get").is_some()
 }
 
-/// The command that installs these, for the user to read.
+/// The command that installs these packages, for messages.
 pub(crate) fn advice(packages: &[Package]) -> String {
     let quote = |package: &Package| {
         if package.name.contains('*') { format!("'{}'", package.name) } else { package.name.to_owned() }
@@ -30,17 +30,18 @@ pub(crate) fn advice(packages: &[Package]) -> String {
     format!("sudo apt-get update && sudo apt-get install --no-install-recommends {words}")
 }
 
-/// Whether apt-get could install these from the lists it has. Needs no root.
+/// Whether apt-get can install these packages with its current package lists. Needs no root.
 fn available(packages: &[Package]) -> bool {
     command::output(install_command(&mut Command::new("apt-get"), packages).arg("--simulate")).is_some()
 }
 
-/// Gets the system's package lists.
+/// Updates the system's package lists.
 pub(crate) fn update() -> Result<()> {
     command::run(root_apt_get()?.arg("update"))
 }
 
-/// Installs packages, after saying which. `Ok(false)`, with nothing changed: this system does not offer them.
+/// Installs packages, and announces them first. `Ok(false)` means that this system does not offer them, and that
+/// nothing was changed.
 pub(crate) fn install(packages: &[Package]) -> Result<bool> {
     if packages.is_empty() {
         return Ok(true);
@@ -50,7 +51,7 @@ pub(crate) fn install(packages: &[Package]) -> Result<bool> {
     }
     let mut lists_are_new = false;
     if !available(packages) {
-        say("apt-get has not heard of what is missing: getting its package lists first");
+        say("apt-get does not know the missing packages; updating its package lists first");
         update()?;
         lists_are_new = true;
         if !available(packages) {
@@ -62,7 +63,7 @@ pub(crate) fn install(packages: &[Package]) -> Result<bool> {
     }
     let installed = command::run(install_command(&mut root_apt_get()?, packages));
     if installed.is_err() && !lists_are_new {
-        say("that failed; trying once more with new package lists");
+        say("the installation failed; trying once more with new package lists");
         update()?;
         command::run(install_command(&mut root_apt_get()?, packages))?;
         return Ok(true);
@@ -71,20 +72,20 @@ pub(crate) fn install(packages: &[Package]) -> Result<bool> {
 }
 
 fn install_command<'a>(apt_get: &'a mut Command, packages: &[Package]) -> &'a mut Command {
-    // --no-remove: a Debian compiler that somebody already uses must not make room for another one.
+    // --no-remove: a Debian compiler that is already in use must not be replaced by another one.
     apt_get
         .args(["install", "--yes", "--quiet", "--no-install-recommends", "--no-remove"])
         .args(packages.iter().map(|package| package.name))
 }
 
-/// apt-get as root, with nobody asked anything.
+/// apt-get as root, without prompts.
 fn root_apt_get() -> Result<Command> {
     let mut words = vec!["env".into(), "DEBIAN_FRONTEND=noninteractive".into(), "apt-get".into()];
     if !command::is_root() {
         words.insert(0, command::sudo("installing Debian packages")?);
     }
     let mut apt_get = Command::new(&words[0]);
-    // What apt-get prints would otherwise mix with what tcpclose prints.
+    // The output of apt-get must not mix with that of tcpclose.
     apt_get.args(&words[1..]).stdin(Stdio::null()).stdout(io::stderr());
     Ok(apt_get)
 }

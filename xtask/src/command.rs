@@ -1,4 +1,4 @@
-//! Running other programs, and saying which one failed.
+//! Runs other programs, and reports which one failed.
 
 use std::{
     env,
@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-/// Tells the user what is going on, on stderr: stdout belongs to tcpclose.
+/// Prints a progress message on stderr; stdout belongs to tcpclose.
 pub(crate) fn say(message: &str) {
     eprintln!("xtask: {message}");
 }
@@ -24,7 +24,7 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Runs a cargo build, without cargo's last word when there was nothing to do.
+/// Runs a cargo build, and leaves out the line `Finished …` that cargo ends with.
 pub(crate) fn run_build(command: &mut Command) -> Result<()> {
     if io::stderr().is_terminal() {
         command.env("CARGO_TERM_COLOR", env::var_os("CARGO_TERM_COLOR").unwrap_or_else(|| "always".into()));
@@ -33,10 +33,10 @@ pub(crate) fn run_build(command: &mut Command) -> Result<()> {
         command.stderr(Stdio::piped()).spawn().with_context(|| format!("cannot start {}", line(command)))?;
     if let Some(stderr) = child.stderr.take() {
         for text in BufReader::new(stderr).split(b'\n') {
-            let text = text.context("cannot read what cargo says")?;
+            let text = text.context("cannot read the output of cargo")?;
             if !is_last_word(&text) {
                 let mut stderr = io::stderr().lock();
-                // Nobody to tell is no reason to stop a build.
+                // A closed stderr is no reason to stop the build.
                 let _ = stderr.write_all(&text).and_then(|()| stderr.write_all(b"\n"));
             }
         }
@@ -55,16 +55,16 @@ fn is_last_word(line: &[u8]) -> bool {
     before.is_some_and(|before| line[..before].iter().all(|byte| b" \x1b[;m0123456789".contains(byte)))
 }
 
-/// What a command prints, or nothing if it is not there or fails.
+/// The output of a command, or `None` if it does not exist or fails.
 pub(crate) fn output(command: &mut Command) -> Option<String> {
     let output = command.stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
-/// A command as it would be typed, the variables that were set for it first.
+/// A command as one would type it, with the variables that were set for it in front.
 pub(crate) fn line(command: &Command) -> String {
     let variables = command.get_envs().filter_map(|(name, value)| {
-        // Set for every build, and of no interest to the reader.
+        // Set for every build, and of no use to the reader.
         let shown = name != "CARGO_TARGET_DIR" && name != "CARGO_TERM_COLOR";
         value.filter(|_| shown).map(|value| format!("{}={}", name.display(), quote(value)))
     });
@@ -82,7 +82,7 @@ fn quote(word: &OsStr) -> String {
     }
 }
 
-/// Where a program is. Also looks where administration tools are: a user's PATH on Debian leaves those out.
+/// The path of a program. Also searches the directories of administration tools, which a user's PATH on Debian lacks.
 pub(crate) fn find(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path)
@@ -93,12 +93,12 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
 
 /// Whether this process is root.
 pub(crate) fn is_root() -> bool {
-    // The owner of the process's own folder in /proc is its effective user.
+    // The owner of a process's directory in /proc is its effective user.
     use std::os::unix::fs::MetadataExt;
     std::fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0)
 }
 
-/// Where sudo is, or a sentence on what to do without it.
+/// The path of sudo, or an error that says what to do without it.
 pub(crate) fn sudo(purpose: &str) -> Result<PathBuf> {
     find("sudo").with_context(|| {
         format!("{purpose} needs root, and there is no sudo here: run this as root, or install sudo")

@@ -20,28 +20,28 @@ pub(crate) const TARGET: &str = "bpfel-unknown-none";
 /// The oldest compiler the crates here build with; the same as `rust-version` in Cargo.toml.
 const OLDEST: (u32, u32) = (1, 95);
 
-/// How a compiler comes by `core` for BPF.
+/// Where a compiler gets `core` for BPF from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Core {
-    /// It is there, compiled.
+    /// It is installed, compiled.
     Ready,
-    /// Its source is there, and cargo builds it along.
+    /// Its source is installed, and cargo builds it along with the kernel half.
     Source,
 }
 
-/// A compiler, and what matters here about it.
+/// A compiler and its properties.
 #[derive(Clone, Debug)]
 pub(crate) struct Compiler {
     pub(crate) rustc: PathBuf,
     pub(crate) sysroot: PathBuf,
     pub(crate) version: (u32, u32),
-    /// The major version of the LLVM it makes bitcode with.
+    /// The major version of its LLVM.
     pub(crate) llvm: u32,
     core: Option<Core>,
 }
 
 impl Compiler {
-    /// Looks at a compiler; `None` if it is not there or not a rustc.
+    /// Examines a compiler; `None` if it does not exist or is not a rustc.
     fn probe(rustc: &Path) -> Option<Self> {
         let (version, llvm) = parse_version(&command::output(Command::new(rustc).arg("-vV"))?)?;
         let sysroot = PathBuf::from(command::output(Command::new(rustc).args(["--print", "sysroot"]))?);
@@ -51,7 +51,7 @@ impl Compiler {
         } else {
             library.join("src/rust/library/core/src/lib.rs").exists().then_some(Core::Source)
         };
-        // The rustc that rustup puts on PATH chooses by the current folder: take the one it chose.
+        // The rustc that rustup puts on PATH selects a toolchain by the current directory: use the selected one.
         let own = sysroot.join("bin/rustc");
         let rustc = if own.exists() { own } else { rustc.to_owned() };
         Some(Self { rustc, sysroot, version, llvm, core })
@@ -72,7 +72,7 @@ impl Compiler {
         self.core == Some(Core::Ready) && self.rustc == Path::new("/usr/bin/rustc")
     }
 
-    /// The cargo to build with: one of another release may not know how to build this compiler's `core`.
+    /// The cargo to build with. A cargo of another release may be unable to build this compiler's `core`.
     pub(crate) fn cargo(&self) -> PathBuf {
         let own = self.sysroot.join("bin/cargo");
         if self.core == Some(Core::Source) && own.exists() {
@@ -91,23 +91,20 @@ impl fmt::Display for Compiler {
     }
 }
 
-/// The first compiler that will do, or a line for each one that will not.
+/// The first usable compiler, or, for each compiler found, a line that says why it is not usable.
 pub(crate) fn find() -> Result<Result<Compiler, Vec<String>>> {
     if let Some(rustc) = env::var_os("RUSTC_BPF") {
         let rustc = PathBuf::from(rustc);
         let Some(compiler) = Compiler::probe(&rustc) else {
-            bail!(
-                "RUSTC_BPF says {}, which is not a Rust compiler: unset it, or correct it",
-                rustc.display()
-            );
+            bail!("RUSTC_BPF is {}, which is not a Rust compiler: unset or correct it", rustc.display());
         };
         if let Err(reason) = compiler.core() {
-            bail!("RUSTC_BPF says {}, which {reason}: unset it, or correct it", rustc.display());
+            bail!("RUSTC_BPF is {}, which {reason}: unset or correct it", rustc.display());
         }
         return Ok(Ok(compiler));
     }
     let mut refused = Vec::new();
-    // Debian's, the one that builds the user half, and nightly, as that is where others keep rust-src.
+    // Debian's, the one that builds the user half, and nightly, which often has rust-src.
     let candidates: [fn() -> Option<PathBuf>; 3] =
         [|| Some("/usr/bin/rustc".into()), || command::find("rustc"), nightly];
     for candidate in candidates {
@@ -123,12 +120,12 @@ pub(crate) fn find() -> Result<Result<Compiler, Vec<String>>> {
 
 fn nightly() -> Option<PathBuf> {
     let mut which = Command::new(command::find("rustup")?);
-    // A look must not install a toolchain.
+    // Must not install a toolchain.
     which.args(["which", "--toolchain", "nightly", "rustc"]).env("RUSTUP_AUTO_INSTALL", "0");
     command::output(&mut which).map(PathBuf::from)
 }
 
-/// Whether there is a compiled `core` in a folder of libraries.
+/// Whether a directory of libraries contains a compiled `core`.
 pub(crate) fn has_core(folder: &Path) -> bool {
     std::fs::read_dir(folder).is_ok_and(|files| {
         files.flatten().any(|file| file.file_name().to_string_lossy().starts_with("libcore-"))
@@ -173,7 +170,7 @@ mod tests {
 
     #[test]
     fn a_compiler_too_old_is_refused_though_it_has_core() {
-        // What Debian 12 had before 1.96 came as an update.
+        // The version in Debian 12 before the update to 1.96.
         assert_eq!(
             compiler((1, 85), Some(Core::Ready)).core(),
             Err("is Rust 1.85, and 1.95 is needed".into())

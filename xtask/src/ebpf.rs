@@ -1,4 +1,4 @@
-//! Building the kernel half.
+//! Builds the kernel half.
 
 use std::process::Command;
 
@@ -11,12 +11,12 @@ use crate::{
     workspace::Workspace,
 };
 
-/// Builds the kernel half to where `tcpclose-user/build.rs` looks for it.
+/// Builds the kernel half into the directory where `tcpclose-user/build.rs` looks for it.
 pub(crate) fn build(workspace: &Workspace, tools: &Tools) -> Result<()> {
-    command::run_build(&mut cargo(workspace, tools, "build")).context("the kernel half was not built")
+    command::run_build(&mut cargo(workspace, tools, "build")).context("the kernel half could not be built")
 }
 
-/// A cargo command on the kernel half. What is set here is for this command only: the user half is another compiler's.
+/// A cargo command for the kernel half. Its settings apply to this command only: the user half has another compiler.
 pub(crate) fn cargo(workspace: &Workspace, tools: &Tools, subcommand: &str) -> Command {
     let compiler = &tools.compiler;
     let mut cargo = workspace.with_cargo(&compiler.cargo(), subcommand, &workspace.target.join("bpf"));
@@ -35,12 +35,12 @@ pub(crate) fn cargo(workspace: &Workspace, tools: &Tools, subcommand: &str) -> C
     }
     cargo
         .env("RUSTC", &compiler.rustc)
-        // Assembly for BPF is unstable, in aya as well.
+        // aya uses inline assembly for BPF, which is unstable.
         .env("RUSTC_BOOTSTRAP", "1")
-        // bpf-linker makes BTF from the debug info.
+        // bpf-linker generates BTF from the debug information.
         .env("RUSTFLAGS", "-C debuginfo=2 -C link-arg=--btf")
         .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", &tools.linker);
-    // What is meant for the host's compiler: each of these would replace or wrap one of the above.
+    // These are meant for the host's compiler, and would replace or wrap one of the settings above.
     for name in ["CARGO_ENCODED_RUSTFLAGS", "RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "RUSTUP_TOOLCHAIN"] {
         cargo.env_remove(name);
     }

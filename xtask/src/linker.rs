@@ -1,7 +1,8 @@
-//! bpf-linker, which makes a BPF object of the compiler's bitcode.
+//! bpf-linker, which turns the compiler's bitcode into a BPF object.
 //!
-//! It has to understand the bitcode, so it is linked to the very LLVM that the compiler uses: no LLVM is installed
-//! for it, and the two cannot drift apart. It is kept in the user's cache, for other clones to find.
+//! It has to read the bitcode, so it is linked to the LLVM library of the compiler itself: no other LLVM is
+//! installed, and the versions always match. It is kept in the user's cache, where other clones of the repository
+//! find it.
 
 use std::{
     env, fs,
@@ -20,7 +21,7 @@ use crate::{
 
 /// The release that is installed.
 const VERSION: &str = "0.13.0";
-/// Releases that will do when they are there already.
+/// Releases that are used if they are already installed.
 const SERIES: &str = "0.13.";
 /// The LLVM releases it can be linked to.
 const LLVM: std::ops::RangeInclusive<u32> = 21..=23;
@@ -34,12 +35,12 @@ pub(crate) fn find_or_install(compiler: &Compiler) -> Result<PathBuf> {
     };
     if let (Some(folder), Some(llvm)) = (&folder, &llvm) {
         let linker = folder.join("bin/bpf-linker");
-        // The LLVM it was linked to may since have gone, with the toolchain it belonged to.
+        // The LLVM that it was linked to may have been removed with its toolchain.
         if linker.exists() && fs::read_link(folder.join("llvm/lib/libLLVM.so")).is_ok_and(|to| to == *llvm) {
             return Ok(linker);
         }
     }
-    if let Some(linker) = command::find("bpf-linker").filter(|linker| will_do(linker)) {
+    if let Some(linker) = command::find("bpf-linker").filter(|linker| is_usable(linker)) {
         return Ok(linker);
     }
     let (Some(folder), Some(llvm)) = (folder, llvm) else {
@@ -57,7 +58,7 @@ pub(crate) fn find_or_install(compiler: &Compiler) -> Result<PathBuf> {
 fn install(compiler: &Compiler, folder: &Path, llvm: &Path) -> Result<()> {
     if !LLVM.contains(&compiler.llvm) {
         bail!(
-            "{} makes bitcode of LLVM {}, and bpf-linker {VERSION} is for LLVM {} to {}; \
+            "{} produces bitcode of LLVM {}, and bpf-linker {VERSION} is for LLVM {} to {}; \
              set RUSTC_BPF to the path of another compiler",
             compiler.rustc.display(),
             compiler.llvm,
@@ -66,13 +67,14 @@ fn install(compiler: &Compiler, folder: &Path, llvm: &Path) -> Result<()> {
         );
     }
     say(&format!("installing bpf-linker {VERSION} into {}; this takes about a minute", folder.display()));
-    // A prefix with nothing in it but the library, under the name the linker is told and the name it asks for.
+    // A prefix that contains only the library, under the name given to the linker and under its soname.
     let library = folder.join("llvm/lib");
-    fs::create_dir_all(&library).with_context(|| format!("cannot make the folder {}", library.display()))?;
+    fs::create_dir_all(&library)
+        .with_context(|| format!("cannot create the directory {}", library.display()))?;
     for name in ["libLLVM.so".into(), file_name(llvm)] {
         let link = library.join(name);
         let _ = fs::remove_file(&link);
-        symlink(llvm, &link).with_context(|| format!("cannot make the link {}", link.display()))?;
+        symlink(llvm, &link).with_context(|| format!("cannot create the link {}", link.display()))?;
     }
     let mut cargo = Command::new(cargo_program());
     cargo
@@ -82,12 +84,12 @@ fn install(compiler: &Compiler, folder: &Path, llvm: &Path) -> Result<()> {
         .env("LLVM_PREFIX", folder.join("llvm"))
         .env("CARGO_PROFILE_RELEASE_DEBUG", "0")
         .env("CARGO_PROFILE_RELEASE_STRIP", "true")
-        // A temporary folder will do, and leaves nothing behind.
+        // cargo then builds in a temporary directory and removes it.
         .env_remove("CARGO_TARGET_DIR");
     command::run(&mut cargo)
 }
 
-fn will_do(linker: &Path) -> bool {
+fn is_usable(linker: &Path) -> bool {
     command::output(Command::new(linker).arg("--version")).is_some_and(|text| is_of_series(&text))
 }
 
@@ -96,7 +98,7 @@ fn is_of_series(text: &str) -> bool {
     text.strip_prefix("bpf-linker ").is_some_and(|version| version.starts_with(SERIES))
 }
 
-/// The shared LLVM that a compiler uses: next to it (rustup), or in one of the system's library folders.
+/// The shared LLVM library that a compiler uses: beside it (rustup), or in one of the system's library directories.
 fn libllvm(compiler: &Compiler) -> Option<PathBuf> {
     let lib = compiler.sysroot.join("lib");
     let mut folders = vec![lib.clone(), compiler.sysroot.join("lib64")];
@@ -111,7 +113,7 @@ fn libllvm(compiler: &Compiler) -> Option<PathBuf> {
         let mut files: Vec<_> =
             files.filter(|file| is_libllvm(&file.file_name().to_string_lossy(), compiler.llvm)).collect();
         files.sort_by_key(fs::DirEntry::file_name);
-        // Links lead to the file whose name is the one the loader looks for.
+        // Links lead to the file whose name is the soname.
         files.iter().find_map(|file| file.path().canonicalize().ok())
     })
 }

@@ -1,4 +1,4 @@
-//! `cargo xtask`: everything there is to do in this repository, set-up included.
+//! `cargo xtask`: every task of this repository, setup included.
 
 mod apt;
 mod bench;
@@ -25,7 +25,7 @@ use platform::Platform;
 
 /// Sets up, builds, runs and tests tcpclose.
 ///
-/// Every command first installs what it needs and does not find, and says what before it does.
+/// Each command first installs the tools that it needs and does not find, and announces each installation.
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask", disable_help_subcommand = true)]
 struct Cli {
@@ -58,13 +58,13 @@ enum Task {
     Lint,
     /// Measure what tracing costs, per connection
     Bench(bench::Args),
-    /// Build what is released: static binaries, tarballs, Debian packages, checksums
+    /// Build the release: static binaries, tarballs, Debian packages, checksums
     Dist(dist::Args),
     /// Build a container image that holds the static binary alone
     Image(dist::image::Args),
     /// Write the test fixtures that are generated from source
     Fixtures,
-    /// Install what is missing, and say what is used
+    /// Install missing tools, and print the tools that are used
     Setup,
 }
 
@@ -72,7 +72,7 @@ fn main() -> ExitCode {
     match start(Cli::parse().task) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // One message, and no backtrace below it whatever RUST_BACKTRACE says: that one is for tcpclose.
+            // One message without a backtrace: RUST_BACKTRACE is meant for tcpclose.
             command::say(&format!("{error:#}"));
             ExitCode::FAILURE
         }

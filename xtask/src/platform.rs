@@ -53,8 +53,8 @@ static PLATFORMS: [Platform; 2] = [
             "qemu-system-x86_64",
             Package { name: "qemu-system-x86", purpose: "QEMU, in which tests run on other kernels" },
         ),
-        // An old one: what newer ones can do is slow that way. And it is without cmpxchg16b, after which QEMU 7.2 at
-        // times has other flags than the instruction left: kernels crash of that.
+        // An old processor, because newer instructions are slow to emulate; without cmpxchg16b, after which QEMU 7.2
+        // sometimes has wrong flags, which crashes kernels.
         emulated: &["-cpu", "Nehalem,-cx16"],
         board: &[],
         second_port: "isa-serial",
@@ -79,7 +79,7 @@ static PLATFORMS: [Platform; 2] = [
             "qemu-system-aarch64",
             Package { name: "qemu-system-arm", purpose: "QEMU, in which tests run on kernels for arm64" },
         ),
-        // One that does not sign its return addresses: to emulate that is slow.
+        // One without pointer authentication, which is slow to emulate.
         emulated: &["-cpu", "cortex-a72"],
         board: &["-machine", "virt,gic-version=max"],
         second_port: "pci-serial",
@@ -93,10 +93,10 @@ impl Platform {
         PLATFORMS.iter()
     }
 
-    /// The one that this runs on.
+    /// The platform that this program runs on.
     pub(crate) fn host() -> &'static Self {
         let is_this = |platform: &&Self| platform.triple.split('-').next() == Some(env::consts::ARCH);
-        // On a host that is neither, nothing is asked of it but to be the host: cargo builds there as it would anyway.
+        // On any other host, the entry only stands for the host: cargo builds there without a target.
         PLATFORMS.iter().find(is_this).unwrap_or(&PLATFORMS[0])
     }
 
@@ -112,7 +112,7 @@ impl Platform {
         std::ptr::eq(self, Self::host())
     }
 
-    /// Has a cargo command build for this platform.
+    /// Makes a cargo command build for this platform.
     pub(crate) fn choose(&self, cargo: &mut Command) {
         if !self.is_host() {
             self.choose_always(cargo);
@@ -128,12 +128,12 @@ impl Platform {
         }
     }
 
-    /// Where in a target folder cargo puts what it builds for this platform.
+    /// The directory inside a target directory in which cargo puts builds for this platform.
     pub(crate) fn folder(&self, target: &Path) -> PathBuf {
         if self.is_host() { target.to_owned() } else { target.join(self.triple) }
     }
 
-    /// What a tool is called that works on this platform's files.
+    /// The name of the binutils program that works on this platform's files.
     pub(crate) fn tool(&self, name: &str) -> String {
         if self.is_host() { name.to_owned() } else { format!("{}-{name}", self.gnu) }
     }

@@ -1,32 +1,32 @@
-//! What became of tests, read from what they print: on one place to run them, and over all places.
+//! Results of tests, read from their output: of one machine, and over all machines.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-/// What a test prints, first on a line, when it cannot run here; the reason follows.
+/// Start of the line that a test prints if it cannot run here; the reason follows.
 const SKIPPED: &str = "skipped: ";
-/// How that reason begins when the kernel lacks something (`tests/src/features.rs`).
+/// Start of the reason if the kernel lacks a feature (`tests/src/features.rs`).
 const LACKING: &str = "here is no ";
 
-/// What became of the tests of one place.
+/// Results of the tests on one machine.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Report {
-    /// How many passed and were not skipped.
+    /// Tests that passed and were not skipped.
     pub(crate) passed: BTreeSet<String>,
-    /// What failed, with what it printed.
+    /// Tests that failed, with their output.
     pub(crate) failed: BTreeMap<String, String>,
-    /// What failed first and passed when it was run again.
+    /// Tests that failed at first and passed when they were run again.
     pub(crate) repeated: BTreeSet<String>,
-    /// What could not run, and why.
+    /// Tests that could not run, and why.
     pub(crate) skipped: BTreeMap<String, String>,
     /// Programs that were not run at all, and why.
     pub(crate) unrun: BTreeMap<String, String>,
-    /// What else went wrong.
+    /// Other problems.
     pub(crate) problems: Vec<String>,
 }
 
 impl Report {
-    /// Reads the output of several test programs, maybe more than once of one, each between `=== NAME` and `=== NAME ended: …`, with `=== all` when
-    /// none is missing.
+    /// Reads the output of several test programs, some of them run more than once. Each is enclosed in `=== NAME` and
+    /// `=== NAME ended: …`; `=== all` follows the last one.
     pub(crate) fn parse(text: &str) -> Self {
         let mut report = Self::default();
         let mut outputs = BTreeMap::<String, String>::new();
@@ -92,29 +92,30 @@ impl Report {
             }
         }
         if !complete || told != expected {
-            report.problems.push(format!("{told} of {expected} tests that began told how they ended"));
+            report.problems.push(format!("{told} of {expected} tests reported a result"));
         }
         report
     }
 
-    /// Where tests have all that they need but what the kernel lacks, no other reason to skip one will do.
+    /// Makes every skip a problem whose reason is not a feature that the kernel lacks: the machines have everything
+    /// else.
     pub(crate) fn refuse_other_skips(&mut self) {
         let others = self.skipped.iter().filter(|(_, reason)| !reason.starts_with(LACKING));
         self.problems.extend(others.map(|(test, reason)| format!("{test} may not be skipped: {reason}")));
     }
 
-    /// Every test that was begun.
+    /// Every test that was started.
     fn tests(&self) -> impl Iterator<Item = &str> {
         let tests = self.passed.iter().chain(self.failed.keys()).chain(self.skipped.keys());
         tests.map(String::as_str)
     }
 
-    /// Whether nothing is wrong.
+    /// Whether nothing failed.
     pub(crate) fn is_good(&self) -> bool {
         self.failed.is_empty() && self.problems.is_empty()
     }
 
-    /// In a few words.
+    /// A summary in one line.
     pub(crate) fn summary(&self) -> String {
         let mut words = vec![format!("{} passed", self.passed.len())];
         for (count, what) in [
@@ -132,7 +133,7 @@ impl Report {
     }
 }
 
-/// The tests that were skipped wherever they were to run, and the programs that were run nowhere, each with where and why.
+/// Tests that were skipped on every machine, and programs that ran on none, each with machines and reasons.
 pub(crate) fn never_run(reports: &[(String, Report)]) -> BTreeMap<&str, Vec<String>> {
     let mut never = BTreeMap::<&str, Vec<String>>::new();
     for (place, report) in reports {
@@ -149,7 +150,8 @@ pub(crate) fn never_run(reports: &[(String, Report)]) -> BTreeMap<&str, Vec<Stri
     never
 }
 
-/// The scenarios that were begun here, over whatever route, and in no other place over any, though their programs were run.
+/// Scenarios that were started here, over any route, and on no other machine over any, although their programs ran
+/// there.
 pub(crate) fn never_begun<'a>(here: &'a Report, elsewhere: &[(String, Report)]) -> BTreeSet<&'a str> {
     let others = || elsewhere.iter().map(|(_, report)| report);
     let begun: BTreeSet<_> = others().flat_map(Report::tests).map(scenario).collect();
@@ -157,7 +159,7 @@ pub(crate) fn never_begun<'a>(here: &'a Report, elsewhere: &[(String, Report)]) 
     here.tests().map(scenario).filter(|test| !begun.contains(test) && !is_unrun(test)).collect()
 }
 
-/// A test without the route that it takes, which is its last part.
+/// The name of a test without its route, which is the last part.
 fn scenario(test: &str) -> &str {
     match test.rsplit_once("::") {
         Some((scenario, route)) if route.starts_with("loopback_") || route.starts_with("veth_") => scenario,
@@ -233,7 +235,7 @@ mod tests {
         let cut = GOOD.split_once("test b::c").unwrap().0;
         let report = Report::parse(cut);
         assert!(!report.is_good());
-        assert_eq!(report.summary(), "1 passed, 1 of 2 tests that began told how they ended");
+        assert_eq!(report.summary(), "1 passed, 1 of 2 tests reported a result");
         assert!(!Report::parse("").is_good());
         let died =
             "=== close\nrunning 1 test\ntest a ... ok\n=== close ended: signal: 11 (SIGSEGV)\n=== all\n";

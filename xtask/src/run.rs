@@ -1,4 +1,4 @@
-//! Building and starting tcpclose.
+//! Builds and starts tcpclose.
 
 use std::{env, os::unix::process::CommandExt, path::PathBuf, process::Command};
 
@@ -12,16 +12,16 @@ use crate::{
     workspace::Workspace,
 };
 
-/// Variables that change what tcpclose prints, and that sudo would drop.
+/// Variables that affect the output of tcpclose, and that sudo would remove.
 const KEPT: [&str; 6] = ["RUST_LOG", "RUST_BACKTRACE", "NO_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "TZ"];
 
-/// Builds both halves as they are released; the answer is where tcpclose is.
+/// Builds both halves in release mode; returns the path of tcpclose.
 pub(crate) fn build_all(workspace: &Workspace) -> Result<PathBuf> {
     ebpf::build(workspace, &tools::for_building()?)?;
     build_user_half(workspace, Platform::host(), true)
 }
 
-/// Builds the user half, which takes in the kernel half; the answer is where it is.
+/// Builds the user half, which embeds the kernel half; returns its path.
 pub(crate) fn build_user_half(workspace: &Workspace, platform: &Platform, release: bool) -> Result<PathBuf> {
     let mut cargo = workspace.cargo("build");
     cargo.args(["--package", "tcpclose-user", "--bin", "tcpclose"]);
@@ -29,11 +29,11 @@ pub(crate) fn build_user_half(workspace: &Workspace, platform: &Platform, releas
     if release {
         cargo.arg("--release");
     }
-    command::run_build(&mut cargo).context("the user half was not built")?;
+    command::run_build(&mut cargo).context("the user half could not be built")?;
     Ok(platform.folder(&workspace.target).join(if release { "release" } else { "debug" }).join("tcpclose"))
 }
 
-/// Becomes tcpclose, so that signals and the exit status are its own. Comes back only if it cannot.
+/// Replaces this process by tcpclose, which thereby gets signals and sets the exit status. Returns only on failure.
 pub(crate) fn run(workspace: &Workspace, args: &[String]) -> Error {
     match build_all(workspace).and_then(|tcpclose| start_command(tcpclose, args)) {
         Ok(mut command) => Error::new(command.exec()).context(format!("cannot start {}", line(&command))),
@@ -46,7 +46,7 @@ fn start_command(tcpclose: PathBuf, args: &[String]) -> Result<Command> {
         Command::new(tcpclose)
     } else {
         let mut sudo = Command::new(command::sudo("tracing")?);
-        // Only what is set is asked for: a strict sudoers file refuses the whole option.
+        // Only variables that are set: a strict sudoers file may refuse the option as a whole.
         let kept: Vec<_> = KEPT.into_iter().filter(|name| env::var_os(name).is_some()).collect();
         if !kept.is_empty() {
             sudo.arg(format!("--preserve-env={}", kept.join(",")));

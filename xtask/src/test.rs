@@ -1,4 +1,4 @@
-//! Running the tests.
+//! Runs the tests.
 
 use std::time::Duration;
 
@@ -18,26 +18,26 @@ use crate::{
     workspace::Workspace,
 };
 
-/// Which tests are run, and where.
+/// Which tests run, and where.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Run only the tests whose name contains one of these, and leave the lints out
+    /// Run only tests whose name contains one of these, and no lints
     filters: Vec<String>,
     /// Run the tests with root on four other kernels as well, each scenario over one route
     #[arg(long)]
     kernels: bool,
-    /// Run them on this kernel and nowhere else: 5.10, 6.1, 6.12, newest. Can be repeated
+    /// Run them on this kernel only: 5.10, 6.1, 6.12, newest. Can be repeated
     #[arg(long, value_name = "KERNEL", conflicts_with = "kernels")]
     kernel: Vec<String>,
-    /// With --kernels or --kernel: the platform of these kernels, as rustc calls it, if it is not this one; nothing is
-    /// run here then
+    /// With --kernels or --kernel: the platform of these kernels, as rustc calls it, if it is not this one; no test
+    /// then runs on this host
     #[arg(long, value_name = "TRIPLE", value_parser = Platform::parse)]
     target: Option<&'static Platform>,
     /// With --kernels or --kernel: each scenario over every route
     #[arg(long)]
     all_routes: bool,
-    /// With --kernels or --kernel: how long test programs are begun there, all machines together. Those that are left
-    /// over are told, and have failed if no machine has run them. 0 is without end
+    /// With --kernels or --kernel: for how long test programs are started there, all machines together. Programs that
+    /// are left over are reported, and count as failed if no machine ran them. 0 means without limit
     #[arg(long, default_value_t = 10, default_value_if("all_routes", ArgPredicate::IsPresent, "0"))]
     minutes: u64,
     /// More arguments for the test programs, such as --nocapture
@@ -45,12 +45,15 @@ pub(crate) struct Args {
     more: Vec<String>,
 }
 
-/// Runs lints and all tests, or the tests that are asked for. Each step runs whatever became of the one before.
+/// Runs lints and all tests, or the tests that were selected. Each step runs even if an earlier one failed.
 pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
     let platform = args.target.unwrap_or_else(Platform::host);
     let here = args.kernel.is_empty() && platform.is_host();
     let elsewhere = args.kernels || !args.kernel.is_empty();
-    ensure!(here || elsewhere, "--target is for other kernels: say which with --kernel, or --kernels");
+    ensure!(
+        here || elsewhere,
+        "--target needs --kernel or --kernels, which select the kernels of that platform"
+    );
     let everything = args.filters.is_empty() && here;
     tools::for_testing()?;
     tools::for_platform(platform)?;
@@ -75,7 +78,7 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
     }
 
     let suite = Suite::build(workspace, platform)?;
-    // What a test prints that passed is how it says that it was skipped.
+    // A skipped test counts as passed, and prints why it was skipped.
     let more = [&["--show-output".to_owned()], &*args.more].concat();
     let mut reports = Vec::new();
     if here {
@@ -98,13 +101,13 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
             Err(error) => note("kernels", Err(error), &mut failed),
         }
     }
-    tell_oddities(&reports);
-    // Where no machine ran, that has been said already.
+    report_oddities(&reports);
+    // If no machine ran, an earlier message says so.
     if let [(_, this_host), kernels @ ..] = reports.as_slice()
         && everything
         && !kernels.is_empty()
     {
-        tell_never_run(this_host, kernels, &mut failed);
+        report_never_run(this_host, kernels, &mut failed);
     }
     failed.extend(reports.iter().filter(|(_, report)| !report.is_good()).map(|(place, _)| place.clone()));
     if !failed.is_empty() {
@@ -120,8 +123,8 @@ fn note(what: &str, result: Result<()>, failed: &mut Vec<String>) {
     }
 }
 
-/// Says what was skipped, where and why, and what passed in no hurry.
-fn tell_oddities(reports: &[(String, Report)]) {
+/// Reports tests that were skipped, with the reason, and tests that passed at the second attempt only.
+fn report_oddities(reports: &[(String, Report)]) {
     for (place, report) in reports {
         for test in &report.repeated {
             say(&format!("passed at the second attempt on {place}: {test}"));
@@ -135,18 +138,18 @@ fn tell_oddities(reports: &[(String, Report)]) {
     }
 }
 
-/// What ran on none of all `kernels`, and is not left out there on purpose, is a failure.
-fn tell_never_run(this_host: &Report, kernels: &[(String, Report)], failed: &mut Vec<String>) {
+/// A test that ran on none of the `kernels`, and is not excluded there on purpose, is a failure.
+fn report_never_run(this_host: &Report, kernels: &[(String, Report)], failed: &mut Vec<String>) {
     let mut never = report::never_run(kernels);
     for scenario in report::never_begun(this_host, kernels) {
         if !kernels::is_left_out(scenario) {
-            never.entry(scenario).or_default().push("it was begun nowhere".to_owned());
+            never.entry(scenario).or_default().push("it was not started".to_owned());
         }
     }
     for (test, reasons) in &never {
-        say(&format!("{test} ran on no kernel: {}", reasons.join("; ")));
+        say(&format!("{test} ran on none of the kernels: {}", reasons.join("; ")));
     }
     if !never.is_empty() {
-        failed.push("tests that ran on no kernel".to_owned());
+        failed.push("tests that ran on none of the kernels".to_owned());
     }
 }

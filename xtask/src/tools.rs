@@ -1,4 +1,4 @@
-//! What builds and tests need that rustup does not bring: what is there, and how the rest is installed.
+//! Tools that builds and tests need and rustup does not provide: finds them, and installs the missing ones.
 
 use std::{env, fmt, path::PathBuf, process::Command};
 
@@ -12,7 +12,8 @@ use crate::{
     platform::Platform,
 };
 
-/// A Rust compiler with `core` for BPF. Pinned: a later Rust may bring an LLVM that bpf-linker does not know.
+/// A Rust compiler with `core` for BPF. Pinned, because a later Rust may have an LLVM that bpf-linker does not
+/// support.
 const DEBIAN_COMPILER: [Package; 2] = [
     Package { name: "rustc-web=1.96.*", purpose: "Debian's Rust compiler, beside rustup's" },
     Package {
@@ -21,7 +22,7 @@ const DEBIAN_COMPILER: [Package; 2] = [
     },
 ];
 
-/// What tests use, commands or files, and the packages that bring it.
+/// Commands or files that tests use, and the packages that contain them.
 const FOR_TESTS: [(&str, Package); 7] = [
     (
         "ip",
@@ -54,14 +55,14 @@ const FOR_TESTS: [(&str, Package); 7] = [
     ),
 ];
 
-/// The commands that virtual machines take, beside the emulator.
+/// Commands that virtual machines need, besides the emulator.
 const FOR_MACHINES: [(&str, Package); 3] = [
     ("cpio", Package { name: "cpio", purpose: "`cpio`, which packs the first file system of those kernels" }),
     ("strip", Package { name: "binutils", purpose: "`strip`, which makes it small" }),
     ("xz", Package { name: "xz-utils", purpose: "`xz`, which unpacks kernel modules" }),
 ];
 
-/// What the kernel half is built with.
+/// The tools that build the kernel half.
 pub(crate) struct Tools {
     pub(crate) compiler: Compiler,
     pub(crate) linker: PathBuf,
@@ -74,7 +75,7 @@ impl fmt::Display for Tools {
     }
 }
 
-/// Finds or installs what the kernel half is built with.
+/// Finds or installs the tools that build the kernel half.
 pub(crate) fn for_building() -> Result<Tools> {
     let compiler = match compiler::find()? {
         Ok(compiler) => compiler,
@@ -84,17 +85,17 @@ pub(crate) fn for_building() -> Result<Tools> {
     Ok(Tools { compiler, linker })
 }
 
-/// Installs what tests use, where it is missing.
+/// Installs missing tools that tests use.
 pub(crate) fn for_testing() -> Result<()> {
     install_missing("the tests need", &FOR_TESTS)
 }
 
-/// Installs the commands that virtual machines take, where they are missing.
+/// Installs missing commands that virtual machines need.
 pub(crate) fn for_machines(platform: &Platform) -> Result<()> {
     install_missing("tests on other kernels need", &[&[platform.qemu], &FOR_MACHINES[..]].concat())
 }
 
-/// Installs what it takes to build the user half for a platform that is not the host's.
+/// Installs the tools that build the user half for another platform than the host's.
 pub(crate) fn for_platform(platform: &Platform) -> Result<()> {
     let triple = platform.triple;
     if platform.is_host() {
@@ -107,7 +108,7 @@ pub(crate) fn for_platform(platform: &Platform) -> Result<()> {
     }
     ensure!(
         platform.has_std(),
-        "the Rust compiler has no standard library for {triple}: `rustup target add {triple}` brings it, or for \
+        "the Rust compiler has no standard library for {triple}: `rustup target add {triple}` installs it, or for \
          Debian's compiler the package libstd-rust-dev:{}",
         platform.debian
     );
@@ -123,7 +124,7 @@ fn install_missing(who: &str, commands: &[(&str, Package)]) -> Result<()> {
     if !apt::install(&missing)? {
         let programs = missing.iter().map(|package| package.purpose).collect::<Vec<_>>().join("; ");
         bail!(
-            "{who} what is not here, and apt-get does not offer: {programs}. On Debian this brings it:\n  {}",
+            "{who} tools that are missing, and that apt-get does not offer: {programs}. On Debian this installs them:\n  {}",
             apt::advice(&missing)
         );
     }
@@ -134,8 +135,8 @@ fn install_missing(who: &str, commands: &[(&str, Package)]) -> Result<()> {
 fn install_compiler(refused: &[String]) -> Result<Compiler> {
     say(&format!("missing: a Rust compiler with `core` for {TARGET}"));
     let failed = match apt::install(&DEBIAN_COMPILER) {
-        Ok(true) => "installing Debian's did not help".to_owned(),
-        Ok(false) => "no apt-get offers one".to_owned(),
+        Ok(true) => "Debian's was installed and cannot be used".to_owned(),
+        Ok(false) => "apt-get does not offer one".to_owned(),
         Err(error) => format!("{error:#}"),
     };
     if let Ok(compiler) = compiler::find()? {
@@ -143,7 +144,7 @@ fn install_compiler(refused: &[String]) -> Result<Compiler> {
     }
     if let Some(rustup) = command::find("rustup") {
         say("adding rustup's component rust-src, the source of `core`");
-        // Its failure is told below, with what else was tried.
+        // A failure is reported below, with everything else that was tried.
         let _ = command::run(Command::new(rustup).args(["component", "add", "rust-src"]));
     }
     match compiler::find()? {
@@ -158,7 +159,7 @@ fn advice(refused: &[String], failed: &str) -> String {
     format!(
         "the kernel half needs a Rust compiler with `core` for {TARGET}, or with the source of it. Found:\n  {found}\n\
          Installing one failed: {failed}.\n\
-         One of these mends it:\n  {}\n  rustup component add rust-src --toolchain {toolchain}",
+         One of these commands installs one:\n  {}\n  rustup component add rust-src --toolchain {toolchain}",
         apt::advice(&DEBIAN_COMPILER),
     )
 }
@@ -168,7 +169,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_word_has_what_was_found_and_what_to_type() {
+    fn the_error_has_what_was_found_and_what_to_type() {
         let text = advice(&["/usr/bin/rustc is Rust 1.85, and 1.95 is needed".into()], "apt-get offers none");
         for part in [
             "/usr/bin/rustc is Rust 1.85",

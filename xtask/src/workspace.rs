@@ -1,4 +1,4 @@
-//! Where the repository is, where builds go, and the `cargo` they are made with.
+//! The paths of the repository and of the target directory, and the `cargo` to build with.
 
 use std::{
     env,
@@ -11,16 +11,16 @@ use anyhow::{Context, Result};
 /// The repository this was started from.
 pub(crate) struct Workspace {
     pub(crate) root: PathBuf,
-    /// Cargo's target folder. `tcpclose-user/build.rs` looks for the kernel half in here, by the same rule.
+    /// Cargo's target directory. `tcpclose-user/build.rs` looks for the kernel half in it, by the same rule.
     pub(crate) target: PathBuf,
 }
 
-/// The cargo that runs this: that of the toolchain rustup chose, and no need for rustup to choose again.
+/// The cargo that runs this program, which belongs to the toolchain that rustup selected.
 pub(crate) fn cargo_program() -> PathBuf {
     env::var_os("CARGO").map_or_else(|| "cargo".into(), PathBuf::from)
 }
 
-/// The folder of the user's cache for what other clones of the repository can use too.
+/// The directory in the user's cache for files that other clones of the repository can use too.
 pub(crate) fn cache() -> Result<PathBuf> {
     let folder = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let cache = folder("XDG_CACHE_HOME").or_else(|| Some(folder("HOME")?.join(".cache")));
@@ -31,7 +31,8 @@ pub(crate) fn cache() -> Result<PathBuf> {
 
 impl Workspace {
     pub(crate) fn find() -> Result<Self> {
-        // Cargo sets the variable for what it runs; the other one serves when the binary is called by hand.
+        // cargo sets the variable for programs that it runs; the value at build time serves if the binary is run by
+        // hand.
         let package = env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
         let root =
             Path::new(&package).parent().context("xtask is not in a folder of the repository")?.to_owned();
@@ -44,7 +45,7 @@ impl Workspace {
         self.with_cargo(&cargo_program(), subcommand, &self.target)
     }
 
-    /// `cargo SUBCOMMAND` with a certain cargo and a target folder of its own.
+    /// `cargo SUBCOMMAND` with another cargo and another target directory.
     pub(crate) fn with_cargo(&self, cargo: &Path, subcommand: &str, target: &Path) -> Command {
         let mut cargo = Command::new(cargo);
         cargo.current_dir(&self.root).arg(subcommand).arg("--target-dir").arg(target);

@@ -1,7 +1,7 @@
 //! `cargo xtask bench`: what tracing costs.
 //!
-//! Machines are noisy, so every comparison is made within one run: rounds without a tool and with each tool alternate,
-//! and medians are reported. Figures of different runs do not compare.
+//! Machines are noisy, so every comparison is made within one run: rounds without a tool and with each tool
+//! alternate, and medians are reported. Figures of different runs do not compare.
 
 mod bed;
 mod blocked;

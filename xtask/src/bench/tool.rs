@@ -21,7 +21,8 @@ use crate::command::line;
 /// How long anything may take that ends by itself. Nothing is measured against it.
 const PATIENCE: Duration = Duration::from_mins(2);
 
-/// A tool that has done nothing for so long has finished: longer than the time for which tcpclose lets records gather.
+/// A tool that has done nothing for so long has finished: longer than the time for which tcpclose lets records
+/// gather.
 const QUIET: Duration = Duration::from_millis(400);
 
 /// CPU time that counts as nothing while a tool is idle, for each look at it.

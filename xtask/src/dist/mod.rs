@@ -1,5 +1,5 @@
-//! `cargo xtask dist`: what is released. For each platform a static binary, in a tarball and in a Debian package, with
-//! the manual page and completions that the binary generates itself.
+//! `cargo xtask dist`: what is released. For each platform a static binary, in a tarball and in a Debian package,
+//! with the manual page and completions that the binary generates itself.
 
 mod deb;
 pub(crate) mod image;
@@ -70,7 +70,8 @@ fn build(workspace: &Workspace, platform: &Platform) -> Result<PathBuf> {
     tools::for_platform(platform)?;
     let mut cargo = workspace.cargo("build");
     cargo.args(["--package", "tcpclose-user", "--bin", "tcpclose", "--profile", "dist"]);
-    // Also for the host: without --target, flags would be those of build scripts and macros too, which cannot be static.
+    // Also for the host: without --target, flags would be those of build scripts and macros too, which cannot be
+    // static.
     platform.choose_always(&mut cargo);
     let flags = env::var("RUSTFLAGS").unwrap_or_default() + " -C target-feature=+crt-static";
     cargo.env("RUSTFLAGS", flags.trim_start()).env_remove("CARGO_ENCODED_RUSTFLAGS");

@@ -1,5 +1,6 @@
-//! Debian's kernels, of several releases, and what else machines of another platform take: found and fetched by apt with
-//! lists of its own, so that the system's stay as they are. What comes is checked against the keys that Debian ships.
+//! Debian's kernels of several releases, and the programs that machines of another platform need. apt finds and
+//! fetches them with package lists of its own, so that those of the system do not change, and checks signatures with
+//! Debian's keys.
 
 use std::{
     fs,
@@ -21,26 +22,26 @@ const KEYS: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// A kernel and its modules, unpacked.
 pub(crate) struct Kernel {
-    /// What `uname -r` says on it.
+    /// Its release, as `uname -r` prints it.
     pub(crate) release: String,
     pub(crate) vmlinuz: PathBuf,
-    /// The folder of its modules.
+    /// The directory of its modules.
     pub(crate) modules: PathBuf,
 }
 
 impl Kernel {
-    /// The kernel of a suite. It is fetched once; removing the folder has it fetched again, in the version of that day.
+    /// The kernel of a suite. It is fetched once; remove the directory to fetch the newest version again.
     pub(crate) fn of_suite(platform: &Platform, suite: &str) -> Result<Self> {
         let folder = cache()?.join(platform.kernels).join(suite);
         complete(&folder, |partial| fetch_kernel(platform, suite, partial))
             .with_context(|| format!("cannot fetch the kernel of Debian {suite} for {}", platform.debian))?;
         Self::unpacked_in(&folder).with_context(|| {
-            format!("{} is broken; removing it has the kernel fetched again", folder.display())
+            format!("{} is incomplete; remove it, and the kernel is fetched again", folder.display())
         })
     }
 
     fn unpacked_in(folder: &Path) -> Result<Self> {
-        // Older packages have /lib/modules/RELEASE and /boot/vmlinuz-RELEASE, newer ones have both in one folder.
+        // Older packages have /lib/modules/RELEASE and /boot/vmlinuz-RELEASE, newer ones have both in one directory.
         let modules = ["lib/modules", "usr/lib/modules"].map(|place| folder.join(place));
         let mut releases = modules
             .iter()
@@ -48,18 +49,18 @@ impl Kernel {
             .flatten()
             .collect::<Result<Vec<_>, _>>()?;
         let (Some(found), None) = (releases.pop(), releases.pop()) else {
-            bail!("there is not one folder of modules in it");
+            bail!("it does not contain exactly one directory of modules");
         };
         let release = found.file_name().to_string_lossy().into_owned();
         let modules = found.path();
         let places = [folder.join("boot").join(format!("vmlinuz-{release}")), modules.join("vmlinuz")];
-        let vmlinuz = places.into_iter().find(|place| place.exists()).context("there is no vmlinuz in it")?;
+        let vmlinuz = places.into_iter().find(|place| place.exists()).context("it contains no vmlinuz")?;
         Ok(Self { release, vmlinuz, modules })
     }
 }
 
-/// A folder with Debian packages of a platform unpacked in it: these, and all that they depend on. They are of this
-/// system's suite, as is the compiler that programs for the platform are linked with. Fetched once, like a kernel.
+/// A directory in which Debian packages of a platform are unpacked, with all that they depend on. They belong to the
+/// suite of this system, as does the linker of programs for the platform. They are fetched once, like a kernel.
 pub(crate) fn unpacked(platform: &Platform, packages: &[&str]) -> Result<PathBuf> {
     let folder = cache()?.join(platform.kernels).join("programs");
     complete(&folder, |partial| {
@@ -78,7 +79,7 @@ pub(crate) fn unpacked(platform: &Platform, packages: &[&str]) -> Result<PathBuf
     Ok(folder)
 }
 
-/// Has a folder filled that is not there. It gets its name only when it is complete.
+/// Creates and fills a directory if it does not exist. It gets its name only when it is complete.
 fn complete(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     if folder.exists() {
         return Ok(());
@@ -93,14 +94,15 @@ fn complete(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()>
 
 /// Fetches the newest kernel of a suite and unpacks it.
 fn fetch_kernel(platform: &Platform, suite: &str, folder: &Path) -> Result<()> {
-    // The package that depends on it.
+    // The metapackage that depends on it.
     let newest = format!("linux-image-cloud-{}", platform.debian);
     let apt = Apt::with_lists(platform, suite, folder)?;
     let mut depends = apt.command("apt-cache");
     depends
         .args(["depends", "--recurse", "--no-recommends", "--no-suggests", "--no-conflicts", "--no-breaks"])
         .args(["--no-replaces", "--no-enhances", &newest]);
-    let listed = command::output(&mut depends).with_context(|| format!("there is no {newest} in it"))?;
+    let listed =
+        command::output(&mut depends).with_context(|| format!("the suite has no package {newest}"))?;
     let packages: Vec<_> = listed.lines().filter(|line| is_kernel(line)).collect();
     ensure!(!packages.is_empty(), "{newest} depends on no kernel");
     say(&format!("fetching {}", packages.join(", ")));
@@ -110,8 +112,8 @@ fn fetch_kernel(platform: &Platform, suite: &str, folder: &Path) -> Result<()> {
     apt.unpack("debs", folder)
 }
 
-/// Whether a package holds a part of one certain kernel, such as linux-image-6.1.0-50-cloud-amd64. Up to 7.1 the image
-/// holds all of it, later linux-binary holds the kernel and linux-modules the rest.
+/// Whether a package contains a part of a specific kernel, such as linux-image-6.1.0-50-cloud-amd64. Up to 7.1
+/// linux-image contains everything; later, linux-binary contains the kernel, and linux-modules the modules.
 fn is_kernel(package: &str) -> bool {
     ["linux-image-", "linux-binary-", "linux-modules-"]
         .iter()
@@ -119,7 +121,7 @@ fn is_kernel(package: &str) -> bool {
         .any(|rest| rest.starts_with(|first: char| first.is_ascii_digit()))
 }
 
-/// The archive that this system gets its own packages from: it has the other suites as well.
+/// The archive from which this system gets its packages; it has the other suites as well.
 fn archive() -> Result<String> {
     let mut targets = Command::new("apt-get");
     targets.args([
@@ -136,31 +138,31 @@ fn archive() -> Result<String> {
     if let Some(archive) = first(&mut targets) {
         return Ok(archive);
     }
-    // Who an archive is of is known when its lists are there.
+    // Whose archive it is is known only when its package lists are present.
     apt::update()?;
     first(&mut targets).context("none of the package sources of this system is Debian's archive")
 }
 
-/// apt for a platform, with sources, lists and a cache of its own, and no packages installed.
+/// apt for a platform, with its own sources, package lists and cache, and without installed packages.
 struct Apt {
     folder: PathBuf,
     architecture: &'static str,
 }
 
 impl Apt {
-    /// With the lists of a suite, kept in a folder that they will leave.
+    /// Fetches the package lists of a suite into a directory, from which [`Self::unpack`] removes them.
     fn with_lists(platform: &Platform, suite: &str, within: &Path) -> Result<Self> {
         ensure!(
             apt::is_here() && Path::new(KEYS).exists(),
             "Debian's packages are fetched with apt-get and checked with {KEYS}; on Debian and its relatives this \
-             brings it:\n  sudo apt-get install debian-archive-keyring"
+             installs it:\n  sudo apt-get install debian-archive-keyring"
         );
         let archive = archive()?;
         let folder = within.join("apt");
         for place in ["lists/partial", "cache/archives/partial"] {
             let place = folder.join(place);
             fs::create_dir_all(&place)
-                .with_context(|| format!("cannot make the folder {}", place.display()))?;
+                .with_context(|| format!("cannot create the directory {}", place.display()))?;
         }
         fs::write(folder.join("sources.list"), format!("deb [signed-by={KEYS}] {archive} {suite} main\n"))?;
         let apt = Self { folder, architecture: platform.debian };
@@ -169,7 +171,7 @@ impl Apt {
         Ok(apt)
     }
 
-    /// Unpacks the packages that lie in a folder of apt's, and removes all that is apt's.
+    /// Unpacks the packages in a directory of apt's, and removes all files of apt's.
     fn unpack(self, debs: &str, to: &Path) -> Result<()> {
         for file in fs::read_dir(self.folder.join(debs))? {
             let file = file?.path();
@@ -199,10 +201,10 @@ impl Apt {
             &format!("APT::Architectures={}", self.architecture),
             "Acquire::Retries=3",
             "Acquire::Languages=none",
-            // What a desktop would like to have of every suite.
+            // Lists that only desktops use.
             "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false",
             "Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled=false",
-            // The user that apt would become may have no way into these folders.
+            // The user that apt would switch to may have no access to these directories.
             "APT::Sandbox::User=root",
         ] {
             command.args(["-o", option]);

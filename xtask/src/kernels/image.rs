@@ -1,5 +1,5 @@
-//! The initial file system of a virtual machine: the test programs and tcpclose, the commands that tests call, the
-//! libraries of all of them, each where it is on this host, and the modules of one kernel.
+//! The initial file system of a virtual machine. It contains the test programs and tcpclose, the commands that tests
+//! run, the libraries of all of them at their paths on this host, and the modules of one kernel.
 
 use std::{
     collections::BTreeSet,
@@ -18,11 +18,11 @@ use super::{
 };
 use crate::{command, platform::Platform};
 
-/// The commands that tests call.
+/// The commands that tests run.
 const COMMANDS: [&str; 4] = ["ip", "nft", "sh", "ss"];
 
-/// What programs are told there (`tests/src/lib.rs`, `tests/src/features.rs`). While one test waits for a timer, another
-/// has the processor.
+/// Variables of the programs there (`tests/src/lib.rs`, `tests/src/features.rs`). Two test threads: while one test
+/// waits for a timer, the other uses the processor.
 const VARIABLES: [(&str, &str); 5] = [
     ("PATH", "/usr/bin"),
     ("HOME", "/tmp"),
@@ -31,19 +31,19 @@ const VARIABLES: [(&str, &str); 5] = [
     ("RUST_TEST_THREADS", "2"),
 ];
 
-/// Modules that tests need, where the kernel does not have them built in. What they depend on comes along.
+/// Modules that tests need, unless they are built into the kernel. Their dependencies are added.
 const MODULES: [&str; 5] = ["veth", "nf_tables", "nft_reject_inet", "tcp_diag", "mptcp_diag"];
 
-/// The packages of Debian that bring those, and what Rust programs are linked to.
+/// The Debian packages that contain the commands, and the libraries that Rust programs are linked to.
 const PACKAGES: [&str; 5] = ["iproute2", "nftables", "dash", "libc6", "libgcc-s1"];
 
-/// Where the test programs and tcpclose are there. On this host they may be below a folder that is mounted over there.
+/// Where the test programs and tcpclose are in the machine. Their path on this host may be below a mount point there.
 const PROGRAMS: &str = "/programs";
 
-/// Folders that are mounted on or written to.
+/// Mount points, and directories that are written to.
 const FOLDERS: [&str; 9] = ["dev", "modules", "proc", "run", "sys", "tmp", "usr/bin", "usr/lib", "usr/lib64"];
 
-/// The same folders under other names.
+/// Other names of these directories.
 const LINKS: [(&str, &str); 5] = [
     ("bin", "usr/bin"),
     ("lib", "usr/lib"),
@@ -52,7 +52,7 @@ const LINKS: [(&str, &str); 5] = [
     ("usr/sbin", "bin"),
 ];
 
-/// What all machines have in common, packed.
+/// The part of the file system that all machines share, packed.
 pub(crate) fn common(folder: &Path, plan: &Plan) -> Result<Vec<u8>> {
     let (suite, tcpclose) = (plan.suite, plan.tcpclose);
     let root = fresh(&folder.join("root"))?;
@@ -65,7 +65,7 @@ pub(crate) fn common(folder: &Path, plan: &Plan) -> Result<Vec<u8>> {
     for program in suite.programs().chain([tcpclose]) {
         let copy = under(&root, &place(program));
         copy_to(program, &copy)?;
-        // Names of functions stay; lines of the source would make the image five times as large.
+        // Keeps the names of functions; source lines would make the image five times as large.
         command::run(Command::new(plan.platform.tool("strip")).arg("--strip-debug").arg(copy))?;
     }
     if plan.platform.is_host() {
@@ -84,12 +84,12 @@ pub(crate) fn common(folder: &Path, plan: &Plan) -> Result<Vec<u8>> {
     pack(&root)
 }
 
-/// Where a program of this host is there.
+/// The path in the machine of a program of this host.
 pub(crate) fn place(program: &Path) -> PathBuf {
     Path::new(PROGRAMS).join(program.file_name().unwrap_or_default())
 }
 
-/// Adds this host's commands, and its libraries for them and for the programs.
+/// Adds this host's commands, and the libraries that they and the programs load.
 fn add_from_host<'a>(root: &Path, programs: impl Iterator<Item = &'a Path>) -> Result<()> {
     let mut needed = BTreeSet::new();
     for program in programs {
@@ -106,8 +106,8 @@ fn add_from_host<'a>(root: &Path, programs: impl Iterator<Item = &'a Path>) -> R
     Ok(())
 }
 
-/// Adds another platform's commands, and all libraries of the packages that bring them: who needs which of them, only
-/// its own loader can tell.
+/// Adds another platform's commands, and all libraries of their packages: only that platform's loader could list the
+/// libraries that each needs.
 fn add_from_packages(root: &Path, platform: &Platform) -> Result<()> {
     let packages = debian::unpacked(platform, &PACKAGES)?;
     for name in COMMANDS {
@@ -133,8 +133,8 @@ fn add_command(root: &Path, name: &str, program: &Path) -> Result<()> {
     copy_to(program, &root.join("usr/bin").join(name))
 }
 
-/// What a machine has for itself, packed: the list of its tests, and the modules of its kernel, which it loads in the
-/// order of their names.
+/// A machine's own part of the file system, packed: the list of its tests, and the modules of its kernel, which it
+/// loads in the order of their names.
 pub(crate) fn own(folder: &Path, kernel: &Kernel, tests: &str) -> Result<Vec<u8>> {
     let root = fresh(&folder.join(&kernel.release))?;
     let place = root.join("modules");
@@ -152,8 +152,8 @@ pub(crate) fn own(folder: &Path, kernel: &Kernel, tests: &str) -> Result<Vec<u8>
     pack(&root)
 }
 
-/// Adds a module, after those that it depends on. One that there is no file of is built in, or the kernel has none: the
-/// tests say what they miss.
+/// Adds a module, after the modules that it depends on. A module without a file is built in or does not exist; in the
+/// latter case the tests report the missing feature.
 fn load(name: &str, files: &[PathBuf], loaded: &mut Vec<(String, Vec<u8>)>) -> Result<()> {
     if loaded.iter().any(|(other, _)| other == name) {
         return Ok(());
@@ -175,12 +175,12 @@ fn load(name: &str, files: &[PathBuf], loaded: &mut Vec<(String, Vec<u8>)>) -> R
     Ok(())
 }
 
-/// `nf_tables` for `…/nf_tables.ko.xz`. Modules go by names with underscores, whatever their files are called.
+/// `nf_tables` for `…/nf_tables.ko.xz`. Names of modules have underscores, even if those of their files have hyphens.
 fn module_name(file: &Path) -> Option<String> {
     Some(file.file_name()?.to_str()?.split_once(".ko")?.0.replace('-', "_"))
 }
 
-/// What a module says it depends on, in a string such as `depends=nfnetlink,libcrc32c`.
+/// The dependencies of a module, from a string such as `depends=nfnetlink,libcrc32c`.
 fn dependencies(module: &[u8]) -> Vec<String> {
     const MARK: &[u8] = b"\0depends=";
     let Some(start) = module.windows(MARK.len()).position(|part| part == MARK) else { return Vec::new() };
@@ -205,16 +205,17 @@ fn collect_files(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-/// An empty folder.
+/// Creates an empty directory, in place of an existing one.
 fn fresh(folder: &Path) -> Result<PathBuf> {
     if folder.exists() {
         fs::remove_dir_all(folder)?;
     }
-    fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+    fs::create_dir_all(folder)
+        .with_context(|| format!("cannot create the directory {}", folder.display()))?;
     Ok(folder.to_owned())
 }
 
-/// A full path, below the root of a file system.
+/// An absolute path, below the root of a file system.
 fn under(root: &Path, path: &Path) -> PathBuf {
     root.join(path.strip_prefix("/").unwrap_or(path))
 }
@@ -231,7 +232,7 @@ fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
     Ok(listed.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from).collect())
 }
 
-/// What the kernel unpacks; everything in it belongs to root.
+/// The cpio archive of a directory, which the kernel unpacks; all files belong to root.
 fn pack(root: &Path) -> Result<Vec<u8>> {
     let mut names = Vec::new();
     collect_names(root, Path::new(""), &mut names)?;
@@ -246,7 +247,7 @@ fn pack(root: &Path) -> Result<Vec<u8>> {
     Ok(output.stdout)
 }
 
-/// The names of all files in a folder, each ended by a zero, folders before what is in them.
+/// The names of all files in a directory, each terminated by a zero byte, directories before their contents.
 fn collect_names(root: &Path, within: &Path, names: &mut Vec<u8>) -> Result<()> {
     for entry in fs::read_dir(root.join(within))? {
         let entry = entry?;

@@ -1,4 +1,4 @@
-//! The tests on other kernels: Debian's, booted in QEMU, with the very programs that run on this host.
+//! Runs the tests on other kernels: Debian's, booted in QEMU, with the same programs that run on this host.
 
 mod debian;
 mod image;
@@ -20,7 +20,7 @@ use self::debian::Kernel;
 pub(crate) use self::plan::{Extent, Plan, is_left_out};
 use crate::{command::say, platform::Platform, report::Report, workspace::Workspace};
 
-/// The kernels that tests run on.
+/// The kernels on which the tests run.
 const KERNELS: [Entry; 4] = [
     Entry {
         name: "5.10",
@@ -46,17 +46,18 @@ const KERNELS: [Entry; 4] = [
     Entry { name: "newest", suite: "sid", may_lack: &[], arm64_may_lack: &[] },
 ];
 
-/// What arm64 has from 6.4 on.
+/// Features that arm64 has since 6.4.
 const PROGRAMS_ON_FUNCTIONS: [&str; 2] = ["FunctionReturns", "PacketOfReset"];
 
 struct Entry {
-    /// What it is called here.
+    /// Its name for `--kernel`.
     name: &'static str,
-    /// The suite whose newest kernel it is.
+    /// The Debian suite whose newest kernel it is.
     suite: &'static str,
-    /// What it may be without, as `tests/src/features.rs` calls it. Anything else that is missing fails a test there.
+    /// Features that it may lack, by their names in `tests/src/features.rs`. If another feature is missing, a test
+    /// fails.
     may_lack: &'static [&'static str],
-    /// And on arm64 besides.
+    /// Further features that it may lack on arm64.
     arm64_may_lack: &'static [&'static str],
 }
 
@@ -67,15 +68,15 @@ impl Entry {
     }
 }
 
-/// Tells the tests what the kernel may be without (`tests/src/features.rs`).
+/// The variable that lists features the kernel may lack (`tests/src/features.rs`).
 const MAY_LACK: &str = "TCPCLOSE_TESTS_MAY_LACK";
-/// Tells pid 1 for how long it may start test programs (`tests/src/bin/init.rs`).
+/// The variable that limits for how long pid 1 starts test programs (`tests/src/bin/init.rs`).
 const SECONDS: &str = "TCPCLOSE_TESTS_SECONDS";
 
-/// Machines that run at a time. Tests wait for timers now and then, which leaves a processor to others.
+/// Machines that run at the same time. Tests sometimes wait for timers, which leaves a processor to others.
 const AT_ONCE: usize = 2;
 
-/// Lines of the console that are shown when a machine did not come to its end.
+/// Lines of the console that are shown if a machine did not finish.
 const TAIL: usize = 40;
 
 /// The names of kernels, for messages.
@@ -83,7 +84,7 @@ pub(crate) fn names() -> Vec<&'static str> {
     KERNELS.iter().map(|entry| entry.name).collect()
 }
 
-/// Runs the tests on some kernels, or on all if none is named, and says how each went.
+/// Runs the tests on some kernels, or on all if none is named, and reports the results of each.
 pub(crate) fn run(workspace: &Workspace, plan: &Plan, chosen: &[String]) -> Result<Vec<(String, Report)>> {
     if let Some(unknown) = chosen.iter().find(|name| !names().contains(&name.as_str())) {
         bail!("there is no kernel {unknown}; there are {}", names().join(", "));
@@ -94,7 +95,7 @@ pub(crate) fn run(workspace: &Workspace, plan: &Plan, chosen: &[String]) -> Resu
     let wanted =
         KERNELS.iter().filter(|entry| chosen.is_empty() || chosen.iter().any(|one| one == entry.name));
     let machine = Machine { platform, folder: &folder, common: &common };
-    // All is fetched before anything is started: no machine waits for the network.
+    // Everything is fetched before a machine starts, so that no machine waits for the network.
     let kernels = wanted
         .map(|entry| Ok((entry, Kernel::of_suite(platform, entry.suite)?)))
         .collect::<Result<Vec<_>>>()?;
@@ -105,7 +106,7 @@ pub(crate) fn run(workspace: &Workspace, plan: &Plan, chosen: &[String]) -> Resu
         let rounds = u32::try_from(queue.len().div_ceil(AT_ONCE)).unwrap_or(u32::MAX);
         let time = plan.time.map(|time| time.saturating_sub(start.elapsed()) / rounds.max(1));
         queue.next().map(|(index, (entry, kernel))| {
-            // Those that run at a time begin as far from each other as can be.
+            // Machines that run at the same time start at places of the list that are far apart.
             let all = kernels.len().div_ceil(AT_ONCE);
             let tests = plan.list(index / AT_ONCE + index % AT_ONCE * all, AT_ONCE * all);
             (entry, kernel, tests, time)
@@ -120,14 +121,14 @@ pub(crate) fn run(workspace: &Workspace, plan: &Plan, chosen: &[String]) -> Resu
         let workers: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(worker)).collect();
         let mut reports = Vec::new();
         for worker in workers {
-            reports.extend(worker.join().map_err(|_| anyhow!("a machine's keeper panicked"))??);
+            reports.extend(worker.join().map_err(|_| anyhow!("the thread of a machine panicked"))??);
         }
         reports.sort_by(|(one, _), (other, _)| one.cmp(other));
         Ok(reports)
     })
 }
 
-/// What all machines have in common.
+/// What all machines share.
 struct Machine<'a> {
     platform: &'a Platform,
     folder: &'a Path,
@@ -135,7 +136,8 @@ struct Machine<'a> {
 }
 
 impl Machine<'_> {
-    /// Boots a kernel, and says how the tests went there. Those are not begun for which there is no time left.
+    /// Boots a kernel, and reports the results of the tests there. When the time is over, no more programs are
+    /// started.
     fn test(
         &self,
         entry: &Entry,
@@ -145,7 +147,7 @@ impl Machine<'_> {
     ) -> Result<(String, Report)> {
         let start = Instant::now();
         let own = image::own(self.folder, kernel, tests)?;
-        // What the kernel does not know, pid 1 has as a variable.
+        // The kernel passes arguments that it does not know to pid 1 as variables.
         let mut variables = format!("{MAY_LACK}={}", entry.may_lack_on(self.platform).join(","));
         if let Some(time) = time {
             let _ = write!(variables, " {SECONDS}={}", time.as_secs());
@@ -169,7 +171,7 @@ impl Machine<'_> {
         if !report.problems.is_empty() {
             let lines: Vec<_> = left.console.lines().collect();
             let tail = lines[lines.len().saturating_sub(TAIL)..].join("\n");
-            let _ = writeln!(told, "---- the end of the console of {place} ----\n{tail}");
+            let _ = writeln!(told, "---- end of the console of {place} ----\n{tail}");
         }
         say(told.trim_end());
         Ok((place, report))

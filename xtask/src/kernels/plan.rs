@@ -5,19 +5,19 @@ use std::{fmt::Write, path::Path, time::Duration};
 use super::image;
 use crate::{platform::Platform, suite::Suite};
 
-/// Test programs that are of no use there: the tests of the tests' own code, a crowd, which does so much at once that an
-/// emulated processor comes to the end of everybody's patience, and cases of programs that are no part of the machine
-/// (nginx, Python, Java), which are about reading those programs.
+/// Test programs that do not run in virtual machines: tests of the tests' own code; the crowd, which an emulated
+/// processor cannot finish within the time limits; and cases with programs that the machine does not contain (nginx,
+/// Python, Java).
 const LEFT_OUT: [&str; 4] = ["tcpclose_tests", "harness", "crowd", "cases"];
 
-/// The test program that spoils the machine.
+/// The test program that changes the machine irreversibly, and therefore runs last.
 const LAST: &str = "lockdown";
 
-/// The test program that is run a second time, by a tool that is not to look at the kernel's description of its types.
+/// The test program that runs a second time, with a tcpclose that does not use BTF.
 const WITHOUT_TYPES: &str = "close";
-/// What has the tests do that (`tests/src/features.rs`).
+/// The variable for that (`tests/src/features.rs`).
 const WITHOUT_TYPES_VARIABLE: &str = "TCPCLOSE_TESTS_BTF=none";
-/// The scenarios that are enough for that when there is little time: one of each way to end.
+/// The scenarios of that second run if time is short: one for each way in which a connection ends.
 const ENOUGH_WITHOUT_TYPES: [&str; 6] = [
     "client_closes_first",
     "client_is_killed",
@@ -27,19 +27,19 @@ const ENOUGH_WITHOUT_TYPES: [&str; 6] = [
     "older_connection_is_reset",
 ];
 
-/// Ways between client and server that are left out when there is little time. Every scenario goes the one that is left,
-/// `veth_ipv6`, which has most between the ends.
+/// Routes between client and server that are left out if time is short. The remaining route, `veth_ipv6`, is the one
+/// with the most code between the ends.
 const OTHER_ROUTES: [&str; 5] =
     ["loopback_ipv4", "loopback_ipv6", "loopback_mapped", "veth_ipv4", "veth_mapped"];
 
-/// The test program whose tests are run one at a time: the kernel skips a program on a function where another task is in
-/// the middle of it, and a time to live is null then. On one emulated processor two tests bring that about.
+/// The test program whose tests run one at a time. The kernel skips a program on a function that another task is just
+/// executing, and the time to live is null then; two tests on one emulated processor make that happen.
 const ALONE: &str = "ttl";
 
-/// A program, and its scenario that goes by the loopback alone, over one of the routes for that.
+/// A program, and its scenario that is possible over loopback only, with one of those routes.
 const OVER_LOOPBACK: (&str, &str) = ("close", "client_connects_to_itself::loopback_ipv6");
 
-/// Tests that are left out as well when there is little time: what they test is not the kernel's.
+/// Further tests that are left out if time is short, because they do not depend on the kernel.
 const LESS: [&str; 12] = [
     "a_closed_pipe_is_no_error",
     "a_command_that_cannot_be_started",
@@ -61,7 +61,7 @@ pub(crate) fn is_left_out(test: &str) -> bool {
     LEFT_OUT.contains(&program) || LESS.iter().any(|name| test.contains(name))
 }
 
-/// How much is run.
+/// How many tests run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Extent {
     /// Every scenario once.
@@ -72,22 +72,22 @@ pub(crate) enum Extent {
 
 /// The tests of a machine.
 pub(crate) struct Plan<'a> {
-    /// What all of it is built for.
+    /// The platform that everything is built for.
     pub(crate) platform: &'static Platform,
     pub(crate) suite: &'a Suite,
     pub(crate) tcpclose: &'a Path,
     pub(crate) extent: Extent,
-    /// What names of tests have to contain, one of these; nothing for all.
+    /// Names of tests must contain one of these; if there are none, all tests run.
     pub(crate) filters: &'a [String],
     /// More arguments for each test program.
     pub(crate) more: &'a [String],
-    /// For all machines together; no end of it if there is none.
+    /// The time limit for all machines together, if there is one.
     pub(crate) time: Option<Duration>,
 }
 
 impl Plan<'_> {
-    /// The list that `tests/src/bin/init.rs` works off. All but the last program begin in another place in each of
-    /// several machines, so that where there is no time for all, each has been run in one of them.
+    /// The list that `tests/src/bin/init.rs` executes. Each machine starts at another place of the list, the last
+    /// program excepted, so that every program runs on one of the machines even if none has time for all.
     pub(crate) fn list(&self, place: usize, places: usize) -> String {
         let lines = self.lines();
         let (last, others): (Vec<_>, Vec<_>) = lines.lines().partition(|line| line.starts_with(LAST));
@@ -100,7 +100,7 @@ impl Plan<'_> {
         let mut add = |name: &str, variables: &str, program: &Path, arguments: &[&str]| {
             let more: Vec<_> = self.more.iter().map(String::as_str).collect();
             let arguments = [arguments, &more].concat().join(" ");
-            // A string always takes what is written to it.
+            // Writing to a string does not fail.
             let _ = writeln!(list, "{name} {variables}{} {arguments}", image::place(program).display());
         };
         let filters: Vec<_> = self.filters.iter().map(String::as_str).collect();
@@ -119,7 +119,7 @@ impl Plan<'_> {
             }
         }
         for (name, program) in tests.iter().filter(|(name, _)| *name == WITHOUT_TYPES) {
-            // Namespaces are not known then, so that one test at a time has the machine to itself.
+            // Without BTF network namespaces are not known, so tests must not run in parallel.
             let chosen = match self.extent {
                 Extent::Brief if filters.is_empty() => ENOUGH_WITHOUT_TYPES.to_vec(),
                 _ => filters.clone(),

@@ -1,4 +1,4 @@
-//! One virtual machine, from its start to its end.
+//! Runs one virtual machine.
 
 use std::{
     fs,
@@ -13,26 +13,26 @@ use anyhow::{Context, Result};
 use super::debian::Kernel;
 use crate::platform::Platform;
 
-/// A machine that says nothing for so long hangs, and is stopped: several times what any test takes with an emulated
-/// processor on a busy host.
+/// A machine that prints nothing for so long is considered hung, and is stopped. Several times the duration of any
+/// test on an emulated processor of a busy host.
 const SILENCE: Duration = Duration::from_mins(5);
 
-/// Megabytes. A file system in memory is all the disk there is.
+/// Megabytes. The file system is in memory.
 const MEMORY: &str = "2048";
 
-/// What a machine left behind.
+/// What is left of a machine that has ended.
 pub(crate) struct Left {
-    /// What the tests said.
+    /// The output of the tests.
     pub(crate) results: String,
-    /// What the kernel said, and whoever writes to stderr.
+    /// The output of the kernel, and stderr of all programs.
     pub(crate) console: String,
     /// Whether it had to be stopped.
     pub(crate) stopped: bool,
-    /// What it took of this host's processors, in seconds.
+    /// CPU time on this host, in seconds.
     pub(crate) processor: u64,
 }
 
-/// Boots a kernel and waits for the machine's end.
+/// Boots a kernel, and waits until the machine ends.
 pub(crate) fn run(
     platform: &Platform,
     folder: &Path,
@@ -55,23 +55,23 @@ pub(crate) fn run(
     }
     let [first, second] = platform.ports;
     qemu.args(platform.board)
-        // One processor: kernels change their own code as they run, which QEMU does not always get right where another
-        // processor is running it (they crash of an int3 that was put there for a moment). And that way nobody waits for
-        // another processor to come by, which is most of what attaching and detaching programs takes.
+        // One processor: kernels patch their own code, and with several processors QEMU does not always emulate that
+        // correctly (the kernel crashes at an int3 that was there for a moment). It also saves waiting for the other
+        // processor, which is most of the time that attaching and detaching programs takes.
         .args(["-smp", "1", "-m", MEMORY])
         .args(["-display", "none", "-monitor", "none", "-nic", "none", "-no-reboot"])
         .arg("-serial")
         .arg(format!("file:{}", console.display()))
         .arg("-chardev")
-        // The emulator reads two commas as one that is no end.
+        // A comma is escaped by doubling it.
         .arg(format!("file,id=results,path={}", results.display().to_string().replace(',', ",,")))
         .args(["-device", &format!("{},chardev=results", platform.second_port)])
         .arg("-kernel")
         .arg(&kernel.vmlinuz)
         .arg("-initrd")
         .arg(&initrd)
-        // A bug in the kernel is to end the machine. What the kernel does not know, pid 1 has as a variable. Detaching
-        // programs waits for a grace period of RCU.
+        // A kernel bug ends the machine. The kernel passes arguments that it does not know to pid 1 as variables.
+        // Detaching programs waits for a grace period of RCU, hence rcu_expedited.
         .arg("-append")
         .arg(format!(
             "console={first} RESULTS=/dev/{second} quiet oops=panic panic=-1 mitigations=off \
@@ -96,7 +96,7 @@ pub(crate) fn run(
     Ok(Left { results: read(results)?, console: read(console)?, stopped, processor })
 }
 
-/// In seconds, of all threads of a process: `proc_pid_stat(5)`.
+/// CPU time of all threads of a process, in seconds: `proc_pid_stat(5)`.
 fn processor_time(pid: u32) -> Option<u64> {
     const TICKS: u64 = 100;
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
@@ -105,11 +105,11 @@ fn processor_time(pid: u32) -> Option<u64> {
     Some((next()? + next()?) / TICKS)
 }
 
-/// Whether the processor does the work. The device may be there, and open, where a machine gets nowhere with it: in a
-/// virtual machine whose processor has not been given the extension.
+/// Whether KVM is usable. In a virtual machine whose processor lacks the extension, the device may exist and can be
+/// opened, but machines do not run with it.
 fn has_kvm() -> bool {
     let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    // Only these processors say so.
+    // Only x86 processors list the extension.
     let has_extension = cfg!(not(target_arch = "x86_64"))
         || flags.split_whitespace().any(|flag| ["vmx", "svm"].contains(&flag));
     has_extension && fs::File::options().read(true).write(true).open("/dev/kvm").is_ok()
