@@ -395,7 +395,7 @@ fn through_ring(
         if !in_own_thread(by) {
             process = but(process, json!({"tid": known(), "comm": known()}));
         }
-        let this = but(acted(process, "io_uring", ""), json!({"stack": one_of(&[json!(null), known()])}));
+        let this = but(acted(process, "io_uring", ""), json!({"stack": null}));
         lines.extend(server_went_first(bed, &connection, accepts, this)?);
     }
     Ok(lines)
