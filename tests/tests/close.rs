@@ -168,14 +168,14 @@ fn client_closes_range(bed: &mut Bed) -> Result<Vec<Value>> {
     in_order(bed, Side::Client, order("close-range"), in_function("close_range", "peer_closes_range_outer"))
 }
 
-/// The kernel closes the socket when the process has the name of the new program already, and a stack that is
-/// not worth looking at.
+/// The kernel closes the socket when the process already has the name and the registers of the new program. Its stack is
+/// the entry point of that program, if it is anything.
 fn client_becomes_another_program(bed: &mut Bed) -> Result<Vec<Value>> {
     let name = bed.peer(Side::Client).name()?;
     let this = json!({
         "trigger": "exec",
         "process": {"comm": one_of(&[json!(name), json!("peer")])},
-        "stack": null,
+        "stack": one_of(&[json!(null), json!({"user": [{"inlined": false}], "kernel": null})]),
     });
     in_order(bed, Side::Client, order("exec"), this)
 }
@@ -565,18 +565,20 @@ fn older_connection_closes(bed: &mut Bed, connection: &Connection) -> Result<Vec
 fn older_connection_is_reset(bed: &mut Bed, connection: &Connection) -> Result<Vec<Value>> {
     let mut lines = unseen(aborted(bed, connection, Side::Client)?);
     for line in &mut lines[2..] {
-        line["process"]["attribution"] = json!("procfs");
+        line["process"]["attribution"] = json!("descriptors");
     }
     Ok(lines)
 }
 
-/// The lines of a connection that nobody saw open. Which end it is may be told from its port, or not.
+/// The lines of a connection whose handshake was before the trace. Its role may be concluded from the ports.
 fn unseen(lines: Vec<Value>) -> Vec<Value> {
-    let unseen = json!({
-        "connection": {"opened": null, "age_ms": null, "role": null, "rtt_us": null},
-        "opener": null,
-    });
-    let mut lines: Vec<Value> = lines.into_iter().map(|line| but(line, unseen.clone())).collect();
+    let mut lines: Vec<Value> = lines
+        .into_iter()
+        .map(|line| {
+            let role = one_of(&[json!(null), line["connection"]["role"].clone()]);
+            but(line, json!({"connection": {"opened": null, "age_ms": null, "role": role}, "opener": null}))
+        })
+        .collect();
     for line in lines.iter_mut().filter(|line| line["event"] == "close") {
         line["states"] = path(&["CLOSE"]);
     }
