@@ -146,12 +146,22 @@ fn children_of_command_are_traced() -> Result<()> {
     Ok(())
 }
 
+/// The statuses are those of `env` and `timeout`: 127 for a command that is not found, 126 for one that cannot be run.
 #[test]
-fn a_command_that_cannot_be_started_is_told() -> Result<()> {
+fn a_command_that_cannot_be_started_is_reported() -> Result<()> {
     let bed = Bed::new(routes::loopback_ipv4())?;
-    let ended = run_command(&bed, command(["/no/such/program"]))?;
-    ensure!(ended.code().is_some_and(|code| code != 0), "it cannot have gone well\n{ended}");
-    ensure!(ended.stderr.contains("/no/such/program"), "stderr does not name the program\n{ended}");
+    for (program, code) in [("/no/such/program", 127), ("no-such-program", 127), ("/etc/passwd", 126)] {
+        let ended = run_command(&bed, command([program]))?.with_code(code)?;
+        ensure!(ended.stderr.contains(program), "stderr does not name the program\n{ended}");
+    }
+    Ok(())
+}
+
+/// A failure of the tool itself cannot be taken for the command's; without a command it is 1.
+#[test]
+fn its_own_failure_is_not_the_commands() -> Result<()> {
+    Launch::new()?.as_nobody(&[])?.args(["--", "true"]).run()?.with_code(125)?;
+    Launch::new()?.as_nobody(&[])?.run()?.with_code(1)?;
     Ok(())
 }
 
@@ -257,7 +267,8 @@ fn doctor_prints_a_page() -> Result<()> {
 #[test]
 fn other_commands_answer() -> Result<()> {
     let explain = contract::causes().into_iter().map(|cause| vec!["explain", cause]);
-    for args in explain.chain([vec!["schema"], vec!["--help"], vec!["--version"]]) {
+    let others = ["schema", "--help", "--version", "man", "completions bash", "explain leaked"];
+    for args in explain.chain(others.map(|words| words.split(' ').collect())) {
         let output = Launch::new()?.args(&args).output()?;
         ensure!(output.status.success() && !output.stdout.is_empty(), "{}: {output:?}", args.join(" "));
     }

@@ -313,7 +313,7 @@ fn every_state_is_counted_at_its_owner() -> Result<()> {
     let netns = bed.namespace(Side::Client).inode().to_string();
     let output = Launch::new()?.args(["list", "--netns", &netns]).output()?;
     let text = String::from_utf8(output.stdout)?;
-    ensure!(output.status.success() && text.starts_with("No socket lingers."), "{text}");
+    ensure!(output.status.success() && text.starts_with("No lingering sockets."), "{text}");
     for (side, states) in [(Side::Client, "ESTABLISHED 1"), (Side::Server, "ESTABLISHED 1, LISTEN 1")] {
         let pid = bed.peer(side).pid().to_string();
         let row = text.lines().find(|line| line.split_whitespace().next() == Some(&pid));
@@ -336,6 +336,6 @@ fn without_privilege_it_says_what_is_missing() -> Result<()> {
     // Root's, where nobody can see the socket and not whose it is.
     let _listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let ended = Launch::new()?.args(["list", "-o", "json"]).as_nobody(&[])?.run()?.with_code(0)?;
-    ensure!(ended.stderr.contains("processes may not be looked at"), "{ended}");
+    ensure!(ended.stderr.contains("processes may not be read"), "{ended}");
     Ok(())
 }
