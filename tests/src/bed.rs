@@ -334,7 +334,7 @@ impl Bed {
                 Side::Client => json!("connect"),
                 Side::Server => json!("accept"),
             };
-            let found = [obtained, json!("procfs"), json!("syscall")];
+            let found = [obtained, json!("descriptors"), json!("syscall")];
             but(self.any_thread(side)?, json!({"attribution": one_of(&found)}))
         } else {
             json!({"attribution": "syscall"})

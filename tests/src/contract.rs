@@ -1,300 +1,348 @@
-//! The shape of the tool's lines that users script against: every field there, no value of another kind than
-//! promised.
+//! The output contract: checks every line that the tool writes.
+//!
+//! The shape of a line comes from `docs/schema.json`, which is generated from the tool's types and reviewed as a diff.
+//! This module adds what a schema cannot express: relations between the fields of a line, and between lines.
 
-use serde_json::Value;
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::LazyLock,
+};
 
-/// What a field may hold, besides what is said of null.
-enum Kind {
-    Number,
-    Text,
-    Flag,
-    /// RFC 3339, UTC, nanoseconds.
-    Time,
-    /// One of these names.
-    Name(&'static [&'static str]),
-    /// An object with these fields.
-    Object(&'static [Field]),
-    /// An array of objects with these fields.
-    Objects(&'static [Field]),
+use jsonschema::{ValidationError, Validator, error::ValidationErrorKind};
+use serde_json::{Map, Value, json};
+
+static SCHEMA: LazyLock<Value> = LazyLock::new(|| {
+    serde_json::from_str(include_str!("../../docs/schema.json")).expect("docs/schema.json is JSON")
+});
+
+/// One compiled validator for each kind of event. Choosing it by the event's name rather than with `oneOf` keeps the
+/// complaints readable and the cost low.
+static VALIDATORS: LazyLock<BTreeMap<&str, Validator>> = LazyLock::new(|| {
+    let mut definitions = SCHEMA["$defs"].clone();
+    definitions
+        .as_object_mut()
+        .into_iter()
+        .flatten()
+        .for_each(|(_, definition)| forbid_other_fields(definition));
+    let validators = variants().map(|(event, name, tag)| {
+        let mut definitions = definitions.clone();
+        definitions[name]["properties"]["event"] = tag.clone();
+        let schema =
+            json!({"$schema": SCHEMA["$schema"], "$defs": definitions, "$ref": format!("#/$defs/{name}")});
+        let validator = jsonschema::validator_for(&schema).expect("docs/schema.json is a JSON Schema");
+        (event, validator)
+    });
+    validators.collect()
+});
+
+/// Each kind of event: its name in JSON, the name of its definition in the schema, and the schema of the field `event`.
+fn variants() -> impl Iterator<Item = (&'static str, &'static str, &'static Value)> {
+    SCHEMA["oneOf"].as_array().expect("the schema is one of several events").iter().map(|variant| {
+        let tag = &variant["properties"]["event"];
+        let event = tag["const"].as_str().expect("an event has a constant name");
+        let reference = variant["$ref"].as_str().expect("an event refers to its definition");
+        (event, reference.trim_start_matches("#/$defs/"), tag)
+    })
 }
 
-/// A field's name, whether it may be null, and what it holds otherwise.
-struct Field(&'static str, Null, Kind);
-
-enum Null {
-    Never,
-    Allowed,
-}
-
-use Kind::{Flag, Name, Number, Object, Objects, Text, Time};
-use Null::{Allowed, Never};
-
-const CAUSES: &[&str] = &[
-    "no_listener",
-    "refused",
-    "unread_data",
-    "linger_zero",
-    "data_after_close",
-    "disconnect",
-    "keepalive_timeout",
-    "retransmit_timeout",
-    "connect_timeout",
-    "user_timeout",
-    "fin_timeout",
-    "connect_abandoned",
-    "accept_overflow",
-    "listener_closed",
-    "timewait",
-    "invalid_segment",
-    "destroyed",
-    "out_of_memory",
-    "peer_reset",
-    "suspected_injection",
-    "host_unreachable",
-    "unknown",
-];
-
-const STATES: &[&str] = &[
-    "ESTABLISHED",
-    "SYN_SENT",
-    "SYN_RECV",
-    "FIN_WAIT1",
-    "FIN_WAIT2",
-    "TIME_WAIT",
-    "CLOSE",
-    "CLOSE_WAIT",
-    "LAST_ACK",
-    "LISTEN",
-    "CLOSING",
-    "NEW_SYN_RECV",
-];
-
-const TRIGGERS: &[&str] = &["close", "shutdown", "exit", "signal", "exec", "dup", "close_range", "io_uring"];
-
-const ENDPOINT: &[Field] = &[Field("address", Never, Text), Field("port", Never, Number)];
-
-const CONNECTION: &[Field] = &[
-    Field("family", Allowed, Name(&["ipv4", "ipv6"])),
-    Field("local", Allowed, Object(ENDPOINT)),
-    Field("remote", Allowed, Object(ENDPOINT)),
-    Field("netns", Allowed, Number),
-    Field("cookie", Allowed, Number),
-    Field("role", Allowed, Name(&["client", "server"])),
-    Field("opened", Allowed, Time),
-    Field("age_ms", Allowed, Number),
-    Field("bytes_sent", Allowed, Number),
-    Field("bytes_received", Allowed, Number),
-    Field("retransmits", Allowed, Number),
-    Field("rtt_us", Allowed, Number),
-];
-
-const PROCESS: &[Field] = &[
-    Field("pid", Never, Number),
-    Field("tid", Allowed, Number),
-    Field("comm", Never, Text),
-    Field("exe", Allowed, Text),
-    Field("uid", Allowed, Number),
-    Field("container", Allowed, Text),
-    Field("attribution", Never, Name(&["syscall", "accept", "connect", "listener", "procfs"])),
-];
-
-const FRAME: &[Field] = &[
-    Field("address", Never, Text),
-    Field("symbol", Allowed, Text),
-    Field("module", Allowed, Text),
-    Field("offset", Allowed, Number),
-    Field("file", Allowed, Text),
-    Field("line", Allowed, Number),
-    Field("inlined", Never, Flag),
-];
-
-const STACK: &[Field] = &[Field("user", Allowed, Objects(FRAME)), Field("kernel", Allowed, Objects(FRAME))];
-
-const OPENER: &[Field] =
-    &[Field("process", Allowed, Object(PROCESS)), Field("stack", Allowed, Object(STACK))];
-
-const STEP: &[Field] = &[Field("state", Never, Name(STATES)), Field("at_ms", Never, Number)];
-
-const HOLDER: &[Field] =
-    &[Field("pid", Never, Number), Field("comm", Never, Text), Field("fd", Never, Number)];
-
-const EVERY_LINE: &[Field] = &[Field("time", Never, Time), Field("seq", Never, Number)];
-
-const LAST_DATA: Field = Field("last_data", Allowed, Name(&["sent", "received"]));
-
-const CLOSE: &[Field] = &[
-    Field("connection", Never, Object(CONNECTION)),
-    Field("process", Allowed, Object(PROCESS)),
-    Field("closed_by", Allowed, Name(&["local", "peer", "both", "kernel", "admin"])),
-    Field("ended", Allowed, Name(&["fin", "reset_sent", "reset_received", "timeout", "destroyed"])),
-    Field("trigger", Allowed, Name(TRIGGERS)),
-    Field("signal", Allowed, Text),
-    Field("cause", Allowed, Name(CAUSES)),
-    Field("idle_ms", Allowed, Number),
-    LAST_DATA,
-    Field("close_wait_ms", Allowed, Number),
-    Field("states", Never, Objects(STEP)),
-    Field("stack", Allowed, Object(STACK)),
-    Field("opener", Allowed, Object(OPENER)),
-];
-
-const RESET: &[Field] = &[
-    Field("connection", Never, Object(CONNECTION)),
-    Field("process", Allowed, Object(PROCESS)),
-    Field("direction", Never, Name(&["sent", "received"])),
-    Field("reason", Allowed, Text),
-    Field("cause", Allowed, Name(CAUSES)),
-    Field("state", Allowed, Name(STATES)),
-    Field("idle_ms", Allowed, Number),
-    LAST_DATA,
-    Field("ttl", Allowed, Number),
-    Field("handshake_ttl", Allowed, Number),
-    Field("stack", Allowed, Object(STACK)),
-    Field("opener", Allowed, Object(OPENER)),
-];
-
-const LINGERING: &[Field] = &[
-    Field("connection", Never, Object(CONNECTION)),
-    Field("process", Allowed, Object(PROCESS)),
-    Field("state", Never, Name(&["CLOSE_WAIT", "FIN_WAIT1", "FIN_WAIT2", "LAST_ACK", "CLOSING"])),
-    Field("since", Allowed, Time),
-    Field("for_ms", Allowed, Number),
-    Field("for_ms_at_most", Allowed, Number),
-    Field("unread_bytes", Allowed, Number),
-    Field("holders", Allowed, Objects(HOLDER)),
-    Field("opener", Allowed, Object(OPENER)),
-    Field("kind", Never, Name(&["leaked", "unread", "unaccepted", "unacked", "half_closed", "unknown"])),
-];
-
-const LOST: &[Field] = &[
-    Field("where", Never, Name(&["ring_buffer", "connections", "stacks", "output"])),
-    Field("count", Never, Number),
-];
-
-/// What the contract calls a cause.
-pub fn causes() -> &'static [&'static str] {
-    CAUSES
-}
-
-/// Everything in which the lines are not as promised.
-pub fn violations(lines: &[Value]) -> Vec<String> {
-    let mut found = Vec::new();
-    for (index, line) in lines.iter().enumerate() {
-        let fields = match line["event"].as_str() {
-            Some("close") => CLOSE,
-            Some("reset") => RESET,
-            Some("lingering") => LINGERING,
-            Some("lost") => LOST,
-            _ => {
-                found.push(format!("there is no event {}", line["event"]));
-                continue;
+/// Fields may be added to the output, so the published schema permits fields that it does not describe. Here each of
+/// them is an error: the schema has to describe everything that is written.
+fn forbid_other_fields(schema: &mut Value) {
+    match schema {
+        Value::Object(fields) => {
+            if fields.contains_key("properties") {
+                fields.insert("additionalProperties".to_owned(), json!(false));
             }
-        };
-        check_fields("", line, EVERY_LINE, &mut found);
-        check_fields("", line, fields, &mut found);
-        check_meaning(line, &mut found);
-        let before = index.checked_sub(1).and_then(|before| lines[before]["seq"].as_u64());
-        if before.is_some_and(|before| line["seq"].as_u64() != Some(before + 1)) {
-            found.push(format!("seq goes from {before:?} to {}", line["seq"]));
+            fields.values_mut().for_each(forbid_other_fields);
+        }
+        Value::Array(items) => items.iter_mut().for_each(forbid_other_fields),
+        _ => {}
+    }
+}
+
+/// The names of all causes.
+pub fn causes() -> Vec<&'static str> {
+    let causes = SCHEMA["$defs"]["Cause"]["oneOf"].as_array().into_iter().flatten();
+    causes.filter_map(|cause| cause["const"].as_str()).collect()
+}
+
+/// Whether the lines of an event have this field at their top level.
+pub fn has_field(event: &str, field: &str) -> bool {
+    variants()
+        .filter(|(name, ..)| *name == event)
+        .any(|(_, definition, _)| SCHEMA["$defs"][definition]["properties"].get(field).is_some())
+}
+
+/// Checks the lines of one run of the tool, in the order in which they were written.
+#[derive(Debug, Default)]
+pub struct Checker {
+    lines: u64,
+    ends: HashMap<String, End>,
+}
+
+/// What the lines so far say about one end of a connection.
+#[derive(Debug, Default)]
+struct End {
+    closes: usize,
+    resets_received: usize,
+    /// The close line says that this end was reset by its own host.
+    is_reset_sent: bool,
+}
+
+impl Checker {
+    /// Every way in which the next line breaks the contract.
+    pub fn check(&mut self, line: &Value) -> Vec<String> {
+        self.lines += 1;
+        let mut found = Vec::new();
+        match line["event"].as_str().and_then(|event| VALIDATORS.get(event)) {
+            Some(validator) => validator.iter_errors(line).for_each(|error| explain(&error, &mut found)),
+            None => found.push(format!("unknown event: {}", line["event"])),
+        }
+        if line["seq"] != self.lines {
+            found.push(format!("seq of line {} is {}", self.lines, line["seq"]));
+        }
+        check_text("", line, &mut found);
+        check_relations(line, &mut found);
+        self.check_end(line, &mut found);
+        found.iter_mut().for_each(|complaint| complaint.insert_str(0, &format!("line {}: ", self.lines)));
+        found
+    }
+
+    /// One end of a connection has one close line, and one RST is one line: the tracepoint of received RSTs also fires
+    /// when this host aborts the connection itself.
+    fn check_end(&mut self, line: &Value, found: &mut Vec<String>) {
+        let connection = &line["connection"];
+        // The time of the handshake, in nanoseconds, distinguishes connections that use the same ports in turn.
+        if connection["opened"].is_null() {
+            return;
+        }
+        let key = ["netns", "local", "remote", "opened"].map(|field| connection[field].to_string()).join(" ");
+        let end = self.ends.entry(key).or_default();
+        match (line["event"].as_str(), line["direction"].as_str()) {
+            (Some("close"), _) => {
+                end.closes += 1;
+                end.is_reset_sent = line["ended"] == "reset_sent";
+            }
+            (Some("reset"), Some("received")) => end.resets_received += 1,
+            _ => return,
+        }
+        if end.closes > 1 {
+            found.push(format!("this end has {} close lines: {connection}", end.closes));
+        }
+        if end.resets_received > 1 {
+            found.push(format!("this end received {} RSTs: {connection}", end.resets_received));
+        }
+        if end.is_reset_sent && end.resets_received > 0 {
+            found.push(format!("this end was reset by its own host and also received a RST: {connection}"));
         }
     }
-    found
 }
 
-/// What no field says alone.
-fn check_meaning(line: &Value, found: &mut Vec<String>) {
-    if line["connection"]["cookie"] == 0 {
-        found.push("0 is no cookie".to_owned());
-    }
-    if let (Some(least), Some(most)) = (line["for_ms"].as_f64(), line["for_ms_at_most"].as_f64())
-        && least > most
+/// Adds a complaint for an error; for an error in one of several alternatives, for those of the alternative that got
+/// furthest. The alternative of almost every other field is null.
+fn explain(error: &ValidationError, found: &mut Vec<String>) {
+    let depth = |error: &ValidationError| error.instance_path().as_str().len();
+    if let ValidationErrorKind::AnyOf { context } | ValidationErrorKind::OneOfNotValid { context } =
+        error.kind()
     {
-        found.push(format!("at least {least} ms and at most {most}"));
+        let deepest = |errors: &&Vec<ValidationError>| errors.iter().map(depth).max();
+        let best = context.iter().max_by_key(deepest);
+        if let Some(errors) = best.filter(|errors| deepest(errors) > Some(depth(error))) {
+            return errors.iter().for_each(|error| explain(error, found));
+        }
     }
-    if line["event"] != "close" {
-        return;
-    }
-    if (line["trigger"] == "signal") == line["signal"].is_null() {
-        found.push(format!("trigger is {}, and signal {}", line["trigger"], line["signal"]));
-    }
-    let steps = line["states"].as_array().map_or(&[][..], Vec::as_slice);
-    let times: Vec<f64> = steps.iter().filter_map(|step| step["at_ms"].as_f64()).collect();
-    if times.first().is_some_and(|first| *first != 0.0) || !times.is_sorted() {
-        found.push(format!("states do not count up from 0: {}", line["states"]));
+    found.push(format!("{}: {error}", error.instance_path().as_str()));
+}
+
+/// A text that is not known is null; none is empty.
+fn check_text(place: &str, value: &Value, found: &mut Vec<String>) {
+    match value {
+        Value::String(text) if text.is_empty() => found.push(format!("{place}: empty text")),
+        Value::Object(fields) => {
+            fields.iter().for_each(|(name, value)| check_text(&format!("{place}/{name}"), value, found));
+        }
+        Value::Array(items) => items.iter().for_each(|item| check_text(place, item, found)),
+        _ => {}
     }
 }
 
-fn check_fields(place: &str, value: &Value, fields: &[Field], found: &mut Vec<String>) {
-    for Field(name, null, kind) in fields {
-        let place = format!("{place}.{name}");
-        match value.get(name) {
-            None => found.push(format!("{place} is missing")),
-            Some(Value::Null) if matches!(null, Never) => found.push(format!("{place} is null")),
-            Some(Value::Null) => {}
-            Some(value) => check(&place, value, kind, found),
-        }
-    }
-}
-
-fn check(place: &str, value: &Value, kind: &Kind, found: &mut Vec<String>) {
-    let good = match kind {
-        Number => value.is_number(),
-        Text => value.as_str().is_some_and(|text| !text.is_empty()),
-        Flag => value.is_boolean(),
-        Time => value.as_str().is_some_and(is_time),
-        Name(names) => value.as_str().is_some_and(|name| names.contains(&name)),
-        Object(fields) => {
-            check_fields(place, value, fields, found);
-            value.is_object()
-        }
-        Objects(fields) => {
-            for item in value.as_array().into_iter().flatten() {
-                check_fields(place, item, fields, found);
-            }
-            value.is_array()
+/// Relations between the fields of a line.
+fn check_relations(line: &Value, found: &mut Vec<String>) {
+    let connection = &line["connection"];
+    let mut ensure = |holds: bool, complaint: &str, fields: &[&str]| {
+        if !holds {
+            let values: Map<_, _> = fields
+                .iter()
+                .filter_map(|field| {
+                    Some(((*field).to_owned(), line.get(field).or(connection.get(field))?.clone()))
+                })
+                .collect();
+            found.push(format!("{complaint}: {}", Value::Object(values)));
         }
     };
-    if !good {
-        found.push(format!("{place} is {value}"));
+    ensure(connection["cookie"] != 0, "0 is not a cookie", &["cookie"]);
+    ensure(
+        connection["opened"].is_null() == connection["age_ms"].is_null(),
+        "the age is known exactly when the time of the handshake is",
+        &["opened", "age_ms"],
+    );
+    for earlier in [&connection["opened"], &line["since"]] {
+        // Times in this format sort as text.
+        let is_past = earlier.as_str().is_none_or(|earlier| Some(earlier) <= line["time"].as_str());
+        ensure(is_past, "a time is later than that of the line", &["opened", "since", "time"]);
     }
-}
-
-/// Whether a text has the form `2026-01-31T12:34:56.123456789Z`.
-fn is_time(text: &str) -> bool {
-    const FORM: &[u8] = b"0000-00-00T00:00:00.000000000Z";
-    text.len() == FORM.len()
-        && text
-            .bytes()
-            .zip(FORM)
-            .all(|(byte, form)| if *form == b'0' { byte.is_ascii_digit() } else { byte == *form })
+    ensure(
+        line["last_data"].is_null() || !line["idle_ms"].is_null(),
+        "data went some way, but never",
+        &["last_data", "idle_ms"],
+    );
+    match line["event"].as_str() {
+        Some("close") => {
+            ensure(
+                (line["trigger"] == "signal") != line["signal"].is_null(),
+                "the signal is known exactly when one was the trigger",
+                &["trigger", "signal"],
+            );
+            let steps = line["states"].as_array().map_or(&[][..], Vec::as_slice);
+            let times: Vec<f64> = steps.iter().filter_map(|step| step["at_ms"].as_f64()).collect();
+            let counts_up = times.first().is_none_or(|first| *first == 0.0) && times.is_sorted();
+            ensure(counts_up, "the times of the states do not count up from 0", &["states"]);
+            let waited = steps.iter().any(|step| step["state"] == "CLOSE_WAIT");
+            ensure(
+                !waited || !line["close_wait_ms"].is_null(),
+                "the time spent in CLOSE_WAIT is missing",
+                &["states", "close_wait_ms"],
+            );
+        }
+        Some("reset") => ensure(
+            line["direction"] == "received" || (line["ttl"].is_null() && line["handshake_ttl"].is_null()),
+            "only RSTs that were received have a time to live",
+            &["direction", "ttl", "handshake_ttl"],
+        ),
+        Some("lingering") => {
+            const LINGERING: [&str; 5] = ["CLOSE_WAIT", "FIN_WAIT1", "FIN_WAIT2", "LAST_ACK", "CLOSING"];
+            let state = line["state"].as_str();
+            ensure(
+                state.is_some_and(|state| LINGERING.contains(&state)),
+                "no state of a teardown",
+                &["state"],
+            );
+            let (least, most) = (line["for_ms"].as_f64(), line["for_ms_at_most"].as_f64());
+            let is_range = least.zip(most).is_none_or(|(least, most)| least <= most);
+            ensure(is_range, "the bounds of the age are reversed", &["for_ms", "for_ms_at_most"]);
+        }
+        _ => {}
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use serde_json::{Value, json};
 
-    use super::{is_time, violations};
+    use super::{Checker, causes, has_field};
 
-    #[test]
-    fn times_have_nanoseconds_and_are_utc() {
-        assert!(is_time("2026-01-31T12:34:56.123456789Z"));
-        assert!(!is_time("2026-01-31T12:34:56.123Z"));
-        assert!(!is_time("2026-01-31T12:34:56.123456789+00:00"));
+    fn lost() -> Value {
+        json!({"event": "lost", "time": "2026-01-31T12:34:56.123456789Z", "seq": 1, "where": "stacks", "count": 3})
+    }
+
+    fn reset() -> Value {
+        json!({
+            "event": "reset",
+            "time": "2026-01-31T12:34:56.123456789Z",
+            "seq": 1,
+            "connection": {
+                "family": "ipv4",
+                "local": {"address": "10.0.0.1", "port": 1},
+                "remote": {"address": "10.0.0.2", "port": 2},
+                "netns": 1,
+                "cookie": null,
+                "role": "client",
+                "opened": "2026-01-31T12:34:55.123456789Z",
+                "age_ms": 1000,
+                "bytes_sent": 0,
+                "bytes_received": 0,
+                "retransmits": 0,
+                "rtt_us": null,
+            },
+            "process": null,
+            "direction": "received",
+            "reason": null,
+            "cause": "peer_reset",
+            "state": "ESTABLISHED",
+            "idle_ms": null,
+            "last_data": null,
+            "ttl": 64,
+            "handshake_ttl": null,
+            "stack": {"user": [], "kernel": null},
+            "opener": null,
+        })
+    }
+
+    /// The complaints about a line with one value replaced, or left out where the new value is `None`.
+    fn complaints(mut line: Value, pointer: &str, value: Option<Value>) -> String {
+        let (parent, name) = pointer.rsplit_once('/').expect("a pointer");
+        let fields = line.pointer_mut(parent).and_then(Value::as_object_mut).expect("an object");
+        fields.remove(name);
+        fields.extend(value.map(|value| (name.to_owned(), value)));
+        Checker::default().check(&line).join("\n")
     }
 
     #[test]
-    fn missing_null_and_foreign_values_are_told() {
-        let lost = |seq: u64| {
-            json!({"event": "lost", "time": "2026-01-31T12:34:56.123456789Z", "seq": seq,
-            "where": "stacks", "count": 3})
-        };
-        assert_eq!(violations(&[lost(1), lost(2)]), [""; 0]);
-        assert_eq!(violations(&[lost(1), lost(3)]).len(), 1);
-        let mut bad = lost(1);
-        bad["where"] = json!("elsewhere");
-        bad["count"] = json!(null);
-        assert_eq!(violations(&[bad]), [r#".where is "elsewhere""#, ".count is null"]);
-        assert_eq!(violations(&[json!({"event": "lost"})]).len(), 4);
-        assert_eq!(violations(&[json!({"event": "other"})]).len(), 1);
+    fn good_lines_are_accepted() {
+        assert_eq!(Checker::default().check(&lost()), [""; 0]);
+        assert_eq!(Checker::default().check(&reset()), [""; 0]);
+    }
+
+    #[test]
+    fn every_deviation_is_reported() {
+        let frame = json!({"address": "1", "symbol": null, "module": null, "offset": null, "file": null, "line": null, "inlined": false});
+        let cases = [
+            (lost(), "/where", Some(json!("elsewhere")), "/where: \"elsewhere\""),
+            (lost(), "/count", Some(Value::Null), "/count: null"),
+            (lost(), "/count", None, "\"count\" is a required property"),
+            (lost(), "/why", Some(json!("")), "'why' was unexpected"),
+            (lost(), "/event", Some(json!("other")), "unknown event"),
+            (lost(), "/seq", Some(json!(2)), "seq of line 1 is 2"),
+            (lost(), "/time", Some(json!("2026-01-31T12:34:56.123Z")), "/time:"),
+            (lost(), "/time", Some(json!("2026-01-31T12:34:56.123456789+00:00")), "/time:"),
+            (reset(), "/connection/netns", None, "\"netns\" is a required property"),
+            (reset(), "/connection/mtu", Some(json!(1500)), "'mtu' was unexpected"),
+            (reset(), "/connection/local/port", Some(json!(65_536)), "/connection/local/port:"),
+            (reset(), "/connection/cookie", Some(json!(0)), "0 is not a cookie"),
+            (reset(), "/connection/age_ms", Some(Value::Null), "the age is known exactly when"),
+            (reset(), "/connection/opened", Some(json!("2026-01-31T12:34:57.123456789Z")), "later than"),
+            (reset(), "/reason", Some(json!("")), "/reason: empty text"),
+            (reset(), "/direction", Some(json!("sent")), "time to live"),
+            (reset(), "/last_data", Some(json!("sent")), "but never"),
+            (reset(), "/stack/user", Some(json!([frame])), "/stack/user/0/address:"),
+        ];
+        for (line, pointer, value, expected) in cases {
+            let found = complaints(line, pointer, value.clone());
+            assert!(
+                found.contains(expected),
+                "{pointer} = {value:?}: {found:?} does not contain {expected:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn one_reset_is_one_line() {
+        let mut checker = Checker::default();
+        assert_eq!(checker.check(&reset()), [""; 0]);
+        let mut again = reset();
+        again["seq"] = json!(2);
+        assert_eq!(checker.check(&again).len(), 1);
+        // Another connection between the same ports.
+        again["seq"] = json!(3);
+        again["connection"]["opened"] = json!("2026-01-31T12:34:56.123456789Z");
+        assert_eq!(checker.check(&again), [""; 0]);
+    }
+
+    #[test]
+    fn names_come_from_the_schema() {
+        assert!(causes().contains(&"linger_zero"));
+        assert!(
+            has_field("close", "trigger") && !has_field("reset", "trigger") && !has_field("other", "time")
+        );
     }
 }

@@ -14,7 +14,7 @@ pub const CLIENTS: u8 = 10;
 /// Processes that share a listener.
 pub const WORKERS: u8 = 2;
 /// How often each client does each kind of thing, where there is time for so many.
-const ROUNDS: u16 = 84;
+const ROUNDS: u16 = 87;
 /// Where a client's connections come from: one port for each, in order.
 pub const FIRST_PORT: u16 = 10_000;
 /// Where nobody listens.

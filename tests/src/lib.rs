@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Result, ensure};
 
 pub mod bed;
-pub mod blind;
+pub mod blind_spot;
 pub mod contract;
 pub mod crowd;
 pub mod decoy;
@@ -26,6 +26,7 @@ pub mod netns;
 pub mod packet;
 pub mod peer;
 pub mod program;
+pub mod rerun;
 pub mod scenario;
 pub mod scratch;
 pub mod snmp;

@@ -1,6 +1,7 @@
 //! The tool under test: started, waited for, read and stopped.
 
 use std::{
+    collections::BTreeMap,
     env,
     ffi::{CStr, CString, OsString},
     fmt::Write as _,
@@ -133,6 +134,8 @@ pub struct Ended {
     pub lines: Vec<Value>,
     /// Everything it said on stderr.
     pub stderr: String,
+    /// How these lines break the contract.
+    violations: Vec<String>,
 }
 
 impl Launch {
@@ -364,7 +367,19 @@ impl Tool {
     /// What it has said so far.
     pub fn said_so_far(&self) -> Ended {
         let stderr = self.stderr.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        Ended { status: None, lines: self.lines.lock().read.clone(), stderr }
+        let lines = self.lines.lock();
+        let violations = lines.violations.values().flatten().cloned().collect();
+        Ended { status: None, lines: lines.read.clone(), stderr, violations }
+    }
+
+    /// What it has said so far about a view, where every line since the view was opened keeps the contract.
+    pub fn said_about(&self, view: &View) -> Result<Ended> {
+        let stderr = self.stderr.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let lines = self.lines.lock();
+        let violations = lines.violations.range(view.from..).flat_map(|(_, all)| all).cloned().collect();
+        let ended = Ended { status: None, lines: view.of(&lines.read), stderr, violations };
+        drop(lines);
+        ended.keeping_the_contract()
     }
 
     /// Removes what it was started with, for a tool that is not dropped before the process ends.
@@ -388,7 +403,7 @@ impl Tool {
         self.wait()?.successful()
     }
 
-    /// Waits for its end.
+    /// Waits for its end. Every line that it wrote has to keep the contract.
     pub fn wait(mut self) -> Result<Ended> {
         let status = until("the tool has ended", || Ok(self.child.try_wait()?));
         if status.is_err() {
@@ -400,7 +415,7 @@ impl Tool {
         let mut ended = self.said_so_far();
         read.unwrap_or_else(|_| bail!("the reader panicked")).with_context(|| ended.to_string())?;
         ended.status = Some(status.with_context(|| ended.to_string())?);
-        Ok(ended)
+        ended.keeping_the_contract()
     }
 }
 
@@ -424,25 +439,23 @@ impl Ended {
         Ok(self)
     }
 
-    /// Checks that it exited with 0, that its lines are as the contract says, and that it closed with a
-    /// summary.
+    /// Checks that it exited with 0 and closed with a summary.
     pub fn successful(self) -> Result<Self> {
         let ended = self.with_code(0)?;
         ensure!(!ended.stderr.trim().is_empty(), "there is no summary on stderr\n{ended}");
-        ended.keeping_the_contract()
+        Ok(ended)
     }
 
-    /// Checks that its lines are as the contract says.
-    pub fn keeping_the_contract(self) -> Result<Self> {
-        let broken = contract::violations(&self.lines);
-        ensure!(broken.is_empty(), "the contract is broken:\n{}\n{self}", broken.join("\n"));
+    fn keeping_the_contract(self) -> Result<Self> {
+        let violations = &self.violations;
+        ensure!(violations.is_empty(), "the contract is broken:\n{}\n{self}", violations.join("\n"));
         Ok(self)
     }
 }
 
 impl std::fmt::Display for Ended {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { status, lines, stderr } = self;
+        let Self { status, lines, stderr, .. } = self;
         match status {
             Some(status) => write!(f, "the tool ended with {status}")?,
             None => f.write_str("the tool has not been seen to end")?,
@@ -461,6 +474,8 @@ struct Lines {
 #[derive(Debug, Default)]
 struct SoFar {
     read: Vec<Value>,
+    /// How lines break the contract, by their index in `read`.
+    violations: BTreeMap<usize, Vec<String>>,
     /// No more will come.
     are_all: bool,
 }
@@ -472,10 +487,18 @@ impl Lines {
 
     /// Reads so many lines and then drops the pipe.
     fn fill(&self, stdout: ChildStdout, most: usize) -> Result<()> {
+        let mut checker = contract::Checker::default();
         let read = BufReader::new(stdout).lines().take(most).try_for_each(|line| {
             let line = line?;
             let value = serde_json::from_str(&line).with_context(|| format!("not a line of JSON: {line}"))?;
-            self.lock().read.push(value);
+            let violations = checker.check(&value);
+            let mut lines = self.lock();
+            if !violations.is_empty() {
+                let index = lines.read.len();
+                lines.violations.insert(index, violations);
+            }
+            lines.read.push(value);
+            drop(lines);
             self.more.notify_all();
             Ok(())
         });

@@ -10,7 +10,7 @@ use tcpclose_tests::{
     features::reason,
     netns,
     peer::Peer,
-    scenario::{Trace, fin_meets_nobody, orderly_lines, reset_in_close_wait, run},
+    scenario::{Trace, aborted, fin_meets_nobody, orderly_lines, reset_in_close_wait, reset_lines, run},
     scenarios,
     sockets::{self, FIN_WAIT2},
 };
@@ -87,40 +87,6 @@ fn in_order(
     let connection = bed.established()?;
     let more = act(bed.peer(first))?;
     orderly_lines(bed, &connection, first, but(this, more))
-}
-
-/// The lines of a connection that a side has reset: two closes and the RST, sent and received.
-fn reset_lines(
-    bed: &Bed,
-    connection: &Connection,
-    by: Side,
-    close: Value,
-    reset: Value,
-) -> Result<Vec<Value>> {
-    let acted = json!({
-        "closed_by": "local",
-        "ended": "reset_sent",
-        "states": path(&["ESTABLISHED", "CLOSE"]),
-    });
-    let sent = json!({"direction": "sent", "cause": close["cause"]});
-    let suffered = json!({
-        "closed_by": "peer",
-        "ended": "reset_received",
-        "cause": "peer_reset",
-        "states": path(&["ESTABLISHED", "CLOSE"]),
-    });
-    let received = json!({
-        "direction": "received",
-        "cause": "peer_reset",
-        "state": "ESTABLISHED",
-        "stack": null,
-    });
-    Ok(vec![
-        bed.close_line(connection, by, but(acted, close))?,
-        bed.reset_line(connection, by, but(sent, reset))?,
-        bed.close_line(connection, by.other(), suffered)?,
-        bed.reset_line(connection, by.other(), received)?,
-    ])
 }
 
 /// What a side does with its socket by one order, and nothing more to tell.
@@ -202,14 +168,14 @@ fn client_closes_range(bed: &mut Bed) -> Result<Vec<Value>> {
     in_order(bed, Side::Client, order("close-range"), in_function("close_range", "peer_closes_range_outer"))
 }
 
-/// The kernel closes the socket when the process has the name of the new program already, and a stack that is
-/// not worth looking at.
+/// The kernel closes the socket when the process already has the name and the registers of the new program. Its stack is
+/// the entry point of that program, if it is anything.
 fn client_becomes_another_program(bed: &mut Bed) -> Result<Vec<Value>> {
     let name = bed.peer(Side::Client).name()?;
     let this = json!({
         "trigger": "exec",
         "process": {"comm": one_of(&[json!(name), json!("peer")])},
-        "stack": one_of(&[json!(null), known()]),
+        "stack": one_of(&[json!(null), json!({"user": [{"inlined": false}], "kernel": null})]),
     });
     in_order(bed, Side::Client, order("exec"), this)
 }
@@ -246,12 +212,8 @@ fn close_with_unread_data(bed: &mut Bed, side: Side) -> Result<Vec<Value>> {
     bed.send(&mut connection, side.other(), 200)?;
     bed.peer(side).ask("await-data 200")?;
     bed.peer(side).ask("close")?;
-    let close = but(in_function("close", "peer_closes_socket_outer"), json!({"cause": "unread_data"}));
-    let reset = json!({
-        "reason": reason(json!("TCP_ABORT_ON_CLOSE")),
-        "stack": user_stack("peer_closes_socket_outer"),
-    });
-    let lines = reset_lines(bed, &connection, side, close, reset)?;
+    let sender = json!({"cause": "unread_data", "reason": reason(json!("TCP_ABORT_ON_CLOSE"))});
+    let lines = reset_lines(bed, &connection, side, &sender, &json!({}))?;
     bed.peer(side.other()).ask("await-error")?;
     bed.peer(side.other()).ask("close")?;
     Ok(lines)
@@ -259,20 +221,12 @@ fn close_with_unread_data(bed: &mut Bed, side: Side) -> Result<Vec<Value>> {
 
 fn client_lingers_not(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = bed.established()?;
-    abort(bed, &connection, Side::Client)
+    aborted(bed, &connection, Side::Client)
 }
 
 fn server_lingers_not(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = bed.established()?;
-    abort(bed, &connection, Side::Server)
-}
-
-fn abort(bed: &mut Bed, connection: &Connection, side: Side) -> Result<Vec<Value>> {
-    bed.peer(side).ask("linger0")?;
-    bed.peer(side).ask("close")?;
-    let close = but(in_function("close", "peer_closes_socket_outer"), json!({"cause": "linger_zero"}));
-    let reset = json!({"reason": reason(known()), "stack": user_stack("peer_closes_socket_outer")});
-    reset_lines(bed, connection, side, close, reset)
+    aborted(bed, &connection, Side::Server)
 }
 
 /// Has the client shut its side down, and waits until that is acknowledged.
@@ -455,8 +409,14 @@ fn client_disconnects(bed: &mut Bed) -> Result<Vec<Value>> {
     bed.peer(Side::Client).ask("disconnect")?;
     bed.peer(Side::Client).ask("close")?;
     let stack = user_stack("peer_disconnects_socket_outer");
-    let close = json!({"cause": "disconnect", "process": {"attribution": "syscall"}, "stack": stack});
-    reset_lines(bed, &connection, Side::Client, close, json!({"reason": reason(known()), "stack": stack}))
+    let sender = json!({
+        "trigger": null,
+        "cause": "disconnect",
+        "reason": reason(known()),
+        "process": {"attribution": "syscall"},
+        "stack": stack,
+    });
+    reset_lines(bed, &connection, Side::Client, &sender, &json!({}))
 }
 
 /// The client's host answers data with a RST when the client will not read any more. Its own receive
@@ -487,7 +447,6 @@ fn data_comes_after_shutdown(bed: &mut Bed) -> Result<Vec<Value>> {
                 "direction": "sent",
                 "cause": "data_after_close",
                 "reason": reason(json!("TCP_ABORT_ON_DATA")),
-                "last_data": one_of(&[json!(null), known()]),
             }),
         )?,
     ];
@@ -541,20 +500,13 @@ fn listener_closes_before_accepting(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = bed.connect()?;
     bed.peer(Side::Server).ask("await-client")?;
     bed.peer(Side::Server).ask("close-listener")?;
-    let close = but(
-        in_function("close", "peer_closes_socket_outer"),
-        json!({
-            "cause": "listener_closed",
-            "process": {"attribution": one_of(&[json!("syscall"), json!("listener")])},
-            "opener": null,
-        }),
-    );
-    let reset = json!({
+    let sender = json!({
+        "cause": "listener_closed",
         "reason": reason(known()),
-        "stack": user_stack("peer_closes_socket_outer"),
+        "process": {"attribution": one_of(&[json!("syscall"), json!("listener")])},
         "opener": null,
     });
-    reset_lines(bed, &connection, Side::Server, close, reset)
+    reset_lines(bed, &connection, Side::Server, &sender, &json!({}))
 }
 
 /// `ss` acts on the socket, but it is the client's.
@@ -563,13 +515,15 @@ fn somebody_destroys_it(bed: &mut Bed) -> Result<Vec<Value>> {
     let port = connection.address(Side::Client).port().to_string();
     destroy(bed, Side::Client, &["sport", "=", &port])?;
     bed.peer(Side::Client).ask("await-error")?;
-    let close = json!({
+    let sender = json!({
         "closed_by": "admin",
         "ended": one_of(&[json!("destroyed"), json!("reset_sent")]),
+        "trigger": null,
         "cause": "destroyed",
-        "stack": one_of(&[json!(null), known()]),
+        "reason": reason(known()),
+        "stack": null,
     });
-    reset_lines(bed, &connection, Side::Client, close, json!({"reason": reason(known())}))
+    reset_lines(bed, &connection, Side::Client, &sender, &json!({}))
 }
 
 /// What `ss` destroys is the listener; what waits in its queue goes with it, and is the listener's.
@@ -580,19 +534,17 @@ fn somebody_destroys_listener(bed: &mut Bed) -> Result<Vec<Value>> {
     destroy(bed, Side::Server, &["--listening", "sport", "=", &port])?;
     bed.peer(Side::Client).ask("await-error")?;
     let server = bed.owner(Side::Server)?;
-    let of_listener = json!({
+    let sender = json!({
+        "closed_by": "admin",
+        "ended": one_of(&[json!("destroyed"), json!("reset_sent")]),
+        "trigger": null,
+        "cause": "destroyed",
+        "reason": reason(known()),
         "process": {"tid": one_of(&[json!(null), server["tid"].clone()]), "attribution": "listener"},
         "opener": null,
         "stack": null,
     });
-    let close = json!({
-        "closed_by": "admin",
-        "ended": one_of(&[json!("destroyed"), json!("reset_sent")]),
-        "cause": "destroyed",
-    });
-    let reset = json!({"reason": reason(known())});
-    let of_server = (but(of_listener.clone(), close), but(of_listener, reset));
-    reset_lines(bed, &connection, Side::Server, of_server.0, of_server.1)
+    reset_lines(bed, &connection, Side::Server, &sender, &json!({}))
 }
 
 /// Has `ss` destroy what a side's host has of this kind.
@@ -611,21 +563,22 @@ fn older_connection_closes(bed: &mut Bed, connection: &Connection) -> Result<Vec
 
 /// The server sits idle and does nothing; only `/proc` says that the socket is its own.
 fn older_connection_is_reset(bed: &mut Bed, connection: &Connection) -> Result<Vec<Value>> {
-    let mut lines = unseen(abort(bed, connection, Side::Client)?);
+    let mut lines = unseen(aborted(bed, connection, Side::Client)?);
     for line in &mut lines[2..] {
-        line["process"]["attribution"] = json!("procfs");
+        line["process"]["attribution"] = json!("descriptors");
     }
     Ok(lines)
 }
 
-/// The lines of a connection that nobody saw open. Which end it is may be told from its port, or not.
+/// The lines of a connection whose handshake was before the trace. Its role may be concluded from the ports.
 fn unseen(lines: Vec<Value>) -> Vec<Value> {
-    let anything = one_of(&[json!(null), known()]);
-    let unseen = json!({
-        "connection": {"opened": null, "age_ms": anything, "role": anything, "rtt_us": anything},
-        "opener": null,
-    });
-    let mut lines: Vec<Value> = lines.into_iter().map(|line| but(line, unseen.clone())).collect();
+    let mut lines: Vec<Value> = lines
+        .into_iter()
+        .map(|line| {
+            let role = one_of(&[json!(null), line["connection"]["role"].clone()]);
+            but(line, json!({"connection": {"opened": null, "age_ms": null, "role": role}, "opener": null}))
+        })
+        .collect();
     for line in lines.iter_mut().filter(|line| line["event"] == "close") {
         line["states"] = path(&["CLOSE"]);
     }

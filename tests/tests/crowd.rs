@@ -1,4 +1,4 @@
-//! A crowd that does everything at once: each end is told once, and whose it was is known.
+//! A crowd of processes that open and close connections at the same time: every end is reported once, with its owner.
 
 use std::{
     collections::BTreeMap,
@@ -10,7 +10,7 @@ use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use tcpclose_tests::{
     bed::{Bed, Side, endpoint},
-    blind::Blind,
+    blind_spot::{BlindSpot, End, Hidden},
     crowd::{Claim, Kind, connections},
     expect::{but, differences, one_of},
     features::Feature,
@@ -19,14 +19,14 @@ use tcpclose_tests::{
     sockets::{self, TIME_WAIT},
 };
 
-/// What becomes of an end.
+/// What is expected of an end.
 struct Fate {
     close: Value,
-    /// The RST that it sends or receives.
+    /// The RST that it sends or receives, if any.
     reset: Option<Value>,
 }
 
-/// What becomes of either end of a connection, by how it ends.
+/// What is expected of either end of a connection of a kind.
 fn fate(kind: Kind, side: Side) -> Fate {
     use Kind::{
         ChildCloses, ClientCloses, ClientExits, ClientIsKilled, ClientReadsNot, ClientResets,
@@ -71,10 +71,10 @@ fn is_reset(cause: &str) -> Fate {
     Fate { close, reset: Some(json!({"direction": "received", "cause": cause})) }
 }
 
-/// The lines that are of one kind, by both addresses.
+/// Lines by their [`key`].
 type Index<'a> = BTreeMap<String, Vec<&'a Value>>;
 
-/// Where the lines of an end are to be found.
+/// The lines of one kind about one end share a key.
 fn key(event: &Value, direction: &Value, local: &Value, remote: &Value) -> String {
     format!("{event} {direction} {local} {remote}")
 }
@@ -91,97 +91,132 @@ fn index(lines: &[Value]) -> Index<'_> {
     index
 }
 
+/// Of so many ends, one may be reported wrongly because the kernel ran no BPF program for it.
+const ENDS_FOR_EACH_EXCUSED: usize = 10_000;
+
 #[test]
-fn everybody_is_told_apart() -> Result<()> {
+fn every_end_is_reported_once_with_its_owner() -> Result<()> {
     let bed = Bed::new(routes::loopback_ipv4())?;
     let trace = Trace::alone(&bed, &[])?;
     let before = Counters::read(bed.namespace(Side::Client))?;
-    let blind = Blind::watch()?;
+    let blind_spot = BlindSpot::watch()?;
     let (parent, claims) = crowd(&bed)?;
     sockets::wait_until(bed.namespace(Side::Client), "every end is over", |sockets| {
         sockets.iter().all(|socket| socket.state == TIME_WAIT)
     })?;
     let sent = Counters::read(bed.namespace(Side::Client))?.since(&before, "TcpOutRsts")?;
-    let expected: Vec<_> = claims.iter().map(|claim| (claim, fate(claim.kind, claim.side))).collect();
     let refused = claims.iter().filter(|claim| claim.kind == Kind::Refused).count();
     ensure!(claims.len() == 2 * connections() - refused, "{} ends were claimed", claims.len());
     let resets = |direction: &str| {
-        let is_one = |fate: &Fate| fate.reset.as_ref().is_some_and(|reset| reset["direction"] == direction);
-        expected.iter().filter(|(_, fate)| is_one(fate)).count()
+        let fates = claims.iter().filter_map(|claim| fate(claim.kind, claim.side).reset);
+        fates.filter(|reset| reset["direction"] == direction).count()
     };
-    // The kernel sends some on behalf of nobody, and may keep that to itself.
-    let every_reset = Feature::EveryReset.is_here();
-    let sent = if every_reset { usize::try_from(sent)? } else { resets("sent") };
+    // Before 6.10 the kernel does not report RSTs that it sends without a socket.
+    let sent = if Feature::EveryReset.is_here() { usize::try_from(sent)? } else { resets("sent") };
     let lines_due = claims.len() + resets("received") + sent;
-    let unseen = blind.seen()?;
-    println!("where the kernel may run no BPF program: {unseen:?}");
-    let missing = 2 * unseen.connections.len() + unseen.resets;
-    let ended = trace.finish_but(&bed, unseen.resets, |lines| lines.len() + missing >= lines_due)?;
+    let hidden = blind_spot.hidden()?;
+    let missing = 2 * hidden.ends.len() + hidden.resets.len();
+    let ended = trace.finish_but(&bed, hidden.resets.len(), |lines| lines.len() + missing >= lines_due)?;
 
-    let mut index = index(&ended.lines);
-    let mut complaints = Complaints::default();
-    let mut unknown = BTreeMap::<(Kind, &str), usize>::new();
-    for (claim, fate) in expected {
-        let Claim { pid, kind, side, local, remote } = *claim;
-        let (here, there) = (endpoint(local), endpoint(remote));
-        let owner = json!({ "pid": pid });
-        // Who does not act can be gone when anybody looks. Whoever is named has to be the right one.
-        let process = if fate.close["trigger"].is_null() { one_of(&[json!(null), owner]) } else { owner };
-        let mut told = |event: &str, this: &Value| {
-            let lines = index.remove(&key(&json!(event), &this["direction"], &here, &there));
-            let lines = lines.unwrap_or_default();
-            if unseen.connections.contains(&(local, remote)) {
-                // Told later with what is known, or not at all; but never of anybody else.
-                if lines.iter().any(|line| !line["process"].is_null() && line["process"]["pid"] != pid) {
-                    complaints.add(claim, &format!("{lines:?}"));
-                }
-                return;
-            }
-            if lines.len() != 1 {
-                complaints.add(claim, &format!("{} {event} lines", lines.len()));
-            }
-            let this =
-                but(this.clone(), json!({"process": process, "connection": {"role": side.to_string()}}));
-            for line in lines {
-                if line["process"].is_null() {
-                    *unknown
-                        .entry((kind, if event == "close" { "closes" } else { "resets" }))
-                        .or_default() += 1;
-                }
-                let found = differences(line, &this);
-                if !found.is_empty() {
-                    complaints.add(claim, &format!("the {event} line: {}", found.join(" and ")));
-                }
-            }
-        };
-        told("close", &fate.close);
-        if let Some(reset) = &fate.reset {
-            told("reset", reset);
-        }
-        if kind == Kind::Refused && every_reset {
-            let answers = index.remove(&key(&json!("reset"), &json!("sent"), &there, &here));
-            let answers = answers.unwrap_or_default();
-            if answers.len() != 1 || !is_answer_of_nobody(answers[0]) {
-                complaints.add(claim, &format!("{answers:?} are the answers"));
-            }
-        }
-    }
-    println!("of nobody, where nobody acted: {unknown:?}");
-    // An acknowledgement that comes late finds no socket any more, or the listener, and is answered with a RST
-    // too. The kernel has counted those.
-    for line in index.into_values().flatten() {
-        let is_excused = line["event"] == "lost"
-            && line["where"] == "connections"
-            && line["count"].as_u64() <= Some(unseen.connections.len() as u64);
-        if !is_excused && !is_answer_of_nobody(line) && !is_answer_of_listener(line, parent) {
-            complaints.0.entry("nobody".to_owned()).or_default().push(line.to_string());
-        }
-    }
+    let mut comparison = Comparison {
+        hidden: &hidden,
+        lines: index(&ended.lines),
+        complaints: Complaints::default(),
+        excused: BTreeMap::new(),
+    };
+    claims.iter().for_each(|claim| comparison.check(claim));
+    comparison.check_rest(parent);
+    let Comparison { complaints, mut excused, .. } = comparison;
     ensure!(complaints.0.is_empty(), "{complaints}stderr: {}", ended.stderr);
+
+    // The number of RSTs was compared with the kernel's counter, less those that the tool could not see.
+    for reset in &hidden.resets {
+        excused.entry(*reset).or_default().push("this RST may be missing".to_owned());
+    }
+    let (ends, allowed) = (claims.len(), claims.len() / ENDS_FOR_EACH_EXCUSED);
+    println!("{ends} ends; the kernel ran no BPF program for {hidden:?}; excused: {excused:#?}");
+    ensure!(
+        excused.len() <= allowed,
+        "{} of {ends} ends, more than {allowed}, are wrong where the kernel ran no BPF program: {excused:#?}",
+        excused.len()
+    );
     Ok(())
 }
 
-/// What is wrong, by the kind of thing that it is wrong with: of many, some of each.
+/// The tool's lines, compared with what the processes said.
+struct Comparison<'a> {
+    hidden: &'a Hidden,
+    /// The lines that no claim has accounted for yet.
+    lines: Index<'a>,
+    complaints: Complaints,
+    /// Complaints about ends that the kernel ran no BPF program for.
+    excused: BTreeMap<End, Vec<String>>,
+}
+
+impl<'a> Comparison<'a> {
+    /// Compares the lines about an end with what its owner said.
+    fn check(&mut self, claim: &Claim) {
+        let Claim { pid, kind, side, local, remote } = *claim;
+        let (here, there) = (endpoint(local), endpoint(remote));
+        let fate = fate(kind, side);
+        let owner = json!({ "pid": pid });
+        // A process that does not act can be gone by the time the tool looks for it. If one is named, it has to be the
+        // right one.
+        let process = if fate.close["trigger"].is_null() { one_of(&[json!(null), owner]) } else { owner };
+        let end = json!({"process": process, "connection": {"role": side.to_string()}});
+
+        let mut found = Vec::new();
+        let mut names_another = false;
+        let expected = [("close", Some(fate.close)), ("reset", fate.reset)];
+        for (event, this) in expected.into_iter().filter_map(|(event, this)| Some((event, this?))) {
+            let lines = self.take(event, &this["direction"], &here, &there);
+            if lines.len() != 1 {
+                found.push(format!("{} {event} lines", lines.len()));
+            }
+            let this = but(this, end.clone());
+            for line in lines {
+                names_another |= !line["process"].is_null() && line["process"]["pid"] != pid;
+                let differences = differences(line, &this);
+                if !differences.is_empty() {
+                    found.push(format!("the {event} line: {}", differences.join(" and ")));
+                }
+            }
+        }
+        let mut is_hidden = self.hidden.ends.contains(&(local, remote));
+        if kind == Kind::Refused && Feature::EveryReset.is_here() {
+            is_hidden |= self.hidden.ends.contains(&(remote, local));
+            let answers = self.take("reset", &json!("sent"), &there, &here);
+            if answers.len() != 1 || !is_answer_without_socket(answers[0]) {
+                found.push(format!("the RST that refuses it is reported by {answers:?}"));
+            }
+        }
+        // The tool may report a hidden end later with what is known, or not at all, but never with another owner.
+        if is_hidden && !names_another && !found.is_empty() {
+            self.excused.entry((local, remote)).or_default().extend(found);
+        } else {
+            found.iter().for_each(|complaint| self.complaints.add(claim, complaint));
+        }
+    }
+
+    fn take(&mut self, event: &str, direction: &Value, local: &Value, remote: &Value) -> Vec<&'a Value> {
+        self.lines.remove(&key(&json!(event), direction, local, remote)).unwrap_or_default()
+    }
+
+    /// Checks the lines that no claim has accounted for. An ACK that comes late finds no socket any more, or the listener,
+    /// and is answered with a RST as well. The kernel has counted those.
+    fn check_rest(&mut self, parent: u32) {
+        for line in std::mem::take(&mut self.lines).into_values().flatten() {
+            let is_loss_of_hidden = line["event"] == "lost"
+                && line["where"] == "connections"
+                && line["count"].as_u64() <= Some(self.hidden.ends.len() as u64);
+            if !is_loss_of_hidden && !is_answer_without_socket(line) && !is_answer_of_listener(line, parent) {
+                self.complaints.0.entry("unexpected lines".to_owned()).or_default().push(line.to_string());
+            }
+        }
+    }
+}
+
+/// What is wrong, by kind and side: of many complaints, some of each.
 #[derive(Default)]
 struct Complaints(BTreeMap<String, Vec<String>>);
 
@@ -205,8 +240,8 @@ impl fmt::Display for Complaints {
     }
 }
 
-/// Whether a line tells of a RST that the host sent for want of a socket.
-fn is_answer_of_nobody(line: &Value) -> bool {
+/// Whether a line reports a RST that the host sent because a segment had no socket.
+fn is_answer_without_socket(line: &Value) -> bool {
     let nobody = json!({
         "event": "reset",
         "direction": "sent",
@@ -217,7 +252,7 @@ fn is_answer_of_nobody(line: &Value) -> bool {
     differences(line, &nobody).is_empty()
 }
 
-/// Whether a line tells of a RST that the host sent for a listener, all of which are this process's.
+/// Whether a line reports a RST that the host sent for a listener. All listeners belong to this process.
 fn is_answer_of_listener(line: &Value, pid: u32) -> bool {
     let listener = json!({
         "event": "reset",
@@ -229,7 +264,7 @@ fn is_answer_of_listener(line: &Value, pid: u32) -> bool {
     differences(line, &listener).is_empty()
 }
 
-/// Has the crowd do its things. Returns the process that all others descend from, and what they said.
+/// Runs the crowd. Returns the process that all others descend from, and their claims.
 fn crowd(bed: &Bed) -> Result<(u32, Vec<Claim>)> {
     let mut crowd = Command::new(env!("CARGO_BIN_EXE_crowd"));
     crowd.stdin(Stdio::null()).stdout(Stdio::piped());

@@ -218,7 +218,7 @@ fn is_found_though_older_than_the_trace() -> Result<()> {
         "kind": "leaked",
         "since": null,
         "holders": [holder],
-        "process": {"attribution": "procfs"},
+        "process": {"attribution": "descriptors"},
         "opener": null,
         "connection": {"opened": null},
     });

@@ -190,7 +190,7 @@ fn child_lives_on_and_closes(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Valu
 fn child_lives_on_and_is_reset(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     let connection = bed.established()?;
     let child = left_to_child(bed)?;
-    let holder = idle(child_process(bed, Side::Server, child)?, &["procfs"]);
+    let holder = idle(child_process(bed, Side::Server, child)?, &["descriptors"]);
     let parties = Parties::with_holder(bed, holder)?;
     let lines = client_resets(bed, &connection, accepts, &parties)?;
     acceptor_is_gone(bed, lines, accepts)
@@ -233,7 +233,7 @@ fn one_of_many_workers_is_reset(bed: &mut Bed, accepts: Accepts) -> Result<Vec<V
     for (connection, worker, client) in established {
         let worker = child_process(bed, Side::Server, worker)?;
         let attributions: &[&str] = match accepts {
-            Accepts::Unseen => &["procfs"],
+            Accepts::Unseen => &["descriptors"],
             Accepts::Seen => &["accept"],
         };
         let holder = idle(worker.clone(), attributions);
@@ -264,7 +264,7 @@ fn receiver_closes(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
 fn receiver_is_reset(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     let (connection, receiver) = passed(bed)?;
     bed.peer(Side::Server).ask_child(receiver, "take")?;
-    let holder = idle(child_process(bed, Side::Server, receiver)?, &["procfs"]);
+    let holder = idle(child_process(bed, Side::Server, receiver)?, &["descriptors"]);
     let parties = Parties::with_holder(bed, holder)?;
     client_resets(bed, &connection, accepts, &parties)
 }
@@ -316,7 +316,7 @@ fn child_of_client_lives_on_and_is_reset(bed: &mut Bed, accepts: Accepts) -> Res
     let connection = bed.established()?;
     let child = bed.peer(Side::Client).ask("hand-over")?.get("child")?;
     bed.peer(Side::Client).ended()?;
-    let holder = idle(child_process(bed, Side::Client, child)?, &["procfs"]);
+    let holder = idle(child_process(bed, Side::Client, child)?, &["descriptors"]);
     server_resets(bed, &connection, accepts, holder)
 }
 
@@ -326,7 +326,7 @@ fn receiver_from_client_is_reset(bed: &mut Bed, accepts: Accepts) -> Result<Vec<
     let connection = bed.established()?;
     bed.peer(Side::Client).ask(&format!("pass {receiver}"))?;
     bed.peer(Side::Client).ask_child(receiver, "take")?;
-    let holder = idle(child_process(bed, Side::Client, receiver)?, &["procfs"]);
+    let holder = idle(child_process(bed, Side::Client, receiver)?, &["descriptors"]);
     server_resets(bed, &connection, accepts, holder)
 }
 
@@ -395,7 +395,9 @@ fn through_ring(
         if !in_own_thread(by) {
             process = but(process, json!({"tid": known(), "comm": known()}));
         }
-        let this = but(acted(process, "io_uring", ""), json!({"stack": one_of(&[json!(null), known()])}));
+        // A thread of the kernel has no user stack.
+        let stack = if in_own_thread(by) { user_stack("syscall") } else { Value::Null };
+        let this = but(acted(process, "io_uring", ""), json!({"stack": stack}));
         lines.extend(server_went_first(bed, &connection, accepts, this)?);
     }
     Ok(lines)

@@ -78,33 +78,37 @@ impl Suite {
         helpers.chain([("TCPCLOSE_BIN".to_owned(), tcpclose.to_owned())]).collect()
     }
 
-    /// Runs the tests on this host, and shows and returns what they print.
+    /// Runs the tests on this host, and shows and returns what they print. `tests/src/rerun.rs` marks where the output of a
+    /// program begins and ends, and decides which failed tests are repeated.
     pub(crate) fn run_here(&self, tcpclose: &Path, arguments: &[String]) -> Result<String> {
         let mut said = String::new();
         for (name, program) in self.tests() {
+            let rerun = self.helper("rerun")?;
             let mut command = if command::is_root() {
-                Command::new(program)
+                Command::new(rerun)
             } else {
                 let mut sudo = Command::new(command::sudo("loading programs into the kernel")?);
-                sudo.args(["--preserve-env", "--"]).arg(program);
+                sudo.args(["--preserve-env", "--"]).arg(rerun);
                 sudo
             };
             command
+                .arg(name)
+                .arg(program)
                 .args(arguments)
                 .current_dir(&self.folder)
                 .envs(self.variables(tcpclose))
                 .stdout(Stdio::piped());
             let mut child = command.spawn().with_context(|| format!("cannot start {}", line(&command)))?;
             let output = child.stdout.take().context("a test has no standard output")?;
-            said.extend(["=== ", name, "\n"]);
-            println!("\n     {name}");
+            println!();
             for text in BufReader::new(output).split(b'\n') {
                 let text = String::from_utf8_lossy(&text?).into_owned();
                 println!("{text}");
                 said.extend([&text, "\n"]);
             }
             std::io::stdout().flush()?;
-            said.extend(["=== ", name, " ended: ", &child.wait()?.to_string(), "\n"]);
+            child.wait()?;
+            ensure!(said.contains(&format!("=== {name} ended: ")), "{name} was not run: see above");
         }
         said.push_str("=== all\n");
         Ok(said)

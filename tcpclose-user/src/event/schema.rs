@@ -1,4 +1,8 @@
-//! The reference of the output: the JSON Schema of a line, made from the types that are written.
+//! The reference of the output: the JSON Schema of a line, generated from the types that are written.
+//!
+//! `docs/schema.json` is the checked-in copy, so that a change to the output contract shows up in review; the
+//! black-box tests validate every line against it. `UPDATE_DOCS=1 cargo test --package tcpclose-user schema`
+//! rewrites it.
 
 use schemars::Schema;
 use schemars::generate::SchemaSettings;
@@ -19,6 +23,8 @@ pub fn pretty() -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::{env, fs, path::Path};
+
     use serde_json::Value;
 
     use crate::event::schema::{pretty, schema};
@@ -83,6 +89,46 @@ mod tests {
                 .expect("a schema for each event");
             check(&schema, variant, &value, value["event"].as_str().expect("a name"));
         }
+    }
+
+    /// What is not known is null, and is never left out.
+    fn requires_all_properties(node: &Value) {
+        if let Some(properties) = node["properties"].as_object() {
+            let required: Vec<_> =
+                node["required"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+            for name in properties.keys() {
+                assert!(required.contains(&name.as_str()), "{name} may be left out: {node:#}");
+            }
+        }
+        match node {
+            Value::Object(fields) => fields.values().for_each(requires_all_properties),
+            Value::Array(items) => items.iter().for_each(requires_all_properties),
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn every_field_is_always_written() {
+        requires_all_properties(&schema().to_value());
+    }
+
+    #[test]
+    fn checked_in_copy_is_what_the_types_say() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/schema.json");
+        let generated = pretty();
+        if env::var_os("UPDATE_DOCS").is_some() {
+            fs::write(&path, &generated).expect("docs/schema.json is writable");
+            return;
+        }
+        let checked_in = fs::read_to_string(&path).unwrap_or_default();
+        let differs = |(one, other): &(&str, &str)| one != other;
+        let first = checked_in.lines().zip(generated.lines()).find(differs);
+        assert!(
+            checked_in == generated,
+            "docs/schema.json is not the schema that the types generate. If the change to the output contract is \
+             intended, rewrite the file and commit it: UPDATE_DOCS=1 cargo test --package tcpclose-user schema\n\
+             First difference (file, types): {first:?}"
+        );
     }
 
     #[test]

@@ -91,6 +91,7 @@ impl JsonSchema for Frames {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 pub struct Frame {
     /// The address, as `0x…`.
+    #[schemars(regex(pattern = "^0x[0-9a-f]+$"))]
     pub address: String,
     /// The function.
     pub symbol: Option<String>,

@@ -23,6 +23,7 @@ impl JsonSchema for Time {
         schemars::json_schema!({
             "type": "string",
             "format": "date-time",
+            "pattern": r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}\.\d{9}Z$",
             "description": "RFC 3339, UTC, nanoseconds"
         })
     }

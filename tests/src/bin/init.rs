@@ -7,9 +7,9 @@ use std::{
     env,
     ffi::CString,
     fs::{self, File, OpenOptions},
-    io::{BufRead, BufReader, Write},
+    io::Write,
     os::{fd::AsRawFd, unix::fs::PermissionsExt},
-    process::{Command, Stdio},
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -25,6 +25,7 @@ use nix::{
     },
     unistd::Pid,
 };
+use tcpclose_tests::rerun::{self, Excuse};
 
 /// The variable that says where the results go; the kernel hands it on from its command line.
 const RESULTS: &str = "RESULTS";
@@ -33,9 +34,6 @@ const RUN: &str = "run";
 
 /// How many seconds there are for starting programs, if that is limited; what has begun is not interrupted.
 const SECONDS_VARIABLE: &str = "TCPCLOSE_TESTS_SECONDS";
-
-/// So many failed tests of a program are run a second time; of more, none.
-const MOST_REPEATED: usize = 5;
 
 /// What is mounted where, in this order. No control groups: their tests mount them, one version after the other.
 const MOUNTS: [(&str, &str); 7] = [
@@ -113,32 +111,9 @@ fn run_tests() -> Result<()> {
             command.envs(environment.lines().filter_map(|line| line.split_once('='))).envs(variables.clone());
             command
         };
-        let failed = run(name, command().args(words), &mut results)?;
-        // An emulated processor may be taken away for so long that the tool rightly stops waiting for a record. What is
-        // broken fails again, alone.
-        if (1..=MOST_REPEATED).contains(&failed.len()) {
-            let alone = ["--exact", "--test-threads=1", "--show-output"].map(str::to_owned);
-            run(name, command().args(alone).args(failed), &mut results)?;
-        }
+        let arguments: Vec<_> = words.map(str::to_owned).collect();
+        rerun::run(name, command, &arguments, &Excuse::Emulation, &mut results)?;
     }
     writeln!(results, "=== all")?;
     Ok(())
-}
-
-/// Runs one program, says how it ended, and returns the tests that failed.
-fn run(name: &str, command: &mut Command, results: &mut File) -> Result<Vec<String>> {
-    writeln!(results, "=== {name}")?;
-    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
-    let output = child.stdout.take().context("a test has no standard output")?;
-    let mut failed = Vec::new();
-    for line in BufReader::new(output).split(b'\n') {
-        let line = line?;
-        results.write_all(&line)?;
-        results.write_all(b"\n")?;
-        let line = String::from_utf8_lossy(&line);
-        let test = line.strip_prefix("test ").and_then(|line| line.strip_suffix(" ... FAILED"));
-        failed.extend(test.map(str::to_owned));
-    }
-    writeln!(results, "=== {name} ended: {}", child.wait()?)?;
-    Ok(failed)
 }

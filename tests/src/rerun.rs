@@ -1,0 +1,142 @@
+//! Running a test program, and a second time those of its tests whose failure has an excuse. This is the only place
+//! where tests are repeated. `cargo xtask test` lists the tests that passed at the second attempt.
+
+use std::{
+    env,
+    io::{BufRead, BufReader, Write},
+    process::{Command, ExitStatus, Stdio},
+    thread,
+};
+
+use anyhow::{Context, Result};
+
+use crate::blind_spot::BlindSpot;
+
+/// If more tests of a program have failed, none is repeated: something is broken.
+const MOST_REPEATED: usize = 5;
+
+/// Tests of a program that run at the same time, for each processor. Most of them wait for timers of the kernel, or for the
+/// tool to read its ring buffer.
+const TESTS_PER_PROCESSOR: usize = 4;
+
+/// Where libtest reads how many tests may run at the same time.
+const THREADS_VARIABLE: &str = "RUST_TEST_THREADS";
+
+/// This test program accounts for the blind spot itself.
+const NEVER_REPEATED: &str = "crowd";
+
+/// Why a failed test may be repeated.
+#[derive(Debug)]
+pub enum Excuse {
+    /// The processor is emulated. It may be taken away for longer than the tool waits for a record.
+    Emulation,
+    /// The end of a connection fell into the kernel's blind spot while the program ran.
+    BlindSpot(BlindSpot),
+    /// There is none.
+    None,
+}
+
+impl Excuse {
+    /// The excuse that a host may have, from now on.
+    pub fn of_host(program: &str) -> Self {
+        if program == NEVER_REPEATED {
+            return Self::None;
+        }
+        // Without tracefs nothing is recorded, and nothing excused.
+        BlindSpot::watch().map_or(Self::None, Self::BlindSpot)
+    }
+
+    fn applies(&self) -> Result<Option<String>> {
+        Ok(match self {
+            Self::Emulation => Some("the processor is emulated".to_owned()),
+            Self::BlindSpot(blind_spot) => {
+                let hidden = blind_spot.hidden()?;
+                (hidden.events > 0).then(|| format!("the kernel ran no BPF program for {hidden:?}"))
+            }
+            Self::None => None,
+        })
+    }
+}
+
+/// Has a test program on a host run more tests at the same time than there are processors, unless the user has said how
+/// many.
+pub fn share_processors(command: &mut Command) {
+    if env::var_os(THREADS_VARIABLE).is_none() {
+        let processors = thread::available_parallelism().map_or(1, usize::from);
+        command.env(THREADS_VARIABLE, (TESTS_PER_PROCESSOR * processors).to_string());
+    }
+}
+
+/// Runs the program that `command` makes with these arguments. Copies its standard output to `results`, between a line
+/// that names it and one that says how it ended (`xtask/src/report.rs` reads them). Failed tests that `excuse` applies to
+/// are then run once more, one at a time. Returns how the program ended the last time.
+pub fn run(
+    name: &str,
+    command: impl Fn() -> Command,
+    arguments: &[String],
+    excuse: &Excuse,
+    results: &mut impl Write,
+) -> Result<ExitStatus> {
+    let (status, failed) = run_once(name, command().args(arguments), results)?;
+    if !(1..=MOST_REPEATED).contains(&failed.len()) {
+        return Ok(status);
+    }
+    let Some(reason) = excuse.applies()? else { return Ok(status) };
+    writeln!(results, "running {} once more: {reason}", failed.join(", "))?;
+    let alone = ["--exact", "--test-threads=1", "--show-output"];
+    Ok(run_once(name, command().args(alone).args(failed), results)?.0)
+}
+
+/// Runs a program once, and returns how it ended and which of its tests failed.
+fn run_once(
+    name: &str,
+    command: &mut Command,
+    results: &mut impl Write,
+) -> Result<(ExitStatus, Vec<String>)> {
+    writeln!(results, "=== {name}")?;
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+    let output = child.stdout.take().context("a test program has no standard output")?;
+    let mut failed = Vec::new();
+    for line in BufReader::new(output).split(b'\n') {
+        let line = line?;
+        results.write_all(&line)?;
+        results.write_all(b"\n")?;
+        let line = String::from_utf8_lossy(&line);
+        let test = line.strip_prefix("test ").and_then(|line| line.strip_suffix(" ... FAILED"));
+        failed.extend(test.map(str::to_owned));
+    }
+    let status = child.wait()?;
+    writeln!(results, "=== {name} ended: {status}")?;
+    results.flush()?;
+    Ok((status, failed))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::{Excuse, run};
+
+    /// Fails the first time that it is run, like `cargo test` would, and says which arguments it was given.
+    fn attempts(excuse: &Excuse) -> String {
+        let script = r#"echo "args: $*"; case "$*" in *--exact*) echo "test a::b ... ok";;
+            *) echo "test a::b ... FAILED"; echo "test a::c ... ok"; exit 1;; esac"#;
+        let command = || {
+            let mut command = Command::new("sh");
+            command.args(["-c", script, "sh"]);
+            command
+        };
+        let mut results = Vec::new();
+        run("a", command, &["a::".to_owned()], excuse, &mut results).unwrap();
+        String::from_utf8(results).unwrap()
+    }
+
+    #[test]
+    fn what_failed_is_run_once_more_where_it_has_an_excuse() {
+        let first = "=== a\nargs: a::\ntest a::b ... FAILED\ntest a::c ... ok\n=== a ended: exit status: 1\n";
+        assert_eq!(attempts(&Excuse::None), first);
+        let rest = "running a::b once more: the processor is emulated\n=== a\n\
+            args: --exact --test-threads=1 --show-output a::b\ntest a::b ... ok\n=== a ended: exit status: 0\n";
+        assert_eq!(attempts(&Excuse::Emulation), format!("{first}{rest}"));
+    }
+}
