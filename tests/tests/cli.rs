@@ -1,16 +1,31 @@
 //! The command: how it ends, what it traces, what it leaves out, and what it says when it cannot.
 
-use std::ffi::OsString;
+use std::{
+    ffi::OsString,
+    fs::{self, OpenOptions},
+    io::Read,
+    os::unix::fs::{FileTypeExt, OpenOptionsExt},
+    path::Path,
+    process::Command,
+};
 
 use anyhow::{Context, Result, ensure};
-use nix::sys::signal::Signal;
+use nix::{
+    libc,
+    sys::{
+        signal::Signal,
+        stat::{Mode, SFlag, makedev, mknod},
+    },
+    unistd::mkfifo,
+};
 use serde_json::{Value, json};
 use tcpclose_tests::{
     bed::{Bed, Connection, Side, endpoint},
     contract,
     expect::{known, mismatches, one_of},
-    peer,
+    netns, peer,
     scenario::routes,
+    scratch::Scratch,
     tool::{Ended, Launch},
 };
 
@@ -162,6 +177,76 @@ fn a_command_that_cannot_be_started_is_reported() -> Result<()> {
 fn its_own_failure_is_not_the_commands() -> Result<()> {
     Launch::new()?.as_nobody(&[])?.args(["--", "true"]).run()?.with_code(125)?;
     Launch::new()?.as_nobody(&[])?.run()?.with_code(1)?;
+    Ok(())
+}
+
+/// `--ready-file` writes into a FIFO or a device like any program would, and does not put a regular file in its place.
+#[test]
+fn ready_file_may_be_a_fifo_or_a_device() -> Result<()> {
+    let bed = Bed::new(routes::loopback_ipv4())?;
+    let scratch = Scratch::new()?;
+    let started = |path: &Path| {
+        let options = ["--duration".as_ref(), "100ms".as_ref(), "--ready-file".as_ref(), path.as_os_str()];
+        Launch::new()?.trace(bed.namespaces()).args(options).run()?.successful()
+    };
+
+    let fifo = scratch.path().join("fifo");
+    mkfifo(&fifo, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    // Open for both, so that neither end waits for the other to be opened.
+    let mut open = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(&fifo)?;
+    started(&fifo)?;
+    ensure!(fs::symlink_metadata(&fifo)?.file_type().is_fifo(), "the FIFO was replaced");
+    let mut written = [0; 64];
+    let length = open.read(&mut written).context("nothing was written to the FIFO")?;
+    let pid = str::from_utf8(&written[..length])?;
+    ensure!(pid.trim().parse::<u32>().is_ok_and(|pid| pid > 1), "{pid:?} is not a pid");
+
+    // A device of the test's own with the number of /dev/null.
+    let device = scratch.path().join("null");
+    mknod(&device, SFlag::S_IFCHR, Mode::S_IRUSR | Mode::S_IWUSR, makedev(1, 3))?;
+    started(&device)?;
+    ensure!(fs::symlink_metadata(&device)?.file_type().is_char_device(), "the device was replaced");
+    Ok(())
+}
+
+/// What a command that is no trace prints, if it ends well.
+fn printed(args: &[&str]) -> Result<String> {
+    let output = Launch::new()?.args(args).output()?;
+    ensure!(output.status.success(), "{}: {output:?}", args.join(" "));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// The long options in the help of a command.
+fn options_in(help: &str) -> Vec<&str> {
+    let words = help.split(|one: char| !one.is_ascii_alphanumeric() && one != '-');
+    words.filter(|word| word.len() > 2 && word.starts_with("--")).collect()
+}
+
+#[test]
+fn man_page_has_every_option() -> Result<()> {
+    let page = printed(&["man"])?;
+    ensure!(page.lines().any(|line| line.starts_with(".TH tcpclose")), "not a man page: {page}");
+    let page = page.replace(r"\-", "-");
+    let help = printed(&["trace", "--help"])?;
+    let options = options_in(&help);
+    ensure!(options.contains(&"--linger"), "{options:?}");
+    let missing: Vec<_> = options.into_iter().filter(|option| !page.contains(option)).collect();
+    ensure!(missing.is_empty(), "the man page lacks {missing:?}");
+    Ok(())
+}
+
+#[test]
+fn completions_are_scripts_of_the_shell() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let script = scratch.path().join("tcpclose");
+    fs::write(&script, printed(&["completions", "bash"])?)?;
+    let mut bash = Command::new("bash");
+    let complete = netns::run(bash.args(["--norc", "-c", r#". "$0" && complete -p tcpclose"#]).arg(&script))?;
+    ensure!(complete.contains("tcpclose"), "bash completes nothing: {complete}");
+    let scripts = [("bash", "--linger"), ("zsh", "#compdef tcpclose"), ("fish", "complete -c tcpclose")];
+    for (shell, text) in scripts {
+        ensure!(printed(&["completions", shell])?.contains(text), "{shell}: no {text}");
+    }
     Ok(())
 }
 
