@@ -104,7 +104,9 @@ impl Checker {
         check_text("", line, &mut found);
         check_relations(line, &mut found);
         self.check_end(line, &mut found);
-        found.iter_mut().for_each(|complaint| complaint.insert_str(0, &format!("line {}: ", self.lines)));
+        for complaint in &mut found {
+            complaint.insert_str(0, &format!("line {}: ", self.lines));
+        }
         found
     }
 

@@ -124,7 +124,9 @@ fn every_end_is_reported_once_with_its_owner() -> Result<()> {
         complaints: Complaints::default(),
         excused: BTreeMap::new(),
     };
-    claims.iter().for_each(|claim| comparison.check(claim));
+    for claim in &claims {
+        comparison.check(claim);
+    }
     comparison.check_rest(parent);
     let Comparison { complaints, mut excused, .. } = comparison;
     ensure!(complaints.0.is_empty(), "{complaints}stderr: {}", ended.stderr);
@@ -194,7 +196,9 @@ impl<'a> Comparison<'a> {
         if is_hidden && !names_another && !found.is_empty() {
             self.excused.entry((local, remote)).or_default().extend(found);
         } else {
-            found.iter().for_each(|complaint| self.complaints.add(claim, complaint));
+            for complaint in &found {
+                self.complaints.add(claim, complaint);
+            }
         }
     }
 
