@@ -40,12 +40,11 @@ fn returned(ctx: &FExitContext) {
 /// system call slows down every system call of the host a little. Accepts by `io_uring` are not seen.
 #[tracepoint]
 pub fn accept_syscall(ctx: TracePointContext) -> i32 {
-    if let Some(fd) = member::<i64>(ctx.as_ptr() as u64, global!(ACCEPT_SYSCALL_RESULT)) {
-        if fd >= 0 {
-            if let Some(sk) = file(fd as u64).and_then(sock::of_file) {
-                accepted(&ctx, sk);
-            }
-        }
+    if let Some(fd) = member::<i64>(ctx.as_ptr() as u64, global!(ACCEPT_SYSCALL_RESULT))
+        && fd >= 0
+        && let Some(sk) = file(fd as u64).and_then(sock::of_file)
+    {
+        accepted(&ctx, sk);
     }
     0
 }
@@ -65,9 +64,10 @@ fn file(fd: u64) -> Option<u64> {
 #[inline(always)]
 fn accepted(ctx: &impl EbpfContext, sk: u64) {
     // Without the socket's lock. No other program writes the opener of a server's socket.
-    if let Some(connection) = connection::find(sk) {
-        if connection.role == role::SERVER && connection.opener.pid == 0 {
-            connection::opened(ctx, connection);
-        }
+    if let Some(connection) = connection::find(sk)
+        && connection.role == role::SERVER
+        && connection.opener.pid == 0
+    {
+        connection::opened(ctx, connection);
     }
 }

@@ -28,10 +28,9 @@ extern "C" fn inventory(ctx: *mut c_void) -> i32 {
     }
     if let Some(task) = member::<u64>(ctx, global!(STRUCTS.iter_task))
         && let Some(file) = member::<u64>(ctx, global!(STRUCTS.iter_file))
+        && let Some(sk) = sock::of_file(file)
     {
-        if let Some(sk) = sock::of_file(file) {
-            held(sk, task, member(ctx, global!(STRUCTS.iter_fd)).unwrap_or(u32::MAX));
-        }
+        held(sk, task, member(ctx, global!(STRUCTS.iter_fd)).unwrap_or(u32::MAX));
     }
     0
 }
@@ -98,7 +97,7 @@ fn still_open(connection: &Connection, sk: u64, holder: &Task) {
     let first = connection.holder.pid == 0;
     let awaited = connection::now().wrapping_sub(connection.ended) < AWAITED;
     let counts = holder.pid == connection.holder.pid || holder.pid == connection.opener.pid;
-    if !first && !(awaited && counts) {
+    if !(first || awaited && counts) {
         return;
     }
     report(connection, sk, holder, holds::OPEN, 0);
