@@ -1,4 +1,4 @@
-//! What the kernel half counts, one set a CPU; the user half adds them up. Nothing is lost without being counted here.
+//! What the kernel half counts, one set for each CPU; the user half adds them up. Every loss is counted here.
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $field:ident),* $(,)?) => {
@@ -18,26 +18,26 @@ macro_rules! counters {
 }
 
 counters! {
-    /// Records that found the ring buffer full.
+    /// Records lost because the ring buffer was full.
     records_lost,
     /// Records written.
     records_written,
-    /// Notices of a process not seen before that found their ring buffer full.
+    /// Notices of new processes lost because their ring buffer was full.
     processes_lost,
     /// Sockets that got an entry in `CONNECTIONS`.
     connections_added,
-    /// Entries of `CONNECTIONS` deleted because their socket was destroyed. What was added, not removed and is no
-    /// longer there was evicted.
+    /// Entries of `CONNECTIONS` deleted because their socket was destroyed. An entry that was added, was not removed and
+    /// is no longer there was evicted.
     connections_removed,
     /// Sockets for which no entry could be made.
     connections_failed,
-    /// Ends that no program was run for, found out later.
+    /// Ends for which no program ran, detected later.
     ends_missed,
-    /// Sockets in a state of the teardown that found no room in `TEARDOWNS`.
+    /// Sockets in a teardown state that found no room in `TEARDOWNS`.
     teardowns_failed,
-    /// Stacks that could not be kept.
+    /// Stacks that could not be stored.
     stacks_failed,
-    /// Ends that the filters kept from being written.
+    /// Ends that the filters excluded.
     filtered,
 }
 

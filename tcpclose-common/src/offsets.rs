@@ -1,8 +1,8 @@
-//! Where things are in the running kernel: byte offsets that the user half finds in BTF and in tracefs, and
-//! hands to the programs as read-only globals before they are loaded.
+//! Offsets in the running kernel: the user half finds them in BTF and in tracefs, and hands them to the programs as
+//! read-only globals before they are loaded.
 //!
 //! Every offset that was not found is [`ABSENT`]. The programs test for it first, and because the globals are
-//! frozen before loading, the verifier throws the unreachable branch away.
+//! frozen before loading, the verifier removes the unreachable branch.
 
 /// The offset of something this kernel does not have, or that could not be found.
 pub const ABSENT: u16 = u16::MAX;
@@ -50,7 +50,7 @@ offsets! {
         sk_v6_daddr,
         /// `sock.__sk_common.skc_num`, the local port, host order u16.
         sk_num,
-        /// `inet_sock.inet_sport`, the local port, big-endian u16; outlives `skc_num`, and is not there in TIME_WAIT.
+        /// `inet_sock.inet_sport`, the local port, big-endian u16; kept longer than `skc_num`; not present in TIME_WAIT.
         sk_sport,
         /// `sock.__sk_common.skc_dport`, the remote port, big-endian u16.
         sk_dport,
@@ -211,7 +211,7 @@ offsets! {
         daddr_v6,
         /// Local end as a `sockaddr_in` or `sockaddr_in6`.
         local_sockaddr,
-        /// Remote end, likewise.
+        /// Remote end, in the same form.
         remote_sockaddr,
         /// `sched_process_fork` only: the new task's thread id, int.
         child_pid,

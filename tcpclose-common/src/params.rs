@@ -2,7 +2,7 @@
 
 use crate::offsets::ABSENT;
 
-/// How many values of one filter the kernel decides on; with more, the user half alone decides.
+/// How many values of one filter the kernel half compares; with more, the user half alone decides.
 pub const MAX_FILTER_VALUES: usize = 8;
 
 /// An address range: `address` under `mask`, IPv4 as IPv4-mapped.
@@ -11,7 +11,7 @@ pub const MAX_FILTER_VALUES: usize = 8;
 pub struct Range {
     /// Already masked, in network order, as two big-endian halves in host integers.
     pub address: [u64; 2],
-    /// Likewise.
+    /// The mask, in the same form.
     pub mask: [u64; 2],
 }
 
@@ -48,11 +48,11 @@ pub struct Params {
     pub has_pt_regs_helper: u32,
     /// `tcp_send_reset` has a third argument, the reason (0 or 1).
     pub has_reset_reason: u32,
-    /// Times to live are being noted (0 or 1).
+    /// Record times to live (0 or 1).
     pub ttl: u32,
-    /// Sockets that linger are wanted (0 or 1).
-    pub linger: u32,
-    /// Only tasks whose process is in `FOLLOWED` (0 or 1).
+    /// Keep `TEARDOWNS`, to report sockets that are stuck in a teardown state (0 or 1).
+    pub stuck: u32,
+    /// Report only connections of processes in `FOLLOWED` (0 or 1).
     pub by_process: u32,
     /// How many of `local_ports` count.
     pub local_port_count: u32,
@@ -72,7 +72,7 @@ pub struct Params {
     pub ports: [u16; MAX_FILTER_VALUES],
     /// Inode numbers of network namespaces.
     pub netns: [u32; MAX_FILTER_VALUES],
-    /// A program is attached to `tcp_destroy_sock`, so that entries live until then (0 or 1).
+    /// A program on `tcp_destroy_sock` removes entries, so that they stay until then (0 or 1).
     pub has_destroy: u32,
     /// Bytes of user stacks that are copied, a multiple of [`STACK_STEP`](crate::record::STACK_STEP); 0 to follow frame
     /// pointers instead.
@@ -94,7 +94,7 @@ impl Params {
         has_pt_regs_helper: 0,
         has_reset_reason: 0,
         ttl: 0,
-        linger: 0,
+        stuck: 0,
         by_process: 0,
         local_port_count: 0,
         remote_port_count: 0,

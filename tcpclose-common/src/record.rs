@@ -14,17 +14,17 @@ pub const UNKNOWN_U32: u32 = u32::MAX;
 
 /// What a record is.
 pub mod tag {
-    /// A connection's end is over: a [`super::Connection`].
+    /// One end of a connection is over: a [`super::Connection`].
     pub const CLOSE: u16 = 1;
     /// A RST was sent or received: a [`super::Connection`] whose `reset` says which.
     pub const RESET: u16 = 2;
-    /// The owner of a socket that ended in softirq turned up: an [`super::Owner`].
+    /// A task that owns a socket which ended in softirq: an [`super::Owner`].
     pub const OWNER: u16 = 3;
-    /// A process that was not seen before touched a socket: a [`super::Process`], in the `PROCESSES` ring.
+    /// A process touched a socket for the first time: a [`super::Process`], in the `PROCESSES` ring.
     pub const PROCESS: u16 = 4;
-    /// A socket is still in a state of the teardown: a [`super::Connection`] as it is now.
-    pub const LINGERING: u16 = 5;
-    /// A user stack as it lies in memory: a [`super::StackCopy`], and [`super::StackCopy::bytes`] of it.
+    /// A socket is still in a teardown state: a [`super::Connection`] as it is now.
+    pub const STUCK: u16 = 5;
+    /// A copy of a user stack: a [`super::StackCopy`] followed by [`super::StackCopy::bytes`] bytes.
     pub const STACK: u16 = 6;
 }
 
@@ -34,7 +34,7 @@ pub mod direction {
     pub const NONE: u8 = 0;
     /// This host sent it.
     pub const SENT: u8 = 1;
-    /// This host received it, or aborted as if it had (see `tcp_reset()` on late data).
+    /// This host received it, or aborted as if it had: `tcp_reset()` also runs for late data.
     pub const RECEIVED: u8 = 2;
 }
 
@@ -44,27 +44,27 @@ pub mod role {
     pub const UNKNOWN: u8 = 0;
     /// It called `connect()`.
     pub const CLIENT: u8 = 1;
-    /// It was born of a listener.
+    /// A listener created it.
     pub const SERVER: u8 = 2;
 }
 
-/// How the holder of a connection is known, who neither opened it nor acted on it.
+/// How the holder of a connection is known, a task that neither opened it nor acted on it.
 pub mod holder {
     /// There is none.
     pub const NONE: u32 = 0;
-    /// It has the socket open, as a look at all descriptors has shown.
+    /// The inventory found the socket among its descriptors.
     pub const DESCRIPTOR: u32 = 1;
-    /// It listens on the port that the connection came in by, and had not accepted it.
+    /// It listens on the local port of the connection and had not accepted it.
     pub const LISTENER: u32 = 2;
 }
 
-/// What an [`Owner`] has to do with the socket.
+/// The relation of an [`Owner`] to the socket.
 pub mod holds {
-    /// Closed its descriptor.
+    /// It closed its descriptor.
     pub const CLOSED: u32 = 0;
-    /// Has the descriptor of a socket open that has ended.
+    /// It has a descriptor of a socket that has ended.
     pub const OPEN: u32 = 1;
-    /// Has the descriptor of a socket open whose holders were asked for.
+    /// It has a descriptor of a socket whose holders were asked for.
     pub const ASKED: u32 = 2;
 }
 
@@ -76,20 +76,16 @@ pub mod first_move {
     pub const LOCAL: u8 = 1;
     /// A packet of the peer (FIN or RST).
     pub const PEER: u8 = 2;
-    /// A timer, a limit or an ICMP error.
-    pub const KERNEL: u8 = 3;
-    /// The socket was destroyed from outside.
-    pub const ADMIN: u8 = 4;
 }
 
-/// Whether a RST of this host's own may come after the change of state that ended the connection.
+/// Whether this host may send a RST after the state change that ended the connection.
 pub mod reset_after {
     /// No: FINs went both ways, or the RST came before.
     pub const NEVER: u16 = 0;
     /// In the same system call: `__tcp_close()`, `tcp_check_oom()` in it, and `tcp_disconnect()` change the state first.
     pub const SYSCALL: u16 = 1;
-    /// In the same softirq: `tcp_rcv_state_process()` found data for a connection that is closed on this side, or was
-    /// not to wait in FIN_WAIT2. The socket may be destroyed before the RST goes.
+    /// In the same softirq: `tcp_rcv_state_process()` found data for a connection that is closed on this side, or that
+    /// may not wait in FIN_WAIT2. The socket may be destroyed before the RST is sent.
     pub const SOFTIRQ: u16 = 2;
 }
 
@@ -119,8 +115,8 @@ layout! {
     }
 }
 
-/// An IPv6 address, or an IPv4 one as IPv4-mapped, in network order: four words as they lie in memory, since the BPF
-/// target moves bytes one by one.
+/// An IPv6 or IPv4-mapped address in network order: four words as they lie in memory, because the BPF target copies
+/// single bytes one by one.
 pub type Address = [u32; 4];
 
 /// `address`, network order as it lies in memory, as IPv4-mapped (RFC 4291, 2.5.5.2).
@@ -172,7 +168,7 @@ layout! {
         mm: u64,
         /// Key into `STACKS`, or that of a [`StackCopy`]; 0 when not taken or empty.
         user_stack: u64,
-        /// Likewise.
+        /// Key of the kernel stack into `STACKS`; 0 when not taken or empty.
         kernel_stack: u64,
     }
 }
@@ -198,8 +194,8 @@ layout! {
         received_ago: u32,
         /// `TCP_USER_TIMEOUT`, milliseconds; 0 when not set.
         user_timeout: u32,
-        /// Sequence numbers received that the application has not taken: `unread`, and one for a FIN that it was not
-        /// told of. What `ss` shows as Recv-Q.
+        /// Sequence numbers received that the application has not taken: `unread`, plus one for a FIN that it has not
+        /// read. `ss` shows this as Recv-Q.
         untaken: u32,
     }
 }
@@ -215,7 +211,7 @@ layout! {
         direction: u8,
         /// State of the socket when it happened; 0 without a socket.
         state: u8,
-        /// 1 when a packet was being answered, 0 for a RST of this host's own accord.
+        /// 1 when it answers a packet, 0 when it was sent unprompted.
         answer: u8,
         /// 1 when it was received in a state in which `tcp_reset()` also runs for late data, without any RST.
         ambiguous: u8,
@@ -228,8 +224,8 @@ layout! {
     }
 }
 
-/// Changes of state that are kept: the longest orderly life has 7, the rest is room for a reconnect in SYN_RECV.
-/// Of a longer one the last place is overwritten.
+/// State changes that are kept. The longest orderly life has 7; the rest is room for a reconnect in SYN_RECV. In a longer
+/// life the last entry is overwritten.
 pub const MAX_STEPS: usize = 10;
 
 layout! {
@@ -239,7 +235,7 @@ layout! {
         header: Header,
         /// The socket's address, an identity while it lives. Never shown.
         sock: u64,
-        /// When it was first seen, nanoseconds of `CLOCK_BOOTTIME`; with `sock`, an identity for ever.
+        /// When it was first seen, nanoseconds of `CLOCK_BOOTTIME`; together with `sock`, a permanent identity.
         born: u64,
         /// When it was established; 0 if never, or before the trace.
         established: u64,
@@ -253,23 +249,23 @@ layout! {
         cookie: u64,
         /// Inode number of the socket, or 0 when it has no descriptor.
         inode: u64,
-        /// Where from and where to.
+        /// Both ends.
         endpoints: Endpoints,
-        /// Who called `connect()`.
+        /// The task that called `connect()`, or that accepted it.
         opener: Task,
-        /// Who acted first on this side: close, shutdown, exit, …
+        /// The task that acted first on this side: close, shutdown, exit, …
         actor: Task,
-        /// Who has it open, or would have accepted it; only looked for where neither of the two above is known.
+        /// The task that has it open, or would have accepted it; only filled when neither of the two above is known.
         holder: Task,
-        /// Facts at the first move; all unknown before.
+        /// Counters at the first move; all unknown before.
         at_move: Sample,
-        /// Facts at the end.
+        /// Counters at the end.
         at_end: Sample,
-        /// The RST that ended it, or the one this record tells of.
+        /// The RST that ended it, or that this record reports.
         reset: Reset,
         /// When each of `states` was entered.
         times: [u64; MAX_STEPS],
-        /// Path of states, `steps` of them.
+        /// The states, `steps` of them.
         states: [u8; MAX_STEPS],
         /// How many of `states` are filled.
         steps: u8,
@@ -287,17 +283,17 @@ layout! {
         error: i32,
         /// 1 once its CLOSE record was written.
         told: u8,
-        /// 1 when the inventory found it in the midst of its life: it came into the first of `states` before `times` says.
+        /// 1 when the inventory found it alive: it entered the first of `states` before the time in `times`.
         found: u8,
-        /// The inventory pass that was last asked for its holders; 0 for none.
+        /// Number of the inventory pass that will report this socket's holders; 0 if none was requested.
         asked: u16,
         /// `sk_flags` at the end, or [`UNKNOWN_U64`].
         sock_flags: u64,
-        /// Jiffies of `SO_LINGER`'s time at the end, or [`UNKNOWN_U64`].
+        /// Time of `SO_LINGER` at the end, jiffies, or [`UNKNOWN_U64`].
         linger: u64,
         /// One of [`reset_after`].
         reset_after: u16,
-        /// 1 when `TCP_LINGER2` was below 0 at the end: after its `close()` the socket was not to wait in FIN_WAIT2.
+        /// 1 when `TCP_LINGER2` was negative at the end: the socket must not wait in FIN_WAIT2 after its `close()`.
         no_fin_wait2: u16,
         /// One of [`holder`].
         holder_kind: u32,
@@ -305,16 +301,16 @@ layout! {
 }
 
 layout! {
-    /// Who closed, or has open, the descriptor of a socket that had ended in softirq with no owner known then, or that
-    /// lingers.
+    /// The task that closed, or has open, the descriptor of a socket that ended in softirq without a known owner, or that
+    /// is stuck in a teardown state.
     Owner (96) {
         /// What every record begins with.
         header: Header,
-        /// [`Connection::sock`] of the record that lacked it.
+        /// [`Connection::sock`] of the socket.
         sock: u64,
-        /// [`Connection::born`] of the record that lacked it.
+        /// [`Connection::born`] of the socket.
         born: u64,
-        /// Who.
+        /// The task.
         task: Task,
         /// One of [`holds`].
         holds: u32,
@@ -324,7 +320,7 @@ layout! {
 }
 
 layout! {
-    /// A process (or a program image: exec counts) that touches a socket for the first time in this trace.
+    /// A process that touches a socket for the first time in this trace, or the first time since its last `exec()`.
     Process (24) {
         /// What every record begins with.
         header: Header,
@@ -337,24 +333,23 @@ layout! {
     }
 }
 
-/// Copying a stack begins at a multiple of this below the stack pointer and goes on in steps of it, so that no step
-/// reaches over the end of a page.
+/// A stack is copied from a multiple of this at or below the stack pointer, in steps of it, so that no step crosses the
+/// end of a page.
 pub const STACK_STEP: usize = 1024;
 
 /// The most that is copied of a stack, bytes.
 pub const MAX_STACK_BYTES: u32 = 64 << 10;
 
 layout! {
-    /// What the current task's user stack looked like when it acted on a socket, to be followed later. The bytes come
-    /// after it.
+    /// A copy of the current task's user stack when it acted on a socket, to be unwound later. The bytes follow it.
     StackCopy (72) {
         /// What every record begins with; its length counts the bytes too.
         header: Header,
-        /// The key that [`Task::user_stack`] has.
+        /// The value of [`Task::user_stack`] that refers to it.
         key: u64,
         /// Process id in the initial namespace.
         pid: u32,
-        /// How many of the bytes could be read.
+        /// How many bytes could be read.
         bytes: u32,
         /// Address of its `mm_struct`.
         mm: u64,

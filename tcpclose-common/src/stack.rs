@@ -1,4 +1,4 @@
-//! Stacks, kept once each in the `STACKS` map and named in records by the hash of their frames.
+//! Stacks. Each is stored once in the `STACKS` map; records refer to it by the hash of its frames.
 
 /// Frames a stack can have, the kernel's own default limit (`kernel.perf_event_max_stack`). Deeper ones keep their
 /// innermost 127.

@@ -1,4 +1,4 @@
-//! Numbers of the kernel's own that both halves name.
+//! Constants of the kernel that both halves use.
 
 /// TCP states, as `include/net/tcp_states.h` numbers them. They are frozen: `tcp_set_state()` asserts at build time
 /// that they equal `BPF_TCP_*` of the user ABI.

@@ -14,7 +14,7 @@ use crate::{
     emit, filter, listener,
     maps::{CONNECTIONS, TEARDOWNS, count, global, template},
     sock::{self, Record},
-    task,
+    stack, task,
 };
 
 /// Nanoseconds of `CLOCK_BOOTTIME`.
@@ -33,11 +33,14 @@ pub fn jiffies() -> u64 {
 
 /// The entry of `sk`.
 ///
-/// The kernel changes a socket's state under its lock, so that two programs never work on one entry at once; that is
-/// why a plain reference will do.
+/// The programs on state changes, RSTs, the destruction of a socket and times to live run under the socket's lock, so that
+/// no two of them work on one entry at once. Three do not: the accept hook writes `opener`, the inventory `holder`,
+/// `holder_kind` and `role`, and the inspection of a socket `asked`. A program under the lock may read these members
+/// before or after such a write.
 #[inline(always)]
 pub fn find(sk: u64) -> Option<&'static mut Connection> {
-    // SAFETY: a valid, aligned map value; entries of an LRU map stay readable until the program ends.
+    // SAFETY: a valid, aligned map value; entries of an LRU map stay readable until the program ends. The members that
+    // programs without the lock write are integers, which no program expects to stay the same.
     CONNECTIONS.get_ptr_mut(sk).map(|entry| unsafe { &mut *entry })
 }
 
@@ -64,8 +67,8 @@ pub fn begin(sk: u64, now: u64) -> Option<&'static mut Connection> {
     born(sk, now)
 }
 
-/// Adds the socket at `sk`, which is older than the trace, unless it is there. The inventory and an event may both find
-/// that it is missing: whoever comes second takes what the first has made.
+/// Adds the socket at `sk`, which is older than the trace, unless it has an entry. The inventory and an event may both
+/// find that it has none; the second one uses the entry that the first one made.
 #[inline(always)]
 pub fn add(sk: u64, now: u64) -> Option<&'static mut Connection> {
     // SAFETY: read-only data of this object, always initialised.
@@ -93,7 +96,7 @@ fn born(sk: u64, now: u64) -> Option<&'static mut Connection> {
     Some(connection)
 }
 
-/// Tells of a socket that is gone, though no program was run for its end. All that is known of that is who moved first.
+/// Reports a socket that is gone although no program ran for its end. Who moved first is all that is known of the end.
 #[inline(always)]
 pub fn missed(connection: &mut Connection, now: u64) {
     connection.ended = now;
@@ -106,10 +109,10 @@ pub fn missed(connection: &mut Connection, now: u64) {
     }
 }
 
-/// Notes that the socket came into a state of the teardown, in which it may linger.
+/// Notes that the socket came into a teardown state, in which it may be stuck.
 #[inline(always)]
 pub fn teardown_began(connection: &Connection, sk: u64, since: u64) {
-    if global!(PARAMS.linger) == 0 || !filter::wants(connection) {
+    if global!(PARAMS.stuck) == 0 || !filter::wants(connection) {
         return;
     }
     if TEARDOWNS.insert(sk, &since, 0).is_err() {
@@ -117,11 +120,11 @@ pub fn teardown_began(connection: &Connection, sk: u64, since: u64) {
     }
 }
 
-/// Notes that it came out again.
+/// Notes that it has left the teardown states.
 #[inline(always)]
 pub fn teardown_over(sk: u64) {
-    if global!(PARAMS.linger) != 0 {
-        // Most end without having been there.
+    if global!(PARAMS.stuck) != 0 {
+        // This fails for most sockets, which end without having been there.
         let _ = TEARDOWNS.remove(sk);
     }
 }
@@ -183,7 +186,7 @@ pub fn acted(ctx: &impl EbpfContext, connection: &mut Connection) {
     if connection.actor.pid == 0 && !task::is_nobody() {
         task::meet(&mut connection.actor);
         let is_wanted = filter::wants(connection);
-        task::stacks(ctx, &mut connection.actor, is_wanted);
+        stack::take(ctx, &mut connection.actor, is_wanted);
     }
 }
 
@@ -192,10 +195,10 @@ pub fn acted(ctx: &impl EbpfContext, connection: &mut Connection) {
 pub fn opened(ctx: &impl EbpfContext, connection: &mut Connection) {
     task::meet(&mut connection.opener);
     let is_wanted = filter::wants(connection);
-    task::stacks(ctx, &mut connection.opener, is_wanted);
+    stack::take(ctx, &mut connection.opener, is_wanted);
 }
 
-/// The socket goes to CLOSE: notes how, and writes the record.
+/// Notes how the socket goes to CLOSE, and writes the record.
 #[inline(always)]
 pub fn end(ctx: &impl EbpfContext, sk: u64, from: u8, now: u64, cookie: u64, record: Option<&Record<'_>>) {
     let Some(connection) = find_or_begin(sk, now) else {
@@ -275,7 +278,7 @@ pub fn end(ctx: &impl EbpfContext, sk: u64, from: u8, now: u64, cookie: u64, rec
     };
     connection.told = 1;
     emit::connection(connection, tag::CLOSE);
-    // Who had it open when somebody looked may have handed it on since: the next look tells anew.
+    // Whoever had it open during an inventory may have passed it on since; the next inventory finds out.
     connection.holder.pid = 0;
     if global!(PARAMS.has_destroy) == 0 {
         forget(sk);

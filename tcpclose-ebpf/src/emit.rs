@@ -9,7 +9,7 @@ use crate::{
     maps::{READER, RECORDS, count, global},
 };
 
-/// Writes a connection under `tag`, unless the filters keep it out.
+/// Writes a connection as a record with this tag, unless the filters exclude it.
 #[inline(always)]
 pub fn connection(connection: &mut Connection, tag: u16) {
     if !filter::wants(connection) {
@@ -20,14 +20,14 @@ pub fn connection(connection: &mut Connection, tag: u16) {
     written(RECORDS.output::<Connection>(&*connection, wake(size_of::<Connection>())));
 }
 
-/// Writes who closed a socket that had ended before, or has one open.
+/// Writes who closed a socket that had ended before, or who has a socket open.
 #[inline(always)]
 pub fn owner(owner: &Owner) {
     written(RECORDS.output::<Owner>(owner, wake(size_of::<Owner>())));
 }
 
-/// Writes `copy` and what lies in the current task's memory from `copy.start` on. `false` if the ring is half full: the
-/// rest of it is for what happened.
+/// Writes `copy`, followed by the current task's memory from `copy.start` on. `false` if the ring is half full: the other
+/// half is for events.
 #[inline(always)]
 pub fn stack(mut copy: StackCopy) -> bool {
     let length = size_of::<StackCopy>() + global!(PARAMS.stack_bytes) as usize;
@@ -70,15 +70,15 @@ fn written(result: Result<(), i32>) {
 
 /// Whether to wake the reader for the record that is being written.
 ///
-/// It says in `READER` that it is about to sleep; the next record wakes it, and takes the word back. It then lets a tenth
-/// of a second go by before it reads, so that a busy host wakes it ten times a second and an idle one never. In between
-/// only a record that brings the ring to a quarter full wakes it. The ring's own rule (no flags: wake whenever all before
-/// was read) would wake a reader that keeps up for every record, and that is nearly all that tracing costs.
+/// The reader sets `READER` when it is about to sleep; the next record clears it and wakes the reader, which then waits a
+/// tenth of a second before it reads. So a busy host wakes it ten times a second and an idle one never. In between, only a
+/// record that fills the ring to a quarter wakes it. The ring's own rule (no flags: wake whenever everything before was
+/// read) would wake a reader that keeps up for every record, and that is nearly all that tracing costs.
 #[inline(always)]
 fn wake(length: usize) -> u64 {
     let force = u64::from(BPF_RB_FORCE_WAKEUP);
     if let Some(sleeps) = READER.get_ptr_mut(0) {
-        // SAFETY: a valid, aligned map value. Two CPUs may both find it set; then the reader is woken twice.
+        // SAFETY: a valid, aligned map value. If two CPUs find it set, the reader is woken twice.
         unsafe {
             if *sleeps != 0 {
                 *sleeps = 0;

@@ -11,11 +11,14 @@
     allow(
         clippy::inline_always,
         clippy::cast_possible_truncation,
+        clippy::cast_ptr_alignment,
         clippy::cast_sign_loss,
+        clippy::needless_borrows_for_generic_args,
         clippy::needless_pass_by_value,
         clippy::upper_case_acronyms,
-        reason = "a BPF program is one function as far as possible; helpers return u64 and i64 whatever they mean; aya's \
-                  macros pass contexts by value and make types of the maps' names"
+        reason = "a BPF program is one function as far as possible; helpers return u64 and i64 whatever they mean, and \
+                  the ring's entries as bytes that are aligned to 8; a map value that is passed by value would be copied \
+                  to the stack, which has 512 bytes; aya's macros pass contexts by value and make types of the maps' names"
     )
 )]
 
@@ -35,6 +38,8 @@ mod listener;
 mod maps;
 #[cfg(target_arch = "bpf")]
 mod packet;
+#[cfg(target_arch = "bpf")]
+mod registers;
 #[cfg(target_arch = "bpf")]
 mod sock;
 #[cfg(target_arch = "bpf")]

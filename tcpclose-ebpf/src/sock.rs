@@ -132,10 +132,10 @@ fn sockaddr(record: &Record<'_>, at: u16, family: &mut u16, address: &mut Addres
         if let Some(found) = record.get(at + 8) {
             *address = found;
         }
-    } else if *family == AF_INET {
-        if let Some(found) = record.get(at + 4) {
-            *address = mapped(found);
-        }
+    } else if *family == AF_INET
+        && let Some(found) = record.get(at + 4)
+    {
+        *address = mapped(found);
     }
 }
 

@@ -1,5 +1,5 @@
-//! Takes stacks. The kernel follows frame pointers, and each distinct stack that it finds is kept once. Or a copy of the
-//! stack's memory goes to the user half, which follows it by the tables that programs carry for exceptions.
+//! Takes stacks. Either the kernel follows frame pointers, and each distinct stack is stored once; or a copy of the stack's
+//! memory goes to the user half, which unwinds it with the exception tables of programs.
 
 use aya_ebpf::{
     EbpfContext,
@@ -16,13 +16,24 @@ use crate::{
     emit,
     kernel::member,
     maps::{STACKS, Slot, count, global},
-    task,
+    registers,
 };
+
+/// Takes the requested stacks of the current task, which is `task`. `is_wanted` says whether they are worth a copy.
+#[inline(always)]
+pub fn take(ctx: &impl EbpfContext, task: &mut Task, is_wanted: bool) {
+    if global!(PARAMS.user_stack) != 0 {
+        task.user_stack = if is_wanted { user(ctx, task) } else { followed(ctx) };
+    }
+    if global!(PARAMS.kernel_stack) != 0 {
+        task.kernel_stack = kernel(ctx);
+    }
+}
 
 /// The current task's user stack, in the way that was asked for, as a key into `STACKS` or that of a copy; 0 if there is
 /// none.
 #[inline(always)]
-pub fn user(ctx: &impl EbpfContext, task: &Task) -> u64 {
+fn user(ctx: &impl EbpfContext, task: &Task) -> u64 {
     if global!(PARAMS.stack_bytes) != 0 {
         let key = copied(task);
         if key != 0 {
@@ -34,25 +45,25 @@ pub fn user(ctx: &impl EbpfContext, task: &Task) -> u64 {
 
 /// The current task's user stack along its frame pointers, as a key into `STACKS`; 0 if there is none.
 #[inline(always)]
-pub fn followed(ctx: &impl EbpfContext) -> u64 {
-    take(ctx, u64::from(BPF_F_USER_STACK))
+fn followed(ctx: &impl EbpfContext) -> u64 {
+    collect(ctx, u64::from(BPF_F_USER_STACK))
 }
 
-/// The kernel stack that led here, likewise.
+/// The current kernel stack, as a key into `STACKS`; 0 if there is none.
 #[inline(always)]
-pub fn kernel(ctx: &impl EbpfContext) -> u64 {
-    take(ctx, 0)
+fn kernel(ctx: &impl EbpfContext) -> u64 {
+    collect(ctx, 0)
 }
 
-/// Sends a copy of the current task's user stack and says its key; 0 if it has none, or could not be sent.
+/// Sends a copy of the current task's user stack. Returns its key; 0 if there is no stack, or it could not be sent.
 #[inline(always)]
 fn copied(task: &Task) -> u64 {
-    // Those of the kernel's threads that work for a process have its memory, but no stack of their own there.
+    // Kernel threads that work for a process use its memory, but have no stack of their own there.
     if task.mm == 0 || task.flags & (task_flag::KTHREAD | task_flag::IO_WORKER) != 0 {
         return 0;
     }
     // SAFETY: the helper has no precondition.
-    let registers = task::registers(unsafe { bpf_get_current_task() });
+    let registers = registers::of(unsafe { bpf_get_current_task() });
     let Some(sp) = member::<u64>(registers, global!(PARAMS.registers.sp)) else { return 0 };
     let Some(ip) = member::<u64>(registers, global!(PARAMS.registers.ip)) else { return 0 };
     // SAFETY: the helper has no precondition.
@@ -78,7 +89,7 @@ fn copied(task: &Task) -> u64 {
 }
 
 #[inline(always)]
-fn take(ctx: &impl EbpfContext, flags: u64) -> u64 {
+fn collect(ctx: &impl EbpfContext, flags: u64) -> u64 {
     let Some(slot) = Slot::take() else {
         count!(stacks_failed);
         return 0;

@@ -1,13 +1,9 @@
-//! The task that is running: who it is, what it is doing, and from where.
+//! The current task: who it is and what it is doing.
 
 use core::sync::atomic::{Ordering, compiler_fence};
 
-use aya_ebpf::{
-    EbpfContext,
-    helpers::{
-        bpf_get_current_pid_tgid, bpf_get_current_task, bpf_get_current_uid_gid,
-        generated::{bpf_get_current_comm, bpf_get_current_task_btf, bpf_task_pt_regs},
-    },
+use aya_ebpf::helpers::{
+    bpf_get_current_pid_tgid, bpf_get_current_task, bpf_get_current_uid_gid, generated::bpf_get_current_comm,
 };
 use tcpclose_common::{
     record::{Header, Process, Task, VERSION, tag},
@@ -17,30 +13,18 @@ use tcpclose_common::{
 use crate::{
     kernel::member,
     maps::{NOTICED, PROCESSES, SELF, count, global},
-    stack,
+    registers,
 };
 
-/// Takes the stacks that were asked for of the current task, which is `task`. `is_wanted` says whether they are worth a
-/// copy.
-#[inline(always)]
-pub fn stacks(ctx: &impl EbpfContext, task: &mut Task, is_wanted: bool) {
-    if global!(PARAMS.user_stack) != 0 {
-        task.user_stack = if is_wanted { stack::user(ctx, task) } else { stack::followed(ctx) };
-    }
-    if global!(PARAMS.kernel_stack) != 0 {
-        task.kernel_stack = stack::kernel(ctx);
-    }
-}
-
-/// Writes who the current task is and what it is doing, and tells the reader if its process is new.
+/// Fills in who the current task is and what it is doing, and notifies the reader if its process is new.
 #[inline(always)]
 pub fn meet(task: &mut Task) {
     identify(task);
     notice(task);
 }
 
-/// Writes who the current task is and what it is doing. The pid comes last: an acceptor is noted without the socket's lock,
-/// and whoever copies the entry meanwhile, because the connection ends, finds either nobody or somebody whole.
+/// Fills in who the current task is and what it is doing. The pid is written last: the accept hook does not hold the
+/// socket's lock, and a program that copies the entry meanwhile finds no task or a complete one.
 #[inline(always)]
 pub fn identify(task: &mut Task) {
     let ids = bpf_get_current_pid_tgid();
@@ -58,8 +42,8 @@ pub fn identify(task: &mut Task) {
     task.pid = (ids >> 32) as u32;
 }
 
-/// Whether the current task is nobody's: a thread of the kernel's own, or tcpclose. While the inventory looks at a file
-/// it holds it, and if its owner closes it just then, the close happens when the inventory lets go.
+/// Whether the current task is a kernel thread, or tcpclose itself. The inventory holds each file while it reads it; if the
+/// owner closes that file meanwhile, the socket is closed when the inventory releases it.
 #[inline(always)]
 pub fn is_nobody() -> bool {
     if let Some(own) = SELF.get_ptr(0) {
@@ -75,30 +59,13 @@ pub fn is_nobody() -> bool {
     flags & (task_flag::KTHREAD | task_flag::WQ_WORKER) != 0
 }
 
-/// Number of the system call that the current task is in, -1 if that can not be read.
+/// Number of the system call that the current task is in; -1 if it cannot be read.
 #[inline(always)]
 fn syscall(current: u64) -> i32 {
-    member::<i64>(registers(current), global!(STRUCTS.pt_regs_syscall)).unwrap_or(-1) as i32
+    member::<i64>(registers::of(current), global!(STRUCTS.pt_regs_syscall)).unwrap_or(-1) as i32
 }
 
-/// Address of the registers that the entry code saved at the top of the current task's kernel stack, 0 if it is not
-/// known.
-#[inline(always)]
-pub fn registers(current: u64) -> u64 {
-    if global!(PARAMS.has_pt_regs_helper) != 0 {
-        // SAFETY: the loader has checked that this kernel has both helpers.
-        return unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) } as u64;
-    }
-    let Some(bottom) = member::<u64>(current, global!(STRUCTS.task_stack)) else { return 0 };
-    let (size, regs) = (global!(STRUCTS.thread_size), global!(STRUCTS.pt_regs_size));
-    if size == u16::MAX || regs == u16::MAX {
-        return 0;
-    }
-    bottom + u64::from(size) - u64::from(regs)
-}
-
-/// Tells the reader at once of a process (or program image) that was not seen before, so that it can look it up in
-/// `/proc` while it lives.
+/// Notifies the reader at once of a new process or program image, so that it can read `/proc` while the process lives.
 #[inline(always)]
 fn notice(task: &Task) {
     if task.mm == 0 {

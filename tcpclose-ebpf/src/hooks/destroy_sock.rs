@@ -31,12 +31,12 @@ fn destroyed(ctx: &impl EbpfContext, sk: u64) {
         return;
     };
     if connection.told == 0 && connection.steps != 0 {
-        // Nobody saw it go to CLOSE: the kernel skipped the program, and its understudy. That is when it was over.
+        // The kernel skipped the program on state changes and its second copy. The time of the end is now.
         let from = connection::last_state(connection);
         connection::end(ctx, sk, from, connection::now(), 0, None);
     }
-    // It ended in softirq with a descriptor still open. Whoever closes the descriptor now is its owner, and not always
-    // the one who opened it: a socket in CLOSE is destroyed by its last close alone (inet_csk_destroy_sock() under
+    // It ended in softirq while a descriptor was open. The task that closes the descriptor now is the owner, and not always
+    // the one that opened the socket: only the last close destroys a socket in CLOSE (inet_csk_destroy_sock() under
     // __tcp_close()).
     if connection.told != 0 && connection.inode != 0 && connection.actor.pid == 0 && !task::is_nobody() {
         let mut owner = Owner {

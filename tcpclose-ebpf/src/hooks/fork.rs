@@ -1,4 +1,4 @@
-//! `sched:sched_process_fork`: children of a followed process are followed. Attached for `-- COMMAND` alone.
+//! `sched:sched_process_fork`: children of a followed process are followed. Attached only with `-- COMMAND`.
 
 use aya_ebpf::{
     helpers::bpf_get_current_pid_tgid,
@@ -30,15 +30,15 @@ pub fn fork_classic(ctx: TracePointContext) -> i32 {
     0
 }
 
-/// `child` is a thread id. That of a new thread of an old process gets an entry too, which does no harm: no process
-/// can have this id while the thread lives.
+/// `child` is a thread id. A new thread of an old process gets an entry as well, which does no harm: no process can have
+/// this id while the thread lives.
 #[inline(always)]
 fn forked(child: u32) {
     let parent = (bpf_get_current_pid_tgid() >> 32) as u32;
     if FOLLOWED.get_ptr(parent).is_some() {
         let _ = FOLLOWED.insert(child, 1, 0);
     } else {
-        // The id of a followed process that is gone, used again by somebody else.
+        // The id may have belonged to a followed process that is gone.
         let _ = FOLLOWED.remove(child);
     }
 }

@@ -1,5 +1,6 @@
-//! `iter/task_file`: a look at every descriptor of every process, in all network namespaces at once. Run by the user half
-//! at the start, for sockets older than the trace, and when a socket has ended in softirq with nobody known to own it.
+//! `iter/task_file`: goes through every descriptor of every process, in all network namespaces at once. The user half
+//! runs it at the start, to find sockets older than the trace, and when a socket ended in softirq without a known owner.
+//! It does not hold the locks of the sockets that it finds.
 
 use aya_ebpf::{cty::c_void, helpers::bpf_get_current_pid_tgid};
 use tcpclose_common::{
@@ -15,27 +16,26 @@ use crate::{
     sock,
 };
 
-/// The context is a `struct bpf_iter__task_file`. Returns 0: go on.
+/// The context is a `struct bpf_iter__task_file`. The result 0 lets the iterator continue.
 #[unsafe(link_section = "iter/task_file")]
 #[unsafe(no_mangle)]
 extern "C" fn inventory(ctx: *mut c_void) -> i32 {
     let ctx = ctx as u64;
     if let Some(own) = SELF.get_ptr_mut(0) {
         // The iterator runs in the task that reads it.
-        // SAFETY: a valid, aligned map value; whoever else writes it writes the same.
+        // SAFETY: a valid, aligned map value. All writers write the same value.
         unsafe { *own = (bpf_get_current_pid_tgid() >> 32) as u32 };
     }
     if let Some(task) = member::<u64>(ctx, global!(STRUCTS.iter_task))
         && let Some(file) = member::<u64>(ctx, global!(STRUCTS.iter_file))
+        && let Some(sk) = sock::of_file(file)
     {
-        if let Some(sk) = sock::of_file(file) {
-            held(sk, task, member(ctx, global!(STRUCTS.iter_fd)).unwrap_or(u32::MAX));
-        }
+        held(sk, task, member(ctx, global!(STRUCTS.iter_fd)).unwrap_or(u32::MAX));
     }
     0
 }
 
-/// `task` has `sk` open as `fd`. The file, and so the socket, can not go away while the iterator looks at it.
+/// `task` has `sk` open as `fd`. The iterator holds the file, so the socket cannot go away meanwhile.
 #[inline(always)]
 fn held(sk: u64, task: u64, fd: u32) {
     let Some(state) = sock::state(sk) else { return };
@@ -45,24 +45,25 @@ fn held(sk: u64, task: u64, fd: u32) {
         listener::opened(sk, &holder);
         return;
     }
+    // Without the socket's lock; `connection::find()` lists what is written here.
     if let Some(connection) = connection::find(sk) {
         if connection.told != 0 && connection.actor.pid == 0 {
             still_open(connection, sk, &holder);
         }
         if connection.asked != 0 && u32::from(connection.asked) == pass() {
-            tell(connection, sk, &holder, holds::ASKED, fd);
+            report(connection, sk, &holder, holds::ASKED, fd);
         }
         if connection.actor.pid == 0 && connection.holder.pid == 0 {
             connection.holder = holder;
             connection.holder_kind = holder::DESCRIPTOR;
         } else if connection.role == role::UNKNOWN && connection.established == 0 {
-            // A socket from before the trace, seen in the first pass, which had not met its listener yet.
+            // It is older than the trace, and the first pass found it before its listener.
             connection.role = side(listener::exists(connection));
         }
         return;
     }
     if state == state::CLOSE {
-        // Not connected yet, or over before anybody looked.
+        // It is not connected yet, or ended before this pass.
         return;
     }
     let now = connection::now();
@@ -78,7 +79,7 @@ fn held(sk: u64, task: u64, fd: u32) {
     if listener::exists(connection) {
         connection.role = role::SERVER;
     }
-    // Who moved first is told by the state; when, nobody knows.
+    // The state says who moved first, but not when.
     match state {
         state::CLOSE_WAIT | state::LAST_ACK => connection.first_move = first_move::PEER,
         state::FIN_WAIT1 | state::FIN_WAIT2 => connection.first_move = first_move::LOCAL,
@@ -86,29 +87,29 @@ fn held(sk: u64, task: u64, fd: u32) {
     }
 }
 
-/// How long after an end somebody waits to hear who else has the socket open, nanoseconds.
+/// How long after an end the user half waits to learn who else has the socket open, nanoseconds.
 const AWAITED: u64 = 1_000_000_000;
 
-/// It ended in softirq, and `holder` has it open: tells so of the first holder that is met since, however long that took,
-/// and soon after the end also of the one who opened it.
+/// The socket ended in softirq, and `holder` has it open. Reports the first holder that is found after the end, however
+/// late; soon after the end also the holder known from before, and the process that opened it.
 #[inline(always)]
 fn still_open(connection: &Connection, sk: u64, holder: &Task) {
     let first = connection.holder.pid == 0;
     let awaited = connection::now().wrapping_sub(connection.ended) < AWAITED;
     let counts = holder.pid == connection.holder.pid || holder.pid == connection.opener.pid;
-    if !first && !(awaited && counts) {
+    if !(first || awaited && counts) {
         return;
     }
-    tell(connection, sk, holder, holds::OPEN, 0);
+    report(connection, sk, holder, holds::OPEN, 0);
 }
 
 #[inline(always)]
-fn tell(connection: &Connection, sk: u64, holder: &Task, holds: u32, fd: u32) {
+fn report(connection: &Connection, sk: u64, holder: &Task, holds: u32, fd: u32) {
     let header = Header { tag: tag::OWNER, version: VERSION, length: size_of::<Owner>() as u32 };
     emit::owner(&Owner { header, sock: sk, born: connection.born, task: *holder, holds, fd });
 }
 
-/// The pass that holders are asked for in.
+/// The number of the pass that reports holders.
 #[inline(always)]
 fn pass() -> u32 {
     match ASKED.get_ptr(0) {
@@ -123,7 +124,7 @@ fn side(listens: bool) -> u8 {
     if listens { role::SERVER } else { role::CLIENT }
 }
 
-/// What is known of a task that is not running here.
+/// Fills in what is known of a task that does not run on this CPU.
 #[inline(always)]
 fn describe(task: u64, to: &mut Task) {
     to.pid = member(task, global!(STRUCTS.task_tgid)).unwrap_or(0);

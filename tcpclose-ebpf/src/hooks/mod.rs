@@ -3,8 +3,8 @@
 mod accept;
 mod destroy_sock;
 mod fork;
+mod inspect;
 mod inventory;
-mod look;
 mod netif_receive_skb;
 mod receive_reset;
 mod send_reset;

@@ -1,7 +1,7 @@
-//! `net:netif_receive_skb`: a packet came in. Attached for `--ttl` alone, and where `ttl.rs` cannot be: it runs for every
-//! packet, though of nearly all of them it only looks at the flags.
+//! `net:netif_receive_skb`: a packet came in. Attached only with `--ttl`, and only where `ttl.rs` cannot be: it runs for
+//! every packet, although it reads no more than the flags of nearly all of them.
 //!
-//! The time to live of a connection's first packet and of a RST wait in `TTLS` until the hooks on the socket ask for them.
+//! The times to live of a connection's first packet and of a RST stay in `TTLS` until a hook on the socket reads them.
 
 use aya_ebpf::{
     macros::{btf_tracepoint, tracepoint},

@@ -22,16 +22,20 @@ use crate::{
 
 /// `TP_PROTO(const struct sock *sk, const int oldstate, const int newstate)`.
 ///
-/// The kernel does not run a program on a CPU where it is running already (`__bpf_trace_run()`, since 6.1): a change of
-/// state in a softirq that interrupts this program would be lost. [`set_state_nested`] takes it.
+/// The kernel does not run a program on a CPU where it is running already (`__bpf_trace_run()`, since 6.1). A state change
+/// in a softirq that interrupts this program would be lost; its second copy, [`set_state_nested`], handles it.
 #[btf_tracepoint(function = "inet_sock_set_state")]
 pub fn set_state(ctx: BtfTracePointContext) -> i32 {
     set_state_btf(&ctx);
     0
 }
 
-/// The same program once more, attached after the first: does its work where that was not run. Whether it was is seen in
-/// the entry, which nobody else changes between the two, because the socket is locked.
+/// The second copy of [`set_state`], attached after it: does the work where the kernel skipped the first copy. The entry
+/// shows whether it did; it cannot change in between, because the socket is locked.
+///
+/// It has to be a program of its own and must not reach [`set_state`] by a tail call. Since 6.13 the kernel keeps the stack
+/// of a tracing program once per CPU, and only the guard that skips a running program keeps two runs from sharing it. A
+/// tail call passes that guard: it would overwrite the stack of the run that it interrupts.
 #[btf_tracepoint(function = "inet_sock_set_state")]
 pub fn set_state_nested(ctx: BtfTracePointContext) -> i32 {
     let new = ctx.arg::<i32>(2) as u8;
@@ -80,7 +84,7 @@ pub fn set_state_classic(ctx: TracePointContext) -> i32 {
 fn changed(ctx: &impl EbpfContext, sk: u64, old: u8, new: u8, cookie: u64, record: Option<&Record<'_>>) {
     // Not the socket's address: the verifier forbids to take a pointer to pieces, which printing does.
     debug!(ctx, "{} -> {} while process {} runs", old, new, bpf_get_current_pid_tgid() >> 32);
-    // A repeated state is `close()` after `shutdown()`, and changes nothing. Listeners are no connections.
+    // A repeated state comes from `close()` after `shutdown()`, and changes nothing. Listeners are no connections.
     if old == new {
         return;
     }
@@ -112,7 +116,7 @@ fn changed(ctx: &impl EbpfContext, sk: u64, old: u8, new: u8, cookie: u64, recor
         state::SYN_SENT => {
             // Always in the connecting task's own context: tcp_v4_connect(), tcp_v6_connect().
             connection.role = role::CLIENT;
-            // MPTCP's further subflows are connected by a worker of the kernel's, which is nobody's process.
+            // Additional MPTCP subflows are connected by a kernel worker, which is nobody's process.
             if !task::is_nobody() {
                 connection::opened(ctx, connection);
             }
@@ -134,7 +138,7 @@ fn changed(ctx: &impl EbpfContext, sk: u64, old: u8, new: u8, cookie: u64, recor
             if new == state::FIN_WAIT1 {
                 connection::teardown_began(connection, sk, now);
             }
-            // In softirq only when a child was shut down before it was established; then nobody acted here.
+            // In softirq only if a child was shut down before it was established; then no task acted.
             if sock::owned(sk) != Some(false) {
                 connection::acted(ctx, connection);
             }

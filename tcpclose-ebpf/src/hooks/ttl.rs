@@ -1,12 +1,12 @@
-//! Times to live where fentry may be used: three functions are given a socket together with the packet that is wanted,
-//! so that no other packet has to be looked at.
+//! Times to live where fentry is allowed: three functions get a socket together with the packet in question, so that no
+//! other packet has to be read. All three run under the socket's lock.
 
 use aya_ebpf::{EbpfContext, macros::fentry, programs::FEntryContext};
 
 use crate::{connection, kernel::member, maps::global, packet};
 
-/// `void tcp_reset(struct sock *sk, struct sk_buff *skb)`, before the tracepoint in it. The socket may be older than the
-/// trace.
+/// `void tcp_reset(struct sock *sk, struct sk_buff *skb)`, before the tracepoint inside it. The socket may be older than
+/// the trace.
 #[fentry(function = "tcp_reset")]
 pub fn reset_ttl(ctx: FEntryContext) -> i32 {
     let skb = argument(&ctx, global!(ARGUMENTS.reset_skb));
@@ -20,7 +20,7 @@ pub fn reset_ttl(ctx: FEntryContext) -> i32 {
     0
 }
 
-/// `void tcp_finish_connect(struct sock *sk, struct sk_buff *skb)`: the SYN-ACK has come.
+/// `void tcp_finish_connect(struct sock *sk, struct sk_buff *skb)`: the SYN-ACK arrived.
 #[fentry(function = "tcp_finish_connect")]
 pub fn connect_ttl(ctx: FEntryContext) -> i32 {
     established(
@@ -30,8 +30,8 @@ pub fn connect_ttl(ctx: FEntryContext) -> i32 {
     0
 }
 
-/// `tcp_child_process(struct sock *parent, struct sock *child, struct sk_buff *skb)`: the ACK has come that ends the
-/// handshake. With TCP Fast Open a child is born of the SYN and does not come by here.
+/// `tcp_child_process(struct sock *parent, struct sock *child, struct sk_buff *skb)`: the last ACK of the handshake
+/// arrived. With TCP Fast Open the SYN creates the child, and this function is not called.
 #[fentry(function = "tcp_child_process")]
 pub fn child_ttl(ctx: FEntryContext) -> i32 {
     established(argument(&ctx, global!(ARGUMENTS.child_sk)), argument(&ctx, global!(ARGUMENTS.child_skb)));
@@ -45,7 +45,7 @@ fn established(sk: u64, skb: u64) {
     }
 }
 
-/// An argument that is a pointer; 0 where the kernel gives none.
+/// An argument that is a pointer; 0 where the kernel passes none.
 #[inline(always)]
 fn argument(ctx: &FEntryContext, offset: u16) -> u64 {
     member(ctx.as_ptr() as u64, offset).unwrap_or(0)

@@ -142,7 +142,7 @@ fn request(args: &TraceArgs, filter: &Filter) -> Request {
         params.registers = unwind::REGISTERS;
     }
     params.ttl = u32::from(args.ttl);
-    params.linger = u32::from(args.linger != Linger::Off);
+    params.stuck = u32::from(args.linger != Linger::Off);
     let follow_children = !args.command.is_empty();
     params.by_process |= u32::from(follow_children);
     Request {

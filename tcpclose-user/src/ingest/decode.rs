@@ -106,7 +106,7 @@ pub fn decode(bytes: &Bytes) -> Result<Record, DecodeError> {
     }
     Ok(match header.tag {
         tag::CLOSE => Record::Close(Box::new(life(&whole(header, bytes)?)?)),
-        tag::LINGERING => Record::Stuck(Box::new(life(&whole(header, bytes)?)?)),
+        tag::STUCK => Record::Stuck(Box::new(life(&whole(header, bytes)?)?)),
         tag::RESET => {
             let connection: Connection = whole(header, bytes)?;
             let unknown =

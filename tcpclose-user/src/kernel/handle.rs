@@ -20,8 +20,8 @@ use crate::attribute::pace::Pace;
 /// Program that looks through all descriptors (`hooks/inventory.rs` of the kernel half).
 const INVENTORY: &str = "inventory";
 
-/// Program that reads one socket (`hooks/look.rs` of the kernel half).
-const INSPECT: &str = "look";
+/// Program that reads one socket (`hooks/inspect.rs` of the kernel half).
+const INSPECT: &str = "inspect";
 
 /// The kernel half at work. Dropping it detaches everything.
 pub struct KernelHalf {

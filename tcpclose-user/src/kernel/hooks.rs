@@ -222,7 +222,7 @@ pub static HOOKS: &[Hook] = &[
         name: "teardowns",
         variants: &[Variant {
             kind: Kind::TestRun,
-            programs: &[("look", "a socket")],
+            programs: &[("inspect", "a socket")],
             when: When::Linger,
             worse: "",
         }],

@@ -107,7 +107,7 @@ impl Request {
         self.rehearsal
             || match variant.when {
                 When::Always => true,
-                When::Linger => self.params.linger != 0,
+                When::Linger => self.params.stuck != 0,
                 When::Command => self.follow_children,
                 When::Ttl => self.params.ttl != 0,
                 When::Accept(ways) => ways.contains(&self.accept_hook),

@@ -1,5 +1,6 @@
-//! A look at one socket that may be lingering. Run by the user half for each that is due (`BPF_PROG_TEST_RUN`), attached
-//! nowhere: in no other way can it see a socket of any network namespace, one without a descriptor included, as it is now.
+//! Reads one socket that may be stuck in a teardown state. The user half runs this program for each socket that is due
+//! (`BPF_PROG_TEST_RUN`); it is attached to nothing. No other interface shows a single socket of any network namespace,
+//! including one without a descriptor, as it is now.
 
 use aya_ebpf::{
     helpers::generated::bpf_probe_read_kernel, macros::raw_tracepoint, programs::RawTracePointContext,
@@ -15,15 +16,15 @@ use crate::{
     sock,
 };
 
-/// Arguments: the socket's address, and the inventory pass that is to tell of its holders.
+/// Arguments: the socket's address, and the number of the inventory pass that will report its holders.
 #[raw_tracepoint]
-pub fn look(ctx: RawTracePointContext) -> i32 {
+pub fn inspect(ctx: RawTracePointContext) -> i32 {
     let sk = ctx.arg::<u64>(0);
     let pass = ctx.arg::<u64>(1);
-    // Nobody holds the socket's lock for us. The state is read before the entry: that is marked first when it ends.
+    // Without the socket's lock. The state is read before the entry, because the entry is marked first when a socket ends.
     let state = sock::state(sk);
     let Some(entry) = connection::find(sk) else {
-        // Evicted, or destroyed just now.
+        // It was evicted, or destroyed just now.
         connection::teardown_over(sk);
         return 0;
     };
@@ -31,7 +32,7 @@ pub fn look(ctx: RawTracePointContext) -> i32 {
         count!(records_lost);
         return 0;
     };
-    // A copy, since the socket goes on living.
+    // A copy, because the socket lives on and its entry may change.
     // SAFETY: the slot is ours, and both sides are a whole `Connection`.
     let connection = unsafe {
         let connection = &raw mut (*slot.get()).connection;
@@ -45,7 +46,7 @@ pub fn look(ctx: RawTracePointContext) -> i32 {
     let now = connection::now();
     let is_there = match state {
         Some(state) => is_teardown(state) && sock::has_ends(sk, &connection.endpoints) != Some(false),
-        // Nothing but what was seen of it is known.
+        // The socket cannot be read, so what is known is what its events said.
         None => true,
     };
     if !is_there {
@@ -68,6 +69,6 @@ pub fn look(ctx: RawTracePointContext) -> i32 {
         listener::name(connection);
     }
     entry.asked = pass as u16;
-    emit::connection(connection, tag::LINGERING);
+    emit::connection(connection, tag::STUCK);
     0
 }
