@@ -93,7 +93,7 @@ pub enum Command {
     Doctor {
         /// Format of the report: text, or one JSON object
         #[arg(short, long, value_name = "FORMAT", default_value = "text")]
-        output: Format,
+        output: ReportFormat,
         /// Where the descriptions of the kernel's types come from, as for `trace`
         #[arg(long, value_name = "SOURCE", default_value = "kernel")]
         btf: BtfSource,
@@ -204,7 +204,7 @@ pub struct TraceArgs {
 pub struct ListArgs {
     /// Format: tables for a person, or one `lingering` line for each socket
     #[arg(short, long, value_name = "FORMAT", default_value = "text")]
-    pub output: Format,
+    pub output: ReportFormat,
     /// Leave out sockets that have certainly been in their state for less than this
     #[arg(long, value_name = "TIME", default_value = "0s", value_parser = humantime::parse_duration)]
     pub linger: Duration,
@@ -259,6 +259,16 @@ pub struct SocketArgs {
     /// Kind of a `lingering` socket; `close` and `reset` lines are not affected
     #[arg(long, value_name = "KIND", value_delimiter = ',')]
     pub kind: Vec<LingeringKind>,
+}
+
+/// In what form a report is written, which is complete before its first line.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum ReportFormat {
+    /// Tables for a person
+    #[default]
+    Text,
+    /// JSON for a program
+    Json,
 }
 
 /// Events that can be filtered; losses are always reported.

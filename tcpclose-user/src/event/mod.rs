@@ -42,7 +42,7 @@ impl Event {
         *seq = number;
     }
 
-    /// Whose socket it tells of.
+    /// The owner of the socket.
     pub fn process(&self) -> Option<&Process> {
         match self {
             Self::Close(close) => close.process.as_ref(),

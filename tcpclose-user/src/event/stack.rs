@@ -15,7 +15,7 @@ use serde_json::value::RawValue;
 pub struct Stack {
     /// Innermost first; null when not taken or not there to take.
     pub user: Option<Frames>,
-    /// Likewise.
+    /// Innermost first; null when not taken or not there to take.
     pub kernel: Option<Frames>,
 }
 

@@ -171,7 +171,7 @@ pub enum LastData {
 #[serde(rename_all = "snake_case")]
 #[clap(rename_all = "snake_case")]
 pub enum LingeringKind {
-    /// The application was told of the end of file and did not close.
+    /// The application has read the end of file and has not closed.
     Leaked,
     /// The application has not read as far as the end of file.
     Unread,
@@ -193,7 +193,7 @@ pub enum LostPlace {
     /// a program that was running already.
     RingBuffer,
     /// Sockets whose gathered facts had to give way to newer ones, or found no room; and ends that the kernel ran no
-    /// program for, which are told later with what is known.
+    /// program for, which are reported later with what is known.
     Connections,
     /// Stacks that found no room.
     Stacks,

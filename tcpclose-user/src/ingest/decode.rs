@@ -279,7 +279,7 @@ fn path(connection: &Connection) -> Path {
     path
 }
 
-/// An end of which neither the address nor the port is known is `None`.
+/// An endpoint is `None` if neither its address nor its port is known.
 fn endpoints(ends: &tcpclose_common::record::Endpoints) -> Endpoints {
     let end = |address: Address, port: u16| {
         (address != [0; 4] || port != 0).then(|| Endpoint { address: ip(address).to_canonical(), port })

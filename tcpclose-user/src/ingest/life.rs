@@ -313,7 +313,7 @@ pub(crate) mod examples {
         Task { pid, tid: Some(pid), uid: 0, comm: [0; 16], mm: 0, act, user_stack: None, kernel_stack: None }
     }
 
-    /// A RST sent in answer to a packet, of which nothing else is known.
+    /// A RST that answered a packet; nothing else is known about it.
     pub(crate) const RESET: Reset = Reset {
         at: 9,
         direction: Direction::Sent,
@@ -337,7 +337,7 @@ pub(crate) mod examples {
         reset_follows: None,
     };
 
-    /// A live socket, of which nothing else is known.
+    /// A live socket; nothing else is known about it.
     pub(crate) fn unknown() -> Life {
         Life {
             id: SocketId { address: 0xffff_8880_0000_1000, born: 1 },

@@ -1,5 +1,5 @@
-//! Loads the kernel half: finds out what this kernel is like, hands that to the programs as read-only globals, and
-//! attaches each hook the best way there is.
+//! Loads the kernel half: reads what the running kernel offers, passes that to the programs as read-only globals, and
+//! attaches each hook by the best variant that works.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -40,7 +40,7 @@ pub enum BtfSource {
     Kernel,
     /// A file of raw BTF, for a kernel built without.
     File(PathBuf),
-    /// Nowhere: do with what tracefs tells.
+    /// Nowhere: use only what tracefs says.
     None,
 }
 
@@ -63,17 +63,17 @@ impl BtfSource {
     /// There is none, or it cannot be read.
     pub fn bytes(&self) -> Result<Vec<u8>> {
         match self {
-            Self::None => bail!("told to do without (--btf none)"),
+            Self::None => bail!("not to be used (--btf none)"),
             Self::Kernel => btf::running_kernel(),
             Self::File(path) => std::fs::read(path)
                 .with_context(|| format!("cannot read the BTF that --btf names, {}", path.display())),
         }
     }
 
-    /// What it says of this kernel.
+    /// What it says about this kernel.
     ///
     /// # Errors
-    /// There is none, or it makes no sense.
+    /// There is none, or it is malformed.
     pub fn facts(&self) -> Result<TypeFacts> {
         TypeFacts::parse(&self.bytes()?).with_context(|| match self {
             Self::File(path) => format!("cannot use {}", path.display()),
@@ -82,7 +82,7 @@ impl BtfSource {
     }
 }
 
-/// What is asked of the kernel half.
+/// What the kernel half is asked to do.
 #[derive(Clone, Debug)]
 pub struct Request {
     /// Filters and stacks; what depends on the kernel is filled in here.
@@ -97,7 +97,7 @@ pub struct Request {
     pub btf: BtfSource,
     /// Level of the kernel half's own log, `None` for silence.
     pub log: Option<aya_log::Level>,
-    /// Try every variant, asked for or not, and go on where one fails that was: `doctor` wants to know, not to trace.
+    /// Try every variant, whether asked for or not, and continue where one fails: `doctor` reports, it does not trace.
     pub rehearsal: bool,
 }
 
@@ -114,7 +114,7 @@ impl Request {
             }
     }
 
-    /// Whether an option asks for this hook by name, so that it is an error if it cannot be had.
+    /// Whether an option asks for this hook by name, so that it is an error if the hook cannot be attached.
     fn insists(&self, hook: &Hook) -> bool {
         !self.rehearsal
             && hook.variants.iter().any(|variant| match variant.when {
@@ -127,10 +127,10 @@ impl Request {
     }
 }
 
-/// What is known of the running kernel before anything is loaded.
+/// What is known about the running kernel before anything is loaded.
 struct Kernel {
     structs: StructOffsets,
-    /// For attaching by type; `None` where that is out of the question.
+    /// For attaching by type; `None` where that is not possible.
     btf: Option<Btf>,
     reset_reasons: BTreeMap<i64, String>,
     has_reset_reason: bool,
@@ -167,7 +167,7 @@ impl Kernel {
 /// Loads and attaches what `request` needs.
 ///
 /// # Errors
-/// A privilege is missing, the kernel lacks what nothing can be traced without, or it refuses a program.
+/// A privilege is missing, the kernel lacks something essential, or it refuses a program.
 pub fn load(request: &Request) -> Result<KernelHalf> {
     if OBJECT.is_empty() {
         return Err(Failure {
@@ -191,12 +191,12 @@ pub fn load(request: &Request) -> Result<KernelHalf> {
 
     let mut refusal = anyhow!("no BTF");
     if kernel.btf.is_some() {
-        // Whether this kind of program may ask for a socket's cookie (5.12 and later) cannot be probed for: try.
+        // Whether this kind of program may read a socket's cookie (5.12 and later) cannot be probed, only tried.
         for has_cookie_helper in [1, 0] {
             params.has_cookie_helper = has_cookie_helper;
             match attach(request, &kernel, &params, Layouts::default(), None) {
                 Ok(loaded) => return Ok(loaded),
-                // The second refusal counts: the first may be of the helper alone.
+                // The second refusal counts: the first may concern the helper alone.
                 Err(error) => refusal = error,
             }
         }
@@ -218,12 +218,12 @@ pub fn load(request: &Request) -> Result<KernelHalf> {
     })?
 }
 
-/// Refuses a kernel that is locked down so far that programs may not read its memory, which all of ours do.
+/// Refuses a kernel that is locked down so far that programs may not read its memory, as all of ours do.
 ///
-/// Not left to the verifier: classic tracepoints would be tried next, and Linux 6.12 crashes when a tracefs is unmounted
-/// again that lockdown has kept empty (in `tracefs_destroy_inode()`).
+/// This is not left to the verifier, because classic tracepoints would be tried next, and Linux 6.12 crashes when a tracefs
+/// that lockdown has kept empty is unmounted (in `tracefs_destroy_inode()`).
 fn may_read_kernel_memory() -> Result<(), Failure> {
-    // The helper is withheld then: `bpf_tracing_func_proto()` of `kernel/trace/bpf_trace.c`.
+    // The helper is then withheld: `bpf_tracing_func_proto()` in `kernel/trace/bpf_trace.c`.
     if is_helper_supported(ProgramType::TracePoint, BpfHelper::BPF_FUNC_probe_read_kernel).unwrap_or(true) {
         return Ok(());
     }
@@ -239,13 +239,13 @@ fn may_read_kernel_memory() -> Result<(), Failure> {
     })
 }
 
-/// How classic tracepoints lay out their records, by the global that the programs read it from.
+/// Layouts of the records of classic tracepoints, by the global that the programs read them from.
 #[derive(Default)]
 struct Layouts {
     records: BTreeMap<&'static str, RecordOffsets>,
-    /// What is not there, and why.
+    /// Layouts that could not be read, and why.
     missing: BTreeMap<&'static str, String>,
-    /// Names of reset reasons as the tracepoint gives them.
+    /// Names of reset reasons, from the tracepoint's format.
     reset_reasons: BTreeMap<i64, String>,
 }
 
@@ -272,13 +272,13 @@ impl Layouts {
     }
 }
 
-/// Bytes of the ring where it also takes copies of stacks: room for 2,000 of 16 KiB in its half, between two reads.
+/// Size of the ring, bytes, where it also takes copies of stacks: half of it holds 2,000 of 16 KiB between two reads.
 const RING_WITH_STACKS: u32 = 64 << 20;
 
-/// Sets globals and sizes, and makes the maps.
+/// Sets the globals and the sizes of maps, and creates the maps.
 fn prepare(request: &Request, kernel: &Kernel, params: &Params, layouts: &Layouts) -> Result<Ebpf> {
     let wants_syscall = request.rehearsal || request.accept_hook == AcceptHook::Syscall;
-    // Where it is not found, attaching says so.
+    // If it is not found, attaching fails and says so.
     let syscall_result = if wants_syscall { syscall_result().unwrap_or(ABSENT) } else { ABSENT };
     let level = request.log.map_or(0, |level| level as u8);
     let mut loader = EbpfLoader::new();
@@ -299,12 +299,12 @@ fn prepare(request: &Request, kernel: &Kernel, params: &Params, layouts: &Layout
         loader.override_global(global, layout, true);
     }
     loader.load(OBJECT).context(
-        "the kernel refuses the maps (before 5.11 they count against RLIMIT_MEMLOCK: `ulimit -l unlimited` mends that)",
+        "the kernel refuses the maps (before 5.11 they count against RLIMIT_MEMLOCK; raise it with `ulimit -l unlimited`)",
     )
 }
 
-/// Attaches every hook that is wanted, each by the first variant that works. Tracepoints are all typed; if those do not
-/// all work, `untyped` says why, and they are all classic.
+/// Attaches every hook that is asked for, each by the first variant that works. Either all tracepoints are typed, or all
+/// are classic; in the second case `untyped` says why typed ones do not work.
 fn attach(
     request: &Request,
     kernel: &Kernel,
@@ -341,13 +341,13 @@ fn attach(
             }
         }
         if outcome.variant.is_none() && outcome.refused.is_empty() {
-            // Not wanted.
+            // It was not asked for.
             continue;
         }
         let must = hook.need == Need::Essential || request.insists(hook);
         let lost = match outcome.variant {
             Some(variant) => variant.worse.to_owned(),
-            // Classic tracepoints may do better.
+            // Classic tracepoints may work where typed ones do not.
             None if untyped.is_none() && (must || hook.need == Need::Useful) => {
                 bail!("{} cannot be traced: {}", hook.name, outcome.why());
             }
@@ -360,7 +360,7 @@ fn attach(
         if !outcome.refused.is_empty() {
             log::debug!("{}: {}", hook.name, outcome.why());
         }
-        // What was asked for by name is no loss.
+        // A variant that was asked for by name is no loss.
         let by_necessity = !lost.is_empty() && !outcome.refused.is_empty();
         if by_necessity && !losses.iter().any(|known| known.starts_with(&lost)) {
             losses.push(format!("{lost} ({})", outcome.why()));
@@ -386,7 +386,7 @@ fn can_copy_stacks(structs: &StructOffsets, params: &Params) -> bool {
         && (params.has_pt_regs_helper != 0 || is_known(&registers))
 }
 
-/// Loads the programs of a variant, and attaches those that are not run by tcpclose itself.
+/// Loads the programs of a variant, and attaches all but those that tcpclose runs itself.
 fn start(ebpf: &mut Ebpf, kernel: &Kernel, variant: &Variant) -> Result<()> {
     let btf = || kernel.btf.as_ref().context("no BTF");
     for &(name, at) in variant.programs {

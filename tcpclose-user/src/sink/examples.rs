@@ -59,7 +59,7 @@ pub(crate) fn unread_data() -> Event {
     Event::Close(close)
 }
 
-/// Of which next to nothing is known.
+/// An event about which next to nothing is known.
 pub(crate) fn unknown_owner() -> Event {
     Event::Close(Box::new(Close {
         time: time("2026-03-01T12:01:03Z"),

@@ -6,6 +6,7 @@ use aya::util::nr_cpus;
 use tcpclose_common::counters::Counters;
 
 use crate::{
+    attribute::pace::Pace,
     event::{Lost, LostPlace},
     kernel::{clock::Clock, handle::KernelHalf},
 };
@@ -18,6 +19,9 @@ pub struct Losses {
     reported: BTreeMap<LostPlace, u64>,
     /// Entries that the table of connections has evicted.
     evicted: u64,
+    /// Keeps counts of the table from taking more than a tenth of a CPU: with a million entries one takes most of a
+    /// second.
+    pace: Pace,
 }
 
 /// What the user half has lost so far.
@@ -34,12 +38,18 @@ pub struct UserLosses {
 impl Losses {
     /// Nothing was lost yet; `capacity` is the size of the table of connections.
     pub fn new(capacity: u32) -> Self {
-        Self { capacity: u64::from(capacity), reported: BTreeMap::new(), evicted: 0 }
+        Self { capacity: u64::from(capacity), reported: BTreeMap::new(), evicted: 0, pace: Pace::default() }
     }
 
-    /// A line for each place where more was lost than was reported.
+    /// A line for each place where more was lost than was reported. Evictions may be reported with a later call.
     pub fn news(&mut self, kernel: &KernelHalf, user: UserLosses) -> Vec<Lost> {
-        let totals = self.totals(kernel, user);
+        let counters = kernel.counters();
+        let mut pace = self.pace;
+        if self.may_have_evicted(&counters) {
+            pace.run(|| self.count_evictions(kernel, &counters));
+        }
+        self.pace = pace;
+        let totals = self.by_place(kernel, user, &counters);
         let mut news = Vec::new();
         for (place, total) in totals {
             let reported = self.reported.entry(place).or_default();
@@ -55,7 +65,13 @@ impl Losses {
     /// How much was lost in all, by place.
     pub fn totals(&mut self, kernel: &KernelHalf, user: UserLosses) -> [(LostPlace, u64); 4] {
         let counters = kernel.counters();
-        self.evicted = self.evicted.max(self.evictions(kernel, &counters));
+        if self.may_have_evicted(&counters) {
+            self.count_evictions(kernel, &counters);
+        }
+        self.by_place(kernel, user, &counters)
+    }
+
+    fn by_place(&self, kernel: &KernelHalf, user: UserLosses, counters: &Counters) -> [(LostPlace, u64); 4] {
         let unwritten = counters.records_lost + counters.processes_lost + kernel.skipped_runs();
         [
             (LostPlace::RingBuffer, unwritten + user.undecodable),
@@ -68,17 +84,19 @@ impl Losses {
         ]
     }
 
-    /// What was added, not removed, and is no longer there. The table is counted only when it may have been full: an LRU
-    /// map begins to evict while each CPU still has up to 128 free entries (`LOCAL_FREE_TARGET`,
-    /// `kernel/bpf/bpf_lru_list.c`).
-    fn evictions(&self, kernel: &KernelHalf, before: &Counters) -> u64 {
+    /// Whether the table of connections may have been full since evictions were last counted. An LRU map begins to evict
+    /// while each CPU still has up to 128 free entries (`LOCAL_FREE_TARGET`, `kernel/bpf/bpf_lru_list.c`).
+    fn may_have_evicted(&self, counters: &Counters) -> bool {
         let free = 128 * u64::try_from(nr_cpus().unwrap_or(1)).unwrap_or(1);
-        let living = before.connections_added.saturating_sub(before.connections_removed);
-        if living <= self.evicted + self.capacity.saturating_sub(free) {
-            return 0;
-        }
+        let living = counters.connections_added.saturating_sub(counters.connections_removed);
+        living > self.evicted + self.capacity.saturating_sub(free)
+    }
+
+    /// Counts the table: what was added, not removed, and is no longer there was evicted. `before` are the counters from
+    /// before that.
+    fn count_evictions(&mut self, kernel: &KernelHalf, before: &Counters) {
         let present = kernel.connections();
         let removed = kernel.counters().connections_removed;
-        before.connections_added.saturating_sub(removed + present)
+        self.evicted = self.evicted.max(before.connections_added.saturating_sub(removed + present));
     }
 }

@@ -20,13 +20,13 @@ pub use json::Json;
 pub(crate) use text::{COLUMNS, bounds, cut, endpoint, escape, or_dash, width};
 pub use text::{Palette, Text, human_millis};
 
-/// In what form events are written.
+/// In what form events are written. A report (`list`, `doctor`) has a [`ReportFormat`](crate::cli::ReportFormat) of its own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
-    /// An aligned line an event, and what belongs to it below, indented.
+    /// One aligned line for each event, with further facts indented below it
     #[default]
     Text,
-    /// One JSON object a line.
+    /// One JSON object a line
     Json,
 }
 
@@ -168,9 +168,7 @@ impl Output {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
     use std::io::{self, ErrorKind, Write};
-    use std::os::fd::AsFd as _;
     use std::sync::{Arc, Mutex};
 
     use crate::sink::{Format, Output, Palette, Written, examples};

@@ -1,5 +1,5 @@
-//! Events → what is said on stderr when the trace ends: how the connections of each process ended and at which place in
-//! its code, most first, and what lingers still.
+//! Events → the summary on stderr when the trace ends: how the connections of each process ended and at which place in
+//! its code, the most frequent first, and which sockets are still stuck.
 
 use std::{
     collections::HashMap,
@@ -12,24 +12,24 @@ use crate::{
     sink::{endpoint, escape, human_millis, or_dash},
 };
 
-/// How many kinds of end are counted apart. Those that come when there are more are counted together.
+/// How many kinds of end are counted separately. Ends of further kinds are counted together.
 const MAX_KINDS: usize = 4_096;
 
 /// How many rows of each table are shown.
 const ROWS: usize = 20;
 
-/// How many frames tell a place.
+/// How many frames identify a place.
 const FRAMES: usize = 4;
 
 /// How wide a line may get.
 const COLUMNS: usize = 100;
 
-/// See the module.
+/// Counts events for the summary.
 #[derive(Default)]
 pub struct Summary {
     ends: HashMap<End, Count>,
     lingering: HashMap<Stay, Count>,
-    /// Of which there was no more room to say more.
+    /// Events of kinds for which there was no room.
     others: u64,
 }
 
@@ -67,7 +67,7 @@ struct Count {
 }
 
 impl Summary {
-    /// Counts what the event tells.
+    /// Counts an event.
     pub fn add(&mut self, event: &Event) {
         let Event::Close(close) = event else { return };
         let process = close.process.as_ref().map(|process| (process.pid, process.comm.clone()));
@@ -213,7 +213,7 @@ impl Place {
         Some(Self(Some((what, frames.clone()))))
     }
 
-    /// What tells places apart, and what is shown.
+    /// The frames that identify the place, which are also those that are shown.
     fn frames(&self) -> impl Iterator<Item = (Option<&str>, Option<&str>, &str)> {
         let frames = self.0.iter().flat_map(|(_, frames)| frames.iter()).take(FRAMES);
         frames.map(|frame| (frame.symbol.as_deref(), frame.module.as_deref(), frame.address.as_str()))

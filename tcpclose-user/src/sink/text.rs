@@ -1,8 +1,8 @@
 //! Text for a person in an outage.
 //!
-//! An event is one aligned line that says when, what and why, whose, and which connection; what is worth
-//! knowing beyond that stands below, indented. At 100 columns nothing wraps for IPv4. Time, process and two
-//! endpoints leave room for one verdict there: the cause, or who and how where there is none.
+//! An event is one aligned line: when, what and why, which process, and which connection. Further facts stand below it,
+//! indented. At 100 columns nothing wraps for IPv4. Time, process and two endpoints leave room for one verdict: the cause,
+//! or, where there is none, who closed and how.
 
 use std::borrow::Cow;
 use std::fmt::{self, Display, Write as _};
@@ -19,7 +19,7 @@ use crate::event::{
 };
 use crate::sink::Sink;
 
-/// No line is wider than this but one with IPv6 addresses, or a frame with a long name.
+/// No line is wider than this, except with IPv6 addresses or long names of functions.
 pub(crate) const COLUMNS: usize = 99;
 /// The event and the verdict.
 const WHAT: usize = 24;
@@ -62,7 +62,7 @@ pub struct Text<W: Write> {
     writer: BufWriter<W>,
     palette: Palette,
     zone: TimeZone,
-    /// Whether to write what stands below an event's line.
+    /// Whether to write the indented lines below an event's first line.
     details: bool,
     header_due: bool,
 }
@@ -116,7 +116,7 @@ impl<W: Write> Sink for Text<W> {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        // Somebody who looks at a terminal while nothing happens sees at least that it runs.
+        // A person who watches a terminal while nothing happens sees at least that it runs.
         self.write_header()?;
         self.writer.flush()
     }
@@ -219,7 +219,7 @@ impl Page<'_> {
         connection: &Connection,
     ) {
         let time = self.clock(time);
-        // What is too long takes its room from the name of the process, so that the addresses stay aligned.
+        // A long verdict takes room from the name of the process, so that the addresses stay aligned.
         let room = PROCESS.saturating_sub(what.len().saturating_sub(WHAT));
         let process = match process {
             Some(process) => {
@@ -402,7 +402,7 @@ pub(crate) fn width(text: &str) -> usize {
     text.chars().count()
 }
 
-/// A time of which only the bounds may be known: `3s`, `2s..5s`, `2s..`.
+/// A duration, or the bounds of one that is not known exactly: `3s`, `2s..5s`, `2s..`.
 pub(crate) fn bounds(at_least: Option<f64>, at_most: Option<f64>) -> String {
     let (least, most) = (at_least.map(human_millis), at_most.map(human_millis));
     match (least, most) {

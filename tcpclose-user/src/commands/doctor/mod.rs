@@ -17,6 +17,7 @@ use serde::Serialize;
 use tcpclose_common::{offsets::StructOffsets, params::Params};
 
 use crate::{
+    cli::ReportFormat,
     kernel::facts::{FACTS, Sources},
     kernel::hooks::{AcceptHook, HOOKS, Hook, Kind, Need, Variant},
     kernel::privilege::{self, PRIVILEGES},
@@ -25,7 +26,6 @@ use crate::{
         handle::KernelHalf,
         loader::{self, BtfSource, Request},
     },
-    sink::Format,
 };
 
 /// The result of a line.
@@ -139,11 +139,11 @@ struct Report {
 ///
 /// # Errors
 /// The report cannot be written.
-pub fn doctor(format: Format, btf: &BtfSource) -> Result<ExitCode> {
+pub fn doctor(format: ReportFormat, btf: &BtfSource) -> Result<ExitCode> {
     let report = Report::make(btf);
     let written = match format {
-        Format::Text => text::write(&mut anstream::stdout().lock(), &report),
-        Format::Json => {
+        ReportFormat::Text => text::write(&mut anstream::stdout().lock(), &report),
+        ReportFormat::Json => {
             let line = serde_json::to_string(&report)?;
             writeln!(io::stdout().lock(), "{line}")
         }

@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result};
 
 use crate::{
     attribute::{self, process::Processes},
-    cli::ListArgs,
+    cli::{ListArgs, ReportFormat},
     event::{Attribution, Endpoint, Event, Lingering, Role},
     filter::Filter,
     host::Program,
@@ -38,8 +38,8 @@ pub fn list(args: ListArgs) -> Result<()> {
         .map(|socket| Event::Lingering(Box::new(socket.lingering(at, &mut processes))))
         .filter(|event| filter.wants(event));
     match output {
-        Format::Json => write_lines(lines),
-        Format::Text => {
+        ReportFormat::Json => write_lines(lines),
+        ReportFormat::Text => {
             let mut report = Report::default();
             for line in lines {
                 if let Event::Lingering(lingering) = line {
