@@ -140,7 +140,7 @@ pub struct TraceArgs {
     ///
     /// A user stack is cheap. A kernel stack costs about 5 µs.
     #[arg(long, value_name = "WHICH", default_value = "user")]
-    pub stack: Stacks,
+    pub stack: WhichStacks,
     /// How to unwind user stacks
     ///
     /// `fp` follows frame pointers, which most programs are built without. `dwarf` uses the unwind tables that programs
@@ -336,7 +336,7 @@ impl FromStr for CallGraph {
 
 /// Which stacks to take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Stacks {
+pub enum WhichStacks {
     /// No stacks.
     None,
     /// The program's stack.

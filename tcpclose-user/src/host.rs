@@ -7,7 +7,7 @@ use std::{
     collections::HashMap,
     hash::{BuildHasher as _, RandomState},
     mem,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard},
     time::Instant,
 };
 
@@ -17,11 +17,10 @@ use tcpclose_common::record::StackCopy;
 use crate::{
     attribute::{
         holder::{Holder, Holders},
-        process::Processes,
+        process::{Processes, lock},
     },
-    commands::child::Followed,
     event::Stack,
-    kernel::privilege,
+    kernel::{followed::Followed, privilege},
     stacks::{Stacks, TaskStacks},
 };
 
@@ -250,9 +249,4 @@ impl Host for Recorded {
     fn is_followed(&mut self, pid: u32) -> bool {
         matches!(self.answers.get(&Question::IsFollowed(pid)), Some(Answer::IsFollowed(true)))
     }
-}
-
-/// A thread that panicked while it held the lock has left at worst an image that was read halfway.
-pub(crate) fn lock(processes: &Mutex<Processes>) -> MutexGuard<'_, Processes> {
-    processes.lock().unwrap_or_else(PoisonError::into_inner)
 }

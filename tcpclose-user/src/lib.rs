@@ -45,6 +45,7 @@ pub mod ingest;
 pub mod judge;
 pub mod kernel;
 pub mod live;
+pub mod pace;
 pub mod pipeline;
 pub mod sink;
 pub mod sockets;

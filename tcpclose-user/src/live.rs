@@ -9,9 +9,8 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use crate::{
-    attribute::{pace::Pace, process::Processes, watch},
+    attribute::{process::Processes, watch},
     cli::Linger,
-    commands::child::Followed,
     correlate::Correlator,
     event::{Event, Lingering, compose::Composer, millis},
     host::Live as LiveHost,
@@ -21,7 +20,8 @@ use crate::{
         reader::{GATHER, Records},
         recording::{Recorder, Step},
     },
-    kernel::{clock::Clock, handle::KernelHalf},
+    kernel::{clock::Clock, followed::Followed, handle::KernelHalf},
+    pace::Pace,
     pipeline::{Pipeline, When},
     sink::{
         losses::{Losses, UserLosses},

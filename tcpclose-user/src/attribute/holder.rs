@@ -9,7 +9,7 @@ use procfs::{
     process::{self, FDTarget},
 };
 
-use super::pace::Pace;
+use crate::pace::Pace;
 
 /// How many sockets' holders are cached. When there are more, all are dropped and found again when needed.
 const MAX_HOLDERS: usize = 16_384;

@@ -8,7 +8,6 @@
 pub mod container;
 pub mod holder;
 pub mod mappings;
-pub mod pace;
 pub mod process;
 pub mod watch;
 

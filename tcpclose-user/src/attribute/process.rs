@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::container;
@@ -311,6 +311,12 @@ fn started_in(stat: &[u8]) -> Option<u64> {
 fn status_field(status: &str, name: &str) -> Option<Vec<u32>> {
     let numbers = status.lines().find_map(|line| line.strip_prefix(name))?;
     numbers.split_ascii_whitespace().map(|number| number.parse().ok()).collect()
+}
+
+/// Locks the known processes. A thread that panicked while it held the lock has left at worst an image that was read
+/// halfway.
+pub fn lock(processes: &Mutex<Processes>) -> MutexGuard<'_, Processes> {
+    processes.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

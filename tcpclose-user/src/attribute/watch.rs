@@ -70,7 +70,7 @@ fn drain(ring: &mut RingBuf<MapData>, processes: &Mutex<Processes>) {
         let bytes = Bytes::copy_from_slice(&item);
         drop(item);
         match decode(&bytes) {
-            Ok(Record::Process(process)) => crate::host::lock(processes).notice(process.pid, process.mm),
+            Ok(Record::Process(process)) => super::process::lock(processes).notice(process.pid, process.mm),
             Ok(_) | Err(_) => {
                 UNDECODABLE.fetch_add(1, Ordering::Relaxed);
             }

@@ -1,4 +1,4 @@
-//! `-- COMMAND`: starts it, and knows which processes belong to it.
+//! `-- COMMAND`: starts it, and ends with its exit status.
 
 use std::{
     error::Error,
@@ -9,38 +9,10 @@ use std::{
     process::ExitStatus,
 };
 
-use anyhow::{Context as _, Result};
-use aya::maps::{HashMap, MapData};
 use nix::errno::Errno;
 use tokio::process::{Child, Command};
 
-use crate::{kernel::handle::KernelHalf, sink::Format};
-
-/// The processes whose connections are traced: a handle on the map in which the kernel half keeps them.
-pub struct Followed(HashMap<MapData, u32, u8>);
-
-impl Followed {
-    /// Takes the map out of the kernel half.
-    ///
-    /// # Errors
-    /// The object has no such map.
-    pub fn new(kernel: &mut KernelHalf) -> Result<Self> {
-        kernel.take_map("FOLLOWED").map(Self)
-    }
-
-    /// Adds a process.
-    ///
-    /// # Errors
-    /// The map is full.
-    pub fn add(&mut self, pid: u32) -> Result<()> {
-        self.0.insert(pid, 1, 0).with_context(|| format!("cannot follow process {pid}: the map is full"))
-    }
-
-    /// Whether this process is followed.
-    pub fn contains(&self, pid: u32) -> bool {
-        self.0.get(&pid, 0).is_ok()
-    }
-}
+use crate::sink::Format;
 
 /// The command could not be started.
 #[derive(Debug)]
@@ -101,6 +73,8 @@ pub fn exit_code_of_failure(error: &anyhow::Error) -> u8 {
 #[cfg(test)]
 mod tests {
     use anyhow::anyhow;
+
+    use anyhow::Context as _;
 
     use super::*;
 

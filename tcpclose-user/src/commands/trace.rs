@@ -17,18 +17,16 @@ use tokio::{
     time::{Interval, MissedTickBehavior},
 };
 
-use super::{
-    child::{self, Followed},
-    ready,
-};
+use super::{child, ready};
 use crate::{
-    cli::{CallGraph, Linger, Stacks, TraceArgs},
+    cli::{CallGraph, Linger, TraceArgs, WhichStacks},
     filter::Filter,
     ingest::{
         reader::poll,
         recording::{Recorder, Step},
     },
     kernel::{
+        followed::Followed,
         handle::KernelHalf,
         loader::{self, Request},
     },
@@ -66,7 +64,7 @@ pub async fn trace(args: TraceArgs) -> Result<ExitCode> {
     let output = if args.summary {
         Output::nowhere()
     } else {
-        Output::stdout(args.output, args.stack != Stacks::None)
+        Output::stdout(args.output, args.stack != WhichStacks::None)
     };
     let recorder = match &args.record {
         Some(path) => {
@@ -135,8 +133,8 @@ pub async fn trace(args: TraceArgs) -> Result<ExitCode> {
 fn request(args: &TraceArgs, filter: &Filter) -> Request {
     let mut params = Params::NONE;
     filter.to_kernel(&mut params);
-    params.user_stack = u32::from(matches!(args.stack, Stacks::User | Stacks::Both));
-    params.kernel_stack = u32::from(matches!(args.stack, Stacks::Kernel | Stacks::Both));
+    params.user_stack = u32::from(matches!(args.stack, WhichStacks::User | WhichStacks::Both));
+    params.kernel_stack = u32::from(matches!(args.stack, WhichStacks::Kernel | WhichStacks::Both));
     if let (1, CallGraph::Dwarf(bytes)) = (params.user_stack, args.call_graph) {
         params.stack_bytes = bytes;
         params.registers = unwind::REGISTERS;
@@ -161,7 +159,7 @@ fn beginning(kernel: &KernelHalf, args: &TraceArgs) -> Step {
     let arguments = std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned());
     Step::Start {
         reset_reasons: kernel.reset_reasons.0.clone(),
-        stacks: args.stack != Stacks::None,
+        stacks: args.stack != WhichStacks::None,
         command: !args.command.is_empty(),
         arguments: arguments.take_while(|argument| argument != "--").collect(),
     }

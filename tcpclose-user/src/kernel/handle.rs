@@ -15,7 +15,7 @@ use super::{
     hooks::{Hook, Variant},
     privilege,
 };
-use crate::attribute::pace::Pace;
+use crate::pace::Pace;
 
 /// Program that looks through all descriptors (`hooks/inventory.rs` of the kernel half).
 const INVENTORY: &str = "inventory";

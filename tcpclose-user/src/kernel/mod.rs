@@ -5,6 +5,7 @@ pub mod arguments;
 pub mod btf;
 pub mod clock;
 pub mod facts;
+pub mod followed;
 pub mod format;
 pub mod handle;
 pub mod hooks;

@@ -6,9 +6,9 @@ use aya::util::nr_cpus;
 use tcpclose_common::counters::Counters;
 
 use crate::{
-    attribute::pace::Pace,
     event::{Lost, LostPlace},
     kernel::{clock::Clock, handle::KernelHalf},
+    pace::Pace,
 };
 
 /// What could not be reported so far.

@@ -22,7 +22,10 @@ use tcpclose_common::record::StackCopy;
 
 use self::{frame::UnwoundFrame, store::Store, symbolize::Symbolizer, unwind::Unwinder};
 use crate::{
-    attribute::process::{Image, Processes},
+    attribute::{
+        self,
+        process::{Image, Processes},
+    },
     event::{self, Frame, Frames},
 };
 
@@ -177,7 +180,7 @@ impl Stacks {
 /// What is known of the program image that process `pid` ran with the address space `mm`. Its mappings are read again
 /// if they lack one of `addresses`.
 fn image(processes: &Mutex<Processes>, (pid, mm): (u32, u64), addresses: &[u64]) -> Option<Arc<Image>> {
-    crate::host::lock(processes).image_for(pid, mm, addresses, Instant::now())
+    attribute::process::lock(processes).image_for(pid, mm, addresses, Instant::now())
 }
 
 /// The leading frames that can be true. The kernel follows frame pointers; in a function that keeps none it reads
