@@ -3,6 +3,7 @@
 //! Fields may be added, never renamed. What is not known is `None` and becomes `null`; it is never left out.
 
 pub mod compose;
+mod finding;
 pub mod schema;
 mod stack;
 mod time;
@@ -12,6 +13,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use crate::tcp::{Direction, Endpoint, Family, Role, State};
+pub use finding::{Confidence, Evidence, Finding, FindingKind, Program, Remote};
 pub use stack::{Frame, Frames, Stack};
 pub use time::{Time, millis};
 pub use values::{Attribution, Cause, ClosedBy, Ended, LastData, LingeringKind, LostPlace, Trigger};
