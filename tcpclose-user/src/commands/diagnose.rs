@@ -1,15 +1,24 @@
 //! `tcpclose diagnose`: from lines to findings.
 
-use std::io::{self, BufWriter, ErrorKind, Write};
+use std::{
+    fs::File,
+    io::{self, BufWriter, ErrorKind, Write},
+    path::Path,
+};
 
 use anyhow::{Context as _, Result};
-use serde::Serialize;
 
 use crate::{
     cli::DiagnoseArgs,
-    diagnose::{Diagnosis, input::Broken, input::Input, report},
-    event::Finding,
-    sink::{Format, Palette},
+    diagnose::{
+        Diagnosis,
+        input::{Broken, Input},
+        page,
+        pictures::Pictures,
+        report,
+    },
+    event::{Event, Finding},
+    sink::{Format, Output, Palette, Written},
 };
 
 /// Reads the files and writes what they show.
@@ -19,33 +28,55 @@ use crate::{
 pub fn diagnose(args: &DiagnoseArgs) -> Result<()> {
     let mut input = Input::open(&args.files)?;
     let mut diagnosis = Diagnosis::new(input.names());
-    input.read(|observation, source| diagnosis.add(observation, source)).context("cannot read events")?;
+    let mut pictures = args.html.as_ref().map(|_| Pictures::default());
+    input
+        .read(|observation, source| {
+            diagnosis.add(observation, source);
+            if let Some(pictures) = &mut pictures {
+                pictures.add(observation);
+            }
+        })
+        .context("cannot read events")?;
     let findings = diagnosis.findings(true);
-    let mut out = BufWriter::new(io::stdout().lock());
-    let written = match args.output {
-        Format::Text => report::write(&mut out, &findings, diagnosis.totals(), Palette::of_stdout()),
-        Format::Json => write_lines(&mut out, findings),
-    };
-    match written.and_then(|()| out.flush()) {
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => {}
-        result => result.context("cannot write to the standard output")?,
+    if let Some((path, pictures)) = args.html.as_deref().zip(pictures) {
+        write_page(path, &findings, &diagnosis, &pictures)
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    match args.output {
+        Format::Text => write_report(&findings, &diagnosis)?,
+        Format::Json => {
+            let mut output = Output::stdout(Format::Json, true);
+            for finding in findings {
+                if output.write(Event::Finding(Box::new(finding)))? == Written::ReaderGone {
+                    break;
+                }
+            }
+            let _ = output.flush()?;
+        }
     }
     tell(&input.broken, &diagnosis);
     Ok(())
 }
 
-fn write_lines(out: &mut impl Write, findings: Vec<Finding>) -> io::Result<()> {
-    #[derive(Serialize)]
-    #[serde(tag = "event", rename_all = "snake_case")]
-    enum Line {
-        Finding(Box<Finding>),
+fn write_page(
+    path: &Path,
+    findings: &[Finding],
+    diagnosis: &Diagnosis,
+    pictures: &Pictures,
+) -> io::Result<()> {
+    let mut file = BufWriter::new(File::create(path)?);
+    page::write(&mut file, findings, diagnosis.totals(), pictures)?;
+    file.flush()
+}
+
+fn write_report(findings: &[Finding], diagnosis: &Diagnosis) -> Result<()> {
+    let mut out = BufWriter::new(io::stdout().lock());
+    let written = report::write(&mut out, findings, diagnosis.totals(), Palette::of_stdout());
+    match written.and_then(|()| out.flush()) {
+        // A reader that has seen enough.
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        result => result.context("cannot write to the standard output"),
     }
-    for (seq, mut finding) in (1..).zip(findings) {
-        finding.seq = seq;
-        serde_json::to_writer(&mut *out, &Line::Finding(Box::new(finding)))?;
-        out.write_all(b"\n")?;
-    }
-    Ok(())
 }
 
 /// Says on stderr what the findings do not rest on.
@@ -53,8 +84,8 @@ fn tell(broken: &Broken, diagnosis: &Diagnosis) {
     let totals = diagnosis.totals();
     if let Some((file, number, error)) = &broken.first {
         let count = broken.count;
-        let lines = if count == 1 { "line is" } else { "lines are" };
-        eprintln!("tcpclose: {count} {lines} not events and left out; the first is line {number} of {file}: {error}");
+        let lines = if count == 1 { "line is not an event and was" } else { "lines are not events and were" };
+        eprintln!("tcpclose: {count} {lines} left out; the first is line {number} of {file}: {error}");
     }
     if totals.lines == 0 {
         eprintln!("tcpclose: no events; `diagnose` reads what `tcpclose -o json` writes");
@@ -63,6 +94,9 @@ fn tell(broken: &Broken, diagnosis: &Diagnosis) {
         eprintln!("tcpclose: {} events were lost when these were traced; counts are too low", totals.lost);
     }
     if totals.left_out > 0 {
-        eprintln!("tcpclose: too many different services; {} that showed little are left out", totals.left_out);
+        eprintln!(
+            "tcpclose: too many different services; {} that showed little are left out",
+            totals.left_out
+        );
     }
 }

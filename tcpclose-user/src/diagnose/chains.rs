@@ -117,7 +117,8 @@ impl Chains {
             .filter_map(|left| {
                 let links = lost.get(&(left.place.source, left.pid))?;
                 let after = links.partition_point(|link| link.moved <= left.moved);
-                let recent = || links[..after].iter().rev().take_while(|link| left.moved - link.moved <= REACTION);
+                let recent =
+                    || links[..after].iter().rev().take_while(|link| left.moved - link.moved <= REACTION);
                 let reason = recent().find(|link| link.tid == left.tid).or_else(|| recent().next())?;
                 Some((left.own, (left, *reason)))
             })
@@ -125,7 +126,8 @@ impl Chains {
         let passed_on: std::collections::HashSet<Key> =
             reasons.values().map(|(_, reason)| reason.peer).collect();
         let mut chains: BTreeMap<Route, Chain> = BTreeMap::new();
-        let mut victims: Vec<_> = reasons.values().filter(|(left, _)| !passed_on.contains(&left.own)).collect();
+        let mut victims: Vec<_> =
+            reasons.values().filter(|(left, _)| !passed_on.contains(&left.own)).collect();
         victims.sort_unstable_by_key(|(left, _)| (left.moved, left.place.seq));
         for (last, reason) in victims {
             let mut places = vec![last.place, reason.place];
@@ -139,11 +141,8 @@ impl Chains {
                 root = reason;
             }
             through.reverse();
-            let route = Route {
-                root: (root.peer_who, root.peer_death, root.port),
-                through,
-                victim: last.peer_who,
-            };
+            let route =
+                Route { root: (root.peer_who, root.peer_death, root.port), through, victim: last.peer_who };
             let chain = chains.entry(route).or_default();
             chain.marks.add(root.place, root.moved);
             for place in places.into_iter().rev().filter(|place| *place != root.place) {

@@ -52,7 +52,8 @@ impl Input {
     /// Reads from memory.
     #[cfg(test)]
     pub(crate) fn of(texts: &[&str]) -> Self {
-        let source = |text: &&str| Source::new("memory".to_owned(), Box::new(io::Cursor::new((*text).to_owned())));
+        let source =
+            |text: &&str| Source::new("memory".to_owned(), Box::new(io::Cursor::new((*text).to_owned())));
         Self { sources: texts.iter().map(source).collect(), broken: Broken::default() }
     }
 
@@ -113,7 +114,8 @@ impl Source {
             ));
         }
         let name = path.display().to_string();
-        let file = File::open(path).map_err(|error| io::Error::new(error.kind(), format!("cannot open {name}: {error}")))?;
+        let file = File::open(path)
+            .map_err(|error| io::Error::new(error.kind(), format!("cannot open {name}: {error}")))?;
         Ok(Self::new(name, Box::new(BufReader::with_capacity(BUFFER, file))))
     }
 

@@ -178,7 +178,10 @@ impl Diagnosis {
         draft.evidence.extend([
             ("raced_requests", raced.into()),
             ("own_timeout_ms", own.into()),
-            ("longest_idle_ms", spread.most.max(service.idle_own.sample.spread().map_or(0.0, |own| own.most)).into()),
+            (
+                "longest_idle_ms",
+                spread.most.max(service.idle_own.sample.spread().map_or(0.0, |own| own.most)).into(),
+            ),
         ]);
         let (client, server) = (self.name(key.who), self.service_name(key, service));
         let after = human_millis(spread.median);
@@ -213,8 +216,9 @@ impl Diagnosis {
             spread.count,
             counted(raced, "request came too late", "requests came too late")
         );
-        draft.advice =
-            format!("Have {server} keep idle connections longer than its clients do, or have these drop them earlier.");
+        draft.advice = format!(
+            "Have {server} keep idle connections longer than its clients do, or have these drop them earlier."
+        );
         Some(draft)
     }
 
@@ -282,7 +286,9 @@ impl Diagnosis {
                 && follows(spread, front)
         });
         let server_tells = !key.is_server
-            && self.server_of(key, service).is_some_and(|server| server.gave_up.marks.count * 2 >= spread.count);
+            && self
+                .server_of(key, service)
+                .is_some_and(|server| server.gave_up.marks.count * 2 >= spread.count);
         in_the_wake || server_tells
     }
 
@@ -294,7 +300,11 @@ impl Diagnosis {
         let upstream = self.services.all.iter().filter(|(other, service)| {
             !other.is_server
                 && other.who == key.who
-                && service.gave_up.sample.spread().is_some_and(|own| (own.median - spread.median).abs() <= SAME * spread.median)
+                && service
+                    .gave_up
+                    .sample
+                    .spread()
+                    .is_some_and(|own| (own.median - spread.median).abs() <= SAME * spread.median)
         });
         upstream.map(|(_, service)| service.gave_up.marks.count).sum()
     }
@@ -374,8 +384,10 @@ impl Diagnosis {
         marks.merge(waiting);
         let mut draft = self.draft(FindingKind::AcceptOverflow, key, service, &marks);
         draft.confidence = Confidence::Proven;
-        draft.evidence
-            .extend([("reset_connections", dropped.count.into()), ("waiting_connections", waiting.count.into())]);
+        draft.evidence.extend([
+            ("reset_connections", dropped.count.into()),
+            ("waiting_connections", waiting.count.into()),
+        ]);
         let server = self.service_name(key, service);
         draft.summary = format!(
             "{server} does not accept connections as fast as they come: {} waited in its queue long enough to be \
@@ -430,9 +442,12 @@ impl Diagnosis {
             0 => "none got through".to_owned(),
             ends => format!("{ends} got through"),
         };
-        draft.summary =
-            format!("{} connects of {client} to {server} were refused: nothing listens there; {others}.", service.refused.count);
-        draft.advice = format!("Start what should listen at {server}, or correct the address that {client} uses.");
+        draft.summary = format!(
+            "{} connects of {client} to {server} were refused: nothing listens there; {others}.",
+            service.refused.count
+        );
+        draft.advice =
+            format!("Start what should listen at {server}, or correct the address that {client} uses.");
         Some(draft)
     }
 
@@ -441,7 +456,9 @@ impl Diagnosis {
         let mut draft = self.draft(FindingKind::ConnectUnanswered, key, service, &service.no_answer.marks);
         draft.confidence = Confidence::Proven;
         draft.evidence.extend(times("wait", &spread));
-        draft.evidence.extend([("connected", service.ends.into()), ("unreachable", service.unreachable.into())]);
+        draft
+            .evidence
+            .extend([("connected", service.ends.into()), ("unreachable", service.unreachable.into())]);
         let (client, server) = (self.name(key.who), self.service_name(key, service));
         draft.summary = format!(
             "{} connects of {client} to {server} had no answer within {}; {} got through.",
@@ -468,7 +485,8 @@ impl Diagnosis {
              from somebody on the way.",
             service.forged.count
         );
-        draft.advice = format!("Ask whoever runs the firewalls between {client} and {server} which rule resets them.");
+        draft.advice =
+            format!("Ask whoever runs the firewalls between {client} and {server} which rule resets them.");
         Some(draft)
     }
 
@@ -483,7 +501,9 @@ impl Diagnosis {
                 Death::Stopped | Death::Killed if at_once && process.death == Death::Stopped => {
                     drafts.push(self.deploy(process));
                 }
-                Death::Killed if at_once && process.requests_lost.count == 0 => drafts.push(self.deploy(process)),
+                Death::Killed if at_once && process.requests_lost.count == 0 => {
+                    drafts.push(self.deploy(process))
+                }
                 Death::Stopped => exits.entry(process.who).or_default().push(process),
                 death => crashes.entry((process.who, death)).or_default().push(process),
             }
@@ -500,10 +520,17 @@ impl Diagnosis {
     fn deploy(&self, process: &deaths::Process) -> Draft {
         let name = self.name(process.who);
         let lost = process.requests_lost.count;
-        let mut summary =
-            format!("{name} (pid {}) {} with {} connections open: a restart", process.pid, process.death.verb(), process.ends.count);
+        let mut summary = format!(
+            "{name} (pid {}) {} with {} connections open: a restart",
+            process.pid,
+            process.death.verb(),
+            process.ends.count
+        );
         let advice = if lost > 0 {
-            summary.push_str(&format!("; {}.", counted(lost, "request was under way", "requests were under way")));
+            summary.push_str(&format!(
+                "; {}.",
+                counted(lost, "request was under way", "requests were under way")
+            ));
             format!("Have {name} stop accepting and finish what it has begun before it exits.")
         } else {
             summary.push_str(", and nothing was lost.");
@@ -571,9 +598,15 @@ impl Diagnosis {
                 counted(lost.count, "request", "requests")
             ),
             advice: match death {
-                Death::OutOfMemory => format!("Give {name} more memory, or find what takes it: the kernel log has the numbers."),
-                Death::Crashed(_) => format!("Look at the core dump of {name} (`coredumpctl info {}`).", one.pid),
-                Death::Killed => format!("Find out who kills {name}: `signal_from` says so where it was seen, else the supervisor's log."),
+                Death::OutOfMemory => {
+                    format!("Give {name} more memory, or find what takes it: the kernel log has the numbers.")
+                }
+                Death::Crashed(_) => {
+                    format!("Look at the core dump of {name} (`coredumpctl info {}`).", one.pid)
+                }
+                Death::Killed => format!(
+                    "Find out who kills {name}: `signal_from` says so where it was seen, else the supervisor's log."
+                ),
                 Death::Stopped => format!("Have {name} answer what it has taken on before it exits."),
             },
             marks: lost,
@@ -590,7 +623,8 @@ impl Diagnosis {
         let left = used.and_then(|used| DESCRIPTORS.checked_sub(used));
         #[expect(clippy::cast_precision_loss, reason = "at most 1,024")]
         let minutes_left = per_minute.zip(left).map(|(rate, left)| left as f64 / rate);
-        let mut summary = format!("{name} (pid {}) holds {count} connections that its peers have closed", leak.key.pid);
+        let mut summary =
+            format!("{name} (pid {}) holds {count} connections that its peers have closed", leak.key.pid);
         if let Some(rate) = per_minute {
             summary.push_str(&format!(", {rate:.1} more a minute"));
         }
@@ -689,7 +723,10 @@ impl Diagnosis {
             ));
         }
         let victim = route.victim.map_or_else(|| "clients".to_owned(), |who| self.name(Some(who)));
-        sentence.push_str(&format!(" → {victim} got no answer, {}.", counted(chain.marks.count, "time", "times")));
+        sentence.push_str(&format!(
+            " → {victim} got no answer, {}.",
+            counted(chain.marks.count, "time", "times")
+        ));
         let last = route.through.last().copied();
         Some(Draft {
             kind: FindingKind::Chain,
@@ -737,7 +774,8 @@ impl Diagnosis {
 /// Whether waits at a proxy's upstream are those of the proxy's own clients.
 fn follows(spread: &Spread, front: &Service) -> bool {
     front.gave_up.sample.spread().is_some_and(|front| {
-        (front.median - spread.median).abs() <= SAME * front.median && spread.count <= front.count + front.count / 5
+        (front.median - spread.median).abs() <= SAME * front.median
+            && spread.count <= front.count + front.count / 5
     })
 }
 
@@ -754,7 +792,11 @@ fn times(of: &str, spread: &Spread) -> Vec<(&'static str, Evidence)> {
         "timeout" => ["timeout_ms", "timeout_deviation_ms"],
         _ => ["wait_ms", "wait_deviation_ms"],
     };
-    vec![(names[0], spread.median.into()), (names[1], spread.deviation.into()), ("samples", spread.count.into())]
+    vec![
+        (names[0], spread.median.into()),
+        (names[1], spread.deviation.into()),
+        ("samples", spread.count.into()),
+    ]
 }
 
 fn counted(count: u64, one: &str, many: &str) -> String {

@@ -98,7 +98,7 @@ impl Leaks {
         let state = self.processes.entry(key).or_default();
         let fd = observation.holders.iter().flatten().filter_map(|holder| holder.fd).max();
         state.highest_fd = state.highest_fd.max(fd);
-        if is_new && let Some(opener) = observation.opener.and_then(|text| opener(text.get())) {
+        if is_new && let Some(opener) = observation.opener.as_ref().and_then(|text| opener(text.get())) {
             if state.openers.len() < OPENERS || state.openers.contains_key(&opener) {
                 *state.openers.entry(opener).or_default() += 1;
             }
@@ -195,7 +195,8 @@ pub(crate) struct Frame<'a> {
 
 impl Frame<'_> {
     fn is_of_libc(&self) -> bool {
-        let module = self.module.as_ref().map_or("", |module| module.0.rsplit('/').next().unwrap_or_default());
+        let module =
+            self.module.as_ref().map_or("", |module| module.0.rsplit('/').next().unwrap_or_default());
         ["libc.", "libc-", "libpthread", "ld-"].iter().any(|name| module.starts_with(name))
     }
 

@@ -90,6 +90,7 @@ mod tests {
             names.of(&Process { comm: Text(comm.into()), ..process("", None) });
         }
         assert_eq!(names.all.len(), MOST);
-        assert_eq!(names.get(names.of(&process("one more", None))).comm, "(others)");
+        let other = names.of(&process("one more", None));
+        assert_eq!(names.get(other).comm, "(others)");
     }
 }

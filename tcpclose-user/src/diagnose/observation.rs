@@ -71,11 +71,11 @@ pub struct Observation<'a> {
     #[serde(default)]
     pub states: Path,
     /// `stack`, as it was written.
-    #[serde(borrow, default)]
-    pub stack: Option<&'a RawValue>,
+    #[serde(borrow, default, deserialize_with = "raw")]
+    pub stack: Option<Cow<'a, RawValue>>,
     /// `opener`, as it was written.
-    #[serde(borrow, default)]
-    pub opener: Option<&'a RawValue>,
+    #[serde(borrow, default, deserialize_with = "raw")]
+    pub opener: Option<Cow<'a, RawValue>>,
     /// `direction` of a RST.
     #[serde(default, deserialize_with = "lenient")]
     pub direction: Option<Direction>,
@@ -259,6 +259,10 @@ fn lenient<'de, D: Deserializer<'de>, T: DeserializeOwned>(deserializer: D) -> R
         let name: StrDeserializer<'_, serde::de::value::Error> = text.0.as_ref().into_deserializer();
         T::deserialize(name).ok()
     }))
+}
+
+fn raw<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Cow<'de, RawValue>>, D::Error> {
+    Ok(Option::<&RawValue>::deserialize(deserializer)?.map(Cow::Borrowed))
 }
 
 /// A point in time as nanoseconds since 1970.

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use crate::{
     diagnose::Totals,
     event::Finding,
-    sink::{COLUMNS, Palette, escape},
+    sink::{COLUMNS, Palette, escape, wrap},
 };
 
 /// So many are written out; the rest is counted, and is in the JSON.
@@ -21,7 +21,12 @@ pub fn write(out: &mut impl Write, findings: &[Finding], totals: Totals, palette
         writeln!(out, "{header}No findings{header:#} in {}.", read(totals))?;
     } else {
         let noun = if findings.len() == 1 { "finding" } else { "findings" };
-        writeln!(out, "{header}{} {noun}{header:#} in {}, the most costly first.", findings.len(), read(totals))?;
+        writeln!(
+            out,
+            "{header}{} {noun}{header:#} in {}, the most costly first.",
+            findings.len(),
+            read(totals)
+        )?;
     }
     for (number, finding) in findings.iter().take(MOST).enumerate() {
         let kind = finding.kind;
@@ -34,8 +39,15 @@ pub fn write(out: &mut impl Write, findings: &[Finding], totals: Totals, palette
         writeln!(out, "\n{} more are in the JSON (`-o json`).", findings.len() - MOST)?;
     }
     if !findings.is_empty() {
-        writeln!(out, "\n{dim}`tcpclose explain KIND` says how each is found. Both ends were joined by their addresses{dim:#}")?;
-        writeln!(out, "{dim}for {} connections; behind NAT an end has another address and is judged alone.{dim:#}", totals.joined)?;
+        writeln!(
+            out,
+            "\n{dim}`tcpclose explain KIND` says how each is found. Both ends were joined by their addresses{dim:#}"
+        )?;
+        writeln!(
+            out,
+            "{dim}for {} connections; behind NAT an end has another address and is judged alone.{dim:#}",
+            totals.joined
+        )?;
     }
     Ok(())
 }
@@ -62,16 +74,5 @@ fn span(finding: &Finding) -> String {
 }
 
 fn paragraph(out: &mut impl Write, text: &str) -> io::Result<()> {
-    let mut line = String::new();
-    for word in text.split(' ') {
-        if !line.is_empty() && INDENT + line.chars().count() + 1 + word.chars().count() > COLUMNS {
-            writeln!(out, "{:INDENT$}{line}", "")?;
-            line.clear();
-        }
-        if !line.is_empty() {
-            line.push(' ');
-        }
-        line.push_str(word);
-    }
-    writeln!(out, "{:INDENT$}{line}", "")
+    wrap(text, COLUMNS - INDENT).iter().try_for_each(|line| writeln!(out, "{:INDENT$}{line}", ""))
 }

@@ -127,7 +127,8 @@ impl<T: Copy + PartialEq> Single<T> {
 impl Service {
     fn shown(&self) -> u64 {
         let series = [&self.idle_by_peer, &self.gave_up, &self.unanswered, &self.no_answer, &self.cut];
-        let marks = [&self.unread, &self.overflow, &self.unaccepted, &self.refused, &self.forged, &self.raced];
+        let marks =
+            [&self.unread, &self.overflow, &self.unaccepted, &self.refused, &self.forged, &self.raced];
         series.iter().map(|series| series.marks.count).sum::<u64>()
             + marks.iter().map(|marks| marks.count).sum::<u64>()
     }
@@ -294,7 +295,9 @@ impl Service {
             return;
         }
         let crossing = end.since_sent_ms.is_some_and(|since| since <= CROSSING_MS);
-        if let Some(silence) = silence.filter(|silence| end.path.close_wait && crossing && *silence >= IDLE_MS) {
+        if let Some(silence) =
+            silence.filter(|silence| end.path.close_wait && crossing && *silence >= IDLE_MS)
+        {
             self.idle_by_peer.add(place, end.moved, silence);
             self.raced.add(place, end.time);
         } else if let Some(idle) = end.idle_after_answer_ms().filter(|_| end.path.close_wait) {

@@ -85,9 +85,7 @@ impl Sample {
 
 impl Spread {
     fn is_regular(&self) -> bool {
-        self.count >= ENOUGH
-            && self.deviation <= (DEVIATION * self.median).max(TICKS_MS)
-            && self.near >= 0.8
+        self.count >= ENOUGH && self.deviation <= (DEVIATION * self.median).max(TICKS_MS) && self.near >= 0.8
     }
 }
 
@@ -153,7 +151,10 @@ mod tests {
         }
         let spread = sample.spread().expect("values");
         assert_eq!((sample.values.len(), sample.count()), (ROOM, 100_000));
-        assert!((40_000.0..60_000.0).contains(&spread.median), "the sample is of the whole series: {spread:?}");
+        assert!(
+            (40_000.0..60_000.0).contains(&spread.median),
+            "the sample is of the whole series: {spread:?}"
+        );
         assert!(spread.least.abs() < 1e-6 && (spread.most - 99_999.0).abs() < 1e-6);
     }
 }

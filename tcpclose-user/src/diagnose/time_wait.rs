@@ -6,7 +6,12 @@
 use std::{collections::HashMap, net::IpAddr};
 
 use crate::{
-    diagnose::{end::End, marks::{Marks, SECOND}, names::Who, services::Single},
+    diagnose::{
+        end::End,
+        marks::{Marks, SECOND},
+        names::Who,
+        services::Single,
+    },
     event::Role,
 };
 

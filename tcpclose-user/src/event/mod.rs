@@ -30,6 +30,8 @@ pub enum Event {
     Lingering(Box<Lingering>),
     /// Something could not be said.
     Lost(Lost),
+    /// What many lines say together.
+    Finding(Box<Finding>),
 }
 
 impl Event {
@@ -40,6 +42,7 @@ impl Event {
             Self::Reset(reset) => &mut reset.seq,
             Self::Lingering(lingering) => &mut lingering.seq,
             Self::Lost(lost) => &mut lost.seq,
+            Self::Finding(finding) => &mut finding.seq,
         };
         *seq = number;
     }
@@ -50,7 +53,7 @@ impl Event {
             Self::Close(close) => close.process.as_ref(),
             Self::Reset(reset) => reset.process.as_ref(),
             Self::Lingering(lingering) => lingering.process.as_ref(),
-            Self::Lost(_) => None,
+            Self::Lost(_) | Self::Finding(_) => None,
         }
     }
 }
