@@ -103,7 +103,7 @@ impl Diagnosis {
             first: time(draft.marks.first),
             last: time(draft.marks.last),
             confidence: draft.confidence,
-            evidence: draft.evidence.into_iter().collect::<BTreeMap<_, _>>(),
+            evidence: draft.evidence.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
             summary: draft.summary,
             advice: draft.advice,
             lines: draft.marks.lines.iter().map(|place| place.seq).collect(),

@@ -11,6 +11,7 @@
 mod chains;
 mod deaths;
 mod end;
+mod from_event;
 pub mod input;
 mod judge;
 mod leaks;

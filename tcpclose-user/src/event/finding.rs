@@ -3,14 +3,14 @@
 use std::{collections::BTreeMap, net::IpAddr};
 
 use schemars::JsonSchema;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{event::Time, tcp::display_as_serialized};
 
 display_as_serialized!(FindingKind, Confidence);
 
 /// What a diagnosis found.
-#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Finding {
     /// Time of the last line that was read.
     pub time: Time,
@@ -31,7 +31,7 @@ pub struct Finding {
     /// How sure it is.
     pub confidence: Confidence,
     /// The numbers that show it, with their units in their names.
-    pub evidence: BTreeMap<&'static str, Evidence>,
+    pub evidence: BTreeMap<String, Evidence>,
     /// What happened, in a sentence or two.
     pub summary: String,
     /// What to change, in one sentence.
@@ -44,7 +44,18 @@ pub struct Finding {
 
 /// Kinds of finding.
 #[derive(
-    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, JsonSchema, clap::ValueEnum,
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    Hash,
+    PartialOrd,
+    Ord,
+    Serialize,
+    Deserialize,
+    JsonSchema,
+    clap::ValueEnum,
 )]
 #[serde(rename_all = "snake_case")]
 #[clap(rename_all = "snake_case")]
@@ -78,7 +89,7 @@ pub enum FindingKind {
 }
 
 /// How sure a finding is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Confidence {
     /// The kernel says so, or both ends of the connection do.
@@ -90,7 +101,7 @@ pub enum Confidence {
 }
 
 /// A program, which may be several processes of one name.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Program {
     /// Its process id; null if there are several.
     pub pid: Option<u32>,
@@ -103,7 +114,7 @@ pub struct Program {
 }
 
 /// The other side of the connections.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Remote {
     /// Its address; null if there are several.
     pub address: Option<IpAddr>,
@@ -114,7 +125,7 @@ pub struct Remote {
 }
 
 /// A number that shows something, or a name that goes with it.
-#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Evidence {
     /// How many.
