@@ -102,6 +102,8 @@ pub enum Command {
     Schema,
     /// Make the same lines again from a file that `--record` wrote; needs no privilege
     Replay(Box<ReplayArgs>),
+    /// Read events, of one host or of many, and say what they mean together
+    Diagnose(DiagnoseArgs),
     /// Print the manual page: `tcpclose man | man -l -`
     Man,
     /// Print the completions for a shell
@@ -111,6 +113,21 @@ pub enum Command {
         /// The shell
         shell: Shell,
     },
+}
+
+/// Options of `diagnose`.
+#[derive(Args, Clone, Debug)]
+pub struct DiagnoseArgs {
+    /// Files that `-o json` wrote; `-`, or none, is the standard input. Both ends of a connection are joined by their
+    /// addresses, across files
+    #[arg(value_name = "FILE")]
+    pub files: Vec<PathBuf>,
+    /// Text for a person, or a `finding` line for each
+    #[arg(short, long, value_name = "FORMAT", default_value = "text")]
+    pub output: Format,
+    /// Write a page with findings, timelines and a flame graph to this file as well
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
 }
 
 /// Options of `replay`.

@@ -59,7 +59,7 @@ impl Filter {
                 &lingering.connection,
                 &lingering.process,
             ),
-            Event::Lost(_) => return true,
+            Event::Lost(_) | Event::Finding(_) => return true,
         };
         why && (self.0.event.is_empty() || self.0.event.contains(&kind))
             && self.wants_connection(connection)

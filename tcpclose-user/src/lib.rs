@@ -37,6 +37,7 @@ pub mod attribute;
 pub mod cli;
 pub mod commands;
 pub mod correlate;
+pub mod diagnose;
 pub mod event;
 pub mod failure;
 pub mod filter;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Parser as _;
 use tcpclose_user::{
     cli::{Cli, Command, TraceArgs},
-    commands::{child, debug, doctor, explain, list, man, replay, trace},
+    commands::{child, debug, diagnose, doctor, explain, list, man, replay, trace},
     event::schema,
     kernel::privilege,
 };
@@ -21,6 +21,7 @@ fn main() -> ExitCode {
             print!("{}", schema::pretty());
             Ok(ExitCode::SUCCESS)
         }
+        Some(Command::Diagnose(args)) => diagnose::diagnose(&args).map(|()| ExitCode::SUCCESS),
         Some(Command::Replay(args)) => replay::replay(*args),
         Some(Command::Man) => man::page().map(|()| ExitCode::SUCCESS),
         Some(Command::Completions { shell }) => man::completions(shell).map(|()| ExitCode::SUCCESS),

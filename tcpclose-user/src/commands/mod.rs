@@ -2,6 +2,7 @@
 
 pub mod child;
 pub mod debug;
+pub mod diagnose;
 pub mod doctor;
 pub mod explain;
 pub mod list;

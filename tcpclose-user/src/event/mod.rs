@@ -3,6 +3,7 @@
 //! Fields may be added, never renamed. What is not known is `None` and becomes `null`; it is never left out.
 
 pub mod compose;
+mod finding;
 pub mod schema;
 mod stack;
 mod time;
@@ -12,6 +13,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use crate::tcp::{Direction, Endpoint, Family, Role, State};
+pub use finding::{Confidence, Evidence, Finding, FindingKind, Program, Remote};
 pub use stack::{Frame, Frames, Stack};
 pub use time::{Time, millis};
 pub use values::{Attribution, Cause, ClosedBy, Ended, LastData, LingeringKind, LostPlace, Trigger};
@@ -28,6 +30,8 @@ pub enum Event {
     Lingering(Box<Lingering>),
     /// Something could not be said.
     Lost(Lost),
+    /// What many lines say together.
+    Finding(Box<Finding>),
 }
 
 impl Event {
@@ -38,6 +42,7 @@ impl Event {
             Self::Reset(reset) => &mut reset.seq,
             Self::Lingering(lingering) => &mut lingering.seq,
             Self::Lost(lost) => &mut lost.seq,
+            Self::Finding(finding) => &mut finding.seq,
         };
         *seq = number;
     }
@@ -48,7 +53,7 @@ impl Event {
             Self::Close(close) => close.process.as_ref(),
             Self::Reset(reset) => reset.process.as_ref(),
             Self::Lingering(lingering) => lingering.process.as_ref(),
-            Self::Lost(_) => None,
+            Self::Lost(_) | Self::Finding(_) => None,
         }
     }
 }

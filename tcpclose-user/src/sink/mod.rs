@@ -17,7 +17,7 @@ pub mod summary;
 mod text;
 
 pub use json::Json;
-pub(crate) use text::{COLUMNS, bounds, cut, endpoint, escape, or_dash, width};
+pub(crate) use text::{COLUMNS, bounds, cut, endpoint, escape, or_dash, width, wrap};
 pub use text::{Palette, Text, human_millis};
 
 /// In what form events are written. A report (`list`, `doctor`) has a [`ReportFormat`](crate::cli::ReportFormat) of its own.

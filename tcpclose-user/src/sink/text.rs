@@ -14,8 +14,8 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
 use crate::event::{
-    Attribution, Cause, Close, ClosedBy, Connection, Ended, Endpoint, Event, Frame, LastData, Lingering,
-    Lost, Opener, Process, Reset, Stack, Time,
+    Attribution, Cause, Close, ClosedBy, Connection, Ended, Endpoint, Event, Finding, Frame, LastData,
+    Lingering, Lost, Opener, Process, Reset, Stack, Time,
 };
 use crate::sink::Sink;
 
@@ -110,6 +110,7 @@ impl<W: Write> Sink for Text<W> {
             Event::Reset(reset) => page.reset(reset),
             Event::Lingering(lingering) => page.lingering(lingering),
             Event::Lost(lost) => page.lost(lost),
+            Event::Finding(finding) => page.finding(finding),
         }
         let end = if self.details { page.text.len() } else { page.text.find('\n').map_or(0, |end| end + 1) };
         self.writer.write_all(&page.text.as_bytes()[..end])
@@ -208,6 +209,17 @@ impl Page<'_> {
         let Palette { alarm, .. } = self.palette;
         let time = self.clock(lost.time);
         self.line(format_args!("{time} {alarm}lost {} ({}){alarm:#}", lost.count, lost.place));
+    }
+
+    fn finding(&mut self, finding: &Finding) {
+        let Palette { alarm, .. } = self.palette;
+        let (time, kind, count) = (self.clock(finding.time), finding.kind, finding.count);
+        self.line(format_args!("{time} {alarm}finding {kind}{alarm:#} {count} ({})", finding.confidence));
+        for text in [finding.summary.clone(), format!("→ {}", finding.advice)] {
+            for line in wrap(&escape(&text), COLUMNS - INDENT) {
+                self.line(format_args!("{:INDENT$}{line}", ""));
+            }
+        }
     }
 
     fn head(
@@ -336,6 +348,24 @@ impl Facts {
         let short = |id: &str| escape(id).chars().take(12).collect::<String>();
         self.add_some("container", process.container.as_deref().map(short));
     }
+}
+
+/// Lines of at most `room` columns, broken between words.
+pub(crate) fn wrap(text: &str, room: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in text.split(' ') {
+        if let Some(line) = lines.last_mut() {
+            if !line.is_empty() && width(line) + 1 + width(word) > room {
+                lines.push(word.to_owned());
+                continue;
+            }
+            if !line.is_empty() {
+                line.push(' ');
+            }
+            line.push_str(word);
+        }
+    }
+    lines
 }
 
 /// Milliseconds for a person, cut off and not rounded: `350us`, `1.2s`, `3h12m`.

@@ -8,6 +8,8 @@ use std::io::{self, Write};
 
 use anyhow::Result;
 
+mod findings;
+
 /// One page: its name, and its text.
 type Page = (&'static str, &'static str);
 
@@ -34,7 +36,7 @@ fn pages() -> impl Iterator<Item = &'static Page> {
 
 /// The names of all pages.
 pub fn names() -> Vec<&'static str> {
-    pages().map(|(name, _)| *name).collect()
+    pages().chain(findings::PAGES).map(|(name, _)| *name).collect()
 }
 
 /// Writes the page of that name, or the list of all of them, to the standard output.
@@ -49,7 +51,7 @@ pub fn print(name: Option<&str>) -> Result<()> {
 }
 
 fn write(out: &mut impl Write, name: Option<&str>) -> io::Result<()> {
-    let page = name.and_then(|name| pages().find(|page| page.0 == name));
+    let page = name.and_then(|name| pages().chain(findings::PAGES).find(|page| page.0 == name));
     out.write_all(page.map_or_else(list, |(_, text)| (*text).to_owned()).as_bytes())?;
     out.flush()
 }

@@ -1,0 +1,102 @@
+//! `tcpclose diagnose`: from lines to findings.
+
+use std::{
+    fs::File,
+    io::{self, BufWriter, ErrorKind, Write},
+    path::Path,
+};
+
+use anyhow::{Context as _, Result};
+
+use crate::{
+    cli::DiagnoseArgs,
+    diagnose::{
+        Diagnosis,
+        input::{Broken, Input},
+        page,
+        pictures::Pictures,
+        report,
+    },
+    event::{Event, Finding},
+    sink::{Format, Output, Palette, Written},
+};
+
+/// Reads the files and writes what they show.
+///
+/// # Errors
+/// A file cannot be opened or read, or the output cannot be written.
+pub fn diagnose(args: &DiagnoseArgs) -> Result<()> {
+    let mut input = Input::open(&args.files)?;
+    let mut diagnosis = Diagnosis::new(input.names());
+    let mut pictures = args.html.as_ref().map(|_| Pictures::default());
+    input
+        .read(|observation, source| {
+            diagnosis.add(observation, source);
+            if let Some(pictures) = &mut pictures {
+                pictures.add(observation);
+            }
+        })
+        .context("cannot read events")?;
+    let findings = diagnosis.findings(true);
+    if let Some((path, pictures)) = args.html.as_deref().zip(pictures) {
+        write_page(path, &findings, &diagnosis, &pictures)
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    match args.output {
+        Format::Text => write_report(&findings, &diagnosis)?,
+        Format::Json => {
+            let mut output = Output::stdout(Format::Json, true);
+            for finding in findings {
+                if output.write(Event::Finding(Box::new(finding)))? == Written::ReaderGone {
+                    break;
+                }
+            }
+            let _ = output.flush()?;
+        }
+    }
+    tell(&input.broken, &diagnosis);
+    Ok(())
+}
+
+fn write_page(
+    path: &Path,
+    findings: &[Finding],
+    diagnosis: &Diagnosis,
+    pictures: &Pictures,
+) -> io::Result<()> {
+    let mut file = BufWriter::new(File::create(path)?);
+    page::write(&mut file, findings, diagnosis.totals(), pictures)?;
+    file.flush()
+}
+
+fn write_report(findings: &[Finding], diagnosis: &Diagnosis) -> Result<()> {
+    let mut out = BufWriter::new(io::stdout().lock());
+    let written = report::write(&mut out, findings, diagnosis.totals(), Palette::of_stdout());
+    match written.and_then(|()| out.flush()) {
+        // A reader that has seen enough.
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        result => result.context("cannot write to the standard output"),
+    }
+}
+
+/// Says on stderr what the findings do not rest on.
+fn tell(broken: &Broken, diagnosis: &Diagnosis) {
+    let totals = diagnosis.totals();
+    if let Some((file, number, error)) = &broken.first {
+        let count = broken.count;
+        let lines = if count == 1 { "line is not an event and was" } else { "lines are not events and were" };
+        eprintln!("tcpclose: {count} {lines} left out; the first is line {number} of {file}: {error}");
+    }
+    if totals.lines == 0 {
+        eprintln!("tcpclose: no events; `diagnose` reads what `tcpclose -o json` writes");
+    }
+    if totals.lost > 0 {
+        eprintln!("tcpclose: {} events were lost when these were traced; counts are too low", totals.lost);
+    }
+    if totals.left_out > 0 {
+        eprintln!(
+            "tcpclose: too many different services; {} that showed little are left out",
+            totals.left_out
+        );
+    }
+}

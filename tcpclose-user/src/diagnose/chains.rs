@@ -1,0 +1,165 @@
+//! Chains: a process lost its server in the middle of a request, and left its own client without an answer.
+//!
+//! Two ends belong together when they are of one process, the one was lost while a request was under way, and the other
+//! was closed by that process within [`REACTION`] with a request unanswered. From one process to the next leads the
+//! connection between them, of which both ends are known.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+
+use crate::{
+    diagnose::{
+        end::{Death, End, Place},
+        marks::Marks,
+        names::Who,
+        pairs::Key,
+    },
+    event::{ClosedBy, Ended, Role},
+};
+
+/// So many ends that may be links are remembered; 3 MiB.
+const ROOM: usize = 16_384;
+
+/// How soon a process lets go of its client when it has lost its server, in nanoseconds.
+const REACTION: i64 = 100_000_000;
+
+/// No more processes than this.
+const LONGEST: usize = 8;
+
+/// An end that may be a link.
+#[derive(Clone, Copy, Debug)]
+struct Link {
+    place: Place,
+    moved: i64,
+    pid: u32,
+    tid: u32,
+    who: Option<Who>,
+    own: Key,
+    peer: Key,
+    port: u16,
+    peer_who: Option<Who>,
+    peer_death: Option<Death>,
+    was_reset: bool,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Chains {
+    /// Client ends that lost their server in the middle of a request.
+    lost: VecDeque<Link>,
+    /// Server ends that were closed without an answer.
+    left: VecDeque<Link>,
+}
+
+/// What a chain goes through: the process at the far end first, each with the port that it serves.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Route {
+    /// The program that everything began with, if its end is known, and how it died.
+    pub(crate) root: (Option<Who>, Option<Death>, u16),
+    /// The programs that passed it on, each with the port on which it left its client.
+    pub(crate) through: Vec<(Option<Who>, u16)>,
+    /// The last client, if its end is known.
+    pub(crate) victim: Option<Who>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Chain {
+    pub(crate) marks: Marks,
+    /// How many of the last clients received a RST.
+    pub(crate) resets: u64,
+    /// From the first end to the last, the longest.
+    pub(crate) took_ns: i64,
+}
+
+impl Chains {
+    pub(crate) fn settle(&mut self, end: &End, peer: Option<&End>) {
+        if end.pid == 0 || !end.path.established {
+            return;
+        }
+        let link = || Link {
+            place: end.place,
+            moved: end.moved,
+            pid: end.pid,
+            tid: end.tid,
+            who: end.who,
+            own: Key::of(end),
+            peer: Key::of_peer(end),
+            port: if end.role == Some(Role::Server) { end.local.port() } else { end.remote.port() },
+            peer_who: peer.and_then(|peer| peer.who),
+            peer_death: peer.and_then(|peer| peer.death),
+            was_reset: matches!(end.ended, Some(Ended::ResetSent | Ended::ResetReceived)),
+        };
+        let was_asked = end.waited_ms().is_some();
+        match end.role {
+            Some(Role::Client)
+                if was_asked && matches!(end.closed_by, Some(ClosedBy::Peer | ClosedBy::Kernel)) =>
+            {
+                push(&mut self.lost, link());
+            }
+            Some(Role::Server) if was_asked && end.closed_here() && end.death.is_none() => {
+                push(&mut self.left, link());
+            }
+            _ => {}
+        }
+    }
+
+    /// Follows every end that a process closed without an answer back to where it began.
+    pub(crate) fn all(&self) -> BTreeMap<Route, Chain> {
+        let mut lost: HashMap<(u16, u32), Vec<&Link>> = HashMap::new();
+        for link in &self.lost {
+            lost.entry((link.place.source, link.pid)).or_default().push(link);
+        }
+        for links in lost.values_mut() {
+            links.sort_unstable_by_key(|link| link.moved);
+        }
+        // What each of them was the consequence of.
+        let reasons: HashMap<Key, (&Link, &Link)> = self
+            .left
+            .iter()
+            .filter_map(|left| {
+                let links = lost.get(&(left.place.source, left.pid))?;
+                let after = links.partition_point(|link| link.moved <= left.moved);
+                let recent =
+                    || links[..after].iter().rev().take_while(|link| left.moved - link.moved <= REACTION);
+                let reason = recent().find(|link| link.tid == left.tid).or_else(|| recent().next())?;
+                Some((left.own, (left, *reason)))
+            })
+            .collect();
+        let passed_on: std::collections::HashSet<Key> =
+            reasons.values().map(|(_, reason)| reason.peer).collect();
+        let mut chains: BTreeMap<Route, Chain> = BTreeMap::new();
+        let mut victims: Vec<_> =
+            reasons.values().filter(|(left, _)| !passed_on.contains(&left.own)).collect();
+        victims.sort_unstable_by_key(|(left, _)| (left.moved, left.place.seq));
+        for (last, reason) in victims {
+            let mut places = vec![last.place, reason.place];
+            let mut through = vec![(last.who, last.port)];
+            let mut root = *reason;
+            while through.len() < LONGEST
+                && let Some((left, reason)) = reasons.get(&root.peer)
+            {
+                through.push((left.who, left.port));
+                places.extend([left.place, reason.place]);
+                root = reason;
+            }
+            through.reverse();
+            let route =
+                Route { root: (root.peer_who, root.peer_death, root.port), through, victim: last.peer_who };
+            let chain = chains.entry(route).or_default();
+            chain.marks.add(root.place, root.moved);
+            for place in places.into_iter().rev().filter(|place| *place != root.place) {
+                if chain.marks.lines.len() < 10 {
+                    chain.marks.lines.push(place);
+                }
+            }
+            chain.resets += u64::from(last.was_reset);
+            chain.took_ns = chain.took_ns.max(last.moved - root.moved);
+        }
+        chains
+    }
+}
+
+fn push(links: &mut VecDeque<Link>, link: Link) {
+    if links.len() >= ROOM {
+        links.pop_front();
+    }
+    links.push_back(link);
+}

@@ -1,0 +1,79 @@
+//! Processes that ended with connections of clients open.
+
+use std::collections::{HashMap, VecDeque};
+
+use crate::{
+    diagnose::{
+        end::{Death, End},
+        marks::Marks,
+        names::Who,
+        services::Single,
+    },
+    event::Role,
+};
+
+/// So many ended processes are remembered.
+const MOST: usize = 4_096;
+
+/// One of them.
+#[derive(Clone, Debug)]
+pub(crate) struct Process {
+    pub(crate) who: Option<Who>,
+    pub(crate) pid: u32,
+    pub(crate) death: Death,
+    pub(crate) port: Single<u16>,
+    /// The programs at the other ends.
+    pub(crate) peer: Single<Who>,
+    /// Its connections, by the moment at which it let go of them.
+    pub(crate) ends: Marks,
+    /// Those on which a request had not been answered.
+    pub(crate) requests_lost: Marks,
+}
+
+type Key = (u16, u32, Death);
+
+#[derive(Debug, Default)]
+pub(crate) struct Deaths {
+    all: HashMap<Key, Process>,
+    order: VecDeque<Key>,
+}
+
+impl Deaths {
+    pub(crate) fn settle(&mut self, end: &End, peer: Option<&End>) {
+        let Some(death) = end.death else { return };
+        if end.role != Some(Role::Server) || end.closed_there() || end.pid == 0 {
+            return;
+        }
+        let key = (end.place.source, end.pid, death);
+        if !self.all.contains_key(&key) {
+            self.order.push_back(key);
+            if self.order.len() > MOST
+                && let Some(oldest) = self.order.pop_front()
+            {
+                self.all.remove(&oldest);
+            }
+        }
+        let process = self.all.entry(key).or_insert_with(|| Process {
+            who: end.who,
+            pid: end.pid,
+            death,
+            port: Single::None,
+            peer: Single::None,
+            ends: Marks::default(),
+            requests_lost: Marks::default(),
+        });
+        process.port.add(end.local.port());
+        if let Some(who) = peer.and_then(|peer| peer.who) {
+            process.peer.add(who);
+        }
+        process.ends.add(end.place, end.moved);
+        let was_waiting = |end: &End| end.waited_ms().is_some();
+        if was_waiting(end) || peer.is_some_and(was_waiting) {
+            process.requests_lost.add(end.place, end.moved);
+        }
+    }
+
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Process> {
+        self.order.iter().filter_map(|key| self.all.get(key))
+    }
+}

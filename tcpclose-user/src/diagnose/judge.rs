@@ -1,0 +1,817 @@
+//! What is a finding: the bar for each kind, its numbers, its sentence and its advice.
+//!
+//! Below the bar there is no finding. The bar is five connections, unless the kernel itself says what happened (a process
+//! that crashed), and for everything that is about a time, that the times agree ([`Sample::regular`]).
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use crate::{
+    diagnose::{
+        Diagnosis,
+        chains::{Chain, Route},
+        deaths,
+        end::Death,
+        leaks::Leak,
+        marks::{Marks, SECOND},
+        names::Who,
+        services::{Service, ServiceKey},
+        statistics::{ENOUGH, Spread},
+        time_wait::{self, Destination, Ports},
+    },
+    event::{Confidence, Evidence, Finding, FindingKind, Program, Remote, Time},
+    sink::human_millis,
+};
+
+/// People who leave wait for at least this long; shorter irregular waits are races.
+const PATIENCE_MS: f64 = 1_000.0;
+
+/// Two views of the same waits differ by no more than this.
+const SAME: f64 = 0.15;
+
+/// The usual limit on descriptors, `ulimit -n`.
+const DESCRIPTORS: u64 = 1_024;
+
+/// A finding, and what it is ordered by.
+pub(crate) struct Ranked {
+    /// Requests lost and resources that run out come before what may go wrong, and that before what is in order.
+    pub(crate) class: u8,
+    pub(crate) finding: Finding,
+}
+
+/// What the sentences are made of.
+struct Draft {
+    kind: FindingKind,
+    class: u8,
+    who: Option<Who>,
+    pid: Option<u32>,
+    remote: Option<Remote>,
+    count: u64,
+    marks: Marks,
+    confidence: Confidence,
+    evidence: Vec<(&'static str, Evidence)>,
+    summary: String,
+    advice: String,
+}
+
+impl Diagnosis {
+    /// All findings, most costly first.
+    pub(crate) fn judge(&self) -> Vec<Ranked> {
+        let mut drafts = Vec::new();
+        let mut services: Vec<_> = self.services.all.iter().collect();
+        services.sort_unstable_by_key(|(key, _)| **key);
+        for (key, service) in services {
+            drafts.extend(self.keepalive(key, service));
+            drafts.extend(self.gave_up(key, service));
+            drafts.extend(self.unanswered(key, service));
+            drafts.extend(self.unread(key, service));
+            drafts.extend(self.overflow(key, service));
+            drafts.extend(self.cut(key, service));
+            drafts.extend(self.refused(key, service));
+            drafts.extend(self.no_answer(key, service));
+            drafts.extend(self.forged(key, service));
+        }
+        drafts.extend(self.deaths());
+        drafts.extend(self.leaks.all().iter().map(|leak| self.leak(leak)));
+        drafts.extend(self.time_wait.pressed().into_iter().map(|(at, ports)| self.ports(at, ports)));
+        drafts.extend(self.chains.all().iter().filter_map(|(route, chain)| self.chain(route, chain)));
+        let mut ranked: Vec<Ranked> = drafts.into_iter().map(|draft| self.finish(draft)).collect();
+        ranked.sort_by_key(|ranked| std::cmp::Reverse((ranked.class, ranked.finding.count)));
+        ranked
+    }
+
+    fn finish(&self, draft: Draft) -> Ranked {
+        let several = self.sources.len() > 1;
+        let files = several.then(|| {
+            let name = |source: u16| self.sources.get(usize::from(source)).cloned().unwrap_or_default();
+            draft.marks.lines.iter().map(|place| name(place.source)).collect()
+        });
+        let finding = Finding {
+            time: time(self.latest),
+            seq: 0,
+            kind: draft.kind,
+            process: draft.who.map(|who| {
+                let name = self.names.get(who);
+                Program {
+                    pid: draft.pid,
+                    comm: name.comm.clone(),
+                    exe: name.exe.clone(),
+                    container: name.container.clone(),
+                }
+            }),
+            remote: draft.remote,
+            count: draft.count,
+            first: time(draft.marks.first),
+            last: time(draft.marks.last),
+            confidence: draft.confidence,
+            evidence: draft.evidence.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+            summary: draft.summary,
+            advice: draft.advice,
+            lines: draft.marks.lines.iter().map(|place| place.seq).collect(),
+            files,
+        };
+        Ranked { class: draft.class, finding }
+    }
+
+    fn name(&self, who: Option<Who>) -> String {
+        who.map_or_else(|| "a program that is not known".to_owned(), |who| self.names.get(who).comm.clone())
+    }
+
+    /// How the service is called, from either side.
+    fn service_name(&self, key: &ServiceKey, service: &Service) -> String {
+        let at = match key.address {
+            Some(address) => std::net::SocketAddr::new(address, key.port).to_string(),
+            None => format!("port {}", key.port),
+        };
+        let server = if key.is_server { key.who } else { service.peer.get() };
+        server.map_or_else(|| at.clone(), |who| format!("{} at {at}", self.name(Some(who))))
+    }
+
+    fn draft(&self, kind: FindingKind, key: &ServiceKey, service: &Service, marks: &Marks) -> Draft {
+        let peer = service.peer.get().map(|who| self.names.get(who).comm.clone());
+        let remote = if key.is_server {
+            Remote { address: service.remote.get(), port: None, comm: peer }
+        } else {
+            Remote { address: key.address, port: Some(key.port), comm: peer }
+        };
+        let mut evidence = Vec::new();
+        if key.is_server {
+            evidence.push(("local_port", Evidence::from(u64::from(key.port))));
+        }
+        Draft {
+            kind,
+            class: 2,
+            who: key.who,
+            pid: service.pid.get(),
+            remote: Some(remote),
+            count: marks.count,
+            marks: marks.clone(),
+            confidence: confidence(marks.count, None),
+            evidence,
+            summary: String::new(),
+            advice: String::new(),
+        }
+    }
+
+    /// The server's end of the same connections, where it was traced as well.
+    fn server_of(&self, key: &ServiceKey, service: &Service) -> Option<&Service> {
+        let who = service.peer.get()?;
+        let server = ServiceKey { who: Some(who), is_server: true, address: None, port: key.port };
+        self.services.all.get(&server)
+    }
+
+    fn keepalive(&self, key: &ServiceKey, service: &Service) -> Option<Draft> {
+        if key.is_server {
+            return self.keepalive_of_server(key, service);
+        }
+        let spread = service.idle_by_peer.sample.regular()?;
+        let own = service.idle_own.sample.regular().map(|own| own.median);
+        let mut draft = self.draft(FindingKind::KeepaliveMismatch, key, service, &service.idle_by_peer.marks);
+        let raced = service.raced.count;
+        draft.confidence = confidence(spread.count, Some(&spread));
+        if raced > 0 {
+            draft.marks.lines.splice(0..0, service.raced.lines.iter().copied().take(5));
+            draft.marks.lines.truncate(10);
+        } else {
+            draft.class = 1;
+        }
+        draft.evidence.extend(times("peer_timeout", &spread));
+        draft.evidence.extend([
+            ("raced_requests", raced.into()),
+            ("own_timeout_ms", own.into()),
+            (
+                "longest_idle_ms",
+                spread.most.max(service.idle_own.sample.spread().map_or(0.0, |own| own.most)).into(),
+            ),
+        ]);
+        let (client, server) = (self.name(key.who), self.service_name(key, service));
+        let after = human_millis(spread.median);
+        draft.summary = format!(
+            "{client} keeps idle connections to {server} longer than the {after} after which they are closed there: \
+             {} closed, {}.",
+            spread.count,
+            counted(raced, "request lost to it", "requests lost to it")
+        );
+        draft.advice = format!(
+            "Have {client} drop idle connections before {after} have passed, or have {server} keep them longer than \
+             {client} does."
+        );
+        Some(draft)
+    }
+
+    /// From the server's own lines alone: where the client's are there too, they say more.
+    fn keepalive_of_server(&self, key: &ServiceKey, service: &Service) -> Option<Draft> {
+        let spread = service.idle_own.sample.regular()?;
+        let raced = service.raced.count;
+        if raced == 0 || service.peer.get().is_some() {
+            return None;
+        }
+        let mut draft = self.draft(FindingKind::KeepaliveMismatch, key, service, &service.raced);
+        draft.count = spread.count;
+        draft.confidence = confidence(spread.count, Some(&spread));
+        draft.evidence.extend(times("own_timeout", &spread));
+        draft.evidence.push(("raced_requests", raced.into()));
+        let (server, after) = (self.service_name(key, service), human_millis(spread.median));
+        draft.summary = format!(
+            "{server} closes connections that have been idle for {after}, and its clients still use them: {} closed, {}.",
+            spread.count,
+            counted(raced, "request came too late", "requests came too late")
+        );
+        draft.advice = format!(
+            "Have {server} keep idle connections longer than its clients do, or have these drop them earlier."
+        );
+        Some(draft)
+    }
+
+    fn gave_up(&self, key: &ServiceKey, service: &Service) -> Option<Draft> {
+        let series = &service.gave_up;
+        let spread = series.sample.spread().filter(|_| series.marks.count >= ENOUGH)?;
+        // Whoever never gets an answer may not be waiting for one: logs and metrics go one way.
+        if service.answered == 0 || self.is_seen_better(key, service, &spread) {
+            return None;
+        }
+        let regular = series.sample.regular();
+        if regular.is_none() && (spread.median < PATIENCE_MS || series.marks.seconds < ENOUGH) {
+            return None;
+        }
+        let mut draft = self.draft(FindingKind::ClientGaveUp, key, service, &series.marks);
+        draft.confidence = confidence(spread.count, regular.as_ref());
+        draft.evidence.extend(times(if regular.is_some() { "timeout" } else { "wait" }, &spread));
+        draft.evidence.push(("connections", service.ends.into()));
+        let server = self.service_name(key, service);
+        let clients = match (key.is_server, service.peer.get()) {
+            (false, _) => self.name(key.who),
+            (true, Some(who)) => self.name(Some(who)),
+            (true, None) => "clients".to_owned(),
+        };
+        let median = human_millis(spread.median);
+        let count = spread.count;
+        if regular.is_some() {
+            draft.summary = format!(
+                "{clients} gave up on {server} after {median} without an answer, {count} times: a timeout of {clients}."
+            );
+            draft.advice = format!(
+                "Find out why {server} takes longer than {median}, or raise the timeout of {clients} above what it takes."
+            );
+        } else {
+            draft.summary = format!(
+                "{clients} left {server} without an answer {count} times, after {} to {} (half of them within {median}): \
+                 no timeout, people who left.",
+                human_millis(spread.least),
+                human_millis(spread.most)
+            );
+            draft.advice = format!("Find out why {server} takes so long.");
+        }
+        let passed_on = self.passed_on(key, &spread);
+        if passed_on > 0 {
+            draft.evidence.push(("upstream_dropped", passed_on.into()));
+            let proxy = self.name(key.who);
+            draft.summary.push_str(&format!(
+                " {proxy} dropped {} of its own for that.",
+                counted(passed_on, "request", "requests")
+            ));
+        }
+        Some(draft)
+    }
+
+    /// Whether other lines say the same better: the server's end of these connections, or the client of the client, in
+    /// whose wake it gave up.
+    fn is_seen_better(&self, key: &ServiceKey, service: &Service, spread: &Spread) -> bool {
+        let client = if key.is_server { service.peer.get() } else { key.who };
+        let in_the_wake = self.services.all.iter().any(|(other, front)| {
+            other.is_server
+                && client.is_some()
+                && other.who == client
+                && front.gave_up.marks.count >= ENOUGH
+                && front.answered > 0
+                && follows(spread, front)
+        });
+        let server_tells = !key.is_server
+            && self
+                .server_of(key, service)
+                .is_some_and(|server| server.gave_up.marks.count * 2 >= spread.count);
+        in_the_wake || server_tells
+    }
+
+    /// How many requests a proxy dropped because its own clients had left.
+    fn passed_on(&self, key: &ServiceKey, spread: &Spread) -> u64 {
+        if !key.is_server || key.who.is_none() {
+            return 0;
+        }
+        let upstream = self.services.all.iter().filter(|(other, service)| {
+            !other.is_server
+                && other.who == key.who
+                && service
+                    .gave_up
+                    .sample
+                    .spread()
+                    .is_some_and(|own| (own.median - spread.median).abs() <= SAME * spread.median)
+        });
+        upstream.map(|(_, service)| service.gave_up.marks.count).sum()
+    }
+
+    fn unanswered(&self, key: &ServiceKey, service: &Service) -> Option<Draft> {
+        let series = &service.unanswered;
+        // A protocol in which the client has the last word ends every connection so. What a chain explains is no news.
+        let is_rule = series.marks.count * 2 > service.ends;
+        let is_explained = service.resets + service.closed_by_code >= series.marks.count;
+        if series.marks.count < ENOUGH || is_rule && !is_explained || self.is_a_link(key) {
+            return None;
+        }
+        let spread = series.sample.spread()?;
+        let mut draft = self.draft(FindingKind::BackendDied, key, service, &series.marks);
+        draft.confidence = if service.closed_by_code * 2 > series.marks.count {
+            Confidence::Proven
+        } else {
+            confidence(spread.count, None)
+        };
+        draft.evidence.extend(times("wait", &spread));
+        draft.evidence.extend([
+            ("connections", service.ends.into()),
+            ("resets", service.resets.into()),
+            ("closed_by_its_own_code", service.closed_by_code.into()),
+        ]);
+        let (client, server) = (self.name(key.who), self.service_name(key, service));
+        let how = if service.closed_by_code * 2 > series.marks.count {
+            "its own code closed them"
+        } else {
+            "how is not known from these lines"
+        };
+        draft.summary = format!(
+            "{server} ended {} of {} connections of {client} before it had answered; {how}.",
+            spread.count, service.ends
+        );
+        draft.advice = format!("Look at the log of {server} at these moments, and trace its host as well.");
+        Some(draft)
+    }
+
+    /// Whether these lost answers are part of a chain that is a finding.
+    fn is_a_link(&self, key: &ServiceKey) -> bool {
+        self.chains.all().iter().any(|(route, chain)| {
+            self.is_chain(route, chain)
+                && (route.through.iter().any(|(_, port)| *port == key.port) || route.root.2 == key.port)
+        })
+    }
+
+    fn unread(&self, key: &ServiceKey, service: &Service) -> Option<Draft> {
+        if service.unread.count < ENOUGH {
+            return None;
+        }
+        let mut draft = self.draft(FindingKind::UnreadClose, key, service, &service.unread);
+        draft.confidence = Confidence::Proven;
+        draft.evidence.extend([
+            ("connections", service.ends.into()),
+            ("unread_bytes", Some(service.unread_bytes).filter(|bytes| *bytes > 0).into()),
+        ]);
+        let server = self.service_name(key, service);
+        draft.summary = format!(
+            "{server} closed {} connections with data unread, so that the kernel sent a RST after the answer; clients \
+             may lose the answer.",
+            service.unread.count
+        );
+        draft.advice = format!(
+            "Have {server} read the request to its end, or shut down sending and read until the client closes, before \
+             it closes."
+        );
+        Some(draft)
+    }
+
+    fn overflow(&self, key: &ServiceKey, service: &Service) -> Option<Draft> {
+        let (dropped, waiting) = (&service.overflow, &service.unaccepted);
+        if dropped.count < ENOUGH && waiting.count < ENOUGH {
+            return None;
+        }
+        let mut marks = dropped.clone();
+        marks.merge(waiting);
+        let mut draft = self.draft(FindingKind::AcceptOverflow, key, service, &marks);
+        draft.confidence = Confidence::Proven;
+        draft.evidence.extend([
+            ("reset_connections", dropped.count.into()),
+            ("waiting_connections", waiting.count.into()),
+        ]);
+        let server = self.service_name(key, service);
+        draft.summary = format!(
+            "{server} does not accept connections as fast as they come: {} waited in its queue long enough to be \
+             noticed, {} were reset because the queue was full.",
+            waiting.count, dropped.count
+        );
+        draft.advice = format!(
+            "Find out what keeps {server} from calling accept(), and if it is bursts, raise its backlog and \
+             net.core.somaxconn."
+        );
+        Some(draft)
+    }
+
+    fn cut(&self, key: &ServiceKey, service: &Service) -> Option<Draft> {
+        let died = service.cut.sample.spread().filter(|died| died.count >= ENOUGH)?;
+        let lived = service.lived.spread().filter(|lived| lived.count >= ENOUGH)?;
+        // The one bound has to be above the other, ticks of clocks aside; and not all at one moment, as when the peer's
+        // host restarts.
+        if lived.most > died.least * 1.05 || service.cut.marks.seconds < ENOUGH {
+            return None;
+        }
+        let mut draft = self.draft(FindingKind::IdleCut, key, service, &service.cut.marks);
+        draft.evidence.extend([
+            ("shortest_idle_that_died_ms", died.least.into()),
+            ("longest_idle_that_lived_ms", lived.most.into()),
+            ("lived_connections", lived.count.into()),
+        ]);
+        let (client, server) = (self.name(key.who), self.service_name(key, service));
+        draft.summary = format!(
+            "Something between {client} and {server} forgets idle connections: {} died when they were used again, the \
+             first after {}; none that was idle for up to {} did.",
+            died.count,
+            human_millis(died.least),
+            human_millis(lived.most)
+        );
+        draft.advice = format!(
+            "Have {client} drop connections that were idle for {}, or turn on keepalives with a shorter TCP_KEEPIDLE.",
+            human_millis(lived.most)
+        );
+        Some(draft)
+    }
+
+    fn refused(&self, key: &ServiceKey, service: &Service) -> Option<Draft> {
+        if service.refused.count < ENOUGH {
+            return None;
+        }
+        let mut draft = self.draft(FindingKind::Refused, key, service, &service.refused);
+        draft.confidence = Confidence::Proven;
+        draft.evidence.push(("connected", service.ends.into()));
+        let (client, server) = (self.name(key.who), self.service_name(key, service));
+        let others = match service.ends {
+            0 => "none got through".to_owned(),
+            ends => format!("{ends} got through"),
+        };
+        draft.summary = format!(
+            "{} connects of {client} to {server} were refused: nothing listens there; {others}.",
+            service.refused.count
+        );
+        draft.advice =
+            format!("Start what should listen at {server}, or correct the address that {client} uses.");
+        Some(draft)
+    }
+
+    fn no_answer(&self, key: &ServiceKey, service: &Service) -> Option<Draft> {
+        let spread = service.no_answer.sample.spread().filter(|spread| spread.count >= ENOUGH)?;
+        let mut draft = self.draft(FindingKind::ConnectUnanswered, key, service, &service.no_answer.marks);
+        draft.confidence = Confidence::Proven;
+        draft.evidence.extend(times("wait", &spread));
+        draft
+            .evidence
+            .extend([("connected", service.ends.into()), ("unreachable", service.unreachable.into())]);
+        let (client, server) = (self.name(key.who), self.service_name(key, service));
+        draft.summary = format!(
+            "{} connects of {client} to {server} had no answer within {}; {} got through.",
+            spread.count,
+            human_millis(spread.median),
+            service.ends
+        );
+        draft.advice = format!(
+            "Check that {server} is up, that no firewall drops the SYN, and that its accept queue is not full (`nstat \
+             TcpExtListenDrops` there)."
+        );
+        Some(draft)
+    }
+
+    fn forged(&self, key: &ServiceKey, service: &Service) -> Option<Draft> {
+        if service.forged.count < ENOUGH {
+            return None;
+        }
+        let mut draft = self.draft(FindingKind::Forged, key, service, &service.forged);
+        draft.evidence.push(("connections", service.ends.into()));
+        let (client, server) = (self.name(key.who), self.service_name(key, service));
+        draft.summary = format!(
+            "{} connections between {client} and {server} ended by a RST whose TTL is not that of the handshake: it came \
+             from somebody on the way.",
+            service.forged.count
+        );
+        draft.advice =
+            format!("Ask whoever runs the firewalls between {client} and {server} which rule resets them.");
+        Some(draft)
+    }
+
+    fn deaths(&self) -> Vec<Draft> {
+        let mut drafts = Vec::new();
+        // Crashes of one program are one finding; restarts are one each.
+        let mut crashes: BTreeMap<(Option<Who>, Death), Vec<&deaths::Process>> = BTreeMap::new();
+        let mut exits: BTreeMap<Option<Who>, Vec<&deaths::Process>> = BTreeMap::new();
+        for process in self.deaths.all() {
+            let at_once = process.ends.count >= ENOUGH && process.ends.last - process.ends.first <= SECOND;
+            match process.death {
+                Death::Stopped | Death::Killed if at_once && process.death == Death::Stopped => {
+                    drafts.push(self.deploy(process));
+                }
+                Death::Killed if at_once && process.requests_lost.count == 0 => {
+                    drafts.push(self.deploy(process))
+                }
+                Death::Stopped => exits.entry(process.who).or_default().push(process),
+                death => crashes.entry((process.who, death)).or_default().push(process),
+            }
+        }
+        for ((who, death), processes) in crashes {
+            drafts.extend(self.died(who, death, &processes, 1));
+        }
+        for (who, processes) in exits {
+            drafts.extend(self.died(who, Death::Stopped, &processes, ENOUGH));
+        }
+        drafts
+    }
+
+    fn deploy(&self, process: &deaths::Process) -> Draft {
+        let name = self.name(process.who);
+        let lost = process.requests_lost.count;
+        let mut summary = format!(
+            "{name} (pid {}) {} with {} connections open: a restart",
+            process.pid,
+            process.death.verb(),
+            process.ends.count
+        );
+        let advice = if lost > 0 {
+            summary.push_str(&format!(
+                "; {}.",
+                counted(lost, "request was under way", "requests were under way")
+            ));
+            format!("Have {name} stop accepting and finish what it has begun before it exits.")
+        } else {
+            summary.push_str(", and nothing was lost.");
+            "Nothing: this is how a restart looks.".to_owned()
+        };
+        Draft {
+            kind: FindingKind::Deploy,
+            class: if lost > 0 { 1 } else { 0 },
+            who: process.who,
+            pid: Some(process.pid),
+            remote: self.clients(process),
+            count: process.ends.count,
+            marks: process.ends.clone(),
+            confidence: Confidence::Proven,
+            evidence: vec![
+                ("local_port", process.port.get().map(u64::from).into()),
+                ("requests_lost", lost.into()),
+                ("within_ms", millis(process.ends.last - process.ends.first).into()),
+            ],
+            summary,
+            advice,
+        }
+    }
+
+    fn clients(&self, process: &deaths::Process) -> Option<Remote> {
+        let comm = process.peer.get().map(|who| self.names.get(who).comm.clone())?;
+        Some(Remote { address: None, port: None, comm: Some(comm) })
+    }
+
+    fn died(
+        &self,
+        who: Option<Who>,
+        death: Death,
+        processes: &[&deaths::Process],
+        bar: u64,
+    ) -> Option<Draft> {
+        let mut lost = Marks::default();
+        for process in processes {
+            lost.merge(&process.requests_lost);
+        }
+        let one = processes.first()?;
+        if lost.count < bar {
+            return None;
+        }
+        let name = self.name(who);
+        let times = counted(processes.len() as u64, "time", "times");
+        Some(Draft {
+            kind: FindingKind::BackendDied,
+            class: 3,
+            who,
+            pid: (processes.len() == 1).then_some(one.pid),
+            remote: self.clients(one),
+            count: lost.count,
+            confidence: Confidence::Proven,
+            evidence: vec![
+                ("local_port", one.port.get().map(u64::from).into()),
+                ("deaths", (processes.len() as u64).into()),
+                ("requests_lost", lost.count.into()),
+                ("connections", processes.iter().map(|process| process.ends.count).sum::<u64>().into()),
+                ("how", death.verb().into()),
+            ],
+            summary: format!(
+                "{name} {} {times}, with {} unanswered.",
+                death.verb(),
+                counted(lost.count, "request", "requests")
+            ),
+            advice: match death {
+                Death::OutOfMemory => {
+                    format!("Give {name} more memory, or find what takes it: the kernel log has the numbers.")
+                }
+                Death::Crashed(_) => {
+                    format!("Look at the core dump of {name} (`coredumpctl info {}`).", one.pid)
+                }
+                Death::Killed => format!(
+                    "Find out who kills {name}: `signal_from` says so where it was seen, else the supervisor's log."
+                ),
+                Death::Stopped => format!("Have {name} answer what it has taken on before it exits."),
+            },
+            marks: lost,
+        })
+    }
+
+    fn leak(&self, leak: &Leak) -> Draft {
+        let name = self.name(leak.key.who);
+        let count = leak.marks.count;
+        let spread_ms = millis(leak.last_since - leak.first_since);
+        #[expect(clippy::cast_precision_loss, reason = "at most 65,536")]
+        let per_minute = (spread_ms >= 1_000.0).then(|| (count - 1) as f64 * 60_000.0 / spread_ms);
+        let used = leak.highest_fd.map(u64::from);
+        let left = used.and_then(|used| DESCRIPTORS.checked_sub(used));
+        #[expect(clippy::cast_precision_loss, reason = "at most 1,024")]
+        let minutes_left = per_minute.zip(left).map(|(rate, left)| left as f64 / rate);
+        let mut summary =
+            format!("{name} (pid {}) holds {count} connections that its peers have closed", leak.key.pid);
+        if let Some(rate) = per_minute {
+            summary.push_str(&format!(", {rate:.1} more a minute"));
+        }
+        if let Some(minutes) = minutes_left {
+            summary.push_str(&format!(
+                "; at that rate {DESCRIPTORS} descriptors, the usual limit, are used up in {}",
+                human_millis(minutes * 60_000.0)
+            ));
+        }
+        if let Some((opener, times)) = &leak.opener {
+            summary.push_str(&format!("; {times} of them were opened in {opener}"));
+        }
+        summary.push('.');
+        Draft {
+            kind: FindingKind::Leak,
+            class: 3,
+            who: leak.key.who,
+            pid: Some(leak.key.pid),
+            remote: None,
+            count,
+            confidence: confidence(count, None),
+            evidence: vec![
+                ("open_sockets", count.into()),
+                ("told_of_the_end", leak.told_of_end.into()),
+                ("closed_after_all", leak.closed.into()),
+                ("per_minute", per_minute.into()),
+                ("longest_ms", leak.longest_ms.into()),
+                ("highest_descriptor", used.into()),
+                ("minutes_to_1024_descriptors", minutes_left.into()),
+                ("opened_in", leak.opener.as_ref().map(|(name, _)| name.clone()).into()),
+            ],
+            summary,
+            advice: format!(
+                "Close the connection on every way out of the code that opened it, error paths included; `tcpclose list \
+                 --pid {}` shows each.",
+                leak.key.pid
+            ),
+            marks: leak.marks.clone(),
+        }
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "numbers of ports")]
+    fn ports(&self, at: &Destination, ports: &Ports) -> Draft {
+        let who = ports.who.get();
+        let name = who.map_or_else(|| "Programs here".to_owned(), |who| self.name(Some(who)));
+        let server = std::net::SocketAddr::new(at.address, at.port);
+        let per_second = ports.peak as f64 / time_wait::LASTS as f64;
+        let share = ports.share() * 100.0;
+        Draft {
+            kind: FindingKind::TimeWaitPressure,
+            class: 3,
+            who,
+            pid: ports.pid.get(),
+            remote: Some(Remote { address: Some(at.address), port: Some(at.port), comm: None }),
+            count: ports.marks.count,
+            confidence: Confidence::Proven,
+            evidence: vec![
+                ("time_wait_peak", ports.peak.into()),
+                ("ports", time_wait::PORTS.into()),
+                ("ports_used_percent", share.into()),
+                ("connections_per_second", per_second.into()),
+                ("connections_per_second_limit", (time_wait::PORTS as f64 / time_wait::LASTS as f64).into()),
+            ],
+            summary: format!(
+                "{name} opens a connection to {server} for each request and closes first: {} ports were in TIME_WAIT at \
+                 once, {share:.0} % of the {} that Linux gives out by default; connects fail when all are.",
+                ports.peak,
+                time_wait::PORTS
+            ),
+            advice: format!("Have {name} keep connections to {server} open and use them again."),
+            marks: ports.marks.clone(),
+        }
+    }
+
+    fn is_chain(&self, route: &Route, chain: &Chain) -> bool {
+        chain.marks.count >= ENOUGH || route.root.1.is_some_and(|death| death != Death::Stopped)
+    }
+
+    fn chain(&self, route: &Route, chain: &Chain) -> Option<Draft> {
+        if !self.is_chain(route, chain) {
+            return None;
+        }
+        let (root, death, port) = route.root;
+        let root_name = match root {
+            Some(who) => format!("{} at port {port}", self.name(Some(who))),
+            None => format!("the server at port {port}"),
+        };
+        let mut sentence = match death {
+            Some(death) => format!("{root_name} {}", death.verb()),
+            None => format!("{root_name} ended connections before it had answered"),
+        };
+        for (who, own_port) in &route.through {
+            sentence.push_str(&format!(
+                " → {} lost its answer and closed its client's connection at port {own_port}",
+                self.name(*who)
+            ));
+        }
+        let victim = route.victim.map_or_else(|| "clients".to_owned(), |who| self.name(Some(who)));
+        sentence.push_str(&format!(
+            " → {victim} got no answer, {}.",
+            counted(chain.marks.count, "time", "times")
+        ));
+        let last = route.through.last().copied();
+        Some(Draft {
+            kind: FindingKind::Chain,
+            class: 4,
+            who: root,
+            pid: None,
+            remote: Some(Remote {
+                address: None::<IpAddr>,
+                port: None,
+                comm: route.victim.map(|who| self.names.get(who).comm.clone()),
+            }),
+            count: chain.marks.count,
+            marks: chain.marks.clone(),
+            confidence: if death.is_some() {
+                Confidence::Proven
+            } else {
+                confidence(chain.marks.count, None)
+            },
+            evidence: vec![
+                ("root_port", u64::from(port).into()),
+                ("victim_port", last.map(|(_, port)| u64::from(port)).into()),
+                ("processes", (route.through.len() as u64 + 1).into()),
+                ("resets", chain.resets.into()),
+                ("longest_ms", millis(chain.took_ns).into()),
+                ("how", death.map(Death::verb).into()),
+                (
+                    "through",
+                    route
+                        .through
+                        .iter()
+                        .map(|(who, port)| format!("{}:{port}", self.name(*who)))
+                        .collect::<Vec<_>>()
+                        .join(" → ")
+                        .into(),
+                ),
+            ],
+            summary: sentence,
+            advice: format!(
+                "Begin with {root_name}: what came after is its consequence, and needs no fix of its own but a retry."
+            ),
+        })
+    }
+}
+
+/// Whether waits at a proxy's upstream are those of the proxy's own clients.
+fn follows(spread: &Spread, front: &Service) -> bool {
+    front.gave_up.sample.spread().is_some_and(|front| {
+        (front.median - spread.median).abs() <= SAME * front.median
+            && spread.count <= front.count + front.count / 5
+    })
+}
+
+fn confidence(count: u64, spread: Option<&Spread>) -> Confidence {
+    let close = spread.is_none_or(|spread| spread.deviation <= 0.05 * spread.median);
+    if count >= 20 && close { Confidence::Strong } else { Confidence::Fair }
+}
+
+/// The numbers of a series, under names that say what it is of.
+fn times(of: &str, spread: &Spread) -> Vec<(&'static str, Evidence)> {
+    let names = match of {
+        "peer_timeout" => ["peer_timeout_ms", "peer_timeout_deviation_ms"],
+        "own_timeout" => ["own_timeout_ms", "own_timeout_deviation_ms"],
+        "timeout" => ["timeout_ms", "timeout_deviation_ms"],
+        _ => ["wait_ms", "wait_deviation_ms"],
+    };
+    vec![
+        (names[0], spread.median.into()),
+        (names[1], spread.deviation.into()),
+        ("samples", spread.count.into()),
+    ]
+}
+
+fn counted(count: u64, one: &str, many: &str) -> String {
+    match count {
+        0 => format!("no {one}"),
+        1 => format!("1 {one}"),
+        _ => format!("{count} {many}"),
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "52 bits of nanoseconds are two months")]
+fn millis(nanoseconds: i64) -> f64 {
+    nanoseconds as f64 / 1e6
+}
+
+fn time(nanoseconds: i64) -> Time {
+    Time(jiff::Timestamp::from_nanosecond(i128::from(nanoseconds)).unwrap_or_default())
+}

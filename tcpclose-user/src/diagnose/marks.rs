@@ -1,0 +1,61 @@
+//! How many connections show something, when, and which lines say so.
+
+use crate::diagnose::{end::Place, statistics::Sample};
+
+/// So many lines are named for each finding.
+const LINES: usize = 10;
+
+/// Connections that have something in common.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Marks {
+    pub(crate) count: u64,
+    pub(crate) first: i64,
+    pub(crate) last: i64,
+    /// How many different seconds they came in, as far as they came in order.
+    pub(crate) seconds: u64,
+    pub(crate) lines: Vec<Place>,
+}
+
+impl Marks {
+    pub(crate) fn add(&mut self, place: Place, time: i64) {
+        if self.count == 0 || time / SECOND != self.last / SECOND {
+            self.seconds += 1;
+        }
+        self.first = if self.count == 0 { time } else { self.first.min(time) };
+        self.last = if self.count == 0 { time } else { self.last.max(time) };
+        self.count += 1;
+        if self.lines.len() < LINES {
+            self.lines.push(place);
+        }
+    }
+
+    /// Adds what others show; lines of both are named.
+    pub(crate) fn merge(&mut self, other: &Self) {
+        if other.count == 0 {
+            return;
+        }
+        self.first = if self.count == 0 { other.first } else { self.first.min(other.first) };
+        self.last = if self.count == 0 { other.last } else { self.last.max(other.last) };
+        self.count += other.count;
+        self.seconds += other.seconds;
+        let room = LINES.saturating_sub(self.lines.len());
+        self.lines.extend(other.lines.iter().take(room));
+    }
+}
+
+/// Nanoseconds.
+pub(crate) const SECOND: i64 = 1_000_000_000;
+
+/// Connections with a time each.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Series {
+    pub(crate) marks: Marks,
+    pub(crate) sample: Sample,
+}
+
+impl Series {
+    pub(crate) fn add(&mut self, place: Place, time: i64, value: f64) {
+        self.marks.add(place, time);
+        self.sample.add(value);
+    }
+}

@@ -1,0 +1,155 @@
+//! What many lines say together.
+//!
+//! A pure function of lines ([`observation`]) to findings ([`crate::event::Finding`]): each line is added to tables of
+//! bounded size ([`Diagnosis::add`]), and the tables are judged whenever findings are asked for ([`Diagnosis::findings`]).
+//! The ends of a connection are joined first ([`pairs`]), then sorted into what they have in common: by program and
+//! service ([`services`]), by process that died ([`deaths`]), by destination ([`time_wait`]), by process that leaks
+//! ([`leaks`]), and by what led to what ([`chains`]). [`judge`] has the bars and the sentences.
+//!
+//! The tables together stay below 150 MiB, whatever comes; a few MiB is usual.
+
+mod chains;
+mod deaths;
+mod end;
+mod from_event;
+pub mod input;
+mod judge;
+mod leaks;
+mod marks;
+mod names;
+pub mod observation;
+pub mod page;
+mod pairs;
+pub mod pictures;
+pub mod report;
+mod services;
+mod statistics;
+mod time_wait;
+
+#[cfg(test)]
+mod tests;
+
+use crate::{
+    diagnose::{
+        end::{End, Place},
+        observation::{Line, Observation},
+        pairs::Key,
+    },
+    event::{Cause, Direction, Finding, LingeringKind, State},
+};
+
+/// Ends older than this, in nanoseconds of the lines' own time, are judged without their peers.
+const WAITED: i64 = 60 * marks::SECOND;
+
+/// Reads lines and says what they mean together.
+#[derive(Debug, Default)]
+pub struct Diagnosis {
+    names: names::Names,
+    pairs: pairs::Pairs,
+    services: services::Services,
+    deaths: deaths::Deaths,
+    leaks: leaks::Leaks,
+    time_wait: time_wait::TimeWait,
+    chains: chains::Chains,
+    /// The files that lines come from, by their numbers.
+    sources: Vec<String>,
+    latest: i64,
+    totals: Totals,
+}
+
+/// What was read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Lines of events.
+    pub lines: u64,
+    /// Of these, ends of connections.
+    pub ends: u64,
+    /// Connections of which both ends were there.
+    pub joined: u64,
+    /// Events that the trace lost.
+    pub lost: u64,
+    /// Services for which there was no room.
+    pub left_out: u64,
+}
+
+impl Diagnosis {
+    /// Nothing read yet. `sources` are the names of the files that lines will come from.
+    pub fn new(sources: Vec<String>) -> Self {
+        Self { sources, ..Self::default() }
+    }
+
+    /// Adds a line of a file, known by its number among `sources`.
+    pub fn add(&mut self, observation: &Observation<'_>, source: u16) {
+        let Some(line) = observation.event else { return };
+        self.latest = self.latest.max(observation.time);
+        self.totals.lines += 1;
+        match line {
+            Line::Close => self.close(observation, source),
+            Line::Reset => self.reset(observation, source),
+            Line::Lingering => self.lingering(observation, source),
+            Line::Lost => self.totals.lost += observation.count.unwrap_or_default(),
+        }
+    }
+
+    fn close(&mut self, observation: &Observation<'_>, source: u16) {
+        self.totals.ends += 1;
+        let Some(end) = End::of(observation, source, &mut self.names) else { return };
+        if end.close_wait_ms.is_some() {
+            self.leaks.closed(Key::of(&end));
+        }
+        self.time_wait.settle(&end);
+        let Self { pairs, services, deaths, chains, .. } = self;
+        pairs.add(end, |end, peer| {
+            services.settle(end, peer);
+            deaths.settle(end, peer);
+            chains.settle(end, peer);
+        });
+    }
+
+    fn reset(&mut self, observation: &Observation<'_>, source: u16) {
+        let too_late = matches!(observation.cause, Some(Cause::Timewait | Cause::NoListener));
+        if observation.direction != Some(Direction::Sent) || !too_late {
+            return;
+        }
+        if let Some((local, remote)) = observation.connection.local.zip(observation.connection.remote) {
+            let pair = Key::seen(local, remote, source, observation.connection.netns);
+            let place = Place { source, seq: observation.seq };
+            self.services.too_late(pair, self.pairs.waiting(pair), place, observation.time);
+        }
+    }
+
+    fn lingering(&mut self, observation: &Observation<'_>, source: u16) {
+        let connection = &observation.connection;
+        let Some((local, remote)) = connection.local.zip(connection.remote) else { return };
+        let who = observation.process.as_ref().map(|process| self.names.of(process));
+        match (observation.state, observation.kind) {
+            (_, Some(LingeringKind::Unaccepted)) => {
+                let place = Place { source, seq: observation.seq };
+                self.services.unaccepted(who, local, place, observation.time);
+            }
+            (Some(State::CloseWait), _) => {
+                let pair = Key::seen(local, remote, source, connection.netns);
+                self.leaks.lingering(observation, source, pair, who);
+            }
+            _ => {}
+        }
+    }
+
+    /// What the lines so far say, most costly first. Ends whose peers may still come count only when they are a minute
+    /// old, unless this is the `last` time.
+    pub fn findings(&mut self, last: bool) -> Vec<Finding> {
+        let until = if last { i64::MAX } else { self.latest.saturating_sub(WAITED) };
+        let Self { pairs, services, deaths, chains, .. } = self;
+        pairs.give_up_before(until, |end, peer| {
+            services.settle(end, peer);
+            deaths.settle(end, peer);
+            chains.settle(end, peer);
+        });
+        self.judge().into_iter().map(|ranked| ranked.finding).collect()
+    }
+
+    /// What was read.
+    pub fn totals(&self) -> Totals {
+        Totals { joined: self.pairs.joined, left_out: self.services.left_out, ..self.totals }
+    }
+}

@@ -1,0 +1,103 @@
+//! The two ends of a connection, joined by their addresses.
+//!
+//! Each end is held back until the other one comes, from the same file or another, so that both can be judged together;
+//! or until [`ROOM`] others have come since, or until it is a minute old and findings are asked for. An end behind NAT
+//! has other addresses than its peer knows, and is judged alone, as is one whose peer was not traced.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    net::SocketAddr,
+};
+
+use crate::diagnose::end::End;
+
+/// So many ends wait for their peers; 16 MiB.
+const ROOM: usize = 32_768;
+
+/// Local and remote address of the end that is looked for. Addresses of the loopback mean something in their own
+/// network namespace alone, and on their own host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Key {
+    local: SocketAddr,
+    remote: SocketAddr,
+    place: Option<(u16, u32)>,
+}
+
+impl Key {
+    fn new(local: SocketAddr, remote: SocketAddr, source: u16, netns: u32) -> Self {
+        // Both ends at one address are on one host, whatever the address is.
+        let is_local = local.ip().is_loopback() || local.ip() == remote.ip();
+        Self { local: plain(local), remote: plain(remote), place: is_local.then_some((source, netns)) }
+    }
+
+    pub(crate) fn of(end: &End) -> Self {
+        Self::new(end.local, end.remote, end.place.source, end.netns)
+    }
+
+    pub(crate) fn of_peer(end: &End) -> Self {
+        Self::new(end.remote, end.local, end.place.source, end.netns)
+    }
+
+    pub(crate) fn seen(local: SocketAddr, remote: SocketAddr, source: u16, netns: Option<u32>) -> Self {
+        Self::new(local, remote, source, netns.unwrap_or_default())
+    }
+}
+
+/// Without scope and flow label, which differ between the ends.
+fn plain(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+/// Ends that wait for their peers.
+#[derive(Debug, Default)]
+pub(crate) struct Pairs {
+    waiting: HashMap<Key, End>,
+    /// In the order in which they came; some have been found since.
+    order: VecDeque<(Key, i64)>,
+    pub(crate) joined: u64,
+    pub(crate) alone: u64,
+}
+
+impl Pairs {
+    /// Hands `settle` what can be judged now: this end with its peer, or ends that have waited long enough.
+    pub(crate) fn add(&mut self, end: End, mut settle: impl FnMut(&End, Option<&End>)) {
+        if let Some(peer) = self.waiting.remove(&Key::of_peer(&end)) {
+            self.joined += 1;
+            settle(&peer, Some(&end));
+            settle(&end, Some(&peer));
+            return;
+        }
+        let key = Key::of(&end);
+        // The same addresses again: a port was used a second time, and the first end's peer will not come.
+        if let Some(former) = self.waiting.insert(key, end) {
+            self.alone += 1;
+            settle(&former, None);
+        }
+        self.order.push_back((key, end.time));
+        while self.waiting.len() > ROOM || self.order.len() > 2 * ROOM {
+            self.give_up_oldest(&mut settle);
+        }
+    }
+
+    /// An end that waits.
+    pub(crate) fn waiting(&self, key: Key) -> Option<&End> {
+        self.waiting.get(&key)
+    }
+
+    fn give_up_oldest(&mut self, settle: &mut impl FnMut(&End, Option<&End>)) {
+        let Some((key, time)) = self.order.pop_front() else { return };
+        if self.waiting.get(&key).is_some_and(|end| end.time == time)
+            && let Some(end) = self.waiting.remove(&key)
+        {
+            self.alone += 1;
+            settle(&end, None);
+        }
+    }
+
+    /// Hands over what came before `time`.
+    pub(crate) fn give_up_before(&mut self, time: i64, mut settle: impl FnMut(&End, Option<&End>)) {
+        while self.order.front().is_some_and(|(_, oldest)| *oldest < time) {
+            self.give_up_oldest(&mut settle);
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! Findings for people: a screenful, the most costly first.
+
+use std::io::{self, Write};
+
+use crate::{
+    diagnose::Totals,
+    event::Finding,
+    sink::{COLUMNS, Palette, escape, wrap},
+};
+
+/// So many are written out; the rest is counted, and is in the JSON.
+const MOST: usize = 8;
+
+/// The width of the number, and of what stands below it.
+const INDENT: usize = 3;
+
+/// Writes findings, and what they were made of.
+pub fn write(out: &mut impl Write, findings: &[Finding], totals: Totals, palette: Palette) -> io::Result<()> {
+    let Palette { alarm, header, dim, .. } = palette;
+    if findings.is_empty() {
+        writeln!(out, "{header}No findings{header:#} in {}.", read(totals))?;
+    } else {
+        let noun = if findings.len() == 1 { "finding" } else { "findings" };
+        writeln!(
+            out,
+            "{header}{} {noun}{header:#} in {}, the most costly first.",
+            findings.len(),
+            read(totals)
+        )?;
+    }
+    for (number, finding) in findings.iter().take(MOST).enumerate() {
+        let kind = finding.kind;
+        let number = number + 1;
+        writeln!(out, "\n{number:>2} {alarm}{kind}{alarm:#} {dim}{}{dim:#}", span(finding))?;
+        paragraph(out, &escape(&finding.summary))?;
+        paragraph(out, &format!("→ {}", escape(&finding.advice)))?;
+    }
+    if findings.len() > MOST {
+        writeln!(out, "\n{} more are in the JSON (`-o json`).", findings.len() - MOST)?;
+    }
+    if !findings.is_empty() {
+        writeln!(
+            out,
+            "\n{dim}`tcpclose explain KIND` says how each is found. Both ends were joined by their addresses{dim:#}"
+        )?;
+        writeln!(
+            out,
+            "{dim}for {} connections; behind NAT an end has another address and is judged alone.{dim:#}",
+            totals.joined
+        )?;
+    }
+    Ok(())
+}
+
+fn read(totals: Totals) -> String {
+    let mut text = format!("{} lines, {} ends of connections", totals.lines, totals.ends);
+    if totals.lost > 0 {
+        text.push_str(&format!(" ({} events were lost in tracing)", totals.lost));
+    }
+    text
+}
+
+fn span(finding: &Finding) -> String {
+    let clock = |time: crate::event::Time| time.0.strftime("%H:%M:%S").to_string();
+    let lines: Vec<_> = finding.lines.iter().map(u64::to_string).collect();
+    format!(
+        "{} · {} to {} UTC · {} · seq {}",
+        finding.count,
+        clock(finding.first),
+        clock(finding.last),
+        finding.confidence,
+        lines.join(", ")
+    )
+}
+
+fn paragraph(out: &mut impl Write, text: &str) -> io::Result<()> {
+    wrap(text, COLUMNS - INDENT).iter().try_for_each(|line| writeln!(out, "{:INDENT$}{line}", ""))
+}

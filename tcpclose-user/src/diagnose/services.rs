@@ -1,0 +1,328 @@
+//! What the ends of connections to one service have in common: one entry for each program, side and service.
+//!
+//! [`Services::settle`] sorts an end into the series it belongs to; [`crate::diagnose::judge`] makes findings of them.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    net::{IpAddr, SocketAddr},
+};
+
+use crate::{
+    diagnose::{
+        end::{End, Place},
+        marks::{Marks, Series},
+        names::Who,
+        pairs::Key,
+        statistics::Sample,
+    },
+    event::{Cause, Ended, LastData, Role},
+};
+
+/// So many services are told apart. When there is no room, those that show least and longest ago go.
+const MOST: usize = 8_192;
+
+/// So many ends that a server closed when idle are remembered, for requests that come too late for them.
+const RECENT: usize = 8_192;
+
+/// Shorter idle times are pauses within an exchange, or a farewell.
+const IDLE_MS: f64 = 500.0;
+
+/// Shorter waits are races between an answer and an orderly end.
+const WAIT_MS: f64 = 50.0;
+
+/// An attempt that was given up sooner may have lost against another address of the same name.
+const ATTEMPT_MS: f64 = 500.0;
+
+/// Data that was sent this long before the peer's FIN came may have crossed with it, round trip included.
+const CROSSING_MS: f64 = 50.0;
+
+/// A connection that was silent for less than this was not forgotten by anybody.
+const CUT_MS: f64 = 1_000.0;
+
+/// A program's connections to a service, or of a service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct ServiceKey {
+    pub(crate) who: Option<Who>,
+    pub(crate) is_server: bool,
+    /// The server's address, seen from its clients; a server's own clients are one group.
+    pub(crate) address: Option<IpAddr>,
+    pub(crate) port: u16,
+}
+
+impl ServiceKey {
+    fn of(end: &End) -> Option<Self> {
+        let (is_server, address, port) = match end.role? {
+            Role::Client => (false, Some(end.remote.ip()), end.remote.port()),
+            Role::Server => (true, None, end.local.port()),
+        };
+        Some(Self { who: end.who, is_server, address, port })
+    }
+}
+
+/// What is known of them.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Service {
+    /// Ends that were established, and those on which the server has sent something.
+    pub(crate) ends: u64,
+    pub(crate) answered: u64,
+    pub(crate) pid: Single<u32>,
+    pub(crate) remote: Single<IpAddr>,
+    /// The program at the other end.
+    pub(crate) peer: Single<Who>,
+    /// Clients: the server closed when the connection was idle, after so long.
+    pub(crate) idle_by_peer: Series,
+    /// This end closed when it was idle, after so long.
+    pub(crate) idle_own: Series,
+    /// Requests that met the other end's close.
+    pub(crate) raced: Marks,
+    /// Whoever asked closed before the answer, after so long.
+    pub(crate) gave_up: Series,
+    /// Clients: the server closed before it answered, or reset the connection, after so long.
+    pub(crate) unanswered: Series,
+    /// How many of those were resets, and how many are known to have been closed by the server's own code.
+    pub(crate) resets: u64,
+    pub(crate) closed_by_code: u64,
+    /// Servers: closed with data unread, after an answer was sent; how many bytes.
+    pub(crate) unread: Marks,
+    pub(crate) unread_bytes: u64,
+    pub(crate) overflow: Marks,
+    /// Sockets that wait in the accept queue.
+    pub(crate) unaccepted: Marks,
+    pub(crate) refused: Marks,
+    pub(crate) no_answer: Series,
+    pub(crate) unreachable: u64,
+    pub(crate) forged: Marks,
+    /// Ended by RST or silence when they were used again after so long.
+    pub(crate) cut: Series,
+    /// How long connections were idle that were in order afterwards.
+    pub(crate) lived: Sample,
+}
+
+/// A value that may be one and the same every time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Single<T> {
+    #[default]
+    None,
+    One(T),
+    Several,
+}
+
+impl<T: Copy + PartialEq> Single<T> {
+    pub(crate) fn add(&mut self, value: T) {
+        *self = match *self {
+            Self::None => Self::One(value),
+            Self::One(one) if one == value => *self,
+            _ => Self::Several,
+        };
+    }
+
+    pub(crate) fn get(self) -> Option<T> {
+        match self {
+            Self::One(value) => Some(value),
+            _ => None,
+        }
+    }
+}
+
+impl Service {
+    fn shown(&self) -> u64 {
+        let series = [&self.idle_by_peer, &self.gave_up, &self.unanswered, &self.no_answer, &self.cut];
+        let marks =
+            [&self.unread, &self.overflow, &self.unaccepted, &self.refused, &self.forged, &self.raced];
+        series.iter().map(|series| series.marks.count).sum::<u64>()
+            + marks.iter().map(|marks| marks.count).sum::<u64>()
+    }
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Services {
+    pub(crate) all: HashMap<ServiceKey, Service>,
+    /// Services that gave way to others.
+    pub(crate) left_out: u64,
+    idle_closed: HashMap<Key, ServiceKey>,
+    idle_closed_order: VecDeque<Key>,
+}
+
+impl Services {
+    fn get(&mut self, key: ServiceKey) -> &mut Service {
+        if self.all.len() >= MOST && !self.all.contains_key(&key) {
+            let before = self.all.len();
+            let mut shown: Vec<u64> = self.all.values().map(Service::shown).collect();
+            let (_, middle, _) = shown.select_nth_unstable(before / 2);
+            let bar = *middle;
+            // At least half of them; all if they show the same.
+            self.all.retain(|_, service| service.shown() > bar);
+            self.left_out += (before - self.all.len()) as u64;
+        }
+        self.all.entry(key).or_default()
+    }
+
+    /// Sorts an end in, with what its peer says about it.
+    pub(crate) fn settle(&mut self, end: &End, peer: Option<&End>) {
+        let Some(key) = ServiceKey::of(end) else { return };
+        let place = end.place;
+        let service = self.get(key);
+        service.remote.add(end.remote.ip());
+        if end.who.is_some() {
+            service.pid.add(end.pid);
+        }
+        if let Some(who) = peer.and_then(|peer| peer.who) {
+            service.peer.add(who);
+        }
+        match end.cause {
+            Some(Cause::Refused) => return service.refused.add(place, end.time),
+            Some(Cause::AcceptOverflow) => return service.overflow.add(place, end.time),
+            Some(Cause::SuspectedInjection) => return service.forged.add(place, end.time),
+            Some(Cause::ConnectTimeout | Cause::ConnectAbandoned | Cause::HostUnreachable)
+                if !end.path.established =>
+            {
+                service.unreachable += u64::from(end.cause == Some(Cause::HostUnreachable));
+                if end.cause != Some(Cause::ConnectAbandoned) || end.path.length_ms >= ATTEMPT_MS {
+                    service.no_answer.add(place, end.time, end.path.length_ms);
+                }
+                return;
+            }
+            _ => {}
+        }
+        if !end.path.established {
+            return;
+        }
+        service.ends += 1;
+        service.answered += u64::from(if key.is_server { end.sent > 0 } else { end.received > 0 });
+        if key.is_server {
+            service.settle_server(end, peer);
+            if end.closed_here() && end.idle_after_answer_ms().is_some_and(|idle| idle >= IDLE_MS) {
+                // With its peer at hand, that says whether a request was lost.
+                if peer.is_none() {
+                    self.remember(end, key);
+                }
+            }
+        } else {
+            service.settle_client(end, peer);
+        }
+    }
+
+    fn remember(&mut self, end: &End, key: ServiceKey) {
+        let pair = Key::of(end);
+        self.idle_closed.insert(pair, key);
+        self.idle_closed_order.push_back(pair);
+        if self.idle_closed_order.len() > RECENT
+            && let Some(oldest) = self.idle_closed_order.pop_front()
+        {
+            self.idle_closed.remove(&oldest);
+        }
+    }
+
+    /// A RST that answered data for a connection which the local side had closed. Its end may still wait for its peer.
+    pub(crate) fn too_late(&mut self, pair: Key, waiting: Option<&End>, place: Place, time: i64) {
+        let waiting = waiting.filter(|end| {
+            end.role == Some(Role::Server)
+                && end.closed_here()
+                && end.idle_after_answer_ms().is_some_and(|idle| idle >= IDLE_MS)
+        });
+        let key = waiting.and_then(ServiceKey::of).or_else(|| self.idle_closed.remove(&pair));
+        if let Some(key) = key {
+            self.get(key).raced.add(place, time);
+        }
+    }
+
+    /// A socket that waits to be accepted.
+    pub(crate) fn unaccepted(&mut self, who: Option<Who>, local: SocketAddr, place: Place, time: i64) {
+        let key = ServiceKey { who, is_server: true, address: None, port: local.port() };
+        self.get(key).unaccepted.add(place, time);
+    }
+}
+
+impl Service {
+    fn settle_server(&mut self, end: &End, peer: Option<&End>) {
+        let place = end.place;
+        if end.cause == Some(Cause::UnreadData) && end.closed_here() && end.sent > 0 && end.death.is_none() {
+            self.unread.add(place, end.time);
+            self.unread_bytes += end.unread.unwrap_or_default();
+        }
+        if end.closed_here() && end.death.is_none() {
+            if let Some(idle) = end.idle_after_answer_ms().filter(|idle| *idle >= IDLE_MS) {
+                self.idle_own.add(place, end.time, idle);
+                // Between its shutdown() and its close().
+                if end.cause == Some(Cause::DataAfterClose) {
+                    self.raced.add(place, end.time);
+                }
+            }
+        }
+        let client_died = peer.is_some_and(|peer| peer.death.is_some());
+        if end.closed_there() && !client_died {
+            if let Some(wait) = end.waited_ms().filter(|wait| *wait >= WAIT_MS) {
+                self.gave_up.add(place, end.moved, wait);
+            }
+        }
+    }
+
+    fn settle_client(&mut self, end: &End, peer: Option<&End>) {
+        let place = end.place;
+        let was_reset = end.ended == Some(Ended::ResetReceived);
+        if end.closed_here() {
+            if end.death.is_some() {
+                return;
+            }
+            if let Some(wait) = end.waited_ms().filter(|wait| *wait >= WAIT_MS) {
+                self.gave_up.add(place, end.moved, wait);
+            } else if let Some(idle) = end.idle_after_answer_ms() {
+                // A peer that knew the connection would have acknowledged the FIN before it could have reset it.
+                let unknown_to_peer = end.path.fin_wait && !end.path.fin_acknowledged;
+                if unknown_to_peer && (was_reset || end.ended == Some(Ended::Timeout)) && idle >= CUT_MS {
+                    self.cut_unless_ended(end, peer, idle);
+                } else if end.ended == Some(Ended::Fin) {
+                    self.lived.add(idle);
+                    if idle >= IDLE_MS {
+                        self.idle_own.add(place, end.time, idle);
+                    }
+                }
+            }
+            return;
+        }
+        let server_died = peer.is_some_and(|peer| peer.death.is_some());
+        if server_died {
+            // The process's own end counts.
+            return;
+        }
+        let silence = end.silence_before_last_sent_ms();
+        if !end.path.close_wait && (was_reset || end.ended == Some(Ended::Timeout)) {
+            if let Some(silence) = silence.filter(|silence| *silence >= CUT_MS) {
+                return self.cut_unless_ended(end, peer, silence);
+            }
+        }
+        if !end.closed_there() {
+            return;
+        }
+        let crossing = end.since_sent_ms.is_some_and(|since| since <= CROSSING_MS);
+        if let Some(silence) =
+            silence.filter(|silence| end.path.close_wait && crossing && *silence >= IDLE_MS)
+        {
+            self.idle_by_peer.add(place, end.moved, silence);
+            self.raced.add(place, end.time);
+        } else if let Some(idle) = end.idle_after_answer_ms().filter(|_| end.path.close_wait) {
+            if end.ended == Some(Ended::Fin) {
+                self.lived.add(idle);
+            }
+            if idle >= IDLE_MS {
+                self.idle_by_peer.add(place, end.moved, idle);
+                // Only data brings a RST in CLOSE_WAIT.
+                if was_reset {
+                    self.raced.add(place, end.time);
+                }
+            }
+        } else if let Some(wait) = end.waited_ms().filter(|_| end.last_data == Some(LastData::Sent)) {
+            self.unanswered.add(place, end.moved, wait);
+            self.resets += u64::from(was_reset);
+            self.closed_by_code += u64::from(peer.is_some_and(|peer| peer.closed_here() && peer.acted));
+        }
+    }
+
+    /// The other end had not ended the connection itself, as far as is known.
+    fn cut_unless_ended(&mut self, end: &End, peer: Option<&End>, silence: f64) {
+        let ended_there = peer.is_some_and(|peer| peer.acted && peer.moved < end.moved);
+        if !ended_there {
+            self.cut.add(end.place, end.time, silence);
+        }
+    }
+}

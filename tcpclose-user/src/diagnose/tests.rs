@@ -1,0 +1,591 @@
+//! Each kind of finding from lines made for it, and its absence below the bar.
+
+use serde_json::{Value, json};
+
+use crate::{
+    diagnose::{Diagnosis, input::Input},
+    event::{Confidence, Evidence, Finding, FindingKind},
+};
+
+/// Seconds after the beginning, as the output writes times.
+fn at(seconds: f64) -> String {
+    let start: jiff::Timestamp = "2026-03-01T12:00:00Z".parse().expect("a time");
+    let time = start + jiff::SignedDuration::from_secs_f64(seconds);
+    format!("{time:.9}")
+}
+
+/// The end of a connection that a client made to port 9000 of 10.0.0.2, seen from the client, `fields` replaced.
+fn client(seconds: f64, port: u16, fields: &Value) -> Value {
+    let mut line = json!({
+        "event": "close", "time": at(seconds), "seq": 0,
+        "connection": {
+            "local": {"address": "10.0.0.1", "port": port}, "remote": {"address": "10.0.0.2", "port": 9000},
+            "netns": 1, "role": "client", "age_ms": 9000.0, "bytes_sent": 100, "bytes_received": 200,
+        },
+        "process": {"pid": 10, "tid": 10, "comm": "app", "exe": "/bin/app", "container": null},
+        "closed_by": "local", "ended": "fin", "trigger": "close", "cause": null,
+        "idle_ms": 1.0, "last_data": "received",
+        "states": steps(&["ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "CLOSE"]),
+    });
+    merge(&mut line, fields);
+    line
+}
+
+/// The other end of the same connection.
+fn server(seconds: f64, port: u16, fields: &Value) -> Value {
+    let mut line = client(
+        seconds,
+        port,
+        &json!({
+            "connection": {
+                "local": {"address": "10.0.0.2", "port": 9000}, "remote": {"address": "10.0.0.1", "port": port},
+                "role": "server", "bytes_sent": 200, "bytes_received": 100,
+            },
+            "process": {"pid": 20, "tid": 20, "comm": "backend", "exe": "/bin/backend"},
+            "closed_by": "peer", "last_data": "sent",
+            "states": steps(&["ESTABLISHED", "CLOSE_WAIT", "LAST_ACK", "CLOSE"]),
+        }),
+    );
+    merge(&mut line, fields);
+    line
+}
+
+fn steps(states: &[&str]) -> Value {
+    states
+        .iter()
+        .zip(0_u32..)
+        .map(|(state, at)| json!({"state": state, "at_ms": f64::from(at) * 0.1}))
+        .collect()
+}
+
+fn closed_by_peer(idle: f64) -> Value {
+    json!({
+        "closed_by": "peer", "idle_ms": idle,
+        "states": steps(&["ESTABLISHED", "CLOSE_WAIT", "LAST_ACK", "CLOSE"]),
+    })
+}
+
+fn merge(line: &mut Value, fields: &Value) {
+    match (line, fields) {
+        (Value::Object(line), Value::Object(fields)) => {
+            for (name, value) in fields {
+                merge(line.entry(name).or_insert(Value::Null), value);
+            }
+        }
+        (line, value) => *line = value.clone(),
+    }
+}
+
+fn text(lines: &mut [Value]) -> String {
+    for (seq, line) in (1..).zip(lines.iter_mut()) {
+        line["seq"] = Value::from(seq);
+    }
+    lines.iter().map(|line| format!("{line}\n")).collect()
+}
+
+fn findings(mut lines: Vec<Value>) -> Vec<Finding> {
+    findings_of_files(&[&text(&mut lines)])
+}
+
+fn findings_of_files(texts: &[&str]) -> Vec<Finding> {
+    let mut input = Input::of(texts);
+    let mut diagnosis = Diagnosis::new(input.names());
+    input.read(|observation, source| diagnosis.add(observation, source)).expect("memory");
+    assert_eq!(input.broken.count, 0, "{:?}", input.broken);
+    diagnosis.findings(true)
+}
+
+fn kinds(findings: &[Finding]) -> Vec<FindingKind> {
+    findings.iter().map(|finding| finding.kind).collect()
+}
+
+#[track_caller]
+fn only(lines: Vec<Value>, kind: FindingKind) -> Finding {
+    let mut findings = findings(lines);
+    assert_eq!(kinds(&findings), [kind], "{findings:#?}");
+    findings.remove(0)
+}
+
+#[track_caller]
+fn none(lines: Vec<Value>) {
+    let findings = findings(lines);
+    assert!(findings.is_empty(), "{findings:#?}");
+}
+
+fn number(finding: &Finding, name: &str) -> f64 {
+    match finding.evidence.get(name) {
+        #[expect(clippy::cast_precision_loss, reason = "small in tests")]
+        Some(Evidence::Count(count)) => *count as f64,
+        Some(Evidence::Number(number)) => *number,
+        other => panic!("{name} is {other:?} in {finding:#?}"),
+    }
+}
+
+#[track_caller]
+fn assert_near(value: f64, expected: f64) {
+    assert!((value - expected).abs() < 0.01, "{value} is not {expected}");
+}
+
+/// `count` ends, a second and a port apart.
+fn many(count: u16, mut end: impl FnMut(f64, u16) -> Value) -> Vec<Value> {
+    (0..count).map(|number| end(f64::from(number), 40_000 + number)).collect()
+}
+
+#[test]
+fn keepalive_mismatch() {
+    let mut lines = many(37, |at, port| client(at, port, &closed_by_peer(5000.0 + at)));
+    // Three of them were used again before the program had noticed.
+    for line in &mut lines[..3] {
+        line["ended"] = "reset_received".into();
+        line["cause"] = "peer_reset".into();
+        line["states"] = steps(&["ESTABLISHED", "CLOSE_WAIT", "CLOSE"]);
+    }
+    lines.extend((0..9).map(|n: u16| client(50.0 + f64::from(n), 50_000 + n, &json!({"idle_ms": 60_000.0}))));
+    let finding = only(lines, FindingKind::KeepaliveMismatch);
+    assert_eq!(finding.count, 37);
+    assert_near(number(&finding, "peer_timeout_ms"), 5018.0);
+    assert_near(number(&finding, "own_timeout_ms"), 60_000.0);
+    assert_near(number(&finding, "raced_requests"), 3.0);
+    assert_eq!(finding.confidence, Confidence::Strong);
+    assert_eq!(&finding.lines[..3], [1, 2, 3], "the lost requests first");
+    assert!(finding.summary.contains("37 closed, 3 requests lost"), "{}", finding.summary);
+    assert_eq!(finding.process.expect("known").comm, "app");
+}
+
+#[test]
+fn a_farewell_does_not_hide_the_silence() {
+    // A close_notify: data came just before the FIN, but we had sent nothing for five seconds. Then a request that
+    // crossed with the FIN.
+    let mut lines = many(6, |at, port| {
+        let mut line = client(at, port, &closed_by_peer(0.0));
+        merge(&mut line, &json!({"last_data": "sent", "since_sent_ms": 2.0, "since_received_ms": 5002.0}));
+        line
+    });
+    let finding = only(lines.clone(), FindingKind::KeepaliveMismatch);
+    assert_near(number(&finding, "peer_timeout_ms"), 5000.0);
+    assert_near(number(&finding, "raced_requests"), 6.0);
+    lines.truncate(4);
+    none(lines);
+}
+
+#[test]
+fn no_keepalive_mismatch_below_the_bar() {
+    none(many(4, |at, port| client(at, port, &closed_by_peer(5000.0))));
+    // Irregular, or at once after the answer.
+    none(many(20, |at, port| client(at, port, &closed_by_peer(1000.0 * (at + 1.0)))));
+    none(many(20, |at, port| client(at, port, &closed_by_peer(3.0))));
+    // The client's own doing.
+    none(many(20, |at, port| client(at, port, &json!({"idle_ms": 60_000.0}))));
+    // A server that closes idle clients, of whom none came too late.
+    let idle = json!({"closed_by": "local", "idle_ms": 5000.0, "states": steps(&["ESTABLISHED", "FIN_WAIT1", "CLOSE"])});
+    none(many(20, |at, port| server(at, port, &idle)));
+}
+
+#[test]
+fn keepalive_mismatch_seen_from_the_server_alone() {
+    let idle = json!({"closed_by": "local", "idle_ms": 5000.0, "states": steps(&["ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "CLOSE"])});
+    let mut lines = many(8, |at, port| server(at, port, &idle));
+    let reset = |at: f64, port: u16| {
+        let mut line = server(
+            at,
+            port,
+            &json!({"process": null, "event": "reset", "direction": "sent", "cause": "timewait"}),
+        );
+        line["connection"]["role"] = Value::Null;
+        line
+    };
+    lines.extend([reset(9.0, 40_001), reset(9.5, 40_007), reset(10.0, 1)]);
+    let finding = only(lines, FindingKind::KeepaliveMismatch);
+    assert_near(number(&finding, "own_timeout_ms"), 5000.0);
+    assert_near(number(&finding, "raced_requests"), 2.0);
+    assert_near(number(&finding, "local_port"), 9000.0);
+}
+
+#[test]
+fn client_gave_up_at_its_timeout() {
+    let gone = json!({"last_data": "received", "idle_ms": 3000.0});
+    let mut lines = many(6, |at, port| server(at, port, &gone));
+    lines.push(server(10.0, 50_000, &json!({})));
+    let finding = only(lines, FindingKind::ClientGaveUp);
+    assert_near(number(&finding, "timeout_ms"), 3000.0);
+    assert_eq!(finding.count, 6);
+    assert_eq!(finding.lines, [1, 2, 3, 4, 5, 6]);
+}
+
+#[test]
+fn people_who_left() {
+    let waits = [1200.0, 9000.0, 2500.0, 17_000.0, 4000.0, 30_000.0];
+    let gone = |at: f64, port| {
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an index")]
+        let wait = waits[at as usize];
+        server(at, port, &json!({"last_data": "received", "idle_ms": wait}))
+    };
+    let mut lines = many(6, gone);
+    lines.push(server(10.0, 50_000, &json!({})));
+    let finding = only(lines, FindingKind::ClientGaveUp);
+    assert!(finding.summary.contains("people who left"), "{}", finding.summary);
+    assert!(!finding.evidence.contains_key("timeout_ms"));
+}
+
+#[test]
+fn nobody_gave_up_below_the_bar() {
+    let gone = |wait: f64| json!({"last_data": "received", "idle_ms": wait});
+    let answered = || server(10.0, 50_000, &json!({}));
+    let mut four = many(4, |at, port| server(at, port, &gone(3000.0)));
+    four.push(answered());
+    none(four);
+    // The end of a benchmark: what was under way was a fraction of a second old.
+    let mut benchmark = many(50, |at, port| server(1.0, port, &gone(at)));
+    benchmark.push(answered());
+    none(benchmark);
+    // Logs go one way.
+    none(many(20, |at, port| {
+        let mut line = server(at, port, &gone(3000.0));
+        line["connection"]["bytes_sent"] = 0.into();
+        line
+    }));
+}
+
+#[test]
+fn both_views_of_a_wait_are_one_finding() {
+    let mut lines = Vec::new();
+    for number in 0..6_u16 {
+        let (time, port) = (f64::from(number), 40_000 + number);
+        lines.push(client(time, port, &json!({"last_data": "sent", "idle_ms": 3000.0})));
+        lines.push(server(time, port, &json!({"last_data": "received", "idle_ms": 3000.0})));
+    }
+    let finding = only(lines, FindingKind::ClientGaveUp);
+    assert_eq!(finding.process.expect("known").comm, "backend");
+    assert_eq!(finding.remote.expect("known").comm.as_deref(), Some("app"));
+}
+
+#[test]
+fn a_server_that_crashes_is_a_finding_at_the_first_request_lost() {
+    let crash =
+        json!({"closed_by": "local", "trigger": "signal", "signal": "SIGSEGV", "last_data": "received"});
+    let finding = only(vec![server(1.0, 40_000, &crash)], FindingKind::BackendDied);
+    assert_eq!(finding.confidence, Confidence::Proven);
+    assert!(
+        finding.summary.contains("crashed (SIGSEGV) 1 time, with 1 request unanswered"),
+        "{}",
+        finding.summary
+    );
+    let idle = json!({"closed_by": "local", "trigger": "signal", "signal": "SIGSEGV", "last_data": "sent"});
+    none(vec![server(1.0, 40_000, &idle)]);
+    let mut oom = crash;
+    merge(&mut oom, &json!({"signal": "SIGKILL", "signal_from": {"oom": true}}));
+    let finding = only(vec![server(1.0, 40_000, &oom)], FindingKind::BackendDied);
+    assert!(finding.summary.contains("OOM killer"), "{}", finding.summary);
+}
+
+#[test]
+fn servers_that_close_before_they_answer() {
+    let mut gone = closed_by_peer(40.0);
+    merge(&mut gone, &json!({"last_data": "sent"}));
+    let mut lines = many(6, |at, port| client(at, port, &gone));
+    // A protocol in which the client has the last word looks the same.
+    none(lines.clone());
+    lines.extend((0..20).map(|number: u16| client(20.0, 50_000 + number, &json!({}))));
+    let finding = only(lines, FindingKind::BackendDied);
+    assert_near(number(&finding, "wait_ms"), 40.0);
+    assert_near(number(&finding, "connections"), 26.0);
+}
+
+#[test]
+fn a_restart_is_no_fault() {
+    let stopped = json!({"closed_by": "local", "trigger": "signal", "signal": "SIGTERM"});
+    let finding = only(
+        (0..7).map(|number: u16| server(1.0 + f64::from(number) * 0.1, 40_000 + number, &stopped)).collect(),
+        FindingKind::Deploy,
+    );
+    assert_near(number(&finding, "requests_lost"), 0.0);
+    assert!(finding.summary.contains("nothing was lost"), "{}", finding.summary);
+    none((0..4).map(|number: u16| server(1.0, 40_000 + number, &stopped)).collect());
+    none(many(7, |at, port| server(at, port, &stopped)));
+    // A client's end, as that of a benchmark.
+    none((0..50).map(|number: u16| client(1.0, 40_000 + number, &json!({"trigger": "exit"}))).collect());
+}
+
+fn lingering(seconds: f64, port: u16, kind: &str) -> Value {
+    let mut line = client(
+        seconds,
+        port,
+        &json!({
+            "event": "lingering", "state": "CLOSE_WAIT", "kind": kind, "since": at(seconds - 10.0), "for_ms": 10_000.0,
+            "holders": [{"pid": 10, "comm": "app", "fd": port - 40_000 + 10}],
+            "opener": {"process": null, "stack": {"kernel": null, "user": [
+                {"symbol": "__connect", "module": "/lib/x86_64-linux-gnu/libc.so.6", "file": null, "line": null},
+                {"symbol": "app::fetch", "module": "/bin/app", "file": "fetch.rs", "line": 12},
+            ]}},
+        }),
+    );
+    line["closed_by"] = Value::Null;
+    line
+}
+
+#[test]
+fn leak() {
+    let mut lines = many(13, |at, port| lingering(at * 6.0, port, "leaked"));
+    // Two are closed after all.
+    let mut closed = closed_by_peer(1.0);
+    merge(&mut closed, &json!({"close_wait_ms": 15_000.0}));
+    lines.extend([client(80.0, 40_000, &closed), client(80.0, 40_001, &closed)]);
+    let finding = only(lines, FindingKind::Leak);
+    assert_eq!(finding.count, 11);
+    assert_near(number(&finding, "per_minute"), 10.0);
+    assert_near(number(&finding, "highest_descriptor"), 22.0);
+    assert_near(number(&finding, "minutes_to_1024_descriptors"), 100.2);
+    assert_eq!(finding.evidence["opened_in"], Evidence::Text("app::fetch (fetch.rs:12)".to_owned()));
+}
+
+#[test]
+fn no_leak_below_the_bar() {
+    none(many(4, |at, port| lingering(at, port, "leaked")));
+    // Idle connections of a pool that it will drop at their next use.
+    none(many(9, |at, port| lingering(at, port, "unread")));
+    let mut lines = many(9, |at, port| lingering(at, port, "leaked"));
+    let mut closed = closed_by_peer(1.0);
+    merge(&mut closed, &json!({"close_wait_ms": 15_000.0}));
+    lines.extend((0..5).map(|number: u16| client(80.0, 40_000 + number, &closed)));
+    none(lines);
+}
+
+#[test]
+fn time_wait_pressure() {
+    let template = client(0.0, 7, &json!({})).to_string();
+    let short = |count: u32, seconds: f64| -> Vec<Finding> {
+        let lines: String = (1..=count)
+            .map(|number| {
+                let time = at(f64::from(number) * seconds / f64::from(count));
+                let line = template
+                    .replace(&at(0.0), &time)
+                    .replace("\"port\":7", &format!("\"port\":{}", 1024 + number));
+                line + "\n"
+            })
+            .collect();
+        findings_of_files(&[&lines])
+    };
+    let pressed = short(17_000, 50.0);
+    assert_eq!(kinds(&pressed), [FindingKind::TimeWaitPressure]);
+    assert_near(number(&pressed[0], "time_wait_peak"), 17_000.0);
+    assert_near(number(&pressed[0], "ports_used_percent"), 60.215);
+    assert!(short(17_000, 100.0).is_empty(), "60 s after, a port is free");
+    assert!(short(10_000, 10.0).is_empty());
+}
+
+#[test]
+fn unread_close() {
+    let unread =
+        json!({"closed_by": "local", "ended": "reset_sent", "cause": "unread_data", "unread_bytes": 70});
+    let finding = only(many(5, |at, port| server(at, port, &unread)), FindingKind::UnreadClose);
+    assert_near(number(&finding, "unread_bytes"), 350.0);
+    none(many(4, |at, port| server(at, port, &unread)));
+    // A client that leaves loses nothing but its own answer.
+    none(many(50, |at, port| client(at, port, &unread)));
+}
+
+#[test]
+fn accept_overflow() {
+    let full = json!({"closed_by": "kernel", "ended": "reset_sent", "cause": "accept_overflow"});
+    only(many(5, |at, port| server(at, port, &full)), FindingKind::AcceptOverflow);
+    none(many(4, |at, port| server(at, port, &full)));
+    let waiting = |at: f64, port| {
+        let mut line = server(
+            at,
+            port,
+            &json!({"event": "lingering", "state": "CLOSE_WAIT", "kind": "unaccepted", "for_ms": 1.0}),
+        );
+        line["closed_by"] = Value::Null;
+        line
+    };
+    let finding = only(many(5, waiting), FindingKind::AcceptOverflow);
+    assert_near(number(&finding, "waiting_connections"), 5.0);
+}
+
+#[test]
+fn idle_cut() {
+    let cut = |at: f64, port| {
+        client(
+            at,
+            port,
+            &json!({
+                "closed_by": "peer", "ended": "reset_received", "cause": "peer_reset", "last_data": "sent", "idle_ms": 1.0,
+                "since_sent_ms": 1.0, "since_received_ms": 350_001.0 + at * 1000.0,
+                "states": steps(&["ESTABLISHED", "CLOSE"]),
+            }),
+        )
+    };
+    let lived = |at: f64, port| client(at, port, &json!({"idle_ms": 300_000.0 + at}));
+    let mut lines = many(6, cut);
+    none(lines.clone());
+    lines.extend((0..6).map(|number: u16| lived(10.0 + f64::from(number), 50_000 + number)));
+    let finding = only(lines.clone(), FindingKind::IdleCut);
+    assert_near(number(&finding, "shortest_idle_that_died_ms"), 350_000.0);
+    assert_near(number(&finding, "longest_idle_that_lived_ms"), 300_015.0);
+    // One that lived longer, and no idle time is to blame.
+    lines.push(client(30.0, 60_000, &json!({"idle_ms": 400_000.0})));
+    none(lines);
+}
+
+#[test]
+fn refused_and_unanswered_connects() {
+    let refused = json!({
+        "closed_by": "peer", "ended": "reset_received", "cause": "refused", "idle_ms": null, "last_data": null,
+        "states": steps(&["SYN_SENT", "CLOSE"]),
+    });
+    let finding = only(many(5, |at, port| client(at, port, &refused)), FindingKind::Refused);
+    assert_eq!(finding.remote.expect("known").port, Some(9000));
+    none(many(4, |at, port| client(at, port, &refused)));
+    let attempt = |cause: &str, took: f64| {
+        json!({
+            "closed_by": "kernel", "ended": "timeout", "cause": cause, "last_data": null,
+            "states": [{"state": "SYN_SENT", "at_ms": 0.0}, {"state": "CLOSE", "at_ms": took}],
+        })
+    };
+    let timeout = attempt("connect_timeout", 127_000.0);
+    only(many(5, |at, port| client(at, port, &timeout)), FindingKind::ConnectUnanswered);
+    let given_up = attempt("connect_abandoned", 2000.0);
+    only(many(5, |at, port| client(at, port, &given_up)), FindingKind::ConnectUnanswered);
+    // Another address of the same name answered first.
+    let lost_the_race = attempt("connect_abandoned", 250.0);
+    none(many(50, |at, port| client(at, port, &lost_the_race)));
+}
+
+#[test]
+fn forged() {
+    let reset = json!({"closed_by": "peer", "ended": "reset_received", "cause": "suspected_injection"});
+    only(many(5, |at, port| client(at, port, &reset)), FindingKind::Forged);
+    none(many(4, |at, port| client(at, port, &reset)));
+}
+
+/// A database that is killed, an application that loses its answer for that, and the proxy before it.
+fn database_killed(requests: u16) -> Vec<Value> {
+    let mut lines = Vec::new();
+    for number in 0..requests {
+        let (database, front) = (41_000 + number, 40_000 + number);
+        let to_database = json!({"connection": {"local": {"address": "10.0.0.2"}, "remote": {"address": "10.0.0.3", "port": 5432}}});
+        let mut lost = client(5.0, database, &closed_by_peer(900.0));
+        merge(&mut lost, &to_database);
+        merge(
+            &mut lost,
+            &json!({"last_data": "sent", "process": {"pid": 20, "comm": "backend", "exe": "/bin/backend"}}),
+        );
+        let mut killed = server(
+            5.001,
+            database,
+            &json!({
+                "connection": {"local": {"address": "10.0.0.3", "port": 5432}, "remote": {"address": "10.0.0.2"}},
+                "closed_by": "local", "trigger": "signal", "signal": "SIGKILL", "last_data": "received",
+                "process": {"pid": 30, "comm": "database"},
+            }),
+        );
+        killed["states"] = steps(&["ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "CLOSE"]);
+        let left = server(
+            5.01,
+            front,
+            &json!({
+                "closed_by": "local", "last_data": "received", "idle_ms": 950.0,
+                "states": steps(&["ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "CLOSE"]),
+            }),
+        );
+        let mut proxy = client(5.011, front, &closed_by_peer(950.0));
+        merge(&mut proxy, &json!({"last_data": "sent", "process": {"pid": 10, "comm": "proxy"}}));
+        lines.extend([lost, killed, left, proxy]);
+    }
+    lines.sort_by_key(|line| line["time"].as_str().map(str::to_owned));
+    lines
+}
+
+#[test]
+fn chain_from_cause_to_victim() {
+    let found = findings(database_killed(6));
+    assert_eq!(kinds(&found), [FindingKind::Chain, FindingKind::BackendDied], "{found:#?}");
+    let chain = &found[0];
+    assert_eq!((chain.count, chain.confidence), (6, Confidence::Proven));
+    let order: Vec<_> =
+        ["database", "SIGKILL", "backend", "proxy"].iter().map(|name| chain.summary.find(name)).collect();
+    assert!(order.is_sorted() && order[0].is_some(), "{}", chain.summary);
+    assert_eq!(found[1].process.as_ref().expect("known").comm, "database");
+    assert_eq!(chain.process.as_ref().expect("known").comm, "database");
+}
+
+#[test]
+fn what_only_happened_at_the_same_time_is_no_chain() {
+    let mut lines = database_killed(6);
+    // The application's clients had their answers.
+    for line in &mut lines {
+        if line["connection"]["local"]["port"] == 9000 {
+            merge(line, &json!({"last_data": "sent", "idle_ms": 1.0}));
+        } else if line["process"]["comm"] == "proxy" {
+            merge(line, &json!({"last_data": "received", "idle_ms": 1.0}));
+        }
+    }
+    assert_eq!(kinds(&findings(lines)), [FindingKind::BackendDied]);
+    // Or it let go of them long after.
+    let mut lines = database_killed(6);
+    for line in &mut lines {
+        if line["connection"]["local"]["port"] == 9000 {
+            line["time"] = at(7.0).into();
+        }
+    }
+    assert!(!kinds(&findings(lines)).contains(&FindingKind::Chain));
+}
+
+#[test]
+fn two_hosts_files_give_what_one_gives() {
+    let mut lines = database_killed(6);
+    lines.extend((0..9).flat_map(|number: u16| {
+        let (time, port) = (10.0 + f64::from(number), 50_000 + number);
+        let mut ours = closed_by_peer(5000.0);
+        ours["last_data"] = "received".into();
+        [
+            client(time, port, &ours),
+            server(time + 0.001, port, &json!({"closed_by": "local", "idle_ms": 5000.0})),
+        ]
+    }));
+    let whole = text(&mut lines);
+    let (mut one, mut other) = (String::new(), String::new());
+    for line in whole.lines() {
+        let value: Value = serde_json::from_str(line).expect("JSON");
+        let half = if value["connection"]["local"]["address"] == "10.0.0.1" { &mut one } else { &mut other };
+        half.push_str(line);
+        half.push('\n');
+    }
+    let together = findings_of_files(&[&whole]);
+    let apart = findings_of_files(&[&one, &other]);
+    assert!(!together.is_empty());
+    let told = |findings: &[Finding]| -> Vec<_> {
+        findings.iter().map(|finding| (finding.kind, finding.count, finding.summary.clone())).collect()
+    };
+    assert_eq!(told(&together), told(&apart));
+    assert!(apart[0].files.is_some() && together[0].files.is_none());
+}
+
+#[test]
+fn a_load_balancers_health_checks_are_nothing() {
+    // SO_LINGER 0 after the handshake.
+    let check = json!({
+        "connection": {"bytes_sent": 0, "bytes_received": 0}, "ended": "reset_received", "cause": "peer_reset",
+        "trigger": null, "last_data": null, "idle_ms": null, "states": steps(&["ESTABLISHED", "CLOSE"]),
+    });
+    none(many(50, |at, port| server(at, port, &check)));
+    let checker = json!({
+        "connection": {"bytes_sent": 0, "bytes_received": 0}, "ended": "reset_sent", "cause": "linger_zero",
+        "last_data": null, "idle_ms": null, "states": steps(&["ESTABLISHED", "CLOSE"]),
+    });
+    none(many(50, |at, port| client(at, port, &checker)));
+}
+
+#[test]
+fn findings_so_far_leave_out_ends_whose_peers_may_come() {
+    let mut lines = many(9, |at, port| client(at, port, &closed_by_peer(5000.0)));
+    let mut input = Input::of(&[&text(&mut lines)]);
+    let mut diagnosis = Diagnosis::new(input.names());
+    input.read(|observation, source| diagnosis.add(observation, source)).expect("memory");
+    assert!(diagnosis.findings(false).is_empty());
+    let mut later = [client(100.0, 60_000, &json!({}))];
+    let mut input = Input::of(&[&text(&mut later)]);
+    input.read(|observation, source| diagnosis.add(observation, source)).expect("memory");
+    assert_eq!(kinds(&diagnosis.findings(false)), [FindingKind::KeepaliveMismatch]);
+    assert_eq!(kinds(&diagnosis.findings(true)), [FindingKind::KeepaliveMismatch], "asking changes nothing");
+}

@@ -1,0 +1,127 @@
+//! How many ports towards one service are in `TIME_WAIT` at once.
+//!
+//! Linux keeps a connection in `TIME_WAIT` for 60 s (`TCP_TIMEWAIT_LEN`), whatever the sysctls say, so that the number at
+//! a moment is the number that came into it in the last 60 s.
+
+use std::{collections::HashMap, net::IpAddr};
+
+use crate::{
+    diagnose::{
+        end::End,
+        marks::{Marks, SECOND},
+        names::Who,
+        services::Single,
+    },
+    event::Role,
+};
+
+/// So many destinations are watched; when there is no room, those with the lowest peaks go.
+const MOST: usize = 4_096;
+
+/// `TCP_TIMEWAIT_LEN`, in seconds.
+pub(crate) const LASTS: usize = 60;
+
+/// The ports of `net.ipv4.ip_local_port_range` as Linux sets it, 32768 to 60999.
+pub(crate) const PORTS: u64 = 28_232;
+
+/// From this share of the ports on, it is a finding.
+const SHARE: f64 = 0.5;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Destination {
+    source: u16,
+    netns: u32,
+    local: IpAddr,
+    pub(crate) address: IpAddr,
+    pub(crate) port: u16,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Ports {
+    /// Those that came in each of the last seconds, by the second modulo [`LASTS`].
+    seconds: [u32; LASTS],
+    latest: i64,
+    now: u64,
+    pub(crate) peak: u64,
+    pub(crate) marks: Marks,
+    pub(crate) who: Single<Who>,
+    pub(crate) pid: Single<u32>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct TimeWait {
+    all: HashMap<Destination, Ports>,
+}
+
+fn slot(second: i64) -> usize {
+    usize::try_from(second.rem_euclid(LASTS as i64)).unwrap_or_default()
+}
+
+impl Ports {
+    fn new(second: i64) -> Self {
+        Self {
+            seconds: [0; LASTS],
+            latest: second,
+            now: 0,
+            peak: 0,
+            marks: Marks::default(),
+            who: Single::None,
+            pid: Single::None,
+        }
+    }
+
+    fn add(&mut self, second: i64) {
+        // Lines come in order but for some milliseconds; what comes late counts for the second that is on.
+        let second = second.max(self.latest);
+        for gone in (self.latest + 1..=second).take(LASTS) {
+            self.now -= u64::from(std::mem::take(&mut self.seconds[slot(gone)]));
+        }
+        self.latest = second;
+        self.seconds[slot(second)] += 1;
+        self.now += 1;
+        self.peak = self.peak.max(self.now);
+    }
+}
+
+impl TimeWait {
+    pub(crate) fn settle(&mut self, end: &End) {
+        if end.role != Some(Role::Client) || !end.leaves_time_wait() {
+            return;
+        }
+        let second = end.time.div_euclid(SECOND);
+        let key = Destination {
+            source: end.place.source,
+            netns: end.netns,
+            local: end.local.ip(),
+            address: end.remote.ip(),
+            port: end.remote.port(),
+        };
+        if self.all.len() >= MOST && !self.all.contains_key(&key) {
+            let mut peaks: Vec<u64> = self.all.values().map(|ports| ports.peak).collect();
+            let (_, middle, _) = peaks.select_nth_unstable(MOST / 2);
+            let bar = *middle;
+            self.all.retain(|_, ports| ports.peak > bar);
+        }
+        let ports = self.all.entry(key).or_insert_with(|| Ports::new(second));
+        ports.add(second);
+        ports.marks.add(end.place, end.time);
+        if let Some(who) = end.who {
+            ports.who.add(who);
+            ports.pid.add(end.pid);
+        }
+    }
+
+    /// Those that take up enough of the ports.
+    pub(crate) fn pressed(&self) -> Vec<(&Destination, &Ports)> {
+        let mut pressed: Vec<_> = self.all.iter().filter(|(_, ports)| ports.share() >= SHARE).collect();
+        pressed.sort_unstable_by_key(|(destination, _)| **destination);
+        pressed
+    }
+}
+
+impl Ports {
+    #[expect(clippy::cast_precision_loss, reason = "as many as there are ports, or not many more")]
+    pub(crate) fn share(&self) -> f64 {
+        self.peak as f64 / PORTS as f64
+    }
+}
