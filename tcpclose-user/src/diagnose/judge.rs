@@ -3,6 +3,8 @@
 //! Below the bar there is no finding. The bar is five connections, unless the kernel itself says what happened (a process
 //! that crashed), and for everything that is about a time, that the times agree ([`Sample::regular`]).
 
+use std::fmt::Write as _;
+
 use std::{collections::BTreeMap, net::IpAddr};
 
 use crate::{
@@ -265,10 +267,11 @@ impl Diagnosis {
         if passed_on > 0 {
             draft.evidence.push(("upstream_dropped", passed_on.into()));
             let proxy = self.name(key.who);
-            draft.summary.push_str(&format!(
+            let _ = write!(
+                draft.summary,
                 " {proxy} dropped {} of its own for that.",
                 counted(passed_on, "request", "requests")
-            ));
+            );
         }
         Some(draft)
     }
@@ -347,7 +350,7 @@ impl Diagnosis {
     /// Whether these lost answers are part of a chain that is a finding.
     fn is_a_link(&self, key: &ServiceKey) -> bool {
         self.chains.all().iter().any(|(route, chain)| {
-            self.is_chain(route, chain)
+            is_chain(route, chain)
                 && (route.through.iter().any(|(_, port)| *port == key.port) || route.root.2 == key.port)
         })
     }
@@ -502,7 +505,7 @@ impl Diagnosis {
                     drafts.push(self.deploy(process));
                 }
                 Death::Killed if at_once && process.requests_lost.count == 0 => {
-                    drafts.push(self.deploy(process))
+                    drafts.push(self.deploy(process));
                 }
                 Death::Stopped => exits.entry(process.who).or_default().push(process),
                 death => crashes.entry((process.who, death)).or_default().push(process),
@@ -527,10 +530,8 @@ impl Diagnosis {
             process.ends.count
         );
         let advice = if lost > 0 {
-            summary.push_str(&format!(
-                "; {}.",
-                counted(lost, "request was under way", "requests were under way")
-            ));
+            let _ =
+                write!(summary, "; {}.", counted(lost, "request was under way", "requests were under way"));
             format!("Have {name} stop accepting and finish what it has begun before it exits.")
         } else {
             summary.push_str(", and nothing was lost.");
@@ -538,7 +539,7 @@ impl Diagnosis {
         };
         Draft {
             kind: FindingKind::Deploy,
-            class: if lost > 0 { 1 } else { 0 },
+            class: u8::from(lost > 0),
             who: process.who,
             pid: Some(process.pid),
             remote: self.clients(process),
@@ -626,16 +627,17 @@ impl Diagnosis {
         let mut summary =
             format!("{name} (pid {}) holds {count} connections that its peers have closed", leak.key.pid);
         if let Some(rate) = per_minute {
-            summary.push_str(&format!(", {rate:.1} more a minute"));
+            let _ = write!(summary, ", {rate:.1} more a minute");
         }
         if let Some(minutes) = minutes_left {
-            summary.push_str(&format!(
+            let _ = write!(
+                summary,
                 "; at that rate {DESCRIPTORS} descriptors, the usual limit, are used up in {}",
                 human_millis(minutes * 60_000.0)
-            ));
+            );
         }
         if let Some((opener, times)) = &leak.opener {
-            summary.push_str(&format!("; {times} of them were opened in {opener}"));
+            let _ = write!(summary, "; {times} of them were opened in {opener}");
         }
         summary.push('.');
         Draft {
@@ -699,12 +701,8 @@ impl Diagnosis {
         }
     }
 
-    fn is_chain(&self, route: &Route, chain: &Chain) -> bool {
-        chain.marks.count >= ENOUGH || route.root.1.is_some_and(|death| death != Death::Stopped)
-    }
-
     fn chain(&self, route: &Route, chain: &Chain) -> Option<Draft> {
-        if !self.is_chain(route, chain) {
+        if !is_chain(route, chain) {
             return None;
         }
         let (root, death, port) = route.root;
@@ -717,16 +715,15 @@ impl Diagnosis {
             None => format!("{root_name} ended connections before it had answered"),
         };
         for (who, own_port) in &route.through {
-            sentence.push_str(&format!(
+            let _ = write!(
+                sentence,
                 " → {} lost its answer and closed its client's connection at port {own_port}",
                 self.name(*who)
-            ));
+            );
         }
         let victim = route.victim.map_or_else(|| "clients".to_owned(), |who| self.name(Some(who)));
-        sentence.push_str(&format!(
-            " → {victim} got no answer, {}.",
-            counted(chain.marks.count, "time", "times")
-        ));
+        let _ =
+            write!(sentence, " → {victim} got no answer, {}.", counted(chain.marks.count, "time", "times"));
         let last = route.through.last().copied();
         Some(Draft {
             kind: FindingKind::Chain,
@@ -814,4 +811,9 @@ fn millis(nanoseconds: i64) -> f64 {
 
 fn time(nanoseconds: i64) -> Time {
     Time(jiff::Timestamp::from_nanosecond(i128::from(nanoseconds)).unwrap_or_default())
+}
+
+/// Whether a chain has happened often enough, or begins with a death that nobody asked for.
+fn is_chain(route: &Route, chain: &Chain) -> bool {
+    chain.marks.count >= ENOUGH || route.root.1.is_some_and(|death| death != Death::Stopped)
 }

@@ -98,10 +98,11 @@ impl Leaks {
         let state = self.processes.entry(key).or_default();
         let fd = observation.holders.iter().flatten().filter_map(|holder| holder.fd).max();
         state.highest_fd = state.highest_fd.max(fd);
-        if is_new && let Some(opener) = observation.opener.as_ref().and_then(|text| opener(text.get())) {
-            if state.openers.len() < OPENERS || state.openers.contains_key(&opener) {
-                *state.openers.entry(opener).or_default() += 1;
-            }
+        if is_new
+            && let Some(opener) = observation.opener.as_ref().and_then(|text| opener(text.get()))
+            && (state.openers.len() < OPENERS || state.openers.contains_key(&opener))
+        {
+            *state.openers.entry(opener).or_default() += 1;
         }
         self.open.insert(pair, Socket { process: key, since, for_ms, kind, place, time: observation.time });
     }

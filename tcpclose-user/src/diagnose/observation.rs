@@ -181,6 +181,7 @@ pub struct Holder {
 
 /// What the path of states says, without the path.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub struct Path {
     /// The handshake was completed.
     pub established: bool,

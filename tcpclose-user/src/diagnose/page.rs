@@ -2,6 +2,8 @@
 //!
 //! All text from outside goes through [`Escaped`]. A policy in the page forbids what is not there anyway.
 
+use std::fmt::Write as _;
+
 use std::{
     collections::BTreeMap,
     fmt::{self, Display},
@@ -231,7 +233,7 @@ fn level(out: &mut impl Write, changes: &Timeline, whole: &Timeline) -> io::Resu
     let height = |level: i64| HEIGHT - level.max(0) as f64 * HEIGHT / most as f64;
     let mut path = format!("M{LEFT},{HEIGHT}");
     for (index, level) in levels[..length].iter().enumerate() {
-        path.push_str(&format!("L{:.1},{:.1}", LEFT + index as f64 * width, height(*level)));
+        let _ = write!(path, "L{:.1},{:.1}", LEFT + index as f64 * width, height(*level));
     }
     writeln!(
         out,

@@ -60,6 +60,7 @@ pub(crate) struct Pairs {
 
 impl Pairs {
     /// Hands `settle` what can be judged now: this end with its peer, or ends that have waited long enough.
+    #[expect(clippy::large_types_passed_by_value, reason = "it is kept")]
     pub(crate) fn add(&mut self, end: End, mut settle: impl FnMut(&End, Option<&End>)) {
         if let Some(peer) = self.waiting.remove(&Key::of_peer(&end)) {
             self.joined += 1;

@@ -8,13 +8,16 @@ use crate::{
         leaks::Stack,
         marks::SECOND,
         observation::{Line, Observation},
-        time_wait::LASTS,
+        time_wait::LASTS_SECONDS,
     },
     event::{ClosedBy, Ended, State},
 };
 
 /// So many points in time. When they do not reach to the end of the trace any more, two become one.
 const POINTS: usize = 240;
+
+/// The same number, for times.
+const POINTS_OF_TIME: i64 = 240;
 
 /// So many different stacks, and frames of each; those that come later are counted as `(others)`.
 const STACKS: usize = 4_096;
@@ -57,7 +60,7 @@ impl Timeline {
             self.start = time;
         }
         let offset = time.saturating_sub(self.start).max(0);
-        while offset / self.step >= POINTS as i64 {
+        while offset / self.step >= POINTS_OF_TIME {
             self.step *= 2;
             for points in self.series.values_mut() {
                 for index in 0..POINTS / 2 {
@@ -129,7 +132,7 @@ impl Pictures {
         {
             self.time_wait.add(time, SOCKETS, 1);
             // What would leave after the trace is not drawn, but takes no room either.
-            self.time_wait.add(time.saturating_add(LASTS as i64 * SECOND), SOCKETS, -1);
+            self.time_wait.add(time.saturating_add(LASTS_SECONDS * SECOND), SOCKETS, -1);
         }
         if let Some(stack) =
             observation.stack.as_ref().and_then(|text| serde_json::from_str::<Stack<'_>>(text.get()).ok())

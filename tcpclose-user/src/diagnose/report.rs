@@ -1,5 +1,7 @@
 //! Findings for people: a screenful, the most costly first.
 
+use std::fmt::Write as _;
+
 use std::io::{self, Write};
 
 use crate::{
@@ -55,7 +57,7 @@ pub fn write(out: &mut impl Write, findings: &[Finding], totals: Totals, palette
 fn read(totals: Totals) -> String {
     let mut text = format!("{} lines, {} ends of connections", totals.lines, totals.ends);
     if totals.lost > 0 {
-        text.push_str(&format!(" ({} events were lost in tracing)", totals.lost));
+        let _ = write!(text, " ({} events were lost in tracing)", totals.lost);
     }
     text
 }

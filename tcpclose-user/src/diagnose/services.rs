@@ -240,20 +240,22 @@ impl Service {
             self.unread.add(place, end.time);
             self.unread_bytes += end.unread.unwrap_or_default();
         }
-        if end.closed_here() && end.death.is_none() {
-            if let Some(idle) = end.idle_after_answer_ms().filter(|idle| *idle >= IDLE_MS) {
-                self.idle_own.add(place, end.time, idle);
-                // Between its shutdown() and its close().
-                if end.cause == Some(Cause::DataAfterClose) {
-                    self.raced.add(place, end.time);
-                }
+        if end.closed_here()
+            && end.death.is_none()
+            && let Some(idle) = end.idle_after_answer_ms().filter(|idle| *idle >= IDLE_MS)
+        {
+            self.idle_own.add(place, end.time, idle);
+            // Between its shutdown() and its close().
+            if end.cause == Some(Cause::DataAfterClose) {
+                self.raced.add(place, end.time);
             }
         }
         let client_died = peer.is_some_and(|peer| peer.death.is_some());
-        if end.closed_there() && !client_died {
-            if let Some(wait) = end.waited_ms().filter(|wait| *wait >= WAIT_MS) {
-                self.gave_up.add(place, end.moved, wait);
-            }
+        if end.closed_there()
+            && !client_died
+            && let Some(wait) = end.waited_ms().filter(|wait| *wait >= WAIT_MS)
+        {
+            self.gave_up.add(place, end.moved, wait);
         }
     }
 
@@ -286,10 +288,11 @@ impl Service {
             return;
         }
         let silence = end.silence_before_last_sent_ms();
-        if !end.path.close_wait && (was_reset || end.ended == Some(Ended::Timeout)) {
-            if let Some(silence) = silence.filter(|silence| *silence >= CUT_MS) {
-                return self.cut_unless_ended(end, peer, silence);
-            }
+        if !end.path.close_wait
+            && (was_reset || end.ended == Some(Ended::Timeout))
+            && let Some(silence) = silence.filter(|silence| *silence >= CUT_MS)
+        {
+            return self.cut_unless_ended(end, peer, silence);
         }
         if !end.closed_there() {
             return;

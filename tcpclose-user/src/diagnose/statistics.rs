@@ -79,7 +79,7 @@ impl Sample {
 
     /// The spread of values that are enough in number and near enough to their median.
     pub(crate) fn regular(&self) -> Option<Spread> {
-        self.spread().filter(|spread| spread.is_regular())
+        self.spread().filter(Spread::is_regular)
     }
 }
 
@@ -105,7 +105,9 @@ mod tests {
 
     fn of(values: &[f64]) -> Sample {
         let mut sample = Sample::default();
-        values.iter().for_each(|value| sample.add(*value));
+        for value in values {
+            sample.add(*value);
+        }
         sample
     }
 

@@ -80,7 +80,9 @@ fn text(lines: &mut [Value]) -> String {
     for (seq, line) in (1..).zip(lines.iter_mut()) {
         line["seq"] = Value::from(seq);
     }
-    lines.iter().map(|line| format!("{line}\n")).collect()
+    let mut text = lines.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+    text.push('\n');
+    text
 }
 
 fn findings(mut lines: Vec<Value>) -> Vec<Finding> {

@@ -21,6 +21,9 @@ const MOST: usize = 4_096;
 /// `TCP_TIMEWAIT_LEN`, in seconds.
 pub(crate) const LASTS: usize = 60;
 
+/// The same number, for times in seconds.
+pub(crate) const LASTS_SECONDS: i64 = 60;
+
 /// The ports of `net.ipv4.ip_local_port_range` as Linux sets it, 32768 to 60999.
 pub(crate) const PORTS: u64 = 28_232;
 
@@ -54,7 +57,7 @@ pub(crate) struct TimeWait {
 }
 
 fn slot(second: i64) -> usize {
-    usize::try_from(second.rem_euclid(LASTS as i64)).unwrap_or_default()
+    usize::try_from(second.rem_euclid(LASTS_SECONDS)).unwrap_or_default()
 }
 
 impl Ports {
