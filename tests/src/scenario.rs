@@ -145,7 +145,7 @@ impl Trace {
         let unseen = i64::try_from(unseen)?;
         let all_told = (counted - unseen..=counted).contains(&said)
             || (said < counted && !Feature::EveryReset.is_here());
-        ensure!(all_told, "the kernel sent {counted} RSTs, the tool reported  {said}\n{ended}");
+        ensure!(all_told, "the kernel sent {counted} RSTs, the tool reported {said}\n{ended}");
         let closes = ended.lines.iter().filter(|line| line["event"] == "close");
         let told: i64 = closes.filter_map(|line| line["connection"]["retransmits"].as_i64()).sum();
         ensure!(
