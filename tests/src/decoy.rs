@@ -35,7 +35,7 @@ impl Decoy {
 }
 
 fn attempt(pid: u32) -> Result<Option<Decoy>> {
-    let last = pid.checked_sub(1).context("nobody has the number 0")?;
+    let last = pid.checked_sub(1).context("pid 0 does not exist")?;
     let order = format!("echo {last} > /proc/sys/kernel/ns_last_pid");
     ensure!(Command::new("sh").args(["-c", &order]).status()?.success(), "`{order}` failed");
     let decoy = Decoy(Command::new("sh").stdin(Stdio::piped()).spawn()?);

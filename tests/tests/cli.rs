@@ -94,7 +94,7 @@ fn wrong_usage_exits_with_2() -> Result<()> {
     ] {
         let ended = Launch::new()?.args(args).run()?.with_code(2)?;
         ensure!(ended.stderr.contains(args[0]), "stderr does not name {}\n{ended}", args[0]);
-        ensure!(ended.lines.is_empty(), "there is something on stdout\n{ended}");
+        ensure!(ended.lines.is_empty(), "stdout is not empty\n{ended}");
     }
     Ok(())
 }
@@ -273,13 +273,16 @@ fn names<'a>(report: &'a Value, list: &str, field: &str, value: &str) -> Vec<&'a
 #[test]
 fn doctor_tries_every_hook() -> Result<()> {
     let (report, code) = doctor(Launch::new()?, &[])?;
-    ensure!(report["cannot"].is_null(), "tracing works, but not for the doctor: {report:#}");
+    ensure!(report["cannot"].is_null(), "tracing works, but doctor reports that it cannot: {report:#}");
     let hooks = report["hooks"].as_array().context("no hooks")?;
     for hook in hooks {
         let results: Vec<_> =
             hook["variants"].as_array().into_iter().flatten().map(|one| &one["result"]).collect();
         ensure!(results.iter().all(|result| **result != "untried"), "not tried: {hook:#}");
-        ensure!(!hook.to_string().contains("the object has no"), "table and programs do not fit: {hook:#}");
+        ensure!(
+            !hook.to_string().contains("the object has no"),
+            "the hook table names a program that the object lacks: {hook:#}"
+        );
         ensure!(hook["mark"] != "ok" || results.iter().any(|result| **result == "attached"), "{hook:#}");
     }
     ensure!(names(&report, "hooks", "mark", "ok").contains(&"sock:inet_sock_set_state"), "{report:#}");
@@ -327,7 +330,7 @@ fn doctor_says_what_is_null_without_btf() -> Result<()> {
     ensure!(report["verdict"] == "less" && code == Some(1), "{code:?} {report:#}");
     let null = report["null"].as_array().context("no list of what is null")?;
     for field in ["connection.bytes_sent", "connection.netns", "idle_ms", "trigger", "opener", "ttl"] {
-        ensure!(null.iter().any(|one| one["field"] == field), "{field} is not said to be null: {report:#}");
+        ensure!(null.iter().any(|one| one["field"] == field), "{field} is not reported as null: {report:#}");
     }
     for hook in report["hooks"].as_array().into_iter().flatten() {
         let variants = hook["variants"].as_array().into_iter().flatten();

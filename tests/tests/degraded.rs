@@ -87,7 +87,7 @@ fn two_capabilities_are_enough() -> Result<()> {
         "stack": {"user": known()},
     });
     let found = ended.lines.iter().any(|line| differences(line, &expected).is_empty());
-    ensure!(found, "no line is like {expected}\n{ended}");
+    ensure!(found, "no line matches {expected}\n{ended}");
     ensure!(ended.stderr.contains("CAP_SYS_PTRACE"), "stderr does not say what is lost without it\n{ended}");
     Ok(())
 }
@@ -169,8 +169,8 @@ fn without_iterators_descriptors_are_read_from_proc() -> Result<()> {
         "process": {"pid": bed.peer(Side::Server).pid(), "comm": "peer-server", "attribution": "procfs"},
     });
     let found = ended.lines.iter().any(|line| differences(line, &expected).is_empty());
-    ensure!(found, "no line is like {expected}\n{ended}");
-    ensure!(ended.stderr.contains("may be too late"), "stderr does not say what is worse\n{ended}");
+    ensure!(found, "no line matches {expected}\n{ended}");
+    ensure!(ended.stderr.contains("may be too late"), "stderr does not name the limitation\n{ended}");
     Ok(())
 }
 
@@ -213,7 +213,7 @@ fn pids_are_those_of_the_host() -> Result<()> {
         "opener": {"process": process},
     });
     let found = ended.lines.iter().any(|line| differences(line, &expected).is_empty());
-    ensure!(found, "no line is like {expected}\n{ended}");
+    ensure!(found, "no line matches {expected}\n{ended}");
     Ok(())
 }
 

@@ -23,8 +23,11 @@ fn run(route: Route, scenario: Scenario) -> Result<()> {
     let expected = scenario(&mut bed)?;
     let is_expected = |line: &Value| differences(line, &expected).is_empty();
     let line = trace.wait_for(&format!("like {expected}"), is_expected)?;
-    ensure!(line["for_ms"] == line["for_ms_at_most"], "its age is known: {line}");
-    ensure!(line["for_ms"].as_f64() >= Some(300.0), "it is told too early: {line}");
+    ensure!(
+        line["for_ms"] == line["for_ms_at_most"],
+        "the exact age is known, so both bounds must be equal: {line}"
+    );
+    ensure!(line["for_ms"].as_f64() >= Some(300.0), "the line came too early: {line}");
     trace.finish(&bed, |_| true)?;
     Ok(())
 }
@@ -186,7 +189,7 @@ fn is_told_again_at_twice_the_age() -> Result<()> {
     let ages = |lines: &[Value]| -> Vec<f64> {
         lines.iter().filter(|line| is_it(line)).filter_map(|line| line["for_ms"].as_f64()).collect()
     };
-    ensure!(trace.wait_until(|lines| ages(lines).len() >= 3), "it is not told three times");
+    ensure!(trace.wait_until(|lines| ages(lines).len() >= 3), "fewer than three lines report the socket");
     bed.peer(Side::Server).ask("receive-end")?;
     bed.peer(Side::Server).ask("close")?;
     let is_close = |line: &Value| line["event"] == "close" && line["connection"]["role"] == "server";
@@ -297,7 +300,7 @@ fn off_is_off() -> Result<()> {
     bed.peer(Side::Client).ask("close")?;
     watched.wait_for("about the server's end", of_server(&connection))?;
     let ended = unwatched.stop()?;
-    ensure!(!ended.lines.iter().any(of_server(&connection)), "it is told\n{ended}");
+    ensure!(!ended.lines.iter().any(of_server(&connection)), "the socket is reported\n{ended}");
     watched.stop()?;
     Ok(())
 }

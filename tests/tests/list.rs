@@ -294,16 +294,19 @@ fn time_wait_is_counted_by_destination() -> Result<()> {
             "{real} in TIME_WAIT towards {to}, {gone} gone\n{text}"
         );
         let share = format!("{:.1}%", 100.0 * f64::from(u32::try_from(count)?) / f64::from(ports));
-        ensure!(percent == share, "{count} of {ports} ports is no {percent}\n{text}");
+        ensure!(percent == share, "{count} of {ports} ports is not {percent}\n{text}");
         said += 1;
     }
-    ensure!(said == 5, "five destinations were to be shown\n{text}");
+    ensure!(said == 5, "five destinations should be shown\n{text}");
     let real = in_time_wait(None);
     ensure!(real > usize::from(ports / 6 * 5), "only {real} were made");
     let total = text.lines().find(|line| line.contains(&netns) && line.contains("TIME_WAIT "));
     let total = total.and_then(|line| line.split("TIME_WAIT ").nth(1)).context(text.clone())?;
     let total: usize = total.chars().take_while(char::is_ascii_digit).collect::<String>().parse()?;
-    ensure!((real - gone..=real).contains(&total), "{real} in TIME_WAIT, {gone} gone, {total} said\n{text}");
+    ensure!(
+        (real - gone..=real).contains(&total),
+        "{real} in TIME_WAIT, {gone} gone, {total} reported\n{text}"
+    );
     Ok(())
 }
 

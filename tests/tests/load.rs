@@ -33,7 +33,7 @@ fn every_connection_is_told_once() -> Result<()> {
 
     let ended = trace.finish(&bed, |lines| lines.len() >= 2 * connections + 2 * (connections / 2))?;
     let lost = ended.lines.iter().filter(|line| line["event"] == "lost").count();
-    ensure!(lost == 0, "{lost} times something was lost\n{ended}");
+    ensure!(lost == 0, "{lost} lines report losses\n{ended}");
 
     // A port whose connection was closed with a RST is free again at once, so it may have been used twice.
     let mut used = BTreeMap::<u64, usize>::new();
@@ -50,7 +50,7 @@ fn every_connection_is_told_once() -> Result<()> {
         let wrong: Vec<_> = used.iter().filter(|(port, times)| told.get(port) != Some(times)).collect();
         ensure!(
             wrong.is_empty() && told.len() == used.len(),
-            "{} closes of the {side}'s end were told, a wrong number for the ports {wrong:?}\n{ended}",
+            "{} closes of the {side}'s end were reported, a wrong number for the ports {wrong:?}\n{ended}",
             closed.len()
         );
         let resets = closed.iter().filter(|line| !line["cause"].is_null()).count();

@@ -199,7 +199,7 @@ fn without_types_frame_pointers_have_to_do() -> Result<()> {
         bed.peer(Side::Server).ask(order)?;
     }
     let is_close = |line: &Value| line["event"] == "close";
-    let line = tool.wait_for("that tells of the close", is_close)?;
+    let line = tool.wait_for("the close", is_close)?;
     let differences = differences(&line, &json!({"stack": user_stack("peer_closes_socket_outer")}));
     ensure!(differences.is_empty(), "{}", differences.join("\n"));
     let ended = tool.stop()?;

@@ -226,7 +226,7 @@ fn client_does_not_wait_for_fin(bed: &mut Bed) -> Result<Vec<Value>> {
     bed.peer(Side::Client).ask("close")?;
     bed.peer(Side::Server).ask("await-error")?;
     let aborted = Counters::read(bed.namespace(Side::Client))?.since(&before, "TcpExtTCPAbortOnLinger")?;
-    ensure!(aborted == 1, "the kernel counts {aborted} such ends");
+    ensure!(aborted == 1, "TCPAbortOnLinger grew by {aborted}");
     let this = json!({"trigger": "shutdown", "stack": user_stack("peer_shuts_socket_outer")});
     not_waited_for_fin(bed, &connection, &this, json!("TCP_ABORT_ON_LINGER"))
 }

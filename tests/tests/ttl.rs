@@ -43,7 +43,7 @@ fn run(route: Route, scenario: fn(&mut Bed, &Connection) -> Result<Vec<Value>>) 
     let ended = trace.finish(&bed, |lines| expected.iter().all(|line| like(lines, line) > 0))?;
     for line in &expected {
         let count = like(&ended.lines, line);
-        ensure!(count == 1, "{count} lines are like this one: {line}\n{ended}");
+        ensure!(count == 1, "{count} lines match {line}\n{ended}");
     }
     Ok(())
 }
@@ -134,8 +134,11 @@ fn fentry_makes_the_option_unnecessary() -> Result<()> {
     genuine(&mut bed, &connection, Side::Client)?;
     let is_it = |line: &Value| line["event"] == "reset" && line["direction"] == "received";
     let ended = trace.finish(&bed, |lines| lines.iter().any(is_it))?;
-    let line =
-        ended.lines.iter().find(|line| is_it(line)).with_context(|| format!("no RST came\n{ended}"))?;
+    let line = ended
+        .lines
+        .iter()
+        .find(|line| is_it(line))
+        .with_context(|| format!("no RST was reported\n{ended}"))?;
     let expected = if Feature::PacketOfReset.is_here() { json!(ttl) } else { Value::Null };
     for field in ["ttl", "handshake_ttl"] {
         ensure!(line[field] == expected, "{field} is not {expected}\n{ended}");

@@ -213,6 +213,6 @@ pub(crate) fn client_gives_up() -> Result<()> {
     )?;
     // Debian builds nginx without frame pointers.
     let ended = site.tool.stop()?;
-    ensure!(ended.stderr.contains("--call-graph dwarf"), "it does not say what to do about stacks\n{ended}");
+    ensure!(ended.stderr.contains("--call-graph dwarf"), "stderr does not advise how to get stacks\n{ended}");
     Ok(())
 }

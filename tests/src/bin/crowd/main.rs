@@ -113,7 +113,7 @@ fn connect(kind: Kind, from: SocketAddr, to: SocketAddr) -> Result<()> {
         Kind::Refused => {
             let to = SocketAddr::new(to.ip(), CLOSED_PORT);
             claim(Side::Client, kind, from, to)?;
-            ensure!(connected(from, to).is_err(), "somebody listens at {to}");
+            ensure!(connected(from, to).is_err(), "there is a listener at {to}");
             Ok(())
         }
         _ => {
