@@ -185,8 +185,8 @@ fn unacked(bed: &Bed, connection: &Connection, state: (&str, u8), this: Value) -
     Ok(vec![bed.listed_line(connection, Side::Client, but(line, this))?])
 }
 
-/// Both bounds hold for both sides, also when data and ACKs have continued in the open direction. The test
-/// compares a certain lower and a certain upper bound of the elapsed time, and asserts no durations.
+/// Both bounds hold for both sides, also when data and ACKs have continued in the open direction. The reported bounds
+/// are compared with times that the age surely exceeds or surely does not reach.
 #[test]
 fn ages_are_bounds() -> Result<()> {
     let mut bed = Bed::new(routes::veth_ipv4())?;

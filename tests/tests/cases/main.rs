@@ -83,7 +83,7 @@ fn start_script(namespace: &Namespace, mut command: Command, args: &[&str]) -> R
 /// Waits until a process listens on a port.
 fn wait_for_listener(namespace: &Namespace, port: u16) -> Result<()> {
     let listens = |socket: &Socket| socket.state == LISTEN && socket.local.port() == port;
-    sockets::wait_until(namespace, "somebody listens", |sockets| sockets.iter().any(listens))
+    sockets::wait_until(namespace, "a process listens", |sockets| sockets.iter().any(listens))
 }
 
 /// The only socket of a namespace that has this state and remote port.
