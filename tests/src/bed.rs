@@ -1,5 +1,5 @@
-//! Where a test takes place: one or two namespaces, a client and a server in them, and what is true of the
-//! connections between the two.
+//! The test bed: one or two network namespaces, a client and a server process in them, and the expected facts
+//! about the connections between the two.
 
 use std::{
     fmt,
@@ -17,17 +17,17 @@ use crate::{
     peer::Peer,
 };
 
-/// What lies between client and server.
+/// The link between client and server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wire {
-    /// Nothing: both are in one namespace. The kernel then does the work of the receiving end in the context
-    /// of the sending process.
+    /// No link: both are in one namespace. The kernel then processes the receiving end in the context of the
+    /// sending process.
     Loopback,
     /// A veth pair between two namespaces.
     Veth,
 }
 
-/// What addresses the sockets have.
+/// The address family of the sockets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
     /// IPv4.
@@ -38,52 +38,53 @@ pub enum Family {
     Mapped,
 }
 
-/// The way from client to server.
+/// The path from client to server.
 #[derive(Clone, Copy, Debug)]
 pub struct Route {
-    /// What lies between.
+    /// The link.
     pub wire: Wire,
-    /// What addresses they have.
+    /// The address family.
     pub family: Family,
 }
 
-/// One of the two ends.
+/// One of the two ends of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
-    /// It connects.
+    /// The end that connects.
     Client,
-    /// It accepts.
+    /// The end that accepts.
     Server,
 }
 
-/// Two processes that can reach each other and nobody else.
+/// Two processes that can reach each other and no other host.
 #[derive(Debug)]
 pub struct Bed {
-    // The peers before the namespaces: dropped in this order.
+    // The peers precede the namespaces because fields are dropped in this order.
     client: Peer,
     server: Peer,
     client_net: Namespace,
-    /// None if it is the client's.
+    /// `None` if the server shares the client's namespace.
     server_net: Option<Namespace>,
     route: Route,
 }
 
-/// A connection between them, or an attempt at one, and what was sent over it.
+/// A connection or a connection attempt, and the bytes sent over it.
 #[derive(Clone, Debug)]
 pub struct Connection {
     client: SocketAddr,
     server: SocketAddr,
     client_sent: u64,
     server_sent: u64,
-    /// Whoever sent last, as far as one can tell: the kernel's clock for it ticks once in some milliseconds.
+    /// The side that sent last, as far as it is known: the kernel's clock for this has a resolution of some
+    /// milliseconds.
     last: Option<(Side, Tick)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Tick {
-    /// Nobody else ever sent.
+    /// The other side has never sent.
     Sure,
-    /// The other one sent too, maybe within the same tick.
+    /// The other side has sent too, possibly within the same tick.
     Unsure,
 }
 
@@ -97,7 +98,7 @@ impl fmt::Display for Side {
 }
 
 impl Side {
-    /// The other one.
+    /// The opposite side.
     #[must_use]
     pub fn other(self) -> Self {
         match self {
@@ -108,7 +109,7 @@ impl Side {
 }
 
 impl Route {
-    /// A side's address.
+    /// The address of a side.
     pub fn address(self, side: Side) -> IpAddr {
         let host = match side {
             Side::Client => 1,
@@ -121,12 +122,12 @@ impl Route {
         }
     }
 
-    /// An address on the wire that nobody has.
+    /// An on-link address that no host has.
     pub fn nobody(self) -> IpAddr {
         self.host(99)
     }
 
-    /// An address beyond the server, which knows no way there.
+    /// An address behind the server, to which the server has no route.
     pub fn nowhere(self) -> IpAddr {
         match self.family {
             Family::Ipv6 => Ipv6Addr::new(0xfd00, 0x99, 0, 0, 0, 0, 0, 1).into(),
@@ -141,7 +142,7 @@ impl Route {
         }
     }
 
-    /// How a process on this route writes an address.
+    /// The address as a socket on this route reports it.
     pub fn written(self, address: IpAddr) -> IpAddr {
         match address {
             IpAddr::V4(address) if self.family == Family::Mapped => address.to_ipv6_mapped().into(),
@@ -151,12 +152,12 @@ impl Route {
 }
 
 impl Bed {
-    /// Makes the namespaces and starts the processes `peer-client` and `peer-server`.
+    /// Creates the namespaces and starts the processes `peer-client` and `peer-server`.
     pub fn new(route: Route) -> Result<Self> {
         Self::with_names(route, "peer-client", "peer-server")
     }
 
-    /// The same with processes of other names.
+    /// Same as [`Bed::new`], with other process names.
     pub fn with_names(route: Route, client: &str, server: &str) -> Result<Self> {
         let (client_net, server_net) = match route.wire {
             Wire::Loopback => (Namespace::new()?, None),
@@ -172,12 +173,12 @@ impl Bed {
         Ok(Self { client, server, client_net, server_net, route })
     }
 
-    /// The way from client to server.
+    /// The path from client to server.
     pub fn route(&self) -> Route {
         self.route
     }
 
-    /// The namespaces of this test alone.
+    /// The namespaces that belong to this test alone.
     pub fn namespaces(&self) -> impl Iterator<Item = &Namespace> {
         std::iter::once(&self.client_net).chain(&self.server_net)
     }
@@ -198,40 +199,40 @@ impl Bed {
         }
     }
 
-    /// Has the server listen, and returns where.
+    /// Makes the server listen, and returns its address.
     pub fn listen(&mut self) -> Result<SocketAddr> {
         let address = self.route.written(self.route.address(Side::Server));
         self.server.ask(&format!("listen {address} 0"))?.get("local")
     }
 
-    /// A connection that the server has not accepted.
+    /// Opens a connection that the server does not accept.
     pub fn connect(&mut self) -> Result<Connection> {
         let server = self.listen()?;
         let facts = self.client.ask(&format!("connect {} {}", server.ip(), server.port()))?;
         Ok(Connection::new(facts.get("local")?, server))
     }
 
-    /// An attempt to connect that fails with this error.
+    /// Makes a connection attempt that must fail with this error.
     pub fn connect_in_vain(&mut self, address: IpAddr, port: u16, errno: &str) -> Result<Connection> {
         let address = self.route.written(address);
         let facts = self.client.ask_in_vain(&format!("connect {address} {port}"), errno)?;
         Ok(self.attempt(facts.get("local")?, SocketAddr::new(address, port)))
     }
 
-    /// The attempt to connect from a socket that may have lost its address with the attempt, but not its
-    /// port.
+    /// The connection attempt of a socket that the kernel may have unbound from its address, but not from its
+    /// port, when the attempt failed.
     pub fn attempt(&self, local: SocketAddr, remote: SocketAddr) -> Connection {
         Connection::new(SocketAddr::new(self.route.address(Side::Client), local.port()), remote)
     }
 
-    /// A connection over which nothing has been sent.
+    /// Opens a connection over which nothing is sent.
     pub fn idle(&mut self) -> Result<Connection> {
         let connection = self.connect()?;
         self.server.ask("accept")?;
         Ok(connection)
     }
 
-    /// A connection over which a question and an answer have gone.
+    /// Opens a connection over which a request and a response are sent.
     pub fn established(&mut self) -> Result<Connection> {
         let mut connection = self.idle()?;
         self.transfer(&mut connection, Side::Client, 1000)?;
@@ -239,32 +240,32 @@ impl Bed {
         Ok(connection)
     }
 
-    /// Has a side send and the other receive.
+    /// Makes one side send and the other receive.
     pub fn transfer(&mut self, connection: &mut Connection, from: Side, bytes: u64) -> Result<()> {
         self.send(connection, from, bytes)?;
         self.peer(from.other()).ask(&format!("receive {bytes}"))?;
         Ok(())
     }
 
-    /// Has a side send.
+    /// Makes one side send.
     pub fn send(&mut self, connection: &mut Connection, from: Side, bytes: u64) -> Result<()> {
         self.peer(from).ask(&format!("send {bytes}"))?;
         connection.note_sent(from, bytes);
         Ok(())
     }
 
-    /// Has whatever the client sends to this address of the wire from now on get lost on it.
+    /// From now on, packets from the client to this on-link address are lost.
     pub fn lose(&self, address: IpAddr) -> Result<()> {
         const NOBODY: &str = "lladdr 02:00:00:00:00:99 nud permanent";
         self.client_net.ip(&[format!("neigh replace {address} dev {DEVICE} {NOBODY}")]).map(drop)
     }
 
-    /// Has whatever a side sends over the wire to the other wait, until it is let go: as if the wire were long.
+    /// Queues all packets that a side sends over the link until `release`, as a link with a long delay would.
     pub fn hold(&self, side: Side) -> Result<()> {
         self.set_neighbour(side, "nud incomplete")
     }
 
-    /// Lets go what waits, in order, and what comes after it.
+    /// Delivers the queued packets in order, and no longer holds those that follow.
     pub fn release(&self, side: Side) -> Result<()> {
         let shown = self.namespace(side.other()).ip(&[format!("link show {DEVICE}")])?;
         let mut words = shown.split_whitespace().skip_while(|word| *word != "link/ether");
@@ -272,7 +273,7 @@ impl Bed {
         self.set_neighbour(side, &format!("lladdr {hardware} nud permanent"))
     }
 
-    /// Sets what a side knows of the way to the other.
+    /// Sets the neighbour entry of a side for the other.
     fn set_neighbour(&self, side: Side, what: &str) -> Result<()> {
         let address = self.route.address(side.other());
         self.namespace(side).ip(&[format!("neigh replace {address} dev {DEVICE} {what}")]).map(drop)
@@ -293,7 +294,7 @@ impl Bed {
         }))
     }
 
-    /// The expected `opener` of a side. Without being asked to, the tool sees accepts only where that is for free.
+    /// The expected `opener` of a side. By default the tool traces accepts only where that costs nothing.
     fn opener(&self, side: Side) -> Result<Value> {
         let opener = |function| -> Result<Value> {
             Ok(json!({"process": self.owner(side)?, "stack": user_stack(function)}))
@@ -305,7 +306,7 @@ impl Bed {
         }
     }
 
-    /// What `connection` says on every line of a side.
+    /// The expected `connection` on every line of a side.
     fn identity(&self, connection: &Connection, side: Side) -> Value {
         let (local, remote) = match side {
             Side::Client => (connection.client, connection.server),
@@ -320,10 +321,10 @@ impl Bed {
         })
     }
 
-    /// The close line of a side: what is true of every close, and these things about this one.
+    /// The expected close line of a side: the facts common to all closes, overridden by `this`.
     ///
-    /// Who acted on the socket is known by that. Who did not is known by having obtained it, or by holding
-    /// it, or by closing the dead socket later.
+    /// The owner of the socket is known from its own action if it acted; otherwise because it opened the
+    /// socket, holds it, or closes the dead socket later.
     pub fn close_line(&self, connection: &Connection, side: Side, this: Value) -> Result<Value> {
         let (sent, received) = match side {
             Side::Client => (connection.client_sent, connection.server_sent),
@@ -346,7 +347,8 @@ impl Bed {
                 "age_ms": known(),
                 "bytes_sent": sent,
                 "bytes_received": received,
-                // On a busy host a probe may go although nothing is lost: `Trace::finish` compares the sum.
+                // On a busy host a tail loss probe may be sent although nothing is lost, so `Trace::finish`
+                // compares the sum.
                 "retransmits": known(),
                 "rtt_us": known(),
             },
@@ -360,7 +362,7 @@ impl Bed {
         Ok(but(but(line, json!({ "process": process })), this))
     }
 
-    /// The reset line of a side, likewise.
+    /// The expected reset line of a side, overridden by `this`.
     pub fn reset_line(&self, connection: &Connection, side: Side, this: Value) -> Result<Value> {
         let mut line = but(json!({"event": "reset"}), self.common(connection, side)?);
         if this["direction"] == "received" {
@@ -369,7 +371,7 @@ impl Bed {
         Ok(but(line, this))
     }
 
-    /// The line that tells of a side's end that lingers, likewise.
+    /// The expected lingering line of a side, overridden by `this`.
     pub fn lingering_line(&self, connection: &Connection, side: Side, this: Value) -> Result<Value> {
         let line = json!({
             "event": "lingering",
@@ -382,7 +384,7 @@ impl Bed {
         Ok(but(line, this))
     }
 
-    /// The lingering line of a side whose socket was not watched from its beginning, likewise.
+    /// The expected lingering line of a side whose socket is older than the trace, overridden by `this`.
     pub fn listed_line(&self, connection: &Connection, side: Side, this: Value) -> Result<Value> {
         let line = json!({
             "event": "lingering",
@@ -394,12 +396,12 @@ impl Bed {
         Ok(but(line, this))
     }
 
-    /// What is expected of `process` where nobody need know which of its threads it was.
+    /// Overrides for `process` where the thread does not matter.
     fn any_thread(&self, side: Side) -> Result<Value> {
         Ok(json!({"tid": one_of(&[json!(null), self.owner(side)?["tid"].clone()])}))
     }
 
-    /// What close and reset lines have in common.
+    /// The fields that close and reset lines have in common.
     fn common(&self, connection: &Connection, side: Side) -> Result<Value> {
         let (idle, last_data) = match connection.last {
             None => (json!(null), json!(null)),
@@ -419,13 +421,13 @@ impl Bed {
 }
 
 impl Connection {
-    /// Of these addresses, nothing sent yet.
+    /// A connection between these addresses, over which nothing has been sent yet.
     pub fn new(client: SocketAddr, server: SocketAddr) -> Self {
         let plain = |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
         Self { client: plain(client), server: plain(server), client_sent: 0, server_sent: 0, last: None }
     }
 
-    /// A side's address.
+    /// The address of a side.
     pub fn address(&self, side: Side) -> SocketAddr {
         match side {
             Side::Client => self.client,
@@ -433,7 +435,7 @@ impl Connection {
         }
     }
 
-    /// Has a side have sent so much.
+    /// Records that a side has sent this many bytes.
     pub fn note_sent(&mut self, from: Side, bytes: u64) {
         match from {
             Side::Client => self.client_sent += bytes,
@@ -444,12 +446,12 @@ impl Connection {
     }
 }
 
-/// How an address stands in a line.
+/// The form of an address in a line.
 pub fn endpoint(address: SocketAddr) -> Value {
     json!({"address": address.ip(), "port": address.port()})
 }
 
-/// The expected stack, when user stacks are taken, of an action by this function of a peer.
+/// The expected user stack of an action in this function of a peer.
 pub fn user_stack(function: &str) -> Value {
     json!({"user": calls(function), "kernel": null})
 }

@@ -45,8 +45,8 @@ fn variants() -> impl Iterator<Item = (&'static str, &'static str, &'static Valu
     })
 }
 
-/// Fields may be added to the output, so the published schema permits fields that it does not describe. Here each of
-/// them is an error: the schema has to describe everything that is written.
+/// The published schema permits fields that it does not describe, because fields may be added to the output.
+/// Here such a field is an error: the schema has to describe everything that is written.
 fn forbid_other_fields(schema: &mut Value) {
     match schema {
         Value::Object(fields) => {
@@ -80,17 +80,17 @@ pub struct Checker {
     ends: HashMap<String, End>,
 }
 
-/// What the lines so far say about one end of a connection.
+/// What the lines so far report about one end of a connection.
 #[derive(Debug, Default)]
 struct End {
     closes: usize,
     resets_received: usize,
-    /// The close line says that this end was reset by its own host.
+    /// The close line reports that this end was reset by its own host.
     is_reset_sent: bool,
 }
 
 impl Checker {
-    /// Every way in which the next line breaks the contract.
+    /// Returns every violation of the contract by the next line.
     pub fn check(&mut self, line: &Value) -> Vec<String> {
         self.lines += 1;
         let mut found = Vec::new();
@@ -110,11 +110,12 @@ impl Checker {
         found
     }
 
-    /// One end of a connection has one close line, and one RST is one line: the tracepoint of received RSTs also fires
-    /// when this host aborts the connection itself.
+    /// One end of a connection has one close line, and a RST has one line although the tracepoint of received
+    /// RSTs also fires when this host aborts the connection itself.
     fn check_end(&mut self, line: &Value, found: &mut Vec<String>) {
         let connection = &line["connection"];
-        // The time of the handshake, in nanoseconds, distinguishes connections that use the same ports in turn.
+        // The time of the handshake, in nanoseconds, distinguishes successive connections between the same
+        // ports.
         if connection["opened"].is_null() {
             return;
         }
@@ -140,8 +141,8 @@ impl Checker {
     }
 }
 
-/// Adds a complaint for an error; for an error in one of several alternatives, for those of the alternative that got
-/// furthest. The alternative of almost every other field is null.
+/// Adds a complaint for an error. For an error in one of several alternatives, it adds the complaints of the
+/// alternative that matched furthest, because one alternative of almost every field is null.
 fn explain(error: &ValidationError, found: &mut Vec<String>) {
     let depth = |error: &ValidationError| error.instance_path().as_str().len();
     if let ValidationErrorKind::AnyOf { context } | ValidationErrorKind::OneOfNotValid { context } =
@@ -156,7 +157,7 @@ fn explain(error: &ValidationError, found: &mut Vec<String>) {
     found.push(format!("{}: {error}", error.instance_path().as_str()));
 }
 
-/// A text that is not known is null; none is empty.
+/// An unknown text is null; an empty text is an error.
 fn check_text(place: &str, value: &Value, found: &mut Vec<String>) {
     match value {
         Value::String(text) if text.is_empty() => found.push(format!("{place}: empty text")),
@@ -168,7 +169,7 @@ fn check_text(place: &str, value: &Value, found: &mut Vec<String>) {
     }
 }
 
-/// Relations between the fields of a line.
+/// Checks relations between the fields of a line.
 fn check_relations(line: &Value, found: &mut Vec<String>) {
     let connection = &line["connection"];
     let mut ensure = |holds: bool, complaint: &str, fields: &[&str]| {
@@ -280,7 +281,7 @@ mod tests {
         })
     }
 
-    /// The complaints about a line with one value replaced, or left out where the new value is `None`.
+    /// The complaints about a line in which one value is replaced, or removed if the new value is `None`.
     fn complaints(mut line: Value, pointer: &str, value: Option<Value>) -> String {
         let (parent, name) = pointer.rsplit_once('/').expect("a pointer");
         let fields = line.pointer_mut(parent).and_then(Value::as_object_mut).expect("an object");

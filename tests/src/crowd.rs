@@ -1,4 +1,5 @@
-//! What the processes of `src/bin/crowd` do, and what they say about it: the truth to compare many lines with.
+//! What the processes of `src/bin/crowd` do, and the claims that they print: the truth that a large number of
+//! lines is compared with.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -9,27 +10,27 @@ use anyhow::{Context, Error, Result, bail};
 
 use crate::{bed::Side, fewer};
 
-/// Clients, each a process with a listener of its own to connect to.
+/// Number of client processes. Each connects to its own listener.
 pub const CLIENTS: u8 = 10;
-/// Processes that share a listener.
+/// Number of processes that share a listener.
 pub const WORKERS: u8 = 2;
-/// How often each client does each kind of thing, where there is time for so many.
+/// Number of connections of each kind per client, on a machine of full speed.
 const ROUNDS: u16 = 87;
-/// Where a client's connections come from: one port for each, in order.
+/// The local port of a client's first connection; each connection has the next one.
 pub const FIRST_PORT: u16 = 10_000;
-/// Where nobody listens.
+/// A port without a listener.
 pub const CLOSED_PORT: u16 = 7;
 
 macro_rules! kinds {
     ($($(#[$doc:meta])* $kind:ident,)*) => {
-        /// How a connection ends.
+        /// The way in which a connection ends.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
         pub enum Kind {
             $($(#[$doc])* $kind,)*
         }
 
         impl Kind {
-            /// All of them.
+            /// All kinds.
             pub const ALL: &[Self] = &[$(Self::$kind),*];
         }
 
@@ -50,9 +51,9 @@ kinds! {
     ClientCloses,
     /// The server closes first.
     ServerCloses,
-    /// The client shuts down for writing, and later closes.
+    /// The client shuts down the write direction, and closes later.
     ClientShutsDown,
-    /// The client closes without lingering.
+    /// The client closes with a linger time of zero.
     ClientResets,
     /// The client closes with unread data.
     ClientReadsNot,
@@ -60,26 +61,26 @@ kinds! {
     ClientExits,
     /// A process that connected is killed.
     ClientIsKilled,
-    /// Nobody listens.
+    /// There is no listener.
     Refused,
-    /// The server passes the connection to another process, which closes it first.
+    /// The server passes the connection to another process, which closes first.
     ReceiverCloses,
-    /// The server passes the connection to another process, which sits idle while the client resets it.
+    /// The server passes the connection to another process, which is idle when the client resets it.
     ReceiverIsReset,
-    /// The server forks and closes, and its child closes last, but before the client.
+    /// The server forks and closes; its child closes last, but before the client.
     ChildCloses,
-    /// The process that connected exits, and its child sits idle while the server resets the connection.
+    /// The process that connected exits, and its child is idle when the server resets the connection.
     HeirIsReset,
 }
 
 impl Kind {
-    /// Of the connection that comes from a port.
+    /// The kind of the connection from this port.
     pub fn of(port: u16) -> Self {
         Self::ALL[usize::from(port - FIRST_PORT) % Self::ALL.len()]
     }
 }
 
-/// How often each client does each kind of thing.
+/// Number of connections of each kind per client.
 fn rounds() -> u16 {
     ROUNDS / fewer()
 }
@@ -91,12 +92,12 @@ pub fn ports() -> impl Iterator<Item = u16> {
     kinds.zip(FIRST_PORT..).map(|(_, port)| port)
 }
 
-/// How many connections there are in all.
+/// The total number of connections.
 pub fn connections() -> usize {
     ports().count() * usize::from(CLIENTS)
 }
 
-/// A client's address.
+/// The address of a client.
 pub fn client(number: u8) -> Ipv4Addr {
     Ipv4Addr::new(127, 0, 2, number)
 }
@@ -106,29 +107,29 @@ pub fn server(number: u8) -> Ipv4Addr {
     Ipv4Addr::new(127, 0, 1, number)
 }
 
-/// What a process says before it acts on an end of a connection, or lets it be acted on.
+/// What a process states about an end of a connection before it acts on it, or before the other end does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Claim {
-    /// The process that has this end alone.
+    /// The only process that holds this end.
     pub pid: u32,
-    /// Which end.
+    /// The side.
     pub side: Side,
-    /// What is to happen.
+    /// What is going to happen.
     pub kind: Kind,
-    /// This end's address.
+    /// The local address of this end.
     pub local: SocketAddr,
-    /// The other end's.
+    /// The remote address of this end.
     pub remote: SocketAddr,
 }
 
 impl Claim {
-    /// As a line.
+    /// Formats the claim as a line.
     pub fn written(&self) -> String {
         let Self { pid, side, kind, local, remote } = self;
         format!("{pid} {side} {kind:?} {local} {remote}\n")
     }
 
-    /// From such a line.
+    /// Parses such a line.
     pub fn parse(line: &str) -> Result<Self> {
         let mut words = line.split(' ');
         let mut next = || words.next().with_context(|| format!("too short: {line}"));

@@ -1,4 +1,4 @@
-//! A process that has the number of another one, in another pid namespace.
+//! A process that has the pid of another process, but in a different pid namespace.
 
 use std::{
     fs::{self, File},
@@ -9,18 +9,19 @@ use std::{
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::sched::{CloneFlags, setns};
 
-/// How often it is tried: another process may come first.
+/// Number of attempts: another process may take the pid first.
 const ATTEMPTS: usize = 20;
 
-/// A shell that waits for orders; killed on drop.
+/// A shell that waits for input; killed on drop.
 #[derive(Debug)]
 pub struct Decoy(Child);
 
 impl Decoy {
-    /// Starts one in the pid namespace of a process, with this number there.
+    /// Starts a decoy in the pid namespace of `neighbour`, with this pid there.
     pub fn start(neighbour: u32, pid: u32) -> Result<Self> {
         let namespace = File::open(format!("/proc/{neighbour}/ns/pid"))?;
-        // A process stays in its pid namespace; its children are in the new one, and only those of this thread.
+        // `setns()` to a pid namespace does not move the caller; it affects only the later children of this
+        // thread.
         thread::scope(|scope| {
             let moved = scope.spawn(|| {
                 setns(&namespace, CloneFlags::CLONE_NEWPID)?;
@@ -34,7 +35,7 @@ impl Decoy {
 }
 
 fn attempt(pid: u32) -> Result<Option<Decoy>> {
-    let last = pid.checked_sub(1).context("nobody has the number 0")?;
+    let last = pid.checked_sub(1).context("pid 0 does not exist")?;
     let order = format!("echo {last} > /proc/sys/kernel/ns_last_pid");
     ensure!(Command::new("sh").args(["-c", &order]).status()?.success(), "`{order}` failed");
     let decoy = Decoy(Command::new("sh").stdin(Stdio::piped()).spawn()?);
@@ -46,7 +47,7 @@ fn attempt(pid: u32) -> Result<Option<Decoy>> {
 
 impl Drop for Decoy {
     fn drop(&mut self) {
-        // It may be dead already, which is what is wanted.
+        // An error means that it has ended already.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }

@@ -19,7 +19,7 @@ pub fn send(channel: &impl AsRawFd, descriptor: &impl AsRawFd) -> Result<()> {
     Ok(())
 }
 
-/// Takes a descriptor that was sent; none if no more can come.
+/// Receives a descriptor; `None` if the channel is closed.
 pub fn receive(channel: &impl AsRawFd) -> Result<Option<OwnedFd>> {
     let mut byte = [0];
     let mut space = cmsg_space!([i32; 1]);
@@ -31,7 +31,7 @@ pub fn receive(channel: &impl AsRawFd) -> Result<Option<OwnedFd>> {
     }
     match message.cmsgs()?.next().context("no descriptor came")? {
         ControlMessageOwned::ScmRights(descriptors) if descriptors.len() == 1 => {
-            // SAFETY: the kernel has just made this descriptor and nothing else has it.
+            // SAFETY: the kernel has just created this descriptor, and nothing else owns it.
             Ok(Some(unsafe { OwnedFd::from_raw_fd(descriptors[0]) }))
         }
         other => bail!("{other:?} came"),

@@ -1,6 +1,6 @@
-//! Comparing lines with what they ought to be. An expectation is JSON that names some fields of a line; a
-//! value in it is either meant literally or is one of the marks made here: [`known`], [`at_least`], [`one_of`],
-//! [`path`], [`calls`].
+//! Comparison of lines with expectations. An expectation is JSON that names some fields of a line; each value
+//! in it is either literal or one of the marks defined here: [`known`], [`at_least`], [`one_of`], [`path`],
+//! [`calls`].
 
 use std::fmt::Write as _;
 
@@ -12,33 +12,32 @@ const ONE_OF: &str = "$one_of";
 const PATH: &str = "$path";
 const CALLS: &str = "$calls";
 
-/// Anything but null.
+/// Matches anything but null.
 pub fn known() -> Value {
     json!({ KNOWN: true })
 }
 
-/// A number that is not smaller.
+/// Matches a number that is not smaller.
 pub fn at_least(number: impl Into<f64>) -> Value {
     json!({ AT_LEAST: number.into() })
 }
 
-/// Any of several expectations.
+/// Matches any of several expectations.
 pub fn one_of(expectations: &[Value]) -> Value {
     json!({ ONE_OF: expectations })
 }
 
-/// States in this order at the end of the path, which may begin earlier: with the handshake.
+/// Matches a path that ends with these states. It may begin earlier, with the handshake.
 pub fn path(states: &[&str]) -> Value {
     json!({ PATH: states })
 }
 
-/// Frames, one of which is in a function whose name ends so, or has this as its last part before a hash.
+/// Matches frames one of which is in a function whose name ends so, or whose last part before a hash is this.
 pub fn calls(function: &str) -> Value {
     json!({ CALLS: function })
 }
 
-/// An expectation with parts of it replaced: objects are merged, anything else takes the place of what was
-/// there.
+/// Replaces parts of an expectation: objects are merged, and any other value is replaced.
 pub fn but(expectation: Value, changes: Value) -> Value {
     match (expectation, changes) {
         (Value::Object(mut fields), Value::Object(changes))
@@ -54,14 +53,14 @@ pub fn but(expectation: Value, changes: Value) -> Value {
     }
 }
 
-/// What is different about a value, one complaint each.
+/// The differences between a value and its expectation, one complaint each.
 pub fn differences(actual: &Value, expected: &Value) -> Vec<String> {
     let mut found = Vec::new();
     compare("", actual, expected, &mut found);
     found
 }
 
-/// Pairs every line with an expectation and says which of them were left alone: empty if each found its own.
+/// Pairs every line with an expectation, and lists the lines and expectations that remain; empty if none do.
 pub fn mismatches(lines: &[Value], expected: &[Value]) -> String {
     let mut alone: Vec<&Value> = lines.iter().collect();
     let mut complaint = String::new();
@@ -87,7 +86,7 @@ pub fn mismatches(lines: &[Value], expected: &[Value]) -> String {
     complaint
 }
 
-/// A line with the names of the functions in place of the frames, for people to read.
+/// A line in which names of functions replace the frames, for readers of a failed test.
 pub fn shortened(line: &Value) -> Value {
     match line {
         Value::Array(items) => items.iter().map(shortened).collect(),
@@ -128,12 +127,12 @@ fn compare(place: &str, actual: &Value, expected: &Value, found: &mut Vec<String
     }
 }
 
-/// Whether an object stands for a mark.
+/// Whether an object represents a mark.
 pub(crate) fn is_mark(fields: &Map<String, Value>) -> bool {
     mark(fields).is_some()
 }
 
-/// The mark that an object stands for, if it is one.
+/// The mark that an object represents, if it is one.
 fn mark(fields: &Map<String, Value>) -> Option<(&str, &Value)> {
     let (key, what) = fields.iter().next()?;
     key.starts_with('$').then_some((key, what))

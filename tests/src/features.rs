@@ -1,5 +1,6 @@
-//! What the running kernel has and what it lacks, asked of the kernel itself, and what follows for the tests: this is
-//! the one place for lawful differences between kernels. Versions do not count, since distributions change kernels.
+//! The features of the running kernel, found by asking the kernel, and their consequences for the tests. This
+//! is the only place that describes permitted differences between kernels. Versions are not compared, because
+//! distributions backport changes.
 
 use std::{
     ffi::c_void,
@@ -16,47 +17,47 @@ use serde_json::{Value, json};
 
 use crate::expect::{self, one_of};
 
-/// Where a kernel describes its types.
+/// The file with the kernel's BTF.
 const BTF: &str = "/sys/kernel/btf/vmlinux";
 
-/// Something that not every kernel has.
+/// A feature that not every kernel has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Feature {
-    /// The tracepoint of sent RSTs tells of those without a full socket behind them, and why any is sent: both came at
-    /// once (<https://git.kernel.org/linus/19822a980e19>, 6.10).
+    /// The tracepoint of sent RSTs also fires for RSTs without a full socket, and has the reason of a RST.
+    /// Both came with one commit (<https://git.kernel.org/linus/19822a980e19>, 6.10).
     EveryReset,
-    /// It also tells why a RST is sent that is no answer to a segment.
+    /// That tracepoint also has the reason of a RST that does not answer a segment.
     ReasonsOfOwnResets,
-    /// Programs on tracepoints may ask for a socket's cookie (from 5.12 on).
+    /// Tracing programs may call `bpf_get_socket_cookie()` (5.12).
     Cookies,
-    /// Programs on the return of a function may be loaded and attached: arm64 did the former from 6.0 on, the latter from
-    /// 6.4 on (<https://git.kernel.org/linus/2aa6ac03516d>).
+    /// Programs on the return of a function can be loaded and attached. On arm64, loading works from 6.0 on,
+    /// and attaching from 6.4 on (<https://git.kernel.org/linus/2aa6ac03516d>).
     FunctionReturns,
-    /// Programs on the entry of a function may be loaded, and the function that deals with a RST that came is given the
-    /// packet (from 5.15 on).
+    /// Programs on the entry of a function can be attached, and the function that processes a received RST
+    /// has the packet as an argument (5.15).
     PacketOfReset,
-    /// Connections over several paths.
+    /// Multipath TCP.
     Mptcp,
-    /// An `io_uring` can shut a socket down.
+    /// `io_uring` can shut down a socket.
     UringShutdown,
-    /// Maps do not count as locked memory (from 5.11 on).
+    /// Maps do not count as locked memory (5.11).
     UnlockedMaps,
-    /// The tool may read the kernel's description of its types. [`TYPES_VARIABLE`] takes it away.
+    /// The tool may read the kernel's BTF. [`TYPES_VARIABLE`] disables it.
     Types,
-    /// A machine that is there for the tests alone, and may be spoiled. [`MACHINE_VARIABLE`] says so.
+    /// The machine exists for the tests only, and tests may change it. [`MACHINE_VARIABLE`] says so.
     OwnMachine,
 }
 
-/// `none` has the tool do without the kernel's description of its types.
+/// The value `none` makes the tool run without the kernel's BTF.
 pub const TYPES_VARIABLE: &str = "TCPCLOSE_TESTS_BTF";
-/// Set to anything on a machine that tests may spoil.
+/// Set to any value on a machine that tests may change.
 const MACHINE_VARIABLE: &str = "TCPCLOSE_TESTS_MACHINE";
 
-/// The features that are no failure if they are missing, by their names here and with commas between; set where it is known
-/// what kernel this is.
+/// The features that may be missing, as a comma-separated list of their names here. It is set where the
+/// kernel is known.
 const MAY_LACK_VARIABLE: &str = "TCPCLOSE_TESTS_MAY_LACK";
 
-/// What is missing on a kernel of which it is known that it has to be there.
+/// The features that are missing although this kernel has to have them.
 pub fn unlawfully_missing() -> Vec<Feature> {
     let Ok(lawful) = std::env::var(MAY_LACK_VARIABLE) else { return Vec::new() };
     let may_lack = |feature: &Feature| lawful.split(',').any(|name| name == format!("{feature:?}"));
@@ -77,7 +78,8 @@ impl Feature {
         Self::OwnMachine,
     ];
 
-    /// Whether it is here. Looked for once: an emulated processor takes its time for that, and a test asks often.
+    /// Whether the kernel has the feature. The result is cached, because probing is slow on an emulated
+    /// processor and tests ask often.
     pub fn is_here(self) -> bool {
         static ANSWERS: [OnceLock<bool>; Feature::ALL.len()] =
             [const { OnceLock::new() }; Feature::ALL.len()];
@@ -99,7 +101,8 @@ impl Feature {
         }
     }
 
-    /// Whether a test has to do without it, which is then told to whoever runs it: `cargo xtask test` reads this.
+    /// Whether a test has to be skipped for lack of the feature. The skip is printed, and `cargo xtask test`
+    /// reads it.
     pub fn is_missed(self) -> bool {
         let missed = !self.is_here();
         if missed {
@@ -124,7 +127,7 @@ impl Feature {
     }
 }
 
-/// The expected `reason` of a RST, which has this name where the kernel tells reasons.
+/// The expected `reason` of a RST: this name, where the kernel reports reasons.
 pub fn reason(name: Value) -> Value {
     if Feature::ReasonsOfOwnResets.is_here() {
         name
@@ -135,7 +138,7 @@ pub fn reason(name: Value) -> Value {
     }
 }
 
-/// Of the lines that ought to come, what can be told here.
+/// The part of the expected lines that the tool can report on this kernel.
 pub fn tellable(expected: Vec<Value>) -> Vec<Value> {
     let every_reset = Feature::EveryReset.is_here();
     let is_told = |line: &Value| {
@@ -150,7 +153,7 @@ pub fn tellable(expected: Vec<Value>) -> Vec<Value> {
     if Feature::Types.is_here() { told.collect() } else { told.map(without_types).collect() }
 }
 
-/// A line as it may be where the kernel gives no reasons: why a listener sends a RST can be told from nothing else.
+/// An expected line on a kernel without reasons, which are the only source for why a listener sends a RST.
 fn without_reason(mut line: Value) -> Value {
     if line["event"] == "reset" && line["direction"] == "sent" && line["state"] == "LISTEN" {
         line["cause"] = one_of(&[json!("unknown"), line["cause"].clone()]);
@@ -158,8 +161,8 @@ fn without_reason(mut line: Value) -> Value {
     line
 }
 
-/// What is left of a line when the tool cannot look into the kernel's structures: what tracepoints say by themselves.
-/// Anything else may be null, or what it ought to be. A cause may be said to be unknown.
+/// An expected line where the tool cannot read the kernel's structures and has only the arguments of
+/// tracepoints. Every other field may be null or the expected value, and a cause may be unknown.
 fn without_types(expected: Value) -> Value {
     const SURE: [&str; 5] = ["event", "direction", "local", "remote", "states"];
     let Value::Object(fields) = expected else { return expected };
@@ -175,13 +178,13 @@ fn without_types(expected: Value) -> Value {
     lessened.collect()
 }
 
-/// The same, or null, wherever there is something.
+/// The expectation or null, at every leaf.
 fn or_null(expected: Value) -> Value {
     let lessened = match expected {
         Value::Object(fields) if !expect::is_mark(&fields) => fields
             .into_iter()
             .map(|(name, value)| {
-                // Who acted may be known by something else than the act.
+                // The acting process may be known from something other than its action.
                 let value = if name == "attribution" { expect::known() } else { or_null(value) };
                 (name, value)
             })
@@ -191,29 +194,29 @@ fn or_null(expected: Value) -> Value {
     one_of(&[Value::Null, lessened])
 }
 
-/// The kernel's description of its types; empty without.
+/// The kernel's BTF; empty if there is none.
 fn btf() -> &'static [u8] {
     static BYTES: OnceLock<Vec<u8>> = OnceLock::new();
     BYTES.get_or_init(|| fs::read(BTF).unwrap_or_default())
 }
 
-/// Whether a type, a member, a function or a value of this name is described.
+/// Whether the BTF has a type, a member, a function or a value of this name.
 fn has_name(name: &str) -> bool {
     position_of(name).is_some()
 }
 
-/// Where a name begins that is described.
+/// The offset of a name in the BTF.
 fn position_of(name: &str) -> Option<usize> {
     let wanted = format!("\0{name}\0");
     let (bytes, length) = (btf(), wanted.len());
-    // SAFETY: both are alive through the call and as long as said.
+    // SAFETY: both pointers are valid for the given lengths during the call.
     let found = unsafe {
         libc::memmem(bytes.as_ptr().cast::<c_void>(), bytes.len(), wanted.as_ptr().cast::<c_void>(), length)
     };
     (!found.is_null()).then(|| found as usize - bytes.as_ptr() as usize + 1)
 }
 
-/// The number of a function in the description of types (`Documentation/bpf/btf.rst`).
+/// The BTF ID of a function (`Documentation/bpf/btf.rst`).
 fn function_id(name: &str) -> Option<u32> {
     const FUNCTION: u32 = 12;
     let number = |at: usize| Some(u32::from_ne_bytes(btf().get(at..at + 4)?.try_into().ok()?));
@@ -231,7 +234,7 @@ fn function_id(name: &str) -> Option<u32> {
         if kind == FUNCTION && size(at)? == wanted {
             return Some(id);
         }
-        // What follows the twelve bytes that every type has.
+        // The size of what follows the twelve bytes that all types have in common.
         at += 12
             + match kind {
                 1 | 14 | 17 => 4,
@@ -244,17 +247,18 @@ fn function_id(name: &str) -> Option<u32> {
     None
 }
 
-/// When a program runs, as the kernel numbers it.
+/// The attach types of programs on functions, by the kernel's numbers.
 const AT_ENTRY: u32 = 24;
 const AT_RETURN: u32 = 25;
 
 /// `r0 = 0; exit`.
 const NOTHING: [u64; 2] = [0xb7, 0x95];
-/// `r1 = the second argument; r0 = 0; exit`, which takes a function that has one.
+/// `r1 = the second argument; r0 = 0; exit`. The verifier accepts it only for a function with a second
+/// argument.
 const SECOND_ARGUMENT: [u64; 3] = [0x8_1179, 0xb7, 0x95];
 
-/// Whether the kernel takes a program on a function. It may describe the function, have the means, and refuse all the
-/// same.
+/// Whether the kernel accepts a program on a function. It may describe the function and support such
+/// programs, and still refuse.
 fn can_attach_to(function: &str, when: u32, instructions: &[u64]) -> bool {
     load(function, when, instructions).is_some_and(|program| attach(&program).is_some())
 }
@@ -263,7 +267,7 @@ fn load(function: &str, when: u32, instructions: &[u64]) -> Option<OwnedFd> {
     const PROG_LOAD: libc::c_int = 5;
     const TRACING: u32 = 26;
 
-    /// `union bpf_attr` for `BPF_PROG_LOAD`, as far as it is needed.
+    /// The part of `union bpf_attr` that `BPF_PROG_LOAD` needs here.
     #[repr(C)]
     #[derive(Default)]
     struct Attributes {
@@ -291,13 +295,13 @@ fn load(function: &str, when: u32, instructions: &[u64]) -> Option<OwnedFd> {
         attach_btf_id: function_id(function)?,
         ..Attributes::default()
     };
-    // Before 5.11 programs count as locked memory. Where the limit cannot be raised, the answer tells.
+    // Before 5.11 programs count as locked memory. If the limit cannot be raised, loading fails and shows it.
     let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
-    // SAFETY: what the attributes point to is alive through the call, and as long as they say.
+    // SAFETY: the pointers in the attributes are valid for the given lengths during the call.
     unsafe { bpf(PROG_LOAD, &attributes) }
 }
 
-/// The link by which a program is attached to what it was loaded for; it is detached when that is dropped.
+/// Attaches a program to the hook that it was loaded for. Dropping the link detaches it.
 fn attach(program: &OwnedFd) -> Option<OwnedFd> {
     const RAW_TRACEPOINT_OPEN: libc::c_int = 17;
 
@@ -309,18 +313,19 @@ fn attach(program: &OwnedFd) -> Option<OwnedFd> {
         padding: u32,
     }
     let attributes = Attributes { name: 0, prog_fd: program.as_raw_fd(), padding: 0 };
-    // SAFETY: these attributes point to nothing.
+    // SAFETY: these attributes contain no pointers.
     unsafe { bpf(RAW_TRACEPOINT_OPEN, &attributes) }
 }
 
-/// The bpf system call, for a command that answers with a new descriptor.
+/// The `bpf` system call, for a command that returns a new descriptor.
 ///
 /// # Safety
-/// The attributes are those of the command, and what they point to is valid.
+///
+/// The attributes must be those of the command, and their pointers must be valid.
 unsafe fn bpf<A>(command: libc::c_int, attributes: &A) -> Option<OwnedFd> {
-    // SAFETY: the attributes are alive through the call and as long as said; the caller vouches for the rest.
+    // SAFETY: the attributes are valid for their size during the call; the caller guarantees the rest.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, attributes, mem::size_of::<A>()) };
     let descriptor = RawFd::try_from(result).ok().filter(|descriptor| *descriptor >= 0)?;
-    // SAFETY: the kernel has just made this descriptor and nothing else has it.
+    // SAFETY: the kernel has just created this descriptor, and nothing else owns it.
     Some(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }

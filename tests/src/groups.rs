@@ -1,4 +1,4 @@
-//! Control groups, as container runtimes make them.
+//! Control groups, created as container runtimes create them.
 
 use std::{
     fs,
@@ -13,22 +13,22 @@ use nix::{
 
 use crate::{scratch::Scratch, until};
 
-/// A mounted hierarchy, gone on drop.
+/// A mounted hierarchy; unmounted on drop.
 #[derive(Debug)]
 pub struct Hierarchy {
     root: PathBuf,
-    // Removed last, when nothing is mounted on it.
+    // Removed last, when nothing is mounted in it any more.
     _scratch: Scratch,
 }
 
 impl Hierarchy {
-    /// One of the first version of control groups, which limits nothing: container runtimes read its names. Moves the
-    /// calling thread into a mount namespace of its own.
+    /// Mounts a named hierarchy of cgroup v1 without controllers, whose names container runtimes use. Moves
+    /// the calling thread into a mount namespace of its own.
     pub fn first_version() -> Result<Self> {
         Self::mount("cgroup", Some("none,name=tcpclose-tests"))
     }
 
-    /// The one of the second version. Likewise.
+    /// Mounts the cgroup v2 hierarchy. Moves the calling thread into a mount namespace of its own.
     pub fn second_version() -> Result<Self> {
         Self::mount("cgroup2", None)
     }
@@ -38,7 +38,7 @@ impl Hierarchy {
         unshare(CloneFlags::CLONE_NEWNS)?;
         mount(NOTHING, "/", NOTHING, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NOTHING)?;
         let scratch = Scratch::new()?;
-        // Not the folder itself, whose removal looks into it.
+        // A subdirectory, because removing the scratch directory itself reads its contents.
         let root = scratch.path().join("mounted");
         fs::create_dir(&root)?;
         mount(Some(kind), &root, Some(kind), MsFlags::empty(), data)
@@ -55,15 +55,15 @@ impl Drop for Hierarchy {
     }
 }
 
-/// A group, with those above it; removed on drop, by which time the processes in it have to have ended.
+/// A group and its ancestors; removed on drop, before which its processes must have ended.
 #[derive(Debug)]
 pub struct Group {
-    /// The innermost first.
+    /// The created directories, innermost first.
     made: Vec<PathBuf>,
 }
 
 impl Group {
-    /// Makes one of this name; several with slashes between for one in another.
+    /// Creates a group of this name; slashes separate nested groups.
     pub fn new(hierarchy: &Hierarchy, name: &str) -> Result<Self> {
         let mut group = Self { made: Vec::new() };
         let paths: Vec<&Path> =
@@ -78,7 +78,7 @@ impl Group {
         Ok(group)
     }
 
-    /// Moves a process there.
+    /// Moves a process into the group.
     pub fn take_in(&self, pid: u32) -> Result<()> {
         let group = self.made.first().context("the group is not new")?;
         fs::write(group.join("cgroup.procs"), pid.to_string())
@@ -89,7 +89,7 @@ impl Group {
 impl Drop for Group {
     fn drop(&mut self) {
         for path in &self.made {
-            // A process that has ended may be in it for a moment.
+            // A process that has ended may remain in the group for a moment.
             if let Err(error) = until("the group is empty", || Ok(fs::remove_dir(path).ok())) {
                 eprintln!("removing {}: {error:#}", path.display());
             }

@@ -1,9 +1,9 @@
-//! What the black-box tests are made of. A test lays a [`bed::Bed`]: network namespaces of its own with a
-//! real process ([`peer`]) at each end. It starts the real tool ([`tool`]) on it, has the processes act, and
-//! compares the lines with what they did ([`expect`]), with the kernel's counters ([`snmp`]) and with the
+//! The library of the black-box tests. A test creates a [`bed::Bed`]: network namespaces of its own with a
+//! real process ([`peer`]) at each end. It starts the real tool ([`tool`]) on it, makes the processes act,
+//! and compares the lines with what they did ([`expect`]), with the kernel's counters ([`snmp`]) and with the
 //! contract ([`contract`]).
 //!
-//! `cargo xtask test` runs them: they need root, and the tool's binary in `TCPCLOSE_BIN`.
+//! `cargo xtask test` runs the tests: they need root, and the path of the tool's binary in `TCPCLOSE_BIN`.
 
 use std::{
     sync::atomic::{AtomicU32, Ordering},
@@ -34,18 +34,18 @@ pub mod sockets;
 pub mod tool;
 pub mod window;
 
-/// How long anything may take before a test gives up on it. Nothing is expected to take this long and nothing
-/// is measured against it: it only keeps a broken test from hanging. An emulated processor is twenty times slower.
+/// The timeout of every wait. Nothing is expected to take this long, and no result depends on it: it only
+/// keeps a broken test from hanging. An emulated processor is twenty times slower than a real one.
 pub const PATIENCE: Duration = Duration::from_mins(1);
 
-/// By what to divide a number of connections: an emulated processor takes minutes for as many as a real one does in a
-/// second. `TCPCLOSE_TESTS_FEWER` says it; 1 otherwise.
+/// The divisor for numbers of connections, from `TCPCLOSE_TESTS_FEWER`; 1 by default. An emulated processor
+/// takes minutes for as many as a real one handles in a second.
 pub fn fewer() -> u16 {
     let said = std::env::var("TCPCLOSE_TESTS_FEWER").ok().and_then(|text| text.parse().ok());
     said.filter(|divisor| *divisor > 0).unwrap_or(1)
 }
 
-/// Returns what `attempt` returns once that is something, or fails with `what` when [`PATIENCE`] has run out.
+/// Repeats `attempt` until it returns a value, or fails with `what` when [`PATIENCE`] is over.
 pub fn until<T>(what: &str, mut attempt: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let start = Instant::now();
     loop {
@@ -57,7 +57,7 @@ pub fn until<T>(what: &str, mut attempt: impl FnMut() -> Result<Option<T>>) -> R
     }
 }
 
-/// A name that no other test has, in this process or in another.
+/// A name that is unique among all tests, in this process and in others.
 pub(crate) fn unique_name() -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     format!("tcpclose-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))

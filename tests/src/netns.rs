@@ -25,26 +25,26 @@ use nix::{
 
 use crate::until;
 
-/// A network namespace with its loopback up. It has no name, and is gone with whoever has it open.
+/// A network namespace with its loopback up. It has no name, and exists as long as somebody has it open.
 #[derive(Debug)]
 pub struct Namespace {
     file: File,
     inode: u64,
 }
 
-/// Namespaces that no test has any more. They stay until all tests are over: the kernel gives the number of one that is
-/// gone to the next, and a tool that goes on ([`crate::window`]) may still have something to tell of the former.
+/// Namespaces that no test uses any more. They are kept until all tests are over, because the kernel reuses
+/// inode numbers and a shared tool ([`crate::window`]) may still report something of the earlier namespace.
 static LEFT: Mutex<Vec<File>> = Mutex::new(Vec::new());
 
 impl Namespace {
-    /// Makes one. Fails when this is not root, because these tests are of no use without it.
+    /// Creates a namespace. It fails without root, because the tests cannot work then.
     pub fn new() -> Result<Self> {
         let namespace = Self::bare()?;
         namespace.ip(&[LOOPBACK_UP])?;
         Ok(namespace)
     }
 
-    /// The same without its loopback.
+    /// Creates a namespace whose loopback is down.
     fn bare() -> Result<Self> {
         ensure!(geteuid().is_root(), "these tests need root: run `cargo xtask test`");
         let made = thread::spawn(|| -> Result<File> {
@@ -56,13 +56,14 @@ impl Namespace {
         Ok(Self { file, inode })
     }
 
-    /// Makes two, joined by a veth pair, each end with its addresses (`10.77.0.1/24`, `fd00:77::1/64`), and waits until
-    /// both ends carry packets: what is sent before is lost, and its retransmission would be in the results.
+    /// Creates two namespaces joined by a veth pair, each end with its addresses (`10.77.0.1/24`,
+    /// `fd00:77::1/64`), and waits until both ends carry packets: packets sent earlier are lost, and their
+    /// retransmission would appear in the results.
     pub fn pair(addresses: [&[&str]; 2]) -> Result<[Self; 2]> {
         let pair = [Self::bare()?, Self::bare()?];
         let there = format!("/proc/{}/fd/{}", std::process::id(), pair[1].file.as_raw_fd());
-        // Where the numbers are the same, the kernel says for up to a second that the second end is down, which is up
-        // (`linkwatch_urgent_event()` in `net/core/link_watch.c`).
+        // If the interface indexes of both ends are equal, the kernel reports the second end as down for up
+        // to a second although it is up (`linkwatch_urgent_event()` in `net/core/link_watch.c`).
         let mut orders = vec![format!(
             "link add {DEVICE} index 1001 type veth peer name {DEVICE} index 1002 netns {there}"
         )];
@@ -78,35 +79,35 @@ impl Namespace {
         Ok(pair)
     }
 
-    /// The inode number, by which the tool names a namespace.
+    /// The inode number, by which the tool identifies a namespace.
     pub fn inode(&self) -> u64 {
         self.inode
     }
 
-    /// Has `ip` do something in this namespace, or several things, and returns what it prints. Each time it is started
-    /// is felt on an emulated processor.
+    /// Runs `ip` in this namespace with one or several commands, and returns its output. Starting a process
+    /// is slow on an emulated processor, so commands are batched.
     pub fn ip(&self, orders: &[impl Borrow<str> + Debug]) -> Result<String> {
         let mut ip = Command::new("ip");
         self.enter(&mut ip)?;
         feed(ip.args(["-batch", "-"]), &orders.join("\n")).with_context(|| format!("{orders:?}"))
     }
 
-    /// Has `command` run in this namespace, without a helper process in between that would change its pid or
-    /// name.
+    /// Makes `command` run in this namespace, without a helper process in between that would change its pid
+    /// or name.
     pub fn enter(&self, command: &mut Command) -> Result<()> {
         let file = self.file()?;
-        // SAFETY: between fork and exec the closure makes one system call and allocates nothing.
+        // SAFETY: between fork and exec the closure makes one system call and does not allocate.
         unsafe { command.pre_exec(move || Ok(setns(file.as_fd(), CloneFlags::CLONE_NEWNET)?)) };
         Ok(())
     }
 
-    /// What a process enters this namespace by.
+    /// The file that a process enters this namespace with.
     pub(crate) fn file(&self) -> Result<File> {
         Ok(self.file.try_clone()?)
     }
 
-    /// Reads or writes files of `/proc` from within this namespace: on a thread of its own, which alone moves
-    /// there.
+    /// Runs `act` inside this namespace, for instance to read or write files of `/proc`, on a separate
+    /// thread, which is the only one that enters it.
     pub fn inside<T: Send>(&self, act: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         thread::scope(|scope| {
             let moved = scope.spawn(|| {
@@ -117,7 +118,7 @@ impl Namespace {
         })
     }
 
-    /// Sets a sysctl of this namespace, written with slashes: `net/ipv4/tcp_syn_retries`.
+    /// Sets a sysctl of this namespace. The key is written with slashes: `net/ipv4/tcp_syn_retries`.
     pub fn set_sysctl(&self, key: &str, value: &str) -> Result<()> {
         let path = Path::new("/proc/sys").join(key);
         self.inside(|| {
@@ -134,35 +135,37 @@ impl Drop for Namespace {
     }
 }
 
-/// The device at each end of a [`Namespace::pair`]; the name is free in both namespaces, as they are new.
+/// The device at each end of a [`Namespace::pair`]. The name is free in both namespaces, because they are
+/// new.
 pub const DEVICE: &str = "eth0";
 
-/// What `ip` is told for that.
+/// The `ip` command that brings the loopback up.
 const LOOPBACK_UP: &str = "link set lo up";
 
-/// What `ip` is told to add an address to [`DEVICE`].
+/// The `ip` command that adds an address to [`DEVICE`].
 pub fn add_address(address: &str) -> String {
-    // Duplicate address detection would keep the address unusable for a while; IPv4 knows no such thing.
+    // Duplicate address detection would keep an IPv6 address unusable for a while; IPv4 has none.
     let detection = if address.contains(':') { "nodad" } else { "" };
     format!("address add {address} dev {DEVICE} {detection}")
 }
 
-/// Whether a device of this thread's namespace is up, as is the way to the other end.
+/// Whether a device of this thread's namespace is up and carries packets.
 fn carries_packets(device: &str) -> Result<bool> {
     let mut addresses = getifaddrs()?;
     Ok(addresses.any(|one| one.interface_name == device && one.flags.contains(InterfaceFlags::IFF_RUNNING)))
 }
 
-/// Runs a command to its end and returns what it prints, or fails with its own complaint.
+/// Runs a command and returns its output, or fails with its stderr.
 pub fn run(command: &mut Command) -> Result<String> {
     feed(command, "")
 }
 
-/// The same with something to read for it.
+/// Same as [`run`], with standard input for the command.
 fn feed(command: &mut Command, input: &str) -> Result<String> {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().with_context(|| format!("starting {command:?}"))?;
-    // What it does not read, it gives the reason for at its end. Its standard input ends here.
+    // If the command does not read its input, its exit status explains why. Dropping the pipe closes the
+    // input.
     let _ = child.stdin.take().map(|mut stdin| stdin.write_all(input.as_bytes()));
     let output = child.wait_with_output()?;
     let complaint = String::from_utf8_lossy(&output.stderr);

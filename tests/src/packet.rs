@@ -1,4 +1,4 @@
-//! TCP segments that no socket stands behind.
+//! TCP segments that no socket sends.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -13,33 +13,33 @@ use nix::sys::socket::{
 
 use crate::netns::Namespace;
 
-/// The flag that segments of a connection have, all but the first.
+/// The ACK flag, which all segments of a connection but the first have.
 pub const ACK: u8 = 0x10;
-/// The flag of a segment that ends it at once.
+/// The RST flag.
 pub const RST: u8 = 0x04;
 
 /// Length of a header without options.
 const HEADER: u8 = 20;
 const PROTOCOL: u8 = 6;
-/// Where the checksum lies in the header.
+/// Offset of the checksum in the header.
 const CHECKSUM: usize = 16;
 
 /// A segment without data.
 #[derive(Clone, Copy, Debug)]
 pub struct Segment {
-    /// Whom it says that it is from.
+    /// Its source address, which may be forged.
     pub from: SocketAddr,
-    /// Where it goes.
+    /// Its destination address.
     pub to: SocketAddr,
     /// Its flags.
     pub flags: u8,
     /// Its sequence number.
     pub sequence: u32,
-    /// Its time to live; `None` for what the namespace gives its packets.
+    /// Its TTL; `None` for the default of the namespace.
     pub ttl: Option<u8>,
 }
 
-/// Sends a segment from a namespace that has its address. Whatever comes back finds no socket.
+/// Sends a segment from a namespace that has its source address. A reply finds no socket there.
 pub fn send(namespace: &Namespace, segment: Segment) -> Result<()> {
     let Segment { from, to, flags, sequence, ttl } = segment;
     let (acknowledged, window) = (2000_u32, 1000_u16);
@@ -59,7 +59,7 @@ pub fn send(namespace: &Namespace, segment: Segment) -> Result<()> {
     let family = if to.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     namespace.inside(|| {
         let socket = socket(family, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Tcp)?;
-        // The ports are in the segment.
+        // Raw sockets take addresses without a port; the segment contains the ports.
         let plain = |address: SocketAddr| SockaddrStorage::from(SocketAddr::new(address.ip(), 0));
         bind(socket.as_raw_fd(), &plain(from))?;
         match (ttl.map(i32::from), family) {
@@ -79,7 +79,7 @@ fn octets(address: IpAddr) -> Vec<u8> {
     }
 }
 
-/// The Internet's checksum of several parts, each of an even length.
+/// The Internet checksum of several parts, each of an even length.
 fn checksum(parts: &[Vec<u8>]) -> u16 {
     let words = parts.iter().flat_map(|part| part.chunks(2));
     let sum: u32 = words.map(|word| u32::from(word[0]) << 8 | u32::from(word[1])).sum();

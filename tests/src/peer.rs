@@ -1,5 +1,5 @@
-//! The processes at the ends of a test's connections, driven line by line; `src/bin/peer` says what they
-//! obey.
+//! The processes at the ends of a test's connections. They are controlled line by line; `src/bin/peer` lists
+//! the commands.
 
 use std::{
     collections::BTreeMap,
@@ -23,20 +23,20 @@ pub struct Peer {
     netns: u64,
 }
 
-/// What a peer said it did.
+/// The facts in a peer's answer.
 #[derive(Clone, Debug)]
 pub struct Facts {
     line: String,
     facts: BTreeMap<String, String>,
 }
 
-/// Path of the peer's program, as cargo tells every integration test.
+/// Path of the peer's program, which cargo passes to every integration test.
 pub fn program() -> Result<OsString> {
     env::var_os("CARGO_BIN_EXE_peer").context("CARGO_BIN_EXE_peer is not set: run `cargo xtask test`")
 }
 
 impl Peer {
-    /// Starts one in a namespace, under a name that the kernel takes as its `comm`.
+    /// Starts a peer in a namespace, under a name that becomes its `comm`.
     pub fn start(namespace: &Namespace, name: &str) -> Result<Self> {
         let mut command = Command::new(program()?);
         command.arg(name);
@@ -48,43 +48,43 @@ impl Peer {
         Ok(peer)
     }
 
-    /// Its process id.
+    /// The process ID.
     pub fn pid(&self) -> u32 {
         self.program.pid()
     }
 
-    /// What it called itself.
+    /// The `comm` of the process.
     pub fn name(&self) -> Result<String> {
         self.introduction.get("name")
     }
 
-    /// The program it runs.
+    /// The path of its program.
     pub fn exe(&self) -> Result<String> {
         self.introduction.get("exe")
     }
 
-    /// The namespace it runs in.
+    /// The network namespace of the process.
     pub fn netns(&self) -> u64 {
         self.netns
     }
 
-    /// Has it do something that has to succeed.
+    /// Sends an order that must succeed.
     pub fn ask(&mut self, order: &str) -> Result<Facts> {
         self.tell(order)?;
         self.finish(order)
     }
 
-    /// Has it fork a child, and returns the child's pid. What the child is told goes through its parent.
+    /// Makes the peer fork a child, and returns the child's pid. Orders for the child go through the parent.
     pub fn fork(&mut self) -> Result<u32> {
         self.ask("fork")?.get("child")
     }
 
-    /// Has a child of it do something that has to succeed.
+    /// Sends an order that must succeed to a child of the peer.
     pub fn ask_child(&mut self, child: u32, order: &str) -> Result<Facts> {
         self.ask(&format!("in {child} {order}"))
     }
 
-    /// Has it do something that has to fail with this error.
+    /// Sends an order that must fail with this error.
     pub fn ask_in_vain(&mut self, order: &str, errno: &str) -> Result<Facts> {
         self.tell(order)?;
         match self.answer().with_context(|| format!("`{order}`"))? {
@@ -95,24 +95,24 @@ impl Peer {
         }
     }
 
-    /// Gives an order whose answer is fetched later, with [`Peer::finish`].
+    /// Sends an order whose answer [`Peer::finish`] receives later.
     pub fn tell(&mut self, order: &str) -> Result<()> {
         self.program.tell(order)
     }
 
-    /// The answer to an order that has to succeed.
+    /// Receives the answer to an order that must succeed.
     pub fn finish(&mut self, order: &str) -> Result<Facts> {
         let answer = self.answer().with_context(|| format!("`{order}`"))?;
         answer.map_err(|refused| anyhow!("`{order}`: the peer said: {}", refused.line))
     }
 
-    /// Has it end by an order, and returns how it did.
+    /// Sends an order that makes the peer exit, and returns its exit status.
     pub fn end_by(&mut self, order: &str) -> Result<ExitStatus> {
         self.tell(order)?;
         self.ended()
     }
 
-    /// Kills it.
+    /// Kills the peer with a signal.
     pub fn kill(&mut self, signal: Signal) -> Result<()> {
         self.program.signal(signal)?;
         let status = self.ended()?;
@@ -120,12 +120,12 @@ impl Peer {
         Ok(())
     }
 
-    /// Waits for its end.
+    /// Waits for the peer to end.
     pub fn ended(&mut self) -> Result<ExitStatus> {
         self.program.ended()
     }
 
-    /// The next line it says, if it says one in time. An order may take as long as the kernel's timers do.
+    /// Waits for the next answer. An order may take as long as the kernel's timers do.
     fn answer(&self) -> Result<Result<Facts, Facts>> {
         let line = self.program.line()?;
         let facts = line.split_whitespace().filter_map(|word| word.split_once('='));
@@ -136,7 +136,7 @@ impl Peer {
 }
 
 impl Facts {
-    /// One fact.
+    /// Parses one fact.
     pub fn get<T: FromStr<Err: Into<Error>>>(&self, key: &str) -> Result<T> {
         let value =
             self.facts.get(key).with_context(|| format!("the peer did not say its {key}: {}", self.line))?;

@@ -1,4 +1,4 @@
-//! Programs that tests run: started in a namespace, spoken to line by line, killed at the end.
+//! Programs that tests run: started in a namespace, controlled line by line, and killed at the end.
 
 use std::{
     io::{BufRead, BufReader, Write},
@@ -25,7 +25,7 @@ pub struct Program {
 }
 
 impl Program {
-    /// Starts one in a namespace.
+    /// Starts a program in a namespace.
     pub fn start(namespace: &Namespace, mut command: Command) -> Result<Self> {
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         namespace.enter(&mut command)?;
@@ -40,7 +40,7 @@ impl Program {
         Ok(Self { child, orders, lines, command: name })
     }
 
-    /// Its process id.
+    /// The process ID.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
@@ -50,12 +50,12 @@ impl Program {
         writeln!(self.orders, "{order}").with_context(|| format!("telling {} {order}", self.command))
     }
 
-    /// The next line of its standard output, if it comes in time.
+    /// Waits for the next line of its standard output.
     pub fn line(&self) -> Result<String> {
         self.lines.recv_timeout(PATIENCE).with_context(|| format!("{} says nothing", self.command))
     }
 
-    /// Tells it something and returns the line that it says then.
+    /// Writes a line, and returns the line that the program answers with.
     pub fn ask(&mut self, order: &str) -> Result<String> {
         self.tell(order)?;
         self.line().with_context(|| format!("`{order}`"))
@@ -66,7 +66,7 @@ impl Program {
         Ok(kill(Pid::from_raw(self.pid().try_into()?), signal)?)
     }
 
-    /// Waits for its end.
+    /// Waits for the program to end.
     pub fn ended(&mut self) -> Result<ExitStatus> {
         until(&format!("{} has ended", self.command), || Ok(self.child.try_wait()?))
     }
@@ -74,7 +74,7 @@ impl Program {
 
 impl Drop for Program {
     fn drop(&mut self) {
-        // It may be dead already, which is what is wanted.
+        // An error means that it has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

@@ -1,4 +1,4 @@
-//! Running a test program, and a second time those of its tests whose failure has an excuse. This is the only place
+//! Runs a test program, and repeats those of its failed tests that have an excuse. This is the only place
 //! where tests are repeated. `cargo xtask test` lists the tests that passed at the second attempt.
 
 use std::{
@@ -12,37 +12,37 @@ use anyhow::{Context, Result};
 
 use crate::blind_spot::BlindSpot;
 
-/// If more tests of a program have failed, none is repeated: something is broken.
+/// If more tests of a program fail, none is repeated, because something is broken.
 const MOST_REPEATED: usize = 5;
 
-/// Tests of a program that run at the same time, for each processor. Most of them wait for timers of the kernel, or for the
-/// tool to read its ring buffer.
+/// Number of tests of a program that run concurrently per processor. Most of them wait for timers of the
+/// kernel, or for the tool to read its ring buffer.
 const TESTS_PER_PROCESSOR: usize = 4;
 
-/// Where libtest reads how many tests may run at the same time.
+/// The variable from which libtest reads how many tests may run concurrently.
 const THREADS_VARIABLE: &str = "RUST_TEST_THREADS";
 
 /// This test program accounts for the blind spot itself.
 const NEVER_REPEATED: &str = "crowd";
 
-/// Why a failed test may be repeated.
+/// The reason why a failed test may be repeated.
 #[derive(Debug)]
 pub enum Excuse {
     /// The processor is emulated. It may be taken away for longer than the tool waits for a record.
     Emulation,
     /// The end of a connection fell into the kernel's blind spot while the program ran.
     BlindSpot(BlindSpot),
-    /// There is none.
+    /// There is no excuse.
     None,
 }
 
 impl Excuse {
-    /// The excuse that a host may have, from now on.
+    /// The excuse that applies on a host, starting now.
     pub fn of_host(program: &str) -> Self {
         if program == NEVER_REPEATED {
             return Self::None;
         }
-        // Without tracefs nothing is recorded, and nothing excused.
+        // Without tracefs nothing is recorded, and no failure is excused.
         BlindSpot::watch().map_or(Self::None, Self::BlindSpot)
     }
 
@@ -58,8 +58,8 @@ impl Excuse {
     }
 }
 
-/// Has a test program on a host run more tests at the same time than there are processors, unless the user has said how
-/// many.
+/// Makes a test program run more tests concurrently than there are processors, unless the user has set a
+/// number.
 pub fn share_processors(command: &mut Command) {
     if env::var_os(THREADS_VARIABLE).is_none() {
         let processors = thread::available_parallelism().map_or(1, usize::from);
@@ -67,9 +67,10 @@ pub fn share_processors(command: &mut Command) {
     }
 }
 
-/// Runs the program that `command` makes with these arguments. Copies its standard output to `results`, between a line
-/// that names it and one that says how it ended (`xtask/src/report.rs` reads them). Failed tests that `excuse` applies to
-/// are then run once more, one at a time. Returns how the program ended the last time.
+/// Runs the program that `command` creates with these arguments. Copies its standard output to `results`,
+/// between a line that names the program and one that reports how it ended (`xtask/src/report.rs` reads
+/// both). Failed tests that `excuse` applies to are then run once more, one at a time. Returns how the
+/// program ended the last time.
 pub fn run(
     name: &str,
     command: impl Fn() -> Command,
@@ -87,7 +88,7 @@ pub fn run(
     Ok(run_once(name, command().args(alone).args(failed), results)?.0)
 }
 
-/// Runs a program once, and returns how it ended and which of its tests failed.
+/// Runs a program once, and returns its exit status and the names of its failed tests.
 fn run_once(
     name: &str,
     command: &mut Command,
@@ -117,7 +118,8 @@ mod tests {
 
     use super::{Excuse, run};
 
-    /// Fails the first time that it is run, like `cargo test` would, and says which arguments it was given.
+    /// Runs a program that fails only the first time, as `cargo test` would, and returns the arguments of
+    /// each run.
     fn attempts(excuse: &Excuse) -> String {
         let script = r#"echo "args: $*"; case "$*" in *--exact*) echo "test a::b ... ok";;
             *) echo "test a::b ... FAILED"; echo "test a::c ... ok"; exit 1;; esac"#;

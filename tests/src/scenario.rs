@@ -1,5 +1,5 @@
-//! Running a scenario: the tool watches while two processes do something, and then every line has to be
-//! accounted for.
+//! Runs a scenario: two processes act while the tool traces them, and afterwards every line must be accounted
+//! for.
 
 use std::{
     fs,
@@ -20,11 +20,11 @@ use crate::{
     window::Window,
 };
 
-/// What happens, told as the lines that have to come of it.
+/// A scenario: what happens on a bed. Returns the lines that the tool has to write about it.
 pub type Scenario = fn(&mut Bed) -> Result<Vec<Value>>;
 
-/// Makes tests of scenarios: `scenarios! { run on [loopback_ipv4 veth_ipv6]: first second }` has `run(ROUTE,
-/// first)` called by the test `first::loopback_ipv4`, and so on.
+/// Defines the tests of scenarios: `scenarios! { run on [loopback_ipv4 veth_ipv6]: first second }` defines
+/// the test `first::loopback_ipv4`, which calls `run(ROUTE, first)`, and so on.
 #[macro_export]
 macro_rules! scenarios {
     ($run:ident on $routes:tt: $($scenario:ident)*) => {$(
@@ -40,7 +40,7 @@ macro_rules! scenarios {
     )*};
 }
 
-/// The routes, under the names that tests have.
+/// The routes, under the names that tests use.
 pub mod routes {
     use crate::bed::{Family, Route, Wire};
 
@@ -58,44 +58,45 @@ pub mod routes {
     }
 }
 
-/// The tool, watching a bed.
+/// A running tool that traces a bed.
 #[derive(Debug)]
 pub struct Trace {
     tool: Watching,
-    /// The kernel's counters of each namespace when it began.
+    /// The kernel's counters of each namespace at the beginning.
     before: Vec<Counters>,
 }
 
 #[derive(Debug)]
 enum Watching {
-    /// This bed, for this test.
+    /// A tool that traces this bed for this test only.
     Alone(Tool),
-    /// All beds, for all tests of this program.
+    /// A tool that traces all beds for all tests of this program.
     Shared(Window),
 }
 
 impl Trace {
-    /// Has a tool with these arguments watch a bed in which nothing has happened yet.
+    /// Traces a bed on which nothing has happened yet, with a tool that has these arguments.
     pub fn start(bed: &Bed, args: &[&str]) -> Result<Self> {
         if !Feature::Types.is_here() {
-            // Its lines name no namespaces.
+            // Without the kernel's types, lines do not name their namespace, so they cannot be assigned to a
+            // window.
             return Self::alone(bed, args);
         }
         Ok(Self { tool: Watching::Shared(Window::open(bed, args)?), before: counters(bed)? })
     }
 
-    /// Starts a tool on a bed's namespaces.
+    /// Starts a tool that traces only the namespaces of a bed.
     pub fn alone(bed: &Bed, args: &[&str]) -> Result<Self> {
         Self::by(watch(bed, args)?, bed)
     }
 
-    /// By a tool that has been started on a bed's namespaces.
+    /// Uses a tool that has been started on the namespaces of a bed.
     pub fn by(tool: Tool, bed: &Bed) -> Result<Self> {
         Ok(Self { tool: Watching::Alone(tool), before: counters(bed)? })
     }
 
-    /// Waits until the lines so far satisfy, or until no line has come for as long as anybody waits. Says which of the
-    /// two it was.
+    /// Waits until the lines so far satisfy the condition. Returns false if no line has arrived for the
+    /// length of the timeout.
     pub fn wait_until(&self, satisfied: impl Fn(&[Value]) -> bool) -> bool {
         match &self.tool {
             Watching::Alone(tool) => tool.wait_until(satisfied),
@@ -103,7 +104,7 @@ impl Trace {
         }
     }
 
-    /// Waits for a line like this and returns it.
+    /// Waits for a line that `like` accepts, and returns it.
     pub fn wait_for(&self, what: &str, like: impl Fn(&Value) -> bool) -> Result<Value> {
         match &self.tool {
             Watching::Alone(tool) => tool.wait_for(what, like),
@@ -111,8 +112,8 @@ impl Trace {
         }
     }
 
-    /// Stops the tool when it has said as much as expected, and checks that it said that and nothing else, as far as
-    /// this kernel lets it be told, and that the kernel counted as many RSTs sent as the tool did.
+    /// Waits for the expected lines and stops the tool. Checks that it has written exactly these lines, as
+    /// far as this kernel allows, and that the kernel has counted as many sent RSTs as the tool.
     pub fn verify(self, bed: &Bed, expected: Vec<Value>) -> Result<()> {
         let expected = features::tellable(expected);
         let count = expected.len();
@@ -122,12 +123,12 @@ impl Trace {
         Ok(())
     }
 
-    /// Stops the tool when its lines are `enough`, or no more come, and checks the number of RSTs.
+    /// Stops the tool when its lines are `enough` or no more arrive, and checks the number of RSTs.
     pub fn finish(self, bed: &Bed, enough: impl Fn(&[Value]) -> bool) -> Result<Ended> {
         self.finish_but(bed, 0, enough)
     }
 
-    /// The same, where so many RSTs that were sent cannot have been seen.
+    /// Same as [`Trace::finish`], where this number of sent RSTs cannot have been seen.
     pub fn finish_but(self, bed: &Bed, unseen: usize, enough: impl Fn(&[Value]) -> bool) -> Result<Ended> {
         self.wait_until(enough);
         let ended = match self.tool {
@@ -144,15 +145,18 @@ impl Trace {
         let unseen = i64::try_from(unseen)?;
         let all_told = (counted - unseen..=counted).contains(&said)
             || (said < counted && !Feature::EveryReset.is_here());
-        ensure!(all_told, "the kernel sent {counted} RSTs, the tool told of {said}\n{ended}");
+        ensure!(all_told, "the kernel sent {counted} RSTs, the tool reported {said}\n{ended}");
         let closes = ended.lines.iter().filter(|line| line["event"] == "close");
         let told: i64 = closes.filter_map(|line| line["connection"]["retransmits"].as_i64()).sum();
-        ensure!(told <= again, "the kernel sent {again} segments again, the tool told of {told}\n{ended}");
+        ensure!(
+            told <= again,
+            "the kernel counted {again} retransmitted segments, the tool reported {told}\n{ended}"
+        );
         Ok(ended)
     }
 }
 
-/// Has the other side read to the end and close after the first has acted, and says what must come of it.
+/// Makes the other side read to the end and close after `first` has acted, and returns the expected lines.
 pub fn orderly_lines(bed: &mut Bed, connection: &Connection, first: Side, this: Value) -> Result<Vec<Value>> {
     let second = first.other();
     bed.peer(second).ask("receive-end")?;
@@ -176,9 +180,9 @@ pub fn orderly_lines(bed: &mut Bed, connection: &Connection, first: Side, this: 
     ])
 }
 
-/// The lines of an established connection that one side has reset while nobody did anything at the other: two closes
-/// and the RST, sent and received. `sender` and `receiver` are what is expected of each side beyond that; each of their
-/// fields is expected on those of the side's two lines that have such a field.
+/// The lines of an established connection that one side has reset while the other side was idle: two closes
+/// and the RST, sent and received. `sender` and `receiver` are the additional expectations of each side; each
+/// of their fields is expected on those of the side's two lines that have such a field.
 ///
 /// Unless `sender` says otherwise, the side has reset the connection by `close()`.
 pub fn reset_lines(
@@ -216,7 +220,7 @@ pub fn reset_lines(
     ])
 }
 
-/// Those of the expected fields of a close and a reset that an event has.
+/// The expected fields that an event has, out of those of a close and a reset.
 fn fields_of(event: &str, expected: &Value) -> Result<Value> {
     let fields = expected.as_object().context("an expectation is an object")?;
     let unknown = fields.keys().find(|field| !["close", "reset"].iter().any(|event| has_field(event, field)));
@@ -224,12 +228,12 @@ fn fields_of(event: &str, expected: &Value) -> Result<Value> {
     Ok(fields.clone().into_iter().filter(|(field, _)| has_field(event, field)).collect())
 }
 
-/// Starts a tool that watches a bed alone.
+/// Starts a tool that traces only this bed.
 pub fn watch(bed: &Bed, args: &[&str]) -> Result<Tool> {
     Launch::new()?.args(args).trace(bed.namespaces()).start()
 }
 
-/// Has one side reset a connection, and says what must come of it.
+/// Makes one side reset a connection, and returns the expected lines.
 pub fn aborted(bed: &mut Bed, connection: &Connection, by: Side) -> Result<Vec<Value>> {
     for order in ["linger0", "close"] {
         bed.peer(by).ask(order)?;
@@ -237,7 +241,7 @@ pub fn aborted(bed: &mut Bed, connection: &Connection, by: Side) -> Result<Vec<V
     reset_lines(bed, connection, by, &json!({"cause": "linger_zero", "reason": reason(known())}), &json!({}))
 }
 
-/// The lines of an end whose peer has closed, and then reset the connection while nobody did anything here.
+/// The lines of an end whose peer has closed, and then reset the connection while this end was idle.
 pub fn reset_in_close_wait(bed: &Bed, connection: &Connection, side: Side) -> Result<Vec<Value>> {
     let close = json!({
         "closed_by": "peer",
@@ -250,7 +254,8 @@ pub fn reset_in_close_wait(bed: &Bed, connection: &Connection, side: Side) -> Re
     Ok(vec![bed.close_line(connection, side, close)?, bed.reset_line(connection, side, reset)?])
 }
 
-/// The line of a RST with which a side's host answers a segment of a connection of which it has nothing any more.
+/// The line of a RST with which a side's host answers a segment of a connection that it has no socket for any
+/// more.
 pub fn answer_of_nobody(bed: &Bed, connection: &Connection, side: Side) -> Value {
     json!({
         "event": "reset",
@@ -269,7 +274,8 @@ pub fn answer_of_nobody(bed: &Bed, connection: &Connection, side: Side) -> Value
     })
 }
 
-/// Has the server close a connection of which the client's host has nothing any more, and says what must come of it.
+/// Makes the server close a connection that the client's host has no socket for any more, and returns the
+/// expected lines.
 pub fn fin_meets_nobody(bed: &mut Bed, connection: &Connection) -> Result<Vec<Value>> {
     bed.peer(Side::Server).ask("close")?;
     let closed = json!({
@@ -289,7 +295,7 @@ pub fn fin_meets_nobody(bed: &mut Bed, connection: &Connection) -> Result<Vec<Va
     ])
 }
 
-/// What a close line lacks when a connection attempt came to nothing.
+/// What a close line lacks after a failed connection attempt.
 pub fn never_established() -> Value {
     let nothing = one_of(&[json!(null), json!(0)]);
     json!({
@@ -305,14 +311,15 @@ pub fn never_established() -> Value {
     })
 }
 
-/// How an attempt to connect ended that an ICMP error ended. An error that comes while `connect()` still has the socket
-/// locked is kept for the timer that tries once more; one that comes later ends the attempt by itself (`tcp_v4_err()`).
+/// How a connection attempt ends after an ICMP error. If `connect()` still has the socket locked when the
+/// error arrives, the kernel saves the error for the retransmission timer; otherwise the error itself ends
+/// the attempt (`tcp_v4_err()`).
 pub fn ended_by_icmp() -> Value {
     one_of(&[json!(null), json!("timeout")])
 }
 
-/// Has a connection of this very process begin and end, over the loopback of the namespace that its thread is in, and
-/// says what is sure about the line that must come of the client's end.
+/// Opens and ends a connection of this process over the loopback of this thread's namespace. Returns the
+/// known fields of the expected line of the client's end.
 pub fn end_of_own() -> Result<Value> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let client = TcpStream::connect(listener.local_addr()?)?;
@@ -328,7 +335,7 @@ pub fn end_of_own() -> Result<Value> {
     Ok(line)
 }
 
-/// Has a scenario happen under the tool's eyes from its beginning.
+/// Runs a scenario that the tool traces from its beginning.
 pub fn run(route: Route, scenario: Scenario) -> Result<()> {
     let mut bed = Bed::new(route)?;
     let trace = Trace::start(&bed, &[])?;

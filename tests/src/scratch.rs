@@ -1,4 +1,4 @@
-//! Folders for what a test writes.
+//! Directories for the files of a test.
 
 use std::{
     env, fs,
@@ -10,12 +10,12 @@ use anyhow::{Context, Result};
 
 use crate::unique_name;
 
-/// A folder of its own, open to all, removed on drop.
+/// A directory that is accessible to everybody; removed on drop.
 #[derive(Debug)]
 pub struct Scratch(PathBuf);
 
 impl Scratch {
-    /// Makes one.
+    /// Creates a directory.
     pub fn new() -> Result<Self> {
         let path = env::temp_dir().join(unique_name());
         fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;
@@ -23,7 +23,7 @@ impl Scratch {
         Ok(Self(path))
     }
 
-    /// Where it is.
+    /// The path of the directory.
     pub fn path(&self) -> &Path {
         &self.0
     }

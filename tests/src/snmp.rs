@@ -1,4 +1,4 @@
-//! The kernel's own TCP counters of a network namespace: what it did, whatever the tool says.
+//! The kernel's own TCP counters of a network namespace, which are independent of the tool.
 
 use std::{collections::BTreeMap, fs};
 
@@ -6,12 +6,12 @@ use anyhow::{Context, Result};
 
 use crate::netns::Namespace;
 
-/// `/proc/net/snmp` and `/proc/net/netstat` at one moment.
+/// A snapshot of `/proc/net/snmp` and `/proc/net/netstat`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Counters(BTreeMap<String, i64>);
 
 impl Counters {
-    /// Reads those of a namespace.
+    /// Reads the counters of a namespace.
     pub fn read(namespace: &Namespace) -> Result<Self> {
         let text = namespace.inside(|| {
             let read = |file: &str| fs::read_to_string(format!("/proc/thread-self/net/{file}"));
@@ -20,7 +20,7 @@ impl Counters {
         Self::parse(&text)
     }
 
-    /// The files hold pairs of lines, `Tcp: name name…` and `Tcp: number number…`.
+    /// Parses pairs of lines, `Tcp: name name…` and `Tcp: number number…`.
     fn parse(text: &str) -> Result<Self> {
         let lines: Vec<&str> = text.lines().collect();
         let mut counters = BTreeMap::new();
@@ -35,7 +35,7 @@ impl Counters {
         Ok(Self(counters))
     }
 
-    /// One counter, under the name that `nstat` gives it: `TcpOutRsts`, `TcpExtTCPAbortOnData`.
+    /// One counter, by the name that `nstat` uses: `TcpOutRsts`, `TcpExtTCPAbortOnData`.
     pub fn get(&self, name: &str) -> Result<i64> {
         self.0.get(name).copied().with_context(|| format!("this kernel counts no {name}"))
     }

@@ -1,4 +1,4 @@
-//! The kernel's own list of the TCP sockets in a network namespace: what there is, whatever the tool says.
+//! The kernel's own list of the TCP sockets in a network namespace, which is independent of the tool.
 
 use std::{
     fs,
@@ -13,8 +13,8 @@ use crate::{
     until,
 };
 
-/// The states, under the numbers that the kernel gives them. An entry in `TIME_WAIT` whose peer has not sent its
-/// FIN yet is shown as `FIN_WAIT2`.
+/// The TCP states by the kernel's numbers. The kernel shows an entry in `TIME_WAIT` whose peer has not sent
+/// its FIN yet as `FIN_WAIT2`.
 pub const ESTABLISHED: u8 = 1;
 /// See [`ESTABLISHED`].
 pub const FIN_WAIT1: u8 = 4;
@@ -29,36 +29,36 @@ pub const LAST_ACK: u8 = 9;
 /// See [`ESTABLISHED`].
 pub const LISTEN: u8 = 10;
 
-/// The timers, under the numbers that the kernel gives them: the one of what is left of a socket in `TIME_WAIT`.
+/// The number of the `TIME_WAIT` timer in `/proc/net/tcp`.
 pub const TIMER_OF_REMNANT: u8 = 3;
-/// The one that asks a peer whether its window is open again.
+/// The number of the zero-window probe timer in `/proc/net/tcp`.
 pub const TIMER_OF_PROBES: u8 = 4;
 
 /// One socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Socket {
-    /// Its own address.
+    /// The local address.
     pub local: SocketAddr,
-    /// The other end's.
+    /// The remote address.
     pub remote: SocketAddr,
-    /// See [`ESTABLISHED`].
+    /// The TCP state; see [`ESTABLISHED`].
     pub state: u8,
-    /// What it waits for; see [`TIMER_OF_REMNANT`].
+    /// The pending timer; see [`TIMER_OF_REMNANT`].
     pub timer: u8,
-    /// Bytes that came and that nobody has taken; the end of the other one's data counts as one.
+    /// Unread bytes in the receive queue. A received FIN counts as one.
     pub untaken: u32,
-    /// What its descriptors lead to; 0 if it has none.
+    /// The inode of the socket, which descriptors refer to; 0 if it has none.
     pub inode: u64,
 }
 
-/// All sockets of a namespace.
+/// Lists all sockets of a namespace.
 pub fn list(namespace: &Namespace) -> Result<Vec<Socket>> {
     let read = |file| fs::read_to_string(format!("/proc/thread-self/net/{file}"));
     let (ipv4, ipv6) = namespace.inside(|| Ok((read("tcp")?, read("tcp6")?)))?;
     ipv4.lines().skip(1).chain(ipv6.lines().skip(1)).map(parse).collect()
 }
 
-/// Waits until the sockets of a namespace satisfy.
+/// Waits until the sockets of a namespace satisfy the condition.
 pub fn wait_until(namespace: &Namespace, what: &str, satisfied: impl Fn(&[Socket]) -> bool) -> Result<()> {
     until(what, || Ok(satisfied(&list(namespace)?).then_some(())))
 }
@@ -70,7 +70,7 @@ pub fn wait_until_in(bed: &Bed, connection: &Connection, side: Side, state: u8) 
     })
 }
 
-/// Waits until what a side's host has of a connection satisfies.
+/// Waits until the sockets that a side's host has for a connection satisfy the condition.
 pub fn wait_for(
     bed: &Bed,
     connection: &Connection,
@@ -85,13 +85,13 @@ pub fn wait_for(
     })
 }
 
-/// The descriptors that a process has of a socket.
+/// The descriptors of a process that refer to a socket.
 pub fn descriptors(pid: u32, socket: &Socket) -> Result<Vec<i32>> {
     let link = format!("socket:[{}]", socket.inode);
     let mut found = Vec::new();
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
         let entry = entry?;
-        // Closed meanwhile.
+        // The descriptor has been closed in the meantime.
         let Ok(target) = fs::read_link(entry.path()) else { continue };
         if target.as_os_str() == link.as_str() {
             found.push(entry.file_name().to_string_lossy().parse()?);
@@ -100,8 +100,8 @@ pub fn descriptors(pid: u32, socket: &Socket) -> Result<Vec<i32>> {
     Ok(found)
 }
 
-/// A line is `number: address:port address:port state sending:untaken timer:when retransmits user timeout inode …`,
-/// the first five in hexadecimal digits.
+/// Parses a line: `number: address:port address:port state sending:untaken timer:when retransmits user
+/// timeout inode …`, where the first five fields are hexadecimal.
 fn parse(line: &str) -> Result<Socket> {
     let mut words = line.split_whitespace().skip(1);
     let mut next = || words.next().with_context(|| format!("too short: {line}"));
@@ -115,7 +115,7 @@ fn parse(line: &str) -> Result<Socket> {
     Ok(Socket { local, remote, state, timer, untaken, inode })
 }
 
-/// Addresses are written as the numbers that groups of four bytes happen to be on this machine.
+/// Parses an address, written as 32-bit words in the byte order of the host.
 fn parse_address(text: &str) -> Result<SocketAddr> {
     let (address, port) = text.split_once(':').with_context(|| format!("not an address: {text}"))?;
     let mut bytes = Vec::new();

@@ -1,4 +1,4 @@
-//! The tool under test: started, waited for, read and stopped.
+//! The tool under test: starting it, waiting for its lines, and stopping it.
 
 use std::{
     collections::BTreeMap,
@@ -34,36 +34,37 @@ use crate::{
     PATIENCE, contract, expect::shortened, features::Feature, netns::Namespace, scratch::Scratch, until,
 };
 
-/// How much memory people may lock, in bytes.
+/// The usual limit of locked memory for unprivileged users, in bytes.
 const LOCKED: u64 = 64 << 10;
 
-/// The user and group that own nothing.
+/// The user and group ID of `nobody`.
 const NOBODY: u32 = 65534;
 
-/// How the tool is to be started.
+/// The way in which the tool is started.
 #[derive(Debug)]
 pub struct Launch {
     program: OsString,
     args: Vec<OsString>,
-    /// What its process does before it becomes the tool, in this order.
+    /// The steps that its process takes, in this order, before it executes the tool.
     steps: Vec<Step>,
     in_pid_namespace: bool,
     scratch: Scratch,
     most_lines: usize,
 }
 
-/// A step on the way to a place where less is allowed, or less is there.
+/// A step that restricts what the tool may do or see.
 #[derive(Debug)]
 enum Step {
     EnterNetns(File),
-    /// A mount namespace of its own, with something mounted at these places.
+    /// Unshares the mount namespace and mounts something at these places.
     Mount(Vec<(&'static CStr, CString)>),
     NewUserNamespace,
     BecomeNobody,
 }
 
 impl Step {
-    /// Makes system calls and allocates nothing: this is for a process that has just been forked.
+    /// Takes the step. It makes system calls and does not allocate, because it runs in a newly forked
+    /// process.
     fn take(&self) -> io::Result<()> {
         const NOWHERE: Option<&CStr> = None;
         match self {
@@ -77,7 +78,7 @@ impl Step {
             }
             Self::NewUserNamespace => unshare(CloneFlags::CLONE_NEWUSER)?,
             Self::BecomeNobody => {
-                // What people have; these tests may have raised theirs.
+                // The usual limit: the tests may have raised their own.
                 setrlimit(Resource::RLIMIT_MEMLOCK, LOCKED, LOCKED)?;
                 setgroups(&[])?;
                 setgid(Gid::from_raw(NOBODY))?;
@@ -88,7 +89,7 @@ impl Step {
     }
 }
 
-/// The tool, running; killed on drop.
+/// The running tool; killed on drop.
 #[derive(Debug)]
 pub struct Tool {
     child: Child,
@@ -96,16 +97,17 @@ pub struct Tool {
     stdout: Option<JoinHandle<Result<()>>>,
     stderr: Arc<Mutex<String>>,
     stderr_read: Option<JoinHandle<()>>,
-    // Removed last, when the tool is gone.
+    // Removed last, after the tool has ended.
     scratch: Option<Scratch>,
 }
 
-/// Some of the lines of a tool.
+/// A selection of a tool's lines.
 #[derive(Clone, Debug)]
 pub struct View {
-    /// How many came before.
+    /// The number of lines that precede the view.
     pub from: usize,
-    /// The namespaces they are about, or may be about as they name none; all if this is `None`.
+    /// The namespaces whose lines are selected, together with lines that name no namespace; `None` selects
+    /// all lines.
     pub namespaces: Option<Vec<u64>>,
 }
 
@@ -113,33 +115,33 @@ impl View {
     /// All lines.
     pub const ALL: Self = Self { from: 0, namespaces: None };
 
-    /// Whether a line that has not come before is one.
+    /// Whether the view contains a line that was written after the view was opened.
     fn has(&self, line: &Value) -> bool {
         let netns = line["connection"]["netns"].as_u64();
         self.namespaces.as_ref().is_none_or(|mine| netns.is_none_or(|netns| mine.contains(&netns)))
     }
 
-    /// Those among all lines.
+    /// The lines of the view among all lines.
     pub fn of(&self, lines: &[Value]) -> Vec<Value> {
         lines.iter().skip(self.from).filter(|line| self.has(line)).cloned().collect()
     }
 }
 
-/// The tool, at its end.
+/// The tool at its end.
 #[derive(Debug)]
 pub struct Ended {
-    /// How it ended; `None` while it goes on.
+    /// The exit status; `None` while the tool is running.
     pub status: Option<ExitStatus>,
-    /// Every line it wrote.
+    /// Every line of its stdout.
     pub lines: Vec<Value>,
-    /// Everything it said on stderr.
+    /// All of its stderr.
     pub stderr: String,
-    /// How these lines break the contract.
+    /// The violations of the contract in these lines.
     violations: Vec<String>,
 }
 
 impl Launch {
-    /// Not started yet, and with no arguments yet.
+    /// A launch without arguments; nothing is started yet.
     pub fn new() -> Result<Self> {
         let program = env::var_os("TCPCLOSE_BIN").context(
             "TCPCLOSE_BIN does not name the tool's binary: run `cargo xtask test`, which builds and names it",
@@ -161,8 +163,8 @@ impl Launch {
         self
     }
 
-    /// Has it write JSON lines of what happens in these namespaces alone; or of all that happens, where it is to do
-    /// without the types that namespaces are known by.
+    /// Makes the tool write JSON lines for these namespaces only, or for all namespaces if it runs without
+    /// the kernel types that identify namespaces.
     #[must_use]
     pub fn trace<'a>(self, namespaces: impl IntoIterator<Item = &'a Namespace>) -> Self {
         if !Feature::Types.is_here() {
@@ -172,14 +174,14 @@ impl Launch {
         self.args(["-o", "json"]).args(filters)
     }
 
-    /// Has it run in a namespace.
+    /// Runs the tool in a network namespace.
     pub fn inside(mut self, namespace: &Namespace) -> Result<Self> {
         self.steps.push(Step::EnterNetns(namespace.file()?));
         Ok(self)
     }
 
-    /// Has it find nothing at these places, and what is mounted there out of its sight: an empty file system lies over
-    /// each that there is. Nothing is unmounted, which Linux 6.12 does not survive where lockdown keeps tracefs empty.
+    /// Hides these places from the tool by mounting an empty file system over each that exists. Nothing is
+    /// unmounted, because Linux 6.12 crashes on that when lockdown keeps tracefs empty.
     pub fn without(mut self, places: &[&str]) -> Result<Self> {
         let there = places.iter().filter(|place| Path::new(place).exists());
         let mounts = there.map(|place| Ok((c"tmpfs", CString::new(*place)?))).collect::<Result<_>>()?;
@@ -187,7 +189,7 @@ impl Launch {
         Ok(self)
     }
 
-    /// Has it run in a pid namespace of its own, as in a container, with the `/proc` that belongs to that.
+    /// Runs the tool in its own pid namespace, as in a container, with a `/proc` of that namespace.
     #[must_use]
     pub fn in_pid_namespace(mut self) -> Self {
         self.in_pid_namespace = true;
@@ -195,20 +197,20 @@ impl Launch {
         self
     }
 
-    /// Closes its stdout after so many lines, as `head` does.
+    /// Closes the tool's stdout after this many lines, as `head` does.
     #[must_use]
     pub fn head(mut self, lines: usize) -> Self {
         self.most_lines = lines;
         self
     }
 
-    /// Has it run as nobody, with no capability but these.
+    /// Runs the tool as `nobody` with only these capabilities.
     pub fn as_nobody(mut self, capabilities: &[Capability]) -> Result<Self> {
-        // Where it was built may be closed to nobody.
+        // The build directory may not be accessible to `nobody`.
         let copy = self.scratch.path().join("tcpclose");
         fs::copy(&self.program, &copy).context("copying the tool")?;
         fs::set_permissions(&copy, fs::Permissions::from_mode(0o755))?;
-        // The ready file is made by it.
+        // The tool creates the ready file in this directory.
         chown(self.scratch.path(), Some(Uid::from_raw(NOBODY)), None)?;
         if !capabilities.is_empty() {
             grant(&copy, capabilities)?;
@@ -218,14 +220,14 @@ impl Launch {
         Ok(self)
     }
 
-    /// Has it run in a user namespace of its own, where no capability counts for the kernel.
+    /// Runs the tool in its own user namespace, whose capabilities the kernel does not accept for BPF.
     #[must_use]
     pub fn in_user_namespace(mut self) -> Self {
         self.steps.push(Step::NewUserNamespace);
         self
     }
 
-    /// Starts it and waits until it says that every program is attached.
+    /// Starts the tool and waits until it reports that every program is attached.
     pub fn start(self) -> Result<Tool> {
         let ready = self.scratch.path().join("ready");
         let in_pid_namespace = self.in_pid_namespace;
@@ -234,7 +236,7 @@ impl Launch {
             if let Some(status) = tool.child.try_wait()? {
                 bail!("it ended before it was ready, with {status}");
             }
-            // The pid comes after the file: an empty one is not ready.
+            // The tool creates the file before it writes the pid, so an empty file does not mean ready.
             Ok(fs::read_to_string(&ready).ok().filter(|text| !text.trim().is_empty()))
         });
         let named = pid.and_then(|text| Ok(text.trim().parse::<u32>()?));
@@ -245,18 +247,18 @@ impl Launch {
                 return Err(error.context(format!("starting the tool\n{}", tool.wait()?)));
             }
         };
-        // It calls itself what it is called in its own namespace, where it is the first process.
+        // The file contains the pid as the tool's own namespace has it; there the tool is the first process.
         let own = if in_pid_namespace { 1 } else { tool.child.id() };
         ensure!(named == own, "the ready file names pid {named}, not {own}");
         Ok(tool)
     }
 
-    /// Starts it and waits for its end.
+    /// Starts the tool and waits for it to end.
     pub fn run(self) -> Result<Ended> {
         self.spawn()?.wait()
     }
 
-    /// Runs it to its end where what it prints is no JSON lines.
+    /// Runs the tool to its end, for output that is not JSON lines.
     pub fn output(mut self) -> Result<Output> {
         Ok(self.spawn_child()?.wait_with_output()?)
     }
@@ -265,13 +267,14 @@ impl Launch {
         let mut command = Command::new(&self.program);
         command.args(&self.args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let steps = mem::take(&mut self.steps);
-        // SAFETY: a step makes system calls and allocates nothing.
+        // SAFETY: a step only makes system calls and does not allocate.
         unsafe { command.pre_exec(move || steps.iter().try_for_each(Step::take)) };
         let mut spawn = || command.spawn().with_context(|| format!("starting {command:?}"));
         if !self.in_pid_namespace {
             return spawn();
         }
-        // A process stays in its pid namespace; its children are in the new one, and only those of this thread.
+        // `unshare(CLONE_NEWPID)` does not move the caller; it affects only the later children of this
+        // thread.
         thread::scope(|scope| {
             let moved = scope.spawn(|| {
                 unshare(CloneFlags::CLONE_NEWPID)?;
@@ -300,13 +303,13 @@ impl Launch {
 }
 
 impl Tool {
-    /// Waits until the lines so far satisfy, or until no line has come for as long as anybody waits. Says
-    /// which of the two it was.
+    /// Waits until the lines so far satisfy the condition. Returns false if no line has arrived for the
+    /// length of the timeout.
     pub fn wait_until(&self, satisfied: impl Fn(&[Value]) -> bool) -> bool {
         self.wait_until_among(&View::ALL, satisfied)
     }
 
-    /// The same of some of the lines.
+    /// Same as [`Tool::wait_until`], for the lines of a view.
     pub fn wait_until_among(&self, view: &View, satisfied: impl Fn(&[Value]) -> bool) -> bool {
         let mut shown = Vec::new();
         satisfied(&shown)
@@ -318,12 +321,12 @@ impl Tool {
                 .is_some()
     }
 
-    /// Waits for a line like this and returns it.
+    /// Waits for a line that `like` accepts, and returns it.
     pub fn wait_for(&self, what: &str, like: impl Fn(&Value) -> bool) -> Result<Value> {
         self.wait_for_among(&View::ALL, what, like)
     }
 
-    /// The same among some of the lines.
+    /// Same as [`Tool::wait_for`], for the lines of a view.
     pub fn wait_for_among(&self, view: &View, what: &str, like: impl Fn(&Value) -> bool) -> Result<Value> {
         let found = self.follow(view, |line| like(line).then(|| line.clone()));
         found.with_context(|| {
@@ -332,8 +335,8 @@ impl Tool {
         })
     }
 
-    /// Shows `look` every line of a view, those that come included, until it makes something of one, or until none has
-    /// come for as long as anybody waits.
+    /// Passes every line of a view to `look`, past and future ones, until it returns a value or until no line
+    /// has arrived for the length of the timeout.
     fn follow<T>(&self, view: &View, mut look: impl FnMut(&Value) -> Option<T>) -> Option<T> {
         let mut lines = self.lines.lock();
         let (mut next, mut since) = (view.from, Instant::now());
@@ -354,17 +357,17 @@ impl Tool {
         }
     }
 
-    /// Whether more lines may come.
+    /// Whether more lines may arrive.
     pub fn is_talking(&self) -> bool {
         !self.lines.lock().are_all
     }
 
-    /// How many lines have come.
+    /// The number of lines so far.
     pub fn count(&self) -> usize {
         self.lines.lock().read.len()
     }
 
-    /// What it has said so far.
+    /// The output so far.
     pub fn said_so_far(&self) -> Ended {
         let stderr = self.stderr.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let lines = self.lines.lock();
@@ -372,7 +375,7 @@ impl Tool {
         Ended { status: None, lines: lines.read.clone(), stderr, violations }
     }
 
-    /// What it has said so far about a view, where every line since the view was opened keeps the contract.
+    /// The output so far for a view. Every line since the view was opened must keep the contract.
     pub fn said_about(&self, view: &View) -> Result<Ended> {
         let stderr = self.stderr.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let lines = self.lines.lock();
@@ -382,12 +385,12 @@ impl Tool {
         ended.keeping_the_contract()
     }
 
-    /// Removes what it was started with, for a tool that is not dropped before the process ends.
+    /// Removes the scratch directory, for a tool that is not dropped before the process ends.
     pub fn leave_nothing(&mut self) {
         self.scratch = None;
     }
 
-    /// Its process id.
+    /// The process ID.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
@@ -397,17 +400,17 @@ impl Tool {
         Ok(kill(Pid::from_raw(self.child.id().try_into()?), signal)?)
     }
 
-    /// Stops it as a user would, which has to go well, and returns all that it wrote.
+    /// Stops the tool as a user would, checks that it succeeds, and returns all output.
     pub fn stop(self) -> Result<Ended> {
         self.signal(Signal::SIGINT)?;
         self.wait()?.successful()
     }
 
-    /// Waits for its end. Every line that it wrote has to keep the contract.
+    /// Waits for the tool to end. Every line that it wrote must keep the contract.
     pub fn wait(mut self) -> Result<Ended> {
         let status = until("the tool has ended", || Ok(self.child.try_wait()?));
         if status.is_err() {
-            // Its output ends with it, and says what kept it.
+            // Killing the tool closes its output, and the error then shows what it was waiting for.
             self.child.kill()?;
         }
         let read = self.stdout.take().map_or(Ok(Ok(())), JoinHandle::join);
@@ -421,25 +424,25 @@ impl Tool {
 
 impl Drop for Tool {
     fn drop(&mut self) {
-        // It may have ended already, which is what is wanted.
+        // An error means that the tool has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
 impl Ended {
-    /// Its exit status, if it has exited.
+    /// The exit status, if the tool has exited.
     pub fn code(&self) -> Option<i32> {
         self.status?.code()
     }
 
-    /// Checks that it exited with a status.
+    /// Checks the exit status.
     pub fn with_code(self, code: i32) -> Result<Self> {
         ensure!(self.code() == Some(code), "expected exit status {code}\n{self}");
         Ok(self)
     }
 
-    /// Checks that it exited with 0 and closed with a summary.
+    /// Checks that the tool exited with status 0 and wrote a summary.
     pub fn successful(self) -> Result<Self> {
         let ended = self.with_code(0)?;
         ensure!(!ended.stderr.trim().is_empty(), "there is no summary on stderr\n{ended}");
@@ -464,7 +467,7 @@ impl std::fmt::Display for Ended {
     }
 }
 
-/// The lines so far, and a bell that rings at each.
+/// The lines so far, and a condition variable that is notified of each.
 #[derive(Debug, Default)]
 struct Lines {
     so_far: Mutex<SoFar>,
@@ -474,9 +477,9 @@ struct Lines {
 #[derive(Debug, Default)]
 struct SoFar {
     read: Vec<Value>,
-    /// How lines break the contract, by their index in `read`.
+    /// Violations of the contract, by the index of the line in `read`.
     violations: BTreeMap<usize, Vec<String>>,
-    /// No more will come.
+    /// No more lines will arrive.
     are_all: bool,
 }
 
@@ -485,7 +488,7 @@ impl Lines {
         self.so_far.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads so many lines and then drops the pipe.
+    /// Reads this many lines and then closes the pipe.
     fn fill(&self, stdout: ChildStdout, most: usize) -> Result<()> {
         let mut checker = contract::Checker::default();
         let read = BufReader::new(stdout).lines().take(most).try_for_each(|line| {
@@ -508,7 +511,7 @@ impl Lines {
     }
 }
 
-/// A capability, by its number (`linux/capability.h`).
+/// A capability by its number (`linux/capability.h`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Capability {
     /// `CAP_PERFMON`.
@@ -517,7 +520,7 @@ pub enum Capability {
     Bpf = 39,
 }
 
-/// Has whoever runs a program have these capabilities, as `setcap` does: `struct vfs_cap_data`.
+/// Sets the file capabilities of a program, as `setcap` does (`struct vfs_cap_data`).
 fn grant(program: &Path, capabilities: &[Capability]) -> Result<()> {
     const SECOND_VERSION: u32 = 0x0200_0000;
     const EFFECTIVE: u32 = 1;
@@ -527,7 +530,7 @@ fn grant(program: &Path, capabilities: &[Capability]) -> Result<()> {
     let bytes: Vec<u8> = words.into_iter().flat_map(u32::to_le_bytes).collect();
     let path = CString::new(program.as_os_str().as_bytes())?;
     let name = c"security.capability";
-    // SAFETY: the strings and the bytes are alive through the call, and the bytes as many as said.
+    // SAFETY: the strings and the bytes outlive the call, and the length is that of the bytes.
     let result =
         unsafe { libc::setxattr(path.as_ptr(), name.as_ptr(), bytes.as_ptr().cast(), bytes.len(), 0) };
     Errno::result(result).with_context(|| format!("giving capabilities to {}", program.display()))?;
@@ -543,7 +546,7 @@ fn hear(stderr: ChildStderr, heard: &Mutex<String>) {
     }
 }
 
-/// Lines for a reader of a failed test; of very many, the first.
+/// Formats lines for the message of a failed test, limited to the first ones.
 pub(crate) fn listing(lines: &[Value]) -> String {
     const ENOUGH: usize = 40;
     let mut text = String::new();

@@ -1,10 +1,10 @@
-//! One tool for many tests, each with a window on what it tells: starting a tool takes an emulated processor two seconds,
-//! for reading the kernel's types and for the verifier.
+//! One tool shared by many tests, each of which sees the lines of its own window. Starting a tool takes two
+//! seconds on an emulated processor, for parsing the kernel's BTF and for the verifier.
 //!
-//! Such a tool watches all namespaces and goes on until the test program is over: it ends when nobody reads what it writes
-//! any more. A test sees the lines of its own
-//! namespaces, and everything that may be about them. That nothing more will come is known because the tool holds no line
-//! back for longer than two reads of its ring.
+//! A shared tool traces all namespaces and runs until the test program is over: it ends when the reader of
+//! its output is gone. A test sees the lines of its own namespaces and those that may be about them. A window
+//! can tell that its output is complete because the tool delays no line for longer than two reads of its ring
+//! buffer.
 
 use std::{
     collections::BTreeMap,
@@ -22,11 +22,12 @@ use crate::{
     tool::{Ended, Launch, Tool, View},
 };
 
-/// Connections that are made and told, one after the other, before a window is closed. With each the tool has read its
-/// ring to the end once more, and what it lets go then may come behind it.
+/// Connections that are ended and reported, one after the other, before a window is closed. Each one means
+/// that the tool has read its ring buffer to the end once more; lines that this read releases may follow the
+/// one of the connection.
 const ROUNDS: usize = 3;
 
-/// A test's view of a tool.
+/// The view that one test has of a shared tool.
 #[derive(Debug)]
 pub struct Window {
     tool: Arc<Tool>,
@@ -34,19 +35,19 @@ pub struct Window {
 }
 
 impl Window {
-    /// A view of the tool with these arguments, which is started if there is none.
+    /// Opens a view of the tool with these arguments, and starts the tool if it is not running.
     pub fn open(bed: &Bed, args: &[&str]) -> Result<Self> {
         static TOOLS: Mutex<BTreeMap<Vec<String>, Arc<Tool>>> = Mutex::new(BTreeMap::new());
         let key: Vec<_> = args.iter().map(|arg| (*arg).to_owned()).collect();
-        // Whoever comes while one is being started waits for that one.
+        // A test that arrives while the tool is being started waits for it.
         let mut tools = TOOLS.lock().unwrap_or_else(PoisonError::into_inner);
         let tool = match tools.get(&key) {
             Some(tool) if tool.is_talking() => Arc::clone(tool),
             _ => {
                 let mut tool = Launch::new()?.args(["-o", "json"]).args(args.iter().copied()).start()?;
                 tool.leave_nothing();
-                // An emulator translates programs when they are run first. That takes so long that several tasks may be
-                // in the middle of one, and the kernel runs it for one of them alone.
+                // An emulator translates a BPF program when it first runs. That takes so long that several
+                // tasks may enter the program at once, and the kernel then runs it for only one of them.
                 tell_an_end(&tool, &View::ALL)?;
                 let tool = Arc::new(tool);
                 tools.insert(key, Arc::clone(&tool));
@@ -58,17 +59,17 @@ impl Window {
         Ok(Self { tool, view })
     }
 
-    /// [`Tool::wait_until`], of the lines that are to be seen.
+    /// Same as [`Tool::wait_until`], for the lines of the window.
     pub fn wait_until(&self, satisfied: impl Fn(&[Value]) -> bool) -> bool {
         self.tool.wait_until_among(&self.view, satisfied)
     }
 
-    /// [`Tool::wait_for`], among those lines.
+    /// Same as [`Tool::wait_for`], for the lines of the window.
     pub fn wait_for(&self, what: &str, like: impl Fn(&Value) -> bool) -> Result<Value> {
         self.tool.wait_for_among(&self.view, what, like)
     }
 
-    /// Waits until all that has happened is told, and returns what was to be seen.
+    /// Waits until everything that has happened is reported, and returns the lines of the window.
     pub fn close(self) -> Result<Ended> {
         let everything = View { namespaces: None, ..self.view };
         for _ in 0..ROUNDS {
@@ -78,7 +79,7 @@ impl Window {
     }
 }
 
-/// Has a connection of this process end, and waits until that is told.
+/// Ends a connection of this process, and waits until the tool reports it.
 fn tell_an_end(tool: &Tool, view: &View) -> Result<()> {
     let line = scenario::end_of_own()?;
     let is_it = |told: &Value| differences(told, &line).is_empty();

@@ -1,4 +1,5 @@
-//! The command: how it ends, what it traces, what it leaves out, and what it says when it cannot.
+//! The command line: how the tool ends, what it traces, what it leaves out, and what it reports when it
+//! fails.
 
 use std::{
     ffi::OsString,
@@ -29,7 +30,7 @@ use tcpclose_tests::{
     tool::{Ended, Launch},
 };
 
-/// One connection comes and goes.
+/// Opens and ends one connection.
 fn one_connection(bed: &mut Bed) -> Result<Connection> {
     let connection = bed.established()?;
     bed.peer(Side::Client).ask("close")?;
@@ -44,7 +45,7 @@ fn signals_end_it_with_what_it_read_and_a_summary() -> Result<()> {
         let mut bed = Bed::new(routes::loopback_ipv4())?;
         let tool = Launch::new()?.trace(bed.namespaces()).start()?;
         one_connection(&mut bed)?;
-        // At once: what the kernel has handed over already has to be written all the same.
+        // The signal follows immediately: records that are already in the ring buffer must still be written.
         tool.signal(signal)?;
         let ended = tool.wait()?.successful()?;
         ensure!(ended.lines.len() == 2, "{signal}: 2 lines were expected\n{ended}");
@@ -93,7 +94,7 @@ fn wrong_usage_exits_with_2() -> Result<()> {
     ] {
         let ended = Launch::new()?.args(args).run()?.with_code(2)?;
         ensure!(ended.stderr.contains(args[0]), "stderr does not name {}\n{ended}", args[0]);
-        ensure!(ended.lines.is_empty(), "there is something on stdout\n{ended}");
+        ensure!(ended.lines.is_empty(), "stdout is not empty\n{ended}");
     }
     Ok(())
 }
@@ -108,18 +109,18 @@ fn without_privilege_it_names_what_is_missing() -> Result<()> {
     Ok(())
 }
 
-/// The arguments that have the tool run a command.
+/// The arguments that make the tool run a command.
 fn command<I: IntoIterator<Item: Into<OsString>>>(words: I) -> Vec<OsString> {
     [OsString::from("--")].into_iter().chain(words.into_iter().map(Into::into)).collect()
 }
 
-/// The tool runs a command in a bed's namespace; the server there is none of the command's.
+/// Makes the tool run a command in a bed's namespace. The server there does not descend from the command.
 fn run_command(bed: &Bed, args: Vec<OsString>) -> Result<Ended> {
     Launch::new()?.inside(bed.namespace(Side::Client))?.args(["-o", "json"]).args(args).run()
 }
 
-/// It connects at once and exits, so the tool has to have been there before it; its program is known although
-/// it is gone.
+/// The command connects at once and exits, so the tool must be attached before it starts. Its program is
+/// known although it has exited.
 #[test]
 fn command_is_traced_alone_and_passes_its_status() -> Result<()> {
     let mut bed = Bed::new(routes::loopback_ipv4())?;
@@ -130,7 +131,7 @@ fn command_is_traced_alone_and_passes_its_status() -> Result<()> {
     let ended =
         run_command(&bed, command([program].into_iter().chain(words.map(OsString::from))))?.with_code(7)?;
     bed.peer(Side::Server).finish("serve 1")?;
-    // It is gone a fraction of a millisecond after it has connected, and may take the name of its program with it.
+    // The process exits a fraction of a millisecond after it has connected, so its executable may be unknown.
     let exe = one_of(&[json!(null), json!(bed.peer(Side::Server).exe()?)]);
     let expected = json!({
         "event": "close",
@@ -161,7 +162,8 @@ fn children_of_command_are_traced() -> Result<()> {
     Ok(())
 }
 
-/// The statuses are those of `env` and `timeout`: 127 for a command that is not found, 126 for one that cannot be run.
+/// The statuses are those of `env` and `timeout`: 127 for a command that is not found, 126 for one that
+/// cannot be executed.
 #[test]
 fn a_command_that_cannot_be_started_is_reported() -> Result<()> {
     let bed = Bed::new(routes::loopback_ipv4())?;
@@ -172,7 +174,8 @@ fn a_command_that_cannot_be_started_is_reported() -> Result<()> {
     Ok(())
 }
 
-/// A failure of the tool itself cannot be taken for the command's; without a command it is 1.
+/// A failure of the tool itself has a status that distinguishes it from a failure of the command; without a
+/// command it is 1.
 #[test]
 fn its_own_failure_is_not_the_commands() -> Result<()> {
     Launch::new()?.as_nobody(&[])?.args(["--", "true"]).run()?.with_code(125)?;
@@ -180,7 +183,8 @@ fn its_own_failure_is_not_the_commands() -> Result<()> {
     Ok(())
 }
 
-/// `--ready-file` writes into a FIFO or a device like any program would, and does not put a regular file in its place.
+/// `--ready-file` writes into a FIFO or a device as any program would, and does not replace it with a regular
+/// file.
 #[test]
 fn ready_file_may_be_a_fifo_or_a_device() -> Result<()> {
     let bed = Bed::new(routes::loopback_ipv4())?;
@@ -192,7 +196,7 @@ fn ready_file_may_be_a_fifo_or_a_device() -> Result<()> {
 
     let fifo = scratch.path().join("fifo");
     mkfifo(&fifo, Mode::S_IRUSR | Mode::S_IWUSR)?;
-    // Open for both, so that neither end waits for the other to be opened.
+    // Opened for reading and writing, so that neither end blocks until the other is opened.
     let mut open = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(&fifo)?;
     started(&fifo)?;
     ensure!(fs::symlink_metadata(&fifo)?.file_type().is_fifo(), "the FIFO was replaced");
@@ -201,7 +205,7 @@ fn ready_file_may_be_a_fifo_or_a_device() -> Result<()> {
     let pid = str::from_utf8(&written[..length])?;
     ensure!(pid.trim().parse::<u32>().is_ok_and(|pid| pid > 1), "{pid:?} is not a pid");
 
-    // A device of the test's own with the number of /dev/null.
+    // A device node of the test with the number of /dev/null.
     let device = scratch.path().join("null");
     mknod(&device, SFlag::S_IFCHR, Mode::S_IRUSR | Mode::S_IWUSR, makedev(1, 3))?;
     started(&device)?;
@@ -209,14 +213,14 @@ fn ready_file_may_be_a_fifo_or_a_device() -> Result<()> {
     Ok(())
 }
 
-/// What a command that is no trace prints, if it ends well.
+/// The output of a subcommand that must succeed.
 fn printed(args: &[&str]) -> Result<String> {
     let output = Launch::new()?.args(args).output()?;
     ensure!(output.status.success(), "{}: {output:?}", args.join(" "));
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// The long options in the help of a command.
+/// The long options in the help of a subcommand.
 fn options_in(help: &str) -> Vec<&str> {
     let words = help.split(|one: char| !one.is_ascii_alphanumeric() && one != '-');
     words.filter(|word| word.len() > 2 && word.starts_with("--")).collect()
@@ -250,7 +254,7 @@ fn completions_are_scripts_of_the_shell() -> Result<()> {
     Ok(())
 }
 
-/// What `doctor` says as JSON, and its exit status.
+/// The JSON report of `doctor` and its exit status.
 fn doctor(launch: Launch, args: &[&str]) -> Result<(Value, Option<i32>)> {
     let output = launch.args(["doctor", "-o", "json"]).args(args).output()?;
     let text = String::from_utf8(output.stdout)?;
@@ -259,23 +263,26 @@ fn doctor(launch: Launch, args: &[&str]) -> Result<(Value, Option<i32>)> {
     Ok((report, output.status.code()))
 }
 
-/// Of the items of a list, those whose field has this value, by their names.
+/// The names of the items in a list whose field has this value.
 fn names<'a>(report: &'a Value, list: &str, field: &str, value: &str) -> Vec<&'a str> {
     let items = report[list].as_array().into_iter().flatten();
     items.filter(|item| item[field] == value).filter_map(|item| item["name"].as_str()).collect()
 }
 
-/// As root it has tried everything: what it says works has worked for the other tests.
+/// As root, `doctor` tries every hook. What it reports as working has also worked for the other tests.
 #[test]
 fn doctor_tries_every_hook() -> Result<()> {
     let (report, code) = doctor(Launch::new()?, &[])?;
-    ensure!(report["cannot"].is_null(), "tracing works, but not for the doctor: {report:#}");
+    ensure!(report["cannot"].is_null(), "tracing works, but doctor reports that it cannot: {report:#}");
     let hooks = report["hooks"].as_array().context("no hooks")?;
     for hook in hooks {
         let results: Vec<_> =
             hook["variants"].as_array().into_iter().flatten().map(|one| &one["result"]).collect();
         ensure!(results.iter().all(|result| **result != "untried"), "not tried: {hook:#}");
-        ensure!(!hook.to_string().contains("the object has no"), "table and programs do not fit: {hook:#}");
+        ensure!(
+            !hook.to_string().contains("the object has no"),
+            "the hook table names a program that the object lacks: {hook:#}"
+        );
         ensure!(hook["mark"] != "ok" || results.iter().any(|result| **result == "attached"), "{hook:#}");
     }
     ensure!(names(&report, "hooks", "mark", "ok").contains(&"sock:inet_sock_set_state"), "{report:#}");
@@ -285,7 +292,8 @@ fn doctor_tries_every_hook() -> Result<()> {
     Ok(())
 }
 
-/// Without a privilege it ends as well as with, and knows what the kernel has and what is missing.
+/// Without privileges `doctor` succeeds too, and reports what the kernel has and which privileges are
+/// missing.
 #[test]
 fn doctor_needs_no_privilege() -> Result<()> {
     let (report, code) = doctor(Launch::new()?.as_nobody(&[])?, &[])?;
@@ -303,7 +311,8 @@ fn doctor_needs_no_privilege() -> Result<()> {
     Ok(())
 }
 
-/// Capabilities of a user namespace count for nothing: it does not send people to get more of them.
+/// The kernel does not accept capabilities of a user namespace, so `doctor` does not advise to get more of
+/// them.
 #[test]
 fn doctor_knows_a_user_namespace() -> Result<()> {
     let (report, code) = doctor(Launch::new()?.in_user_namespace(), &[])?;
@@ -314,14 +323,14 @@ fn doctor_knows_a_user_namespace() -> Result<()> {
     Ok(())
 }
 
-/// Where the kernel's types are not known, what is read by them is null, and tracepoints are classic.
+/// Without the kernel's types, the fields that need them are null, and tracepoints are classic ones.
 #[test]
 fn doctor_says_what_is_null_without_btf() -> Result<()> {
     let (report, code) = doctor(Launch::new()?, &["--btf", "none"])?;
     ensure!(report["verdict"] == "less" && code == Some(1), "{code:?} {report:#}");
     let null = report["null"].as_array().context("no list of what is null")?;
     for field in ["connection.bytes_sent", "connection.netns", "idle_ms", "trigger", "opener", "ttl"] {
-        ensure!(null.iter().any(|one| one["field"] == field), "{field} is not said to be null: {report:#}");
+        ensure!(null.iter().any(|one| one["field"] == field), "{field} is not reported as null: {report:#}");
     }
     for hook in report["hooks"].as_array().into_iter().flatten() {
         let variants = hook["variants"].as_array().into_iter().flatten();
@@ -333,7 +342,7 @@ fn doctor_says_what_is_null_without_btf() -> Result<()> {
     Ok(())
 }
 
-/// People paste it: no colours, no line too long, every line of the tables there.
+/// The report is meant for pasting: it has no colours, no long lines, and every row of the tables.
 #[test]
 fn doctor_prints_a_page() -> Result<()> {
     let output = Launch::new()?.args(["doctor"]).output()?;
@@ -348,7 +357,7 @@ fn doctor_prints_a_page() -> Result<()> {
     Ok(())
 }
 
-/// What prints and ends.
+/// The subcommands that print something and exit.
 #[test]
 fn other_commands_answer() -> Result<()> {
     let explain = contract::causes().into_iter().map(|cause| vec!["explain", cause]);

@@ -1,5 +1,5 @@
-//! How connections end, from both ends of each: every scenario says which lines must come of it, and no other
-//! may.
+//! How connections end, as seen from both ends: every scenario lists the expected lines, and no others may
+//! appear.
 
 use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
@@ -68,7 +68,7 @@ scenarios! {
     older_connection_is_reset
 }
 
-/// A connection made before the tool was started.
+/// Runs a scenario on a connection that is older than the trace.
 fn run_older(route: Route, scenario: fn(&mut Bed, &Connection) -> Result<Vec<Value>>) -> Result<()> {
     let mut bed = Bed::new(route)?;
     let connection = bed.established()?;
@@ -77,7 +77,7 @@ fn run_older(route: Route, scenario: fn(&mut Bed, &Connection) -> Result<Vec<Val
     trace.verify(&bed, expected)
 }
 
-/// One side ends a fresh connection in order by doing `act`; the other reads to the end and closes.
+/// One side ends a new connection in order by `act`; the other reads to the end and closes.
 fn in_order(
     bed: &mut Bed,
     first: Side,
@@ -89,12 +89,12 @@ fn in_order(
     orderly_lines(bed, &connection, first, but(this, more))
 }
 
-/// What a side does with its socket by one order, and nothing more to tell.
+/// An action that consists of one order, without further expectations.
 fn order(order: &str) -> impl FnOnce(&mut Peer) -> Result<Value> {
     move |peer| peer.ask(order).map(|_| json!({}))
 }
 
-/// A trigger, and the function of the peer that it happened in.
+/// A trigger, and the function of the peer in which it occurred.
 fn in_function(trigger: &str, function: &str) -> Value {
     json!({"trigger": trigger, "stack": user_stack(function)})
 }
@@ -115,7 +115,7 @@ fn client_shuts_down_both_ways(bed: &mut Bed) -> Result<Vec<Value>> {
     shut_down(bed, "shutdown-both")
 }
 
-/// The descriptor outlives the connection, and closing it is nothing new.
+/// The descriptor outlives the connection; closing it causes no line.
 fn shut_down(bed: &mut Bed, how: &str) -> Result<Vec<Value>> {
     let this = in_function("shutdown", "peer_shuts_socket_outer");
     let lines = in_order(bed, Side::Client, order(how), this)?;
@@ -148,8 +148,8 @@ fn die_of(bed: &mut Bed, signal: Signal, act: fn(&mut Peer) -> Result<()>) -> Re
     die(bed, json!({"trigger": "signal", "signal": signal.as_str()}), act)
 }
 
-/// The process has no memory any more when its socket is closed, so there is no stack to take; and what its
-/// `/proc` said, its program and the names of its functions, is known if somebody has read it in time.
+/// The process has no memory any more when its socket is closed, so there is no user stack. Its program and
+/// the names of its functions are known only if the tool has read `/proc` in time.
 fn die(bed: &mut Bed, this: Value, act: impl FnOnce(&mut Peer) -> Result<()>) -> Result<Vec<Value>> {
     let program = json!({"exe": one_of(&[json!(null), json!(bed.peer(Side::Client).exe()?)])});
     let gone = json!({
@@ -168,8 +168,8 @@ fn client_closes_range(bed: &mut Bed) -> Result<Vec<Value>> {
     in_order(bed, Side::Client, order("close-range"), in_function("close_range", "peer_closes_range_outer"))
 }
 
-/// The kernel closes the socket when the process already has the name and the registers of the new program. Its stack is
-/// the entry point of that program, if it is anything.
+/// When the kernel closes the socket, the process already has the name and the registers of the new program.
+/// Its stack, if there is one, is the entry point of that program.
 fn client_becomes_another_program(bed: &mut Bed) -> Result<Vec<Value>> {
     let name = bed.peer(Side::Client).name()?;
     let this = json!({
@@ -188,7 +188,7 @@ fn client_closes_on_thread(bed: &mut Bed) -> Result<Vec<Value>> {
     in_order(bed, Side::Client, close, in_function("close", "peer_closes_socket_outer"))
 }
 
-/// The server's own close of the connection is none: its child still has it.
+/// The server's own `close()` does not end the connection, because its child still holds it.
 fn child_of_server_closes(bed: &mut Bed) -> Result<Vec<Value>> {
     let close = |peer: &mut Peer| {
         let child: u32 = peer.ask("fork-close")?.get("child")?;
@@ -205,8 +205,7 @@ fn server_closes_with_unread_data(bed: &mut Bed) -> Result<Vec<Value>> {
     close_with_unread_data(bed, Side::Server)
 }
 
-/// Nobody acts at the other end; whose socket it is has to be known all the same. Its late close is nothing
-/// new.
+/// The other end is idle, and its owner must still be known. Its late `close()` causes no line.
 fn close_with_unread_data(bed: &mut Bed, side: Side) -> Result<Vec<Value>> {
     let mut connection = bed.established()?;
     bed.send(&mut connection, side.other(), 200)?;
@@ -229,7 +228,7 @@ fn server_lingers_not(bed: &mut Bed) -> Result<Vec<Value>> {
     aborted(bed, &connection, Side::Server)
 }
 
-/// Has the client shut its side down, and waits until that is acknowledged.
+/// Makes the client shut down its write direction, and waits until that is acknowledged.
 fn half_closed(bed: &mut Bed) -> Result<Connection> {
     let connection = bed.established()?;
     bed.peer(Side::Client).ask("shutdown-write")?;
@@ -237,7 +236,7 @@ fn half_closed(bed: &mut Bed) -> Result<Connection> {
     Ok(connection)
 }
 
-/// What was acknowledged is only waited for: nothing new is told, and nothing is reset.
+/// The FIN has been acknowledged, so the close only waits for the peer: it causes no line and no RST.
 fn client_closes_what_it_shut_down(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = half_closed(bed)?;
     bed.peer(Side::Client).ask("close")?;
@@ -268,7 +267,7 @@ fn client_lingers_not_after_shutdown(bed: &mut Bed) -> Result<Vec<Value>> {
     Ok(lines)
 }
 
-/// There is nothing to linger for: the peer answers.
+/// There is nothing to linger for, because the peer answers.
 fn client_lingers_in_vain(bed: &mut Bed) -> Result<Vec<Value>> {
     const SECONDS: u32 = 60;
     let this = in_function("close", "peer_closes_socket_outer");
@@ -279,7 +278,7 @@ fn client_lingers_in_vain(bed: &mut Bed) -> Result<Vec<Value>> {
     in_order(bed, Side::Client, lingers, this)
 }
 
-/// The peer's FIN came first, and behind data.
+/// The peer's FIN arrives first, after data.
 fn client_closes_with_unread_data_and_end(bed: &mut Bed) -> Result<Vec<Value>> {
     let mut connection = bed.established()?;
     bed.send(&mut connection, Side::Server, 200)?;
@@ -322,7 +321,8 @@ fn client_closes_with_unread_data_and_end(bed: &mut Bed) -> Result<Vec<Value>> {
     ])
 }
 
-/// As a program does that has moved the connection to another host. Nothing is sent, and the peer is none the wiser.
+/// A program that has migrated the connection to another host does this. Nothing is sent, and the peer learns
+/// nothing.
 fn client_closes_under_repair(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = bed.established()?;
     for order in ["repair", "close"] {
@@ -340,10 +340,10 @@ fn client_closes_under_repair(bed: &mut Bed) -> Result<Vec<Value>> {
     Ok(lines)
 }
 
-/// The client's data comes with its SYN.
+/// The client's data is sent with its SYN.
 fn client_connects_with_data(bed: &mut Bed) -> Result<Vec<Value>> {
     const BYTES: u64 = 10;
-    /// Both sides may, and neither asks for a cookie: `Documentation/networking/ip-sysctl.rst`.
+    /// Allows both sides TCP Fast Open without a cookie (`Documentation/networking/ip-sysctl.rst`).
     const WITHOUT_COOKIE: &str = "519";
     let server = bed.listen()?;
     for side in [Side::Client, Side::Server] {
@@ -363,7 +363,7 @@ fn client_connects_with_data(bed: &mut Bed) -> Result<Vec<Value>> {
     Ok(lines)
 }
 
-/// Both ends of the connection are one socket.
+/// Both ends of the connection are the same socket.
 fn client_connects_to_itself(bed: &mut Bed) -> Result<Vec<Value>> {
     let address = bed.route().written(bed.route().address(Side::Client));
     let facts = bed.peer(Side::Client).ask(&format!("connect-to-itself {address} 0"))?;
@@ -379,7 +379,7 @@ fn client_connects_to_itself(bed: &mut Bed) -> Result<Vec<Value>> {
     Ok(vec![bed.close_line(&connection, Side::Client, this)?])
 }
 
-/// Each FIN is on its way when the other one is sent.
+/// Each FIN is in flight when the other is sent.
 fn both_close_at_once(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = bed.established()?;
     for side in [Side::Client, Side::Server] {
@@ -403,7 +403,7 @@ fn both_close_at_once(bed: &mut Bed) -> Result<Vec<Value>> {
     ])
 }
 
-/// `connect()` is none of the triggers, though it is this process that acted.
+/// `connect()` is not one of the triggers, although this process acted.
 fn client_disconnects(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = bed.established()?;
     bed.peer(Side::Client).ask("disconnect")?;
@@ -419,8 +419,8 @@ fn client_disconnects(bed: &mut Bed) -> Result<Vec<Value>> {
     reset_lines(bed, &connection, Side::Client, &sender, &json!({}))
 }
 
-/// The client's host answers data with a RST when the client will not read any more. Its own receive
-/// tracepoint fires for that as well, but there is only one RST.
+/// The client has shut down its read direction, so its host answers data with a RST. The tracepoint of
+/// received RSTs fires as well, but there is only one RST.
 fn data_comes_after_shutdown(bed: &mut Bed) -> Result<Vec<Value>> {
     let mut connection = bed.established()?;
     bed.peer(Side::Client).ask("shutdown-both")?;
@@ -438,7 +438,7 @@ fn data_comes_after_shutdown(bed: &mut Bed) -> Result<Vec<Value>> {
         }),
     );
     let mut lines = vec![
-        // What came too late was not received.
+        // Data that arrives too late does not count as received.
         bed.close_line(&before, Side::Client, acted)?,
         bed.reset_line(
             &before,
@@ -454,7 +454,7 @@ fn data_comes_after_shutdown(bed: &mut Bed) -> Result<Vec<Value>> {
     Ok(lines)
 }
 
-/// The RST that refuses has no socket, hence no process; the one who is refused has both.
+/// The RST that refuses has no socket and hence no process; the refused end has both.
 fn nobody_listens(bed: &mut Bed) -> Result<Vec<Value>> {
     const PORT: u16 = 7;
     let attempt = bed.connect_in_vain(bed.route().address(Side::Server), PORT, "ECONNREFUSED")?;
@@ -495,7 +495,7 @@ fn nobody_listens(bed: &mut Bed) -> Result<Vec<Value>> {
     ])
 }
 
-/// Nobody ever had a descriptor of the server's end.
+/// No process has ever had a descriptor of the server's end.
 fn listener_closes_before_accepting(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = bed.connect()?;
     bed.peer(Side::Server).ask("await-client")?;
@@ -509,7 +509,7 @@ fn listener_closes_before_accepting(bed: &mut Bed) -> Result<Vec<Value>> {
     reset_lines(bed, &connection, Side::Server, &sender, &json!({}))
 }
 
-/// `ss` acts on the socket, but it is the client's.
+/// `ss` acts on the socket, but the socket belongs to the client.
 fn somebody_destroys_it(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = bed.established()?;
     let port = connection.address(Side::Client).port().to_string();
@@ -526,7 +526,8 @@ fn somebody_destroys_it(bed: &mut Bed) -> Result<Vec<Value>> {
     reset_lines(bed, &connection, Side::Client, &sender, &json!({}))
 }
 
-/// What `ss` destroys is the listener; what waits in its queue goes with it, and is the listener's.
+/// `ss` destroys the listener. The connection in its accept queue is destroyed with it, and belongs to the
+/// listener's process.
 fn somebody_destroys_listener(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = bed.connect()?;
     bed.peer(Side::Server).ask("await-client")?;
@@ -547,7 +548,7 @@ fn somebody_destroys_listener(bed: &mut Bed) -> Result<Vec<Value>> {
     reset_lines(bed, &connection, Side::Server, &sender, &json!({}))
 }
 
-/// Has `ss` destroy what a side's host has of this kind.
+/// Destroys sockets of this kind on a side's host with `ss`.
 fn destroy(bed: &Bed, side: Side, what: &[&str]) -> Result<()> {
     let mut ss = std::process::Command::new("ss");
     ss.args(["--kill", "--tcp", "--numeric"]).args(what);
@@ -561,7 +562,7 @@ fn older_connection_closes(bed: &mut Bed, connection: &Connection) -> Result<Vec
     Ok(unseen(orderly_lines(bed, connection, Side::Client, this)?))
 }
 
-/// The server sits idle and does nothing; only `/proc` says that the socket is its own.
+/// The server is idle; only `/proc` shows that it owns the socket.
 fn older_connection_is_reset(bed: &mut Bed, connection: &Connection) -> Result<Vec<Value>> {
     let mut lines = unseen(aborted(bed, connection, Side::Client)?);
     for line in &mut lines[2..] {
@@ -570,7 +571,7 @@ fn older_connection_is_reset(bed: &mut Bed, connection: &Connection) -> Result<V
     Ok(lines)
 }
 
-/// The lines of a connection whose handshake was before the trace. Its role may be concluded from the ports.
+/// The lines of a connection whose handshake precedes the trace. Its role may be inferred from the ports.
 fn unseen(lines: Vec<Value>) -> Vec<Value> {
     let mut lines: Vec<Value> = lines
         .into_iter()

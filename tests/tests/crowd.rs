@@ -1,4 +1,5 @@
-//! A crowd of processes that open and close connections at the same time: every end is reported once, with its owner.
+//! A large number of processes that open and close connections concurrently: every end is reported once, with
+//! its owner.
 
 use std::{
     collections::BTreeMap,
@@ -19,14 +20,14 @@ use tcpclose_tests::{
     sockets::{self, TIME_WAIT},
 };
 
-/// What is expected of an end.
+/// The expected lines of an end.
 struct Fate {
     close: Value,
     /// The RST that it sends or receives, if any.
     reset: Option<Value>,
 }
 
-/// What is expected of either end of a connection of a kind.
+/// The expectation for one end of a connection of this kind.
 fn fate(kind: Kind, side: Side) -> Fate {
     use Kind::{
         ChildCloses, ClientCloses, ClientExits, ClientIsKilled, ClientReadsNot, ClientResets,
@@ -74,7 +75,7 @@ fn is_reset(cause: &str) -> Fate {
 /// Lines by their [`key`].
 type Index<'a> = BTreeMap<String, Vec<&'a Value>>;
 
-/// The lines of one kind about one end share a key.
+/// The key that all lines of one kind about one end share.
 fn key(event: &Value, direction: &Value, local: &Value, remote: &Value) -> String {
     format!("{event} {direction} {local} {remote}")
 }
@@ -91,7 +92,7 @@ fn index(lines: &[Value]) -> Index<'_> {
     index
 }
 
-/// Of so many ends, one may be reported wrongly because the kernel ran no BPF program for it.
+/// Out of this many ends, one may be reported wrongly because the kernel ran no BPF program for it.
 const ENDS_FOR_EACH_EXCUSED: usize = 10_000;
 
 #[test]
@@ -145,7 +146,7 @@ fn every_end_is_reported_once_with_its_owner() -> Result<()> {
     Ok(())
 }
 
-/// The tool's lines, compared with what the processes said.
+/// Compares the tool's lines with the claims of the processes.
 struct Comparison<'a> {
     hidden: &'a Hidden,
     /// The lines that no claim has accounted for yet.
@@ -156,14 +157,14 @@ struct Comparison<'a> {
 }
 
 impl<'a> Comparison<'a> {
-    /// Compares the lines about an end with what its owner said.
+    /// Compares the lines about an end with the claim of its owner.
     fn check(&mut self, claim: &Claim) {
         let Claim { pid, kind, side, local, remote } = *claim;
         let (here, there) = (endpoint(local), endpoint(remote));
         let fate = fate(kind, side);
         let owner = json!({ "pid": pid });
-        // A process that does not act can be gone by the time the tool looks for it. If one is named, it has to be the
-        // right one.
+        // A process that does not act can be gone by the time the tool looks for it. If one is named, it must
+        // be the right one.
         let process = if fate.close["trigger"].is_null() { one_of(&[json!(null), owner]) } else { owner };
         let end = json!({"process": process, "connection": {"role": side.to_string()}});
 
@@ -206,8 +207,8 @@ impl<'a> Comparison<'a> {
         self.lines.remove(&key(&json!(event), direction, local, remote)).unwrap_or_default()
     }
 
-    /// Checks the lines that no claim has accounted for. An ACK that comes late finds no socket any more, or the listener,
-    /// and is answered with a RST as well. The kernel has counted those.
+    /// Checks the lines that no claim has accounted for. A late ACK finds no socket any more, or the
+    /// listener, and is answered with a RST as well. The kernel has counted those.
     fn check_rest(&mut self, parent: u32) {
         for line in std::mem::take(&mut self.lines).into_values().flatten() {
             let is_loss_of_hidden = line["event"] == "lost"
@@ -220,7 +221,7 @@ impl<'a> Comparison<'a> {
     }
 }
 
-/// What is wrong, by kind and side: of many complaints, some of each.
+/// Complaints by kind and side. Of many, some of each are shown.
 #[derive(Default)]
 struct Complaints(BTreeMap<String, Vec<String>>);
 
@@ -268,7 +269,7 @@ fn is_answer_of_listener(line: &Value, pid: u32) -> bool {
     differences(line, &listener).is_empty()
 }
 
-/// Runs the crowd. Returns the process that all others descend from, and their claims.
+/// Runs the processes. Returns the pid of their common ancestor and their claims.
 fn crowd(bed: &Bed) -> Result<(u32, Vec<Claim>)> {
     let mut crowd = Command::new(env!("CARGO_BIN_EXE_crowd"));
     crowd.stdin(Stdio::null()).stdout(Stdio::piped());

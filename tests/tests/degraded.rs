@@ -1,4 +1,4 @@
-//! Places where less is allowed than root on a host has, or less is there.
+//! Environments with fewer privileges or fewer kernel interfaces than root has on a host.
 
 use std::thread;
 
@@ -14,9 +14,9 @@ use tcpclose_tests::{
     tool::{Capability, Ended, Launch},
 };
 
-/// Where tracefs is mounted, or debugfs, which has another one in it.
+/// The mount points of tracefs and of debugfs, which contains another tracefs.
 const TRACEFS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug"];
-/// Where the kernel describes its types.
+/// The directory of the kernel's BTF.
 const TYPES: &str = "/sys/kernel/btf";
 
 /// The client resets a connection.
@@ -28,8 +28,8 @@ fn one_reset(bed: &mut Bed) -> Result<Connection> {
     Ok(connection)
 }
 
-/// Has it happen under the tool's eyes, and expects all lines of it with all facts, but for these differences in those of
-/// the client's end and of the server's.
+/// Runs the scenario while the tool traces, and expects all its lines with all fields, except for these
+/// differences in the lines of the client's end and of the server's end.
 fn tells_everything_but(launch: Launch, client: &Value, server: &Value) -> Result<()> {
     let mut bed = Bed::new(routes::veth_ipv6())?;
     let trace = Trace::by(launch.trace(bed.namespaces()).start()?, &bed)?;
@@ -41,8 +41,8 @@ fn tells_everything_but(launch: Launch, client: &Value, server: &Value) -> Resul
     trace.verify(&bed, lines.collect())
 }
 
-/// What the tool says of the client's end of a connection that the client resets, where it cannot keep other namespaces
-/// out.
+/// The client's close line of a connection that the client resets, for a tool that cannot filter by
+/// namespace.
 fn tells_something(launch: Launch) -> Result<(Value, Ended)> {
     let mut bed = Bed::new(routes::loopback_ipv4())?;
     let tool = launch.args(["-o", "json"]).start()?;
@@ -54,7 +54,7 @@ fn tells_something(launch: Launch) -> Result<(Value, Ended)> {
     Ok((line, tool.stop()?))
 }
 
-/// One of the things that `doctor` tells about the place.
+/// One item of `doctor`'s report on the environment.
 fn diagnosis(launch: Launch, args: &[&str], name: &str) -> Result<Value> {
     let output = launch.args(["doctor", "-o", "json"]).args(args.iter().copied()).output()?;
     let report: Value = serde_json::from_slice(&output.stdout).with_context(|| format!("{output:?}"))?;
@@ -62,7 +62,8 @@ fn diagnosis(launch: Launch, args: &[&str], name: &str) -> Result<Value> {
     all.into_iter().find(|one| one["name"] == name).with_context(|| format!("no {name}: {report:#}"))
 }
 
-/// Two capabilities are all it takes, as the README says; what root's processes keep to root is then not known.
+/// Two capabilities are enough, as the README states. What only root may read of root's processes is unknown
+/// then.
 #[test]
 fn two_capabilities_are_enough() -> Result<()> {
     let mut bed = Bed::new(routes::loopback_ipv4())?;
@@ -86,7 +87,7 @@ fn two_capabilities_are_enough() -> Result<()> {
         "stack": {"user": known()},
     });
     let found = ended.lines.iter().any(|line| differences(line, &expected).is_empty());
-    ensure!(found, "no line is like {expected}\n{ended}");
+    ensure!(found, "no line matches {expected}\n{ended}");
     ensure!(ended.stderr.contains("CAP_SYS_PTRACE"), "stderr does not say what is lost without it\n{ended}");
     Ok(())
 }
@@ -105,10 +106,10 @@ fn tracefs_is_not_missed_where_types_are_described() -> Result<()> {
     tells_everything_but(Launch::new()?.without(&TRACEFS)?, &json!({}), &json!({}))
 }
 
-/// What tracepoints say by themselves is told, and what would be read from the kernel's structures is null.
+/// Fields from the arguments of tracepoints are reported, and fields from the kernel's structures are null.
 #[test]
 fn types_are_missed_and_said_to_be() -> Result<()> {
-    // Tracefs as the host has it, and mounted by the tool for itself.
+    // Once with the host's tracefs, and once with a tracefs that the tool mounts for itself.
     for hidden in [&[TYPES][..], &[TYPES, TRACEFS[0], TRACEFS[1]]] {
         let (line, ended) = tells_something(Launch::new()?.without(hidden)?)?;
         let expected = json!({
@@ -143,8 +144,8 @@ fn without_types_and_tracefs_it_says_what_it_needs() -> Result<()> {
     Ok(())
 }
 
-/// Has the tool do without typed programs, iterators and programs on functions, as on a kernel that has its types in a
-/// package: what is read from its structures is known all the same.
+/// Makes the tool run without typed programs, iterators and programs on functions, as on a kernel whose BTF
+/// comes from a package. Fields from the kernel's structures are still known.
 const TYPES_APART: [&str; 2] = ["--btf", "/sys/kernel/btf/vmlinux"];
 
 #[test]
@@ -155,7 +156,7 @@ fn without_iterators_descriptors_are_read_from_proc() -> Result<()> {
     ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
 
     let mut bed = Bed::new(routes::veth_ipv4())?;
-    // Older than the trace, so that only who holds it can be its owner.
+    // The connection is older than the trace, so only its holder can be its owner.
     let connection = bed.established()?;
     let trace = Trace::alone(&bed, &TYPES_APART)?;
     for order in ["linger0", "close"] {
@@ -168,12 +169,13 @@ fn without_iterators_descriptors_are_read_from_proc() -> Result<()> {
         "process": {"pid": bed.peer(Side::Server).pid(), "comm": "peer-server", "attribution": "procfs"},
     });
     let found = ended.lines.iter().any(|line| differences(line, &expected).is_empty());
-    ensure!(found, "no line is like {expected}\n{ended}");
-    ensure!(ended.stderr.contains("may be too late"), "stderr does not say what is worse\n{ended}");
+    ensure!(found, "no line matches {expected}\n{ended}");
+    ensure!(ended.stderr.contains("may be too late"), "stderr does not name the limitation\n{ended}");
     Ok(())
 }
 
-/// No fexit on accepts, no fentry where RSTs come in. Where the kernel refuses them, all tests are without.
+/// The tool attaches no fexit program to accept and no fentry program to the reception of RSTs. Where the
+/// kernel refuses them, all tests run without.
 #[test]
 fn without_programs_on_functions_openers_and_ttls_are_null() -> Result<()> {
     for (hook, null) in [("accept", "opener"), ("time to live", "ttl")] {
@@ -187,7 +189,7 @@ fn without_programs_on_functions_openers_and_ttls_are_null() -> Result<()> {
     )
 }
 
-/// Processes in a pid namespace of their own, as in a container, have the pids that the host gives them.
+/// Processes in their own pid namespace, as in a container, are reported with their pids on the host.
 #[test]
 fn pids_are_those_of_the_host() -> Result<()> {
     let mut bed = Bed::new(routes::loopback_ipv4())?;
@@ -211,12 +213,12 @@ fn pids_are_those_of_the_host() -> Result<()> {
         "opener": {"process": process},
     });
     let found = ended.lines.iter().any(|line| differences(line, &expected).is_empty());
-    ensure!(found, "no line is like {expected}\n{ended}");
+    ensure!(found, "no line matches {expected}\n{ended}");
     Ok(())
 }
 
-/// The tool in a container: the processes that it tells of are the host's, and its `/proc` shows others, of which one may
-/// have the number of one of those.
+/// The tool runs in a container. It reports pids of the host, but its `/proc` shows other processes, one of
+/// which may have the same pid as one of those.
 #[test]
 fn from_a_pid_namespace_nobody_is_taken_for_another() -> Result<()> {
     let launch = || Ok::<_, anyhow::Error>(Launch::new()?.in_pid_namespace());
@@ -244,7 +246,7 @@ fn from_a_pid_namespace_nobody_is_taken_for_another() -> Result<()> {
         let process = json!({"pid": pid, "exe": null, "container": null});
         let expected = match side {
             Side::Client => json!({"process": process, "trigger": "close"}),
-            // Nobody acts on it, and only where accepts are seen it is known whose it is.
+            // The server's end is idle, so its owner is known only where accepts are traced.
             Side::Server if Feature::FunctionReturns.is_here() => json!({"process": process}),
             Side::Server => json!({"process": null}),
         };
@@ -261,11 +263,11 @@ const CONTAINERS: [&str; 2] = [
     "b0000000000000000000000000000000000000000000000000000000000000b1",
 ];
 
-/// Containers are known by the names of control groups, whichever hierarchies there are: the first version's, the second's
-/// or both. On a machine that is not the tests' own, the second version's are there or may be.
+/// Containers are identified by the names of control groups, whether cgroup v1, v2 or both are mounted. On a
+/// machine that does not belong to the tests, v2 is or may be mounted already.
 #[test]
 fn containers_are_known_by_their_groups() -> Result<()> {
-    // What this thread mounts, only it and the processes that it starts can see.
+    // The mounts of this thread are visible only to it and to the processes that it starts.
     thread::scope(|scope| {
         let moved = scope.spawn(|| {
             let [one, other] = CONTAINERS;
@@ -291,14 +293,14 @@ fn containers_are_known_by_their_groups() -> Result<()> {
     })
 }
 
-/// Whether the tool finds these versions of control groups.
+/// Checks which versions of control groups the tool finds.
 fn are_of(version: &str) -> Result<()> {
     let found = diagnosis(Launch::new()?, &[], "cgroups")?["found"].clone();
     ensure!(found == version, "{found} is not {version}");
     Ok(())
 }
 
-/// Has the client be in a group, and the server in none.
+/// The client is in a group, and the server in none.
 fn in_container(hierarchy: &Hierarchy, group: &str, container: &str) -> Result<()> {
     let name = group;
     let group = Group::new(hierarchy, group)?;

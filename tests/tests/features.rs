@@ -1,5 +1,5 @@
-//! What the running kernel has: expectations are lower, and tests are skipped, where something is missing, so that nothing
-//! may be missing that is known to be there.
+//! Checks the features of the running kernel. A missing feature lowers expectations and skips tests, so a
+//! feature that this kernel is known to have must not be missing.
 
 use anyhow::{Result, ensure};
 use tcpclose_tests::features;

@@ -1,4 +1,4 @@
-//! The harness itself, without the tool: that peers really connect, and that the kernel counts what they do.
+//! The test harness without the tool: peers really connect, and the kernel counts what they do.
 
 use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
@@ -9,7 +9,7 @@ use tcpclose_tests::{
     snmp::Counters,
 };
 
-/// How the kernel's counters of the two sides together have to grow when a scenario has run.
+/// The expected growth of the kernel's counters, summed over both sides, after a scenario.
 type Growth = &'static [(&'static str, i64)];
 
 fn counted(route: Route, scenario: fn(&mut Bed) -> Result<Growth>) -> Result<()> {
@@ -65,7 +65,7 @@ fn killed(bed: &mut Bed) -> Result<Growth> {
     Ok(&[("TcpOutRsts", 0)])
 }
 
-/// Every order that ends a connection really does, and leaves the peer able to obey the next one.
+/// Every order that ends a connection does so, and leaves the peer able to execute the next one.
 #[test]
 fn every_order_ends_the_connection() -> Result<()> {
     for order in ["close", "shutdown-write", "dup2-over", "close-range", "exec", "thread-close", "fork-close"]
@@ -86,7 +86,8 @@ fn every_order_ends_the_connection() -> Result<()> {
     Ok(())
 }
 
-/// What the test of timeouts builds on: a lost address swallows a connection attempt and gives it up.
+/// A prerequisite of the tests of timeouts: a connection attempt to a lost address gets no answer and times
+/// out.
 #[test]
 fn a_lost_address_swallows_everything() -> Result<()> {
     for route in [routes::veth_ipv4(), routes::veth_ipv6()] {
@@ -101,7 +102,8 @@ fn a_lost_address_swallows_everything() -> Result<()> {
     Ok(())
 }
 
-/// What the test of load builds on: as many connections as asked for, at most half of them reset.
+/// A prerequisite of the tests of load: a burst has as many connections as requested, and at most half of
+/// them are reset.
 #[test]
 fn burst_connects_as_often_as_told() -> Result<()> {
     let mut bed = Bed::new(routes::loopback_ipv4())?;

@@ -1,4 +1,4 @@
-//! Sockets that stay in a state of the teardown: what they wait for, who has them open, since when.
+//! Sockets that stay in a state of the teardown: what they wait for, who holds them, and since when.
 
 use std::time::{Duration, Instant};
 
@@ -11,20 +11,23 @@ use tcpclose_tests::{
     scenarios, until,
 };
 
-/// An age that no socket reaches before a test is done with it, but all that stay do soon.
+/// An age that no socket reaches before its test is done with it, but that all remaining sockets reach soon.
 const SOON: [&str; 2] = ["--linger", "300ms"];
 
 type Scenario = fn(&mut Bed) -> Result<Value>;
 
-/// Has a socket linger and the line come that says so.
+/// Makes a socket linger, and waits for the line that reports it.
 fn run(route: Route, scenario: Scenario) -> Result<()> {
     let mut bed = Bed::new(route)?;
     let trace = Trace::start(&bed, &SOON)?;
     let expected = scenario(&mut bed)?;
     let is_expected = |line: &Value| differences(line, &expected).is_empty();
     let line = trace.wait_for(&format!("like {expected}"), is_expected)?;
-    ensure!(line["for_ms"] == line["for_ms_at_most"], "its age is known: {line}");
-    ensure!(line["for_ms"].as_f64() >= Some(300.0), "it is told too early: {line}");
+    ensure!(
+        line["for_ms"] == line["for_ms_at_most"],
+        "the exact age is known, so both bounds must be equal: {line}"
+    );
+    ensure!(line["for_ms"].as_f64() >= Some(300.0), "the line came too early: {line}");
     trace.finish(&bed, |_| true)?;
     Ok(())
 }
@@ -46,7 +49,7 @@ scenarios! {
     fins_cross_and_one_is_lost
 }
 
-/// Who has a side's socket open: the process itself.
+/// The holder of a side's socket: the process itself.
 fn holder(bed: &mut Bed, side: Side) -> Result<Value> {
     let fd: u32 = bed.peer(side).ask("descriptor")?.get("fd")?;
     let owner = bed.owner(side)?;
@@ -89,7 +92,7 @@ fn server_never_accepts(bed: &mut Bed) -> Result<Value> {
     bed.lingering_line(&connection, Side::Server, this)
 }
 
-/// As an HTTP client that keeps a connection for later, or has lost it.
+/// An HTTP client does this when it keeps a connection for reuse or has forgotten it.
 fn client_forgets_to_close(bed: &mut Bed) -> Result<Value> {
     let connection = bed.established()?;
     bed.peer(Side::Server).ask("close")?;
@@ -133,7 +136,7 @@ fn child_has_it_too(bed: &mut Bed) -> Result<Value> {
     bed.lingering_line(&connection, Side::Server, this)
 }
 
-/// Nobody has it open any more: the kernel alone waits.
+/// No process holds the socket any more: only the kernel waits.
 fn orphan(bed: &Bed, connection: &Connection, state: &str) -> Result<Value> {
     let this = json!({
         "state": state,
@@ -169,13 +172,13 @@ fn fins_cross_and_one_is_lost(bed: &mut Bed) -> Result<Value> {
     orphan(bed, &connection, "CLOSING")
 }
 
-/// A line about the server's end.
+/// Whether a line is about the server's end.
 fn of_server(connection: &Connection) -> impl Fn(&Value) -> bool {
     let port = connection.address(Side::Client).port();
     move |line| line["event"] == "lingering" && line["connection"]["remote"]["port"] == port
 }
 
-/// Told again when it is twice as old, and no more when it is closed; the close says how long it was.
+/// It is reported again at twice the age, and no more once it is closed; the close line has the duration.
 #[test]
 fn is_told_again_at_twice_the_age() -> Result<()> {
     let mut bed = Bed::new(routes::loopback_ipv4())?;
@@ -186,7 +189,7 @@ fn is_told_again_at_twice_the_age() -> Result<()> {
     let ages = |lines: &[Value]| -> Vec<f64> {
         lines.iter().filter(|line| is_it(line)).filter_map(|line| line["for_ms"].as_f64()).collect()
     };
-    ensure!(trace.wait_until(|lines| ages(lines).len() >= 3), "it is not told three times");
+    ensure!(trace.wait_until(|lines| ages(lines).len() >= 3), "fewer than three lines report the socket");
     bed.peer(Side::Server).ask("receive-end")?;
     bed.peer(Side::Server).ask("close")?;
     let is_close = |line: &Value| line["event"] == "close" && line["connection"]["role"] == "server";
@@ -199,7 +202,7 @@ fn is_told_again_at_twice_the_age() -> Result<()> {
     Ok(())
 }
 
-/// What was there before: the age has bounds, or at least a lower one, and nobody knows the opener.
+/// For an older socket the age has bounds, or at least a lower one, and the opener is unknown.
 #[test]
 fn is_found_though_older_than_the_trace() -> Result<()> {
     let mut bed = Bed::new(routes::veth_ipv4())?;
@@ -225,7 +228,8 @@ fn is_found_though_older_than_the_trace() -> Result<()> {
     let expected = bed.lingering_line(&connection, Side::Server, this)?;
     let line = trace.wait_for(&format!("like {expected}"), |line| differences(line, &expected).is_empty())?;
     let (at_least, at_most) = (line["for_ms"].as_f64(), line["for_ms_at_most"].as_f64());
-    // The truth lies between what the test has waited and what it can have waited at most.
+    // The true age is between the time that the test has waited for sure and the longest that it can have
+    // waited.
     let most = before.elapsed().as_secs_f64() * 1000.0;
     ensure!(at_least <= Some(most), "{at_least:?} of {most} ms at most: {line}");
     ensure!(at_most.is_none_or(|at_most| at_most >= 400.0), "{at_most:?} of 400 ms at least: {line}");
@@ -233,7 +237,8 @@ fn is_found_though_older_than_the_trace() -> Result<()> {
     Ok(())
 }
 
-/// Of what nobody has open, and nobody answers, the kernel keeps no time at all: its age is what the trace has seen of it.
+/// The kernel keeps no time for a socket that no process holds and whose peer does not answer: its age is the
+/// time since the trace first saw it.
 #[test]
 fn orphan_is_found_though_older_than_the_trace() -> Result<()> {
     let mut bed = Bed::new(routes::veth_ipv4())?;
@@ -295,7 +300,7 @@ fn off_is_off() -> Result<()> {
     bed.peer(Side::Client).ask("close")?;
     watched.wait_for("about the server's end", of_server(&connection))?;
     let ended = unwatched.stop()?;
-    ensure!(!ended.lines.iter().any(of_server(&connection)), "it is told\n{ended}");
+    ensure!(!ended.lines.iter().any(of_server(&connection)), "the socket is reported\n{ended}");
     watched.stop()?;
     Ok(())
 }

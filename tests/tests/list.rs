@@ -1,5 +1,5 @@
-//! `tcpclose list`: sockets that lingered before anybody looked, each in a state that two processes have brought it to;
-//! and the count of all others, compared with the kernel's own.
+//! `tcpclose list`: sockets that lingered before the tool was started, each brought into its state by two
+//! processes; and the count of all others, compared with the kernel's own list.
 
 use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener},
@@ -34,7 +34,7 @@ scenarios! {
     nobody_acknowledges_last_fin
 }
 
-/// Has it happen, looks, and expects these lines and no others.
+/// Runs a scenario, lists the sockets, and expects these lines and no others.
 fn run(route: Route, scenario: Scenario) -> Result<()> {
     let mut bed = Bed::new(route)?;
     let expected = scenario(&mut bed)?;
@@ -51,7 +51,7 @@ fn list(bed: &Bed, args: &[&str]) -> Result<Ended> {
     launch.run()?.with_code(0)
 }
 
-/// Waits until the kernel has a side's socket in a state.
+/// Waits until the kernel shows a side's socket in this state.
 fn await_state(bed: &Bed, connection: &Connection, side: Side, state: u8) -> Result<()> {
     let (local, remote) = (connection.address(side), connection.address(side.other()));
     sockets::wait_until(bed.namespace(side), &format!("the {side} is in state {state}"), |all| {
@@ -59,7 +59,7 @@ fn await_state(bed: &Bed, connection: &Connection, side: Side, state: u8) -> Res
     })
 }
 
-/// The client has closed and the server has not: a line for each.
+/// One line for each end after the client has closed and the server has not.
 fn abandoned(bed: &Bed, connection: &Connection, server: Value) -> Result<Vec<Value>> {
     await_state(bed, connection, Side::Server, CLOSE_WAIT)?;
     await_state(bed, connection, Side::Client, FIN_WAIT2)?;
@@ -73,7 +73,7 @@ fn abandoned(bed: &Bed, connection: &Connection, server: Value) -> Result<Vec<Va
     ])
 }
 
-/// The one descriptor of a process, whatever its number.
+/// The holders of a socket, each with one descriptor, whatever its number.
 fn held_by(holders: &[(u32, &str)]) -> Value {
     holders.iter().map(|(pid, comm)| json!({"pid": pid, "comm": comm, "fd": known()})).collect()
 }
@@ -104,7 +104,7 @@ fn server_does_not_read(bed: &mut Bed) -> Result<Vec<Value>> {
     abandoned(bed, &connection, server)
 }
 
-/// It is nobody's yet, so its owner is who ought to accept it.
+/// No process holds the socket yet, so its owner is the process that should accept it.
 fn server_does_not_accept(bed: &mut Bed) -> Result<Vec<Value>> {
     let mut connection = bed.connect()?;
     bed.send(&mut connection, Side::Client, 7)?;
@@ -115,7 +115,7 @@ fn server_does_not_accept(bed: &mut Bed) -> Result<Vec<Value>> {
     abandoned(bed, &connection, server)
 }
 
-/// The parent, which has had it longer, is the owner.
+/// The parent has held it longer, so it is the owner.
 fn child_has_it_open_too(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = bed.established()?;
     let child = bed.peer(Side::Server).fork()?;
@@ -123,7 +123,7 @@ fn child_has_it_open_too(bed: &mut Bed) -> Result<Vec<Value>> {
     bed.peer(Side::Server).ask("receive-end")?;
     let parent = bed.peer(Side::Server).pid();
     let mut holders = [(parent, "peer-server"), (child, "peer-server")];
-    // As `/proc` lists them.
+    // The tool lists holders in the order of their pids.
     holders.sort_unstable();
     abandoned(bed, &connection, json!({"kind": "leaked", "unread_bytes": 0, "holders": held_by(&holders)}))
 }
@@ -156,7 +156,7 @@ fn nobody_acknowledges_shutdown(bed: &mut Bed) -> Result<Vec<Value>> {
     unacked(bed, &connection, ("FIN_WAIT1", FIN_WAIT1), json!({}))
 }
 
-/// The application is rid of it, so it is nobody's.
+/// The application has closed it, so it has no holder.
 fn nobody_acknowledges_close(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = bed.established()?;
     bed.lose(bed.route().address(Side::Server))?;
@@ -168,7 +168,7 @@ fn nobody_acknowledges_last_fin(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = bed.established()?;
     bed.peer(Side::Server).ask("shutdown-write")?;
     bed.peer(Side::Client).ask("receive-end")?;
-    // Its ACK may take its time, and must not be lost with what follows.
+    // The ACK may be delayed, and must arrive before packets are lost.
     await_state(bed, &connection, Side::Server, FIN_WAIT2)?;
     bed.lose(bed.route().address(Side::Server))?;
     bed.peer(Side::Client).ask("close")?;
@@ -185,8 +185,8 @@ fn unacked(bed: &Bed, connection: &Connection, state: (&str, u8), this: Value) -
     Ok(vec![bed.listed_line(connection, Side::Client, but(line, this))?])
 }
 
-/// Both bounds hold on both sides, also when data and ACKs have gone on in the open direction. Nothing is measured: what
-/// surely took longer is compared with what surely took less.
+/// Both bounds hold for both sides, also when data and ACKs have continued in the open direction. The reported bounds
+/// are compared with times that the age surely exceeds or surely does not reach.
 #[test]
 fn ages_are_bounds() -> Result<()> {
     let mut bed = Bed::new(routes::veth_ipv4())?;
@@ -228,7 +228,7 @@ fn filters_leave_out_what_does_not_match() -> Result<()> {
         (["--remote-port", &port], client),
         (["--address", "127.0.0.0/8"], &expected),
         (["--address", "10.0.0.0/8"], &[]),
-        // Both have a bound that says they are younger.
+        // Both have an upper bound that is less than this.
         (["--linger", "1h"], &[]),
     ] {
         let ended = list(&bed, &args)?;
@@ -238,24 +238,25 @@ fn filters_leave_out_what_does_not_match() -> Result<()> {
     Ok(())
 }
 
-/// How many destinations are connected to; each takes a share of the ports that is as large as the others'.
+/// Number of destinations. Each gets an equal share of the ports.
 const DESTINATIONS: u16 = 6;
 
-/// How many connections go to each.
+/// Number of connections to each destination.
 fn connections() -> u16 {
     10_000 / fewer()
 }
 
-/// Sixty thousand, counted as the kernel counts them, and by destination as they were made.
+/// Sixty thousand entries in total, compared with the kernel's count, and per destination with the number
+/// made.
 #[test]
 fn time_wait_is_counted_by_destination() -> Result<()> {
     let mut bed = Bed::new(routes::loopback_ipv4())?;
     let namespace = bed.namespace(Side::Client);
     let (first, ports) = (2000, connections() * DESTINATIONS);
     namespace.set_sysctl("net/ipv4/ip_local_port_range", &format!("{first} {}", first + ports - 1))?;
-    // A small machine has room for fewer.
+    // The default on a small machine is lower.
     namespace.set_sysctl("net/ipv4/tcp_max_tw_buckets", "200000")?;
-    // On the loopback ports would be used again.
+    // Over the loopback the kernel would reuse ports.
     namespace.set_sysctl("net/ipv4/tcp_tw_reuse", "0")?;
     let mut destinations = Vec::new();
     for _ in 0..DESTINATIONS {
@@ -274,14 +275,14 @@ fn time_wait_is_counted_by_destination() -> Result<()> {
     let output = Launch::new()?.args(["list", "--netns", &netns]).output()?;
     ensure!(output.status.success(), "{output:?}");
     let text = String::from_utf8(output.stdout)?;
-    // What ended between the two looks.
+    // The entries that expired between the two counts.
     let gone = counted.len() - sockets::list(bed.namespace(Side::Client))?.len();
     let in_time_wait = |to: Option<SocketAddr>| {
         let towards =
             counted.iter().filter(|one| one.state == TIME_WAIT && to.is_none_or(|to| one.remote == to));
         towards.count()
     };
-    // Five are shown, and how many there are elsewhere.
+    // Five destinations are shown, and the number of those that are not.
     let mut said = 0;
     for line in text.lines().filter(|line| line.ends_with(&netns) && line.contains('%')) {
         let words: Vec<_> = line.split_whitespace().collect();
@@ -293,16 +294,19 @@ fn time_wait_is_counted_by_destination() -> Result<()> {
             "{real} in TIME_WAIT towards {to}, {gone} gone\n{text}"
         );
         let share = format!("{:.1}%", 100.0 * f64::from(u32::try_from(count)?) / f64::from(ports));
-        ensure!(percent == share, "{count} of {ports} ports is no {percent}\n{text}");
+        ensure!(percent == share, "{count} of {ports} ports is not {percent}\n{text}");
         said += 1;
     }
-    ensure!(said == 5, "five destinations were to be shown\n{text}");
+    ensure!(said == 5, "five destinations should be shown\n{text}");
     let real = in_time_wait(None);
     ensure!(real > usize::from(ports / 6 * 5), "only {real} were made");
     let total = text.lines().find(|line| line.contains(&netns) && line.contains("TIME_WAIT "));
     let total = total.and_then(|line| line.split("TIME_WAIT ").nth(1)).context(text.clone())?;
     let total: usize = total.chars().take_while(char::is_ascii_digit).collect::<String>().parse()?;
-    ensure!((real - gone..=real).contains(&total), "{real} in TIME_WAIT, {gone} gone, {total} said\n{text}");
+    ensure!(
+        (real - gone..=real).contains(&total),
+        "{real} in TIME_WAIT, {gone} gone, {total} reported\n{text}"
+    );
     Ok(())
 }
 
@@ -330,10 +334,10 @@ fn a_closed_pipe_is_no_error() -> Result<()> {
     Ok(())
 }
 
-/// It says what it can see, and what it cannot.
+/// The tool reports what it can see and what it cannot.
 #[test]
 fn without_privilege_it_says_what_is_missing() -> Result<()> {
-    // Root's, where nobody can see the socket and not whose it is.
+    // A socket of root, which an unprivileged user can see without its owner.
     let _listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let ended = Launch::new()?.args(["list", "-o", "json"]).as_nobody(&[])?.run()?.with_code(0)?;
     ensure!(ended.stderr.contains("processes may not be read"), "{ended}");

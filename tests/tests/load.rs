@@ -1,4 +1,5 @@
-//! Many connections at once: none lost, none said twice, and as many RSTs as the kernel counted.
+//! Many connections at once: none is lost or reported twice, and the tool reports as many RSTs as the kernel
+//! has counted.
 
 use std::{collections::BTreeMap, thread, time::Duration};
 
@@ -13,7 +14,7 @@ use tcpclose_tests::{
     tool::{Ended, Launch},
 };
 
-/// Half of them end by FIN, half by RST.
+/// The number of connections. Half of them end with a FIN, half with a RST.
 fn connections() -> usize {
     2000 / usize::from(fewer())
 }
@@ -32,9 +33,9 @@ fn every_connection_is_told_once() -> Result<()> {
 
     let ended = trace.finish(&bed, |lines| lines.len() >= 2 * connections + 2 * (connections / 2))?;
     let lost = ended.lines.iter().filter(|line| line["event"] == "lost").count();
-    ensure!(lost == 0, "{lost} times something was lost\n{ended}");
+    ensure!(lost == 0, "{lost} lines report losses\n{ended}");
 
-    // A port that was closed with a RST is free again at once, so it may have been used twice.
+    // A port whose connection was closed with a RST is free again at once, so it may have been used twice.
     let mut used = BTreeMap::<u64, usize>::new();
     for port in sent.get::<String>("ports")?.split(',') {
         *used.entry(port.parse()?).or_default() += 1;
@@ -49,7 +50,7 @@ fn every_connection_is_told_once() -> Result<()> {
         let wrong: Vec<_> = used.iter().filter(|(port, times)| told.get(port) != Some(times)).collect();
         ensure!(
             wrong.is_empty() && told.len() == used.len(),
-            "{} closes of the {side}'s end were told, a wrong number for the ports {wrong:?}\n{ended}",
+            "{} closes of the {side}'s end were reported, a wrong number for the ports {wrong:?}\n{ended}",
             closed.len()
         );
         let resets = closed.iter().filter(|line| !line["cause"].is_null()).count();
@@ -57,8 +58,8 @@ fn every_connection_is_told_once() -> Result<()> {
 
         let pid = json!({"pid": bed.peer(side).pid()});
         for line in closed {
-            // Nobody holds a connection that was reset before it was accepted. Whoever is named has to be the
-            // right one.
+            // No process holds a connection that was reset before it was accepted. If one is named, it must
+            // be the right one.
             let unaccepted = side == Side::Server && line["ended"] == "reset_received";
             let process = if unaccepted { one_of(&[json!(null), pid.clone()]) } else { pid.clone() };
             let found =
@@ -66,8 +67,8 @@ fn every_connection_is_told_once() -> Result<()> {
             ensure!(found.is_empty(), "a line of the {side}'s is wrong: {}\n{line}", found.join(" and "));
         }
     }
-    // An acknowledgement that crosses a RST finds no socket any more and is answered with a RST too. It is
-    // told and counted like any other, but is not the client's doing.
+    // An ACK that crosses a RST finds no socket any more and is answered with a RST too. It is reported and
+    // counted like any other, but the client did not cause it.
     for (direction, side) in [("sent", Side::Client), ("received", Side::Server)] {
         let count = lines_of(&ended, side).filter(|line| line["direction"] == direction).count();
         ensure!(count == connections / 2, "the {side} {direction} {count} RSTs\n{ended}");
@@ -75,13 +76,14 @@ fn every_connection_is_told_once() -> Result<()> {
     Ok(())
 }
 
-/// The lines of one side's ends.
+/// The close lines of one side.
 fn lines_of(ended: &Ended, side: Side) -> impl Iterator<Item = &Value> {
     ended.lines.iter().filter(move |line| line["connection"]["role"] == side.to_string())
 }
 
-/// What comes while the tool is reading, and nothing after it that would wake the tool. It begins to read a tenth of a second
-/// after the first of many connections has ended, and takes some milliseconds for all; nobody knows when exactly.
+/// Events that occur while the tool reads its ring buffer, followed by none that would wake it. It begins to
+/// read a tenth of a second after the first of many connections has ended, and takes some milliseconds for
+/// all; the exact time is unknown.
 #[test]
 fn what_comes_while_it_reads_is_told() -> Result<()> {
     const PAUSE: Duration = Duration::from_millis(98);

@@ -1,5 +1,5 @@
-//! A kernel that is locked down: first so that nobody may change it, then so that nobody may read its memory. There is no
-//! way back from either but to boot.
+//! A locked down kernel: first against modification, then also against reading its memory. Only a reboot
+//! undoes either.
 
 use std::fs;
 
@@ -22,7 +22,7 @@ fn integrity_loses_nothing_and_confidentiality_is_named() -> Result<()> {
     if mode.contains("[none]") {
         fs::write(MODE, "integrity").context("locking the kernel down")?;
     }
-    // When the test is run again, it may be past that.
+    // In a repetition of the test, the kernel may already be in the stricter mode.
     if !mode.contains("[confidentiality]") {
         let mut bed = Bed::new(routes::loopback_ipv4())?;
         let trace = Trace::alone(&bed, &[])?;

@@ -1,4 +1,4 @@
-//! Connections over several paths: each is a TCP connection for each path, and nothing besides.
+//! MPTCP connections: each subflow is reported as a TCP connection, and nothing else is.
 
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
@@ -20,7 +20,7 @@ scenarios! {
     client_lingers_not
 }
 
-/// What each side does to the end of a connection, one after the other.
+/// What each side does to end a connection, in order.
 type Ending = fn() -> &'static [(Side, &'static str)];
 
 fn client_closes_first() -> &'static [(Side, &'static str)] {
@@ -40,7 +40,7 @@ fn client_lingers_not() -> &'static [(Side, &'static str)] {
     ]
 }
 
-/// Has a connection end over one path, and another over two: the client's host then has another address.
+/// Ends a connection with one path, and another with two, for which the client's host gets a second address.
 fn run(route: Route, ending: Ending) -> Result<()> {
     if Feature::Mptcp.is_missed() {
         return Ok(());
@@ -81,7 +81,7 @@ fn run(route: Route, ending: Ending) -> Result<()> {
             ended.lines.iter().cloned().partition(|line| is_close(&line));
         let mismatches = mismatches(&closes, &expected);
         ensure!(mismatches.is_empty(), "with {paths} paths: {mismatches}\n{ended}");
-        // A subflow may be reset, but nothing else may.
+        // A subflow may also have reset lines, but no others.
         for line in others {
             let known = |close: &&Value| {
                 let ends = json!({
@@ -99,12 +99,12 @@ fn run(route: Route, ending: Ending) -> Result<()> {
     Ok(())
 }
 
-/// Gives the client's host another address, and has it connect from there too.
+/// Adds an address to the client's host, and makes MPTCP connect from it as well.
 fn add_path(bed: &Bed, address: &str) -> Result<()> {
     const LIMITS: &str = "mptcp limits set subflow 1";
     let host = address.split('/').next().unwrap_or(address);
     bed.namespace(Side::Client).ip(&[
-        // Nobody prefers it, or else the first path would begin there.
+        // A deprecated address: otherwise the first subflow might use it as its source.
         format!("{} preferred_lft 0", netns::add_address(address)),
         format!("mptcp endpoint add {host} dev {DEVICE} subflow"),
         LIMITS.to_owned(),
@@ -113,14 +113,14 @@ fn add_path(bed: &Bed, address: &str) -> Result<()> {
     Ok(())
 }
 
-/// The kernel falls back to plain TCP when anything is in the way, and says nothing.
+/// The kernel silently falls back to plain TCP when something prevents MPTCP.
 fn ensure_several_paths_are_spoken(bed: &Bed) -> Result<()> {
     let made = Counters::read(bed.namespace(Side::Server))?.get("MPTcpExtMPCapableACKRX")?;
     ensure!(made == 1, "{made} connections are MPTCP");
     Ok(())
 }
 
-/// The subflows that the kernel has of a side, when it has as many as there are paths.
+/// The subflows of a side, once there are as many as there are paths.
 fn subflows(bed: &Bed, side: Side, paths: usize) -> Result<Vec<Socket>> {
     let namespace = bed.namespace(side);
     let established = |sockets: &[Socket]| -> Vec<Socket> {
@@ -130,8 +130,8 @@ fn subflows(bed: &Bed, side: Side, paths: usize) -> Result<Vec<Socket>> {
     Ok(established(&sockets::list(namespace)?))
 }
 
-/// The close line of a subflow. The kernel itself may have opened and closed it, and who is behind that need
-/// not be known; whoever is named has to be the right one.
+/// The close line of a subflow. The kernel itself may have opened and closed it, so its owner may be unknown;
+/// if a process is named, it must be the right one.
 fn close_of(bed: &Bed, side: Side, socket: Socket) -> Result<Value> {
     let process = bed.owner(side)?;
     let owner = one_of(&[json!(null), json!({"pid": process["pid"], "exe": process["exe"]})]);

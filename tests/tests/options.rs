@@ -1,4 +1,4 @@
-//! Options of the trace: what filters let through, and what else can be asked for.
+//! Options of the trace: what filters let through, and what can be requested in addition.
 
 use std::fmt::Display;
 
@@ -12,14 +12,14 @@ use tcpclose_tests::{
     tool::Launch,
 };
 
-/// Which lines of a connection that the client resets get through a filter, when there is another connection
-/// that ended in order between other processes at other addresses.
+/// The lines that a filter lets through. One connection is reset by its client; another one ends in order
+/// between other processes at other addresses.
 struct Filter {
-    /// Made from the connection that is wanted, and its client's pid.
+    /// Derives the option from the connection that must pass and the pid of its client.
     option: fn(&Connection, u32) -> [String; 2],
-    /// The ends whose close passes.
+    /// The ends whose close line passes.
     close: &'static [Side],
-    /// The ends whose RST passes.
+    /// The ends whose reset line passes.
     reset: &'static [Side],
 }
 
@@ -62,12 +62,13 @@ fn filters_keep_others_out() -> Result<()> {
     let mut other = Bed::with_names(routes::loopback_ipv6(), "other-client", "other-server")?;
     for filter in FILTERS {
         let connection = wanted.established()?;
-        // The kernel likes to give the same ports in fresh namespaces, and then a port tells nothing apart.
+        // The kernel often assigns the same ports in new namespaces, and then a port cannot distinguish
+        // connections.
         while share_a_port(&connection, &other.established()?) {}
         let option = (filter.option)(&connection, wanted.peer(Side::Client).pid());
         let namespaces = wanted.namespaces().chain(other.namespaces());
         let tool = Launch::new()?.trace(namespaces).args(&option).start()?;
-        // The other one first: what comes of it would be there before the lines that are waited for.
+        // The other connection ends first, so its lines would precede those that the test waits for.
         for (side, order) in [(Side::Client, "close"), (Side::Server, "receive-end"), (Side::Server, "close")]
         {
             other.peer(side).ask(order)?;
@@ -125,7 +126,7 @@ fn reset(bed: &mut Bed) -> Result<Connection> {
     Ok(connection)
 }
 
-/// The client's close line of a connection that it resets, with such options.
+/// The close line of the client's end, which it has reset, with these options.
 fn close_of_client(bed: &mut Bed, args: &[&str]) -> Result<Value> {
     let trace = Trace::alone(bed, args)?;
     reset(bed)?;
@@ -154,8 +155,8 @@ fn stacks_are_taken_as_asked() -> Result<()> {
     Ok(())
 }
 
-/// Both ways to follow a stack lead to the same functions, as far as the kernel's goes: that one leaves out the first
-/// caller, because libc keeps no frame pointer, and ends where others keep none.
+/// Both ways to unwind find the same functions, as far as the kernel's walk goes: it misses the first caller,
+/// because libc keeps no frame pointer, and ends at the first code without frame pointers.
 #[test]
 fn tables_lead_where_frame_pointers_lead() -> Result<()> {
     let mut bed = Bed::new(routes::loopback_ipv4())?;
@@ -175,7 +176,7 @@ fn tables_lead_where_frame_pointers_lead() -> Result<()> {
     Ok(())
 }
 
-/// A stack that is longer than what is copied of it is told as far as that goes.
+/// If a stack is longer than the copied part, the frames within that part are reported.
 #[test]
 fn short_copies_have_the_innermost_frames() -> Result<()> {
     let mut bed = Bed::new(routes::loopback_ipv4())?;
@@ -185,7 +186,7 @@ fn short_copies_have_the_innermost_frames() -> Result<()> {
     Ok(())
 }
 
-/// Where nothing is known of the kernel's types, stacks are what frame pointers give, and that is said.
+/// Without the kernel's types, the tool uses frame pointers, and says so.
 #[test]
 fn without_types_frame_pointers_have_to_do() -> Result<()> {
     let mut bed = Bed::new(routes::loopback_ipv4())?;
@@ -198,7 +199,7 @@ fn without_types_frame_pointers_have_to_do() -> Result<()> {
         bed.peer(Side::Server).ask(order)?;
     }
     let is_close = |line: &Value| line["event"] == "close";
-    let line = tool.wait_for("that tells of the close", is_close)?;
+    let line = tool.wait_for("the close", is_close)?;
     let differences = differences(&line, &json!({"stack": user_stack("peer_closes_socket_outer")}));
     ensure!(differences.is_empty(), "{}", differences.join("\n"));
     let ended = tool.stop()?;
@@ -213,8 +214,8 @@ fn functions(line: &Value, stack: &str) -> Result<Vec<String>> {
     Ok(frames.iter().filter_map(|frame| frame["symbol"].as_str()).map(str::to_owned).collect())
 }
 
-/// The tool says the number that the socket itself is told; of a socket that nobody has asked for it, where the kernel
-/// lets the tool ask.
+/// The reported cookie equals the one that the socket reports itself. If no process has requested it, it is
+/// known only where the kernel lets the tool generate it.
 #[test]
 fn cookie_is_that_of_the_socket() -> Result<()> {
     let mut bed = Bed::new(routes::loopback_ipv4())?;
@@ -237,8 +238,8 @@ fn cookie_is_that_of_the_socket() -> Result<()> {
     Ok(())
 }
 
-/// Asked to look at every accept, it knows where a connection was accepted, and whose it is without looking
-/// in `/proc`.
+/// With every accept traced, the tool knows where a connection was accepted, and knows its owner without
+/// reading `/proc`.
 #[test]
 fn accept_is_seen_when_asked_for() -> Result<()> {
     let mut bed = Bed::new(routes::loopback_ipv4())?;

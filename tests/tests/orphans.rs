@@ -1,5 +1,5 @@
-//! Sockets that the kernel gives up because it has too many that nobody has open. The limit is the whole host's, so that
-//! this is for machines of the tests' own.
+//! Sockets that the kernel destroys because it has too many orphans. The limit applies to the whole host, so
+//! these tests run only on machines that belong to the tests.
 
 use std::fs;
 
@@ -13,13 +13,13 @@ use tcpclose_tests::{
     sockets::{self, FIN_WAIT1, FIN_WAIT2},
 };
 
-/// How many sockets may be without a descriptor, on the whole host.
+/// The limit on sockets without a descriptor, for the whole host.
 const LIMIT: &str = "/proc/sys/net/ipv4/tcp_max_orphans";
 
-/// So few that there are always more.
+/// A limit that is always exceeded.
 const NONE: &str = "-1";
 
-/// Another limit, while this lives.
+/// A changed limit; restored on drop.
 struct Limited(String);
 
 impl Limited {
@@ -38,7 +38,7 @@ impl Drop for Limited {
     }
 }
 
-/// One after the other: each changes the limit for all.
+/// The scenarios run in sequence, because each changes the limit for all.
 #[test]
 fn too_many_orphans() -> Result<()> {
     if Feature::OwnMachine.is_missed() {
@@ -52,7 +52,7 @@ fn too_many_orphans() -> Result<()> {
     Ok(())
 }
 
-/// The lines of a client's end that was given up in this state.
+/// The lines of a client's end that the kernel destroyed in this state.
 fn given_up(bed: &Bed, connection: &Connection, state: &str, this: Value) -> Result<Vec<Value>> {
     let close = json!({
         "ended": "reset_sent",
@@ -79,7 +79,7 @@ fn in_fin_wait1(bed: &Bed, connection: &Connection) -> Result<Vec<Value>> {
     given_up(bed, connection, "FIN_WAIT1", this)
 }
 
-/// The FIN is sent, and at once a RST behind it.
+/// The FIN is sent, and a RST immediately after it.
 fn client_closes(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = bed.established()?;
     let limited = Limited::to_none()?;
@@ -91,14 +91,14 @@ fn client_closes(bed: &mut Bed) -> Result<Vec<Value>> {
     Ok(lines)
 }
 
-/// The same where the server has closed before.
+/// Same, after the server has closed.
 fn client_closes_last(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = bed.established()?;
     bed.peer(Side::Server).ask("shutdown-write")?;
     bed.peer(Side::Client).ask("receive-end")?;
-    // It has nothing to send again, which nobody would be there for.
+    // The server then has nothing to retransmit to a client that is gone.
     sockets::wait_until_in(bed, &connection, Side::Server, FIN_WAIT2)?;
-    // The ACK of the FIN would make an orderly end of it.
+    // The ACK of the FIN would end the connection in order.
     bed.hold(Side::Client)?;
     let limited = Limited::to_none()?;
     bed.peer(Side::Client).ask("close")?;
@@ -111,7 +111,7 @@ fn client_closes_last(bed: &mut Bed) -> Result<Vec<Value>> {
     given_up(bed, &connection, "LAST_ACK", this)
 }
 
-/// The timer that sends the FIN again finds that there are too many.
+/// The retransmission timer of the FIN finds that there are too many orphans.
 fn client_has_closed(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = bed.established()?;
     bed.lose(bed.route().address(Side::Server))?;

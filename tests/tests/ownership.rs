@@ -1,5 +1,5 @@
-//! Descriptors that change hands: forked, passed on, closed by another thread or by the kernel on behalf of a
-//! process. Whoever holds the socket is the one to name.
+//! Descriptors that change owners: forked, passed, or closed by another thread or by the kernel on behalf of
+//! a process. The tool has to name the process that holds the socket.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -11,7 +11,7 @@ use tcpclose_tests::{
     scenarios,
 };
 
-/// Whether the tool looks at every accept.
+/// Whether the tool traces every accept.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Accepts {
     Unseen,
@@ -20,10 +20,10 @@ enum Accepts {
 
 type Scenario = fn(&mut Bed, Accepts) -> Result<Vec<Value>>;
 
-/// Has a scenario happen twice: once with the socket's acceptor known to the tool, once not. Whose it is
-/// when it ends is to be known both times.
+/// Runs a scenario twice: once with the acceptor of the socket known to the tool, once without. The owner at
+/// the end must be known both times.
 fn run(route: Route, scenario: Scenario) -> Result<()> {
-    // Looking at every system call would be slow on an emulated processor.
+    // Tracing every system call would be slow on an emulated processor.
     let hook = if Feature::FunctionReturns.is_here() { "fexit" } else { "syscall" };
     for (accepts, args) in
         [(Accepts::Unseen, ["--accept-hook", "off"]), (Accepts::Seen, ["--accept-hook", hook])]
@@ -57,12 +57,12 @@ scenarios! {
     receiver_from_client_is_reset
 }
 
-/// The process that a child of a side is.
+/// The expected process of a child of a side.
 fn child_process(bed: &Bed, side: Side, child: u32) -> Result<Value> {
     Ok(but(bed.owner(side)?, json!({"pid": child, "tid": child})))
 }
 
-/// Who acted: the process that is told, in a system call of its own.
+/// The expectation for a process that acted in a system call of its own.
 fn acted(process: Value, trigger: &str, function: &str) -> Value {
     json!({
         "process": but(process, json!({"attribution": "syscall"})),
@@ -71,14 +71,14 @@ fn acted(process: Value, trigger: &str, function: &str) -> Value {
     })
 }
 
-/// What is said of whoever holds a socket and does nothing with it.
+/// The expectation for a process that holds a socket and is idle.
 fn idle(process: Value, attributions: &[&str]) -> Value {
     let attributions: Vec<Value> = attributions.iter().map(|name| json!(name)).collect();
     let tid = one_of(&[json!(null), process["tid"].clone()]);
     json!({"process": but(process, json!({"tid": tid, "attribution": one_of(&attributions)}))})
 }
 
-/// Whoever accepted a socket, on every line of it.
+/// The expected acceptor of a socket, on each of its lines.
 fn accepted_by(process: &Value, accepts: Accepts) -> Value {
     let opener = json!({ "process": process, "stack": user_stack("peer_accepts_socket_outer") });
     json!({"opener": match accepts {
@@ -87,7 +87,7 @@ fn accepted_by(process: &Value, accepts: Accepts) -> Value {
     }})
 }
 
-/// Both lines of a connection whose server's end went first.
+/// Both close lines of a connection whose server end closed first.
 fn server_went_first(
     bed: &mut Bed,
     connection: &Connection,
@@ -98,24 +98,24 @@ fn server_went_first(
     orderly_lines(bed, connection, Side::Server, but(opener, this))
 }
 
-/// Who has to do with a connection that its client resets.
+/// The processes of a connection that its client resets.
 struct Parties {
-    /// The child of the client's that resets it; none if it is the client itself.
+    /// The child of the client that resets it; `None` if the client itself does.
     client: Option<u32>,
-    /// What is said of the server's end, which nobody touches.
+    /// The expectation for the server's end, which is idle.
     holder: Value,
-    /// Who accepted it.
+    /// The process that accepted it.
     acceptor: Value,
 }
 
 impl Parties {
-    /// The bed's own two, and whoever holds the server's end now.
+    /// The two processes of the bed, and the current holder of the server's end.
     fn with_holder(bed: &Bed, holder: Value) -> Result<Self> {
         Ok(Self { client: None, holder, acceptor: bed.owner(Side::Server)? })
     }
 }
 
-/// Has the client reset a connection while the holder of the server's end sits idle.
+/// Makes the client reset a connection while the holder of the server's end is idle.
 fn client_resets(
     bed: &mut Bed,
     connection: &Connection,
@@ -141,7 +141,7 @@ fn client_resets(
     reset_lines(bed, connection, Side::Client, &sender, &receiver)
 }
 
-/// The server's own close is none, because its child still has the socket.
+/// The server's own `close()` does not end the connection, because its child still holds the socket.
 fn child_closes_last(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     let connection = bed.established()?;
     let child = bed.peer(Side::Server).fork()?;
@@ -151,12 +151,13 @@ fn child_closes_last(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     server_went_first(bed, &connection, accepts, this)
 }
 
-/// It has no memory any more when the kernel closes the socket, hence no stack and maybe no program.
+/// The child has no memory any more when the kernel closes the socket, hence no stack and possibly no
+/// program.
 fn child_exits_last(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     let connection = bed.established()?;
     let child = bed.peer(Side::Server).fork()?;
     bed.peer(Side::Server).ask("close")?;
-    // It answers no more.
+    // An exited child does not answer.
     ensure!(bed.peer(Side::Server).ask_child(child, "exit 0").is_err(), "the child has not exited");
     let process = child_process(bed, Side::Server, child)?;
     let gone = one_of(&[json!(null), process["exe"].clone()]);
@@ -170,8 +171,8 @@ fn child_exits_last(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     server_went_first(bed, &connection, accepts, this)
 }
 
-/// Has the server's process exit while a child that inherited its connection lives on; nothing may be told of
-/// that. Returns the child.
+/// Makes the server's process exit while a child that inherited its connection lives on, which must cause no
+/// line. Returns the child.
 fn left_to_child(bed: &mut Bed) -> Result<u32> {
     let child = bed.peer(Side::Server).ask("hand-over")?.get("child")?;
     bed.peer(Side::Server).ended()?;
@@ -196,8 +197,8 @@ fn child_lives_on_and_is_reset(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Va
     acceptor_is_gone(bed, lines, accepts)
 }
 
-/// What `/proc` said of a process that is gone, its program and the names of its functions, is known if
-/// somebody has read it in time.
+/// The program of an exited process and the names of its functions are known only if the tool has read
+/// `/proc` in time.
 fn acceptor_is_gone(bed: &Bed, lines: Vec<Value>, accepts: Accepts) -> Result<Vec<Value>> {
     let server = bed.owner(Side::Server)?;
     let exe = one_of(&[json!(null), server["exe"].clone()]);
@@ -214,7 +215,8 @@ fn acceptor_is_gone(bed: &Bed, lines: Vec<Value>, accepts: Accepts) -> Result<Ve
     Ok(changed.collect())
 }
 
-/// The master listens, and each of its children accepts. All of them have connections when the first is reset.
+/// The master listens, and each of its children accepts. All of them have connections when the first one is
+/// reset.
 fn one_of_many_workers_is_reset(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     const WORKERS: usize = 4;
     let server = bed.listen()?;
@@ -260,7 +262,7 @@ fn receiver_closes(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     server_went_first(bed, &connection, accepts, this)
 }
 
-/// The acceptor lives, and has the socket no more.
+/// The acceptor is alive, but does not hold the socket any more.
 fn receiver_is_reset(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     let (connection, receiver) = passed(bed)?;
     bed.peer(Side::Server).ask_child(receiver, "take")?;
@@ -269,7 +271,7 @@ fn receiver_is_reset(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     client_resets(bed, &connection, accepts, &parties)
 }
 
-/// The descriptor is in flight when the socket that it would have come from is closed, and goes with it.
+/// The descriptor is in flight when the socket that would receive it is closed, and is released with it.
 fn nobody_takes_what_was_passed(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     let (connection, receiver) = passed(bed)?;
     bed.peer(Side::Server).ask_child(receiver, "close-channel")?;
@@ -277,8 +279,9 @@ fn nobody_takes_what_was_passed(bed: &mut Bed, accepts: Accepts) -> Result<Vec<V
     server_went_first(bed, &connection, accepts, this)
 }
 
-/// The descriptor is in flight to a socket that nobody has, and goes when the kernel notices: in a thread of its own, or,
-/// before 6.10, while the process closes the last socket that led there. No other process has to do with it.
+/// The descriptor is in flight to a socket that no process holds. The kernel's garbage collector releases it:
+/// in a kernel thread, or, before 6.10, while the process closes the last socket that led to it. No other
+/// process is involved.
 fn nobody_can_take_what_was_passed(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     let connection = bed.established()?;
     bed.peer(Side::Client).ask("lose-in-cycle")?;
@@ -296,14 +299,15 @@ fn nobody_can_take_what_was_passed(bed: &mut Bed, accepts: Accepts) -> Result<Ve
     Ok(lines)
 }
 
-/// The acceptor has let go of it, and nobody has taken it: it is nobody's when it is reset.
+/// The acceptor has closed its descriptor, and no process has received it: the socket has no owner when it is
+/// reset.
 fn passed_by_server_and_reset(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     let (connection, _) = passed(bed)?;
     let parties = Parties::with_holder(bed, json!({"process": null}))?;
     client_resets(bed, &connection, accepts, &parties)
 }
 
-/// The same with what is always seen: that it connected.
+/// Same for the client's end, whose `connect()` the tool always sees.
 fn passed_by_client_and_reset(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     let receiver = bed.peer(Side::Client).fork()?;
     let connection = bed.established()?;
@@ -311,7 +315,7 @@ fn passed_by_client_and_reset(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Val
     server_resets(bed, &connection, accepts, json!({"process": null}))
 }
 
-/// What connected is gone, and its child sits idle.
+/// The process that connected has exited, and its child is idle.
 fn child_of_client_lives_on_and_is_reset(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     let connection = bed.established()?;
     let child = bed.peer(Side::Client).ask("hand-over")?.get("child")?;
@@ -320,7 +324,7 @@ fn child_of_client_lives_on_and_is_reset(bed: &mut Bed, accepts: Accepts) -> Res
     server_resets(bed, &connection, accepts, holder)
 }
 
-/// What connected lives, and has the socket no more.
+/// The process that connected is alive, but does not hold the socket any more.
 fn receiver_from_client_is_reset(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     let receiver = bed.peer(Side::Client).fork()?;
     let connection = bed.established()?;
@@ -330,7 +334,8 @@ fn receiver_from_client_is_reset(bed: &mut Bed, accepts: Accepts) -> Result<Vec<
     server_resets(bed, &connection, accepts, holder)
 }
 
-/// Has the server reset a connection while another process than the one that connected, or none, holds the client's end.
+/// Makes the server reset a connection whose client end is held by a process other than the one that
+/// connected, or by none.
 fn server_resets(
     bed: &mut Bed,
     connection: &Connection,
@@ -347,7 +352,7 @@ fn server_resets(
     reset_lines(bed, connection, Side::Server, &sender, &receiver)
 }
 
-/// One and the same process, but not the same thread.
+/// The process is the same, but not the thread.
 fn thread_closes_what_another_accepted(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     let connection = bed.established()?;
     let facts = bed.peer(Side::Server).ask("thread-close")?;
@@ -357,7 +362,7 @@ fn thread_closes_what_another_accepted(bed: &mut Bed, accepts: Accepts) -> Resul
     server_went_first(bed, &connection, accepts, this)
 }
 
-/// The thread that waits keeps the socket until the wait is over, and then the kernel closes it there.
+/// The waiting thread holds the socket until its wait is over, and then the kernel closes it in that thread.
 fn thread_waits_in_what_another_closes(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     let mut connection = bed.established()?;
     let facts = bed.peer(Side::Server).ask("close-under-receive")?;
@@ -372,7 +377,7 @@ fn ring_closes(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     through_ring(bed, accepts, "ring-close", |by| by == "caller")
 }
 
-/// The kernel leaves shutting down to a worker, whoever is asked.
+/// The kernel always executes a shutdown request in a worker thread.
 fn ring_shuts_down(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     if Feature::UringShutdown.is_missed() {
         return Ok(Vec::new());
@@ -380,7 +385,7 @@ fn ring_shuts_down(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     through_ring(bed, accepts, "ring-shutdown", |_| false)
 }
 
-/// Whichever thread the kernel takes for it, it works for the server's process.
+/// Whichever thread executes the request, it works on behalf of the server's process.
 fn through_ring(
     bed: &mut Bed,
     accepts: Accepts,
@@ -395,7 +400,7 @@ fn through_ring(
         if !in_own_thread(by) {
             process = but(process, json!({"tid": known(), "comm": known()}));
         }
-        // A thread of the kernel has no user stack.
+        // A kernel thread has no user stack.
         let stack = if in_own_thread(by) { user_stack("syscall") } else { Value::Null };
         let this = but(acted(process, "io_uring", ""), json!({"stack": stack}));
         lines.extend(server_went_first(bed, &connection, accepts, this)?);

@@ -1,4 +1,4 @@
-//! `tcpclose replay`: what `--record` kept becomes the lines of the live run again, without privilege.
+//! `tcpclose replay` reproduces the lines of a live run from the file of `--record`, without privileges.
 
 use std::{fs, os::unix::fs::PermissionsExt};
 
@@ -12,7 +12,7 @@ use tcpclose_tests::{
     tool::Launch,
 };
 
-/// Closes, resets, a socket that lingers, and stacks.
+/// The run has closes, resets, a lingering socket, and stacks.
 #[test]
 fn replay_writes_the_lines_of_the_live_run() -> Result<()> {
     let scratch = Scratch::new()?;

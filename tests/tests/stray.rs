@@ -1,5 +1,5 @@
-//! RSTs and ends of connections that no application asked for: segments that fit no socket, queues that
-//! overflow, firewalls that answer for somebody else.
+//! RSTs and ends of connections that no application caused: segments that belong to no socket, overflowing
+//! queues, and firewalls that answer in place of a host.
 
 use std::{net::SocketAddr, process::Command};
 
@@ -51,7 +51,7 @@ scenarios! {
     ack_comes_to_older_listener
 }
 
-/// A listener made before the tool was started.
+/// Runs a scenario on a listener that is older than the trace.
 fn run_older(route: Route, scenario: fn(&mut Bed, SocketAddr) -> Result<Vec<Value>>) -> Result<()> {
     let mut bed = Bed::new(route)?;
     let listener = bed.listen()?;
@@ -60,10 +60,10 @@ fn run_older(route: Route, scenario: fn(&mut Bed, SocketAddr) -> Result<Vec<Valu
     trace.verify(&bed, expected)
 }
 
-/// Where a segment comes from that nobody sent.
+/// The source port of a segment that no socket has sent.
 const STRAY_PORT: u16 = 9;
 
-/// Sends a bare ACK from the client's host to a port of the server's.
+/// Sends a bare ACK from the client's host to a port of the server.
 fn send_stray_ack(bed: &Bed, port: u16) -> Result<Connection> {
     let from = SocketAddr::new(bed.route().address(Side::Client), STRAY_PORT);
     let to = SocketAddr::new(bed.route().address(Side::Server), port);
@@ -72,7 +72,7 @@ fn send_stray_ack(bed: &Bed, port: u16) -> Result<Connection> {
     Ok(Connection::new(from, to))
 }
 
-/// The line of a RST that the server's host sent, but not for a connection.
+/// The line of a RST that the server's host sent outside any connection.
 fn answer(bed: &Bed, connection: &Connection, this: Value) -> Result<Value> {
     let nothing = one_of(&[json!(null), json!(0)]);
     let line = json!({
@@ -92,7 +92,7 @@ fn answer(bed: &Bed, connection: &Connection, this: Value) -> Result<Value> {
     bed.reset_line(connection, Side::Server, but(line, this))
 }
 
-/// The same for a RST of the listener's.
+/// Same as [`answer`], for a RST that the listener's socket sent.
 fn answer_of_listener(bed: &Bed, connection: &Connection, this: Value) -> Result<Value> {
     let tid = bed.owner(Side::Server)?["tid"].clone();
     let listener = json!({
@@ -124,8 +124,8 @@ fn ack_comes_to_nobody(bed: &mut Bed) -> Result<Vec<Value>> {
     Ok(vec![answer(bed, &stray, this)?])
 }
 
-/// Has the client close, and the server send all the same, once the client's end has come as far as is waited for. Returns
-/// the connection as it is with what was sent.
+/// Makes the client close, waits until its end has reached the given state, and then makes the server send.
+/// Returns the connection including the data sent.
 fn server_sends_late(
     bed: &mut Bed,
     before: &Connection,
@@ -140,13 +140,13 @@ fn server_sends_late(
     Ok(connection)
 }
 
-/// The server sends though the client has closed, and has nothing left of the connection but an entry.
+/// The server sends although the client has closed and only a `TIME_WAIT` entry remains of its socket.
 fn data_comes_to_time_wait(bed: &mut Bed) -> Result<Vec<Value>> {
     let before = bed.established()?;
-    // The server's host may take its time to acknowledge the FIN.
+    // The server's host may delay the acknowledgement of the FIN.
     let connection =
         server_sends_late(bed, &before, |bed| sockets::wait_until_in(bed, &before, Side::Client, FIN_WAIT2))?;
-    // The entry knows the addresses, but not whose the socket was, unless somebody has kept that in mind.
+    // The entry has the addresses, but not the owner of the socket, unless the tool has remembered it.
     let owner = bed.owner(Side::Client)?;
     let answer = json!({
         "event": "reset",
@@ -170,7 +170,7 @@ fn data_comes_to_time_wait(bed: &mut Bed) -> Result<Vec<Value>> {
     Ok(lines)
 }
 
-/// The client has closed, and what was kept of the connection is over when the server sends.
+/// The client has closed, and its `TIME_WAIT` entry has expired when the server sends.
 fn data_comes_after_time_wait(bed: &mut Bed) -> Result<Vec<Value>> {
     let before = bed.established()?;
     bed.peer(Side::Client).ask("fin-wait2 1")?;
@@ -185,8 +185,8 @@ fn data_comes_after_time_wait(bed: &mut Bed) -> Result<Vec<Value>> {
     Ok(lines)
 }
 
-/// The client has closed, and the whole of its socket is kept, since it may wait for the server for longer than anybody
-/// waits in `TIME_WAIT`.
+/// The client has closed, and the kernel keeps its full socket, because it may wait for the server longer
+/// than `TIME_WAIT` lasts.
 fn data_comes_to_orphan(bed: &mut Bed) -> Result<Vec<Value>> {
     bed.namespace(Side::Client).set_sysctl("net/ipv4/tcp_fin_timeout", "120")?;
     let before = bed.established()?;
@@ -207,7 +207,7 @@ fn data_comes_to_orphan(bed: &mut Bed) -> Result<Vec<Value>> {
     Ok(lines)
 }
 
-/// What the client's end says that was closed, and whose FIN was acknowledged.
+/// The close of a client's end that was closed by the client and whose FIN was acknowledged.
 fn closed_by_client(ended: &str, cause: Option<&str>) -> Value {
     json!({
         "closed_by": "local",
@@ -219,7 +219,7 @@ fn closed_by_client(ended: &str, cause: Option<&str>) -> Value {
     })
 }
 
-/// What the client's end says of a connection that the server's host has reset.
+/// The lines of the client's end of a connection that the server's host has reset.
 fn client_is_reset(bed: &Bed, connection: &Connection, child: Option<u32>) -> Result<Vec<Value>> {
     let process =
         child.map_or(json!({}), |pid| json!({"pid": pid, "tid": one_of(&[json!(null), json!(pid)])}));
@@ -237,8 +237,8 @@ fn client_is_reset(bed: &Bed, connection: &Connection, child: Option<u32>) -> Re
     ])
 }
 
-/// Two connections that are on the doorstep until the clients send something, and then there is room for one, which is
-/// taken. Returns that one, the other, and the child of the client's that has the other.
+/// Two connections that the server defers until the clients send data. Then there is room for only one in the
+/// accept queue. Returns that one, the other, and the child of the client that holds the other.
 fn overflowing(bed: &mut Bed) -> Result<(Connection, Connection, u32)> {
     const SECONDS: u32 = 60;
     let second = bed.peer(Side::Client).fork()?;
@@ -257,7 +257,7 @@ fn overflowing(bed: &mut Bed) -> Result<(Connection, Connection, u32)> {
     Ok((queued, refused, second))
 }
 
-/// What a client's end says that sent something to a server which never had the connection.
+/// The lines of a client's end that has sent data to a server which never had the connection.
 fn client_sent_and_is_reset(bed: &Bed, connection: &Connection, child: u32) -> Result<Vec<Value>> {
     let sent = json!({"idle_ms": known(), "last_data": "sent"});
     let sent_bytes = but(sent.clone(), json!({"connection": {"bytes_sent": one_of(&[json!(0), json!(10)])}}));
@@ -287,7 +287,8 @@ fn accept_queue_overflows(bed: &mut Bed) -> Result<Vec<Value>> {
     Ok(lines)
 }
 
-/// By default what there is no room for is dropped, and the client goes on for as long as somebody listens.
+/// By default the kernel drops what does not fit into the queue, and the client continues as long as the
+/// listener exists.
 fn accept_queue_overflows_silently(bed: &mut Bed) -> Result<Vec<Value>> {
     let before = Counters::read(bed.namespace(Side::Server))?;
     let (queued, refused, second) = overflowing(bed)?;
@@ -308,7 +309,7 @@ fn accept_queue_overflows_silently(bed: &mut Bed) -> Result<Vec<Value>> {
     Ok(lines)
 }
 
-/// With the process that listened die all the connections that it has not accepted.
+/// When the listening process dies, all connections that it has not accepted are reset.
 fn listener_dies_before_accepting(bed: &mut Bed) -> Result<Vec<Value>> {
     let second = bed.peer(Side::Client).fork()?;
     let server = bed.listen()?;
@@ -347,7 +348,7 @@ fn listener_dies_before_accepting(bed: &mut Bed) -> Result<Vec<Value>> {
     Ok(lines)
 }
 
-/// Nobody ever had the server's end; it is the listener's all the same.
+/// No process has ever held the server's end; it still belongs to the listener's process.
 fn client_resets_before_accepting(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = bed.connect()?;
     bed.peer(Side::Server).ask("await-client")?;
@@ -362,7 +363,7 @@ fn client_resets_before_accepting(bed: &mut Bed) -> Result<Vec<Value>> {
     reset_lines(bed, &connection, Side::Client, &json!({"cause": "linger_zero"}), &of_listener)
 }
 
-/// Makes the server's host reject what comes for a port, or lets it in again.
+/// Makes the server's host reject packets for a port.
 fn reject(bed: &Bed, port: u16, with: &str) -> Result<()> {
     let hook = "type filter hook input priority 0";
     let rule = format!("tcp dport {port} reject with {with}");
@@ -377,7 +378,7 @@ fn nft(bed: &Bed, rules: &str) -> Result<()> {
     netns::run(&mut nft).map(drop)
 }
 
-/// The firewall's RST is none of TCP's, and so it is told by the receiver alone.
+/// TCP did not send the firewall's RST, so only the receiver reports it.
 fn firewall_refuses_connection(bed: &mut Bed) -> Result<Vec<Value>> {
     let port = bed.listen()?.port();
     reject(bed, port, "tcp reset")?;
@@ -395,7 +396,7 @@ fn firewall_refuses_connection(bed: &mut Bed) -> Result<Vec<Value>> {
     ])
 }
 
-/// The server's end knows nothing of it, and goes on until its own FIN finds nobody.
+/// The server's end does not see the RST, and continues until its own FIN finds no socket.
 fn firewall_resets_connection(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = bed.established()?;
     let mut of_client = connection.clone();
@@ -407,7 +408,7 @@ fn firewall_resets_connection(bed: &mut Bed) -> Result<Vec<Value>> {
 
     let mut lines = client_is_reset(bed, &of_client, None)?;
     for line in &mut lines {
-        // How much of what was rejected counts as sent is not for this test to say.
+        // How much of the rejected data counts as sent is not the subject of this test.
         if line["event"] == "close" {
             line["connection"]["bytes_sent"] = one_of(&[json!(1000), json!(1010)]);
         }
@@ -417,7 +418,7 @@ fn firewall_resets_connection(bed: &mut Bed) -> Result<Vec<Value>> {
     Ok(lines)
 }
 
-/// An ICMP error is no RST, though `connect()` fails with the same error.
+/// An ICMP error is not a RST, although `connect()` fails with the same error.
 fn firewall_says_unreachable(bed: &mut Bed) -> Result<Vec<Value>> {
     let port = bed.listen()?.port();
     reject(bed, port, "icmpx type port-unreachable")?;

@@ -1,5 +1,5 @@
-//! Connections that the kernel ends by itself, and attempts that come to nothing. The kernel's own shortest
-//! timers run out here, which takes a second or three; nothing is measured against a clock.
+//! Connections that the kernel ends by itself, and connection attempts that fail. The shortest timers of the
+//! kernel expire here, which takes one to three seconds; no duration is asserted.
 
 use std::net::SocketAddr;
 
@@ -74,7 +74,7 @@ fn client_gives_up_connecting(bed: &mut Bed) -> Result<Vec<Value>> {
     Ok(vec![bed.close_line(&attempt, Side::Client, but(never_established(), this))?])
 }
 
-/// The server is asked to forward, and says that it cannot.
+/// The client sends by way of the server, which answers that it has no route.
 fn no_way_to_server(bed: &mut Bed) -> Result<Vec<Value>> {
     let router = bed.route().address(Side::Server);
     let nowhere = bed.route().nowhere();
@@ -112,7 +112,7 @@ fn send_into_nothing(bed: &mut Bed, cause: &str, setting: Option<&str>) -> Resul
     Ok(vec![bed.close_line(&connection, Side::Client, this)?])
 }
 
-/// The server takes no more, and then it is gone.
+/// The server stops reading, and then becomes unreachable.
 fn window_stays_shut(bed: &mut Bed) -> Result<Vec<Value>> {
     bed.namespace(Side::Client).set_sysctl("net/ipv4/tcp_retries2", "1")?;
     probe_nothing(bed, "retransmit_timeout", None)
@@ -123,14 +123,15 @@ fn window_stays_shut_for_user_timeout(bed: &mut Bed) -> Result<Vec<Value>> {
 }
 
 fn probe_nothing(bed: &mut Bed, cause: &str, setting: Option<&str>) -> Result<Vec<Value>> {
-    // Before 6.6 the window may be larger than what there is memory for; then segments are lost, and it never shuts.
+    // Before 6.6 the window may exceed the memory for it. Segments are lost then, and the window never
+    // closes.
     bed.namespace(Side::Server).set_sysctl("net/ipv4/tcp_adv_win_scale", "-4")?;
     let connection = bed.idle()?;
     let (local, remote) = (connection.address(Side::Client), connection.address(Side::Server));
     let probes =
         |socket: &Socket| (socket.local, socket.remote) == (local, remote) && socket.timer == TIMER_OF_PROBES;
     until("the client probes the server's window", || {
-        // More than once: what is acknowledged makes room for more.
+        // Filled more than once, because acknowledged data makes room for more.
         bed.peer(Side::Client).ask("fill")?;
         Ok(sockets::list(bed.namespace(Side::Client))?.iter().any(probes).then_some(()))
     })?;
@@ -139,12 +140,12 @@ fn probe_nothing(bed: &mut Bed, cause: &str, setting: Option<&str>) -> Result<Ve
         bed.peer(Side::Client).ask(order)?;
     }
     await_timeout(bed)?;
-    // How much fitted into the window is not for this test to say.
+    // How much fits into the window is not the subject of this test.
     let this = json!({"idle_ms": known(), "last_data": "sent", "connection": {"bytes_sent": known()}});
     Ok(vec![bed.close_line(&connection, Side::Client, but(timed_out(cause), this))?])
 }
 
-/// The kernel gives up and says so with a RST, in case somebody is there after all.
+/// The kernel gives up and sends a RST, in case the peer is still there.
 fn nobody_answers_keepalive(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = bed.established()?;
     bed.lose(bed.route().address(Side::Server))?;
@@ -156,7 +157,7 @@ fn nobody_answers_keepalive(bed: &mut Bed) -> Result<Vec<Value>> {
         "reason": reason(json!("TCP_KEEPALIVE_TIMEOUT")),
         "stack": null,
     });
-    // A timer ran out and a RST was sent: either is how it ended.
+    // A timer expired and a RST was sent: both are correct for `ended`.
     let ended = json!({"ended": one_of(&[json!("timeout"), json!("reset_sent")])});
     Ok(vec![
         bed.close_line(&connection, Side::Client, but(timed_out("keepalive_timeout"), ended))?,
@@ -164,7 +165,7 @@ fn nobody_answers_keepalive(bed: &mut Bed) -> Result<Vec<Value>> {
     ])
 }
 
-/// The application has closed, and the kernel alone sees that nobody answers.
+/// The application has closed, and only the kernel sees that no ACK arrives.
 fn nobody_acknowledges_fin(bed: &mut Bed) -> Result<Vec<Value>> {
     bed.namespace(Side::Client).set_sysctl("net/ipv4/tcp_orphan_retries", "1")?;
     let connection = bed.established()?;
@@ -182,7 +183,7 @@ fn nobody_acknowledges_fin(bed: &mut Bed) -> Result<Vec<Value>> {
     Ok(vec![bed.close_line(&connection, Side::Client, this)?])
 }
 
-/// The lines of a client that had closed, and that did not wait for the server's FIN.
+/// The lines of a client that has closed and does not wait for the server's FIN.
 fn not_waited_for_fin(
     bed: &Bed,
     connection: &Connection,
@@ -214,7 +215,7 @@ fn by_close() -> Value {
     json!({"trigger": "close", "stack": user_stack("peer_closes_socket_outer")})
 }
 
-/// The option that says so is not `SO_LINGER`.
+/// `TCP_LINGER2` makes the client not wait, which is a different option from `SO_LINGER`.
 fn client_does_not_wait_for_fin(bed: &mut Bed) -> Result<Vec<Value>> {
     let before = Counters::read(bed.namespace(Side::Client))?;
     let connection = bed.established()?;
@@ -225,12 +226,12 @@ fn client_does_not_wait_for_fin(bed: &mut Bed) -> Result<Vec<Value>> {
     bed.peer(Side::Client).ask("close")?;
     bed.peer(Side::Server).ask("await-error")?;
     let aborted = Counters::read(bed.namespace(Side::Client))?.since(&before, "TcpExtTCPAbortOnLinger")?;
-    ensure!(aborted == 1, "the kernel counts {aborted} such ends");
+    ensure!(aborted == 1, "TCPAbortOnLinger grew by {aborted}");
     let this = json!({"trigger": "shutdown", "stack": user_stack("peer_shuts_socket_outer")});
     not_waited_for_fin(bed, &connection, &this, json!("TCP_ABORT_ON_LINGER"))
 }
 
-/// The server's ACK ends it, which is answered as data would be.
+/// The server's ACK ends the connection, and is answered with a RST as data would be.
 fn client_does_not_wait_for_fin_once_acknowledged(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = bed.established()?;
     for order in ["fin-wait2 -1", "close"] {
@@ -240,7 +241,7 @@ fn client_does_not_wait_for_fin_once_acknowledged(bed: &mut Bed) -> Result<Vec<V
     not_waited_for_fin(bed, &connection, &by_close(), json!("TCP_ABORT_ON_DATA"))
 }
 
-/// The timer for what is longer than `TIME_WAIT` finds that there is no time left.
+/// The timer for the time that exceeds `TIME_WAIT` finds no time left.
 fn client_has_no_more_time_for_fin(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = waits_longer_than_time_wait(bed)?;
     bed.namespace(Side::Client).set_sysctl("net/ipv4/tcp_fin_timeout", "5")?;
@@ -248,7 +249,7 @@ fn client_has_no_more_time_for_fin(bed: &mut Bed) -> Result<Vec<Value>> {
     not_waited_for_fin(bed, &connection, &by_close(), json!("TCP_STATE"))
 }
 
-/// The same timer leaves the rest of the time to what is kept in `TIME_WAIT`.
+/// The same timer leaves the rest of the time to the `TIME_WAIT` entry.
 fn client_waits_long_for_fin(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = waits_longer_than_time_wait(bed)?;
     sockets::wait_for(bed, &connection, Side::Client, "the client's socket is replaced", |sockets| {
@@ -257,7 +258,8 @@ fn client_waits_long_for_fin(bed: &mut Bed) -> Result<Vec<Value>> {
     orderly_lines(bed, &connection, Side::Client, by_close())
 }
 
-/// Has the client close and be acknowledged, with a second more to wait for the FIN than anybody stays in `TIME_WAIT`.
+/// Makes the client close, with a FIN timeout that exceeds the length of `TIME_WAIT` by a second, and waits
+/// for the ACK.
 fn waits_longer_than_time_wait(bed: &mut Bed) -> Result<Connection> {
     bed.namespace(Side::Client).set_sysctl("net/ipv4/tcp_fin_timeout", "61")?;
     let connection = bed.established()?;

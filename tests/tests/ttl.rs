@@ -1,6 +1,7 @@
-//! Times to live: a RST that came the way of the connection, and one that somebody else sent in the peer's name.
+//! TTLs: a RST that came along the path of the connection, and one that a third party sent with the peer's
+//! address.
 //!
-//! Each end has a time to live of its own, so that no other packet's can be taken for it.
+//! Each end has a TTL of its own, so that no packet can be mistaken for another's.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -14,7 +15,7 @@ use tcpclose_tests::{
     scenarios,
 };
 
-/// What a middlebox gives its packets.
+/// The TTL of a middlebox's packets.
 const FORGED: u8 = 200;
 
 scenarios! {
@@ -42,12 +43,12 @@ fn run(route: Route, scenario: fn(&mut Bed, &Connection) -> Result<Vec<Value>>) 
     let ended = trace.finish(&bed, |lines| expected.iter().all(|line| like(lines, line) > 0))?;
     for line in &expected {
         let count = like(&ended.lines, line);
-        ensure!(count == 1, "{count} lines are like this one: {line}\n{ended}");
+        ensure!(count == 1, "{count} lines match {line}\n{ended}");
     }
     Ok(())
 }
 
-/// Of the packets of a side.
+/// The TTL of a side's packets.
 fn ttl(of: Side) -> u8 {
     match of {
         Side::Client => 40,
@@ -71,7 +72,8 @@ fn server_gets_a_genuine_reset(bed: &mut Bed, connection: &Connection) -> Result
     genuine(bed, connection, Side::Server)
 }
 
-/// Somebody on the way, here in the peer's namespace, resets one side's end in the name of the other.
+/// A third party on the path (here in the peer's namespace) sends a RST to one side with the address of the
+/// other.
 fn forged(bed: &mut Bed, connection: &Connection, victim: Side) -> Result<Vec<Value>> {
     let peer = victim.other();
     let sequence = bed.peer(peer).ask("next-sequence")?.get("sequence")?;
@@ -87,7 +89,7 @@ fn forged(bed: &mut Bed, connection: &Connection, victim: Side) -> Result<Vec<Va
     Ok(lines(connection, victim, FORGED, "suspected_injection"))
 }
 
-/// The peer resets it.
+/// The peer resets the connection.
 fn genuine(bed: &mut Bed, connection: &Connection, victim: Side) -> Result<Vec<Value>> {
     for order in ["linger0", "close"] {
         bed.peer(victim.other()).ask(order)?;
@@ -121,7 +123,7 @@ fn lines(connection: &Connection, victim: Side, ttl_of_reset: u8, cause: &str) -
     ]
 }
 
-/// Where the kernel lets fentry be used, the option is not needed; where it does not, times to live are null without.
+/// Where the kernel supports fentry, the option is not needed; elsewhere TTLs are null without it.
 #[test]
 fn fentry_makes_the_option_unnecessary() -> Result<()> {
     let mut bed = Bed::new(routes::veth_ipv4())?;
@@ -132,8 +134,11 @@ fn fentry_makes_the_option_unnecessary() -> Result<()> {
     genuine(&mut bed, &connection, Side::Client)?;
     let is_it = |line: &Value| line["event"] == "reset" && line["direction"] == "received";
     let ended = trace.finish(&bed, |lines| lines.iter().any(is_it))?;
-    let line =
-        ended.lines.iter().find(|line| is_it(line)).with_context(|| format!("no RST came\n{ended}"))?;
+    let line = ended
+        .lines
+        .iter()
+        .find(|line| is_it(line))
+        .with_context(|| format!("no RST was reported\n{ended}"))?;
     let expected = if Feature::PacketOfReset.is_here() { json!(ttl) } else { Value::Null };
     for field in ["ttl", "handshake_ttl"] {
         ensure!(line[field] == expected, "{field} is not {expected}\n{ended}");

@@ -48,7 +48,7 @@ pub(crate) fn run_build(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Whether this is the line cargo ends a build with, coloured or not.
+/// Whether this is the line that cargo ends a build with, with or without colours.
 fn is_last_word(line: &[u8]) -> bool {
     let word = b"Finished";
     let before = line.windows(word.len()).position(|part| part == word);
@@ -61,10 +61,10 @@ pub(crate) fn output(command: &mut Command) -> Option<String> {
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
-/// A command as one would type it, with the variables that were set for it in front.
+/// A command as one would type it, preceded by the variables that are set for it.
 pub(crate) fn line(command: &Command) -> String {
     let variables = command.get_envs().filter_map(|(name, value)| {
-        // Set for every build, and of no use to the reader.
+        // This is set for every build, and of no use to the reader.
         let shown = name != "CARGO_TARGET_DIR" && name != "CARGO_TERM_COLOR";
         value.filter(|_| shown).map(|value| format!("{}={}", name.display(), quote(value)))
     });
@@ -82,7 +82,8 @@ fn quote(word: &OsStr) -> String {
     }
 }
 
-/// The path of a program. Also searches the directories of administration tools, which a user's PATH on Debian lacks.
+/// The path of a program. It also searches the directories of administration tools, which a user's PATH on
+/// Debian lacks.
 pub(crate) fn find(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path)
@@ -98,7 +99,7 @@ pub(crate) fn is_root() -> bool {
     std::fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0)
 }
 
-/// The path of sudo, or an error that says what to do without it.
+/// The path of sudo, or an error that explains what to do without it.
 pub(crate) fn sudo(purpose: &str) -> Result<PathBuf> {
     find("sudo").with_context(|| {
         format!("{purpose} needs root, and there is no sudo here: run this as root, or install sudo")

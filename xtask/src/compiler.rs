@@ -1,7 +1,7 @@
 //! The Rust compiler that the kernel half is built with: one that has `core` for BPF, or can build it.
 //!
-//! Rust ships no `core` for `bpfel-unknown-none`. Debian does, with a compiler of its own; anywhere else it is
-//! built from the source that the component rust-src brings. Nightly is not needed for that: the kernel half uses
+//! Rust ships no `core` for `bpfel-unknown-none`. Debian does, with a compiler of its own; elsewhere it is
+//! built from the source in the component rust-src. That does not require nightly: the kernel half uses
 //! unstable features anyway (BPF assembly), which `RUSTC_BOOTSTRAP` allows in a stable compiler.
 
 use std::{
@@ -14,16 +14,16 @@ use anyhow::{Result, bail};
 
 use crate::{command, workspace::cargo_program};
 
-/// The target the kernel half is built for.
+/// The target that the kernel half is built for.
 pub(crate) const TARGET: &str = "bpfel-unknown-none";
 
-/// The oldest compiler the crates here build with; the same as `rust-version` in Cargo.toml.
+/// The oldest compiler that the crates here build with; the same as `rust-version` in Cargo.toml.
 const OLDEST: (u32, u32) = (1, 95);
 
-/// Where a compiler gets `core` for BPF from.
+/// The source of a compiler's `core` for BPF.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Core {
-    /// It is installed, compiled.
+    /// It is installed in compiled form.
     Ready,
     /// Its source is installed, and cargo builds it along with the kernel half.
     Source,
@@ -57,7 +57,7 @@ impl Compiler {
         Some(Self { rustc, sysroot, version, llvm, core })
     }
 
-    /// Where this compiler's `core` for BPF comes from, or why it cannot be used.
+    /// The source of this compiler's `core` for BPF, or the reason why it cannot be used.
     pub(crate) fn core(&self) -> Result<Core, String> {
         let (major, minor) = self.version;
         if self.version < OLDEST {
@@ -67,7 +67,7 @@ impl Compiler {
             .ok_or_else(|| format!("(Rust {major}.{minor}) has neither `core` for {TARGET} nor its source"))
     }
 
-    /// Whether it is Debian's.
+    /// Whether it is Debian's compiler.
     pub(crate) fn is_debian(&self) -> bool {
         self.core == Some(Core::Ready) && self.rustc == Path::new("/usr/bin/rustc")
     }
@@ -120,7 +120,7 @@ pub(crate) fn find() -> Result<Result<Compiler, Vec<String>>> {
 
 fn nightly() -> Option<PathBuf> {
     let mut which = Command::new(command::find("rustup")?);
-    // Must not install a toolchain.
+    // `rustup which` must not install a toolchain.
     which.args(["which", "--toolchain", "nightly", "rustc"]).env("RUSTUP_AUTO_INSTALL", "0");
     command::output(&mut which).map(PathBuf::from)
 }

@@ -33,7 +33,7 @@ fn check_format(workspace: &Workspace) -> Result<()> {
     if !is_installed("cargo-fmt") {
         return missing("the format is not checked: there is no cargo-fmt", "rustup component add rustfmt");
     }
-    // `cargo fmt` knows none of the options that builds have.
+    // `cargo fmt` supports none of the options of builds.
     let mut fmt = Command::new(cargo_program());
     command::run(fmt.args(["fmt", "--all", "--check"]).current_dir(&workspace.root))
         .context("the format is not rustfmt's; `cargo fmt --all` corrects it")
@@ -50,8 +50,8 @@ fn lint_user_half(workspace: &Workspace) -> Result<()> {
 
 /// Lints the kernel half for its own target: for the host it is an empty program.
 fn lint_kernel_half(workspace: &Workspace, tools: &Tools) -> Result<()> {
-    // Crates that were compiled by one compiler cannot be read by another, so it takes the clippy of the compiler
-    // that has `core` for BPF.
+    // A compiler cannot read crates that another compiler has compiled, so the lints need the clippy of the
+    // compiler that has `core` for BPF.
     let Some(driver) = kernel_half_driver(tools) else {
         let fix = if tools.compiler.is_debian() {
             apt::advice(&[DEBIAN_CLIPPY])
@@ -61,14 +61,14 @@ fn lint_kernel_half(workspace: &Workspace, tools: &Tools) -> Result<()> {
         return missing("the lints of the kernel half are not checked: its compiler has no clippy", &fix);
     };
     let mut check = ebpf::cargo(workspace, tools, "check");
-    // What `cargo clippy` sets, with that driver.
+    // The variables that `cargo clippy` sets, with that driver.
     check
         .env("RUSTC_WORKSPACE_WRAPPER", driver)
         .env("CLIPPY_ARGS", "-D__CLIPPY_HACKERY__warnings__CLIPPY_HACKERY__");
     command::run(&mut check).context("clippy has findings in the kernel half, see above")
 }
 
-/// The clippy of the compiler that builds the kernel half, installed first if need be.
+/// The clippy of the compiler that builds the kernel half, installed first if necessary.
 fn kernel_half_driver(tools: &Tools) -> Option<PathBuf> {
     let driver = tools.compiler.rustc.with_file_name("clippy-driver");
     if driver.exists() {
@@ -84,7 +84,7 @@ fn kernel_half_driver(tools: &Tools) -> Option<PathBuf> {
     driver.exists().then_some(driver)
 }
 
-/// Reports a check that cannot be made. In CI that is a failure: nobody reads a message there.
+/// Reports a check that cannot be made. In CI that is a failure, because nobody reads a message there.
 fn missing(what: &str, fix: &str) -> Result<()> {
     let message = format!("{what}; install it with `{fix}`");
     if env::var_os("CI").is_some_and(|value| !value.is_empty() && value != "false") {

@@ -1,4 +1,4 @@
-//! The platforms that tcpclose is built for, and what each is called by whom.
+//! The platforms that tcpclose is built for, and their names in Rust, Debian, QEMU and the kernel.
 
 use std::{
     env,
@@ -8,28 +8,29 @@ use std::{
 
 use crate::{apt::Package, command, compiler};
 
-/// A platform. There is one of each, in [`PLATFORMS`].
+/// A platform. The only instances are in [`PLATFORMS`].
 #[derive(Debug)]
 pub(crate) struct Platform {
-    /// As Rust calls it.
+    /// The target triple in Rust.
     pub(crate) triple: &'static str,
-    /// As Debian calls it.
+    /// The architecture in Debian.
     pub(crate) debian: &'static str,
-    /// The folder of the user's cache for its kernels.
+    /// The directory of its kernels in the user's cache.
     pub(crate) kernels: &'static str,
-    /// As the folder of its libraries is called, and as the names of tools begin that work on its files elsewhere.
+    /// The GNU triplet: the directory of its libraries, and the prefix of the tools that work on its files on
+    /// other platforms.
     pub(crate) gnu: &'static str,
-    /// What links for it elsewhere, a command and a file, and the packages that bring them.
+    /// The linker command and the library for cross-linking, each with the package that contains it.
     pub(crate) linker: [(&'static str, Package); 2],
-    /// The emulator, and the package that brings it.
+    /// The emulator, and the package that contains it.
     pub(crate) qemu: (&'static str, Package),
     /// The emulator's arguments for an emulated processor.
     pub(crate) emulated: &'static [&'static str],
     /// Its arguments for a machine that has one serial port.
     pub(crate) board: &'static [&'static str],
-    /// Its device for a second one.
+    /// Its device for a second serial port.
     pub(crate) second_port: &'static str,
-    /// What the kernel calls the first and the second.
+    /// The kernel's names of both serial ports.
     pub(crate) ports: [&'static str; 2],
 }
 
@@ -79,7 +80,7 @@ static PLATFORMS: [Platform; 2] = [
             "qemu-system-aarch64",
             Package { name: "qemu-system-arm", purpose: "QEMU, in which tests run on kernels for arm64" },
         ),
-        // One without pointer authentication, which is slow to emulate.
+        // A processor without pointer authentication, which is slow to emulate.
         emulated: &["-cpu", "cortex-a72"],
         board: &["-machine", "virt,gic-version=max"],
         second_port: "pci-serial",
@@ -88,7 +89,7 @@ static PLATFORMS: [Platform; 2] = [
 ];
 
 impl Platform {
-    /// All that are supported.
+    /// All supported platforms.
     pub(crate) fn all() -> impl Iterator<Item = &'static Self> {
         PLATFORMS.iter()
     }
@@ -96,7 +97,7 @@ impl Platform {
     /// The platform that this program runs on.
     pub(crate) fn host() -> &'static Self {
         let is_this = |platform: &&Self| platform.triple.split('-').next() == Some(env::consts::ARCH);
-        // On any other host, the entry only stands for the host: cargo builds there without a target.
+        // On any other host, the entry only represents the host: cargo builds there without a target.
         PLATFORMS.iter().find(is_this).unwrap_or(&PLATFORMS[0])
     }
 
@@ -119,7 +120,7 @@ impl Platform {
         }
     }
 
-    /// As [`Self::choose`], but names the platform to cargo even if it is the host's.
+    /// Same as [`Self::choose`], but names the platform to cargo even if it is the host's.
     pub(crate) fn choose_always(&self, cargo: &mut Command) {
         cargo.args(["--target", self.triple]);
         if !self.is_host() {

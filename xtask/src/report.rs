@@ -1,4 +1,4 @@
-//! Results of tests, read from their output: of one machine, and over all machines.
+//! Results of tests, parsed from their output: of one machine, and over all machines.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,9 +16,9 @@ pub(crate) struct Report {
     pub(crate) failed: BTreeMap<String, String>,
     /// Tests that failed at first and passed when they were run again.
     pub(crate) repeated: BTreeSet<String>,
-    /// Tests that could not run, and why.
+    /// Tests that could not run, with the reason.
     pub(crate) skipped: BTreeMap<String, String>,
-    /// Programs that were not run at all, and why.
+    /// Programs that were not run at all, with the reason.
     pub(crate) unrun: BTreeMap<String, String>,
     /// Other problems.
     pub(crate) problems: Vec<String>,
@@ -97,8 +97,8 @@ impl Report {
         report
     }
 
-    /// Makes every skip a problem whose reason is not a feature that the kernel lacks: the machines have everything
-    /// else.
+    /// Turns every skip into a problem unless its reason is a feature that the kernel lacks: the machines
+    /// have everything else.
     pub(crate) fn refuse_other_skips(&mut self) {
         let others = self.skipped.iter().filter(|(_, reason)| !reason.starts_with(LACKING));
         self.problems.extend(others.map(|(test, reason)| format!("{test} may not be skipped: {reason}")));
@@ -150,8 +150,8 @@ pub(crate) fn never_run(reports: &[(String, Report)]) -> BTreeMap<&str, Vec<Stri
     never
 }
 
-/// Scenarios that were started here, over any route, and on no other machine over any, although their programs ran
-/// there.
+/// Scenarios that were started here over any route, and on no other machine over any route, although their
+/// programs ran there.
 pub(crate) fn never_begun<'a>(here: &'a Report, elsewhere: &[(String, Report)]) -> BTreeSet<&'a str> {
     let others = || elsewhere.iter().map(|(_, report)| report);
     let begun: BTreeSet<_> = others().flat_map(Report::tests).map(scenario).collect();

@@ -33,7 +33,8 @@ pub(crate) fn build_user_half(workspace: &Workspace, platform: &Platform, releas
     Ok(platform.folder(&workspace.target).join(if release { "release" } else { "debug" }).join("tcpclose"))
 }
 
-/// Replaces this process by tcpclose, which thereby gets signals and sets the exit status. Returns only on failure.
+/// Replaces this process with tcpclose, which then receives signals and sets the exit status. Returns only on
+/// failure.
 pub(crate) fn run(workspace: &Workspace, args: &[String]) -> Error {
     match build_all(workspace).and_then(|tcpclose| start_command(tcpclose, args)) {
         Ok(mut command) => Error::new(command.exec()).context(format!("cannot start {}", line(&command))),

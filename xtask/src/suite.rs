@@ -1,4 +1,5 @@
-//! The tests that load programs into the kernel: built once, and run on this host, and in virtual machines.
+//! The tests that load programs into the kernel. They are built once, and run on this host and in virtual
+//! machines.
 
 use std::{
     collections::BTreeMap,
@@ -22,7 +23,7 @@ pub(crate) const PACKAGE: &str = "tcpclose-tests";
 
 /// The built tests.
 pub(crate) struct Suite {
-    /// Programs with tests in them, by the name of their file.
+    /// Programs that contain tests, by file name.
     tests: BTreeMap<String, PathBuf>,
     /// Programs that tests start.
     helpers: BTreeMap<String, PathBuf>,
@@ -31,8 +32,8 @@ pub(crate) struct Suite {
 
 impl Suite {
     pub(crate) fn build(workspace: &Workspace, platform: &Platform) -> Result<Self> {
-        // The tests' own programs are traced, and the kernel walks their stacks along the frame pointers. The flag
-        // would have everything built anew, hence a target folder of their own.
+        // The tests' own programs are traced, and the kernel walks their stacks along the frame pointers. The
+        // flag would cause a rebuild of everything, so the tests have a separate target directory.
         let mut cargo = workspace.with_cargo(&cargo_program(), "test", &workspace.target.join("tests"));
         let mut flags = env::var("RUSTFLAGS").unwrap_or_default();
         flags.push_str(" -C force-frame-pointers=yes");
@@ -57,7 +58,7 @@ impl Suite {
         Ok(suite)
     }
 
-    /// The programs with tests in them, with their names.
+    /// The programs that contain tests, with their names.
     pub(crate) fn tests(&self) -> impl Iterator<Item = (&str, &Path)> {
         self.tests.iter().map(|(name, program)| (name.as_str(), program.as_path()))
     }
@@ -78,8 +79,8 @@ impl Suite {
         helpers.chain([("TCPCLOSE_BIN".to_owned(), tcpclose.to_owned())]).collect()
     }
 
-    /// Runs the tests on this host, and shows and returns what they print. `tests/src/rerun.rs` marks where the output of a
-    /// program begins and ends, and decides which failed tests are repeated.
+    /// Runs the tests on this host; shows and returns their output. `tests/src/rerun.rs` marks where the
+    /// output of a program begins and ends, and decides which failed tests are repeated.
     pub(crate) fn run_here(&self, tcpclose: &Path, arguments: &[String]) -> Result<String> {
         let mut said = String::new();
         for (name, program) in self.tests() {

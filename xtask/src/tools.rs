@@ -131,7 +131,7 @@ fn install_missing(who: &str, commands: &[(&str, Package)]) -> Result<()> {
     Ok(())
 }
 
-/// Debian's compiler where there is one, else the source of `core` for rustup's.
+/// Installs Debian's compiler where there is one, otherwise the source of `core` for rustup's.
 fn install_compiler(refused: &[String]) -> Result<Compiler> {
     say(&format!("missing: a Rust compiler with `core` for {TARGET}"));
     let failed = match apt::install(&DEBIAN_COMPILER) {

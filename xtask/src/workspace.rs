@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
-/// The repository this was started from.
+/// The repository that this program was started from.
 pub(crate) struct Workspace {
     pub(crate) root: PathBuf,
     /// Cargo's target directory. `tcpclose-user/build.rs` looks for the kernel half in it, by the same rule.
@@ -31,8 +31,8 @@ pub(crate) fn cache() -> Result<PathBuf> {
 
 impl Workspace {
     pub(crate) fn find() -> Result<Self> {
-        // cargo sets the variable for programs that it runs; the value at build time serves if the binary is run by
-        // hand.
+        // cargo sets the variable for programs that it runs; the value at build time is used if the binary is
+        // run by hand.
         let package = env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
         let root =
             Path::new(&package).parent().context("xtask is not in a folder of the repository")?.to_owned();

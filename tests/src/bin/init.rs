@@ -1,7 +1,8 @@
-//! Pid 1 of the virtual machines that the tests run in: mounts what they need, loads the modules that lie in
-//! `/modules`, and runs the programs that `/tests` names: a line of it is a name, a program and its arguments, with
-//! variables before it as in a shell. Those of all programs are in `/environment`. What they print goes to the second serial port, between a line that names the
-//! program and one that says how it ended (`xtask/src/report.rs` reads it); everything else goes to the console.
+//! Pid 1 of the virtual machines that the tests run in. It mounts file systems, loads the modules in
+//! `/modules`, and runs the programs that `/tests` lists: each line has a name, a program and its arguments,
+//! preceded by variables as in a shell. `/environment` has the variables of all programs. Their output goes
+//! to the second serial port, between a line that names the program and one that reports how it ended
+//! (`xtask/src/report.rs` reads both); everything else goes to the console.
 
 use std::{
     env,
@@ -27,15 +28,17 @@ use nix::{
 };
 use tcpclose_tests::rerun::{self, Excuse};
 
-/// The variable that says where the results go; the kernel hands it on from its command line.
+/// The variable with the device for the results, which the kernel passes on from its command line.
 const RESULTS: &str = "RESULTS";
 /// The argument of the process that runs the tests.
 const RUN: &str = "run";
 
-/// How many seconds there are for starting programs, if that is limited; what has begun is not interrupted.
+/// The number of seconds during which programs may be started, if that is limited. Running programs are not
+/// interrupted.
 const SECONDS_VARIABLE: &str = "TCPCLOSE_TESTS_SECONDS";
 
-/// What is mounted where, in this order. No control groups: their tests mount them, one version after the other.
+/// The mounts, in this order. Control groups are missing: their tests mount them, one version after the
+/// other.
 const MOUNTS: [(&str, &str); 7] = [
     ("proc", "/proc"),
     ("sysfs", "/sys"),
@@ -52,7 +55,7 @@ fn main() {
         eprintln!("init: {error:#}");
     }
     if Pid::this().as_raw() == 1 {
-        // The machine's end ends the emulator; a pid 1 that returns would be a panic.
+        // A reboot ends the emulator; returning from pid 1 would be a kernel panic.
         let _ = reboot(RebootMode::RB_AUTOBOOT);
     }
 }
@@ -67,20 +70,20 @@ fn be_init() -> Result<()> {
     load_modules()?;
     let up = Command::new("/usr/bin/ip").args(["link", "set", "lo", "up"]).status().context("starting ip")?;
     ensure!(up.success(), "the loopback is not up");
-    // A child of its own, so that this process has nothing to do but to bury whoever it inherits.
+    // The tests run in a child, so that this process only has to reap orphans.
     let child = Command::new("/proc/self/exe").arg(RUN).spawn().context("starting the tests")?;
     while wait()?.pid().is_none_or(|pid| pid.as_raw().cast_unsigned() != child.id()) {}
     Ok(())
 }
 
-/// Loads what the host has laid out, in the order of the names: each comes after what it depends on.
+/// Loads the modules in the order of their names: each comes after its dependencies.
 fn load_modules() -> Result<()> {
     let mut files = fs::read_dir("/modules")?.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
     files.sort();
     for path in files {
         let file = File::open(&path)?;
         let parameters = CString::default();
-        // SAFETY: the parameters are a string that is alive through the call.
+        // SAFETY: the parameters are a string that is valid during the call.
         let result =
             unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), parameters.as_ptr(), 0) };
         Errno::result(result).with_context(|| format!("loading {}", path.display()))?;

@@ -11,8 +11,8 @@ import org.apache.http.impl.conn.PoolingHttpClientConnectionManager;
 import org.apache.http.util.EntityUtils;
 
 /**
- * Asks a server for prices: {@code Prices LIMIT}, with so many connections at most. For each line {@code TIMES URL} of
- * its input it asks so often, and says how often there was an answer, a failure, or no connection left, and how many
+ * Requests prices from a server: {@code Prices LIMIT}, with at most LIMIT connections. For each line {@code TIMES URL} of
+ * its input it sends TIMES requests, and prints how many were answered, failed, or found no connection left, and how many
  * connections are in use.
  */
 public final class Prices {
@@ -22,7 +22,7 @@ public final class Prices {
     private Prices(int limit) {
         pool.setMaxTotal(limit);
         pool.setDefaultMaxPerRoute(limit);
-        // Milliseconds to wait for a connection of the pool. By default it waits for ever.
+        // Milliseconds to wait for a connection of the pool. The default is to wait forever.
         RequestConfig config = RequestConfig.custom().setConnectionRequestTimeout(10).build();
         http = HttpClients.custom().setConnectionManager(pool).setDefaultRequestConfig(config).build();
     }
@@ -30,7 +30,7 @@ public final class Prices {
     private String price(String url) throws IOException {
         CloseableHttpResponse response = http.execute(new HttpGet(url));
         if (response.getStatusLine().getStatusCode() != 200) {
-            // Here it leaks: nobody closes the response, and the pool never has its connection back.
+            // The leak: the response is never closed, and its connection never returns to the pool.
             return null;
         }
         try (response) {

@@ -1,4 +1,4 @@
-"""An HTTP server that ends connections on which nothing has been asked for SECONDS: `backend.py PORT SECONDS`.
+"""An HTTP server that closes connections without a request for SECONDS: `backend.py PORT SECONDS`.
 
 It says `ready` once it listens. `/slow` is never answered, and it says `asked` when somebody asks for it.
 """
@@ -10,9 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    # The server class ends a connection that has been silent for so long.
+    # The server class closes a connection after this idle time.
     timeout = float(sys.argv[2])
-    # One write for an answer.
+    # One write per response.
     wbufsize = -1
 
     def do_GET(self):
@@ -20,7 +20,7 @@ class Handler(BaseHTTPRequestHandler):
             print("asked", flush=True)
             threading.Event().wait()
         elif self.path == "/broken":
-            # As this class answers whatever goes wrong: it closes then.
+            # This class answers every error like this, and then closes.
             self.send_error(500)
         else:
             self.send_response(200)

@@ -1,5 +1,5 @@
-//! redis, told to close the connections of clients that ask nothing for a while, and a client that does not
-//! notice before it asks again.
+//! redis, configured to close the connections of idle clients, and a client that does not notice before its
+//! next request.
 
 use std::{
     fs,
@@ -23,13 +23,14 @@ use super::{at, idle_for, only_socket, process, told, wait_for_listener};
 
 pub(crate) const NEEDS: &[&str] = &[SERVER, CLIENT];
 
-/// Debian's server is the same file as this tool, and goes by its name. It comes without a service.
+/// In Debian this tool and the server are the same binary, which acts by its name. This package has no
+/// service.
 const SERVER: &str = "/usr/bin/redis-check-rdb";
 const CLIENT: &str = "/usr/bin/redis-cli";
 
 const PORT: u16 = 6379;
 
-/// redis compares seconds of a clock that it reads now and then, so it may close a second earlier.
+/// redis compares seconds of a cached clock, so it may close up to a second earlier.
 const TIMEOUT: Duration = Duration::from_secs(2);
 const SURELY_IDLE: Duration = Duration::from_secs(1);
 
@@ -46,7 +47,7 @@ pub(crate) fn redis_closes_what_its_client_has_forgotten() -> Result<()> {
     let redis = Program::start(&namespace, command)?;
     wait_for_listener(&namespace, PORT)?;
     let mut command = Command::new(CLIENT);
-    // It complains of what it is in for.
+    // redis warns about its environment on stderr.
     command.args(["-p", &PORT.to_string()]).stderr(Stdio::null());
     let mut client = Program::start(&namespace, command)?;
     ensure!(client.ask("PING")? == "PONG");
@@ -67,7 +68,7 @@ pub(crate) fn redis_closes_what_its_client_has_forgotten() -> Result<()> {
             "trigger": "close",
             "idle_ms": idle_for(SURELY_IDLE)?,
             "cause": null,
-            // Debian builds redis without frame pointers, but with these names.
+            // Debian builds redis without frame pointers, but with the symbols of these functions.
             "stack": {"user": calls("clientsCronHandleTimeout")},
         }),
     )?;
@@ -90,7 +91,7 @@ pub(crate) fn redis_closes_what_its_client_has_forgotten() -> Result<()> {
         }),
     )?;
 
-    // What comes of asking again: nothing, and a new connection.
+    // The next request of the client fails, and it opens a new connection.
     client.tell("PING")?;
     told(
         &tool,

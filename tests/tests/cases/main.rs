@@ -1,6 +1,6 @@
-//! Programs that people run, going wrong in ways that bring people to this tool. Each case ends in a line that
-//! names the program, the descriptor or the code that is to blame; `docs/cases.md` says what to make of it.
-//! What is true comes from the programs: from their logs, their answers and their descriptors.
+//! Common programs that fail in ways for which people use this tool. Each case ends in a line that names the
+//! responsible program, descriptor or code; `docs/cases.md` explains how to read it. The truth comes from the
+//! programs: from their logs, their answers and their descriptors.
 
 mod idle_client;
 mod pool;
@@ -44,11 +44,11 @@ cases! {
     pool::pool_runs_dry_and_the_method_is_named
 }
 
-/// Debian's. One that comes first in the path may be a script that looks for yet another.
+/// Debian's interpreter. The first one in the path may be a script that starts another.
 const PYTHON: &str = "/usr/bin/python3";
 
-/// Whether a test has to do without a program, as in a virtual machine, which is then told to whoever runs it: `cargo
-/// xtask test` reads this, and is content if the test ran elsewhere.
+/// Whether a test has to be skipped for lack of a program, as in a virtual machine. The skip is printed;
+/// `cargo xtask test` reads it, and accepts it if the test ran elsewhere.
 fn is_missing(file: &str) -> bool {
     let missing = !Path::new(file).exists();
     if missing {
@@ -57,15 +57,15 @@ fn is_missing(file: &str) -> bool {
     missing
 }
 
-/// The kernel notes when data last went in ticks, the longest of which last so long.
+/// The kernel records the time of the last data in jiffies, which last at most this long.
 const TICK: Duration = Duration::from_millis(10);
 
-/// A script, a source or a configuration of these cases.
+/// The path of a script, a source file or a configuration of these cases.
 fn part(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases").join(name)
 }
 
-/// One of these scripts.
+/// The command that runs one of these scripts.
 fn python(script: &str) -> Command {
     let mut command = Command::new(PYTHON);
     command.arg(part(script));
@@ -80,13 +80,13 @@ fn start_script(namespace: &Namespace, mut command: Command, args: &[&str]) -> R
     Ok(script)
 }
 
-/// Waits until somebody listens on a port.
+/// Waits until a process listens on a port.
 fn wait_for_listener(namespace: &Namespace, port: u16) -> Result<()> {
     let listens = |socket: &Socket| socket.state == LISTEN && socket.local.port() == port;
-    sockets::wait_until(namespace, "somebody listens", |sockets| sockets.iter().any(listens))
+    sockets::wait_until(namespace, "a process listens", |sockets| sockets.iter().any(listens))
 }
 
-/// The one socket that a namespace has in a state towards a port.
+/// The only socket of a namespace that has this state and remote port.
 fn only_socket(namespace: &Namespace, remote_port: u16, state: u8) -> Result<Socket> {
     let of_interest = |socket: &Socket| socket.remote.port() == remote_port && socket.state == state;
     let found: Vec<Socket> = sockets::list(namespace)?.into_iter().filter(of_interest).collect();
@@ -94,7 +94,7 @@ fn only_socket(namespace: &Namespace, remote_port: u16, state: u8) -> Result<Soc
     Ok(*socket)
 }
 
-/// Waits for the line that looks like `which`, and checks that it says the rest of what is true as well.
+/// Waits for a line that matches `which`, and checks that it also matches `rest`.
 fn told(tool: &Tool, which: &Value, rest: &Value) -> Result<Value> {
     let line = tool.wait_for(&which.to_string(), |line| differences(line, which).is_empty())?;
     let differences = differences(&line, rest);
@@ -102,7 +102,7 @@ fn told(tool: &Tool, which: &Value, rest: &Value) -> Result<Value> {
     Ok(line)
 }
 
-/// A connection's end, by its port or that of the other end.
+/// An end of a connection, by its local or remote port.
 fn at(local_or_remote: &str, port: u16) -> Value {
     json!({ local_or_remote: {"port": port} })
 }

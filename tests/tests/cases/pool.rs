@@ -1,4 +1,4 @@
-//! A JVM that takes connections from a pool, and does not give them back when something goes wrong.
+//! A JVM that takes connections from a pool and does not return them after an error.
 
 use std::{fs, path::Path, process::Command, time::Duration};
 
@@ -21,7 +21,7 @@ pub(crate) const NEEDS: &[&str] = &[PYTHON, COMPILER, JVM, HTTP_CLIENT];
 const COMPILER: &str = "/usr/bin/javac";
 const JVM: &str = "/usr/bin/java";
 
-/// Brings the others that it needs.
+/// The jar refers to the others that it needs.
 const HTTP_CLIENT: &str = "/usr/share/java/httpclient.jar";
 
 const PORT: u16 = 8000;
@@ -29,11 +29,11 @@ const LIMIT: usize = 5;
 
 const SOURCE: &str = "Prices.java";
 
-/// Where that has the mistake: the response that comes of this line is not always closed.
+/// The method with the mistake: the response that it receives is not always closed.
 const GUILTY: &str = "java.lang.String Prices.price(java.lang.String)";
 const GUILTY_LINE: &str = "http.execute(";
 
-/// Starts a JVM that runs it, as anybody would: nothing tells it that somebody will look.
+/// Starts a JVM as usual, without options for tracing.
 fn start_jvm(namespace: &Namespace, folder: &Path) -> Result<Program> {
     netns::run(Command::new(COMPILER).args(["-cp", HTTP_CLIENT, "-d"]).arg(folder).arg(part(SOURCE)))?;
     let mut command = Command::new(JVM);
@@ -42,7 +42,7 @@ fn start_jvm(namespace: &Namespace, folder: &Path) -> Result<Program> {
     Program::start(namespace, command)
 }
 
-/// The number of the line that has the mistake.
+/// The number of the line with the mistake.
 fn guilty_line() -> Result<usize> {
     let source = fs::read_to_string(part(SOURCE))?;
     let index = source.lines().position(|line| line.contains(GUILTY_LINE));
@@ -71,7 +71,7 @@ pub(crate) fn pool_runs_dry_and_the_method_is_named() -> Result<()> {
     for socket in held {
         let descriptors = sockets::descriptors(jvm.pid(), &socket)?;
         let descriptor = descriptors.first().context("the JVM does not have it")?;
-        // Whether the last read took in the end depends on whether that had come by then.
+        // Whether the FIN had arrived by the time of the last read decides whether that read consumed it.
         let kind = if socket.untaken == 0 { "leaked" } else { "unread" };
         let line = told(
             &tool,
@@ -92,7 +92,7 @@ pub(crate) fn pool_runs_dry_and_the_method_is_named() -> Result<()> {
         let is_it = |frame: &Value| differences(frame, &guilty).is_empty();
         ensure!(frames.as_array().is_some_and(|frames| frames.iter().any(is_it)), "{}", shortened(frames));
     }
-    // The backend did what it had to do, at once.
+    // The backend has closed its end at once, as it should.
     told(
         &tool,
         &json!({"event": "close", "connection": at("local", PORT)}),

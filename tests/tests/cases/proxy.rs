@@ -1,4 +1,4 @@
-//! nginx in front of a backend whose patience with idle connections is shorter than nginx's own.
+//! nginx in front of a backend whose timeout for idle connections is shorter than nginx's.
 
 use std::{
     fs,
@@ -30,11 +30,11 @@ pub(crate) const NEEDS: &[&str] = &[NGINX, PYTHON];
 
 const NGINX: &str = "/usr/sbin/nginx";
 
-/// What `nginx.conf` says.
+/// The port in `nginx.conf`.
 const FRONT: u16 = 8080;
 const BACK: u16 = 9000;
 
-/// What the backend is told.
+/// The keepalive timeout of the backend.
 const KEPT: Duration = Duration::from_secs(1);
 
 struct Site {
@@ -65,13 +65,13 @@ impl Site {
         Ok(Client(BufReader::new(stream)))
     }
 
-    /// The connection that nginx has to the backend, unless that has closed it.
+    /// The connection from nginx to the backend, unless nginx has closed it.
     fn upstream(&self) -> Result<Option<Socket>> {
         let is_it = |socket: &Socket| socket.remote.port() == BACK && socket.state == ESTABLISHED;
         Ok(sockets::list(&self.namespace)?.into_iter().find(is_it))
     }
 
-    /// Has nginx notice nothing until it is told to go on.
+    /// Stops nginx, so that it notices nothing until it is continued.
     fn pause(&self) -> Result<()> {
         self.nginx.signal(Signal::SIGSTOP)?;
         let stat = format!("/proc/{}/stat", self.nginx.pid());
@@ -83,7 +83,7 @@ impl Site {
     }
 }
 
-/// Somebody who asks nginx.
+/// A client of nginx.
 struct Client(BufReader<TcpStream>);
 
 impl Client {
@@ -92,7 +92,7 @@ impl Client {
         Ok(self.0.get_mut().write_all(format!("{request} HTTP/1.1\r\n{end}").as_bytes())?)
     }
 
-    /// The status of an answer. What comes after the header is left.
+    /// Reads the status of a response. The body is left unread.
     fn status(&mut self) -> Result<u16> {
         let mut lines = self.0.by_ref().lines();
         let first = lines.next().context("no answer")??;
@@ -105,8 +105,8 @@ impl Client {
     }
 }
 
-/// The backend closes an idle connection while a request for it is under way. nginx, busy for a moment, sees
-/// the client's request first, and sends it over a connection that is over.
+/// The backend closes an idle connection while a request for it is on its way. nginx, which is busy for a
+/// moment, sees the client's request first, and sends it over a connection that the backend has closed.
 pub(crate) fn backend_closes_what_nginx_is_about_to_use() -> Result<()> {
     let site = Site::open()?;
     let mut client = site.client()?;
@@ -119,7 +119,7 @@ pub(crate) fn backend_closes_what_nginx_is_about_to_use() -> Result<()> {
         if let Some(upstream) = site.upstream()? {
             return Ok(Some(upstream));
         }
-        // This machine was slow. nginx finds the connection closed, and takes a new one.
+        // The machine was too slow. nginx finds the connection closed and opens a new one.
         site.go_on()?;
         ensure!(client.status()? == 204);
         ensure!(site.nginx.line()? == "204 POST / HTTP/1.1");
@@ -163,7 +163,7 @@ pub(crate) fn backend_closes_what_nginx_is_about_to_use() -> Result<()> {
             "opener": {"process": nginx, "stack": user_stack("__libc_connect")},
         }),
     )?;
-    // What the request found that came too late.
+    // The RST that answers the late request.
     if Feature::EveryReset.is_here() {
         told(
             &site.tool,
@@ -198,7 +198,7 @@ pub(crate) fn client_gives_up() -> Result<()> {
             "cause": null,
         }),
     )?;
-    // It gives up the backend in turn, which gets to know nothing better.
+    // nginx closes its connection to the backend in turn; the backend does not learn the reason.
     told(
         &site.tool,
         &json!({"event": "close", "connection": at("remote", BACK)}),
@@ -213,6 +213,6 @@ pub(crate) fn client_gives_up() -> Result<()> {
     )?;
     // Debian builds nginx without frame pointers.
     let ended = site.tool.stop()?;
-    ensure!(ended.stderr.contains("--call-graph dwarf"), "it does not say what to do about stacks\n{ended}");
+    ensure!(ended.stderr.contains("--call-graph dwarf"), "stderr does not advise how to get stacks\n{ended}");
     Ok(())
 }

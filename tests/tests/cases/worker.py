@@ -19,5 +19,5 @@ while True:
             pass
     print(connection.fileno(), flush=True)
     if habit == "blocks":
-        # A lock, a slow disk, a query: whatever a worker may wait for.
+        # Stands for anything that a worker may wait for: a lock, a slow disk, a query.
         sys.stdin.readline()

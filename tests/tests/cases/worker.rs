@@ -1,5 +1,5 @@
-//! Two servers of which the kernel shows the same thing, a socket in `CLOSE_WAIT`: one has forgotten it, the
-//! other has not come to it yet.
+//! Two servers for which the kernel shows the same state, `CLOSE_WAIT`: one has forgotten the socket, the
+//! other has not read it yet.
 
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
@@ -23,11 +23,11 @@ pub(crate) fn leaking_worker_was_told_of_the_end() -> Result<()> {
 }
 
 pub(crate) fn blocked_worker_has_not_read() -> Result<()> {
-    // The end counts as a byte in the kernel's list.
+    // The FIN counts as a byte in the kernel's list.
     lingers("blocks", &json!({"kind": "unread", "unread_bytes": 100}), 101)
 }
 
-/// Has a client send 100 bytes to a server with this habit and close.
+/// A client sends 100 bytes to a server of this kind and closes.
 fn lingers(habit: &str, expected: &Value, untaken: u32) -> Result<()> {
     let namespace = Namespace::new()?;
     let tool = Launch::new()?.trace([&namespace]).args(["--linger", "1s"]).start()?;

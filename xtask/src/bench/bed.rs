@@ -1,4 +1,5 @@
-//! The place where measurements run: a network namespace and a folder of their own, and BPF statistics switched on.
+//! The environment of measurements: a network namespace and a directory of their own, with BPF statistics
+//! enabled.
 
 use std::{
     env,
@@ -26,8 +27,8 @@ pub(crate) struct Bed {
     janitor: Child,
 }
 
-/// Waits until nobody holds the other end of its input any more, and then puts things back. Its arguments: the
-/// namespace, the folder, the old setting, and the setting's file.
+/// Waits until its input is closed, and then restores everything. Its arguments: the namespace, the
+/// directory, the old setting, and the file of the setting.
 const JANITOR: &str =
     r#"trap "" HUP INT TERM; cat; ip netns delete "$1" 2>/dev/null; rm -r "$2"; echo "$3" >"$4""#;
 
@@ -38,19 +39,19 @@ impl Bed {
         let stats = fs::read_to_string(STATS)
             .with_context(|| format!("cannot read {STATS}, which enables statistics of BPF programs"))?;
         fs::create_dir(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
-        // A separate process, so that it cleans up however this one ends, by Ctrl-C for example.
+        // A separate process, so that it cleans up however this one ends, for instance by Ctrl-C.
         let mut janitor = Command::new("sh");
         janitor.args(["-c", JANITOR, "sh", &name]).arg(&folder).args([stats.trim(), STATS]);
         let janitor = janitor.stdin(Stdio::piped()).spawn().context("cannot start sh")?;
         fs::write(STATS, "1").with_context(|| format!("cannot write to {STATS}"))?;
         let mut bed = Self { name, folder, inode: 0, load: load.to_owned(), janitor };
         bed.renew()?;
-        // Whatever the first connections have to wait for is not part of the first round.
+        // A warm-up, so that the first round does not include initial delays.
         bed.churn(Extent::Seconds(1), Ends::Rst)?;
         Ok(bed)
     }
 
-    /// Replaces the network namespace by a new one, in which no `TIME_WAIT` sockets of an earlier phase are left.
+    /// Replaces the network namespace with a new one, which has no `TIME_WAIT` sockets of an earlier phase.
     pub(crate) fn renew(&mut self) -> Result<()> {
         if self.inode != 0 {
             command::run(Command::new("ip").args(["netns", "delete", &self.name]))?;
@@ -94,11 +95,11 @@ impl Bed {
         Ok(serde_json::from_value(self.load(&arguments)?)?)
     }
 
-    /// Opens connections and holds them until the result is dropped. With `half_closed`, each leaves a socket in
-    /// `CLOSE_WAIT`.
+    /// Opens connections and holds them until the result is dropped. With `half_closed`, each leaves a socket
+    /// in `CLOSE_WAIT`.
     pub(crate) fn hold(&self, connections: u64, half_closed: bool) -> Result<Held> {
         let mut held = Held { children: Vec::new(), connections: 0 };
-        // One process may hold fewer than asked for, by its limit of open files.
+        // One process may hold fewer than requested, because of its limit of open files.
         while held.connections < connections {
             let more = (connections - held.connections).to_string();
             let mut arguments = vec!["open", "--connections", &more];
@@ -121,15 +122,15 @@ impl Bed {
         Ok(held)
     }
 
-    /// A file in the folder.
+    /// The path of a file in the directory.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.join(name)
     }
 
-    /// Creates a file in the folder that is written at its end, also after it was cut.
+    /// Creates a file in the directory for appending, which also works after it has been truncated.
     pub(crate) fn create(&self, name: &str) -> Result<File> {
         let path = self.path(name);
-        // Not there the first time.
+        // The file does not exist the first time.
         let _ = fs::remove_file(&path);
         let file = File::options().create_new(true).append(true).open(&path);
         file.with_context(|| format!("cannot create {}", path.display()))
@@ -139,15 +140,15 @@ impl Bed {
 impl Drop for Bed {
     fn drop(&mut self) {
         drop(self.janitor.stdin.take());
-        // There is nothing that could be done about a failure.
+        // A failure cannot be handled here.
         let _ = self.janitor.wait();
     }
 }
 
-/// Closes of a connection, one at each end.
+/// Close events per connection, one at each end.
 pub(crate) const CLOSES: u32 = 2;
 
-/// How connections end.
+/// The way in which connections end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Ends {
     /// With a RST that the client sends.
@@ -157,9 +158,9 @@ pub(crate) enum Ends {
 }
 
 impl Ends {
-    /// Resets of a connection: one is sent, and one received. A few of those that end with FINs have one too: on two
-    /// processors the server's FIN at times arrives when the client's socket is gone and its `TIME_WAIT` is not there
-    /// yet, and the kernel answers with a RST.
+    /// Reset events per connection: one sent, one received. A few of those that end with FINs have one too:
+    /// on two processors the server's FIN at times arrives when the client's socket is gone and its
+    /// `TIME_WAIT` entry is not there yet, and the kernel answers with a RST.
     pub(crate) fn resets(self) -> u32 {
         match self {
             Self::Rst => 2,
@@ -175,12 +176,12 @@ impl Ends {
     }
 }
 
-/// How much load there is.
+/// The amount of load.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Extent {
-    /// As many connections as can be made in so long.
+    /// As many connections as possible in this time.
     Seconds(u32),
-    /// So many connections.
+    /// This many connections.
     Connections(u64),
 }
 
@@ -194,7 +195,7 @@ pub(crate) struct Churn {
 }
 
 impl Churn {
-    /// Connections a second.
+    /// Connections per second.
     pub(crate) fn rate(&self) -> f64 {
         f64::from(self.connections) / self.seconds
     }
@@ -212,13 +213,13 @@ impl Drop for Held {
             drop(child.stdin.take());
         }
         for child in &mut self.children {
-            // There is nothing that could be done about a failure.
+            // A failure cannot be handled here.
             let _ = child.wait();
         }
     }
 }
 
-/// MiB of memory that programs could still use.
+/// The memory that is still available to programs, in MiB.
 pub(crate) fn available_memory() -> Result<f64> {
     let text = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
     let kib = super::tool::field(&text, "MemAvailable").and_then(|value| value.strip_suffix(" kB"));

@@ -1,5 +1,6 @@
-//! What happens when nobody reads the tool's output, as in `tcpclose -o json | sleep 1000`: whether connections are
-//! slowed, whether memory stays bounded, and whether the losses are reported once somebody reads again.
+//! The behaviour of the tool when nobody reads its output, as in `tcpclose -o json | sleep 1000`: whether
+//! connections are slowed, whether memory stays bounded, and whether the losses are reported once somebody
+//! reads again.
 
 use std::{
     io::{BufReader, pipe},
@@ -68,7 +69,7 @@ pub(crate) fn measure(bench: &mut Bench, args: &Args) -> Result<Value> {
     let (without, with) = (table::median(&untraced), table::median(&rates));
     let (without, with) = without.zip(with).context("nothing was measured")?;
     let written = totals.closes + totals.resets;
-    // Negative if the tool is silent about a loss.
+    // Negative if the tool does not report a loss.
     let surplus = i128::from(written + totals.lost) - i128::from(expected);
     println!(
         "\nuntraced: {without:.0} connections/s, traced with nobody reading: {with:.0}, ratio {:.2}\n\

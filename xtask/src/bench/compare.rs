@@ -1,4 +1,4 @@
-//! tcpclose against no tool, and against tcplife: the costs of a connection.
+//! Compares tcpclose with no tool and with tcplife: the costs per connection.
 
 use std::{
     collections::BTreeMap,
@@ -39,7 +39,7 @@ pub(crate) struct Args {
     ends: Vec<Ends>,
 }
 
-/// What is measured.
+/// A measured figure.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Figure {
     Rate,
@@ -74,7 +74,7 @@ impl Figure {
         Self::Maps,
     ];
 
-    /// Its name in JSON and in the table, how it is measured, and how many decimals are worth showing.
+    /// Its name in JSON and in the table, its method, and its number of significant decimals.
     fn description(self) -> (&'static str, &'static str, &'static str, usize) {
         match self {
             Self::Rate => ("connections_per_second", "connections/s", "64 at a time, on loopback", 0),
@@ -110,13 +110,13 @@ impl Figure {
     }
 }
 
-/// A tool, how it is started, and what was measured.
+/// A tool, the command that starts it, and its measurements.
 struct Candidate {
     heading: String,
     kind: Kind,
     command: Vec<String>,
     figures: BTreeMap<Figure, Vec<f64>>,
-    /// Of each program, what it spent on a connection in each round.
+    /// The cost of each program per connection, in each round.
     programs: BTreeMap<String, Vec<Program>>,
     fault: Option<String>,
 }
@@ -149,7 +149,7 @@ impl Candidate {
     }
 }
 
-/// Everything measured of one way of ending connections.
+/// All measurements of one way of ending connections.
 struct Comparison {
     ends: Ends,
     untraced: Vec<f64>,
@@ -222,13 +222,13 @@ fn measure_round(bed: &mut Bed, comparison: &mut Comparison, seconds: u32, round
     bed.renew()?;
     let untraced = bed.churn(extent, ends)?.rate();
     comparison.untraced.push(untraced);
-    // Every other round in the opposite order, so that no tool always comes last.
+    // Every other round runs in the opposite order, so that no tool always comes last.
     let mut order: Vec<_> = comparison.candidates.iter_mut().collect();
     if round.is_multiple_of(2) {
         order.reverse();
     }
     for candidate in order {
-        // What failed once would only fail again, and take its time.
+        // A candidate that has failed once would only fail again, and take its time.
         if candidate.fault.is_none()
             && let Err(error) = traced(bed, candidate, extent, ends, untraced)
         {
@@ -281,7 +281,7 @@ fn traced(bed: &mut Bed, candidate: &mut Candidate, extent: Extent, ends: Ends, 
     Ok(())
 }
 
-/// What a tool that has ended wrote.
+/// The output of a tool that has ended.
 pub(crate) fn totals(bed: &Bed, kind: Kind, port: u16) -> Result<Totals> {
     let mut totals = Totals::default();
     for name in ["output", "errors"] {
@@ -321,7 +321,7 @@ fn print(comparison: &Comparison) {
     table::print_cells(&rows);
 }
 
-/// Median runs and nanoseconds a connection.
+/// Median number of runs and of nanoseconds per connection.
 fn medians(rounds: &[Program]) -> (f64, f64) {
     let of = |value: fn(&Program) -> f64| {
         table::median(&rounds.iter().map(value).collect::<Vec<_>>()).unwrap_or_default()

@@ -23,7 +23,7 @@ pub(crate) struct Args {
     seconds: u32,
 }
 
-/// What the load generator reports: its mode, its field, the name of the row, and decimals.
+/// The figures of the load generator: its mode, its field, the name of the row, and decimals.
 const FIGURES: [(&str, &str, &str, i32); 3] = [
     ("ping", "p50_us", "round trip, median, us", 2),
     ("ping", "p99_us", "round trip, 99th percentile, us", 2),
@@ -45,7 +45,7 @@ pub(crate) fn measure(bench: &mut Bench, args: &Args) -> Result<Value> {
             tracer.stop()?;
             Ok(figures)
         };
-        // Every other round in the opposite order.
+        // Every other round runs in the opposite order.
         if round % 2 == 1 {
             without.push(figures(bed, &seconds)?);
             with.push(traced(bed)?);

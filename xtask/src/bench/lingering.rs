@@ -27,7 +27,7 @@ pub(crate) struct Args {
     seconds: u64,
 }
 
-/// How long each row covers.
+/// The period that each row covers.
 const WINDOW: Duration = Duration::from_secs(5);
 
 pub(crate) fn measure(bench: &mut Bench, args: &Args) -> Result<Value> {

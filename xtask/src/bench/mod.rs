@@ -36,7 +36,7 @@ use crate::{
 
 use bed::Bed;
 
-/// Programs that the measurements use and that need not be here, with what is lost without them.
+/// Optional programs of the measurements, with what is missing without them.
 const OPTIONAL: [(&str, Package); 2] = [
     ("bpftool", Package { name: "bpftool", purpose: "bpftool, which knows the names of BPF programs" }),
     ("tcplife", Package { name: "libbpf-tools", purpose: "tcplife, which tcpclose is compared with" }),
@@ -86,7 +86,7 @@ enum Measurement {
     Profile(profile::Args),
 }
 
-/// What every measurement starts from.
+/// The state that every measurement starts from.
 struct Bench {
     bed: Bed,
     /// The builds of tcpclose to measure.
@@ -94,7 +94,7 @@ struct Bench {
 }
 
 impl Bench {
-    /// The build to measure where only one is measured.
+    /// The build to measure, for measurements of a single one.
     fn tool(&self) -> Result<&Path> {
         if let [_, _, ..] = &self.tools[..] {
             say("this measurement takes one tool: the first --tool is measured");
@@ -145,7 +145,7 @@ fn write_json(path: &Path, figures: &Value) -> Result<()> {
     fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// Starts this program again through sudo, with the same arguments. Comes back only with an error.
+/// Restarts this program through sudo, with the same arguments. Returns only on failure.
 fn become_root(args: &Args, tools: &[PathBuf], load: &Path) -> Result<anyhow::Error> {
     let mut sudo = Command::new(command::sudo("measuring")?);
     sudo.arg("--").arg(env::current_exe()?).args(env::args_os().skip(1));
@@ -159,9 +159,9 @@ fn become_root(args: &Args, tools: &[PathBuf], load: &Path) -> Result<anyhow::Er
     Ok(anyhow::Error::new(error).context(format!("cannot start {}", line(&sudo))))
 }
 
-/// Builds the load generator with frame pointers, along which the kernel walks its stack: without them a stack would
-/// cost less than elsewhere. Without debug information, like the servers that people run: with it, each stack has
-/// three times as many frames, most of them inlined ones.
+/// Builds the load generator with frame pointers, along which the kernel walks its stack: without them a
+/// stack would be unrealistically cheap. It has no debug information, like servers in production: with it,
+/// each stack has three times as many frames, most of them inlined ones.
 fn build_load(workspace: &Workspace) -> Result<PathBuf> {
     let target = workspace.target.join("tests");
     let mut cargo = workspace.with_cargo(&cargo_program(), "build", &target);

@@ -24,10 +24,10 @@ pub(crate) struct Args {
     seconds: u32,
 }
 
-/// KiB that an open connection takes in the kernel, both ends with their files. Measured: 7.5 on 6.18.
+/// Kernel memory of an open connection in KiB, both ends with their files. Measured: 7.5 on 6.18.
 const CONNECTION_KIB: f64 = 9.0;
 
-/// MiB that must be left to others.
+/// Memory that must be left to other processes, in MiB.
 const RESERVE: f64 = 2048.0;
 
 /// The range of `--connections`.
@@ -47,7 +47,7 @@ pub(crate) fn measure(bench: &mut Bench, args: &Args) -> Result<Value> {
             continue;
         }
         say(&format!("opening {connections} connections"));
-        // Room for both ends of each, and for those that come and go beside them.
+        // Room for both ends of each, and for those that are opened and closed in addition.
         let table = (connections * 5 / 2).clamp(*TABLE.start(), *TABLE.end());
         let command = tcpclose(&tool, &["--connections", &table.to_string()])?;
         rows.push(row(&mut bench.bed, &command, connections, table, args.seconds)?);
@@ -64,7 +64,7 @@ fn row(bed: &mut Bed, command: &[String], connections: u64, table: u64, seconds:
     let (resident, maps) = (tracer.peak_resident()?, programs::maps(&tracer)?);
     tracer.stop()?;
     let totals = totals(bed, Kind::Tcpclose, cost.load.port)?;
-    // And how long it takes to start while they are open.
+    // The start is measured as well while they are open.
     let mut late = Tracer::start(bed, Kind::Tcpclose, command)?;
     let ready = late.ready.context("tcpclose did not say when it was ready")?;
     late.stop()?;

@@ -1,4 +1,4 @@
-//! What a tool wrote: lines of the load's connections, and what it says it lost.
+//! The output of a tool: lines of the load's connections, and the losses that it reports.
 
 use std::io::BufRead;
 
@@ -36,13 +36,13 @@ struct Connection {
 }
 
 impl Totals {
-    /// Adds up what a tool wrote. The load's connections are known by their network namespace, or, as tcplife does
-    /// not report that, by the port that accepted them.
+    /// Adds up a tool's output. The load's connections are identified by their network namespace, or, as
+    /// tcplife does not report that, by the port that accepted them.
     pub(crate) fn read(&mut self, kind: Kind, text: impl BufRead, netns: u64, port: u16) -> Result<()> {
         for line in text.lines() {
             let line = line.context("cannot read its output")?;
             match kind {
-                // Messages to a person are no events.
+                // Messages for users are not events.
                 Kind::Tcpclose if !line.starts_with('{') => {}
                 Kind::Tcpclose => {
                     let line: Line = serde_json::from_str(&line)

@@ -1,5 +1,5 @@
-//! Instructions that the tool needs for an event, counted by callgrind on replayed records. Instruction counts do not
-//! depend on what else the machine does.
+//! Instructions per event that the tool executes, counted by callgrind on replayed records. Instruction
+//! counts do not depend on the load of the machine.
 
 use std::{
     fs::{self, File},
@@ -69,11 +69,11 @@ struct Replay {
     instructions: u64,
 }
 
-/// Records the events of so many connections, and replays them under callgrind.
+/// Records the events of this many connections, and replays them under callgrind.
 fn replay(bed: &mut Bed, tool: &Path, connections: u64, ends: Ends) -> Result<Replay> {
     bed.renew()?;
     let record = bed.path("record");
-    // Not there the first time.
+    // The file does not exist the first time.
     let _ = fs::remove_file(&record);
     let record = record.to_str().context("the path of the recording is not UTF-8")?;
     let mut tracer = Tracer::start(bed, Kind::Tcpclose, &tcpclose(tool, &["--record", record])?)?;
@@ -94,7 +94,7 @@ fn replay(bed: &mut Bed, tool: &Path, connections: u64, ends: Ends) -> Result<Re
     Ok(Replay { events, instructions: instructions(&profile).context("callgrind wrote no totals")? })
 }
 
-/// The total in what callgrind wrote.
+/// The total in callgrind's output.
 fn instructions(profile: &str) -> Option<u64> {
     let total =
         profile.lines().find_map(|line| line.strip_prefix("totals: ").or(line.strip_prefix("summary: ")))?;

@@ -1,4 +1,4 @@
-//! What a tool's BPF programs and maps cost, from the kernel's statistics.
+//! The costs of a tool's BPF programs and maps, from the kernel's statistics.
 
 use std::{collections::BTreeMap, process::Command};
 
@@ -11,7 +11,7 @@ use super::{
 };
 use crate::command;
 
-/// Runs of a BPF program.
+/// Statistics of a BPF program's runs.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Program {
     pub(crate) name: String,
@@ -19,7 +19,7 @@ pub(crate) struct Program {
     pub(crate) nanoseconds: f64,
 }
 
-/// The programs that a tool holds, by their ids, with their statistics so far.
+/// The programs that a tool holds, by their IDs, with their statistics so far.
 fn of(tracer: &Tracer) -> Result<BTreeMap<u32, Program>> {
     let mut programs = BTreeMap::new();
     for text in tracer.held("bpf-prog")? {
@@ -41,7 +41,7 @@ fn name(id: u32) -> Option<String> {
     Some(serde_json::from_str::<Value>(&shown).ok()?["name"].as_str()?.to_owned())
 }
 
-/// What each program spent on a connection between two looks.
+/// The cost of each program per connection between two snapshots.
 fn spent(before: &BTreeMap<u32, Program>, after: &BTreeMap<u32, Program>, connections: u32) -> Vec<Program> {
     let connections = f64::from(connections);
     let of = |(id, program): (&u32, &Program)| {
@@ -55,17 +55,17 @@ fn spent(before: &BTreeMap<u32, Program>, after: &BTreeMap<u32, Program>, connec
     after.iter().map(of).collect()
 }
 
-/// What a tool spent on a load.
+/// The cost of a tool under load.
 pub(crate) struct Cost {
     pub(crate) load: Churn,
-    /// What each of its programs spent on a connection.
+    /// The cost of each of its programs per connection.
     pub(crate) programs: Vec<Program>,
-    /// CPU time of its process, in µs for a connection.
+    /// CPU time of its process, in µs per connection.
     pub(crate) cpu: f64,
 }
 
 impl Cost {
-    /// Puts load on a tool, and waits until it has dealt with it.
+    /// Runs the load on a tool, and waits until the tool has processed it.
     pub(crate) fn measure(tracer: &mut Tracer, bed: &Bed, extent: Extent, ends: Ends) -> Result<Self> {
         tracer.settle().context("waiting until it is idle before the load")?;
         let (cpu, before) = (tracer.cpu()?, of(tracer)?);
@@ -75,13 +75,13 @@ impl Cost {
         Ok(Self { programs: spent(&before, &of(tracer)?, load.connections), load, cpu })
     }
 
-    /// Time in BPF programs, in µs for a connection.
+    /// Time in BPF programs, in µs per connection.
     pub(crate) fn bpf(&self) -> f64 {
         self.programs.iter().map(|program| program.nanoseconds).sum::<f64>() / 1e3
     }
 }
 
-/// MiB of the maps that a tool holds.
+/// The size of the maps that a tool holds, in MiB.
 pub(crate) fn maps(tracer: &Tracer) -> Result<f64> {
     let mut maps = BTreeMap::new();
     for text in tracer.held("bpf-map")? {

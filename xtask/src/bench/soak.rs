@@ -29,7 +29,7 @@ pub(crate) struct Args {
     options: String,
 }
 
-/// Connections after which the output is counted and cut, so that it fits on a disk.
+/// Number of connections after which the output is counted and truncated, so that it fits on a disk.
 const SLICE: u64 = 25_600;
 
 pub(crate) fn measure(bench: &mut Bench, args: &Args) -> Result<Value> {
@@ -43,7 +43,7 @@ pub(crate) fn measure(bench: &mut Bench, args: &Args) -> Result<Value> {
     let (mut totals, mut expected, mut made) = (Totals::default(), 0, 0);
     let mut rows = Vec::<Row>::new();
     for slice in 0..slices {
-        // Resets, which are the more expensive end, and every fourth time FINs.
+        // RSTs, which are the more expensive end, and FINs every fourth time.
         let ends = if slice % 4 == 3 { Ends::Fin } else { Ends::Rst };
         let load = bed.churn(Extent::Connections(SLICE), ends)?;
         tracer.settle()?;

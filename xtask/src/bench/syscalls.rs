@@ -1,4 +1,4 @@
-//! System calls of the tool for a thousand events, counted by strace.
+//! System calls of the tool per thousand events, counted by strace.
 
 use std::{
     fs,
@@ -37,7 +37,7 @@ pub(crate) struct Args {
 
 const STRACE: Package = Package { name: "strace", purpose: "strace, which counts system calls" };
 
-/// How long strace may take to attach.
+/// The time that strace may take to attach.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 pub(crate) fn measure(bench: &mut Bench, args: &Args) -> Result<Value> {
@@ -94,7 +94,7 @@ fn count(bench: &mut Bench, args: &Args, ends: Ends) -> Result<Vec<Row>> {
     Ok(calls.into_iter().map(row).collect())
 }
 
-/// Reads the table that strace prints: calls, and names.
+/// Parses the table that strace prints: numbers of calls, and names.
 fn calls(text: &str) -> Vec<(&str, u64)> {
     let row = |line: &str| -> Option<(usize, u64)> {
         let (calls, name) = line.trim().split_once(char::is_whitespace)?;

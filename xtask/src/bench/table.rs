@@ -1,11 +1,11 @@
-//! Figures as aligned text.
+//! Formats figures as aligned text.
 
 use serde_json::{Map, Value};
 
 /// A row of a table: names of columns, and values.
 pub(crate) type Row = Vec<(&'static str, Value)>;
 
-/// A number with as many decimals as are worth showing.
+/// A number rounded to its significant decimals.
 pub(crate) fn rounded(value: f64, decimals: i32) -> Value {
     let scale = 10f64.powi(decimals);
     serde_json::json!((value * scale).round() / scale)
@@ -23,12 +23,12 @@ fn text(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
         Value::Null => "-".to_owned(),
-        // `12.0` is how JSON writes it; a reader needs no decimals that say nothing.
+        // JSON writes `12.0`; the table drops decimals without information.
         other => other.to_string().trim_end_matches(".0").to_owned(),
     }
 }
 
-/// Rows as JSON.
+/// The rows as JSON.
 pub(crate) fn json(rows: &[Row]) -> Value {
     let object = |row: &Row| -> Map<_, _> {
         row.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect()
@@ -36,7 +36,7 @@ pub(crate) fn json(rows: &[Row]) -> Value {
     rows.iter().map(|row| Value::Object(object(row))).collect()
 }
 
-/// Prints lines of cells, the first of them a heading: columns of numbers aligned to the right, others to the left.
+/// Prints rows of cells under a heading row: columns of numbers are aligned to the right, others to the left.
 pub(crate) fn print_cells(rows: &[Vec<String>]) {
     let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
     let is_number = |column: usize| rows[1..].iter().any(|row| row[column].parse::<f64>().is_ok());
@@ -49,7 +49,7 @@ pub(crate) fn print_cells(rows: &[Vec<String>]) {
     }
 }
 
-/// The middle value; the upper one of two.
+/// The median; of an even number of values, the upper of the middle two.
 pub(crate) fn median(values: &[f64]) -> Option<f64> {
     let mut values = values.to_vec();
     values.sort_by(f64::total_cmp);

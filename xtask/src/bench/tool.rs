@@ -1,4 +1,4 @@
-//! A tool that is being measured: tcpclose or tcplife, running.
+//! A tool under measurement: a running tcpclose or tcplife.
 
 use std::{
     fs::{self, File},
@@ -18,17 +18,17 @@ use nix::{
 use super::bed::Bed;
 use crate::command::line;
 
-/// How long anything may take that ends by itself. Nothing is measured against it.
+/// The timeout of everything that ends by itself. No figure depends on it.
 const PATIENCE: Duration = Duration::from_mins(2);
 
-/// A tool that has done nothing for so long has finished: longer than the time for which tcpclose lets records
-/// gather.
+/// A tool that has been idle for this long has finished: it is longer than the time for which tcpclose lets
+/// records accumulate.
 const QUIET: Duration = Duration::from_millis(400);
 
-/// CPU time that counts as nothing while a tool is idle, for each look at it.
+/// CPU time per check that counts as idle.
 const IDLE: Duration = Duration::from_micros(500);
 
-/// Whose tool it is.
+/// The kind of tool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Tcpclose,
@@ -41,11 +41,11 @@ pub(crate) struct Tracer {
     process: PathBuf,
     output: PathBuf,
     errors: PathBuf,
-    /// From the start until every program was attached; known of tcpclose only.
+    /// The time from the start until every program was attached; known only for tcpclose.
     pub(crate) ready: Option<Duration>,
 }
 
-/// Mounts tracefs for this process alone, unless it is there, and becomes the program.
+/// Mounts tracefs for this process only, unless it is mounted, and executes the program.
 const WITH_TRACEFS: &str = r#"mount -t tracefs tracefs /sys/kernel/tracing 2>/dev/null; exec "$0" "$@""#;
 
 impl Tracer {
@@ -90,7 +90,7 @@ impl Tracer {
         self.child.id()
     }
 
-    /// Waits for something; an end of the tool is an error.
+    /// Waits for a condition; it is an error if the tool ends.
     fn until(
         &mut self,
         what: &str,
@@ -109,7 +109,7 @@ impl Tracer {
         Ok(())
     }
 
-    /// Waits until it has programs loaded and has done nothing for a while.
+    /// Waits until it has loaded its programs and has been idle for a while.
     pub(crate) fn settle(&mut self) -> Result<()> {
         let mut last = (Duration::ZERO, 0, 0);
         let mut since = Instant::now();
@@ -124,7 +124,7 @@ impl Tracer {
         })
     }
 
-    /// The CPU time of the whole process so far, user and system, threads that have ended included.
+    /// The CPU time of the whole process so far, user and system, including threads that have ended.
     pub(crate) fn cpu(&self) -> Result<Duration> {
         let pid = Pid::from_raw(i32::try_from(self.child.id())?);
         let clock = clock_getcpuclockid(pid).context("its CPU clock cannot be found")?;
@@ -137,7 +137,7 @@ impl Tracer {
         let mut found = Vec::new();
         for entry in fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))? {
             let entry = entry?;
-            // A descriptor that is closed meanwhile is not held.
+            // A descriptor that has been closed in the meantime is not held.
             let Ok(target) = fs::read_link(entry.path()) else { continue };
             if target.to_string_lossy() == format!("anon_inode:{kind}")
                 && let Ok(text) = fs::read_to_string(self.process.join("fdinfo").join(entry.file_name()))
@@ -148,17 +148,17 @@ impl Tracer {
         Ok(found)
     }
 
-    /// MiB that it has in memory.
+    /// Resident memory, in MiB.
     pub(crate) fn resident(&self) -> Result<f64> {
         self.memory("VmRSS")
     }
 
-    /// MiB that it had in memory at its peak, mapped rings included.
+    /// Peak resident memory in MiB, including mapped ring buffers.
     pub(crate) fn peak_resident(&self) -> Result<f64> {
         self.memory("VmHWM")
     }
 
-    /// MiB of its own: heap and stacks, without files and rings that it maps.
+    /// Anonymous memory in MiB: heap and stacks, without mapped files and ring buffers.
     pub(crate) fn anonymous(&self) -> Result<f64> {
         self.memory("RssAnon")
     }
@@ -170,7 +170,7 @@ impl Tracer {
         Ok(kib.with_context(|| format!("{} has no {name}", file.display()))?.parse::<f64>()? / 1024.0)
     }
 
-    /// Ends it as Ctrl-C would, so that it writes what it still has.
+    /// Ends it as Ctrl-C would, so that it writes its remaining output.
     pub(crate) fn stop(&mut self) -> Result<()> {
         kill(Pid::from_raw(i32::try_from(self.child.id())?), Signal::SIGINT)?;
         let start = Instant::now();
@@ -181,7 +181,7 @@ impl Tracer {
         Ok(())
     }
 
-    /// Empties its output file.
+    /// Truncates its output file.
     pub(crate) fn cut_output(&self) -> Result<()> {
         let file = File::options().write(true).open(&self.output);
         file.and_then(|file| file.set_len(0)).with_context(|| format!("cannot cut {}", self.output.display()))
@@ -190,7 +190,7 @@ impl Tracer {
 
 impl Drop for Tracer {
     fn drop(&mut self) {
-        // It has ended already, unless something failed.
+        // An error means that it has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

@@ -1,4 +1,4 @@
-//! The Debian package. What is in it is in `tcpclose-user/Cargo.toml`, at `package.metadata.deb`.
+//! The Debian package. Its contents are listed in `tcpclose-user/Cargo.toml`, at `package.metadata.deb`.
 
 use std::{
     path::{Path, PathBuf},
@@ -38,7 +38,7 @@ pub(super) fn find_or_install() -> Result<PathBuf> {
     Ok(program)
 }
 
-/// Packs what was built for a platform.
+/// Packs the build for a platform.
 pub(super) fn pack(
     workspace: &Workspace,
     cargo_deb: &Path,

@@ -13,7 +13,7 @@ use crate::{
     workspace::Workspace,
 };
 
-/// The most that an image may have, in bytes.
+/// The maximum size of an image, in bytes.
 const LIMIT: u64 = 15 << 20;
 
 /// Capabilities of the binary, for users other than root. They are permitted and not effective: a file whose
@@ -44,7 +44,7 @@ pub(crate) fn image(workspace: &Workspace, args: &Args) -> Result<()> {
     let binary = super::build(workspace, platform)?;
 
     let context = workspace.target.join("dist/image");
-    // Not there the first time.
+    // The directory does not exist the first time.
     let _ = fs::remove_dir_all(&context);
     fs::create_dir_all(&context).with_context(|| format!("cannot create {}", context.display()))?;
     fs::copy(&binary, context.join("tcpclose"))?;

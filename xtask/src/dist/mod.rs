@@ -1,5 +1,5 @@
-//! `cargo xtask dist`: what is released. For each platform a static binary, in a tarball and in a Debian package,
-//! with the manual page and completions that the binary generates itself.
+//! `cargo xtask dist`: the release. It contains, for each platform, a static binary in a tarball and in a
+//! Debian package, with the manual page and completions that the binary generates itself.
 
 mod deb;
 pub(crate) mod image;
@@ -23,7 +23,7 @@ use crate::{
 /// Version of the package, which all packages of the workspace share.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// The most that a binary may have, in bytes.
+/// The maximum size of a binary, in bytes.
 const LIMIT: u64 = 12 << 20;
 
 /// Shells that completions are generated for, each with the name of its file.
@@ -47,7 +47,7 @@ pub(crate) fn dist(workspace: &Workspace, args: &Args) -> Result<()> {
     fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
     let cargo_deb = deb::find_or_install()?;
     ebpf::build(workspace, &tools::for_building()?)?;
-    // The host's binary generates the documents of all.
+    // The host's binary generates the documents for all platforms.
     let own = build(workspace, Platform::host())?;
     generate_documents(&own, &folder.join("doc"))?;
     let mut files = Vec::new();
@@ -70,8 +70,8 @@ fn build(workspace: &Workspace, platform: &Platform) -> Result<PathBuf> {
     tools::for_platform(platform)?;
     let mut cargo = workspace.cargo("build");
     cargo.args(["--package", "tcpclose-user", "--bin", "tcpclose", "--profile", "dist"]);
-    // Also for the host: without --target, flags would be those of build scripts and macros too, which cannot be
-    // static.
+    // Also for the host: without --target, the flags would apply to build scripts and macros too, which
+    // cannot be static.
     platform.choose_always(&mut cargo);
     let flags = env::var("RUSTFLAGS").unwrap_or_default() + " -C target-feature=+crt-static";
     cargo.env("RUSTFLAGS", flags.trim_start()).env_remove("CARGO_ENCODED_RUSTFLAGS");
@@ -82,7 +82,7 @@ fn build(workspace: &Workspace, platform: &Platform) -> Result<PathBuf> {
     Ok(binary)
 }
 
-/// Has tcpclose write its manual page and completions.
+/// Makes tcpclose write its manual page and completions.
 fn generate_documents(tcpclose: &Path, folder: &Path) -> Result<()> {
     fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
     let write = |arguments: &[&str], name: &str| -> Result<()> {
@@ -99,7 +99,7 @@ fn generate_documents(tcpclose: &Path, folder: &Path) -> Result<()> {
 fn pack_tarball(workspace: &Workspace, folder: &Path, platform: &Platform, binary: &Path) -> Result<PathBuf> {
     let name = format!("tcpclose-{VERSION}-linux-{}", platform.debian);
     let content = folder.join(&name);
-    // Not there the first time.
+    // The directory does not exist the first time.
     let _ = fs::remove_dir_all(&content);
     fs::create_dir_all(content.join("completions"))?;
     let copy = |from: &Path, to: &str| {
@@ -123,7 +123,7 @@ fn pack_tarball(workspace: &Workspace, folder: &Path, platform: &Platform, binar
     Ok(tarball)
 }
 
-/// The time that files in packages have: `SOURCE_DATE_EPOCH`, else the last commit's.
+/// The timestamp of files in packages: `SOURCE_DATE_EPOCH`, otherwise the time of the last commit.
 fn timestamp(workspace: &Workspace) -> String {
     env::var("SOURCE_DATE_EPOCH").ok().unwrap_or_else(|| {
         let mut git = Command::new("git");

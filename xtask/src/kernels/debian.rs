@@ -138,7 +138,7 @@ fn archive() -> Result<String> {
     if let Some(archive) = first(&mut targets) {
         return Ok(archive);
     }
-    // Whose archive it is is known only when its package lists are present.
+    // The origin of the archive is known only when its package lists are present.
     apt::update()?;
     first(&mut targets).context("none of the package sources of this system is Debian's archive")
 }
@@ -171,7 +171,7 @@ impl Apt {
         Ok(apt)
     }
 
-    /// Unpacks the packages in a directory of apt's, and removes all files of apt's.
+    /// Unpacks the packages in a directory of apt, and removes all of apt's files.
     fn unpack(self, debs: &str, to: &Path) -> Result<()> {
         for file in fs::read_dir(self.folder.join(debs))? {
             let file = file?.path();

@@ -37,7 +37,8 @@ const MODULES: [&str; 5] = ["veth", "nf_tables", "nft_reject_inet", "tcp_diag", 
 /// The Debian packages that contain the commands, and the libraries that Rust programs are linked to.
 const PACKAGES: [&str; 5] = ["iproute2", "nftables", "dash", "libc6", "libgcc-s1"];
 
-/// Where the test programs and tcpclose are in the machine. Their path on this host may be below a mount point there.
+/// The directory of the test programs and tcpclose in the machine. Their path on this host may be below a
+/// mount point there.
 const PROGRAMS: &str = "/programs";
 
 /// Mount points, and directories that are written to.

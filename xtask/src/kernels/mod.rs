@@ -128,7 +128,7 @@ pub(crate) fn run(workspace: &Workspace, plan: &Plan, chosen: &[String]) -> Resu
     })
 }
 
-/// What all machines share.
+/// The parameters that all machines share.
 struct Machine<'a> {
     platform: &'a Platform,
     folder: &'a Path,

@@ -1,4 +1,4 @@
-//! Which tests a virtual machine runs, and how.
+//! The tests that a virtual machine runs, and how it runs them.
 
 use std::{fmt::Write, path::Path, time::Duration};
 
@@ -36,7 +36,7 @@ const OTHER_ROUTES: [&str; 5] =
 /// executing, and the time to live is null then; two tests on one emulated processor make that happen.
 const ALONE: &str = "ttl";
 
-/// A program, and its scenario that is possible over loopback only, with one of those routes.
+/// A program and its only scenario that requires the loopback, with one of those routes.
 const OVER_LOOPBACK: (&str, &str) = ("close", "client_connects_to_itself::loopback_ipv6");
 
 /// Further tests that are left out if time is short, because they do not depend on the kernel.

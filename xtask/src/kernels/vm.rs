@@ -20,7 +20,7 @@ const SILENCE: Duration = Duration::from_mins(5);
 /// Megabytes. The file system is in memory.
 const MEMORY: &str = "2048";
 
-/// What is left of a machine that has ended.
+/// The output of a machine that has ended.
 pub(crate) struct Left {
     /// The output of the tests.
     pub(crate) results: String,
@@ -28,7 +28,7 @@ pub(crate) struct Left {
     pub(crate) console: String,
     /// Whether it had to be stopped.
     pub(crate) stopped: bool,
-    /// CPU time on this host, in seconds.
+    /// CPU time that it took on this host, in seconds.
     pub(crate) processor: u64,
 }
 
@@ -55,9 +55,10 @@ pub(crate) fn run(
     }
     let [first, second] = platform.ports;
     qemu.args(platform.board)
-        // One processor: kernels patch their own code, and with several processors QEMU does not always emulate that
-        // correctly (the kernel crashes at an int3 that was there for a moment). It also saves waiting for the other
-        // processor, which is most of the time that attaching and detaching programs takes.
+        // One processor: kernels patch their own code, and with several processors QEMU does not always
+        // emulate that correctly (the kernel crashes at an int3 that was there only for a moment). It also
+        // avoids waiting for the other processor, which is most of the time that attaching and detaching
+        // programs takes.
         .args(["-smp", "1", "-m", MEMORY])
         .args(["-display", "none", "-monitor", "none", "-nic", "none", "-no-reboot"])
         .arg("-serial")

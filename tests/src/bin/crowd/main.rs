@@ -1,8 +1,8 @@
-//! A crowd of processes that connect, accept, fork, pass descriptors on and die. Each says on standard output,
-//! before it acts, which end of which connection it has and what will happen to it (`tcpclose_tests::crowd`).
+//! A large number of processes that connect, accept, fork, pass descriptors and die. Before it acts, each
+//! prints which end of which connection it holds and what will happen to that end (`tcpclose_tests::crowd`).
 //!
-//! The server greets when the right process has the connection and nobody else does, and the client does
-//! nothing before: whose each end is at its end is never a matter of luck.
+//! The server sends a greeting when the right process, and no other, holds the connection. The client does
+//! nothing before, so the owner of each end at its close does not depend on timing.
 
 use std::{
     io::{Read, Write},
@@ -32,7 +32,7 @@ mod serve;
 
 const GREETING: u8 = b'.';
 
-/// Seconds until it is over in any case, for everybody: children die with their parents.
+/// Seconds after which every process ends in any case: children die with their parents.
 const LONGEST: u32 = 300;
 
 fn main() -> Result<()> {
@@ -53,7 +53,7 @@ fn main() -> Result<()> {
     for client in clients {
         await_end(client)?;
     }
-    // Nobody comes any more. That ends the waiting in all processes that share the listener.
+    // No more clients will connect. This wakes all processes that wait on the shared listener.
     for listener in &listeners {
         socket::shutdown(listener.as_raw_fd(), Shutdown::Both)?;
     }
@@ -63,9 +63,10 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Has a child do something and exit.
+/// Runs `act` in a forked child that then exits.
 fn forked(act: impl FnOnce() -> Result<()>) -> Result<Pid> {
-    // SAFETY: no process here ever has another thread, so the child may do what it likes.
+    // SAFETY: no process here ever has a second thread, so the child is not restricted to async-signal-safe
+    // functions.
     match unsafe { fork() }? {
         ForkResult::Parent { child } => Ok(child),
         ForkResult::Child => {
@@ -79,14 +80,14 @@ fn forked(act: impl FnOnce() -> Result<()>) -> Result<Pid> {
     }
 }
 
-/// Waits until a child has ended well.
+/// Waits for a child and checks that it succeeded.
 fn await_end(child: Pid) -> Result<()> {
     let status = waitpid(child, None)?;
     ensure!(status == nix::sys::wait::WaitStatus::Exited(child, 0), "{status:?}");
     Ok(())
 }
 
-/// Says who has an end. One write, so that what others say does not come in between.
+/// Prints who holds an end. It is a single write, so that lines of several processes do not mix.
 fn claim(side: Side, kind: Kind, local: SocketAddr, remote: SocketAddr) -> Result<()> {
     let claim = Claim { pid: process::id(), side, kind, local, remote };
     let line = claim.written();
@@ -103,7 +104,7 @@ fn connect_all(number: u8, to: SocketAddr) -> Result<()> {
     Ok(())
 }
 
-/// Does one thing with one connection.
+/// Opens one connection and ends it in the way of its kind.
 fn connect(kind: Kind, from: SocketAddr, to: SocketAddr) -> Result<()> {
     match kind {
         Kind::ClientExits => await_end(forked(|| hold(kind, from, to))?),
@@ -112,7 +113,7 @@ fn connect(kind: Kind, from: SocketAddr, to: SocketAddr) -> Result<()> {
         Kind::Refused => {
             let to = SocketAddr::new(to.ip(), CLOSED_PORT);
             claim(Side::Client, kind, from, to)?;
-            ensure!(connected(from, to).is_err(), "somebody listens at {to}");
+            ensure!(connected(from, to).is_err(), "there is a listener at {to}");
             Ok(())
         }
         _ => {
@@ -149,7 +150,7 @@ fn hold(kind: Kind, from: SocketAddr, to: SocketAddr) -> Result<()> {
     process::exit(0)
 }
 
-/// Has a child connect, and kills it.
+/// Forks a child that connects, and kills it.
 fn be_killed(from: SocketAddr, to: SocketAddr) -> Result<()> {
     let (mut ready, mut say) = std::io::pipe()?;
     let child = forked(move || {
@@ -166,7 +167,8 @@ fn be_killed(from: SocketAddr, to: SocketAddr) -> Result<()> {
     Ok(())
 }
 
-/// Has a child connect and exit, and waits for the end of the child that it leaves the connection to.
+/// Forks a child that connects and exits, and waits for the end of the grandchild that inherits the
+/// connection.
 fn leave(from: SocketAddr, to: SocketAddr) -> Result<()> {
     let (mut over, heirs) = std::io::pipe()?;
     let child = forked(move || {
@@ -180,7 +182,7 @@ fn leave(from: SocketAddr, to: SocketAddr) -> Result<()> {
             drop(heirs);
             Ok(())
         })?;
-        // It has no parent to die with any more.
+        // The grandchild has no parent any more whose death would end it.
         born.read_to_end(&mut Vec::new())?;
         Ok(())
     })?;
@@ -189,7 +191,8 @@ fn leave(from: SocketAddr, to: SocketAddr) -> Result<()> {
     Ok(())
 }
 
-/// Waits until nobody else has the connection, says so, and then does nothing until it has been reset.
+/// Waits until no other process holds the connection, prints the claim, and then is idle until the connection
+/// is reset.
 fn inherit(parent: Pid, mut socket: TcpStream) -> Result<()> {
     while getppid() == parent {
         thread::yield_now();
@@ -200,12 +203,12 @@ fn inherit(parent: Pid, mut socket: TcpStream) -> Result<()> {
     await_events(&socket, PollFlags::empty())
 }
 
-/// Has the next close reset the connection.
+/// Makes the next close reset the connection.
 fn linger_not(socket: &TcpStream) -> nix::Result<()> {
     setsockopt(socket, sockopt::Linger, &linger { l_onoff: 1, l_linger: 0 })
 }
 
-/// A connection whose server's end has the right process; the greeting is still to be read.
+/// Opens a connection whose server end is held by the right process; the greeting is still unread.
 fn greeted(kind: Kind, from: SocketAddr, to: SocketAddr) -> Result<TcpStream> {
     let socket = connected(from, to)?;
     claim(Side::Client, kind, from, to)?;
@@ -224,7 +227,7 @@ fn connected(from: SocketAddr, to: SocketAddr) -> Result<TcpStream> {
     Ok(socket.into())
 }
 
-/// Waits for one of these events, or an error.
+/// Waits for one of these events or an error.
 fn await_events(descriptor: &impl AsFd, events: PollFlags) -> Result<()> {
     poll(&mut [PollFd::new(descriptor.as_fd(), events)], PollTimeout::NONE)?;
     Ok(())

@@ -1,4 +1,4 @@
-//! The accepting half.
+//! The accepting side.
 
 use std::{
     io::{Read, Write, pipe},
@@ -12,16 +12,16 @@ use tcpclose_tests::{bed::Side, crowd::Kind, descriptors};
 
 use crate::{GREETING, await_end, await_events, claim, forked, linger_not};
 
-/// Accepts until nobody comes any more.
+/// Accepts connections until the listener is shut down.
 pub(crate) fn serve(listener: &TcpListener) -> Result<()> {
     let (mut channel, far) = UnixStream::pair()?;
     let receiver = forked(|| {
-        // The other end goes with the worker; with a copy of it here, it never would.
+        // The other end must be closed when the worker exits, which a copy here would prevent.
         nix::unistd::close(channel.as_raw_fd())?;
         receive_all(&far)
     })?;
     drop(far);
-    // An error: the listener is no listener any more.
+    // An error means that the listener has been shut down.
     while let Ok((socket, from)) = listener.accept() {
         let kind = Kind::of(from.port());
         let to = socket.local_addr()?;
@@ -29,7 +29,7 @@ pub(crate) fn serve(listener: &TcpListener) -> Result<()> {
             Kind::ReceiverCloses | Kind::ReceiverIsReset => {
                 descriptors::send(&channel, &socket)?;
                 drop(socket);
-                // Now nobody else has it.
+                // From here on no other process holds the connection.
                 channel.write_all(&[GREETING])?;
             }
             Kind::ChildCloses => close_in_child(socket, to, from)?,
@@ -43,7 +43,7 @@ pub(crate) fn serve(listener: &TcpListener) -> Result<()> {
     await_end(receiver)
 }
 
-/// Greets, waits for what the client does if it is the client that acts, and closes.
+/// Sends the greeting, waits for the client if the client acts first, and closes.
 fn hold(kind: Kind, mut socket: TcpStream) -> Result<()> {
     socket.write_all(&[GREETING])?;
     match kind {
@@ -62,14 +62,14 @@ fn hold(kind: Kind, mut socket: TcpStream) -> Result<()> {
     Ok(())
 }
 
-/// Has a child close last.
+/// Makes a child close last.
 fn close_in_child(socket: TcpStream, to: SocketAddr, from: SocketAddr) -> Result<()> {
     let (mut alone, kept) = pipe()?;
     let theirs = kept.as_raw_fd();
-    // What the child takes along is the worker's no more when this returns.
+    // The worker no longer holds what the child has captured when this returns.
     let child = forked(move || {
         nix::unistd::close(theirs)?;
-        // It ends when the worker has closed its own of everything.
+        // The read ends when the worker has closed its copies of everything.
         alone.read_to_end(&mut Vec::new())?;
         claim(Side::Server, Kind::ChildCloses, to, from)?;
         hold(Kind::ChildCloses, socket)
@@ -78,7 +78,7 @@ fn close_in_child(socket: TcpStream, to: SocketAddr, from: SocketAddr) -> Result
     await_end(child)
 }
 
-/// Takes connections that others have accepted, until no more can come.
+/// Receives connections that other processes have accepted, until the channel is closed.
 fn receive_all(mut channel: &UnixStream) -> Result<()> {
     while let Some(socket) = descriptors::receive(channel)? {
         channel.read_exact(&mut [0])?;

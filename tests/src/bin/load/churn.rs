@@ -1,9 +1,9 @@
-//! Connections that are opened and closed as fast as they will go: one thread connects and closes, one accepts and
-//! closes.
+//! Connections that are opened and closed as fast as possible: one thread connects and closes, another
+//! accepts and closes.
 //!
-//! A connection ends with a RST sent by its client, or, with `--fin`, with FINs, the client's first. Then the client
-//! leaves a socket in `TIME_WAIT` behind, and with it a port that is in use for a minute: successive batches go to
-//! different addresses, so that ports do not run out.
+//! A connection ends with a RST sent by its client, or, with `--fin`, with FINs, the client's first. In that
+//! case the client leaves a socket in `TIME_WAIT` behind, whose port is in use for a minute: successive
+//! batches go to different addresses, so that ports do not run out.
 
 use std::{
     convert::Infallible,
@@ -27,17 +27,17 @@ use serde_json::{Value, json};
 
 use crate::{Options, destination};
 
-/// How many connections are open at a time. With one after the other, the threads would wait for each other most of
-/// the time, and the cost of a tracer would be hidden in that. This many fit into a listener's queue: a SYN that
-/// finds it full is sent again only a second later.
+/// The number of connections that are open at a time. With one at a time, the threads would mostly wait for
+/// each other, which would hide the cost of a tracer. This many fit into a listener's queue: a SYN that finds
+/// it full is retransmitted only a second later.
 const BATCH: u64 = 64;
 
-/// What the accepting side sends, so that the client closes only what has been accepted: a connection that is reset
-/// in the listener's queue belongs to no process, and no tracer could say whose it was.
+/// The byte that the accepting side sends, so that the client closes only accepted connections: a connection
+/// that is reset in the accept queue belongs to no process, and no tracer could name its owner.
 const GREETING: u8 = b'.';
 
-/// Reports how many connections were closed at both ends, how long that took, and the accepting port, by which a
-/// tracer's lines are recognized.
+/// Reports how many connections were closed at both ends, the time that took, and the accepting port, by
+/// which the lines of a tracer are recognized.
 pub(crate) fn run(options: &Options) -> Result<Value> {
     let time = options.seconds();
     let most = options.connections.unwrap_or(u64::MAX);
@@ -48,7 +48,7 @@ pub(crate) fn run(options: &Options) -> Result<Value> {
     let port = listener.local_addr()?.port();
     let served = Arc::new(AtomicU64::new(0));
     let count = Arc::clone(&served);
-    // Nobody waits for its end: it accepts until the process is gone.
+    // The thread is not joined: it accepts until the process exits.
     thread::spawn(move || {
         let Err(error) = serve(&listener, &count);
         eprintln!("load: {error:#}");

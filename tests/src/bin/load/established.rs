@@ -1,4 +1,4 @@
-//! One established connection, at whose ends nothing happens that a tracer of closes has to look at.
+//! One established connection, on which no event occurs that a tracer of closes has to process.
 
 use std::{
     io::{ErrorKind, Read, Write},
@@ -20,7 +20,7 @@ fn pair() -> Result<(TcpStream, TcpStream)> {
     Ok((client, server))
 }
 
-/// Sends one byte there and back for so long; reports the median and the 99th percentile in µs.
+/// Sends one byte back and forth for this long; reports the median and the 99th percentile in µs.
 pub(crate) fn ping(time: Duration) -> Result<Value> {
     let (mut client, mut server) = pair()?;
     thread::spawn(move || {
@@ -42,7 +42,7 @@ pub(crate) fn ping(time: Duration) -> Result<Value> {
     Ok(json!({"round_trips": times.len(), "p50_us": percentile(50)?, "p99_us": percentile(99)?}))
 }
 
-/// Sends as much as it can for so long; reports MiB/s as received.
+/// Sends as much as possible for this long; reports MiB/s as received.
 pub(crate) fn bulk(time: Duration) -> Result<Value> {
     const CHUNK: usize = 128 << 10;
     let (mut client, mut server) = pair()?;

@@ -20,7 +20,7 @@ const USAGE: &str = "usage: load churn [--seconds N | --connections N] [--fin]
        load ping --seconds N
        load bulk --seconds N";
 
-/// What the command line asks for.
+/// The options of the command line.
 #[derive(Default)]
 struct Options {
     seconds: Option<Duration>,

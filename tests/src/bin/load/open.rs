@@ -1,4 +1,4 @@
-//! Connections that stay open, both ends in this process.
+//! Connections that stay open, with both ends in this process.
 
 use std::{
     io,
@@ -11,7 +11,7 @@ use serde_json::json;
 
 use crate::destination;
 
-/// Descriptors left for anything else.
+/// Number of descriptors left for other purposes.
 const SPARE: u64 = 64;
 
 /// Opens connections, prints `{"connections":N,"port":P}`, and closes them when standard input ends.
@@ -21,7 +21,7 @@ const SPARE: u64 = 64;
 pub(crate) fn run(connections: u64, half_closed: bool) -> Result<()> {
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
-    // As many as the limit allows at once; the benchmark starts as many processes as it takes.
+    // The number that the descriptor limit allows; the benchmark starts as many processes as it needs.
     let held = if half_closed { 1 } else { 2 };
     let connections = connections.min(most.saturating_sub(SPARE) / held);
     let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0))?;

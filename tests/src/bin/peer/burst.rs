@@ -1,4 +1,4 @@
-//! Many connections as fast as they will go.
+//! Large numbers of connections, opened and closed as fast as possible.
 
 use std::{
     io::{Read, Write},
@@ -9,11 +9,11 @@ use anyhow::Result;
 
 use crate::{DEFAULT_PROTOCOL, calls, new_socket, options::linger};
 
-/// What is sent over each connection.
+/// The data sent over each connection.
 const GREETING: &[u8] = b"0123456789";
 
-/// Opens and closes so many connections, one after the other; every second one is closed with a RST. Says
-/// which local ports they had, in order.
+/// Opens and closes this many connections in sequence; every second one is closed with a RST. Returns their
+/// local ports in order.
 pub(crate) fn connect_all(address: SocketAddr, count: u32) -> Result<String> {
     let mut ports = Vec::new();
     for number in 0..count {
@@ -29,19 +29,19 @@ pub(crate) fn connect_all(address: SocketAddr, count: u32) -> Result<String> {
     Ok(format!("bytes={} ports={}", GREETING.len(), ports.join(",")))
 }
 
-/// Opens and closes so many connections, one after the other, each of which leaves a port in `TIME_WAIT` behind.
+/// Opens and closes this many connections in sequence, each of which leaves a port in `TIME_WAIT` behind.
 pub(crate) fn close_all(address: SocketAddr, count: u32) -> Result<String> {
     for _ in 0..count {
         let mut socket = new_socket(address, DEFAULT_PROTOCOL)?;
         calls::peer_connects_socket_outer(&socket, address)?;
         socket.shutdown(Shutdown::Write)?;
-        // Until the server has closed as well: the next one may come.
+        // Waits until the server has closed as well and can accept the next one.
         socket.read_to_end(&mut Vec::new())?;
     }
     Ok(String::new())
 }
 
-/// Accepts so many connections, reads each to its end, and closes it. Says how many ended in order.
+/// Accepts this many connections, reads each to its end, and closes it. Returns how many ended with a FIN.
 pub(crate) fn serve(listener: &TcpListener, count: u32) -> Result<String> {
     let mut orderly = 0;
     for _ in 0..count {

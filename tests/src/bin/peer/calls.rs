@@ -1,8 +1,8 @@
-//! The calls that open and close a socket, each under two functions of recognisable names.
+//! The system calls that open and close a socket, each inside two nested functions with recognisable names.
 //!
-//! Two, because the C library's wrapper of a system call sets up no frame: whoever walks frame pointers from
-//! there misses the function that called the wrapper and finds the one above it. Tests look for the name that
-//! ends in `_outer`.
+//! Two are needed because the C library's wrapper of a system call sets up no frame: a frame-pointer walk
+//! from there misses the function that called the wrapper, and finds the one above it. Tests look for the
+//! name that ends in `_outer`.
 
 use std::{
     hint::black_box,
@@ -22,8 +22,8 @@ use nix::{
 const UNSPECIFIED: libc::sa_family_t = 0;
 const NOWHERE_LENGTH: libc::socklen_t = 16;
 
-/// Defines a function and, around it, another that leaves a frame: what follows the call keeps it from being
-/// a jump.
+/// Defines a function and an outer function around it that has a frame: the code after the call prevents a
+/// tail call.
 macro_rules! two_frames {
     ($(
         $(#[$doc:meta])*
@@ -49,7 +49,7 @@ two_frames! {
         socket::connect(socket.as_raw_fd(), &SockaddrStorage::from(to))
     }
 
-    /// `sendto()` that connects as well, and sends the data with the SYN.
+    /// `sendto()` with `MSG_FASTOPEN`, which connects and sends the data with the SYN.
     peer_connects_fast_outer > peer_connects_fast(socket: &TcpStream, to: SocketAddr, data: &[u8]) -> nix::Result<usize> {
         let to = SockaddrStorage::from(to);
         socket::sendto(socket.as_raw_fd(), data, &to, MsgFlags::from_bits_retain(libc::MSG_FASTOPEN))
@@ -58,16 +58,17 @@ two_frames! {
     /// `accept4()`.
     peer_accepts_socket_outer > peer_accepts_socket(listener: &TcpListener) -> nix::Result<TcpStream> {
         let socket = socket::accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;
-        // SAFETY: the kernel has just made this descriptor and nothing else has it.
+        // SAFETY: the kernel has just created this descriptor, and nothing else owns it.
         Ok(unsafe { TcpStream::from_raw_fd(socket) })
     }
 
-    /// `recvfrom()` of a descriptor that may be closed meanwhile. The C library's own wrapper would do in a
-    /// process of many threads what nobody can walk through.
+    /// `recvfrom()` on a descriptor that may be closed in the meantime. It is a raw system call, because in a
+    /// multi-threaded process the C library's wrapper calls a function that cannot be unwound.
     peer_receives_outer > peer_receives(descriptor: RawFd, buffer: &mut [u8]) -> nix::Result<()> {
         let (start, length) = (buffer.as_mut_ptr(), buffer.len());
         let nobody = ptr::null_mut::<libc::c_void>();
-        // SAFETY: the buffer is alive through the call and as long as said; no sender's address is asked for.
+        // SAFETY: the buffer is valid for the given length during the call, and no sender address is
+        // requested.
         let result = unsafe {
             libc::syscall(libc::SYS_recvfrom, descriptor, start, length, 0, nobody, nobody)
         };
@@ -84,11 +85,11 @@ two_frames! {
         socket::shutdown(socket.as_raw_fd(), how)
     }
 
-    /// `connect()` to no address at all, which dissolves a connection.
+    /// `connect()` with `AF_UNSPEC`, which dissolves a connection.
     peer_disconnects_socket_outer > peer_disconnects_socket(socket: &TcpStream) -> nix::Result<()> {
         let descriptor = socket.as_raw_fd();
         let nowhere = libc::sockaddr { sa_family: UNSPECIFIED, sa_data: [0; 14] };
-        // SAFETY: the address is alive through the call and as long as said.
+        // SAFETY: the address is valid for the given length during the call.
         let result = unsafe { libc::connect(descriptor, &raw const nowhere, NOWHERE_LENGTH) };
         Errno::result(result).map(drop)
     }
@@ -96,16 +97,16 @@ two_frames! {
     /// `dup2()` of standard error over the socket.
     peer_replaces_socket_outer > peer_replaces_socket(socket: OwnedFd) -> nix::Result<()> {
         let descriptor: RawFd = socket.into_raw_fd();
-        // SAFETY: the number is this function's alone, and stays so: it belongs to a copy of standard error
-        // afterwards.
+        // SAFETY: only this function has the descriptor, and afterwards its number belongs to a copy of
+        // standard error.
         let result = unsafe { libc::dup2(libc::STDERR_FILENO, descriptor) };
         Errno::result(result).map(drop)
     }
 
-    /// `close_range()` of a range that holds the socket alone.
+    /// `close_range()` of a range that contains only the socket.
     peer_closes_range_outer > peer_closes_range(socket: OwnedFd) -> nix::Result<()> {
         let descriptor: RawFd = socket.into_raw_fd();
-        // SAFETY: the number is this function's alone, and the range holds no other.
+        // SAFETY: only this function has the descriptor, and the range contains no other.
         let result = unsafe { libc::syscall(libc::SYS_close_range, descriptor, descriptor, 0) };
         Errno::result(result).map(drop)
     }

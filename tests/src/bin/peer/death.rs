@@ -1,4 +1,4 @@
-//! Ways for a connection to lose its process, or to be closed by another task than the one that opened it.
+//! Cases in which a connection loses its process, or is closed by a task other than the one that opened it.
 
 use std::{
     fs,
@@ -19,15 +19,15 @@ use nix::{
 
 use crate::calls;
 
-/// Dies of a signal, as if of its own fault.
+/// Dies of a signal that it raises itself.
 pub(crate) fn raise(name: Signal) -> Result<()> {
-    // Rust's runtime handles SIGSEGV, and a raised one has no faulting instruction to come back to.
+    // Rust's runtime handles SIGSEGV, and a raised one has no faulting instruction to return to.
     // SAFETY: the default action is no handler.
     unsafe { signal::signal(name, SigHandler::SigDfl) }?;
     Ok(signal::raise(name)?)
 }
 
-/// Closes the socket on a thread with a name of its own.
+/// Closes the socket on a thread that has its own name.
 pub(crate) fn close_on_thread(socket: OwnedFd) -> Result<String> {
     let closer = thread::Builder::new().name("peer-thread".to_owned()).spawn(|| {
         calls::peer_closes_socket_outer(socket)?;
@@ -36,7 +36,8 @@ pub(crate) fn close_on_thread(socket: OwnedFd) -> Result<String> {
     closer.join().map_err(|_| anyhow!("the thread panicked"))?
 }
 
-/// Closes the socket while another thread waits in it for data, and is the one that keeps it until some comes.
+/// Closes the socket while another thread waits in it for data. That thread holds the socket until data
+/// arrives.
 pub(crate) fn close_under_receive(socket: OwnedFd) -> Result<String> {
     let descriptor = socket.as_raw_fd();
     let (sender, receiver) = mpsc::channel();
@@ -54,17 +55,17 @@ pub(crate) fn close_under_receive(socket: OwnedFd) -> Result<String> {
     Ok(format!("tid={reader} name=peer-reader"))
 }
 
-/// Closes the socket here first and then in a child, whose close is the one that counts. The child lives on
-/// with its parent, so that whoever wants to know about it can look.
+/// Closes the socket here first and then in a child, whose close is the final one. The child and its parent
+/// continue to run, so that `/proc` can be read.
 pub(crate) fn close_in_child(socket: OwnedFd) -> Result<String> {
     let (waiting, told) = pipe()?;
     let (waiting_for_child, done) = pipe()?;
-    // SAFETY: this process has one thread, so the child may do what it likes.
+    // SAFETY: this process has one thread, so the child is not restricted to async-signal-safe functions.
     match unsafe { fork() }? {
         ForkResult::Child => {
             drop(told);
             let _ = prctl::set_pdeathsig(Signal::SIGKILL);
-            // The end of the pipe comes when the parent has closed its copies of everything.
+            // The read ends when the parent has closed its copies of everything.
             let closed = read(&waiting, &mut [0]).and_then(|_| calls::peer_closes_socket_outer(socket));
             let _ = write(&done, &[u8::from(closed.is_ok())]);
             loop {

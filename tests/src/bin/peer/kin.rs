@@ -1,5 +1,5 @@
-//! Descriptors in several hands: children that inherit them and obey orders of their own, and what is passed
-//! from one process to another.
+//! Descriptors shared between processes: children that inherit them and execute orders of their own, and
+//! descriptors that are passed from one process to another.
 
 use std::{
     fs::File,
@@ -19,7 +19,7 @@ use tcpclose_tests::descriptors;
 
 use crate::{Peer, Words, calls, obey_all, taken};
 
-/// A child, and how it is reached.
+/// A child process and its channels.
 pub(crate) struct Child {
     pid: i32,
     orders: File,
@@ -29,7 +29,7 @@ pub(crate) struct Child {
 }
 
 impl Child {
-    /// Has it obey an order and returns its answer.
+    /// Sends an order to the child and returns its answer.
     fn ask(&mut self, order: &str) -> Result<String> {
         writeln!(self.orders, "{order}")?;
         let mut answer = String::new();
@@ -40,10 +40,10 @@ impl Child {
 }
 
 impl Peer {
-    /// Obeys an order that has to do with children.
+    /// Executes an order about children.
     pub(crate) fn obey_about_kin(&mut self, verb: &str, mut words: Words) -> Result<String> {
         match verb {
-            // From then on, children are in a pid namespace of their own.
+            // Later children are in a new pid namespace.
             "new-pids" => unshare(CloneFlags::CLONE_NEWPID)?,
             "fork" => return bear(self),
             "in" => return child_of(&mut self.children, words.next()?)?.ask(&words.rest()),
@@ -64,21 +64,22 @@ impl Peer {
     }
 }
 
-/// The child of this pid.
+/// The child with this pid.
 fn child_of(children: &mut [Child], pid: i32) -> Result<&mut Child> {
     children.iter_mut().find(|child| child.pid == pid).with_context(|| format!("{pid} is no child"))
 }
 
-/// Forks a child that has all descriptors of this process, and obeys what it is told through it.
+/// Forks a child that inherits all descriptors of this process and executes the orders that this process
+/// forwards.
 fn bear(peer: &mut Peer) -> Result<String> {
     let (hears, orders) = pipe()?;
     let (answers, says) = pipe()?;
     let (channel, far) = UnixDatagram::pair()?;
-    // SAFETY: this process has one thread, so the child may do what it likes.
+    // SAFETY: this process has one thread, so the child is not restricted to async-signal-safe functions.
     match unsafe { fork() }? {
         ForkResult::Child => {
             drop((orders, answers, channel));
-            // Its siblings would never see their orders end while it has the pipes that these come from.
+            // A copy of the pipes to its siblings in this child would keep their input from ending.
             peer.children.clear();
             peer.channel = Some(far);
             let _ = prctl::set_pdeathsig(Signal::SIGKILL);
@@ -93,10 +94,10 @@ fn bear(peer: &mut Peer) -> Result<String> {
     }
 }
 
-/// Exits, and leaves everything to a child that goes on obeying in its place.
+/// Exits, and leaves everything to a child that continues to execute orders in its place.
 fn hand_over() -> Result<String> {
     let this = process::id();
-    // SAFETY: this process has one thread, so the child may do what it likes.
+    // SAFETY: this process has one thread, so the child is not restricted to async-signal-safe functions.
     match unsafe { fork() }? {
         ForkResult::Child => {
             while getppid().as_raw().cast_unsigned() == this {
@@ -114,18 +115,18 @@ fn pass(child: &Child, socket: OwnedFd) -> Result<()> {
     Ok(calls::peer_closes_socket_outer(socket)?)
 }
 
-/// Takes the socket that was passed.
+/// Receives a socket that was passed.
 fn take(channel: &UnixDatagram) -> Result<TcpStream> {
     Ok(descriptors::receive(channel)?.context("no descriptor came")?.into())
 }
 
-/// Leaves a socket to the kernel's garbage collector: in flight to a unix socket that is in flight to itself, and that
-/// nobody has any more.
+/// Leaves a socket to the kernel's garbage collector: in flight to a unix socket that is in flight to itself
+/// and that no process holds any more.
 fn lose_in_cycle(socket: OwnedFd) -> Result<()> {
     let (sender, receiver) = UnixDatagram::pair()?;
     descriptors::send(&sender, &socket)?;
     descriptors::send(&sender, &receiver)?;
     drop((socket, receiver));
-    // The collector comes when a unix socket is closed.
+    // Closing a unix socket triggers the garbage collector.
     Ok(calls::peer_closes_socket_outer(sender.into())?)
 }

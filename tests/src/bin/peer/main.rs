@@ -1,10 +1,9 @@
-//! The process at one end of a test's connection: `peer NAME` takes that name and obeys the lines on its
-//! standard input, one answer a line: `ok KEY=VALUE…` with what it did and what it is, or `error ERRNO
+//! The process at one end of a test's connection. `peer NAME` sets its `comm` to that name and reads orders
+//! from standard input. It answers each with one line: `ok KEY=VALUE…` with the facts, or `error ERRNO
 //! KEY=VALUE…`.
 //!
-//! It holds one listener and one connection at most. It may have children, which obey what it is told `in` them.
-//! `peer once ADDRESS PORT CODE` obeys nobody: it connects,
-//! closes and exits.
+//! It holds at most one listener and one connection. It may have children, which execute the orders that
+//! begin with `in`. `peer once ADDRESS PORT CODE` reads no orders: it connects, closes and exits.
 
 use std::{
     env,
@@ -39,11 +38,11 @@ mod kin;
 mod options;
 mod uring;
 
-/// What the kernel takes for a stream: TCP.
+/// The default protocol of a stream socket: TCP.
 const DEFAULT_PROTOCOL: libc::c_int = 0;
 
 fn main() -> ExitCode {
-    // A test has peers die of signals; nobody wants their core files.
+    // Tests kill peers with signals, and core files would be of no use.
     let _ = setrlimit(Resource::RLIMIT_CORE, 0, 0);
     let mut arguments = env::args().skip(1);
     let name = arguments.next().unwrap_or_else(|| "peer".to_owned());
@@ -57,7 +56,7 @@ fn main() -> ExitCode {
     })
 }
 
-/// Connects, closes, and has nothing more to do.
+/// Connects, closes, and returns the exit code.
 fn once(order: &str) -> Result<ExitCode> {
     let mut words = Words::of(order);
     let socket = connection(&mut words, DEFAULT_PROTOCOL)?.1?;
@@ -80,7 +79,7 @@ fn play(name: &str) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Obeys order after order, until no more come.
+/// Executes orders until standard input ends.
 fn obey_all(peer: &mut Peer, orders: impl BufRead, mut answers: impl Write) -> Result<()> {
     for line in orders.lines() {
         let done = peer.obey(&line?);
@@ -89,7 +88,7 @@ fn obey_all(peer: &mut Peer, orders: impl BufRead, mut answers: impl Write) -> R
     Ok(())
 }
 
-/// Says what came of an order.
+/// Writes the result of an order.
 fn answer(answers: &mut impl Write, done: &Result<String>) -> Result<()> {
     match done {
         Ok(facts) => writeln!(answers, "ok {facts}")?,
@@ -98,7 +97,7 @@ fn answer(answers: &mut impl Write, done: &Result<String>) -> Result<()> {
     Ok(answers.flush()?)
 }
 
-/// The words of an order, each taken as what it has to be.
+/// The words of an order, each parsed as the type that the order needs.
 struct Words<'a>(SplitWhitespace<'a>);
 
 impl<'a> Words<'a> {
@@ -121,12 +120,12 @@ impl<'a> Words<'a> {
 
 struct Peer {
     name: String,
-    /// Of the sockets that it makes.
+    /// The protocol of new sockets.
     protocol: libc::c_int,
     listener: Option<TcpListener>,
     socket: Option<TcpStream>,
     children: Vec<kin::Child>,
-    /// Where its parent passes descriptors to it.
+    /// The channel on which the parent passes descriptors.
     channel: Option<UnixDatagram>,
 }
 
@@ -156,11 +155,11 @@ impl Peer {
                 return Ok(facts);
             }
             "mptcp" => {
-                // For nothing but to see whether the kernel knows it.
+                // This only checks whether the kernel supports it.
                 new_socket((Ipv4Addr::LOCALHOST, 0).into(), libc::IPPROTO_MPTCP)?;
                 self.protocol = libc::IPPROTO_MPTCP;
             }
-            // A listener may change its mind.
+            // `listen()` on a listening socket changes its backlog.
             "backlog" => socket::listen(self.listener()?, Backlog::new(words.next::<i32>()?)?)?,
             "await-client" => wait_for(self.listener()?, PollFlags::POLLIN)?,
             "accept" => {
@@ -232,7 +231,7 @@ impl Peer {
             "serve" => return burst::serve(self.listener()?, words.next()?),
             "ring-close" => {
                 uring::submit(self.socket()?.as_raw_fd(), uring::Operation::Close, words.next()?)?;
-                // The number may be somebody else's by now.
+                // The number may belong to another descriptor by now.
                 let _ = self.taken_socket()?.into_raw_fd();
             }
             "ring-shutdown" => {
@@ -255,7 +254,7 @@ impl Peer {
         Ok(taken(&mut self.socket)?.into())
     }
 
-    /// Keeps a connection and says which one it is.
+    /// Keeps a connection, and returns its addresses.
     fn keep(&mut self, socket: TcpStream) -> Result<String> {
         let facts = format!("local={} remote={}", socket.local_addr()?, socket.peer_addr()?);
         self.socket = Some(socket);
@@ -269,13 +268,13 @@ fn taken<T>(holder: &mut Option<T>) -> Result<T> {
 
 fn new_socket(address: SocketAddr, protocol: libc::c_int) -> nix::Result<TcpStream> {
     let family = if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
-    // SAFETY: the call takes numbers.
+    // SAFETY: the call takes only numbers.
     let socket = unsafe { libc::socket(family, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, protocol) };
-    // SAFETY: the kernel has just made this descriptor and nothing else has it.
+    // SAFETY: the kernel has just created this descriptor, and nothing else owns it.
     Errno::result(socket).map(|socket| unsafe { TcpStream::from_raw_fd(socket) })
 }
 
-/// Connects to the address that the order names; its own address is known even if nobody answers there.
+/// Connects to the address in the order. The local address is known even if the attempt fails.
 fn connection(words: &mut Words, protocol: libc::c_int) -> Result<(SocketAddr, nix::Result<TcpStream>)> {
     let address = words.address()?;
     let socket = new_socket(address, protocol)?;
@@ -283,7 +282,7 @@ fn connection(words: &mut Words, protocol: libc::c_int) -> Result<(SocketAddr, n
     Ok((socket.local_addr()?, result.map(|()| socket)))
 }
 
-/// A socket that is both ends of its connection.
+/// A socket that is connected to itself.
 fn connection_to_itself(address: SocketAddr, protocol: libc::c_int) -> Result<TcpStream> {
     let socket = new_socket(address, protocol)?;
     socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
@@ -291,7 +290,7 @@ fn connection_to_itself(address: SocketAddr, protocol: libc::c_int) -> Result<Tc
     Ok(socket)
 }
 
-/// A connection whose first bytes went with its SYN.
+/// A connection whose first bytes are sent with the SYN (TCP Fast Open).
 fn fast_connection(address: SocketAddr, protocol: libc::c_int, bytes: usize) -> Result<TcpStream> {
     let socket = new_socket(address, protocol)?;
     if calls::peer_connects_fast_outer(&socket, address, &vec![b'x'; bytes])? < bytes {
@@ -300,7 +299,7 @@ fn fast_connection(address: SocketAddr, protocol: libc::c_int, bytes: usize) -> 
     Ok(socket)
 }
 
-/// Sends until no more can be taken.
+/// Sends until the send buffer is full.
 fn fill(mut socket: &TcpStream) -> Result<String> {
     socket.set_nonblocking(true)?;
     let full = loop {

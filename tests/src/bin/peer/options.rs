@@ -1,4 +1,4 @@
-//! What a socket can be told about itself, and asked.
+//! Reading and setting socket options.
 
 use std::{net::TcpStream, os::fd::AsRawFd};
 
@@ -12,17 +12,17 @@ use nix::{
 use crate::{Peer, Words};
 
 impl Peer {
-    /// Obeys an order that has to do with options of sockets.
+    /// Executes an order about socket options.
     pub(crate) fn obey_about_options(&mut self, verb: &str, mut words: Words) -> Result<String> {
         match verb {
-            // Connections become sockets only when data comes, or when so many seconds are over.
+            // A connection becomes a socket only when data arrives, or after this many seconds.
             "defer-accept" => set_tcp_option(self.listener()?, libc::TCP_DEFER_ACCEPT, words.next()?)?,
             "accept-fast" => set_tcp_option(self.listener()?, libc::TCP_FASTOPEN, words.next()?)?,
             "cookie" => return Ok(format!("cookie={}", cookie(self.socket()?)?)),
             "next-sequence" => return Ok(format!("sequence={}", next_sequence(self.socket()?)?)),
             "linger0" => linger(self.socket()?, 0)?,
             "linger" => linger(self.socket()?, words.next()?)?,
-            // What tcp(7) calls the lifetime of orphaned sockets in FIN_WAIT2, in seconds.
+            // The lifetime of orphaned sockets in FIN_WAIT2 (tcp(7)), in seconds.
             "fin-wait2" => set_tcp_option(self.socket()?, libc::TCP_LINGER2, words.next()?)?,
             "repair" => set_tcp_option(self.socket()?, libc::TCP_REPAIR, 1)?,
             "keepalive" => self.keep_alive(&mut words)?,
@@ -32,7 +32,7 @@ impl Peer {
         Ok(String::new())
     }
 
-    /// Probes after so many idle seconds, so many seconds apart, so many of them.
+    /// Enables keepalive: the idle time, the interval in seconds, and the number of probes.
     fn keep_alive(&self, words: &mut Words) -> Result<()> {
         let socket = self.socket()?;
         setsockopt(socket, sockopt::TcpKeepIdle, &words.next()?)?;
@@ -42,15 +42,15 @@ impl Peer {
     }
 }
 
-/// Has `close()` wait so many seconds for the peer, or not at all but reset the connection.
+/// Makes `close()` wait this many seconds for the peer; 0 makes it reset the connection at once.
 pub(crate) fn linger(socket: &TcpStream, seconds: libc::c_int) -> Result<()> {
     Ok(setsockopt(socket, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: seconds })?)
 }
 
-/// Sets an option of TCP's own that is a number.
+/// Sets a numeric option of the TCP level.
 fn set_tcp_option(socket: &impl AsRawFd, option: libc::c_int, value: libc::c_int) -> Result<()> {
     let length = libc::socklen_t::try_from(size_of_val(&value))?;
-    // SAFETY: the kernel reads as many bytes of the number as it has.
+    // SAFETY: the kernel reads as many bytes as the number has.
     let result = unsafe {
         libc::setsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, option, (&raw const value).cast(), length)
     };
@@ -58,7 +58,7 @@ fn set_tcp_option(socket: &impl AsRawFd, option: libc::c_int, value: libc::c_int
     Ok(())
 }
 
-/// The kernel's number for this socket; asking for it is what gives it one.
+/// The kernel's cookie of this socket. The kernel assigns it when it is first requested.
 fn cookie(socket: &TcpStream) -> Result<u64> {
     let mut cookie = 0_u64;
     let mut length = libc::socklen_t::try_from(size_of_val(&cookie))?;
@@ -71,8 +71,8 @@ fn cookie(socket: &TcpStream) -> Result<u64> {
     Ok(cookie)
 }
 
-/// The sequence number of what this socket would send next, as programs that move connections to other hosts read it
-/// (`TCP_REPAIR`, tcp(7)).
+/// The sequence number of the next byte that this socket would send, read as programs that migrate
+/// connections do (`TCP_REPAIR`, tcp(7)).
 fn next_sequence(socket: &TcpStream) -> Result<u32> {
     const TCP_SEND_QUEUE: i32 = 2;
     const TCP_REPAIR_OFF_NO_WP: i32 = -1;

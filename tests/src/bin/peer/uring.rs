@@ -1,5 +1,4 @@
-//! Closing and shutting down through `io_uring`, with nothing but the system calls: one ring, one request, one
-//! completion.
+//! Closing and shutting down through `io_uring` with raw system calls: one ring, one request, one completion.
 
 use std::{
     os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
@@ -20,22 +19,22 @@ const REQUEST_ASYNC: u8 = 1 << 4;
 const OPERATION_CLOSE: u8 = 19;
 const OPERATION_SHUTDOWN: u8 = 34;
 
-/// What is to be done.
+/// The requested operation.
 #[derive(Clone, Copy)]
 pub(crate) enum Operation {
     Close,
-    /// For writing.
+    /// Shuts down the write direction.
     Shutdown,
 }
 
-/// Who is to do it.
+/// The task that executes the request.
 #[derive(Clone, Copy)]
 pub(crate) enum By {
     /// The task that enters the ring.
     Caller,
-    /// A thread of the kernel's pool.
+    /// A kernel worker thread of the `io_uring` pool.
     Worker,
-    /// The thread that polls the ring.
+    /// The kernel thread that polls the submission queue.
     Poller,
 }
 
@@ -115,16 +114,17 @@ struct Completion {
     flags: u32,
 }
 
-/// Has the kernel do one thing with a descriptor and waits until it has.
+/// Submits one operation on a descriptor and waits for its completion.
 pub(crate) fn submit(descriptor: RawFd, operation: Operation, by: By) -> Result<()> {
     let flags = if matches!(by, By::Poller) { SETUP_SQPOLL } else { 0 };
     let mut params = Params { flags, ..Params::default() };
-    // SAFETY: the kernel writes to the parameters, which are alive and as it knows them.
+    // SAFETY: the kernel writes to the parameters, which are valid and have the kernel's layout.
     let ring = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, &raw mut params) };
     let ring = i32::try_from(Errno::result(ring)?)?;
-    // SAFETY: the kernel has just made this descriptor and nothing else has it.
+    // SAFETY: the kernel has just created this descriptor, and nothing else owns it.
     let ring = unsafe { OwnedFd::from_raw_fd(ring) };
-    // Both rings are in one mapping on every kernel since 5.4, and the completions lie behind the requests.
+    // Both rings share one mapping on every kernel since 5.4, and the completion ring follows the submission
+    // ring.
     let completions = params.completion_entries as usize * size_of::<Completion>();
     let rings = Mapping::of(&ring, OFFSET_RINGS, params.completions.completions as usize + completions)?;
     let requests = Mapping::of(&ring, OFFSET_REQUESTS, size_of::<Request>())?;
@@ -139,8 +139,8 @@ pub(crate) fn submit(descriptor: RawFd, operation: Operation, by: By) -> Result<
         length: if matches!(operation, Operation::Shutdown) { libc::SHUT_WR.cast_unsigned() } else { 0 },
         ..Request::default()
     };
-    // SAFETY: the offsets are the kernel's own, within its mappings and aligned; the first entry is the only
-    // one, and the kernel does not look at it before the tail says that it is there.
+    // SAFETY: the offsets come from the kernel, lie within its mappings and are aligned. The first entry is
+    // the only one, and the kernel does not read it before the tail is advanced.
     unsafe {
         requests.at::<Request>(0).write(request);
         rings.at::<u32>(params.requests.array).write(0);
@@ -148,7 +148,7 @@ pub(crate) fn submit(descriptor: RawFd, operation: Operation, by: By) -> Result<
     }
     let flags = ENTER_GETEVENTS | if matches!(by, By::Poller) { ENTER_SQ_WAKEUP } else { 0 };
     let none = ptr::null::<libc::sigset_t>();
-    // SAFETY: the call takes numbers, and no signal mask.
+    // SAFETY: the call takes only numbers, and no signal mask.
     let entered =
         unsafe { libc::syscall(libc::SYS_io_uring_enter, ring.as_raw_fd(), 1, 1, flags, none, 0_usize) };
     Errno::result(entered)?;
@@ -159,7 +159,7 @@ pub(crate) fn submit(descriptor: RawFd, operation: Operation, by: By) -> Result<
     Ok(())
 }
 
-/// A part of a ring's memory, unmapped on drop.
+/// A mapped part of a ring; unmapped on drop.
 struct Mapping {
     start: NonNull<u8>,
     length: usize,
@@ -169,7 +169,7 @@ impl Mapping {
     fn of(ring: &OwnedFd, offset: libc::off_t, length: usize) -> Result<Self> {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_SHARED | libc::MAP_POPULATE;
-        // SAFETY: a new mapping at a place of the kernel's choice touches no memory of anybody else.
+        // SAFETY: a new mapping at an address that the kernel chooses affects no other memory.
         let start =
             unsafe { libc::mmap(ptr::null_mut(), length, protection, flags, ring.as_raw_fd(), offset) };
         if start == libc::MAP_FAILED {
@@ -178,7 +178,7 @@ impl Mapping {
         Ok(Self { start: NonNull::new(start.cast()).context("mapped at 0")?, length })
     }
 
-    /// What lies at an offset, which the caller has to know.
+    /// The object at an offset. The caller must know its type.
     fn at<T>(&self, offset: u32) -> *mut T {
         self.start.as_ptr().wrapping_add(offset as usize).cast()
     }
@@ -186,7 +186,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: it was mapped so, and nobody has a pointer into it any more.
+        // SAFETY: the mapping has this start and length, and no pointer into it is left.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.length) };
     }
 }
