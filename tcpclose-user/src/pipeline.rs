@@ -26,7 +26,7 @@ use crate::{
     host::Host,
     ingest::{
         decode::Record,
-        life::{Life, Task},
+        life::{Act, Life, Task},
     },
     sink::report::{Going, Report},
     stacks::TaskStacks,
@@ -180,6 +180,9 @@ impl<H: Host> Pipeline<H> {
 
 /// The keys of a task's stacks.
 fn keys(task: &Task) -> TaskStacks {
-    let (user, kernel) = (task.user_stack.unwrap_or(0), task.kernel_stack.unwrap_or(0));
+    // A worker of io_uring has no user stack. Kernels before 6.15 follow what its registers happen to hold, because it
+    // borrows the process's memory: get_perf_callchain() in kernel/events/callchain.c.
+    let user = task.user_stack.filter(|_| task.act != Act::IoWorker).unwrap_or(0);
+    let kernel = task.kernel_stack.unwrap_or(0);
     TaskStacks { pid: task.pid, mm: task.mm, user, kernel }
 }

@@ -6,9 +6,12 @@ use super::image;
 use crate::{platform::Platform, suite::Suite};
 
 /// Test programs that do not run in virtual machines: tests of the tests' own code; the crowd, which an emulated
-/// processor cannot finish within the time limits; and cases with programs that the machine does not contain (nginx,
-/// Python, Java).
-const LEFT_OUT: [&str; 4] = ["tcpclose_tests", "harness", "crowd", "cases"];
+/// processor cannot finish within the time limits; and tests with programs that the machine does not contain (nginx,
+/// Redis, Python, Java).
+const LEFT_OUT: [&str; 5] = ["tcpclose_tests", "harness", "crowd", "cases", "diagnose"];
+
+/// A test that needs bash, which the machine does not contain.
+const NEEDS_BASH: &str = "completions_are_scripts_of_the_shell";
 
 /// The test program that changes the machine irreversibly, and therefore runs last.
 const LAST: &str = "lockdown";
@@ -40,7 +43,8 @@ const ALONE: &str = "ttl";
 const OVER_LOOPBACK: (&str, &str) = ("close", "client_connects_to_itself::loopback_ipv6");
 
 /// Further tests that are left out if time is short, because they do not depend on the kernel.
-const LESS: [&str; 12] = [
+const LESS: [&str; 13] = [
+    NEEDS_BASH,
     "a_closed_pipe_is_no_error",
     "a_command_that_cannot_be_started",
     "closed_stdout_ends_it",
@@ -106,7 +110,7 @@ impl Plan<'_> {
         let filters: Vec<_> = self.filters.iter().map(String::as_str).collect();
         let routes = match self.extent {
             Extent::Brief => [skip(&OTHER_ROUTES), skip(&LESS)].concat(),
-            Extent::Full => Vec::new(),
+            Extent::Full => skip(&[NEEDS_BASH]),
         };
         let tests: Vec<_> = self.suite.tests().filter(|(name, _)| !LEFT_OUT.contains(name)).collect();
         for (name, program) in tests.iter().filter(|(name, _)| *name != LAST) {
