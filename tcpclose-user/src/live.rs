@@ -255,6 +255,8 @@ impl Live {
             if self.drain()? == Going::Done {
                 return Ok(Going::Done);
             }
+            // What an inspection that failed has left is out of date.
+            self.pipeline.found = Found::default();
             let pass = self.stuck.begin()?;
             if !addresses.iter().all(|address| self.kernel.inspect(*address, pass)) {
                 break;
