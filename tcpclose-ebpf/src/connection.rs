@@ -11,9 +11,11 @@ use tcpclose_common::{
 };
 
 use crate::{
-    emit, filter, listener,
+    emit, filter,
+    kernel::Object,
+    listener,
     maps::{CONNECTIONS, TEARDOWNS, count, global, template},
-    sock::{self, Record},
+    sock::{self, Record, Sock},
     stack, task,
 };
 
@@ -170,7 +172,7 @@ pub fn last_state(connection: &Connection) -> u8 {
 
 /// Notes the first move of the teardown, and what the socket's counters say then; later moves change nothing.
 #[inline(always)]
-pub fn moved(connection: &mut Connection, sk: u64, by: u8, now: u64) {
+pub fn moved(connection: &mut Connection, sk: impl Object, by: u8, now: u64) {
     if connection.first_move != first_move::NONE {
         return;
     }
@@ -200,10 +202,18 @@ pub fn opened(ctx: &impl EbpfContext, connection: &mut Connection) {
 
 /// Notes how the socket goes to CLOSE, and writes the record.
 #[inline(always)]
-pub fn end(ctx: &impl EbpfContext, sk: u64, from: u8, now: u64, cookie: u64, record: Option<&Record<'_>>) {
-    let Some(connection) = find_or_begin(sk, now) else {
+pub fn end(
+    ctx: &impl EbpfContext,
+    sock: Sock<impl Object>,
+    from: u8,
+    now: u64,
+    cookie: u64,
+    record: Option<&Record<'_>>,
+) {
+    let Some(connection) = find_or_begin(sock.address, now) else {
         return;
     };
+    let sk = sock.object;
     let (error, shutdown, linger) = sock::end(sk);
     // Plain numbers, not options: what an option that is `None` leaves unset is read all the same by the code that LLVM
     // makes of it, and kernels before 6.3 refuse that.
@@ -213,7 +223,7 @@ pub fn end(ctx: &impl EbpfContext, sk: u64, from: u8, now: u64, cookie: u64, rec
     step(connection, state::CLOSE, now);
     sock::endpoints(sk, record, &mut connection.endpoints);
     if is_teardown(from) {
-        teardown_over(sk);
+        teardown_over(sock.address);
     }
     connection.ended = now;
     connection.cookie = if cookie != 0 { cookie } else { sock::cookie(sk) };
@@ -281,6 +291,6 @@ pub fn end(ctx: &impl EbpfContext, sk: u64, from: u8, now: u64, cookie: u64, rec
     // Whoever had it open during an inventory may have passed it on since; the next inventory finds out.
     connection.holder.pid = 0;
     if global!(PARAMS.has_destroy) == 0 {
-        forget(sk);
+        forget(sock.address);
     }
 }

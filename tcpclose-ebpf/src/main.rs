@@ -5,7 +5,7 @@
 //!
 //! Built for `bpfel-unknown-none` by `cargo xtask build`. For any other target this is an empty program, so that
 //! `cargo build --workspace` and `cargo clippy --workspace` work without the BPF toolchain.
-#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 #![cfg_attr(
     target_arch = "bpf",
     allow(

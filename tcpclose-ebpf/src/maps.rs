@@ -86,6 +86,10 @@ pub static RECORDS: RingBuf = RingBuf::with_byte_size(16 << 20, 0);
 #[map]
 pub static READER: Array<u32> = Array::with_max_entries(1, 0);
 
+/// Its own address, once a program has needed it: see `Typed::address()`.
+#[map]
+pub static ANCHOR: Array<u64> = Array::with_max_entries(1, 0);
+
 /// Process id of tcpclose itself, which the inventory leaves here when it runs; 0 before.
 #[map]
 pub static SELF: Array<u32> = Array::with_max_entries(1, 0);

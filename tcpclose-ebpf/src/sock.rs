@@ -7,7 +7,10 @@ use tcpclose_common::{
     tcp::{AF_INET, AF_INET6, IPPROTO_TCP, sock_flag, state},
 };
 
-use crate::{kernel::member, maps::global};
+use crate::{
+    kernel::{Object, member},
+    maps::global,
+};
 
 /// A classic tracepoint's record: where a kernel without BTF tells a socket's addresses.
 #[derive(Clone, Copy)]
@@ -20,7 +23,7 @@ pub struct Record<'a> {
 impl Record<'_> {
     /// Reads a member; `None` if this kernel's record has none such.
     #[inline(always)]
-    pub fn get<T>(&self, offset: u16) -> Option<T> {
+    pub fn get<T: Copy>(&self, offset: u16) -> Option<T> {
         use aya_ebpf::EbpfContext as _;
         member(self.ctx.as_ptr() as u64, offset)
     }
@@ -45,10 +48,19 @@ pub fn of_file(file: u64) -> Option<u64> {
     if is_tcp { Some(sk) } else { None }
 }
 
+/// A socket that a program runs for.
+#[derive(Clone, Copy)]
+pub struct Sock<O> {
+    /// Its address, by which the maps know it.
+    pub address: u64,
+    /// What its members are read through.
+    pub object: O,
+}
+
 /// Fills in the ends of `sk`, from the sock itself where its layout is known, else from the tracepoint's record.
 /// What is there already stays where nothing better is found: a failed connect has lost its ports by the time it ends.
 #[inline(always)]
-pub fn endpoints(sk: u64, record: Option<&Record<'_>>, to: &mut Endpoints) {
+pub fn endpoints(sk: impl Object, record: Option<&Record<'_>>, to: &mut Endpoints) {
     if to.local_port != 0 && to.remote_port != 0 {
         // Known since it was established, or since the SYN of a socket that was bound; they do not change any more.
         return;
@@ -69,7 +81,7 @@ pub fn endpoints(sk: u64, record: Option<&Record<'_>>, to: &mut Endpoints) {
     if local_port != 0 {
         to.local_port = local_port;
     }
-    if let Some(net) = member::<u64>(sk, global!(STRUCTS.sk_net)) {
+    if let Some(net) = sk.follow(global!(STRUCTS.sk_net)) {
         to.netns = member(net, global!(STRUCTS.net_inum)).unwrap_or(UNKNOWN_U32);
     }
     if remote_port == 0 {
@@ -142,25 +154,25 @@ fn sockaddr(record: &Record<'_>, at: u16, family: &mut u16, address: &mut Addres
 /// Whether a process holds the socket's lock, so that the current task is the one that acts (or works off the backlog
 /// while it does). `None` when that can not be read.
 #[inline(always)]
-pub fn owned(sk: u64) -> Option<bool> {
+pub fn owned(sk: impl Object) -> Option<bool> {
     member::<i32>(sk, global!(STRUCTS.sk_lock_owned)).map(|owned| owned != 0)
 }
 
 /// `sk_flags`, `enum sock_flags`.
 #[inline(always)]
-pub fn flags(sk: u64) -> Option<u64> {
+pub fn flags(sk: impl Object) -> Option<u64> {
     member(sk, global!(STRUCTS.sk_flags))
 }
 
 /// Address of the `struct socket`, 0 for a socket that has none (not accepted yet, or orphaned).
 #[inline(always)]
-pub fn socket(sk: u64) -> Option<u64> {
+pub fn socket(sk: impl Object) -> Option<u64> {
     member(sk, global!(STRUCTS.sk_socket))
 }
 
 /// Inode number of the socket's descriptor, as `/proc/PID/fd` shows it; 0 when it has none.
 #[inline(always)]
-pub fn inode(sk: u64) -> u64 {
+pub fn inode(sk: impl Object) -> u64 {
     match socket(sk) {
         Some(socket) if socket != 0 => member(socket, global!(STRUCTS.socket_inode)).unwrap_or(0),
         _ => 0,
@@ -169,13 +181,13 @@ pub fn inode(sk: u64) -> u64 {
 
 /// The socket's cookie, if somebody has asked the kernel for it before; else 0.
 #[inline(always)]
-pub fn cookie(sk: u64) -> u64 {
+pub fn cookie(sk: impl Object) -> u64 {
     member(sk, global!(STRUCTS.sk_cookie)).unwrap_or(0)
 }
 
 /// Whether `sk` still has these ends; `None` where that can not be read.
 #[inline(always)]
-pub fn has_ends(sk: u64, ends: &Endpoints) -> Option<bool> {
+pub fn has_ends(sk: impl Object, ends: &Endpoints) -> Option<bool> {
     let local: u16 = member(sk, global!(STRUCTS.sk_num))?;
     let remote: u16 = member(sk, global!(STRUCTS.sk_dport))?;
     Some(local == ends.local_port && u16::from_be(remote) == ends.remote_port)
@@ -183,7 +195,7 @@ pub fn has_ends(sk: u64, ends: &Endpoints) -> Option<bool> {
 
 /// What the kernel counts for this socket, now.
 #[inline(always)]
-pub fn sample(sk: u64, jiffies: u64, to: &mut Sample) {
+pub fn sample(sk: impl Object, jiffies: u64, to: &mut Sample) {
     // SOCK_DONE says that the FIN was received. It takes a sequence number, which bytes_received and rcv_nxt count.
     let fin = u32::from(flags(sk).is_some_and(|flags| flags & sock_flag::DONE != 0));
     if let Some(sent) = member::<u64>(sk, global!(STRUCTS.tcp_bytes_sent))
@@ -217,7 +229,7 @@ pub fn sample(sk: u64, jiffies: u64, to: &mut Sample) {
 
 /// Facts about the way a socket ended: `(sk_err, sk_shutdown, linger time in jiffies)`.
 #[inline(always)]
-pub fn end(sk: u64) -> (i32, u8, u64) {
+pub fn end(sk: impl Object) -> (i32, u8, u64) {
     (
         member(sk, global!(STRUCTS.sk_err)).unwrap_or(i32::MIN),
         member(sk, global!(STRUCTS.sk_shutdown)).unwrap_or(0),
@@ -227,18 +239,18 @@ pub fn end(sk: u64) -> (i32, u8, u64) {
 
 /// Whether the socket is not to wait in FIN_WAIT2 once it is closed: `TCP_LINGER2` below 0.
 #[inline(always)]
-pub fn has_no_fin_wait2(sk: u64) -> bool {
+pub fn has_no_fin_wait2(sk: impl Object) -> bool {
     member::<i32>(sk, global!(STRUCTS.tcp_linger2)).is_some_and(|jiffies| jiffies < 0)
 }
 
 /// `sk_protocol`; `None` when not readable.
 #[inline(always)]
-pub fn protocol(sk: u64) -> Option<u16> {
+pub fn protocol(sk: impl Object) -> Option<u16> {
     member(sk, global!(STRUCTS.sk_protocol))
 }
 
 /// Current `sk_state`.
 #[inline(always)]
-pub fn state(sk: u64) -> Option<u8> {
+pub fn state(sk: impl Object) -> Option<u8> {
     member(sk, global!(STRUCTS.sk_state))
 }

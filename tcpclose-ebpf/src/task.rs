@@ -2,8 +2,12 @@
 
 use core::sync::atomic::{Ordering, compiler_fence};
 
-use aya_ebpf::helpers::{
-    bpf_get_current_pid_tgid, bpf_get_current_task, bpf_get_current_uid_gid, generated::bpf_get_current_comm,
+use aya_ebpf::{
+    cty::c_void,
+    helpers::{
+        bpf_get_current_pid_tgid, bpf_get_current_task, bpf_get_current_uid_gid,
+        generated::{bpf_get_current_comm, bpf_get_current_task_btf, bpf_task_pt_regs},
+    },
 };
 use tcpclose_common::{
     record::{Header, Process, Task, VERSION, tag},
@@ -11,7 +15,7 @@ use tcpclose_common::{
 };
 
 use crate::{
-    kernel::member,
+    kernel::{Object, Typed, member},
     maps::{NOTICED, PROCESSES, SELF, count, global},
     registers,
 };
@@ -30,16 +34,37 @@ pub fn identify(task: &mut Task) {
     let ids = bpf_get_current_pid_tgid();
     task.tid = ids as u32;
     task.uid = bpf_get_current_uid_gid() as u32;
-    // SAFETY: the buffer is as long as we say. On failure the helper leaves it all zero.
-    unsafe { bpf_get_current_comm(task.comm.as_mut_ptr().cast(), 16) };
-    // SAFETY: the helper has no precondition.
-    let current = unsafe { bpf_get_current_task() };
-    task.flags = member(current, global!(STRUCTS.task_flags)).unwrap_or(0);
-    task.exit_code = member(current, global!(STRUCTS.task_exit_code)).unwrap_or(0);
-    task.mm = member(current, global!(STRUCTS.task_mm)).unwrap_or(0);
-    task.syscall = syscall(current);
+    if global!(PARAMS.has_pt_regs_helper) != 0 {
+        // SAFETY: the loader has checked that this kernel has both helpers.
+        let (current, registers) = unsafe {
+            let current = bpf_get_current_task_btf();
+            (Typed::new(current), Typed::new(bpf_task_pt_regs(current) as *const c_void))
+        };
+        // As two words, which are two loads: a load of bytes is one for each.
+        let comm: [u64; 2] = member(current, global!(STRUCTS.task_comm)).unwrap_or([0; 2]);
+        let [first, second] = comm.map(u64::to_ne_bytes);
+        task.comm[..8].copy_from_slice(&first);
+        task.comm[8..].copy_from_slice(&second);
+        doing(current, registers, task);
+    } else {
+        // SAFETY: the buffer is as long as we say. On failure the helper leaves it all zero.
+        unsafe { bpf_get_current_comm(task.comm.as_mut_ptr().cast(), 16) };
+        // SAFETY: the helper has no precondition.
+        let current = unsafe { bpf_get_current_task() };
+        doing(current, registers::of(current), task);
+    }
     compiler_fence(Ordering::SeqCst);
     task.pid = (ids >> 32) as u32;
+}
+
+/// Fills in what the task `current` is doing. `registers` are those that it entered the kernel with.
+#[inline(always)]
+fn doing<O: Object>(current: O, registers: O, task: &mut Task) {
+    task.flags = member(current, global!(STRUCTS.task_flags)).unwrap_or(0);
+    task.exit_code = member(current, global!(STRUCTS.task_exit_code)).unwrap_or(0);
+    // As a number: the verifier refuses to copy a pointer in halves, and copies of a `Task` are made of them.
+    task.mm = current.follow(global!(STRUCTS.task_mm)).map_or(0, Object::address);
+    task.syscall = member::<i64>(registers, global!(STRUCTS.pt_regs_syscall)).unwrap_or(-1) as i32;
 }
 
 /// Whether the current task is a kernel thread, or tcpclose itself. The inventory holds each file while it reads it; if the
@@ -53,16 +78,14 @@ pub fn is_nobody() -> bool {
             return true;
         }
     }
-    // SAFETY: the helper has no precondition.
-    let current = unsafe { bpf_get_current_task() };
-    let flags: u32 = member(current, global!(STRUCTS.task_flags)).unwrap_or(0);
+    let flags: u32 = if global!(PARAMS.has_pt_regs_helper) != 0 {
+        // SAFETY: the loader has checked that this kernel has the helper.
+        member(Typed::new(unsafe { bpf_get_current_task_btf() }), global!(STRUCTS.task_flags)).unwrap_or(0)
+    } else {
+        // SAFETY: the helper has no precondition.
+        member(unsafe { bpf_get_current_task() }, global!(STRUCTS.task_flags)).unwrap_or(0)
+    };
     flags & (task_flag::KTHREAD | task_flag::WQ_WORKER) != 0
-}
-
-/// Number of the system call that the current task is in; -1 if it cannot be read.
-#[inline(always)]
-fn syscall(current: u64) -> i32 {
-    member::<i64>(registers::of(current), global!(STRUCTS.pt_regs_syscall)).unwrap_or(-1) as i32
 }
 
 /// Notifies the reader at once of a new process or program image, so that it can read `/proc` while the process lives.

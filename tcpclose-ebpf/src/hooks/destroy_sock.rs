@@ -7,12 +7,20 @@ use aya_ebpf::{
 };
 use tcpclose_common::record::{Header, Owner, Task, VERSION, holds, tag};
 
-use crate::{connection, emit, maps::global, sock::Record, task};
+use crate::{
+    connection, emit,
+    kernel::{Object, Typed},
+    maps::global,
+    sock::{Record, Sock},
+    task,
+};
 
 /// `TP_PROTO(struct sock *sk)`.
 #[btf_tracepoint(function = "tcp_destroy_sock")]
 pub fn destroy_sock(ctx: BtfTracePointContext) -> i32 {
-    destroyed(&ctx, ctx.arg::<u64>(0));
+    if let Some(tcp) = Typed::tcp_sock(ctx.arg(0)) {
+        destroyed(&ctx, Sock { address: tcp.address(), object: tcp });
+    }
     0
 }
 
@@ -20,20 +28,21 @@ pub fn destroy_sock(ctx: BtfTracePointContext) -> i32 {
 pub fn destroy_sock_classic(ctx: TracePointContext) -> i32 {
     let record = Record { ctx: &ctx, layout: global!(DESTROY_SOCK_RECORD) };
     if let Some(sk) = record.get::<u64>(record.layout.skaddr) {
-        destroyed(&ctx, sk);
+        destroyed(&ctx, Sock { address: sk, object: sk });
     }
     0
 }
 
 #[inline(always)]
-fn destroyed(ctx: &impl EbpfContext, sk: u64) {
+fn destroyed(ctx: &impl EbpfContext, sock: Sock<impl Object>) {
+    let sk = sock.address;
     let Some(connection) = connection::find(sk) else {
         return;
     };
     if connection.told == 0 && connection.steps != 0 {
         // The kernel skipped the program on state changes and its second copy. The time of the end is now.
         let from = connection::last_state(connection);
-        connection::end(ctx, sk, from, connection::now(), 0, None);
+        connection::end(ctx, sock, from, connection::now(), 0, None);
     }
     // It ended in softirq while a descriptor was open. The task that closes the descriptor now is the owner, and not always
     // the one that opened the socket: only the last close destroys a socket in CLOSE (inet_csk_destroy_sock() under

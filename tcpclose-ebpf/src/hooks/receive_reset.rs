@@ -12,15 +12,18 @@ use tcpclose_common::{
 
 use crate::{
     connection, emit,
+    kernel::{Object, Typed},
     maps::global,
-    sock::{self, Record},
+    sock::{self, Record, Sock},
     ttl,
 };
 
 /// `TP_PROTO(struct sock *sk)`.
 #[btf_tracepoint(function = "tcp_receive_reset")]
 pub fn receive_reset(ctx: BtfTracePointContext) -> i32 {
-    received(ctx.arg::<u64>(0), None);
+    if let Some(tcp) = Typed::tcp_sock(ctx.arg(0)) {
+        received(Sock { address: tcp.address(), object: tcp }, None);
+    }
     0
 }
 
@@ -28,15 +31,16 @@ pub fn receive_reset(ctx: BtfTracePointContext) -> i32 {
 pub fn receive_reset_classic(ctx: TracePointContext) -> i32 {
     let record = Record { ctx: &ctx, layout: global!(RECEIVE_RESET_RECORD) };
     if let Some(sk) = record.get::<u64>(record.layout.skaddr) {
-        received(sk, Some(&record));
+        received(Sock { address: sk, object: sk }, Some(&record));
     }
     0
 }
 
 #[inline(always)]
-fn received(sk: u64, record: Option<&Record<'_>>) {
+fn received(sock: Sock<impl Object>, record: Option<&Record<'_>>) {
     let now = connection::now();
-    let Some(connection) = connection::find_or_begin(sk, now) else {
+    let sk = sock.object;
+    let Some(connection) = connection::find_or_begin(sock.address, now) else {
         return;
     };
     // Without BTF the last change of state tells as much.

@@ -14,9 +14,11 @@ use tcpclose_common::{
 };
 
 use crate::{
-    connection, listener,
+    connection,
+    kernel::{Object, Typed},
+    listener,
     maps::global,
-    sock::{self, Record},
+    sock::{self, Record, Sock},
     task, ttl,
 };
 
@@ -51,10 +53,8 @@ pub fn set_state_nested(ctx: BtfTracePointContext) -> i32 {
 
 #[inline(always)]
 fn set_state_btf(ctx: &BtfTracePointContext) {
-    let sk = ctx.arg::<u64>(0);
-    if sock::protocol(sk) != Some(IPPROTO_TCP) {
-        return;
-    }
+    let Some(tcp) = Typed::tcp_sock(ctx.arg(0)) else { return };
+    let sock = Sock { address: tcp.address(), object: tcp };
     let (old, new) = (ctx.arg::<i32>(1), ctx.arg::<i32>(2));
     let cookie = if global!(PARAMS.has_cookie_helper) != 0 && new == i32::from(state::CLOSE) {
         // The helper wants the pointer as the context holds it, before any arithmetic.
@@ -63,7 +63,7 @@ fn set_state_btf(ctx: &BtfTracePointContext) {
     } else {
         0
     };
-    changed(ctx, sk, old as u8, new as u8, cookie, None);
+    changed(ctx, sock, old as u8, new as u8, cookie, None);
 }
 
 #[tracepoint]
@@ -75,15 +75,24 @@ pub fn set_state_classic(ctx: TracePointContext) -> i32 {
     let Some(old) = record.get::<i32>(layout.oldstate) else { return 0 };
     let Some(new) = record.get::<i32>(layout.newstate) else { return 0 };
     if protocol == IPPROTO_TCP {
-        changed(&ctx, sk, old as u8, new as u8, 0, Some(&record));
+        let sock = Sock { address: sk, object: sk };
+        changed(&ctx, sock, old as u8, new as u8, 0, Some(&record));
     }
     0
 }
 
 #[inline(always)]
-fn changed(ctx: &impl EbpfContext, sk: u64, old: u8, new: u8, cookie: u64, record: Option<&Record<'_>>) {
+fn changed(
+    ctx: &impl EbpfContext,
+    sock: Sock<impl Object>,
+    old: u8,
+    new: u8,
+    cookie: u64,
+    record: Option<&Record<'_>>,
+) {
     // Not the socket's address: the verifier forbids to take a pointer to pieces, which printing does.
     debug!(ctx, "{} -> {} while process {} runs", old, new, bpf_get_current_pid_tgid() >> 32);
+    let sk = sock.address;
     // A repeated state comes from `close()` after `shutdown()`, and changes nothing. Listeners are no connections.
     if old == new {
         return;
@@ -101,7 +110,7 @@ fn changed(ctx: &impl EbpfContext, sk: u64, old: u8, new: u8, cookie: u64, recor
     }
     let now = connection::now();
     if new == state::CLOSE {
-        connection::end(ctx, sk, old, now, cookie, record);
+        connection::end(ctx, sock, old, now, cookie, record);
         return;
     }
     let born = old == state::CLOSE || old == state::LISTEN;
@@ -111,7 +120,7 @@ fn changed(ctx: &impl EbpfContext, sk: u64, old: u8, new: u8, cookie: u64, recor
     };
     connection::step(connection, new, now);
     // At once, for a socket that is older than the trace too: filters go by them, and a later look at it.
-    sock::endpoints(sk, record, &mut connection.endpoints);
+    sock::endpoints(sock.object, record, &mut connection.endpoints);
     match new {
         state::SYN_SENT => {
             // Always in the connecting task's own context: tcp_v4_connect(), tcp_v6_connect().
@@ -134,17 +143,17 @@ fn changed(ctx: &impl EbpfContext, sk: u64, old: u8, new: u8, cookie: u64, recor
             }
         }
         state::FIN_WAIT1 | state::LAST_ACK => {
-            connection::moved(connection, sk, first_move::LOCAL, now);
+            connection::moved(connection, sock.object, first_move::LOCAL, now);
             if new == state::FIN_WAIT1 {
                 connection::teardown_began(connection, sk, now);
             }
             // In softirq only if a child was shut down before it was established; then no task acted.
-            if sock::owned(sk) != Some(false) {
+            if sock::owned(sock.object) != Some(false) {
                 connection::acted(ctx, connection);
             }
         }
         state::CLOSE_WAIT => {
-            connection::moved(connection, sk, first_move::PEER, now);
+            connection::moved(connection, sock.object, first_move::PEER, now);
             connection::teardown_began(connection, sk, now);
         }
         _ => {}
