@@ -24,16 +24,16 @@ counters! {
     records_written,
     /// Notices of new processes lost because their ring buffer was full.
     processes_lost,
-    /// Sockets that got an entry in `CONNECTIONS`.
-    connections_added,
-    /// Entries of `CONNECTIONS` deleted because their socket was destroyed. An entry that was added, was not removed and
+    /// Sockets that got an entry in `OVERFLOW`.
+    overflow_added,
+    /// Entries of `OVERFLOW` deleted because their socket was destroyed. An entry that was added, was not removed and
     /// is no longer there was evicted.
-    connections_removed,
+    overflow_removed,
     /// Sockets for which no entry could be made.
     connections_failed,
     /// Ends for which no program ran, detected later.
     ends_missed,
-    /// Sockets in a teardown state that found no room in `TEARDOWNS`.
+    /// Sockets of `OVERFLOW` in a teardown state that found no room in `TEARDOWNS`.
     teardowns_failed,
     /// Stacks that could not be stored.
     stacks_failed,

@@ -9,4 +9,5 @@ pub mod offsets;
 pub mod params;
 pub mod record;
 pub mod stack;
+pub mod table;
 pub mod tcp;

@@ -77,8 +77,8 @@ pub struct Params {
     /// Bytes of user stacks that are copied, a multiple of [`STACK_STEP`](crate::record::STACK_STEP); 0 to follow frame
     /// pointers instead.
     pub stack_bytes: u32,
-    /// Always 0.
-    pub reserved: u32,
+    /// Buckets of the table of sockets.
+    pub buckets: u32,
     /// Where a task's `struct pt_regs` has its user registers.
     pub registers: Registers,
     /// Address ranges.
@@ -107,7 +107,7 @@ impl Params {
         netns: [0; MAX_FILTER_VALUES],
         has_destroy: 0,
         stack_bytes: 0,
-        reserved: 0,
+        buckets: 0,
         registers: Registers::ABSENT,
         ranges: [Range { address: [0; 2], mask: [0; 2] }; MAX_FILTER_VALUES],
     };

@@ -1,8 +1,7 @@
-//! The life of a socket, as it is kept in `CONNECTIONS`.
+//! The life of a socket, as it is kept in the table of sockets (`table.rs`).
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::BPF_NOEXIST,
     helpers::generated::{bpf_jiffies64, bpf_ktime_get_boot_ns},
 };
 use tcpclose_common::{
@@ -14,9 +13,10 @@ use crate::{
     emit, filter,
     kernel::Object,
     listener,
-    maps::{CONNECTIONS, TEARDOWNS, count, global, template},
+    maps::{count, global},
     sock::{self, Record, Sock},
-    stack, task,
+    stack,
+    table, task,
 };
 
 /// Nanoseconds of `CLOCK_BOOTTIME`.
@@ -41,58 +41,34 @@ pub fn jiffies() -> u64 {
 /// before or after such a write.
 #[inline(always)]
 pub fn find(sk: u64) -> Option<&'static mut Connection> {
-    // SAFETY: a valid, aligned map value; entries of an LRU map stay readable until the program ends. The members that
-    // programs without the lock write are integers, which no program expects to stay the same.
-    CONNECTIONS.get_ptr_mut(sk).map(|entry| unsafe { &mut *entry })
+    // SAFETY: null or a valid, aligned map value; entries stay readable until the program ends. The members that programs
+    // without the lock write are integers, which no program expects to stay the same.
+    unsafe { table::find(sk).as_mut() }
 }
 
 /// Begins a new life at the address `sk`. What was there before is over: addresses are used again within microseconds.
 #[inline(always)]
 pub fn begin(sk: u64, now: u64) -> Option<&'static mut Connection> {
-    let known = match find(sk) {
-        Some(before) => {
-            if before.told == 0 && before.steps != 0 {
-                missed(before, now);
-            }
-            true
-        }
-        None => false,
-    };
-    // SAFETY: read-only data of this object, always initialised.
-    if CONNECTIONS.insert(sk, unsafe { &*template() }, 0).is_err() {
-        count!(connections_failed);
-        return None;
+    if let Some(before) = find(sk)
+        && before.told == 0
+        && before.steps != 0
+    {
+        missed(before, now);
     }
-    if !known {
-        count!(connections_added);
-    }
-    born(sk, now)
+    born(table::add(sk, true), sk, now)
 }
 
 /// Adds the socket at `sk`, which is older than the trace, unless it has an entry. The inventory and an event may both
 /// find that it has none; the second one uses the entry that the first one made.
 #[inline(always)]
 pub fn add(sk: u64, now: u64) -> Option<&'static mut Connection> {
-    // SAFETY: read-only data of this object, always initialised.
-    match CONNECTIONS.insert(sk, unsafe { &*template() }, u64::from(BPF_NOEXIST)) {
-        Ok(()) => {
-            count!(connections_added);
-            born(sk, now)
-        }
-        Err(EXISTS) => None,
-        Err(_) => {
-            count!(connections_failed);
-            None
-        }
-    }
+    born(table::add(sk, false), sk, now)
 }
 
-/// `-EEXIST`.
-const EXISTS: i32 = -17;
-
 #[inline(always)]
-fn born(sk: u64, now: u64) -> Option<&'static mut Connection> {
-    let connection = find(sk)?;
+fn born(entry: *mut Connection, sk: u64, now: u64) -> Option<&'static mut Connection> {
+    // SAFETY: as in `find()`.
+    let connection = unsafe { entry.as_mut() }?;
     connection.sock = sk;
     connection.born = now;
     Some(connection)
@@ -114,11 +90,8 @@ pub fn missed(connection: &mut Connection, now: u64) {
 /// Notes that the socket came into a teardown state, in which it may be stuck.
 #[inline(always)]
 pub fn teardown_began(connection: &Connection, sk: u64, since: u64) {
-    if global!(PARAMS.stuck) == 0 || !filter::wants(connection) {
-        return;
-    }
-    if TEARDOWNS.insert(sk, &since, 0).is_err() {
-        count!(teardowns_failed);
+    if global!(PARAMS.stuck) != 0 && filter::wants(connection) {
+        table::teardown_began(sk, since);
     }
 }
 
@@ -126,8 +99,7 @@ pub fn teardown_began(connection: &Connection, sk: u64, since: u64) {
 #[inline(always)]
 pub fn teardown_over(sk: u64) {
     if global!(PARAMS.stuck) != 0 {
-        // This fails for most sockets, which end without having been there.
-        let _ = TEARDOWNS.remove(sk);
+        table::teardown_over(sk);
     }
 }
 
@@ -146,9 +118,7 @@ pub fn find_or_begin(sk: u64, now: u64) -> Option<&'static mut Connection> {
 /// Forgets `sk`.
 #[inline(always)]
 pub fn forget(sk: u64) {
-    if CONNECTIONS.remove(sk).is_ok() {
-        count!(connections_removed);
-    }
+    table::remove(sk);
 }
 
 /// Notes that `state` was entered.

@@ -2,6 +2,7 @@
 
 use aya_ebpf::{
     Global,
+    bindings::BPF_F_MMAPABLE,
     macros::map,
     maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
 };
@@ -11,6 +12,7 @@ use tcpclose_common::{
     params::Params,
     record::{Address, Connection, Task},
     stack::Stack,
+    table::{Bucket, WAYS, buckets, overflow},
 };
 
 /// Where things are in this kernel.
@@ -90,6 +92,10 @@ pub static READER: Array<u32> = Array::with_max_entries(1, 0);
 #[map]
 pub static ANCHOR: Array<u64> = Array::with_max_entries(1, 0);
 
+/// The state change that `set_state` worked on last on this CPU, until its second copy has seen it; 0 if there is none.
+#[map]
+pub static LAST_CHANGE: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
+
 /// Process id of tcpclose itself, which the inventory leaves here when it runs; 0 before.
 #[map]
 pub static SELF: Array<u32> = Array::with_max_entries(1, 0);
@@ -98,10 +104,26 @@ pub static SELF: Array<u32> = Array::with_max_entries(1, 0);
 #[map]
 pub static PROCESSES: RingBuf = RingBuf::with_byte_size(64 << 10, 0);
 
-/// Live sockets, by address. LRU: when it is full, the socket that was longest without an event gives way, and the
-/// user half sees from the counters that it did. `--connections` sets the size.
+/// The table of live sockets (see `table.rs`). `--connections` sets the number of buckets, of which the user half maps
+/// those that exist into its memory.
 #[map]
-pub static CONNECTIONS: LruHashMap<u64, Connection> = LruHashMap::with_max_entries(65_536, 0);
+pub static BUCKETS: Array<Bucket> = Array::with_max_entries(buckets(CONNECTIONS), BPF_F_MMAPABLE);
+
+/// Entries of the table.
+#[map]
+pub static ENTRIES: Array<Connection> = Array::with_max_entries(buckets(CONNECTIONS) * WAYS as u32, 0);
+
+/// Live sockets whose bucket was full, by address. LRU: when it is full, the socket that was longest without an event
+/// gives way, and the user half sees from the counters that it did. A quarter of the table's size.
+#[map]
+pub static OVERFLOW: LruHashMap<u64, Connection> = LruHashMap::with_max_entries(overflow(CONNECTIONS), 0);
+
+/// 1 once `OVERFLOW` has had an entry: before that, nobody needs to search it.
+#[map]
+pub static HAS_OVERFLOW: Array<u32> = Array::with_max_entries(1, 0);
+
+/// Sockets that there is room for, if `--connections` does not say otherwise.
+const CONNECTIONS: u32 = 65_536;
 
 /// Stacks by the hash of their frames. A program has few places that open and close sockets, so each stack is kept
 /// once; 8 MiB. When it is full, the one longest unused gives way.
@@ -176,11 +198,11 @@ pub struct Ttls {
     pub reserved: [u8; 6],
 }
 
-/// Sockets in a state of the teardown, in which they may linger, and when they came into the first one; 0 is before the
-/// trace. Not LRU: those that are here longest are those that are wanted. As large as `CONNECTIONS`; what finds no room
-/// is counted in `teardowns_failed`.
+/// Sockets of `OVERFLOW` in a teardown state, and when they came into the first one, as in [`Bucket::since`]. Not LRU: those
+/// that are here longest are those that are wanted. As large as `OVERFLOW`; what finds no room is counted in
+/// `teardowns_failed`.
 #[map]
-pub static TEARDOWNS: HashMap<u64, u64> = HashMap::with_max_entries(65_536, 0);
+pub static TEARDOWNS: HashMap<u64, u64> = HashMap::with_max_entries(overflow(CONNECTIONS), 0);
 
 /// The inventory pass that is to tell of the holders of sockets that `asked` for it ([`Connection::asked`]).
 #[map]

@@ -234,7 +234,7 @@ impl Live {
 
     fn report_due(&mut self) -> Result<Going> {
         self.synchronize()?;
-        let due = self.stuck.due(Clock::boot_now());
+        let due = self.stuck.due(self.kernel.table(), Clock::boot_now());
         if self.inspect(&due, When::Now)? == Going::Done {
             return Ok(Going::Done);
         }
@@ -310,7 +310,7 @@ impl Live {
         if self.pipeline.report.is_full() {
             return Ok(());
         }
-        let addresses = self.stuck.all();
+        let addresses = self.stuck.all(self.kernel.table());
         if self.inspect(&addresses, When::AtEnd)? == Going::Done {
             return Ok(());
         }

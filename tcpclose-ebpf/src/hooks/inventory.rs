@@ -5,6 +5,7 @@
 use aya_ebpf::{cty::c_void, helpers::bpf_get_current_pid_tgid};
 use tcpclose_common::{
     record::{Connection, Header, Owner, Task, VERSION, first_move, holder, holds, role, tag},
+    table::BEFORE_TRACE,
     tcp::{is_teardown, state},
 };
 
@@ -74,7 +75,7 @@ fn held(sk: u64, task: u64, fd: u32) {
     sock::endpoints(sk, None, &mut connection.endpoints);
     connection::step(connection, state, now);
     if is_teardown(state) {
-        connection::teardown_began(connection, sk, 0);
+        connection::teardown_began(connection, sk, BEFORE_TRACE);
     }
     if listener::exists(connection) {
         connection.role = role::SERVER;

@@ -2,6 +2,7 @@
 //! answer to a packet (then before). From 6.10 on also without a socket, and for one in TIME_WAIT.
 
 use aya_ebpf::{
+    cty::c_void,
     helpers::generated::bpf_probe_read_kernel,
     macros::{btf_tracepoint, tracepoint},
     programs::{BtfTracePointContext, TracePointContext},
@@ -12,10 +13,12 @@ use tcpclose_common::{
 };
 
 use crate::{
-    connection, emit, listener,
+    connection, emit,
+    kernel::{Object, Typed},
+    listener,
     maps::{Slot, count, global, template},
     packet,
-    sock::{self, Record},
+    sock::{self, Record, Sock},
 };
 
 /// `TP_PROTO(const struct sock *sk, const struct sk_buff *skb__nullable)`, from 6.10 on also
@@ -23,7 +26,17 @@ use crate::{
 #[btf_tracepoint(function = "tcp_send_reset")]
 pub fn send_reset(ctx: BtfTracePointContext) -> i32 {
     let reason = if global!(PARAMS.has_reset_reason) != 0 { ctx.arg::<u32>(2) } else { UNKNOWN_U32 };
-    sent(ctx.arg::<u64>(0), ctx.arg::<u64>(1), reason, None);
+    let (pointer, skb) = (ctx.arg::<u64>(0), ctx.arg::<u64>(1));
+    if pointer == 0 {
+        sent(Sock { address: 0, object: 0 }, skb, reason, None);
+        return 0;
+    }
+    let address = Typed::new(pointer as *const c_void).address();
+    match Typed::tcp_sock(pointer) {
+        Some(tcp) => sent(Sock { address, object: tcp }, skb, reason, None),
+        // A small socket for a request or for TIME_WAIT.
+        None => sent(Sock { address, object: address }, skb, reason, None),
+    }
     0
 }
 
@@ -34,20 +47,21 @@ pub fn send_reset_classic(ctx: TracePointContext) -> i32 {
     let sk = record.get::<u64>(layout.skaddr).unwrap_or(0);
     let skb = record.get::<u64>(layout.skbaddr).unwrap_or(0);
     let reason = record.get::<u32>(layout.reason).unwrap_or(UNKNOWN_U32);
-    sent(sk, skb, reason, Some(&record));
+    sent(Sock { address: sk, object: sk }, skb, reason, Some(&record));
     0
 }
 
 #[inline(always)]
-fn sent(sk: u64, skb: u64, reason: u32, record: Option<&Record<'_>>) {
+fn sent(sock: Sock<impl Object>, skb: u64, reason: u32, record: Option<&Record<'_>>) {
     let now = connection::now();
+    let sk = sock.address;
     // 0 where there is none, and where it cannot be read.
-    let state = if sk == 0 { 0 } else { sock::state(sk).unwrap_or(0) };
+    let state = if sk == 0 { 0 } else { sock::state(sock.object).unwrap_or(0) };
     let full = sk != 0 && state != state::TIME_WAIT && state != state::NEW_SYN_RECV && state != state::LISTEN;
     if let (true, Some(connection)) = (full, connection::find(sk)) {
         // Without BTF the last change of state tells as much.
         let state = if state == 0 { connection::last_state(connection) } else { state };
-        tell(connection, sk, skb, state, reason, now, record);
+        tell(connection, sock, skb, state, reason, now, record);
         return;
     }
     // No connection: the record is built in a slot of its own.
@@ -63,13 +77,13 @@ fn sent(sk: u64, skb: u64, reason: u32, record: Option<&Record<'_>>) {
     };
     connection.sock = sk;
     connection.born = now;
-    tell(connection, sk, skb, state, reason, now, record);
+    tell(connection, sock, skb, state, reason, now, record);
 }
 
 #[inline(always)]
 fn tell(
     connection: &mut Connection,
-    sk: u64,
+    sock: Sock<impl Object>,
     skb: u64,
     state: u8,
     reason: u32,
@@ -84,18 +98,18 @@ fn tell(
     reset.state = if state == state::CLOSE && connection.ended != 0 { connection.last_state } else { state };
     reset.answer = u8::from(skb != 0);
     if connection.ended == 0 {
-        if sk != 0 || skb == 0 {
-            sock::endpoints(sk, record, &mut connection.endpoints);
+        if sock.address != 0 || skb == 0 {
+            sock::endpoints(sock.object, record, &mut connection.endpoints);
         }
         if connection.endpoints.remote_port == 0 {
             packet::endpoints(skb, &mut connection.endpoints);
         }
         if connection.endpoints.remote_port == 0 {
-            sock::endpoints(0, record, &mut connection.endpoints);
+            sock::endpoints(0_u64, record, &mut connection.endpoints);
         }
         connection.jiffies = connection::jiffies();
         if connection.established != 0 {
-            sock::sample(sk, connection.jiffies, &mut connection.at_end);
+            sock::sample(sock.object, connection.jiffies, &mut connection.at_end);
         }
     }
     if state == state::LISTEN {

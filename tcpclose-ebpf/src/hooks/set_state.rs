@@ -17,7 +17,7 @@ use crate::{
     connection,
     kernel::{Object, Typed},
     listener,
-    maps::global,
+    maps::{LAST_CHANGE, global},
     sock::{self, Record, Sock},
     task, ttl,
 };
@@ -28,42 +28,69 @@ use crate::{
 /// in a softirq that interrupts this program would be lost; its second copy, [`set_state_nested`], handles it.
 #[btf_tracepoint(function = "inet_sock_set_state")]
 pub fn set_state(ctx: BtfTracePointContext) -> i32 {
-    set_state_btf(&ctx);
+    if let Some((sock, old, new)) = change(&ctx) {
+        if let Some(last) = LAST_CHANGE.get_ptr_mut(0) {
+            // SAFETY: a valid, aligned map value of this CPU. Only `set_state` and its second copy use it.
+            unsafe { *last = number(sock.address, new) };
+        }
+        changed(&ctx, sock, old, new, cookie(&ctx, new), None);
+    }
     0
 }
 
-/// The second copy of [`set_state`], attached after it: does the work where the kernel skipped the first copy. The entry
-/// shows whether it did; it cannot change in between, because the socket is locked.
+/// The second copy of [`set_state`], attached after it: does the work where the kernel skipped the first copy. If nothing
+/// else happened on this CPU in between, `LAST_CHANGE` shows that it was not skipped; otherwise the entry shows whether it
+/// was. The entry cannot change in between, because the socket is locked.
 ///
 /// It has to be a program of its own and must not reach [`set_state`] by a tail call. Since 6.13 the kernel keeps the stack
 /// of a tracing program once per CPU, and only the guard that skips a running program keeps two runs from sharing it. A
 /// tail call passes that guard: it would overwrite the stack of the run that it interrupts.
 #[btf_tracepoint(function = "inet_sock_set_state")]
 pub fn set_state_nested(ctx: BtfTracePointContext) -> i32 {
-    let new = ctx.arg::<i32>(2) as u8;
-    let was_run = match connection::find(ctx.arg::<u64>(0)) {
+    let Some((sock, old, new)) = change(&ctx) else { return 0 };
+    if let Some(last) = LAST_CHANGE.get_ptr_mut(0) {
+        // SAFETY: as above. The note is used up, so that it never vouches for a later change of a socket at the same
+        // address: one that the kernel skipped.
+        unsafe {
+            if *last == number(sock.address, new) {
+                *last = 0;
+                return 0;
+            }
+        }
+    }
+    let was_run = match connection::find(sock.address) {
         Some(connection) => connection::last_state(connection) == new,
         None => false,
     };
     if !was_run {
-        set_state_btf(&ctx);
+        changed(&ctx, sock, old, new, cookie(&ctx, new), None);
     }
     0
 }
 
+/// The socket, and its old and its new state; `None` if it is no TCP socket.
 #[inline(always)]
-fn set_state_btf(ctx: &BtfTracePointContext) {
-    let Some(tcp) = Typed::tcp_sock(ctx.arg(0)) else { return };
+fn change(ctx: &BtfTracePointContext) -> Option<(Sock<Typed>, u8, u8)> {
+    let tcp = Typed::tcp_sock(ctx.arg(0))?;
     let sock = Sock { address: tcp.address(), object: tcp };
-    let (old, new) = (ctx.arg::<i32>(1), ctx.arg::<i32>(2));
-    let cookie = if global!(PARAMS.has_cookie_helper) != 0 && new == i32::from(state::CLOSE) {
-        // The helper wants the pointer as the context holds it, before any arithmetic.
-        // SAFETY: the loader has checked that this kernel has the helper for this kind of program.
-        unsafe { bpf_get_socket_cookie(ctx.arg::<*mut core::ffi::c_void>(0)) }
-    } else {
-        0
-    };
-    changed(ctx, sock, old as u8, new as u8, cookie, None);
+    Some((sock, ctx.arg::<i32>(1) as u8, ctx.arg::<i32>(2) as u8))
+}
+
+/// A number for the change of a socket's state: kernel addresses leave room for the state in their lowest bits.
+#[inline(always)]
+fn number(address: u64, new: u8) -> u64 {
+    address | u64::from(new & 0xf)
+}
+
+/// The socket's cookie, where this kernel has the helper; asked for once, at the end.
+#[inline(always)]
+fn cookie(ctx: &BtfTracePointContext, new: u8) -> u64 {
+    if global!(PARAMS.has_cookie_helper) == 0 || new != state::CLOSE {
+        return 0;
+    }
+    // The helper wants the pointer as the context holds it, before any arithmetic.
+    // SAFETY: the loader has checked that this kernel has the helper for this kind of program.
+    unsafe { bpf_get_socket_cookie(ctx.arg::<*mut core::ffi::c_void>(0)) }
 }
 
 #[tracepoint]

@@ -5,15 +5,16 @@ use std::{io, os::fd::RawFd};
 use anyhow::{Context as _, Result};
 use aya::{
     Ebpf, RawTracePointRunOptions, TestRun as _,
-    maps::{HashMap, Map, PerCpuArray},
+    maps::{Map, PerCpuArray},
     programs::{Iter, RawTracePoint},
 };
-use tcpclose_common::{counters::Counters, record::Connection};
+use tcpclose_common::counters::Counters;
 
 use super::{
     ResetReasons,
     hooks::{Hook, Variant},
     privilege,
+    table::Table,
 };
 use crate::pace::Pace;
 
@@ -26,6 +27,7 @@ const INSPECT: &str = "inspect";
 /// The kernel half at work. Dropping it detaches everything.
 pub struct KernelHalf {
     ebpf: Ebpf,
+    table: Table,
     /// Names of `enum sk_rst_reason`; empty on kernels without.
     pub reset_reasons: ResetReasons,
     /// Whether the kernel lets these programs read a socket's cookie.
@@ -69,9 +71,13 @@ impl Outcome {
 
 impl KernelHalf {
     /// Takes over an object whose programs have been loaded and attached. `guarded` are descriptors of programs.
-    pub(super) fn new(ebpf: Ebpf, hooks: Vec<Outcome>, guarded: Vec<RawFd>) -> Self {
+    ///
+    /// # Errors
+    /// The object's table of sockets cannot be used.
+    pub(super) fn new(mut ebpf: Ebpf, hooks: Vec<Outcome>, guarded: Vec<RawFd>) -> Result<Self> {
         let has_inventory = hooks.iter().any(|outcome| outcome.has(INVENTORY));
-        Self {
+        Ok(Self {
+            table: Table::new(&mut ebpf)?,
             ebpf,
             reset_reasons: ResetReasons::default(),
             has_cookie: false,
@@ -81,7 +87,7 @@ impl KernelHalf {
             guarded,
             has_inventory,
             pace: Pace::default(),
-        }
+        })
     }
 
     /// Takes a map out, for the one module that uses it.
@@ -137,7 +143,7 @@ impl KernelHalf {
         searched
     }
 
-    /// Looks through all descriptors. What the programs find is in `CONNECTIONS` and in the ring afterwards.
+    /// Looks through all descriptors. What the programs find is in the table of sockets and in the ring afterwards.
     pub fn search_descriptors(&mut self) {
         if self.has_inventory
             && let Err(error) = run_iterator(&mut self.ebpf)
@@ -182,23 +188,17 @@ impl KernelHalf {
         self.guarded.iter().map(|fd| skipped_runs(*fd)).sum()
     }
 
-    /// How many sockets the table of connections holds.
-    pub fn connections(&self) -> u64 {
-        self.connection_table().map_or(0, |table| table.keys().flatten().count() as u64)
+    /// The table of live sockets.
+    pub fn table(&self) -> &Table {
+        &self.table
     }
 
     /// Whether a live connection was opened or acted on by a process that `is_ours` accepts.
     pub fn any_alive(&self, is_ours: impl Fn(u32) -> bool) -> bool {
         let ours = |pid: u32| pid != 0 && is_ours(pid);
-        self.connection_table().is_some_and(|table| {
-            table.iter().flatten().any(|(_, connection)| {
-                connection.ended == 0 && (ours(connection.opener.pid) || ours(connection.actor.pid))
-            })
+        self.table.any(|connection| {
+            connection.ended == 0 && (ours(connection.opener.pid) || ours(connection.actor.pid))
         })
-    }
-
-    fn connection_table(&self) -> Option<HashMap<&aya::maps::MapData, u64, Connection>> {
-        self.ebpf.map("CONNECTIONS").and_then(|map| map.try_into().ok())
     }
 }
 

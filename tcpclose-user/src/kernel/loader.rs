@@ -17,6 +17,7 @@ use aya::{
 use tcpclose_common::{
     offsets::{ABSENT, ArgumentOffsets, RecordOffsets, StructOffsets},
     params::Params,
+    table,
 };
 
 use crate::{
@@ -188,6 +189,7 @@ pub fn load(request: &Request) -> Result<KernelHalf> {
         is_helper_supported(ProgramType::TracePoint, BpfHelper::BPF_FUNC_task_pt_regs).unwrap_or(false),
     );
     params.has_destroy = 1;
+    params.buckets = table::buckets(request.connections);
 
     let mut refusal = anyhow!("no BTF");
     if kernel.btf.is_some() {
@@ -290,8 +292,10 @@ fn prepare(request: &Request, kernel: &Kernel, params: &Params, layouts: &Layout
         .override_global("ACCEPT_SYSCALL_RESULT", &syscall_result, true)
         .override_global("PARAMS", params, true)
         .override_global(aya_log::LEVEL, &level, false)
-        .map_max_entries("CONNECTIONS", request.connections)
-        .map_max_entries("TEARDOWNS", request.connections);
+        .map_max_entries("BUCKETS", table::buckets(request.connections))
+        .map_max_entries("ENTRIES", table::buckets(request.connections) * table::WAYS as u32)
+        .map_max_entries("OVERFLOW", table::overflow(request.connections))
+        .map_max_entries("TEARDOWNS", table::overflow(request.connections));
     if params.stack_bytes != 0 {
         loader.map_max_entries("RECORDS", RING_WITH_STACKS);
     }
@@ -370,7 +374,7 @@ fn attach(
     let reset_reasons =
         if kernel.reset_reasons.is_empty() { layouts.reset_reasons } else { kernel.reset_reasons.clone() };
     let guarded = guarded(&ebpf, &hooks);
-    let mut half = KernelHalf::new(ebpf, hooks, guarded);
+    let mut half = KernelHalf::new(ebpf, hooks, guarded)?;
     half.reset_reasons = ResetReasons(reset_reasons);
     half.has_cookie = params.has_cookie_helper != 0;
     half.has_registers = params.has_pt_regs_helper != 0;

@@ -15,6 +15,7 @@ pub mod lockdown;
 mod members;
 pub mod offsets;
 pub mod privilege;
+pub mod table;
 pub mod tracefs;
 
 use std::collections::BTreeMap;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use aya::util::nr_cpus;
-use tcpclose_common::counters::Counters;
+use tcpclose_common::{counters::Counters, table::overflow};
 
 use crate::{
     event::{Lost, LostPlace},
@@ -13,13 +13,13 @@ use crate::{
 
 /// What could not be reported so far.
 pub struct Losses {
-    /// How many sockets the table of connections has room for.
+    /// How many sockets `OVERFLOW`, where those go whose bucket is full, has room for.
     capacity: u64,
     /// What `lost` lines have said so far.
     reported: BTreeMap<LostPlace, u64>,
-    /// Entries that the table of connections has evicted.
+    /// Entries that `OVERFLOW` has evicted.
     evicted: u64,
-    /// Keeps counts of the table from taking more than a tenth of a CPU: with a million entries one takes most of a
+    /// Keeps counts of these entries from taking more than a tenth of a CPU: with a million entries one takes most of a
     /// second.
     pace: Pace,
 }
@@ -36,9 +36,9 @@ pub struct UserLosses {
 }
 
 impl Losses {
-    /// Nothing was lost yet; `capacity` is the size of the table of connections.
-    pub fn new(capacity: u32) -> Self {
-        Self { capacity: u64::from(capacity), reported: BTreeMap::new(), evicted: 0, pace: Pace::default() }
+    /// Nothing was lost yet; the table has room for `connections` sockets.
+    pub fn new(connections: u32) -> Self {
+        Self { capacity: u64::from(overflow(connections)), reported: BTreeMap::new(), evicted: 0, pace: Pace::default() }
     }
 
     /// A line for each place where more was lost than was reported. Evictions may be reported with a later call.
@@ -84,19 +84,19 @@ impl Losses {
         ]
     }
 
-    /// Whether the table of connections may have been full since evictions were last counted. An LRU map begins to evict
+    /// Whether `OVERFLOW` may have been full since evictions were last counted. An LRU map begins to evict
     /// while each CPU still has up to 128 free entries (`LOCAL_FREE_TARGET`, `kernel/bpf/bpf_lru_list.c`).
     fn may_have_evicted(&self, counters: &Counters) -> bool {
         let free = 128 * u64::try_from(nr_cpus().unwrap_or(1)).unwrap_or(1);
-        let living = counters.connections_added.saturating_sub(counters.connections_removed);
+        let living = counters.overflow_added.saturating_sub(counters.overflow_removed);
         living > self.evicted + self.capacity.saturating_sub(free)
     }
 
-    /// Counts the table: what was added, not removed, and is no longer there was evicted. `before` are the counters from
+    /// Counts `OVERFLOW`: what was added, not removed, and is no longer there was evicted. `before` are the counters from
     /// before that.
     fn count_evictions(&mut self, kernel: &KernelHalf, before: &Counters) {
-        let present = kernel.connections();
-        let removed = kernel.counters().connections_removed;
-        self.evicted = self.evicted.max(before.connections_added.saturating_sub(removed + present));
+        let present = kernel.table().overflow();
+        let removed = kernel.counters().overflow_removed;
+        self.evicted = self.evicted.max(before.overflow_added.saturating_sub(removed + present));
     }
 }

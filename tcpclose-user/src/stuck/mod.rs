@@ -1,8 +1,8 @@
 //! Sockets that stay in a teardown state: finds those that are due for a report, and collects what the kernel half and
 //! `/proc` say about them and about the processes that have them open.
 //!
-//! The kernel half keeps the addresses of sockets in such a state in `TEARDOWNS`; most stay there for less than a
-//! millisecond. This module walks that table a few times within the limit, and has the sockets inspected that have been
+//! The kernel half's table says which sockets are in such a state; most stay there for less than a millisecond. This
+//! module walks that table a few times within the limit, and has the sockets inspected that have been
 //! in it for longer. The cost grows with the number of sockets that are stuck, not with the number that live.
 
 pub mod age;
@@ -11,7 +11,8 @@ pub mod older;
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
-use aya::maps::{Array, HashMap as BpfHashMap, MapData};
+use aya::maps::{Array, MapData};
+use tcpclose_common::table::BEFORE_TRACE;
 
 use self::{
     age::Age,
@@ -24,7 +25,7 @@ use crate::{
     },
     cli::Linger,
     ingest::life::{Life, SocketId, Task},
-    kernel::{clock::Clock, handle::KernelHalf},
+    kernel::{clock::Clock, handle::KernelHalf, table::Table},
 };
 
 /// How many sockets are inspected between two reads of the ring. Their records and those of their holders take a quarter
@@ -108,7 +109,7 @@ impl Stuck {
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     /// The value in the table, which tells a socket from the next one at its address: when it entered its first teardown
-    /// state, nanoseconds of `CLOCK_BOOTTIME`; 0 if that was before the trace.
+    /// state, nanoseconds of `CLOCK_BOOTTIME`, or [`BEFORE_TRACE`].
     since: u64,
     /// When to inspect it next, nanoseconds of `CLOCK_BOOTTIME`.
     next: u64,
@@ -118,7 +119,6 @@ struct Entry {
 pub struct StuckSockets {
     /// From which age on sockets are reported, nanoseconds; `None` if they are not asked for.
     limit: Option<u64>,
-    teardowns: BpfHashMap<MapData, u64, u64>,
     requested_pass: Array<MapData, u32>,
     /// The sockets of the table at the last walk: never more than it has room for.
     entries: HashMap<u64, Entry>,
@@ -144,7 +144,6 @@ impl StuckSockets {
         };
         Ok(Self {
             limit,
-            teardowns: kernel.take_map("TEARDOWNS")?,
             requested_pass: kernel.take_map("ASKED")?,
             entries: HashMap::new(),
             pass: 0,
@@ -173,13 +172,13 @@ impl StuckSockets {
     }
 
     /// The addresses of the sockets to inspect now.
-    pub fn due(&mut self, now: u64) -> Vec<u64> {
+    pub fn due(&mut self, table: &Table, now: u64) -> Vec<u64> {
         let Some(limit) = self.limit else { return Vec::new() };
         let mut present = HashMap::with_capacity(self.entries.len());
         let mut due = Vec::new();
-        for (address, since) in self.teardowns.iter().flatten() {
+        for (address, since) in table.teardowns() {
             let known = self.entries.get(&address).filter(|known| known.since == since);
-            let first = since.saturating_add(if since == 0 { 0 } else { limit });
+            let first = since.saturating_add(if since == BEFORE_TRACE { 0 } else { limit });
             let next = known.map_or(first, |known| known.next);
             // A walk restarts where the key that it had reached is gone, and then sees sockets twice.
             if present.insert(address, Entry { since, next }).is_none() && next <= now {
@@ -191,9 +190,9 @@ impl StuckSockets {
     }
 
     /// The addresses of all sockets of the table, for the last inspection when the trace ends.
-    pub fn all(&mut self) -> Vec<u64> {
+    pub fn all(&mut self, table: &Table) -> Vec<u64> {
         // As after `due()`: no address twice, and no more than the table has room for.
-        self.due(u64::MAX)
+        self.due(table, u64::MAX)
     }
 
     /// Begins to inspect sockets. Returns the number of the inventory pass that will report their holders.

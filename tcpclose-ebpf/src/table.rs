@@ -1,0 +1,250 @@
+//! The table of live sockets, by address: buckets of [`WAYS`] addresses, and an array of entries.
+//!
+//! An array costs about a third of a hash map at each event, because the look-up is a few instructions of the program's own
+//! (`docs/performance.md`). A socket that finds its bucket full gets an entry in `OVERFLOW`, an LRU hash map, which evicts
+//! the entry that was longest without an event.
+
+use core::{arch::asm, ptr};
+
+use tcpclose_common::{
+    record::Connection,
+    table::{Bucket, WAYS},
+};
+
+use crate::maps::{BUCKETS, ENTRIES, HAS_OVERFLOW, OVERFLOW, TEARDOWNS, count, global, template};
+
+/// A bucket and its number.
+#[derive(Clone, Copy)]
+struct Place {
+    bucket: *mut Bucket,
+    index: u32,
+}
+
+/// The entry of the socket at `address`; null if it has none.
+#[inline(always)]
+pub fn find(address: u64) -> *mut Connection {
+    if let Some(place) = place(address)
+        && let Some(way) = way_of(place, address)
+    {
+        return entry(place, way);
+    }
+    if has_overflow() {
+        OVERFLOW.get_ptr_mut(address).unwrap_or(ptr::null_mut())
+    } else {
+        ptr::null_mut()
+    }
+}
+
+/// Makes a new entry for the socket at `address`, equal to the template. If it has one, `renew` makes that one new. Null if
+/// it has one that is to stay, or if there is no room, which is counted.
+#[inline(always)]
+pub fn add(address: u64, renew: bool) -> *mut Connection {
+    let Some(place) = place(address) else { return ptr::null_mut() };
+    let is_in_overflow = has_overflow() && OVERFLOW.get_ptr(address).is_some();
+    if !is_in_overflow {
+        let way = add_to_bucket(place, address, renew);
+        if way < WAYS as u64 {
+            return entry(place, way);
+        }
+        if way == EXISTS {
+            return ptr::null_mut();
+        }
+    }
+    add_to_overflow(address, renew, is_in_overflow)
+}
+
+/// What [`add_to_bucket`] returns if the socket has an entry that is to stay.
+const EXISTS: u64 = 0x100;
+/// What [`add_to_bucket`] returns if the bucket is full, or if another program is adding a socket to it.
+const FULL: u64 = 0x101;
+
+/// Adds a socket to its bucket. Returns its way there, [`EXISTS`] or [`FULL`]: a number, not an enum, because the compiler
+/// would merge the cases into one register with the entry's address, and the verifier forbids arithmetic on that.
+#[inline(always)]
+fn add_to_bucket(place: Place, address: u64, renew: bool) -> u64 {
+    // SAFETY: a valid, aligned map value. Several programs may work on one bucket at once. Of those that add a socket, the
+    // one that finds its own claim alone goes on, and the others leave the bucket; a program that removes a socket writes
+    // to the way of that socket only. An address is written last, so that whoever finds it finds the entry made.
+    unsafe {
+        let claims = &raw mut (*place.bucket).claims;
+        add_to(claims, 1);
+        if ptr::read_volatile(claims) != 1 {
+            add_to(claims, u64::MAX);
+            return FULL;
+        }
+        let way = match way_of(place, address) {
+            Some(way) => if renew { way } else { EXISTS },
+            None => way_of(place, 0).unwrap_or(FULL),
+        };
+        if way < WAYS as u64 {
+            let entry = entry(place, way);
+            if !entry.is_null() {
+                initialise(entry);
+            }
+            if let Some(since) = since_at(place, way) {
+                *since = 0;
+            }
+            if let Some(slot) = address_at(place, way) {
+                ptr::write_volatile(slot, address);
+            }
+        }
+        add_to(claims, u64::MAX);
+        way
+    }
+}
+
+#[inline(always)]
+fn add_to_overflow(address: u64, renew: bool, exists: bool) -> *mut Connection {
+    if exists && !renew {
+        return ptr::null_mut();
+    }
+    // SAFETY: read-only data of this object, always initialised.
+    if OVERFLOW.insert(address, unsafe { &*template() }, 0).is_err() {
+        count!(connections_failed);
+        return ptr::null_mut();
+    }
+    if !exists {
+        count!(overflow_added);
+    }
+    if let Some(has) = HAS_OVERFLOW.get_ptr_mut(0) {
+        // SAFETY: a valid, aligned map value. All writers write the same value.
+        unsafe { *has = 1 };
+    }
+    OVERFLOW.get_ptr_mut(address).unwrap_or(ptr::null_mut())
+}
+
+/// Removes the entry of the socket at `address`.
+#[inline(always)]
+pub fn remove(address: u64) {
+    if let Some(place) = place(address)
+        && let Some(way) = way_of(place, address)
+    {
+        if let Some(since) = since_at(place, way) {
+            // SAFETY: the way is this socket's.
+            unsafe { *since = 0 };
+        }
+        if let Some(slot) = address_at(place, way) {
+            // SAFETY: the way is this socket's. Volatile, because it is free for others from now on.
+            unsafe { ptr::write_volatile(slot, 0) };
+        }
+    } else if has_overflow() && OVERFLOW.remove(address).is_ok() {
+        count!(overflow_removed);
+    }
+}
+
+/// Notes that the socket at `address` came into a teardown state at `since`.
+#[inline(always)]
+pub fn teardown_began(address: u64, since: u64) {
+    if let Some(place) = place(address)
+        && let Some(way) = way_of(place, address)
+    {
+        if let Some(slot) = since_at(place, way) {
+            // SAFETY: the way is this socket's.
+            unsafe { *slot = since };
+        }
+    } else if TEARDOWNS.insert(address, &since, 0).is_err() {
+        count!(teardowns_failed);
+    }
+}
+
+/// Notes that the socket at `address` is in a teardown state no more.
+#[inline(always)]
+pub fn teardown_over(address: u64) {
+    if let Some(place) = place(address)
+        && let Some(way) = way_of(place, address)
+    {
+        if let Some(slot) = since_at(place, way) {
+            // SAFETY: the way is this socket's.
+            unsafe { *slot = 0 };
+        }
+    } else if has_overflow() {
+        // This fails for most sockets, which end without having been there.
+        let _ = TEARDOWNS.remove(address);
+    }
+}
+
+/// The bucket for `address`.
+#[inline(always)]
+fn place(address: u64) -> Option<Place> {
+    // Multiplication by 2^64 divided by the golden ratio spreads addresses, which differ in their middle bits, over the
+    // upper half; its product with the number of buckets has the bucket's number in its upper half.
+    let spread = address.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+    let index = ((spread * u64::from(global!(PARAMS.buckets))) >> 32) as u32;
+    BUCKETS.get_ptr_mut(index).map(|bucket| Place { bucket, index })
+}
+
+/// The way of the bucket that has `address`. The verifier does not learn which: it would go through the rest of the program
+/// once for each.
+#[inline(always)]
+fn way_of(place: Place, address: u64) -> Option<u64> {
+    let mut way = 0;
+    while way < WAYS {
+        // SAFETY: a valid, aligned map value.
+        if unsafe { ptr::read_volatile(&raw const (*place.bucket).addresses[way]) } == address {
+            return Some(unknown(place, way as u64));
+        }
+        way += 1;
+    }
+    None
+}
+
+/// `way` as a number that neither the compiler nor the verifier knows: the number of claims never reaches 2^60.
+#[inline(always)]
+fn unknown(place: Place, way: u64) -> u64 {
+    // SAFETY: a valid, aligned map value.
+    way + (unsafe { ptr::read_volatile(&raw const (*place.bucket).claims) } >> 60)
+}
+
+/// The entry of a way.
+#[inline(always)]
+fn entry(place: Place, way: u64) -> *mut Connection {
+    ENTRIES.get_ptr_mut(place.index * WAYS as u32 + way as u32).unwrap_or(ptr::null_mut())
+}
+
+/// The address in a way.
+#[inline(always)]
+fn address_at(place: Place, way: u64) -> Option<*mut u64> {
+    // SAFETY: inside of the bucket, a valid map value.
+    if way < WAYS as u64 { Some(unsafe { (&raw mut (*place.bucket).addresses[0]).add(way as usize) }) } else { None }
+}
+
+/// The time in a way.
+#[inline(always)]
+fn since_at(place: Place, way: u64) -> Option<*mut u64> {
+    // SAFETY: inside of the bucket, a valid map value.
+    if way < WAYS as u64 { Some(unsafe { (&raw mut (*place.bucket).since[0]).add(way as usize) }) } else { None }
+}
+
+/// Whether `OVERFLOW` has ever had an entry.
+#[inline(always)]
+fn has_overflow() -> bool {
+    match HAS_OVERFLOW.get_ptr(0) {
+        // SAFETY: a valid map value.
+        Some(has) => unsafe { ptr::read_volatile(has) != 0 },
+        None => false,
+    }
+}
+
+/// Copies the template, word by word: a helper that copies costs more, and the compiler would call a function.
+#[inline(always)]
+fn initialise(entry: *mut Connection) {
+    const WORDS: usize = size_of::<Connection>() / 8;
+    let (to, from) = (entry.cast::<u64>(), template().cast::<u64>());
+    let mut word = 0;
+    while word < WORDS {
+        // SAFETY: both are a whole `Connection`, which is aligned to 8 bytes.
+        unsafe { ptr::write_volatile(to.add(word), ptr::read_volatile(from.add(word))) };
+        word += 1;
+    }
+}
+
+/// Adds to a number that other CPUs add to as well. Kernels before 5.12 have this instruction alone of all atomic ones, and
+/// it has no result.
+///
+/// # Safety
+/// `to` must point to a valid map value.
+#[inline(always)]
+unsafe fn add_to(to: *mut u64, value: u64) {
+    // SAFETY: as the caller promises.
+    unsafe { asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) to, in(reg) value, options(nostack)) };
+}
