@@ -10,6 +10,7 @@ use aya_ebpf::{
     },
 };
 use tcpclose_common::{
+    offsets::ABSENT,
     record::{Header, Process, Task, VERSION, tag},
     tcp::task_flag,
 };
@@ -34,7 +35,7 @@ pub fn identify(task: &mut Task) {
     let ids = bpf_get_current_pid_tgid();
     task.tid = ids as u32;
     task.uid = bpf_get_current_uid_gid() as u32;
-    if global!(PARAMS.has_pt_regs_helper) != 0 {
+    if global!(PARAMS.has_pt_regs_helper) != 0 && global!(STRUCTS.task_comm) != ABSENT {
         // SAFETY: the loader has checked that this kernel has both helpers.
         let (current, registers) = unsafe {
             let current = bpf_get_current_task_btf();
