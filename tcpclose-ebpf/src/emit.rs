@@ -6,7 +6,7 @@ use tcpclose_common::record::{Connection, Header, Owner, STACK_STEP, StackCopy, 
 
 use crate::{
     filter,
-    maps::{READER, RECORDS, count, global},
+    maps::{COUNTERS, READER, RECORDS, count, global},
 };
 
 /// Writes a connection as a record with this tag, unless the filters exclude it.
@@ -17,13 +17,13 @@ pub fn connection(connection: &mut Connection, tag: u16) {
         return;
     }
     connection.header = Header { tag, version: VERSION, length: size_of::<Connection>() as u32 };
-    written(RECORDS.output::<Connection>(&*connection, wake(size_of::<Connection>())));
+    written(RECORDS.output::<Connection>(&*connection, wake()));
 }
 
 /// Writes who closed a socket that had ended before, or who has a socket open.
 #[inline(always)]
 pub fn owner(owner: &Owner) {
-    written(RECORDS.output::<Owner>(owner, wake(size_of::<Owner>())));
+    written(RECORDS.output::<Owner>(owner, wake()));
 }
 
 /// Writes `copy`, followed by the current task's memory from `copy.start` on. `false` if the ring is half full: the other
@@ -54,7 +54,7 @@ pub fn stack(mut copy: StackCopy) -> bool {
     copy.bytes = bytes as u32;
     // SAFETY: entries are aligned to 8 bytes, and this one has room.
     unsafe { room.cast::<StackCopy>().write(copy) };
-    entry.submit(wake(length));
+    entry.submit(wake());
     count!(records_written);
     true
 }
@@ -72,10 +72,10 @@ fn written(result: Result<(), i32>) {
 ///
 /// The reader sets `READER` when it is about to sleep; the next record clears it and wakes the reader, which then waits a
 /// tenth of a second before it reads. So a busy host wakes it ten times a second and an idle one never. In between, only a
-/// record that fills the ring to a quarter wakes it. The ring's own rule (no flags: wake whenever everything before was
-/// read) would wake a reader that keeps up for every record, and that is nearly all that tracing costs.
+/// ring that is filled to a quarter wakes it. The ring's own rule (no flags: wake whenever everything before was read)
+/// would wake a reader that keeps up for every record, and that is nearly all that tracing costs.
 #[inline(always)]
-fn wake(length: usize) -> u64 {
+fn wake() -> u64 {
     let force = u64::from(BPF_RB_FORCE_WAKEUP);
     if let Some(sleeps) = READER.get_ptr_mut(0) {
         // SAFETY: a valid, aligned map value. If two CPUs find it set, the reader is woken twice.
@@ -86,8 +86,16 @@ fn wake(length: usize) -> u64 {
             }
         }
     }
+    let wait = u64::from(BPF_RB_NO_WAKEUP);
+    match COUNTERS.get_ptr(0) {
+        // SAFETY: a valid map value of this CPU.
+        Some(counters) if unsafe { (*counters).records_written } % QUERY_INTERVAL == 0 => {}
+        _ => return wait,
+    }
     let quarter = RECORDS.query(u64::from(BPF_RB_RING_SIZE)) / 4;
-    let used = RECORDS.query(u64::from(BPF_RB_AVAIL_DATA));
-    // Other CPUs write too, so the step over the line is looked for within a few records.
-    if used >= quarter && used < quarter + 4 * length as u64 { force } else { u64::from(BPF_RB_NO_WAKEUP) }
+    if RECORDS.query(u64::from(BPF_RB_AVAIL_DATA)) >= quarter { force } else { wait }
 }
+
+/// After how many records of a CPU the ring is asked how full it is, which costs two calls of a helper. It has room for
+/// many times as many.
+const QUERY_INTERVAL: u64 = 64;
