@@ -50,7 +50,7 @@ pub struct Params {
     pub has_reset_reason: u32,
     /// Record times to live (0 or 1).
     pub ttl: u32,
-    /// Keep `TEARDOWNS`, to report sockets that are stuck in a teardown state (0 or 1).
+    /// Note which sockets are in a teardown state, to report those that are stuck there (0 or 1).
     pub stuck: u32,
     /// Report only connections of processes in `FOLLOWED` (0 or 1).
     pub by_process: u32,

@@ -1,7 +1,7 @@
 //! The table of sockets, as both halves see it.
 
 /// Sockets of one bucket.
-pub const WAYS: usize = 7;
+pub const WAYS: u32 = 7;
 
 /// A bucket of `BUCKETS`: the addresses of the sockets whose entries are in `ENTRIES` at `index * WAYS + way`.
 ///
@@ -13,10 +13,10 @@ pub struct Bucket {
     /// How many programs want to add a socket; the one that finds 1 may.
     pub claims: u64,
     /// Addresses of sockets; 0 where there is none.
-    pub addresses: [u64; WAYS],
+    pub addresses: [u64; WAYS as usize],
     /// When each came into its first teardown state, nanoseconds of `CLOCK_BOOTTIME`; 0 if it is in none,
     /// [`BEFORE_TRACE`] if it was in one before the trace.
-    pub since: [u64; WAYS],
+    pub since: [u64; WAYS as usize],
     /// Always 0.
     pub reserved: u64,
 }
@@ -29,7 +29,7 @@ const _: () = assert!(size_of::<Bucket>() == 128);
 /// Buckets for `sockets` sockets.
 #[must_use]
 pub const fn buckets(sockets: u32) -> u32 {
-    sockets.div_ceil(WAYS as u32)
+    sockets.div_ceil(WAYS)
 }
 
 /// Entries of `OVERFLOW` beside a table for `sockets` sockets. With one socket for each entry of the table, one in seven

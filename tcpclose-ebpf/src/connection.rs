@@ -15,8 +15,7 @@ use crate::{
     listener,
     maps::{count, global},
     sock::{self, Record, Sock},
-    stack,
-    table, task,
+    stack, table, task,
 };
 
 /// Nanoseconds of `CLOCK_BOOTTIME`.

@@ -95,7 +95,9 @@ impl Object for Typed {
         };
         let mut distance = self.0 as u64;
         // SAFETY: a subtraction of registers. In assembly, because the compiler might add `base` first.
-        unsafe { asm!("{0} -= {1}", inout(reg) distance, in(reg) anchor, options(pure, nomem, nostack)) };
+        unsafe {
+            asm!("{0} -= {1}", inout(reg) distance, in(reg) anchor as u64, options(pure, nomem, nostack));
+        };
         distance.wrapping_add(base)
     }
 }

@@ -1,6 +1,6 @@
 //! The kernel half of tcpclose.
 //!
-//! One file a hook in `hooks`; each hook keeps the life of its socket up to date in `CONNECTIONS` (`connection.rs`)
+//! One file a hook in `hooks`; each hook keeps the life of its socket up to date in the table (`table.rs`, `connection.rs`)
 //! and, when an end is over or a RST went, hands it to `emit.rs`, the only writer of the ring buffer.
 //!
 //! Built for `bpfel-unknown-none` by `cargo xtask build`. For any other target this is an empty program, so that

@@ -48,7 +48,7 @@ pub static ARGUMENTS: Global<ArgumentOffsets> = Global::new(ArgumentOffsets::ABS
 #[unsafe(no_mangle)]
 pub static ACCEPT_SYSCALL_RESULT: Global<u16> = Global::new(ABSENT);
 
-/// What a new entry of `CONNECTIONS` is copied from: half a kilobyte is too much for the stack of a program.
+/// What a new entry of the table is copied from: half a kilobyte is too much for the stack of a program.
 static TEMPLATE: Global<Connection> = Global::new(Connection::NEW);
 
 /// Address of [`Connection::NEW`] in read-only data.
@@ -111,7 +111,7 @@ pub static BUCKETS: Array<Bucket> = Array::with_max_entries(buckets(CONNECTIONS)
 
 /// Entries of the table.
 #[map]
-pub static ENTRIES: Array<Connection> = Array::with_max_entries(buckets(CONNECTIONS) * WAYS as u32, 0);
+pub static ENTRIES: Array<Connection> = Array::with_max_entries(buckets(CONNECTIONS) * WAYS, 0);
 
 /// Live sockets whose bucket was full, by address. LRU: when it is full, the socket that was longest without an event
 /// gives way, and the user half sees from the counters that it did. A quarter of the table's size.

@@ -28,11 +28,7 @@ pub fn find(address: u64) -> *mut Connection {
     {
         return entry(place, way);
     }
-    if has_overflow() {
-        OVERFLOW.get_ptr_mut(address).unwrap_or(ptr::null_mut())
-    } else {
-        ptr::null_mut()
-    }
+    if has_overflow() { OVERFLOW.get_ptr_mut(address).unwrap_or(ptr::null_mut()) } else { ptr::null_mut() }
 }
 
 /// Makes a new entry for the socket at `address`, equal to the template. If it has one, `renew` makes that one new. Null if
@@ -43,7 +39,7 @@ pub fn add(address: u64, renew: bool) -> *mut Connection {
     let is_in_overflow = has_overflow() && OVERFLOW.get_ptr(address).is_some();
     if !is_in_overflow {
         let way = add_to_bucket(place, address, renew);
-        if way < WAYS as u64 {
+        if way < u64::from(WAYS) {
             return entry(place, way);
         }
         if way == EXISTS {
@@ -73,10 +69,16 @@ fn add_to_bucket(place: Place, address: u64, renew: bool) -> u64 {
             return FULL;
         }
         let way = match way_of(place, address) {
-            Some(way) => if renew { way } else { EXISTS },
+            Some(way) => {
+                if renew {
+                    way
+                } else {
+                    EXISTS
+                }
+            }
             None => way_of(place, 0).unwrap_or(FULL),
         };
-        if way < WAYS as u64 {
+        if way < u64::from(WAYS) {
             let entry = entry(place, way);
             if !entry.is_null() {
                 initialise(entry);
@@ -178,7 +180,7 @@ fn place(address: u64) -> Option<Place> {
 #[inline(always)]
 fn way_of(place: Place, address: u64) -> Option<u64> {
     let mut way = 0;
-    while way < WAYS {
+    while way < WAYS as usize {
         // SAFETY: a valid, aligned map value.
         if unsafe { ptr::read_volatile(&raw const (*place.bucket).addresses[way]) } == address {
             return Some(unknown(place, way as u64));
@@ -198,21 +200,27 @@ fn unknown(place: Place, way: u64) -> u64 {
 /// The entry of a way.
 #[inline(always)]
 fn entry(place: Place, way: u64) -> *mut Connection {
-    ENTRIES.get_ptr_mut(place.index * WAYS as u32 + way as u32).unwrap_or(ptr::null_mut())
+    ENTRIES.get_ptr_mut(place.index * WAYS + way as u32).unwrap_or(ptr::null_mut())
 }
 
-/// The address in a way.
+/// The address in a way; `None` if there is no such way.
 #[inline(always)]
 fn address_at(place: Place, way: u64) -> Option<*mut u64> {
+    if way >= u64::from(WAYS) {
+        return None;
+    }
     // SAFETY: inside of the bucket, a valid map value.
-    if way < WAYS as u64 { Some(unsafe { (&raw mut (*place.bucket).addresses[0]).add(way as usize) }) } else { None }
+    Some(unsafe { (&raw mut (*place.bucket).addresses[0]).add(way as usize) })
 }
 
-/// The time in a way.
+/// The time in a way; `None` if there is no such way.
 #[inline(always)]
 fn since_at(place: Place, way: u64) -> Option<*mut u64> {
+    if way >= u64::from(WAYS) {
+        return None;
+    }
     // SAFETY: inside of the bucket, a valid map value.
-    if way < WAYS as u64 { Some(unsafe { (&raw mut (*place.bucket).since[0]).add(way as usize) }) } else { None }
+    Some(unsafe { (&raw mut (*place.bucket).since[0]).add(way as usize) })
 }
 
 /// Whether `OVERFLOW` has ever had an entry.

@@ -196,7 +196,8 @@ pub struct TraceArgs {
     pub ready_file: Option<PathBuf>,
     /// How many live sockets to keep track of
     ///
-    /// Each takes about 600 bytes. Beyond this number the socket that has had no event for longest is evicted.
+    /// Each takes about 750 bytes of kernel memory. Beyond this number sockets that have had no event for long are
+    /// evicted, and counted as lost.
     #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(128..=4_194_304))]
     pub connections: u32,
     /// Where the descriptions of the kernel's types come from: `kernel`, a file of raw BTF, or `none`

@@ -293,7 +293,7 @@ fn prepare(request: &Request, kernel: &Kernel, params: &Params, layouts: &Layout
         .override_global("PARAMS", params, true)
         .override_global(aya_log::LEVEL, &level, false)
         .map_max_entries("BUCKETS", table::buckets(request.connections))
-        .map_max_entries("ENTRIES", table::buckets(request.connections) * table::WAYS as u32)
+        .map_max_entries("ENTRIES", table::buckets(request.connections) * table::WAYS)
         .map_max_entries("OVERFLOW", table::overflow(request.connections))
         .map_max_entries("TEARDOWNS", table::overflow(request.connections));
     if params.stack_bytes != 0 {

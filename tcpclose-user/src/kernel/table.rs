@@ -68,10 +68,11 @@ impl Table {
     }
 
     fn ways(&self) -> impl Iterator<Item = Way> {
+        #[expect(clippy::cast_ptr_alignment, reason = "a mapping begins at a page")]
         let buckets = self.buckets.as_ptr().cast::<Bucket>();
         let count = self.buckets.len() / size_of::<Bucket>();
-        (0..count * WAYS).map(move |entry| {
-            let (index, way) = (entry / WAYS, entry % WAYS);
+        (0..count * WAYS as usize).map(move |entry| {
+            let (index, way) = (entry / WAYS as usize, entry % WAYS as usize);
             // SAFETY: inside of the mapping, which lives as long as `self`, and aligned as a bucket is. Programs write the
             // words while they are read here.
             let (address, since) = unsafe {

@@ -38,7 +38,12 @@ pub struct UserLosses {
 impl Losses {
     /// Nothing was lost yet; the table has room for `connections` sockets.
     pub fn new(connections: u32) -> Self {
-        Self { capacity: u64::from(overflow(connections)), reported: BTreeMap::new(), evicted: 0, pace: Pace::default() }
+        Self {
+            capacity: u64::from(overflow(connections)),
+            reported: BTreeMap::new(),
+            evicted: 0,
+            pace: Pace::default(),
+        }
     }
 
     /// A line for each place where more was lost than was reported. Evictions may be reported with a later call.
