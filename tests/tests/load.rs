@@ -1,7 +1,12 @@
 //! Many connections at once: none is lost or reported twice, and the tool reports as many RSTs as the kernel
 //! has counted.
 
-use std::{collections::BTreeMap, thread, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, TcpListener, TcpStream},
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
@@ -102,4 +107,42 @@ fn what_comes_while_it_reads_is_told() -> Result<()> {
         Ok(())
     })?;
     tool.stop().map(drop)
+}
+
+/// More live connections than there is room for: each is reported when it ends, those whose beginning was evicted without
+/// it, and as many evictions are reported as connections lack their beginning, or more.
+#[test]
+fn what_is_evicted_is_counted() -> Result<()> {
+    /// Room for 133 sockets in the table and 128 beside it; both ends of a connection are sockets.
+    const ROOM: [&str; 2] = ["--connections", "128"];
+    const CONNECTIONS: usize = 300;
+    let namespace = Namespace::new()?;
+    let tool = Launch::new()?.trace([&namespace]).args(ROOM).start()?;
+    namespace.inside(|| {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let open = |_| -> Result<_> {
+            let client = TcpStream::connect(listener.local_addr()?)?;
+            Ok((client, listener.accept()?))
+        };
+        let opened: Vec<_> = (0..CONNECTIONS).map(open).collect::<Result<_>>()?;
+        let (clients, servers): (Vec<_>, Vec<_>) = opened.into_iter().unzip();
+        drop(clients);
+        drop(servers);
+        Ok(())
+    })?;
+    let closes = |lines: &[Value]| lines.iter().filter(|line| line["event"] == "close").count();
+    tool.wait_until(|lines| closes(lines) >= 2 * CONNECTIONS);
+    let ended = tool.stop()?;
+    ensure!(closes(&ended.lines) == 2 * CONNECTIONS, "{} closes\n{ended}", closes(&ended.lines));
+    let is_headless = |line: &&Value| line["event"] == "close" && line["connection"]["opened"].is_null();
+    let headless = ended.lines.iter().filter(is_headless).count();
+    let lost = ended.lines.iter().filter(|line| line["event"] == "lost" && line["where"] == "connections");
+    let evicted: u64 = lost.filter_map(|line| line["count"].as_u64()).sum();
+    ensure!(
+        headless > 0 && evicted >= headless as u64,
+        "{headless} connections lack their beginning, {evicted} evictions are reported\n{ended}"
+    );
+    // The table itself evicts nothing.
+    ensure!(2 * CONNECTIONS - headless >= 128, "{headless} connections lack their beginning\n{ended}");
+    Ok(())
 }
