@@ -83,12 +83,8 @@ fn add_to_bucket(place: Place, address: u64, renew: bool) -> u64 {
             if !entry.is_null() {
                 initialise(entry);
             }
-            if let Some(since) = since_at(place, way) {
-                *since = 0;
-            }
-            if let Some(slot) = address_at(place, way) {
-                ptr::write_volatile(slot, address);
-            }
+            *since_at(place, way) = 0;
+            ptr::write_volatile(address_at(place, way), address);
         }
         add_to(claims, u64::MAX);
         way
@@ -121,13 +117,10 @@ pub fn remove(address: u64) {
     if let Some(place) = place(address)
         && let Some(way) = way_of(place, address)
     {
-        if let Some(since) = since_at(place, way) {
-            // SAFETY: the way is this socket's.
-            unsafe { *since = 0 };
-        }
-        if let Some(slot) = address_at(place, way) {
-            // SAFETY: the way is this socket's. Volatile, because it is free for others from now on.
-            unsafe { ptr::write_volatile(slot, 0) };
+        // SAFETY: the way is this socket's. Volatile, because it is free for others from the last write on.
+        unsafe {
+            ptr::write_volatile(since_at(place, way), 0);
+            ptr::write_volatile(address_at(place, way), 0);
         }
     } else if has_overflow() && OVERFLOW.remove(address).is_ok() {
         count!(overflow_removed);
@@ -140,10 +133,8 @@ pub fn teardown_began(address: u64, since: u64) {
     if let Some(place) = place(address)
         && let Some(way) = way_of(place, address)
     {
-        if let Some(slot) = since_at(place, way) {
-            // SAFETY: the way is this socket's.
-            unsafe { *slot = since };
-        }
+        // SAFETY: the way is this socket's.
+        unsafe { *since_at(place, way) = since };
     } else if TEARDOWNS.insert(address, &since, 0).is_err() {
         count!(teardowns_failed);
     }
@@ -155,10 +146,8 @@ pub fn teardown_over(address: u64) {
     if let Some(place) = place(address)
         && let Some(way) = way_of(place, address)
     {
-        if let Some(slot) = since_at(place, way) {
-            // SAFETY: the way is this socket's.
-            unsafe { *slot = 0 };
-        }
+        // SAFETY: the way is this socket's.
+        unsafe { *since_at(place, way) = 0 };
     } else if has_overflow() {
         // This fails for most sockets, which end without having been there.
         let _ = TEARDOWNS.remove(address);
@@ -203,24 +192,27 @@ fn entry(place: Place, way: u64) -> *mut Connection {
     ENTRIES.get_ptr_mut(place.index * WAYS + way as u32).unwrap_or(ptr::null_mut())
 }
 
-/// The address in a way; `None` if there is no such way.
+/// The address in a way.
 #[inline(always)]
-fn address_at(place: Place, way: u64) -> Option<*mut u64> {
-    if way >= u64::from(WAYS) {
-        return None;
-    }
+fn address_at(place: Place, way: u64) -> *mut u64 {
     // SAFETY: inside of the bucket, a valid map value.
-    Some(unsafe { (&raw mut (*place.bucket).addresses[0]).add(way as usize) })
+    unsafe { (&raw mut (*place.bucket).addresses[0]).add(bounded(way)) }
 }
 
-/// The time in a way; `None` if there is no such way.
+/// The time in a way.
 #[inline(always)]
-fn since_at(place: Place, way: u64) -> Option<*mut u64> {
-    if way >= u64::from(WAYS) {
-        return None;
-    }
+fn since_at(place: Place, way: u64) -> *mut u64 {
     // SAFETY: inside of the bucket, a valid map value.
-    Some(unsafe { (&raw mut (*place.bucket).since[0]).add(way as usize) })
+    unsafe { (&raw mut (*place.bucket).since[0]).add(bounded(way)) }
+}
+
+/// A way, with bounds that the verifier sees: an eighth one is still inside of the bucket. In assembly, because the compiler
+/// knows the bounds from comparisons, and kernels before 5.16 forget those when the number has been on the stack.
+#[inline(always)]
+fn bounded(mut way: u64) -> usize {
+    // SAFETY: an operation on a register.
+    unsafe { asm!("{0} &= 7", inout(reg) way, options(pure, nomem, nostack)) };
+    way as usize
 }
 
 /// Whether `OVERFLOW` has ever had an entry.
