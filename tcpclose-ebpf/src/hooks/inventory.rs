@@ -1,8 +1,12 @@
 //! `iter/task_file`: goes through every descriptor of every process, in all network namespaces at once. The user half
 //! runs it at the start, to find sockets older than the trace, and when a socket ended in softirq without a known owner.
-//! It does not hold the locks of the sockets that it finds.
+//! The program does not hold the locks of the sockets that it finds.
 
-use aya_ebpf::{cty::c_void, helpers::bpf_get_current_pid_tgid};
+use aya_ebpf::{
+    bindings::BPF_NOEXIST,
+    cty::c_void,
+    helpers::{bpf_get_current_pid_tgid, generated::bpf_probe_read_kernel},
+};
 use tcpclose_common::{
     record::{Connection, Header, Owner, Task, VERSION, first_move, holder, holds, role, tag},
     tcp::{is_teardown, state},
@@ -10,9 +14,9 @@ use tcpclose_common::{
 
 use crate::{
     connection, emit,
-    kernel::member,
+    kernel::{EEXIST, member},
     listener,
-    maps::{ASKED, SELF, global},
+    maps::{ASKED, CONNECTIONS, SELF, Slot, count, global, template},
     sock,
 };
 
@@ -45,37 +49,67 @@ fn held(sk: u64, task: u64, fd: u32) {
         listener::opened(sk, &holder);
         return;
     }
-    // Without the socket's lock; `connection::find()` lists what is written here.
-    if let Some(connection) = connection::find(sk) {
-        if connection.told != 0 && connection.actor.pid == 0 {
-            still_open(connection, sk, &holder);
-        }
-        if connection.asked != 0 && u32::from(connection.asked) == pass() {
-            report(connection, sk, &holder, holds::ASKED, fd);
-        }
-        if connection.actor.pid == 0 && connection.holder.pid == 0 {
-            connection.holder = holder;
-            connection.holder_kind = holder::DESCRIPTOR;
-        } else if connection.role == role::UNKNOWN && connection.established == 0 {
-            // It is older than the trace, and the first pass found it before its listener.
-            connection.role = side(listener::exists(connection));
-        }
-        return;
+    if let Some(entry) = CONNECTIONS.get_ptr_mut(sk) {
+        known(entry, sk, &holder, fd);
+    } else if state != state::CLOSE {
+        // A socket in CLOSE is not connected yet, or ended before this pass.
+        older(sk, state, &holder);
     }
-    if state == state::CLOSE {
-        // It is not connected yet, or ended before this pass.
-        return;
+}
+
+/// `holder` has the socket of `entry` open. The socket's lock is not held, so every write goes through a raw pointer.
+#[inline(always)]
+fn known(entry: *mut Connection, sk: u64, holder: &Task, fd: u32) {
+    // SAFETY: a valid, aligned map value, which stays mapped until the program ends. All members are integers. Programs
+    // under the socket's lock may change them at the same time, and nothing here depends on two of them being of one time.
+    let connection = unsafe { &*entry };
+    if connection.told != 0 && connection.actor.pid == 0 {
+        still_open(connection, sk, holder);
     }
+    if connection.asked != 0 && u32::from(connection.asked) == pass() {
+        report(connection, sk, holder, holds::ASKED, fd);
+    }
+    let is_unowned = connection.actor.pid == 0 && connection.holder.pid == 0;
+    let has_no_role = connection.role == role::UNKNOWN && connection.established == 0;
+    if is_unowned {
+        // SAFETY: as above; `connection` is not used any more. `holder` and `holder_kind` are the only members that are
+        // written here. A program under the lock writes them when the connection ends: it clears the pid, and it names the
+        // listener of a socket without a descriptor, which the iterator cannot find.
+        unsafe {
+            (&raw mut (*entry).holder).write(*holder);
+            (&raw mut (*entry).holder_kind).write(holder::DESCRIPTOR);
+        }
+    } else if has_no_role {
+        // It is older than the trace, and the first pass found it before its listener.
+        let role = side(listener::exists(connection));
+        // SAFETY: as above; `connection` is not used any more. `role` is the only member that is written here. A program
+        // under the lock writes it when a socket connects or is created, and this one did so before the trace.
+        unsafe { (&raw mut (*entry).role).write(role) };
+    }
+}
+
+/// Adds a socket that is older than the trace, and that `holder` has open. The entry is completed in a slot and inserted as
+/// a whole, because an event of the socket may find it at once.
+#[inline(always)]
+fn older(sk: u64, state: u8, holder: &Task) {
     let now = connection::now();
-    let Some(connection) = connection::add(sk, now) else { return };
+    let Some(slot) = Slot::take() else {
+        count!(connections_failed);
+        return;
+    };
+    // SAFETY: the slot is ours, and both sides are a whole `Connection`.
+    let connection = unsafe {
+        let connection = &raw mut (*slot.get()).connection;
+        bpf_probe_read_kernel(connection.cast(), size_of::<Connection>() as u32, template().cast());
+        &mut *connection
+    };
+    connection.sock = sk;
+    connection.born = now;
     connection.found = 1;
-    connection.holder = holder;
+    connection.holder = *holder;
     connection.holder_kind = holder::DESCRIPTOR;
     sock::endpoints(sk, None, &mut connection.endpoints);
     connection::step(connection, state, now);
-    if is_teardown(state) {
-        connection::teardown_began(connection, sk, 0);
-    }
     if listener::exists(connection) {
         connection.role = role::SERVER;
     }
@@ -84,6 +118,17 @@ fn held(sk: u64, task: u64, fd: u32) {
         state::CLOSE_WAIT | state::LAST_ACK => connection.first_move = first_move::PEER,
         state::FIN_WAIT1 | state::FIN_WAIT2 => connection.first_move = first_move::LOCAL,
         _ => {}
+    }
+    match CONNECTIONS.insert(sk, &*connection, u64::from(BPF_NOEXIST)) {
+        Ok(()) => {
+            count!(connections_added);
+            if is_teardown(state) {
+                connection::teardown_began(connection, sk, 0);
+            }
+        }
+        // An event of the socket made an entry meanwhile.
+        Err(EEXIST) => {}
+        Err(_) => count!(connections_failed),
     }
 }
 

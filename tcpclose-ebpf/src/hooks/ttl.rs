@@ -1,4 +1,4 @@
-//! Times to live where fentry is allowed: three functions get a socket together with the packet in question, so that no
+//! Times to live where fentry is available: three functions have both the socket and the packet as arguments, so that no
 //! other packet has to be read. All three run under the socket's lock.
 
 use aya_ebpf::{EbpfContext, macros::fentry, programs::FEntryContext};
