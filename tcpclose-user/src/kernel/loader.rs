@@ -82,6 +82,9 @@ impl BtfSource {
     }
 }
 
+/// Size of the table of live sockets, unless `--connections` sets another.
+pub const DEFAULT_CONNECTIONS: u32 = 65_536;
+
 /// What the kernel half is asked to do.
 #[derive(Clone, Debug)]
 pub struct Request {
@@ -102,6 +105,25 @@ pub struct Request {
 }
 
 impl Request {
+    /// A request for these programs, without the options that change what is attached.
+    pub fn new(params: Params, btf: BtfSource) -> Self {
+        Self {
+            params,
+            follow_children: false,
+            accept_hook: AcceptHook::Auto,
+            connections: DEFAULT_CONNECTIONS,
+            btf,
+            log: None,
+            rehearsal: false,
+        }
+    }
+
+    /// A request for everything, so that the verifier checks every program in full; with a small table.
+    pub fn rehearsal(btf: BtfSource) -> Self {
+        let params = Params { user_stack: 1, kernel_stack: 1, ttl: 1, ..Params::NONE };
+        Self { follow_children: true, connections: 128, rehearsal: true, ..Self::new(params, btf) }
+    }
+
     /// Whether a variant may be taken.
     fn allows(&self, variant: &Variant) -> bool {
         self.rehearsal
