@@ -1,4 +1,4 @@
-//! Processes that ended with connections of clients open.
+//! Processes that ended while they had connections of clients.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -12,10 +12,10 @@ use crate::{
     event::Role,
 };
 
-/// So many ended processes are remembered.
+/// The number of ended processes that are kept.
 const MOST: usize = 4_096;
 
-/// One of them.
+/// A process that ended.
 #[derive(Clone, Debug)]
 pub(crate) struct Process {
     pub(crate) who: Option<Who>,
@@ -24,9 +24,9 @@ pub(crate) struct Process {
     pub(crate) port: Single<u16>,
     /// The programs at the other ends.
     pub(crate) peer: Single<Who>,
-    /// Its connections, by the moment at which it let go of them.
+    /// Its connections, by the time at which they were closed.
     pub(crate) ends: Marks,
-    /// Those on which a request had not been answered.
+    /// The connections with a pending request.
     pub(crate) requests_lost: Marks,
 }
 

@@ -1,17 +1,19 @@
-//! When a number of times counts as regular, and samples of bounded size to tell it from.
+//! Decides whether times are regular, from samples of bounded size.
 
-/// How many values of a series are kept, whatever its length.
+/// The number of values of a series that are kept.
 const ROOM: usize = 256;
 
-/// Fewer values than this show nothing.
+/// The smallest number of values that can show regularity.
 pub(crate) const ENOUGH: u64 = 5;
 
-/// How far values may lie from their median, as a part of it: the median of these distances at most `DEVIATION`, and
-/// four of five values within `WITHIN`. Five exponentially distributed waits pass about once in a hundred times.
+/// The permitted distance of values from their median, as a fraction of it: the median distance is at most `DEVIATION`,
+/// and four of five values lie within `WITHIN`. Five exponentially distributed waits pass about once in a hundred
+/// cases.
 const DEVIATION: f64 = 0.10;
 const WITHIN: f64 = 0.20;
 
-/// The kernel notes when data last went in ticks, the longest of which last 10 ms: differences up to two are none.
+/// The kernel records the time of the last data in ticks of at most 10 ms, so differences of up to two ticks do not
+/// count.
 const TICKS_MS: f64 = 20.0;
 
 /// A uniform sample of a series (Vitter's algorithm R, with a fixed seed: the same lines give the same findings).
@@ -24,17 +26,17 @@ pub(crate) struct Sample {
     most: f64,
 }
 
-/// The middle of a sample and how far its values are from that.
+/// The median of a sample and the distances of its values from it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Spread {
-    /// How many values there were.
+    /// The number of values.
     pub(crate) count: u64,
     pub(crate) median: f64,
     /// The median of the distances to the median.
     pub(crate) deviation: f64,
     pub(crate) least: f64,
     pub(crate) most: f64,
-    /// The part of the values that lies within `WITHIN` of the median.
+    /// The fraction of the values within `WITHIN` of the median.
     near: f64,
 }
 
@@ -77,7 +79,7 @@ impl Sample {
         Some(Spread { count: self.seen, median, deviation, least: self.least, most: self.most, near })
     }
 
-    /// The spread of values that are enough in number and near enough to their median.
+    /// The spread, if there are enough values and they are near enough to their median.
     pub(crate) fn regular(&self) -> Option<Spread> {
         self.spread().filter(Spread::is_regular)
     }
