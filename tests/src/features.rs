@@ -139,18 +139,18 @@ pub fn reason(name: Value) -> Value {
 }
 
 /// The part of the expected lines that the tool can report on this kernel.
-pub fn tellable(expected: Vec<Value>) -> Vec<Value> {
+pub fn reportable(expected: Vec<Value>) -> Vec<Value> {
     let every_reset = Feature::EveryReset.is_here();
-    let is_told = |line: &Value| {
+    let is_reported = |line: &Value| {
         let state = line.get("state");
         let without_socket = state == Some(&Value::Null) || state == Some(&json!("TIME_WAIT"));
         every_reset || line["event"] != "reset" || line["direction"] != "sent" || !without_socket
     };
-    let told = expected
+    let reported = expected
         .into_iter()
-        .filter(is_told)
+        .filter(is_reported)
         .map(|line| if every_reset { line } else { without_reason(line) });
-    if Feature::Types.is_here() { told.collect() } else { told.map(without_types).collect() }
+    if Feature::Types.is_here() { reported.collect() } else { reported.map(without_types).collect() }
 }
 
 /// An expected line on a kernel without reasons, which are the only source for why a listener sends a RST.
