@@ -52,8 +52,8 @@ pub fn opened(sk: u64, task: &Task) {
 pub fn closed(sk: u64) {
     let Some(key) = key_of(sk) else { return };
     if let Some(listener) = LISTENERS.get_ptr_mut(key) {
-        // SAFETY: a valid, aligned map value, which stays mapped until the program ends. `closed` is the only member that is
-        // written here, under the lock of `sk`; other programs replace the whole value.
+        // SAFETY: a valid, aligned map value, which stays mapped until the program ends. `closed` is the only member
+        // that is written here, under the lock of `sk`; other programs replace the whole value.
         unsafe {
             if (&raw const (*listener).sock).read() == sk {
                 (&raw mut (*listener).closed).write(1);
@@ -76,8 +76,8 @@ pub fn exists(connection: &Connection) -> bool {
     }
 }
 
-/// Notes the process that would have accepted this connection as its holder. Its listener may have just been closed: the
-/// kernel closes a listener before the connections in its queue (`inet_csk_listen_stop()`).
+/// Notes the process that would have accepted this connection as its holder. Its listener may have just been closed:
+/// the kernel closes a listener before the connections in its queue (`inet_csk_listen_stop()`).
 #[inline(always)]
 pub fn name(connection: &mut Connection) {
     let ends = &connection.endpoints;

@@ -1,7 +1,7 @@
 //! The kernel half of tcpclose.
 //!
-//! `hooks` has one file per hook. Each hook updates the entry of its socket in `CONNECTIONS` (`connection.rs`) and, at the
-//! end of a connection or at a RST, passes it to `emit.rs`, the only writer of the ring buffer.
+//! `hooks` has one file per hook. Each hook updates the entry of its socket in `CONNECTIONS` (`connection.rs`) and, at
+//! the end of a connection or at a RST, passes it to `emit.rs`, the only writer of the ring buffer.
 //!
 //! Built for `bpfel-unknown-none` by `cargo xtask build`. For any other target this is an empty program, so that
 //! `cargo build --workspace` and `cargo clippy --workspace` work without the BPF toolchain.

@@ -56,8 +56,8 @@ pub fn accept_syscall(ctx: TracePointContext) -> i32 {
     0
 }
 
-/// The current task's file `fd`. Another thread may have closed the descriptor and reused the number meanwhile. Then the
-/// socket is not one that was just accepted, or the same process accepted it.
+/// The current task's file `fd`. Another thread may have closed the descriptor and reused the number meanwhile. Then
+/// the socket is not one that was just accepted, or the same process accepted it.
 #[inline(always)]
 fn file(fd: u64) -> Option<u64> {
     // SAFETY: the helper has no precondition.
@@ -68,13 +68,14 @@ fn file(fd: u64) -> Option<u64> {
     member(descriptors + fd * 8, 0)
 }
 
-/// Notes the current task as the one that accepted `sk`. The socket's lock is not held, so every access to the entry goes
-/// through a raw pointer.
+/// Notes the current task as the one that accepted `sk`. The socket's lock is not held, so every access to the entry
+/// goes through a raw pointer.
 #[inline(always)]
 fn accepted(ctx: &impl EbpfContext, sk: u64) {
     let Some(entry) = CONNECTIONS.get_ptr_mut(sk) else { return };
-    // SAFETY: a valid, aligned map value, which stays mapped until the program ends. Both members are integers. A program
-    // under the socket's lock may write `role` at the same time; it wrote the same value when the socket was created.
+    // SAFETY: a valid, aligned map value, which stays mapped until the program ends. Both members are integers. A
+    // program under the socket's lock may write `role` at the same time; it wrote the same value when the socket was
+    // created.
     let (role, opener) =
         unsafe { ((&raw const (*entry).role).read(), (&raw const (*entry).opener.pid).read()) };
     if role != role::SERVER || opener != 0 {
@@ -82,9 +83,9 @@ fn accepted(ctx: &impl EbpfContext, sk: u64) {
     }
     let mut task = Task::NONE;
     task::meet(&mut task);
-    // SAFETY: as above. `opener` is the only member that is written here, and no other program writes that of a server's
-    // socket; the two copies of this program for one accept() run one after the other. The pid is written last, so that a
-    // program which copies the entry at the same time finds no task or a complete one.
+    // SAFETY: as above. `opener` is the only member that is written here, and no other program writes that of a
+    // server's socket; the two copies of this program for one accept() run one after the other. The pid is written
+    // last, so that a program which copies the entry at the same time finds no task or a complete one.
     let connection = unsafe {
         let opener = &raw mut (*entry).opener;
         opener.write(Task { pid: 0, ..task });

@@ -21,8 +21,8 @@ use crate::{
 pub fn inspect(ctx: RawTracePointContext) -> i32 {
     let sk = ctx.arg::<u64>(0);
     let pass = ctx.arg::<u64>(1);
-    // The socket's lock is not held. The state is read before the entry, because the entry is marked first when a socket
-    // ends.
+    // The socket's lock is not held. The state is read before the entry, because the entry is marked first when a
+    // socket ends.
     let state = sock::state(sk);
     let Some(entry) = CONNECTIONS.get_ptr_mut(sk) else {
         // It was evicted, or destroyed just now.

@@ -1,6 +1,6 @@
 //! `iter/task_file`: goes through every descriptor of every process, in all network namespaces at once. The user half
-//! runs it at the start, to find sockets older than the trace, and when a socket ended in softirq without a known owner.
-//! The program does not hold the locks of the sockets that it finds.
+//! runs it at the start, to find sockets older than the trace, and when a socket ended in softirq without a known
+//! owner. The program does not hold the locks of the sockets that it finds.
 
 use aya_ebpf::{
     bindings::BPF_NOEXIST,
@@ -61,7 +61,8 @@ fn held(sk: u64, task: u64, fd: u32) {
 #[inline(always)]
 fn known(entry: *mut Connection, sk: u64, holder: &Task, fd: u32) {
     // SAFETY: a valid, aligned map value, which stays mapped until the program ends. All members are integers. Programs
-    // under the socket's lock may change them at the same time, and nothing here depends on two of them being of one time.
+    // under the socket's lock may change them at the same time, and nothing here depends on two of them being of one
+    // time.
     let connection = unsafe { &*entry };
     if connection.told != 0 && connection.actor.pid == 0 {
         still_open(connection, sk, holder);
@@ -73,8 +74,8 @@ fn known(entry: *mut Connection, sk: u64, holder: &Task, fd: u32) {
     let has_no_role = connection.role == role::UNKNOWN && connection.established == 0;
     if is_unowned {
         // SAFETY: as above; `connection` is not used any more. `holder` and `holder_kind` are the only members that are
-        // written here. A program under the lock writes them when the connection ends: it clears the pid, and it names the
-        // listener of a socket without a descriptor, which the iterator cannot find.
+        // written here. A program under the lock writes them when the connection ends: it clears the pid, and it names
+        // the listener of a socket without a descriptor, which the iterator cannot find.
         unsafe {
             (&raw mut (*entry).holder).write(*holder);
             (&raw mut (*entry).holder_kind).write(holder::DESCRIPTOR);
@@ -82,14 +83,14 @@ fn known(entry: *mut Connection, sk: u64, holder: &Task, fd: u32) {
     } else if has_no_role {
         // It is older than the trace, and the first pass found it before its listener.
         let role = side(listener::exists(connection));
-        // SAFETY: as above; `connection` is not used any more. `role` is the only member that is written here. A program
-        // under the lock writes it when a socket connects or is created, and this one did so before the trace.
+        // SAFETY: as above; `connection` is not used any more. `role` is the only member that is written here. A
+        // program under the lock writes it when a socket connects or is created, and this one did so before the trace.
         unsafe { (&raw mut (*entry).role).write(role) };
     }
 }
 
-/// Adds a socket that is older than the trace, and that `holder` has open. The entry is completed in a slot and inserted as
-/// a whole, because an event of the socket may find it at once.
+/// Adds a socket that is older than the trace, and that `holder` has open. The entry is completed in a slot and
+/// inserted as a whole, because an event of the socket may find it at once.
 #[inline(always)]
 fn older(sk: u64, state: u8, holder: &Task) {
     let now = connection::now();
