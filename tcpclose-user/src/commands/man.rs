@@ -70,8 +70,8 @@ fn render() -> io::Result<Vec<u8>> {
 fn section(subcommand: &Command) -> io::Result<Vec<u8>> {
     // Every subcommand has --help, which need not be repeated.
     let mut subcommand = subcommand.clone().mut_args(|arg| {
-        let is_help = arg.get_id() == "help";
-        arg.hide(is_help)
+        let is_hidden = arg.is_hide_set() || arg.get_id() == "help";
+        arg.hide(is_hidden)
     });
     let usage = subcommand.render_usage().to_string();
     let mut roff = Roff::new();

@@ -17,7 +17,7 @@ const MOST: usize = 4_096;
 
 /// A process that ended.
 #[derive(Clone, Debug)]
-pub(crate) struct Process {
+pub(crate) struct EndedProcess {
     pub(crate) who: Option<Who>,
     pub(crate) pid: u32,
     pub(crate) death: Death,
@@ -34,7 +34,7 @@ type Key = (u16, u32, Death);
 
 #[derive(Debug, Default)]
 pub(crate) struct Deaths {
-    all: HashMap<Key, Process>,
+    all: HashMap<Key, EndedProcess>,
     order: VecDeque<Key>,
 }
 
@@ -53,7 +53,7 @@ impl Deaths {
                 self.all.remove(&oldest);
             }
         }
-        let process = self.all.entry(key).or_insert_with(|| Process {
+        let process = self.all.entry(key).or_insert_with(|| EndedProcess {
             who: end.who,
             pid: end.pid,
             death,
@@ -73,7 +73,7 @@ impl Deaths {
         }
     }
 
-    pub(crate) fn all(&self) -> impl Iterator<Item = &Process> {
+    pub(crate) fn all(&self) -> impl Iterator<Item = &EndedProcess> {
         self.order.iter().filter_map(|key| self.all.get(key))
     }
 }

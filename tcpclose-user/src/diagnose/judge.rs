@@ -1,7 +1,7 @@
 //! Turns the tables into findings: the threshold for each kind, its numbers, its sentence and its advice.
 //!
 //! The threshold is five connections, unless the kernel itself reports the fault (a process that crashed). If a finding
-//! is about a time, the times must also agree ([`Sample::regular`]).
+//! is about a time, the times must also agree ([`Reservoir::regular`]).
 
 use std::fmt::Write as _;
 
@@ -497,8 +497,8 @@ impl Diagnosis {
     fn deaths(&self) -> Vec<Draft> {
         let mut drafts = Vec::new();
         // All crashes of a program are one finding; each restart is a finding of its own.
-        let mut crashes: BTreeMap<(Option<Who>, Death), Vec<&deaths::Process>> = BTreeMap::new();
-        let mut exits: BTreeMap<Option<Who>, Vec<&deaths::Process>> = BTreeMap::new();
+        let mut crashes: BTreeMap<(Option<Who>, Death), Vec<&deaths::EndedProcess>> = BTreeMap::new();
+        let mut exits: BTreeMap<Option<Who>, Vec<&deaths::EndedProcess>> = BTreeMap::new();
         for process in self.deaths.all() {
             let at_once = process.ends.count >= ENOUGH && process.ends.last - process.ends.first <= SECOND;
             match process.death {
@@ -521,7 +521,7 @@ impl Diagnosis {
         drafts
     }
 
-    fn deploy(&self, process: &deaths::Process) -> Draft {
+    fn deploy(&self, process: &deaths::EndedProcess) -> Draft {
         let name = self.name(process.who);
         let lost = process.requests_lost.count;
         let mut summary = format!(
@@ -557,7 +557,7 @@ impl Diagnosis {
         }
     }
 
-    fn clients(&self, process: &deaths::Process) -> Option<Remote> {
+    fn clients(&self, process: &deaths::EndedProcess) -> Option<Remote> {
         let comm = process.peer.get().map(|who| self.names.get(who).comm.clone())?;
         Some(Remote { address: None, port: None, comm: Some(comm) })
     }
@@ -566,7 +566,7 @@ impl Diagnosis {
         &self,
         who: Option<Who>,
         death: Death,
-        processes: &[&deaths::Process],
+        processes: &[&deaths::EndedProcess],
         bar: u64,
     ) -> Option<Draft> {
         let mut lost = Marks::default();

@@ -46,11 +46,11 @@ struct Socket {
 #[derive(Debug, Default)]
 pub(crate) struct Leaks {
     open: HashMap<Key, Socket>,
-    processes: HashMap<ProcessKey, Process>,
+    processes: HashMap<ProcessKey, Holdings>,
 }
 
 #[derive(Debug, Default)]
-struct Process {
+struct Holdings {
     /// The number of its sockets that have been closed later.
     closed: u64,
     highest_fd: Option<u32>,

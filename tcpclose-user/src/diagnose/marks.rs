@@ -1,6 +1,6 @@
 //! Connections with a property in common: their number, their times, and some of their lines.
 
-use crate::diagnose::{end::Place, statistics::Sample};
+use crate::diagnose::{end::Place, statistics::Reservoir};
 
 /// The number of lines that a finding names.
 const LINES: usize = 10;
@@ -50,7 +50,7 @@ pub(crate) const SECOND: i64 = 1_000_000_000;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Series {
     pub(crate) marks: Marks,
-    pub(crate) sample: Sample,
+    pub(crate) sample: Reservoir,
 }
 
 impl Series {

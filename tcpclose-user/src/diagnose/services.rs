@@ -13,7 +13,7 @@ use crate::{
         marks::{Marks, Series},
         names::Who,
         pairs::Key,
-        statistics::Sample,
+        statistics::Reservoir,
     },
     event::{Cause, Ended, LastData, Role},
 };
@@ -96,7 +96,7 @@ pub(crate) struct Service {
     /// Silences after which a connection was reset or not answered when it was used again.
     pub(crate) cut: Series,
     /// Silences after which a connection still worked.
-    pub(crate) lived: Sample,
+    pub(crate) lived: Reservoir,
 }
 
 /// A value that may be the same every time.

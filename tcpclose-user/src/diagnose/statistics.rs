@@ -18,7 +18,7 @@ const TICKS_MS: f64 = 20.0;
 
 /// A uniform sample of a series (Vitter's algorithm R, with a fixed seed: the same lines give the same findings).
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Sample {
+pub(crate) struct Reservoir {
     values: Vec<f32>,
     seen: u64,
     random: u64,
@@ -40,7 +40,7 @@ pub(crate) struct Spread {
     near: f64,
 }
 
-impl Sample {
+impl Reservoir {
     #[expect(clippy::cast_possible_truncation, reason = "seven digits of a time in milliseconds are enough")]
     pub(crate) fn add(&mut self, value: f64) {
         self.least = if self.seen == 0 { value } else { self.least.min(value) };
@@ -105,8 +105,8 @@ fn median(values: &mut [f64]) -> Option<f64> {
 mod tests {
     use super::*;
 
-    fn of(values: &[f64]) -> Sample {
-        let mut sample = Sample::default();
+    fn of(values: &[f64]) -> Reservoir {
+        let mut sample = Reservoir::default();
         for value in values {
             sample.add(*value);
         }
@@ -118,7 +118,7 @@ mod tests {
         let spread = of(&[1.0, 2.0, 3.0, 4.0, 100.0]).spread().expect("values");
         assert!((spread.median - 3.0).abs() < 1e-6 && (spread.deviation - 1.0).abs() < 1e-6, "{spread:?}");
         assert!((of(&[1.0, 2.0]).spread().expect("values").median - 1.5).abs() < 1e-6);
-        assert_eq!(Sample::default().spread(), None);
+        assert_eq!(Reservoir::default().spread(), None);
     }
 
     #[test]
@@ -149,7 +149,7 @@ mod tests {
 
     #[test]
     fn long_series_take_no_more_room() {
-        let mut sample = Sample::default();
+        let mut sample = Reservoir::default();
         for number in 0..100_000_u32 {
             sample.add(f64::from(number));
         }
