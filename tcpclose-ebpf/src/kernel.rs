@@ -3,9 +3,6 @@
 use aya_ebpf::helpers::bpf_probe_read_kernel;
 use tcpclose_common::offsets::ABSENT;
 
-/// What a map returns if a key that must be new is there already (`BPF_NOEXIST`).
-pub const EEXIST: i32 = -17;
-
 /// Reads the member at `offset` of the struct at `base`; `None` if this kernel has no such member, if `base` is null,
 /// or if the memory is not mapped.
 #[inline(always)]

@@ -11,12 +11,7 @@ use aya_ebpf::{
 };
 use tcpclose_common::record::{Task, role};
 
-use crate::{
-    filter,
-    kernel::member,
-    maps::{CONNECTIONS, global},
-    sock, stack, task,
-};
+use crate::{connection, filter, kernel::member, maps::global, sock, stack, task};
 
 /// The return of `struct sock *inet_csk_accept(...)`. The cost is not measurable, but not every kernel allows fexit.
 ///
@@ -72,7 +67,8 @@ fn file(fd: u64) -> Option<u64> {
 /// goes through a raw pointer.
 #[inline(always)]
 fn accepted(ctx: &impl EbpfContext, sk: u64) {
-    let Some(entry) = CONNECTIONS.get_ptr_mut(sk) else { return };
+    let Some(entry) = connection::find(sk) else { return };
+    let entry = &raw mut *entry;
     // SAFETY: a valid, aligned map value, which stays mapped until the program ends. Both members are integers. A
     // program under the socket's lock may write `role` at the same time; it wrote the same value when the socket was
     // created.

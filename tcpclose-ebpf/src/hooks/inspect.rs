@@ -12,7 +12,7 @@ use tcpclose_common::{
 
 use crate::{
     connection, emit, listener,
-    maps::{CONNECTIONS, Slot, count},
+    maps::{Slot, count},
     sock,
 };
 
@@ -24,11 +24,12 @@ pub fn inspect(ctx: RawTracePointContext) -> i32 {
     // The socket's lock is not held. The state is read before the entry, because the entry is marked first when a
     // socket ends.
     let state = sock::state(sk);
-    let Some(entry) = CONNECTIONS.get_ptr_mut(sk) else {
+    let Some(entry) = connection::find(sk) else {
         // It was evicted, or destroyed just now.
         connection::teardown_over(sk);
         return 0;
     };
+    let entry = &raw mut *entry;
     let Some(slot) = Slot::take() else {
         count!(records_lost);
         return 0;

@@ -2,11 +2,7 @@
 //! runs it at the start, to find sockets older than the trace, and when a socket ended in softirq without a known
 //! owner. The program does not hold the locks of the sockets that it finds.
 
-use aya_ebpf::{
-    bindings::BPF_NOEXIST,
-    cty::c_void,
-    helpers::{bpf_get_current_pid_tgid, generated::bpf_probe_read_kernel},
-};
+use aya_ebpf::{cty::c_void, helpers::bpf_get_current_pid_tgid};
 use tcpclose_common::{
     record::{Connection, Header, Owner, Task, VERSION, first_move, holder, holds, role, tag},
     tcp::{is_teardown, state},
@@ -14,9 +10,9 @@ use tcpclose_common::{
 
 use crate::{
     connection, emit,
-    kernel::{EEXIST, member},
+    kernel::member,
     listener,
-    maps::{ASKED, CONNECTIONS, SELF, Slot, count, global, template},
+    maps::{ASKED, SELF, global},
     sock,
 };
 
@@ -49,8 +45,8 @@ fn held(sk: u64, task: u64, fd: u32) {
         listener::opened(sk, &holder);
         return;
     }
-    if let Some(entry) = CONNECTIONS.get_ptr_mut(sk) {
-        known(entry, sk, &holder, fd);
+    if let Some(entry) = connection::find(sk) {
+        known(&raw mut *entry, sk, &holder, fd);
     } else if state != state::CLOSE {
         // A socket in CLOSE is not connected yet, or ended before this pass.
         older(sk, state, &holder);
@@ -89,47 +85,42 @@ fn known(entry: *mut Connection, sk: u64, holder: &Task, fd: u32) {
     }
 }
 
-/// Adds a socket that is older than the trace, and that `holder` has open. The entry is completed in a slot and
-/// inserted as a whole, because an event of the socket may find it at once.
+/// Adds a socket that is older than the trace, and that `holder` has open.
 #[inline(always)]
 fn older(sk: u64, state: u8, holder: &Task) {
     let now = connection::now();
-    let Some(slot) = Slot::take() else {
-        count!(connections_failed);
-        return;
-    };
-    // SAFETY: the slot is ours, and both sides are a whole `Connection`.
+    let Some(entry) = connection::add(sk, now) else { return };
+    let entry = &raw mut *entry;
+    let mut endpoints = Connection::NEW.endpoints;
+    sock::endpoints(sk, None, &mut endpoints);
+    // SAFETY: a valid, aligned map value, which stays mapped until the program ends; all members are integers. `found`,
+    // `holder`, `holder_kind`, `endpoints`, `role`, `first_move` and the first state are written here. A program under
+    // the socket's lock that runs at the same time finds the entry and may write these members too: the same ends, or a
+    // later state, which is kept.
     let connection = unsafe {
-        let connection = &raw mut (*slot.get()).connection;
-        bpf_probe_read_kernel(connection.cast(), size_of::<Connection>() as u32, template().cast());
-        &mut *connection
-    };
-    connection.sock = sk;
-    connection.born = now;
-    connection.found = 1;
-    connection.holder = *holder;
-    connection.holder_kind = holder::DESCRIPTOR;
-    sock::endpoints(sk, None, &mut connection.endpoints);
-    connection::step(connection, state, now);
-    if listener::exists(connection) {
-        connection.role = role::SERVER;
-    }
-    // The state says who moved first, but not when.
-    match state {
-        state::CLOSE_WAIT | state::LAST_ACK => connection.first_move = first_move::PEER,
-        state::FIN_WAIT1 | state::FIN_WAIT2 => connection.first_move = first_move::LOCAL,
-        _ => {}
-    }
-    match CONNECTIONS.insert(sk, &*connection, u64::from(BPF_NOEXIST)) {
-        Ok(()) => {
-            count!(connections_added);
-            if is_teardown(state) {
-                connection::teardown_began(connection, sk, 0);
-            }
+        (&raw mut (*entry).found).write(1);
+        (&raw mut (*entry).holder).write(*holder);
+        (&raw mut (*entry).holder_kind).write(holder::DESCRIPTOR);
+        (&raw mut (*entry).endpoints).write(endpoints);
+        if (&raw const (*entry).steps).read() == 0 {
+            (&raw mut (*entry).states[0]).write(state);
+            (&raw mut (*entry).times[0]).write(now);
+            (&raw mut (*entry).steps).write(1);
         }
-        // An event of the socket made an entry meanwhile.
-        Err(EEXIST) => {}
-        Err(_) => count!(connections_failed),
+        // The state says who moved first, but not when.
+        match state {
+            state::CLOSE_WAIT | state::LAST_ACK => (&raw mut (*entry).first_move).write(first_move::PEER),
+            state::FIN_WAIT1 | state::FIN_WAIT2 => (&raw mut (*entry).first_move).write(first_move::LOCAL),
+            _ => {}
+        }
+        &*entry
+    };
+    if is_teardown(state) {
+        connection::teardown_began(connection, sk, 0);
+    }
+    if listener::exists(connection) {
+        // SAFETY: as above; `connection` is not used any more.
+        unsafe { (&raw mut (*entry).role).write(role::SERVER) };
     }
 }
 
