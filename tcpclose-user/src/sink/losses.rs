@@ -15,7 +15,7 @@ use crate::{
 pub struct Losses {
     /// How many sockets the table of connections has room for.
     capacity: u64,
-    /// What `lost` lines have said so far.
+    /// What `lost` lines have reported so far.
     reported: BTreeMap<LostPlace, u64>,
     /// Entries that the table of connections has evicted.
     evicted: u64,

@@ -273,7 +273,7 @@ fn finding(variant: &Variant, result: Tried, why: Option<String>) -> VariantFind
     }
 }
 
-/// What BTF and tracefs say about a variant.
+/// Whether BTF and tracefs describe what a variant needs.
 fn outlook(variant: &Variant, types: Option<&Btf<'_>>) -> String {
     let points = || variant.programs.iter().map(|(_, at)| at.split_once(':').map_or(*at, |(_, point)| point));
     let of_types = |has: fn(&Btf<'_>, &str) -> bool| match types {
