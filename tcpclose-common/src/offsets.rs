@@ -201,10 +201,6 @@ offsets! {
         dport,
         /// Address family, u16.
         family,
-        /// Local IPv4 address, 4 bytes.
-        saddr,
-        /// Remote IPv4 address, 4 bytes.
-        daddr,
         /// Local IPv6 address, 16 bytes; IPv4-mapped for an IPv4 socket.
         saddr_v6,
         /// Remote IPv6 address, 16 bytes.
@@ -215,9 +211,13 @@ offsets! {
         remote_sockaddr,
         /// `sched_process_fork` only: the new task's thread id, int.
         child_pid,
+        /// Always [`ABSENT`]: makes the size a multiple of 8.
+        reserved,
+        /// Always [`ABSENT`].
+        reserved2,
     }
 }
 
-// The programs keep one of these on their stack, and kernels before 6.3 refuse to copy what was never written: a whole
-// number of words has no padding.
+// Programs keep a copy on their stack. LLVM copies whole words, and kernels before 6.3 refuse a read of stack bytes that
+// were never written, which the bytes after the last member would be.
 const _: () = assert!(size_of::<RecordOffsets>().is_multiple_of(8));

@@ -1,5 +1,5 @@
-//! The part of the user's filters that can be decided here. It may let through too much, never too little: the user
-//! half decides again, with all it knows.
+//! The part of the user's filters that the kernel half can decide. It may pass too much, but never too little: the user
+//! half applies all filters again, with everything that it knows.
 
 use tcpclose_common::{
     params::MAX_FILTER_VALUES,
@@ -8,8 +8,8 @@ use tcpclose_common::{
 
 use crate::maps::{FOLLOWED, global};
 
-/// Whether somebody asked for this connection. A function of its own: it is asked in four places, and copies of it were
-/// half of the program and a fifth of what the verifier takes.
+/// Whether the filters pass this connection. The function is not inlined: it has several callers, and copies of it were
+/// half of the program and a fifth of the verifier's work.
 #[inline(never)]
 pub fn wants(connection: &Connection) -> bool {
     let ends = &connection.endpoints;
@@ -53,7 +53,7 @@ any_of!(has_netns(inum: u32), netns_count, netns);
 
 #[inline(always)]
 fn in_range(address: &Address) -> bool {
-    // As two halves: a range is two comparisons.
+    // Two halves of 64 bits, so that a range takes two comparisons.
     let half = |high: u32, low: u32| u64::from(u32::from_be(high)) << 32 | u64::from(u32::from_be(low));
     let (high, low) = (half(address[0], address[1]), half(address[2], address[3]));
     let mut index = 0;
@@ -71,11 +71,11 @@ fn in_range(address: &Address) -> bool {
     false
 }
 
-/// Whether the process that opened or closed the connection is wanted; so is one that nobody is known to own yet.
+/// Whether the process that opened or closed the connection is followed. A connection without either passes.
 #[inline(always)]
 fn is_followed(connection: &Connection) -> bool {
     let (opener, actor) = (connection.opener.pid, connection.actor.pid);
-    // Not the holder: what is not known to be anybody's may yet turn out to be.
+    // The holder does not count: it may not be the owner, and the user half decides once the owner is known.
     (opener == 0 && actor == 0)
         || (opener != 0 && FOLLOWED.get_ptr(opener).is_some())
         || (actor != 0 && FOLLOWED.get_ptr(actor).is_some())

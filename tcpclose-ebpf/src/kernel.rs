@@ -103,7 +103,7 @@ impl Object for Typed {
 }
 
 /// Reads the member at `offset` of the struct at `base`; `None` if this kernel has no such member, if `base` is null,
-/// or if the memory is not there.
+/// or if the memory is not mapped.
 #[inline(always)]
 pub fn member<T: Copy>(base: impl Object, offset: u16) -> Option<T> {
     base.member(offset)

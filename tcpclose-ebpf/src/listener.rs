@@ -1,4 +1,4 @@
-//! Who listens where: the owner of what is never accepted.
+//! Listening sockets and their processes, which own the connections that are never accepted.
 
 use tcpclose_common::{
     offsets::ABSENT,
@@ -10,7 +10,7 @@ use crate::{
     maps::{LISTENERS, Listener, global},
 };
 
-/// Key of the listener that a connection in `netns` to `port` comes in by.
+/// The key of the listener for connections to `port` in `netns`.
 #[inline(always)]
 fn key(netns: u32, port: u16) -> u64 {
     u64::from(netns) << 16 | u64::from(port)
@@ -20,7 +20,7 @@ fn key(netns: u32, port: u16) -> u64 {
 fn key_of(sk: u64) -> Option<u64> {
     let net: u64 = member(sk, global!(STRUCTS.sk_net))?;
     let netns: u32 = member(net, global!(STRUCTS.net_inum))?;
-    // tcp_set_state() clears the first of the two copies before it tells of CLOSE.
+    // tcp_set_state() clears the first of the two copies before the tracepoint reports CLOSE.
     let port = match member::<u16>(sk, global!(STRUCTS.sk_num))? {
         0 => u16::from_be(member(sk, global!(STRUCTS.sk_sport))?),
         port => port,
@@ -28,7 +28,7 @@ fn key_of(sk: u64) -> Option<u64> {
     if port == 0 || global!(STRUCTS.sk_num) == ABSENT { None } else { Some(key(netns, port)) }
 }
 
-/// `task` listens on `sk`.
+/// Records that `task` listens on `sk`.
 #[inline(always)]
 pub fn opened(sk: u64, task: &Task) {
     let Some(key) = key_of(sk) else { return };
@@ -43,24 +43,26 @@ pub fn opened(sk: u64, task: &Task) {
             listener.shared = u32::from(other.shared != 0 || other.task.pid != task.pid);
         }
     }
-    // If there is no room, nobody will be named.
+    // Without room, connections that are never accepted here have no owner.
     let _ = LISTENERS.insert(key, &listener, 0);
 }
 
-/// `sk` does not listen any more.
+/// Records that `sk` no longer listens.
 #[inline(always)]
 pub fn closed(sk: u64) {
     let Some(key) = key_of(sk) else { return };
     if let Some(listener) = LISTENERS.get_ptr_mut(key) {
-        // SAFETY: a valid map value.
-        let listener = unsafe { &mut *listener };
-        if listener.sock == sk {
-            listener.closed = 1;
+        // SAFETY: a valid, aligned map value, which stays mapped until the program ends. `closed` is the only member
+        // that is written here, under the lock of `sk`; other programs replace the whole value.
+        unsafe {
+            if (&raw const (*listener).sock).read() == sk {
+                (&raw mut (*listener).closed).write(1);
+            }
         }
     }
 }
 
-/// Whether somebody listens where this connection came in.
+/// Whether there is a listener for the local port of this connection.
 #[inline(always)]
 pub fn exists(connection: &Connection) -> bool {
     let ends = &connection.endpoints;
@@ -74,8 +76,8 @@ pub fn exists(connection: &Connection) -> bool {
     }
 }
 
-/// Names the process that would have accepted this connection. Also one whose listener has just been closed: that comes
-/// before the end of what waits in its queue (`inet_csk_listen_stop()`).
+/// Notes the process that would have accepted this connection as its holder. Its listener may have just been closed:
+/// the kernel closes a listener before the connections in its queue (`inet_csk_listen_stop()`).
 #[inline(always)]
 pub fn name(connection: &mut Connection) {
     let ends = &connection.endpoints;

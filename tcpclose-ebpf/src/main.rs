@@ -1,7 +1,7 @@
 //! The kernel half of tcpclose.
 //!
-//! One file a hook in `hooks`; each hook keeps the life of its socket up to date in the table (`table.rs`, `connection.rs`)
-//! and, when an end is over or a RST went, hands it to `emit.rs`, the only writer of the ring buffer.
+//! `hooks` has one file per hook. Each hook updates the entry of its socket in the table (`table.rs`, `connection.rs`) and, at
+//! the end of a connection or at a RST, passes it to `emit.rs`, the only writer of the ring buffer.
 //!
 //! Built for `bpfel-unknown-none` by `cargo xtask build`. For any other target this is an empty program, so that
 //! `cargo build --workspace` and `cargo clippy --workspace` work without the BPF toolchain.
@@ -16,8 +16,8 @@
         clippy::needless_borrows_for_generic_args,
         clippy::needless_pass_by_value,
         clippy::upper_case_acronyms,
-        reason = "a BPF program is one function as far as possible; helpers return u64 and i64 whatever they mean, and \
-                  the ring's entries as bytes that are aligned to 8; a map value that is passed by value would be copied \
+        reason = "a BPF program is one function as far as possible; helpers return u64 and i64 for values of all kinds, \
+                  and the ring's entries as bytes that are aligned to 8; a map value that is passed by value would be copied \
                   to the stack, which has 512 bytes; aya's macros pass contexts by value and make types of the maps' names"
     )
 )]
@@ -61,7 +61,7 @@ fn main() {
 #[cfg(target_arch = "bpf")]
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-    // The verifier accepts a program only if this can not be reached.
+    // The verifier accepts a program only if this cannot be reached.
     loop {}
 }
 

@@ -1,5 +1,5 @@
-//! Reads packets. The ends of one that a RST answers: for a RST without a socket, and for one of a listener, the
-//! tracepoints of some kernels tell no remote end. And times to live.
+//! Reads packets: the endpoints of a packet that a RST answers, because on some kernels the tracepoint has no remote
+//! end for a RST without a socket or of a listener; and times to live.
 
 use tcpclose_common::{
     record::{Address, Endpoints, UNKNOWN_U32, mapped},
@@ -11,12 +11,12 @@ use crate::{
     maps::global,
 };
 
-/// Fills in both ends as the packet's receiver sees them (its destination is our local end), and the network namespace
-/// of the device it came by. Leaves everything alone if the packet can not be read.
+/// Fills in both ends as the packet's receiver sees them (its destination is the local end), and the network namespace
+/// of the device that received it. Changes nothing if the packet cannot be read.
 #[inline(always)]
 pub fn endpoints(skb: u64, to: &mut Endpoints) {
-    // One after the other: LLVM reads what a failed one left unset if all are read first and then tested, and kernels
-    // before 6.3 refuse that.
+    // Each result is tested before the next read. If all are read first, LLVM's code also reads what a failed read left
+    // uninitialized, and kernels before 6.3 refuse that.
     let Some(head) = member::<u64>(skb, global!(STRUCTS.skb_head)) else { return };
     let Some(network) = member::<u16>(skb, global!(STRUCTS.skb_network_header)) else { return };
     let Some(transport) = member::<u16>(skb, global!(STRUCTS.skb_transport_header)) else { return };
@@ -49,7 +49,7 @@ pub fn endpoints(skb: u64, to: &mut Endpoints) {
     }
 }
 
-/// The time to live of a packet, or its hop limit; 0 if it can not be read.
+/// The time to live of a packet, or its hop limit; 0 if it cannot be read.
 #[inline(always)]
 pub fn ttl(skb: u64) -> u8 {
     let Some(head) = member::<u64>(skb, global!(STRUCTS.skb_head)) else { return 0 };
@@ -65,7 +65,7 @@ pub fn ttl(skb: u64) -> u8 {
     read(ip + at).unwrap_or(0)
 }
 
-/// Inode number of the network namespace of the device that a packet came by.
+/// Inode number of the network namespace of the device that received a packet.
 #[inline(always)]
 pub fn netns(skb: u64) -> Option<u32> {
     let dev: u64 = member(skb, global!(STRUCTS.skb_dev))?;

@@ -4,8 +4,8 @@ use aya_ebpf::helpers::generated::{bpf_get_current_task_btf, bpf_task_pt_regs};
 
 use crate::{kernel::member, maps::global};
 
-/// Address of the registers that the entry code saved at the top of the kernel stack of `current`, the current task; 0 if
-/// it is not known.
+/// Address of the registers that the entry code saved at the top of the kernel stack of `current`, the current task; 0
+/// if it is not known.
 #[inline(always)]
 pub fn of(current: u64) -> u64 {
     if global!(PARAMS.has_pt_regs_helper) != 0 {

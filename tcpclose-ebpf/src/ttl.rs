@@ -1,4 +1,5 @@
-//! Times to live, from the packet that had them to the connection that it belongs to.
+//! Times to live where fentry is not available: they are read from packets and kept until a hook on the socket needs
+//! them.
 
 use tcpclose_common::record::{Address, Endpoints, UNKNOWN_U32, mapped};
 
@@ -13,7 +14,7 @@ const SYN: u8 = 0x02;
 const RST: u8 = 0x04;
 const IPPROTO_TCP: u8 = 6;
 
-/// A packet came in: if it is TCP's, with SYN or RST, notes its time to live.
+/// Records the time to live of a received packet if it is a TCP segment with SYN or RST.
 #[inline(always)]
 pub fn seen(skb: u64) {
     let Some(head) = member::<u64>(skb, global!(STRUCTS.skb_head)) else { return };
@@ -55,11 +56,11 @@ pub fn seen(skb: u64) {
     } else {
         ttls.handshake = ttl;
     }
-    // If there is no room, the time to live is null.
+    // Without room, the time to live is null.
     let _ = TTLS.insert(tuple, ttls, 0);
 }
 
-/// What is known for a connection; zeros if nothing is. With `forget` it is known no more.
+/// The times to live of a connection; zeros if none are known. With `forget` they are then removed.
 #[inline(always)]
 pub fn of(ends: &Endpoints, forget: bool) -> Ttls {
     let none = Ttls { handshake: 0, reset: 0, reserved: [0; 6] };

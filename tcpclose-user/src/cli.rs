@@ -11,15 +11,15 @@ use crate::{
     commands::explain,
     event::{Cause, LingeringKind},
     kernel::hooks::AcceptHook,
-    kernel::loader::BtfSource,
+    kernel::loader::{BtfSource, DEFAULT_CONNECTIONS},
     sink::Format,
 };
 
 /// Show who ended a TCP connection, how, why, and from which line of code
 ///
-/// tcpclose traces the end of every TCP connection of this host, in all network namespaces, and writes one line for each
-/// end of a connection (`close`), one for each RST sent or received (`reset`), and one for each socket that stays in a
-/// teardown state (`lingering`). Without a subcommand it traces.
+/// tcpclose traces the end of every TCP connection of this host, in all network namespaces, and writes one line for
+/// each end of a connection (`close`), one for each RST sent or received (`reset`), and one for each socket that stays
+/// in a teardown state (`lingering`). Without a subcommand it traces.
 ///
 /// Filters: the values of one option are alternatives, separated by commas or given by repeating the option. Different
 /// options must all match.
@@ -83,13 +83,13 @@ pub enum Command {
     },
     /// List the sockets that are in a teardown state now, with owners and ages, and count the sockets in every state
     ///
-    /// Filters: the values of one option are alternatives, separated by commas or given by repeating the option. Different
-    /// options must all match.
+    /// Filters: the values of one option are alternatives, separated by commas or given by repeating the option.
+    /// Different options must all match.
     List(Box<ListArgs>),
     /// Report what this kernel and these privileges allow, and what to do about the rest
     ///
-    /// As root it attaches every hook for a moment. Without privileges it reports what is known without trying. The exit
-    /// status is 0 if tcpclose works in full, 1 if it works with restrictions, and 3 if it cannot trace.
+    /// As root it attaches every hook for a moment. Without privileges it reports what is known without trying. The
+    /// exit status is 0 if tcpclose works in full, 1 if it works with restrictions, and 3 if it cannot trace.
     Doctor {
         /// Format of the report: text, or one JSON object
         #[arg(short, long, value_name = "FORMAT", default_value = "text")]
@@ -100,9 +100,9 @@ pub enum Command {
     },
     /// Print the JSON Schema of the lines that `-o json` writes
     Schema,
-    /// Make the same lines again from a file that `--record` wrote; needs no privilege
+    /// Write the same lines again from a file that `--record` wrote; needs no privileges
     Replay(Box<ReplayArgs>),
-    /// Read events, of one host or of many, and say what they mean together
+    /// Diagnose events of one host or several: report faults that only many events together show
     Diagnose(DiagnoseArgs),
     /// Print the manual page: `tcpclose man | man -l -`
     Man,
@@ -118,11 +118,11 @@ pub enum Command {
 /// Options of `diagnose`.
 #[derive(Args, Clone, Debug)]
 pub struct DiagnoseArgs {
-    /// Files that `-o json` wrote; `-`, or none, is the standard input. Both ends of a connection are joined by their
-    /// addresses, across files
+    /// Files that `-o json` wrote; `-` or no file means the standard input. Both ends of a connection are joined by
+    /// their addresses, also across files
     #[arg(value_name = "FILE")]
     pub files: Vec<PathBuf>,
-    /// Text for a person, or a `finding` line for each
+    /// Format of the findings: text, or one JSON object a line
     #[arg(short, long, value_name = "FORMAT", default_value = "text")]
     pub output: Format,
     /// Write a page with findings, timelines and a flame graph to this file as well
@@ -150,7 +150,7 @@ pub struct ReplayArgs {
 /// Options of `trace`.
 #[derive(Args, Clone, Debug)]
 pub struct TraceArgs {
-    /// Format of the events: lines for a person, or one JSON object a line
+    /// Format of the events: text, or one JSON object a line
     #[arg(short, long, value_name = "FORMAT", default_value = "text")]
     pub output: Format,
     /// Which stacks to take
@@ -161,8 +161,8 @@ pub struct TraceArgs {
     /// How to unwind user stacks
     ///
     /// `fp` follows frame pointers, which most programs are built without. `dwarf` uses the unwind tables that programs
-    /// carry for exceptions, and unwinds Java too: for that, each connect, accept and close copies up to SIZE bytes of the
-    /// stack, which costs the program some µs and tcpclose some 10 µs.
+    /// carry for exceptions, and unwinds Java too: for that, each connect, accept and close copies up to SIZE bytes of
+    /// the stack, which takes the program some µs and tcpclose about 10 µs.
     #[arg(long, value_name = "fp|dwarf[,SIZE]", default_value = "fp")]
     pub call_graph: CallGraph,
     /// How to see who accepts a connection
@@ -170,8 +170,8 @@ pub struct TraceArgs {
     pub accept_hook: AcceptHook,
     /// Compare the time to live of each RST received with that of the connection's first packet
     ///
-    /// A difference reveals a forged RST. Most kernels allow this at no cost, and then it happens without this option. On
-    /// the others it takes a hook on every packet that the host receives, which only this option attaches.
+    /// A difference reveals a forged RST. On most kernels this costs nothing and is always done. On the others this
+    /// option attaches a program to every packet that the host receives.
     #[arg(long)]
     pub ttl: bool,
     /// Report sockets that stay in a teardown state (CLOSE_WAIT, FIN_WAIT2, …) longer than this, or `off`
@@ -190,7 +190,7 @@ pub struct TraceArgs {
     pub count: Option<u64>,
     /// Write tcpclose's pid to this file once every program is attached
     ///
-    /// A new file has the pid in it from the moment it appears. A file, FIFO or device that exists is written into and
+    /// A new file contains the pid from the moment it appears. A file, FIFO or device that exists is written to and
     /// never replaced.
     #[arg(long, value_name = "PATH")]
     pub ready_file: Option<PathBuf>,
@@ -198,12 +198,12 @@ pub struct TraceArgs {
     ///
     /// Each takes about 750 bytes of kernel memory. Beyond this number sockets that have had no event for long are
     /// evicted, and counted as lost.
-    #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(128..=4_194_304))]
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_CONNECTIONS, value_parser = clap::value_parser!(u32).range(128..=4_194_304))]
     pub connections: u32,
     /// Where the descriptions of the kernel's types come from: `kernel`, a file of raw BTF, or `none`
     #[arg(long, value_name = "SOURCE", default_value = "kernel")]
     pub btf: BtfSource,
-    /// Record what the kernel half reports and what the host answers to this file, for `tcpclose replay`
+    /// Record the reports of the kernel half and what was looked up on the host to this file, for `tcpclose replay`
     #[arg(long, value_name = "PATH", hide_short_help = true)]
     pub record: Option<PathBuf>,
     /// Write debug messages of both halves of tcpclose to the standard error
@@ -220,7 +220,7 @@ pub struct TraceArgs {
 /// Options of `list`.
 #[derive(Args, Clone, Debug, Default)]
 pub struct ListArgs {
-    /// Format: tables for a person, or one `lingering` line for each socket
+    /// Format of the list: tables, or one `lingering` line in JSON for each socket
     #[arg(short, long, value_name = "FORMAT", default_value = "text")]
     pub output: ReportFormat,
     /// Leave out sockets that have certainly been in their state for less than this
@@ -279,13 +279,13 @@ pub struct SocketArgs {
     pub kind: Vec<LingeringKind>,
 }
 
-/// In what form a report is written, which is complete before its first line.
+/// The formats of a report, which is complete before its first line is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum ReportFormat {
-    /// Tables for a person
+    /// Tables
     #[default]
     Text,
-    /// JSON for a program
+    /// One JSON object
     Json,
 }
 

@@ -1,10 +1,10 @@
-//! The user half of tcpclose: turns the records of the kernel half into lines that say who ended a TCP connection, how,
-//! why, and from which line of code.
+//! The user half of tcpclose: turns the records of the kernel half into lines that report who ended a TCP connection,
+//! how, why, and from which line of code.
 //!
 //! # The path of an event
 //!
-//! An event passes the modules in this order. [`pipeline`] hands the result of each on to the next. [`live`] feeds it from
-//! the kernel half while a trace runs; [`commands::replay`] feeds it from a recording.
+//! An event passes the modules in this order. [`pipeline`] passes the result of each to the next. [`live`] feeds it
+//! from the kernel half while a trace runs; [`commands::replay`] feeds it from a recording.
 //!
 //! 1. [`kernel`] loads the programs of the kernel half, tells them where the running kernel keeps what they read, and
 //!    owns them and their maps.
@@ -19,15 +19,15 @@
 //!
 //! Sockets that stay in a teardown state are found by [`stuck`] and join at step 4.
 //!
-//! What a record does not say about programs, holders and stacks, steps 4 and 5 ask the [`host`]. The running host
-//! answers during a trace, and its answers are kept in the recording.
+//! Steps 4 and 5 look up on the [`host`] what a record does not contain: programs, holders of sockets, and names of
+//! stack frames. A recording keeps the answers.
 //!
 //! # Around it
 //!
-//! - [`cli`] is the command line, and [`commands`] has a module for each subcommand; [`commands::trace`] is the event loop
-//!   of a trace.
-//! - [`sockets`] asks the kernel for its TCP sockets without a program in the kernel, for `tcpclose list` and for sockets
-//!   that are older than the trace.
+//! - [`cli`] is the command line, and [`commands`] has a module for each subcommand; [`commands::trace`] is the event
+//!   loop of a trace.
+//! - [`sockets`] asks the kernel for its TCP sockets without a program in the kernel, for `tcpclose list` and for
+//!   sockets that are older than the trace.
 //! - [`tcp`] has the terms of TCP that all modules share: states, endpoints, roles, directions.
 //! - [`failure`] is the form of an error that ends tcpclose: what failed, what was found, what was needed, what to try.
 //!

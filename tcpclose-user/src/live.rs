@@ -147,12 +147,16 @@ impl Live {
             }
         }
         let can_search = self.kernel.can_search_descriptors();
-        let mut found = Vec::new();
+        let is_recorded = self.recorder.is_some();
+        let mut recorded = Vec::new();
         let going = self.pipeline.caught_up(now, |host, inodes| {
-            found = if can_search { vec![false; inodes.len()] } else { host.find_holders(inodes) };
-            found.clone()
+            let found = if can_search { vec![false; inodes.len()] } else { host.find_holders(inodes) };
+            if is_recorded {
+                recorded.clone_from(&found);
+            }
+            found
         })?;
-        self.keep(|| Step::CaughtUp { now, found })?;
+        self.keep(|| Step::CaughtUp { now, found: recorded })?;
         if going == Going::Done {
             return self.done();
         }

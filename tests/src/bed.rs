@@ -123,12 +123,12 @@ impl Route {
     }
 
     /// An on-link address that no host has.
-    pub fn nobody(self) -> IpAddr {
+    pub fn unused_address(self) -> IpAddr {
         self.host(99)
     }
 
     /// An address behind the server, to which the server has no route.
-    pub fn nowhere(self) -> IpAddr {
+    pub fn unreachable_address(self) -> IpAddr {
         match self.family {
             Family::Ipv6 => Ipv6Addr::new(0xfd00, 0x99, 0, 0, 0, 0, 0, 1).into(),
             Family::Ipv4 | Family::Mapped => Ipv4Addr::new(10, 99, 0, 1).into(),
@@ -213,9 +213,9 @@ impl Bed {
     }
 
     /// Makes a connection attempt that must fail with this error.
-    pub fn connect_in_vain(&mut self, address: IpAddr, port: u16, errno: &str) -> Result<Connection> {
+    pub fn connect_and_fail(&mut self, address: IpAddr, port: u16, errno: &str) -> Result<Connection> {
         let address = self.route.written(address);
-        let facts = self.client.ask_in_vain(&format!("connect {address} {port}"), errno)?;
+        let facts = self.client.ask_and_fail(&format!("connect {address} {port}"), errno)?;
         Ok(self.attempt(facts.get("local")?, SocketAddr::new(address, port)))
     }
 

@@ -29,6 +29,7 @@ pub mod program;
 pub mod rerun;
 pub mod scenario;
 pub mod scratch;
+pub mod servers;
 pub mod snmp;
 pub mod sockets;
 pub mod tool;
@@ -41,8 +42,8 @@ pub const PATIENCE: Duration = Duration::from_mins(1);
 /// The divisor for numbers of connections, from `TCPCLOSE_TESTS_FEWER`; 1 by default. An emulated processor
 /// takes minutes for as many as a real one handles in a second.
 pub fn fewer() -> u16 {
-    let said = std::env::var("TCPCLOSE_TESTS_FEWER").ok().and_then(|text| text.parse().ok());
-    said.filter(|divisor| *divisor > 0).unwrap_or(1)
+    let divisor = std::env::var("TCPCLOSE_TESTS_FEWER").ok().and_then(|text| text.parse().ok());
+    divisor.filter(|number| *number > 0).unwrap_or(1)
 }
 
 /// Repeats `attempt` until it returns a value, or fails with `what` when [`PATIENCE`] is over.

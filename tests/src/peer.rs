@@ -85,12 +85,12 @@ impl Peer {
     }
 
     /// Sends an order that must fail with this error.
-    pub fn ask_in_vain(&mut self, order: &str, errno: &str) -> Result<Facts> {
+    pub fn ask_and_fail(&mut self, order: &str, errno: &str) -> Result<Facts> {
         self.tell(order)?;
         match self.answer().with_context(|| format!("`{order}`"))? {
             Err(refused) if refused.line.split_whitespace().nth(1) == Some(errno) => Ok(refused),
             Ok(other) | Err(other) => {
-                bail!("`{order}` was to fail with {errno}, but the peer said: {}", other.line)
+                bail!("`{order}` was to fail with {errno}, but the peer answered: {}", other.line)
             }
         }
     }
@@ -103,7 +103,7 @@ impl Peer {
     /// Receives the answer to an order that must succeed.
     pub fn finish(&mut self, order: &str) -> Result<Facts> {
         let answer = self.answer().with_context(|| format!("`{order}`"))?;
-        answer.map_err(|refused| anyhow!("`{order}`: the peer said: {}", refused.line))
+        answer.map_err(|refused| anyhow!("`{order}`: the peer answered: {}", refused.line))
     }
 
     /// Sends an order that makes the peer exit, and returns its exit status.
@@ -130,16 +130,18 @@ impl Peer {
         let line = self.program.line()?;
         let facts = line.split_whitespace().filter_map(|word| word.split_once('='));
         let facts = facts.map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
-        let said = Facts { line, facts };
-        Ok(if said.line.starts_with("ok") { Ok(said) } else { Err(said) })
+        let answer = Facts { line, facts };
+        Ok(if answer.line.starts_with("ok") { Ok(answer) } else { Err(answer) })
     }
 }
 
 impl Facts {
     /// Parses one fact.
     pub fn get<T: FromStr<Err: Into<Error>>>(&self, key: &str) -> Result<T> {
-        let value =
-            self.facts.get(key).with_context(|| format!("the peer did not say its {key}: {}", self.line))?;
+        let value = self
+            .facts
+            .get(key)
+            .with_context(|| format!("the peer did not report its {key}: {}", self.line))?;
         value.parse().map_err(Into::into).with_context(|| format!("{key}={value}"))
     }
 }

@@ -52,7 +52,7 @@ impl Program {
 
     /// Waits for the next line of its standard output.
     pub fn line(&self) -> Result<String> {
-        self.lines.recv_timeout(PATIENCE).with_context(|| format!("{} says nothing", self.command))
+        self.lines.recv_timeout(PATIENCE).with_context(|| format!("{} wrote no line", self.command))
     }
 
     /// Writes a line, and returns the line that the program answers with.

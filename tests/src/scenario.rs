@@ -115,7 +115,7 @@ impl Trace {
     /// Waits for the expected lines and stops the tool. Checks that it has written exactly these lines, as
     /// far as this kernel allows, and that the kernel has counted as many sent RSTs as the tool.
     pub fn verify(self, bed: &Bed, expected: Vec<Value>) -> Result<()> {
-        let expected = features::tellable(expected);
+        let expected = features::reportable(expected);
         let count = expected.len();
         let ended = self.finish(bed, |lines| lines.len() >= count)?;
         let mismatches = expect::mismatches(&ended.lines, &expected);
@@ -141,16 +141,16 @@ impl Trace {
             again += after.since(before, "TcpRetransSegs")?;
         }
         let sent = ended.lines.iter().filter(|line| line["event"] == "reset" && line["direction"] == "sent");
-        let said = i64::try_from(sent.count())?;
+        let reported = i64::try_from(sent.count())?;
         let unseen = i64::try_from(unseen)?;
-        let all_told = (counted - unseen..=counted).contains(&said)
-            || (said < counted && !Feature::EveryReset.is_here());
-        ensure!(all_told, "the kernel sent {counted} RSTs, the tool reported {said}\n{ended}");
+        let matches = (counted - unseen..=counted).contains(&reported)
+            || (reported < counted && !Feature::EveryReset.is_here());
+        ensure!(matches, "the kernel sent {counted} RSTs, the tool reported {reported}\n{ended}");
         let closes = ended.lines.iter().filter(|line| line["event"] == "close");
-        let told: i64 = closes.filter_map(|line| line["connection"]["retransmits"].as_i64()).sum();
+        let reported: i64 = closes.filter_map(|line| line["connection"]["retransmits"].as_i64()).sum();
         ensure!(
-            told <= again,
-            "the kernel counted {again} retransmitted segments, the tool reported {told}\n{ended}"
+            reported <= again,
+            "the kernel counted {again} retransmitted segments, the tool reported {reported}\n{ended}"
         );
         Ok(ended)
     }
@@ -256,7 +256,7 @@ pub fn reset_in_close_wait(bed: &Bed, connection: &Connection, side: Side) -> Re
 
 /// The line of a RST with which a side's host answers a segment of a connection that it has no socket for any
 /// more.
-pub fn answer_of_nobody(bed: &Bed, connection: &Connection, side: Side) -> Value {
+pub fn reset_without_socket(bed: &Bed, connection: &Connection, side: Side) -> Value {
     json!({
         "event": "reset",
         "direction": "sent",
@@ -276,7 +276,7 @@ pub fn answer_of_nobody(bed: &Bed, connection: &Connection, side: Side) -> Value
 
 /// Makes the server close a connection that the client's host has no socket for any more, and returns the
 /// expected lines.
-pub fn fin_meets_nobody(bed: &mut Bed, connection: &Connection) -> Result<Vec<Value>> {
+pub fn fin_without_socket(bed: &mut Bed, connection: &Connection) -> Result<Vec<Value>> {
     bed.peer(Side::Server).ask("close")?;
     let closed = json!({
         "closed_by": "local",
@@ -289,7 +289,7 @@ pub fn fin_meets_nobody(bed: &mut Bed, connection: &Connection) -> Result<Vec<Va
     let received =
         json!({"direction": "received", "cause": "peer_reset", "state": "FIN_WAIT1", "stack": null});
     Ok(vec![
-        answer_of_nobody(bed, connection, Side::Client),
+        reset_without_socket(bed, connection, Side::Client),
         bed.close_line(connection, Side::Server, closed)?,
         bed.reset_line(connection, Side::Server, received)?,
     ])

@@ -59,7 +59,7 @@ enum Step {
     /// Unshares the mount namespace and mounts something at these places.
     Mount(Vec<(&'static CStr, CString)>),
     NewUserNamespace,
-    BecomeNobody,
+    BecomeUnprivileged,
 }
 
 impl Step {
@@ -77,7 +77,7 @@ impl Step {
                 }
             }
             Self::NewUserNamespace => unshare(CloneFlags::CLONE_NEWUSER)?,
-            Self::BecomeNobody => {
+            Self::BecomeUnprivileged => {
                 // The usual limit: the tests may have raised their own.
                 setrlimit(Resource::RLIMIT_MEMLOCK, LOCKED, LOCKED)?;
                 setgroups(&[])?;
@@ -216,7 +216,7 @@ impl Launch {
             grant(&copy, capabilities)?;
         }
         self.program = copy.into();
-        self.steps.push(Step::BecomeNobody);
+        self.steps.push(Step::BecomeUnprivileged);
         Ok(self)
     }
 
@@ -289,14 +289,14 @@ impl Launch {
         let stdout = child.stdout.take().context("no stdout")?;
         let stderr = child.stderr.take().context("no stderr")?;
         let lines = Arc::new(Lines::default());
-        let said = Arc::new(Mutex::new(String::new()));
-        let (sink, heard) = (Arc::clone(&lines), Arc::clone(&said));
+        let stderr_text = Arc::new(Mutex::new(String::new()));
+        let (sink, text) = (Arc::clone(&lines), Arc::clone(&stderr_text));
         Ok(Tool {
             child,
             lines,
             stdout: Some(thread::spawn(move || sink.fill(stdout, self.most_lines))),
-            stderr: said,
-            stderr_read: Some(thread::spawn(move || hear(stderr, &heard))),
+            stderr: stderr_text,
+            stderr_read: Some(thread::spawn(move || read_stderr(stderr, &text))),
             scratch: Some(self.scratch),
         })
     }
@@ -335,16 +335,16 @@ impl Tool {
         })
     }
 
-    /// Passes every line of a view to `look`, past and future ones, until it returns a value or until no line
+    /// Passes every line of a view to `visit`, past and future ones, until it returns a value or until no line
     /// has arrived for the length of the timeout.
-    fn follow<T>(&self, view: &View, mut look: impl FnMut(&Value) -> Option<T>) -> Option<T> {
+    fn follow<T>(&self, view: &View, mut visit: impl FnMut(&Value) -> Option<T>) -> Option<T> {
         let mut lines = self.lines.lock();
         let (mut next, mut since) = (view.from, Instant::now());
         loop {
             let fresh = next;
             next = lines.read.len();
             for line in lines.read[fresh..].iter().filter(|line| view.has(line)) {
-                if let Some(made) = look(line) {
+                if let Some(made) = visit(line) {
                     return Some(made);
                 }
                 since = Instant::now();
@@ -376,7 +376,7 @@ impl Tool {
     }
 
     /// The output so far for a view. Every line since the view was opened must keep the contract.
-    pub fn said_about(&self, view: &View) -> Result<Ended> {
+    pub fn stderr_about(&self, view: &View) -> Result<Ended> {
         let stderr = self.stderr.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let lines = self.lines.lock();
         let violations = lines.violations.range(view.from..).flat_map(|(_, all)| all).cloned().collect();
@@ -537,11 +537,11 @@ fn grant(program: &Path, capabilities: &[Capability]) -> Result<()> {
     Ok(())
 }
 
-fn hear(stderr: ChildStderr, heard: &Mutex<String>) {
+fn read_stderr(stderr: ChildStderr, text: &Mutex<String>) {
     let mut stderr = BufReader::new(stderr);
     let mut line = Vec::new();
     while stderr.read_until(b'\n', &mut line).is_ok_and(|length| length > 0) {
-        heard.lock().unwrap_or_else(PoisonError::into_inner).push_str(&String::from_utf8_lossy(&line));
+        text.lock().unwrap_or_else(PoisonError::into_inner).push_str(&String::from_utf8_lossy(&line));
         line.clear();
     }
 }

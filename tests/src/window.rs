@@ -48,7 +48,7 @@ impl Window {
                 tool.leave_nothing();
                 // An emulator translates a BPF program when it first runs. That takes so long that several
                 // tasks may enter the program at once, and the kernel then runs it for only one of them.
-                tell_an_end(&tool, &View::ALL)?;
+                wait_for_own_end(&tool, &View::ALL)?;
                 let tool = Arc::new(tool);
                 tools.insert(key, Arc::clone(&tool));
                 tool
@@ -73,15 +73,15 @@ impl Window {
     pub fn close(self) -> Result<Ended> {
         let everything = View { namespaces: None, ..self.view };
         for _ in 0..ROUNDS {
-            tell_an_end(&self.tool, &everything)?;
+            wait_for_own_end(&self.tool, &everything)?;
         }
-        self.tool.said_about(&self.view)
+        self.tool.stderr_about(&self.view)
     }
 }
 
 /// Ends a connection of this process, and waits until the tool reports it.
-fn tell_an_end(tool: &Tool, view: &View) -> Result<()> {
+fn wait_for_own_end(tool: &Tool, view: &View) -> Result<()> {
     let line = scenario::end_of_own()?;
-    let is_it = |told: &Value| differences(told, &line).is_empty();
+    let is_it = |written: &Value| differences(written, &line).is_empty();
     tool.wait_for_among(view, &format!("like {line}"), is_it).map(drop)
 }

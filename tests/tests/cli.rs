@@ -102,9 +102,9 @@ fn wrong_usage_exits_with_2() -> Result<()> {
 #[test]
 fn without_privilege_it_names_what_is_missing() -> Result<()> {
     let ended = Launch::new()?.as_nobody(&[])?.run()?.with_code(1)?;
-    let said = ended.stderr.to_lowercase();
+    let stderr = ended.stderr.to_lowercase();
     for capability in ["cap_bpf", "cap_perfmon"] {
-        ensure!(said.contains(capability), "stderr does not name {capability}\n{ended}");
+        ensure!(stderr.contains(capability), "stderr does not name {capability}\n{ended}");
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use tcpclose_tests::{
     features::reason,
     netns,
     peer::Peer,
-    scenario::{Trace, aborted, fin_meets_nobody, orderly_lines, reset_in_close_wait, reset_lines, run},
+    scenario::{Trace, aborted, fin_without_socket, orderly_lines, reset_in_close_wait, reset_lines, run},
     scenarios,
     sockets::{self, FIN_WAIT2},
 };
@@ -39,7 +39,7 @@ scenarios! {
     client_lingers_not
     server_lingers_not
     client_disconnects
-    client_lingers_in_vain
+    client_lingers_without_need
     client_closes_what_it_shut_down
     client_lingers_not_after_shutdown
     client_closes_with_unread_data_and_end
@@ -268,7 +268,7 @@ fn client_lingers_not_after_shutdown(bed: &mut Bed) -> Result<Vec<Value>> {
 }
 
 /// There is nothing to linger for, because the peer answers.
-fn client_lingers_in_vain(bed: &mut Bed) -> Result<Vec<Value>> {
+fn client_lingers_without_need(bed: &mut Bed) -> Result<Vec<Value>> {
     const SECONDS: u32 = 60;
     let this = in_function("close", "peer_closes_socket_outer");
     let lingers = |peer: &mut Peer| {
@@ -336,7 +336,7 @@ fn client_closes_under_repair(bed: &mut Bed) -> Result<Vec<Value>> {
     });
     let this = but(in_function("close", "peer_closes_socket_outer"), this);
     let mut lines = vec![bed.close_line(&connection, Side::Client, this)?];
-    lines.extend(fin_meets_nobody(bed, &connection)?);
+    lines.extend(fin_without_socket(bed, &connection)?);
     Ok(lines)
 }
 
@@ -457,7 +457,7 @@ fn data_comes_after_shutdown(bed: &mut Bed) -> Result<Vec<Value>> {
 /// The RST that refuses has no socket and hence no process; the refused end has both.
 fn nobody_listens(bed: &mut Bed) -> Result<Vec<Value>> {
     const PORT: u16 = 7;
-    let attempt = bed.connect_in_vain(bed.route().address(Side::Server), PORT, "ECONNREFUSED")?;
+    let attempt = bed.connect_and_fail(bed.route().address(Side::Server), PORT, "ECONNREFUSED")?;
     let refused = json!({
         "closed_by": "peer",
         "ended": "reset_received",

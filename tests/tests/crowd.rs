@@ -247,14 +247,14 @@ impl fmt::Display for Complaints {
 
 /// Whether a line reports a RST that the host sent because a segment had no socket.
 fn is_answer_without_socket(line: &Value) -> bool {
-    let nobody = json!({
+    let without_socket = json!({
         "event": "reset",
         "direction": "sent",
         "cause": "no_listener",
         "process": null,
         "state": null,
     });
-    differences(line, &nobody).is_empty()
+    differences(line, &without_socket).is_empty()
 }
 
 /// Whether a line reports a RST that the host sent for a listener. All listeners belong to this process.

@@ -88,7 +88,10 @@ fn two_capabilities_are_enough() -> Result<()> {
     });
     let found = ended.lines.iter().any(|line| differences(line, &expected).is_empty());
     ensure!(found, "no line matches {expected}\n{ended}");
-    ensure!(ended.stderr.contains("CAP_SYS_PTRACE"), "stderr does not say what is lost without it\n{ended}");
+    ensure!(
+        ended.stderr.contains("CAP_SYS_PTRACE"),
+        "stderr does not report what is lost without it\n{ended}"
+    );
     Ok(())
 }
 
@@ -122,7 +125,7 @@ fn types_are_missed_and_said_to_be() -> Result<()> {
         ensure!(differences.is_empty(), "without {hidden:?}: {}\n{ended}", differences.join("\n"));
         ensure!(
             ended.stderr.contains("no BTF, so bytes"),
-            "without {hidden:?}, stderr does not say so\n{ended}"
+            "without {hidden:?}, stderr does not report it\n{ended}"
         );
     }
     Ok(())
@@ -130,15 +133,15 @@ fn types_are_missed_and_said_to_be() -> Result<()> {
 
 #[test]
 fn without_types_and_tracefs_it_says_what_it_needs() -> Result<()> {
-    let nobody = Launch::new()?.without(&[TYPES, TRACEFS[0], TRACEFS[1]])?;
-    let nobody = nobody.as_nobody(&[Capability::Bpf, Capability::Perfmon])?;
+    let unprivileged = Launch::new()?.without(&[TYPES, TRACEFS[0], TRACEFS[1]])?;
+    let unprivileged = unprivileged.as_nobody(&[Capability::Bpf, Capability::Perfmon])?;
     let nowhere_to_mount_it = Launch::new()?.without(&["/sys/kernel"])?;
     for (launch, needed) in
-        [(nobody, "CAP_SYS_ADMIN to mount it"), (nowhere_to_mount_it, "/sys/kernel/tracing")]
+        [(unprivileged, "CAP_SYS_ADMIN to mount it"), (nowhere_to_mount_it, "/sys/kernel/tracing")]
     {
         let ended = launch.run()?.with_code(1)?;
         for word in ["no tracefs", "BTF", needed] {
-            ensure!(ended.stderr.contains(word), "stderr does not say {word}\n{ended}");
+            ensure!(ended.stderr.contains(word), "stderr does not mention {word}\n{ended}");
         }
     }
     Ok(())
@@ -220,7 +223,7 @@ fn pids_are_those_of_the_host() -> Result<()> {
 /// The tool runs in a container. It reports pids of the host, but its `/proc` shows other processes, one of
 /// which may have the same pid as one of those.
 #[test]
-fn from_a_pid_namespace_nobody_is_taken_for_another() -> Result<()> {
+fn in_a_pid_namespace_no_process_is_mistaken_for_another() -> Result<()> {
     let launch = || Ok::<_, anyhow::Error>(Launch::new()?.in_pid_namespace());
     let place = diagnosis(launch()?, &[], "pid namespace")?;
     ensure!(place["mark"] == "less", "{place:#}");
@@ -236,8 +239,8 @@ fn from_a_pid_namespace_nobody_is_taken_for_another() -> Result<()> {
     // The first process of a pid namespace ends after all others.
     drop(decoy);
     let ended = trace.finish(&bed, |_| true)?;
-    ensure!(ended.stderr.contains("pid namespace"), "stderr does not say what is lost\n{ended}");
-    let nobody = json!({"symbol": null, "module": null});
+    ensure!(ended.stderr.contains("pid namespace"), "stderr does not report what is lost\n{ended}");
+    let unnamed = json!({"symbol": null, "module": null});
     for side in [Side::Client, Side::Server] {
         let pid = bed.peer(side).pid();
         let ends = json!({"event": "close", "connection": {"local": endpoint(connection.address(side))}});
@@ -252,7 +255,7 @@ fn from_a_pid_namespace_nobody_is_taken_for_another() -> Result<()> {
         };
         let mut found = differences(line, &expected);
         let frames = line["stack"]["user"].as_array().into_iter().flatten();
-        found.extend(frames.flat_map(|frame| differences(frame, &nobody)));
+        found.extend(frames.flat_map(|frame| differences(frame, &unnamed)));
         ensure!(found.is_empty(), "{side}: {}\n{ended}", found.join("\n"));
     }
     Ok(())

@@ -47,12 +47,12 @@ fn closed_with_unread_data(bed: &mut Bed) -> Result<Growth> {
     bed.send(&mut connection, Side::Server, 10)?;
     bed.peer(Side::Client).ask("await-data 10")?;
     bed.peer(Side::Client).ask("close")?;
-    bed.peer(Side::Server).ask_in_vain("receive-end", "ECONNRESET")?;
+    bed.peer(Side::Server).ask_and_fail("receive-end", "ECONNRESET")?;
     Ok(&[("TcpOutRsts", 1), ("TcpEstabResets", 2), ("TcpExtTCPAbortOnClose", 1)])
 }
 
 fn refused(bed: &mut Bed) -> Result<Growth> {
-    let attempt = bed.connect_in_vain(bed.route().address(Side::Server), 7, "ECONNREFUSED")?;
+    let attempt = bed.connect_and_fail(bed.route().address(Side::Server), 7, "ECONNREFUSED")?;
     ensure!(attempt.address(Side::Client).port() != 0, "the port of a refused socket is not known");
     Ok(&[("TcpOutRsts", 1), ("TcpAttemptFails", 1)])
 }

@@ -283,11 +283,11 @@ fn time_wait_is_counted_by_destination() -> Result<()> {
         towards.count()
     };
     // Five destinations are shown, and the number of those that are not.
-    let mut said = 0;
+    let mut shown = 0;
     for line in text.lines().filter(|line| line.ends_with(&netns) && line.contains('%')) {
         let words: Vec<_> = line.split_whitespace().collect();
         let (count, percent, to) = (words[0].parse::<usize>()?, words[1], words[3].parse::<SocketAddr>()?);
-        ensure!(destinations.contains(&to), "nobody connected to {to}\n{text}");
+        ensure!(destinations.contains(&to), "no client connected to {to}\n{text}");
         let real = in_time_wait(Some(to));
         ensure!(
             (real - gone..=real).contains(&count),
@@ -295,9 +295,9 @@ fn time_wait_is_counted_by_destination() -> Result<()> {
         );
         let share = format!("{:.1}%", 100.0 * f64::from(u32::try_from(count)?) / f64::from(ports));
         ensure!(percent == share, "{count} of {ports} ports is not {percent}\n{text}");
-        said += 1;
+        shown += 1;
     }
-    ensure!(said == 5, "five destinations should be shown\n{text}");
+    ensure!(shown == 5, "five destinations should be shown\n{text}");
     let real = in_time_wait(None);
     ensure!(real > usize::from(ports / 6 * 5), "only {real} were made");
     let total = text.lines().find(|line| line.contains(&netns) && line.contains("TIME_WAIT "));

@@ -48,13 +48,13 @@ fn every_connection_is_told_once() -> Result<()> {
     for side in [Side::Client, Side::Server] {
         let end = if side == Side::Client { "local" } else { "remote" };
         let closed: Vec<&Value> = lines_of(&ended, side).filter(|line| line["event"] == "close").collect();
-        let mut told = BTreeMap::<u64, usize>::new();
+        let mut reported = BTreeMap::<u64, usize>::new();
         for line in &closed {
-            *told.entry(line["connection"][end]["port"].as_u64().unwrap_or(0)).or_default() += 1;
+            *reported.entry(line["connection"][end]["port"].as_u64().unwrap_or(0)).or_default() += 1;
         }
-        let wrong: Vec<_> = used.iter().filter(|(port, times)| told.get(port) != Some(times)).collect();
+        let wrong: Vec<_> = used.iter().filter(|(port, times)| reported.get(port) != Some(times)).collect();
         ensure!(
-            wrong.is_empty() && told.len() == used.len(),
+            wrong.is_empty() && reported.len() == used.len(),
             "{} closes of the {side}'s end were reported, a wrong number for the ports {wrong:?}\n{ended}",
             closed.len()
         );
@@ -102,7 +102,7 @@ fn what_comes_while_it_reads_is_told() -> Result<()> {
             }
             thread::sleep(PAUSE + step * STEP);
             let line = scenario::end_of_own()?;
-            tool.wait_for(&format!("like {line}"), |told| differences(told, &line).is_empty())?;
+            tool.wait_for(&format!("like {line}"), |reported| differences(reported, &line).is_empty())?;
         }
         Ok(())
     })?;

@@ -186,7 +186,7 @@ fn short_copies_have_the_innermost_frames() -> Result<()> {
     Ok(())
 }
 
-/// Without the kernel's types, the tool uses frame pointers, and says so.
+/// Without the kernel's types, the tool uses frame pointers, and reports it.
 #[test]
 fn without_types_frame_pointers_have_to_do() -> Result<()> {
     let mut bed = Bed::new(routes::loopback_ipv4())?;
@@ -227,11 +227,11 @@ fn cookie_is_that_of_the_socket() -> Result<()> {
     }
     let ended = trace.finish(&bed, |lines| lines.len() >= 4)?;
     for connection in ended.lines.iter().map(|line| &line["connection"]) {
-        let told = &connection["cookie"];
+        let reported = &connection["cookie"];
         let is_right = if connection["role"] == "client" {
-            *told == json!(cookie)
+            *reported == json!(cookie)
         } else {
-            told.is_null() != Feature::Cookies.is_here() && *told != json!(cookie)
+            reported.is_null() != Feature::Cookies.is_here() && *reported != json!(cookie)
         };
         ensure!(is_right, "the client's cookie is {cookie}\n{ended}");
     }

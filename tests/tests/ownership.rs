@@ -45,8 +45,8 @@ scenarios! {
     one_of_many_workers_is_reset
     receiver_closes
     receiver_is_reset
-    nobody_takes_what_was_passed
-    nobody_can_take_what_was_passed
+    passed_descriptor_is_never_received
+    passed_descriptor_can_never_be_received
     passed_by_server_and_reset
     passed_by_client_and_reset
     thread_closes_what_another_accepted
@@ -272,7 +272,7 @@ fn receiver_is_reset(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
 }
 
 /// The descriptor is in flight when the socket that would receive it is closed, and is released with it.
-fn nobody_takes_what_was_passed(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
+fn passed_descriptor_is_never_received(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     let (connection, receiver) = passed(bed)?;
     bed.peer(Side::Server).ask_child(receiver, "close-channel")?;
     let this = acted(child_process(bed, Side::Server, receiver)?, "close", "peer_closes_socket_outer");
@@ -282,11 +282,11 @@ fn nobody_takes_what_was_passed(bed: &mut Bed, accepts: Accepts) -> Result<Vec<V
 /// The descriptor is in flight to a socket that no process holds. The kernel's garbage collector releases it:
 /// in a kernel thread, or, before 6.10, while the process closes the last socket that led to it. No other
 /// process is involved.
-fn nobody_can_take_what_was_passed(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
+fn passed_descriptor_can_never_be_received(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     let connection = bed.established()?;
     bed.peer(Side::Client).ask("lose-in-cycle")?;
     let client = bed.owner(Side::Client)?;
-    let nobody = json!({
+    let by_the_kernel = json!({
         "trigger": null,
         "process": {"attribution": "connect"},
         "stack": null,
@@ -295,7 +295,7 @@ fn nobody_can_take_what_was_passed(bed: &mut Bed, accepts: Accepts) -> Result<Ve
     let mut lines = orderly_lines(bed, &connection, Side::Client, json!({}))?;
     let of_client = lines.swap_remove(0);
     lines[0] = but(lines[0].take(), accepted_by(&bed.owner(Side::Server)?, accepts));
-    lines.push(one_of(&[but(of_client.clone(), nobody), but(of_client, itself)]));
+    lines.push(one_of(&[but(of_client.clone(), by_the_kernel), but(of_client, itself)]));
     Ok(lines)
 }
 

@@ -23,7 +23,7 @@ fn replay_writes_the_lines_of_the_live_run() -> Result<()> {
 
     let connection = bed.established()?;
     aborted(&mut bed, &connection, Side::Client)?;
-    bed.connect_in_vain(bed.route().address(Side::Server), 7, "ECONNREFUSED")?;
+    bed.connect_and_fail(bed.route().address(Side::Server), 7, "ECONNREFUSED")?;
     bed.established()?;
     bed.peer(Side::Client).ask("close")?;
     bed.peer(Side::Server).ask("receive-end")?;

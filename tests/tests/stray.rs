@@ -13,8 +13,8 @@ use tcpclose_tests::{
     netns,
     packet::{self, Segment},
     scenario::{
-        Trace, answer_of_nobody, ended_by_icmp, fin_meets_nobody, never_established, reset_in_close_wait,
-        reset_lines, run,
+        Trace, ended_by_icmp, fin_without_socket, never_established, reset_in_close_wait, reset_lines,
+        reset_without_socket, run,
     },
     scenarios,
     snmp::Counters,
@@ -29,7 +29,7 @@ scenarios! {
 
 scenarios! {
     run on [loopback_ipv4 loopback_ipv6 veth_ipv4 veth_ipv6]:
-    ack_comes_to_nobody
+    ack_comes_without_listener
     data_comes_to_time_wait
     data_comes_after_time_wait
     data_comes_to_orphan
@@ -113,7 +113,7 @@ fn ack_comes_to_older_listener(bed: &mut Bed, listener: SocketAddr) -> Result<Ve
     Ok(vec![answer_of_listener(bed, &stray, this)?])
 }
 
-fn ack_comes_to_nobody(bed: &mut Bed) -> Result<Vec<Value>> {
+fn ack_comes_without_listener(bed: &mut Bed) -> Result<Vec<Value>> {
     let stray = send_stray_ack(bed, 7)?;
     let this = json!({
         "cause": "no_listener",
@@ -179,7 +179,7 @@ fn data_comes_after_time_wait(bed: &mut Bed) -> Result<Vec<Value>> {
     })?;
     let mut lines = vec![
         bed.close_line(&before, Side::Client, closed_by_client("fin", None))?,
-        answer_of_nobody(bed, &before, Side::Client),
+        reset_without_socket(bed, &before, Side::Client),
     ];
     lines.extend(reset_in_close_wait(bed, &connection, Side::Server)?);
     Ok(lines)
@@ -262,11 +262,11 @@ fn client_sent_and_is_reset(bed: &Bed, connection: &Connection, child: u32) -> R
     let sent = json!({"idle_ms": known(), "last_data": "sent"});
     let sent_bytes = but(sent.clone(), json!({"connection": {"bytes_sent": one_of(&[json!(0), json!(10)])}}));
     let lines = client_is_reset(bed, connection, Some(child))?.into_iter();
-    let told = lines.map(|line| {
+    let expected = lines.map(|line| {
         let more = if line["event"] == "close" { &sent_bytes } else { &sent };
         but(line, more.clone())
     });
-    Ok(told.collect())
+    Ok(expected.collect())
 }
 
 fn accept_queue_overflows(bed: &mut Bed) -> Result<Vec<Value>> {
@@ -304,7 +304,7 @@ fn accept_queue_overflows_silently(bed: &mut Bed) -> Result<Vec<Value>> {
         "opener": null,
     });
     let mut lines = reset_lines(bed, &queued, Side::Server, &closed, &json!({}))?;
-    lines.push(answer_of_nobody(bed, &refused, Side::Server));
+    lines.push(reset_without_socket(bed, &refused, Side::Server));
     lines.extend(client_sent_and_is_reset(bed, &refused, second)?);
     Ok(lines)
 }
@@ -382,7 +382,7 @@ fn nft(bed: &Bed, rules: &str) -> Result<()> {
 fn firewall_refuses_connection(bed: &mut Bed) -> Result<Vec<Value>> {
     let port = bed.listen()?.port();
     reject(bed, port, "tcp reset")?;
-    let attempt = bed.connect_in_vain(bed.route().address(Side::Server), port, "ECONNREFUSED")?;
+    let attempt = bed.connect_and_fail(bed.route().address(Side::Server), port, "ECONNREFUSED")?;
     let this = json!({"closed_by": "peer", "ended": "reset_received", "cause": "refused"});
     let reset = json!({
         "direction": "received",
@@ -414,7 +414,7 @@ fn firewall_resets_connection(bed: &mut Bed) -> Result<Vec<Value>> {
         }
         line["last_data"] = one_of(&[json!(null), json!("sent")]);
     }
-    lines.extend(fin_meets_nobody(bed, &connection)?);
+    lines.extend(fin_without_socket(bed, &connection)?);
     Ok(lines)
 }
 
@@ -422,7 +422,7 @@ fn firewall_resets_connection(bed: &mut Bed) -> Result<Vec<Value>> {
 fn firewall_says_unreachable(bed: &mut Bed) -> Result<Vec<Value>> {
     let port = bed.listen()?.port();
     reject(bed, port, "icmpx type port-unreachable")?;
-    let attempt = bed.connect_in_vain(bed.route().address(Side::Server), port, "ECONNREFUSED")?;
+    let attempt = bed.connect_and_fail(bed.route().address(Side::Server), port, "ECONNREFUSED")?;
     let this = json!({
         "closed_by": one_of(&[json!("kernel"), json!("peer")]),
         "ended": ended_by_icmp(),

@@ -40,17 +40,17 @@ scenarios! {
 
 fn nobody_answers_connect(bed: &mut Bed) -> Result<Vec<Value>> {
     bed.namespace(Side::Client).set_sysctl("net/ipv4/tcp_syn_retries", "1")?;
-    bed.lose(bed.route().nobody())?;
-    let attempt = bed.connect_in_vain(bed.route().nobody(), 7, "ETIMEDOUT")?;
+    bed.lose(bed.route().unused_address())?;
+    let attempt = bed.connect_and_fail(bed.route().unused_address(), 7, "ETIMEDOUT")?;
     let this = json!({"closed_by": "kernel", "ended": "timeout", "cause": "connect_timeout"});
     Ok(vec![bed.close_line(&attempt, Side::Client, but(never_established(), this))?])
 }
 
 fn nobody_answers_connect_within_user_timeout(bed: &mut Bed) -> Result<Vec<Value>> {
-    let nobody = SocketAddr::new(bed.route().nobody(), 7);
-    bed.lose(nobody.ip())?;
-    let facts = bed.peer(Side::Client).ask(&format!("begin-connect {} {}", nobody.ip(), nobody.port()))?;
-    let attempt = Connection::new(facts.get("local")?, nobody);
+    let unused = SocketAddr::new(bed.route().unused_address(), 7);
+    bed.lose(unused.ip())?;
+    let facts = bed.peer(Side::Client).ask(&format!("begin-connect {} {}", unused.ip(), unused.port()))?;
+    let attempt = Connection::new(facts.get("local")?, unused);
     bed.peer(Side::Client).ask("user-timeout 500")?;
     await_timeout(bed)?;
     let this = json!({"closed_by": "kernel", "ended": "timeout", "cause": "connect_timeout"});
@@ -58,10 +58,10 @@ fn nobody_answers_connect_within_user_timeout(bed: &mut Bed) -> Result<Vec<Value
 }
 
 fn client_gives_up_connecting(bed: &mut Bed) -> Result<Vec<Value>> {
-    let nobody = SocketAddr::new(bed.route().nobody(), 7);
-    bed.lose(nobody.ip())?;
-    let facts = bed.peer(Side::Client).ask(&format!("begin-connect {} {}", nobody.ip(), nobody.port()))?;
-    let attempt = Connection::new(facts.get("local")?, nobody);
+    let unused = SocketAddr::new(bed.route().unused_address(), 7);
+    bed.lose(unused.ip())?;
+    let facts = bed.peer(Side::Client).ask(&format!("begin-connect {} {}", unused.ip(), unused.port()))?;
+    let attempt = Connection::new(facts.get("local")?, unused);
     bed.peer(Side::Client).ask("close")?;
     let this = json!({
         "closed_by": "local",
@@ -77,12 +77,12 @@ fn client_gives_up_connecting(bed: &mut Bed) -> Result<Vec<Value>> {
 /// The client sends by way of the server, which answers that it has no route.
 fn no_way_to_server(bed: &mut Bed) -> Result<Vec<Value>> {
     let router = bed.route().address(Side::Server);
-    let nowhere = bed.route().nowhere();
+    let nowhere = bed.route().unreachable_address();
     bed.namespace(Side::Client).ip(&[format!("route add default via {router}")])?;
     for forwarding in ["net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"] {
         bed.namespace(Side::Server).set_sysctl(forwarding, "1")?;
     }
-    let attempt = bed.connect_in_vain(nowhere, 7, "ENETUNREACH")?;
+    let attempt = bed.connect_and_fail(nowhere, 7, "ENETUNREACH")?;
     let this = json!({
         "closed_by": one_of(&[json!("kernel"), json!("peer")]),
         "ended": ended_by_icmp(),

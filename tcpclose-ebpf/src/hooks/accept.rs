@@ -1,20 +1,22 @@
 //! An application takes a connection out of the accept queue. There is no tracepoint for that. `--accept-hook` chooses
 //! between two other ways to see it. Neither holds the socket's lock.
 
+use core::sync::atomic::{Ordering, compiler_fence};
+
 use aya_ebpf::{
     EbpfContext,
     helpers::bpf_get_current_task,
     macros::{fexit, tracepoint},
     programs::{FExitContext, TracePointContext},
 };
-use tcpclose_common::record::role;
+use tcpclose_common::record::{Task, role};
 
-use crate::{connection, kernel::member, maps::global, sock};
+use crate::{connection, filter, kernel::member, maps::global, sock, stack, task};
 
 /// The return of `struct sock *inet_csk_accept(...)`. The cost is not measurable, but not every kernel allows fexit.
 ///
 /// The kernel does not run a program on a CPU where it is running already (`bpf_prog_get_recursion_context()`), and may
-/// switch to another task while the program runs. [`accept_nested`] sees what that task accepts.
+/// switch to another task while the program runs. [`accept_nested`] records what that task accepts.
 #[fexit(function = "inet_csk_accept")]
 pub fn accept(ctx: FExitContext) -> i32 {
     returned(&ctx);
@@ -49,8 +51,8 @@ pub fn accept_syscall(ctx: TracePointContext) -> i32 {
     0
 }
 
-/// The current task's file `fd`. Another thread may have closed the descriptor and reused the number meanwhile. Then the
-/// socket is not one that was just accepted, or the same process accepted it.
+/// The current task's file `fd`. Another thread may have closed the descriptor and reused the number meanwhile. Then
+/// the socket is not one that was just accepted, or the same process accepted it.
 #[inline(always)]
 fn file(fd: u64) -> Option<u64> {
     // SAFETY: the helper has no precondition.
@@ -61,13 +63,37 @@ fn file(fd: u64) -> Option<u64> {
     member(descriptors + fd * 8, 0)
 }
 
+/// Notes the current task as the one that accepted `sk`. The socket's lock is not held, so every access to the entry
+/// goes through a raw pointer.
 #[inline(always)]
 fn accepted(ctx: &impl EbpfContext, sk: u64) {
-    // Without the socket's lock. No other program writes the opener of a server's socket.
-    if let Some(connection) = connection::find(sk)
-        && connection.role == role::SERVER
-        && connection.opener.pid == 0
-    {
-        connection::opened(ctx, connection);
+    let Some(entry) = connection::find(sk) else { return };
+    let entry = &raw mut *entry;
+    // SAFETY: a valid, aligned map value, which stays mapped until the program ends. Both members are integers. A
+    // program under the socket's lock may write `role` at the same time; it wrote the same value when the socket was
+    // created.
+    let (role, opener) =
+        unsafe { ((&raw const (*entry).role).read(), (&raw const (*entry).opener.pid).read()) };
+    if role != role::SERVER || opener != 0 {
+        return;
+    }
+    let mut task = Task::NONE;
+    task::meet(&mut task);
+    // SAFETY: as above. `opener` is the only member that is written here, and no other program writes that of a
+    // server's socket; the two copies of this program for one accept() run one after the other. The pid is written
+    // last, so that a program which copies the entry at the same time finds no task or a complete one.
+    let connection = unsafe {
+        let opener = &raw mut (*entry).opener;
+        opener.write(Task { pid: 0, ..task });
+        compiler_fence(Ordering::SeqCst);
+        (&raw mut (*opener).pid).write(task.pid);
+        &*entry
+    };
+    let is_wanted = filter::wants(connection);
+    stack::take(ctx, &mut task, is_wanted);
+    // SAFETY: as above; `connection` is not used any more.
+    unsafe {
+        (&raw mut (*entry).opener.user_stack).write(task.user_stack);
+        (&raw mut (*entry).opener.kernel_stack).write(task.kernel_stack);
     }
 }

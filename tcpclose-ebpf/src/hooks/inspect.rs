@@ -21,22 +21,25 @@ use crate::{
 pub fn inspect(ctx: RawTracePointContext) -> i32 {
     let sk = ctx.arg::<u64>(0);
     let pass = ctx.arg::<u64>(1);
-    // Without the socket's lock. The state is read before the entry, because the entry is marked first when a socket ends.
+    // The socket's lock is not held. The state is read before the entry, because the entry is marked first when a
+    // socket ends.
     let state = sock::state(sk);
     let Some(entry) = connection::find(sk) else {
         // It was evicted, or destroyed just now.
         connection::teardown_over(sk);
         return 0;
     };
+    let entry = &raw mut *entry;
     let Some(slot) = Slot::take() else {
         count!(records_lost);
         return 0;
     };
     // A copy, because the socket lives on and its entry may change.
-    // SAFETY: the slot is ours, and both sides are a whole `Connection`.
+    // SAFETY: the slot is ours, and both sides are a whole `Connection`, of which all members are integers. A program under
+    // the socket's lock may change the entry during the copy.
     let connection = unsafe {
         let connection = &raw mut (*slot.get()).connection;
-        bpf_probe_read_kernel(connection.cast(), size_of::<Connection>() as u32, (&raw const *entry).cast());
+        bpf_probe_read_kernel(connection.cast(), size_of::<Connection>() as u32, entry.cast_const().cast());
         &mut *connection
     };
     if connection.told != 0 || connection.sock != sk {
@@ -68,7 +71,9 @@ pub fn inspect(ctx: RawTracePointContext) -> i32 {
     if connection.role == role::SERVER && sock::socket(sk) == Some(0) && connection.actor.pid == 0 {
         listener::name(connection);
     }
-    entry.asked = pass as u16;
+    // SAFETY: a valid, aligned map value, which stays mapped until the program ends. `asked` is the only member that is
+    // written here, and no other program writes it except when it replaces the whole entry.
+    unsafe { (&raw mut (*entry).asked).write(pass as u16) };
     emit::connection(connection, tag::STUCK);
     0
 }

@@ -1,6 +1,6 @@
 //! `iter/task_file`: goes through every descriptor of every process, in all network namespaces at once. The user half
-//! runs it at the start, to find sockets older than the trace, and when a socket ended in softirq without a known owner.
-//! It does not hold the locks of the sockets that it finds.
+//! runs it at the start, to find sockets older than the trace, and when a socket ended in softirq without a known
+//! owner. The program does not hold the locks of the sockets that it finds.
 
 use aya_ebpf::{cty::c_void, helpers::bpf_get_current_pid_tgid};
 use tcpclose_common::{
@@ -46,45 +46,82 @@ fn held(sk: u64, task: u64, fd: u32) {
         listener::opened(sk, &holder);
         return;
     }
-    // Without the socket's lock; `connection::find()` lists what is written here.
-    if let Some(connection) = connection::find(sk) {
-        if connection.told != 0 && connection.actor.pid == 0 {
-            still_open(connection, sk, &holder);
-        }
-        if connection.asked != 0 && u32::from(connection.asked) == pass() {
-            report(connection, sk, &holder, holds::ASKED, fd);
-        }
-        if connection.actor.pid == 0 && connection.holder.pid == 0 {
-            connection.holder = holder;
-            connection.holder_kind = holder::DESCRIPTOR;
-        } else if connection.role == role::UNKNOWN && connection.established == 0 {
-            // It is older than the trace, and the first pass found it before its listener.
-            connection.role = side(listener::exists(connection));
-        }
-        return;
+    if let Some(entry) = connection::find(sk) {
+        known(&raw mut *entry, sk, &holder, fd);
+    } else if state != state::CLOSE {
+        // A socket in CLOSE is not connected yet, or ended before this pass.
+        older(sk, state, &holder);
     }
-    if state == state::CLOSE {
-        // It is not connected yet, or ended before this pass.
-        return;
+}
+
+/// `holder` has the socket of `entry` open. The socket's lock is not held, so every write goes through a raw pointer.
+#[inline(always)]
+fn known(entry: *mut Connection, sk: u64, holder: &Task, fd: u32) {
+    // SAFETY: a valid, aligned map value, which stays mapped until the program ends. All members are integers. Programs
+    // under the socket's lock may change them at the same time, and nothing here depends on two of them being of one
+    // time.
+    let connection = unsafe { &*entry };
+    if connection.told != 0 && connection.actor.pid == 0 {
+        still_open(connection, sk, holder);
     }
+    if connection.asked != 0 && u32::from(connection.asked) == pass() {
+        report(connection, sk, holder, holds::ASKED, fd);
+    }
+    let is_unowned = connection.actor.pid == 0 && connection.holder.pid == 0;
+    let has_no_role = connection.role == role::UNKNOWN && connection.established == 0;
+    if is_unowned {
+        // SAFETY: as above; `connection` is not used any more. `holder` and `holder_kind` are the only members that are
+        // written here. A program under the lock writes them when the connection ends: it clears the pid, and it names
+        // the listener of a socket without a descriptor, which the iterator cannot find.
+        unsafe {
+            (&raw mut (*entry).holder).write(*holder);
+            (&raw mut (*entry).holder_kind).write(holder::DESCRIPTOR);
+        }
+    } else if has_no_role {
+        // It is older than the trace, and the first pass found it before its listener.
+        let role = side(listener::exists(connection));
+        // SAFETY: as above; `connection` is not used any more. `role` is the only member that is written here. A
+        // program under the lock writes it when a socket connects or is created, and this one did so before the trace.
+        unsafe { (&raw mut (*entry).role).write(role) };
+    }
+}
+
+/// Adds a socket that is older than the trace, and that `holder` has open.
+#[inline(always)]
+fn older(sk: u64, state: u8, holder: &Task) {
     let now = connection::now();
-    let Some(connection) = connection::add(sk, now) else { return };
-    connection.found = 1;
-    connection.holder = holder;
-    connection.holder_kind = holder::DESCRIPTOR;
-    sock::endpoints(sk, None, &mut connection.endpoints);
-    connection::step(connection, state, now);
+    let Some(entry) = connection::add(sk, now) else { return };
+    let entry = &raw mut *entry;
+    let mut endpoints = Connection::NEW.endpoints;
+    sock::endpoints(sk, None, &mut endpoints);
+    // SAFETY: a valid, aligned map value, which stays mapped until the program ends; all members are integers. `found`,
+    // `holder`, `holder_kind`, `endpoints`, `role`, `first_move` and the first state are written here. A program under
+    // the socket's lock that runs at the same time finds the entry and may write these members too: the same ends, or a
+    // later state, which is kept.
+    let connection = unsafe {
+        (&raw mut (*entry).found).write(1);
+        (&raw mut (*entry).holder).write(*holder);
+        (&raw mut (*entry).holder_kind).write(holder::DESCRIPTOR);
+        (&raw mut (*entry).endpoints).write(endpoints);
+        if (&raw const (*entry).steps).read() == 0 {
+            (&raw mut (*entry).states[0]).write(state);
+            (&raw mut (*entry).times[0]).write(now);
+            (&raw mut (*entry).steps).write(1);
+        }
+        // The state says who moved first, but not when.
+        match state {
+            state::CLOSE_WAIT | state::LAST_ACK => (&raw mut (*entry).first_move).write(first_move::PEER),
+            state::FIN_WAIT1 | state::FIN_WAIT2 => (&raw mut (*entry).first_move).write(first_move::LOCAL),
+            _ => {}
+        }
+        &*entry
+    };
     if is_teardown(state) {
         connection::teardown_began(connection, sk, BEFORE_TRACE);
     }
     if listener::exists(connection) {
-        connection.role = role::SERVER;
-    }
-    // The state says who moved first, but not when.
-    match state {
-        state::CLOSE_WAIT | state::LAST_ACK => connection.first_move = first_move::PEER,
-        state::FIN_WAIT1 | state::FIN_WAIT2 => connection.first_move = first_move::LOCAL,
-        _ => {}
+        // SAFETY: as above; `connection` is not used any more.
+        unsafe { (&raw mut (*entry).role).write(role::SERVER) };
     }
 }
 

@@ -1,4 +1,4 @@
-//! One file a hook: the two ways to attach it, and what it does, written once for both.
+//! One file per hook: a program for each way to attach it, and the code that these programs share.
 
 mod accept;
 mod destroy_sock;

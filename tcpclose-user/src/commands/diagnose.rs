@@ -1,4 +1,4 @@
-//! `tcpclose diagnose`: from lines to findings.
+//! `tcpclose diagnose`: reads lines and writes findings.
 
 use std::{
     fs::File,
@@ -21,7 +21,7 @@ use crate::{
     sink::{Format, Output, Palette, Written},
 };
 
-/// Reads the files and writes what they show.
+/// Reads the files and writes findings.
 ///
 /// # Errors
 /// A file cannot be opened or read, or the output cannot be written.
@@ -54,7 +54,7 @@ pub fn diagnose(args: &DiagnoseArgs) -> Result<()> {
             let _ = output.flush()?;
         }
     }
-    tell(&input.broken, &diagnosis);
+    report_gaps(&input.broken, &diagnosis);
     Ok(())
 }
 
@@ -73,14 +73,14 @@ fn write_report(findings: &[Finding], diagnosis: &Diagnosis) -> Result<()> {
     let mut out = BufWriter::new(io::stdout().lock());
     let written = report::write(&mut out, findings, diagnosis.totals(), Palette::of_stdout());
     match written.and_then(|()| out.flush()) {
-        // A reader that has seen enough.
+        // The reader has closed the pipe.
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
         result => result.context("cannot write to the standard output"),
     }
 }
 
-/// Says on stderr what the findings do not rest on.
-fn tell(broken: &Broken, diagnosis: &Diagnosis) {
+/// Reports on stderr what the findings do not cover.
+fn report_gaps(broken: &Broken, diagnosis: &Diagnosis) {
     let totals = diagnosis.totals();
     if let Some((file, number, error)) = &broken.first {
         let count = broken.count;

@@ -70,8 +70,8 @@ fn render() -> io::Result<Vec<u8>> {
 fn section(subcommand: &Command) -> io::Result<Vec<u8>> {
     // Every subcommand has --help, which need not be repeated.
     let mut subcommand = subcommand.clone().mut_args(|arg| {
-        let is_help = arg.get_id() == "help";
-        arg.hide(is_help)
+        let is_hidden = arg.is_hide_set() || arg.get_id() == "help";
+        arg.hide(is_hidden)
     });
     let usage = subcommand.render_usage().to_string();
     let mut roff = Roff::new();
@@ -96,28 +96,60 @@ fn section(subcommand: &Command) -> io::Result<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
-    use std::process::Command as Process;
+    use std::{
+        collections::{BTreeMap, BTreeSet},
+        process::Command as Process,
+    };
 
     use super::*;
 
-    /// Every option of every subcommand, by the name that a user types.
-    fn options(command: &Command) -> Vec<String> {
-        let own = command.get_arguments().filter(|arg| !arg.is_hide_set()).filter_map(clap::Arg::get_long);
-        let own = own.map(|name| format!("--{name}"));
-        own.chain(command.get_subcommands().flat_map(options)).collect()
+    /// The options of a command that a user may give, as a list of the names that are typed: `-o`, `--output`.
+    fn options(command: &Command) -> BTreeSet<String> {
+        let of = |arg: &clap::Arg| {
+            let short = arg.get_short().map(|name| format!("-{name}"));
+            [short, arg.get_long().map(|name| format!("--{name}"))].into_iter().flatten()
+        };
+        command.get_arguments().filter(|arg| !arg.is_hide_set()).flat_map(of).collect()
     }
 
+    /// The options that a part of the page explains: those in bold in the line below a `.TP`.
+    fn explained(part: &str) -> BTreeSet<String> {
+        let lines: Vec<&str> = part.lines().collect();
+        let terms = lines.windows(2).filter(|pair| pair[0] == ".TP").map(|pair| pair[1]);
+        let bold =
+            terms.flat_map(|term| term.split("\\fB").skip(1).filter_map(|text| text.split_once("\\fR")));
+        bold.map(|(name, _)| name.to_owned()).filter(|name| name.starts_with('-')).collect()
+    }
+
+    /// Each subcommand has a part of its own, with its own options, all of them and no others.
     #[test]
     fn the_page_has_every_subcommand_and_option() {
         let page = String::from_utf8(render().unwrap()).unwrap().replace("\\-", "-");
-        let command = Cli::command();
-        for option in options(&command) {
-            assert!(page.contains(&option), "{option} is missing:\n{page}");
+        let (common, subcommands) = page.split_once(".SH SUBCOMMANDS").unwrap();
+        let (subcommands, _) = subcommands.split_once(".SH EXAMPLES").unwrap();
+        let mut parts: BTreeMap<&str, &str> = subcommands
+            .split(".SS \"tcpclose ")
+            .skip(1)
+            .map(|part| (part.split([' ', '"']).next().unwrap(), part))
+            .collect();
+
+        let mut command = Cli::command();
+        command.build();
+        assert_eq!(explained(common), options(&command), "\n{common}");
+        for subcommand in command.get_subcommands().filter(|subcommand| subcommand.get_name() != "help") {
+            let name = subcommand.get_name();
+            let part = parts.remove(name).unwrap_or_else(|| panic!("{name} is missing:\n{subcommands}"));
+            let mut expected = options(subcommand);
+            // Explained once, with the options above.
+            expected.remove("-h");
+            expected.remove("--help");
+            if name == "trace" {
+                assert!(expected.is_subset(&explained(common)), "{expected:?}");
+                expected.clear();
+            }
+            assert_eq!(explained(part), expected, "{name}:\n{part}");
         }
-        for subcommand in command.get_subcommands() {
-            let heading = format!(".SS \"tcpclose {}", subcommand.get_name());
-            assert!(page.contains(&heading), "{heading} is missing:\n{page}");
-        }
+        assert!(parts.is_empty(), "there are no such subcommands: {parts:?}");
     }
 
     /// `groff` reports unknown requests and the like with `-ww`.
@@ -141,7 +173,9 @@ mod tests {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "tcpclose", &mut script);
             let script = String::from_utf8(script).unwrap();
-            for option in options(&Cli::command()) {
+            let command = Cli::command();
+            let long = command.get_subcommands().flat_map(options).chain(options(&command));
+            for option in long.filter(|option| option.starts_with("--")) {
                 // fish has `-l name` for `--name`.
                 let (long, fish) = (option.as_str(), format!("-l {}", &option[2..]));
                 assert!(script.contains(long) || script.contains(&fish), "{shell}: {option}");

@@ -1,4 +1,4 @@
-//! `--ready-file`: tells whoever started tcpclose that every program is attached, by writing its pid to a file.
+//! `--ready-file`: writes the pid to a file once every program is attached, for whoever started tcpclose.
 
 use std::{
     fs::{self, File, Permissions},

@@ -38,7 +38,11 @@ pub fn replay(args: ReplayArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn run(
+/// Runs the frames of a recording through the pipeline. `output` gets whether there are stacks.
+///
+/// # Errors
+/// The frames are not those of a recording, a record cannot be decoded, or the output cannot be written.
+pub fn run(
     frames: Result<Vec<Frame>>,
     filter: Filter,
     count: Option<u64>,

@@ -144,13 +144,11 @@ fn request(args: &TraceArgs, filter: &Filter) -> Request {
     let follow_children = !args.command.is_empty();
     params.by_process |= u32::from(follow_children);
     Request {
-        params,
         follow_children,
         accept_hook: args.accept_hook,
         connections: args.connections,
-        btf: args.btf.clone(),
         log: args.debug.then_some(aya_log::Level::Debug),
-        rehearsal: false,
+        ..Request::new(params, args.btf.clone())
     }
 }
 

@@ -1,8 +1,9 @@
-//! Chains: a process lost its server in the middle of a request, and left its own client without an answer.
+//! Chains: a process lost its connection to a server during a request, and then closed the connection to its own client
+//! without an answer.
 //!
-//! Two ends belong together when they are of one process, the one was lost while a request was under way, and the other
-//! was closed by that process within [`REACTION`] with a request unanswered. From one process to the next leads the
-//! connection between them, of which both ends are known.
+//! Two ends are linked if they belong to the same process, one was lost while a request was pending, and the process
+//! closed the other within [`REACTION`] while a request was pending there. Processes are linked by the connection
+//! between them, if both of its ends are known.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
@@ -16,16 +17,16 @@ use crate::{
     event::{ClosedBy, Ended, Role},
 };
 
-/// So many ends that may be links are remembered; 3 MiB.
+/// The number of candidate ends that are kept; 3 MiB.
 const ROOM: usize = 16_384;
 
-/// How soon a process lets go of its client when it has lost its server, in nanoseconds.
+/// The longest time between the loss of the server and the close of the client's connection, in nanoseconds.
 const REACTION: i64 = 100_000_000;
 
-/// No more processes than this.
+/// The largest number of processes in a chain.
 const LONGEST: usize = 8;
 
-/// An end that may be a link.
+/// An end that may be part of a chain.
 #[derive(Clone, Copy, Debug)]
 struct Link {
     place: Place,
@@ -43,18 +44,18 @@ struct Link {
 
 #[derive(Debug, Default)]
 pub(crate) struct Chains {
-    /// Client ends that lost their server in the middle of a request.
+    /// Client ends that were lost during a request.
     lost: VecDeque<Link>,
     /// Server ends that were closed without an answer.
     left: VecDeque<Link>,
 }
 
-/// What a chain goes through: the process at the far end first, each with the port that it serves.
+/// A sequence of processes, each with the port that it serves, beginning with the one whose end caused the others.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Route {
-    /// The program that everything began with, if its end is known, and how it died.
+    /// The program at the beginning, if its end is known, and how it died.
     pub(crate) root: (Option<Who>, Option<Death>, u16),
-    /// The programs that passed it on, each with the port on which it left its client.
+    /// The programs in between, each with the port on which it closed its client's connection.
     pub(crate) through: Vec<(Option<Who>, u16)>,
     /// The last client, if its end is known.
     pub(crate) victim: Option<Who>,
@@ -65,7 +66,7 @@ pub(crate) struct Chain {
     pub(crate) marks: Marks,
     /// How many of the last clients received a RST.
     pub(crate) resets: u64,
-    /// From the first end to the last, the longest.
+    /// The longest time from the first end to the last.
     pub(crate) took_ns: i64,
 }
 
@@ -101,7 +102,7 @@ impl Chains {
         }
     }
 
-    /// Follows every end that a process closed without an answer back to where it began.
+    /// Traces every end that a process closed without an answer back to its origin.
     pub(crate) fn all(&self) -> BTreeMap<Route, Chain> {
         let mut lost: HashMap<(u16, u32), Vec<&Link>> = HashMap::new();
         for link in &self.lost {
@@ -110,7 +111,7 @@ impl Chains {
         for links in lost.values_mut() {
             links.sort_unstable_by_key(|link| link.moved);
         }
-        // What each of them was the consequence of.
+        // The cause of each of them.
         let reasons: HashMap<Key, (&Link, &Link)> = self
             .left
             .iter()

@@ -1,4 +1,4 @@
-//! Processes that ended with connections of clients open.
+//! Processes that ended while they had connections of clients.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -12,21 +12,21 @@ use crate::{
     event::Role,
 };
 
-/// So many ended processes are remembered.
+/// The number of ended processes that are kept.
 const MOST: usize = 4_096;
 
-/// One of them.
+/// A process that ended.
 #[derive(Clone, Debug)]
-pub(crate) struct Process {
+pub(crate) struct EndedProcess {
     pub(crate) who: Option<Who>,
     pub(crate) pid: u32,
     pub(crate) death: Death,
     pub(crate) port: Single<u16>,
     /// The programs at the other ends.
     pub(crate) peer: Single<Who>,
-    /// Its connections, by the moment at which it let go of them.
+    /// Its connections, by the time at which they were closed.
     pub(crate) ends: Marks,
-    /// Those on which a request had not been answered.
+    /// The connections with a pending request.
     pub(crate) requests_lost: Marks,
 }
 
@@ -34,7 +34,7 @@ type Key = (u16, u32, Death);
 
 #[derive(Debug, Default)]
 pub(crate) struct Deaths {
-    all: HashMap<Key, Process>,
+    all: HashMap<Key, EndedProcess>,
     order: VecDeque<Key>,
 }
 
@@ -53,7 +53,7 @@ impl Deaths {
                 self.all.remove(&oldest);
             }
         }
-        let process = self.all.entry(key).or_insert_with(|| Process {
+        let process = self.all.entry(key).or_insert_with(|| EndedProcess {
             who: end.who,
             pid: end.pid,
             death,
@@ -73,7 +73,7 @@ impl Deaths {
         }
     }
 
-    pub(crate) fn all(&self) -> impl Iterator<Item = &Process> {
+    pub(crate) fn all(&self) -> impl Iterator<Item = &EndedProcess> {
         self.order.iter().filter_map(|key| self.all.get(key))
     }
 }

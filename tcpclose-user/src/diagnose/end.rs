@@ -1,4 +1,4 @@
-//! One end of a connection that is over, in a fixed number of bytes.
+//! One end of a closed connection, in a fixed number of bytes.
 
 use std::net::SocketAddr;
 
@@ -10,7 +10,7 @@ use crate::{
     event::{Cause, ClosedBy, Ended, LastData, Role, Trigger},
 };
 
-/// Where a line is: the number of its file, and its own.
+/// The position of a line: the number of its file, and its own number.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Place {
     pub(crate) source: u16,
@@ -20,13 +20,13 @@ pub(crate) struct Place {
 /// How a process died of a signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Death {
-    /// It was asked to stop, or ended by itself.
+    /// It was asked to terminate, or ended by itself.
     Stopped,
     /// The kernel's OOM killer.
     OutOfMemory,
-    /// `SIGKILL` from anybody else, or nobody knows from whom.
+    /// `SIGKILL` from another or an unknown sender.
     Killed,
-    /// It crashed, of this signal.
+    /// It crashed with this signal.
     Crashed(&'static str),
 }
 
@@ -52,7 +52,7 @@ impl Death {
         }
     }
 
-    /// What the process did, for a sentence.
+    /// The verb for a sentence about the process.
     pub(crate) fn verb(self) -> String {
         match self {
             Self::Stopped => "was stopped".to_owned(),
@@ -67,9 +67,9 @@ impl Death {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct End {
     pub(crate) place: Place,
-    /// When it was over.
+    /// When it ended.
     pub(crate) time: i64,
-    /// When the first move of the teardown came.
+    /// When the teardown began.
     pub(crate) moved: i64,
     pub(crate) who: Option<Who>,
     pub(crate) pid: u32,
@@ -101,7 +101,7 @@ pub(crate) fn nanoseconds(milliseconds: f64) -> i64 {
 }
 
 impl End {
-    /// `None` where an address is not known.
+    /// `None` if an address is not known.
     pub(crate) fn of(observation: &Observation<'_>, source: u16, names: &mut Names) -> Option<Self> {
         let connection = &observation.connection;
         let (local, remote) = connection.local.zip(connection.remote)?;
@@ -136,7 +136,7 @@ impl End {
         })
     }
 
-    /// Whether this host's side moved first, with an act of its own.
+    /// Whether the teardown began with an act of this host's side.
     pub(crate) fn closed_here(&self) -> bool {
         self.closed_by == Some(ClosedBy::Local)
     }
@@ -145,8 +145,9 @@ impl End {
         self.closed_by == Some(ClosedBy::Peer)
     }
 
-    /// How long a request has waited for its answer at this end when the teardown began; `None` if none was waiting,
-    /// as far as the direction of the last data tells. Both directions within a tick of the kernel's clock are an answer.
+    /// How long a request had been pending at this end when the teardown began; `None` if none was, which is inferred
+    /// from the direction of the last data. Data in both directions within one tick of the kernel's clock counts as an
+    /// answer.
     pub(crate) fn waited_ms(&self) -> Option<f64> {
         let (request, since) = match self.role? {
             Role::Client => (LastData::Sent, self.since_sent_ms),
@@ -158,7 +159,7 @@ impl End {
         since.or(self.idle_ms)
     }
 
-    /// How long the connection has been idle after an answer, or before any data, when the teardown began.
+    /// How long the connection had been idle, after an answer or without any data, when the teardown began.
     pub(crate) fn idle_after_answer_ms(&self) -> Option<f64> {
         match (self.waited_ms(), self.sent.min(self.received)) {
             (None, 1..) => self.idle_ms,
@@ -166,8 +167,8 @@ impl End {
         }
     }
 
-    /// The silence that went before the last data that this end sent: data in one direction after `T` without any in the
-    /// other. `None` where the lines do not tell the directions apart.
+    /// The silence before the last data that this end sent: the time since data was last received. `None` if the lines
+    /// do not distinguish the directions.
     pub(crate) fn silence_before_last_sent_ms(&self) -> Option<f64> {
         let (sent, received) = self.since_sent_ms.zip(self.since_received_ms)?;
         (self.last_data == Some(LastData::Sent)).then_some(received - sent)

@@ -1,4 +1,4 @@
-//! An event of this process as a diagnosis reads it: what its line would say, without the line.
+//! Converts an event of this process directly into what a diagnosis would read from its line.
 
 use std::borrow::Cow;
 
@@ -10,7 +10,7 @@ use crate::{
 };
 
 impl<'a> From<&'a Event> for Observation<'a> {
-    /// Stacks are left out: only the page of a file's lines shows them.
+    /// Stacks are left out, because only the HTML page shows them, and it is made from lines in files.
     fn from(event: &'a Event) -> Self {
         match event {
             Event::Close(close) => of_close(close),
@@ -34,11 +34,6 @@ fn of_close(close: &Close) -> Observation<'_> {
         states.add(step.state, step.at_ms);
     }
     Observation {
-        event: Some(Line::Close),
-        time: time(close.time),
-        seq: close.seq,
-        connection: connection(&close.connection),
-        process: close.process.as_ref().map(process),
         closed_by: close.closed_by,
         ended: close.ended,
         trigger: close.trigger,
@@ -48,42 +43,51 @@ fn of_close(close: &Close) -> Observation<'_> {
         last_data: close.last_data,
         close_wait_ms: close.close_wait_ms,
         states,
-        ..Observation::default()
+        ..of_socket(Line::Close, close.time, close.seq, &close.connection, close.process.as_ref())
     }
 }
 
 fn of_reset(reset: &Reset) -> Observation<'_> {
     Observation {
-        event: Some(Line::Reset),
-        time: time(reset.time),
-        seq: reset.seq,
-        connection: connection(&reset.connection),
-        process: reset.process.as_ref().map(process),
         cause: reset.cause,
         idle_ms: reset.idle_ms,
         last_data: reset.last_data,
         state: reset.state,
         direction: Some(reset.direction),
-        ..Observation::default()
+        ..of_socket(Line::Reset, reset.time, reset.seq, &reset.connection, reset.process.as_ref())
     }
 }
 
 fn of_lingering(lingering: &Lingering) -> Observation<'_> {
+    let Lingering { time: at, seq, connection, process, .. } = lingering;
     let holders = lingering.holders.as_ref();
     Observation {
-        event: Some(Line::Lingering),
-        time: time(lingering.time),
-        seq: lingering.seq,
-        connection: connection(&lingering.connection),
-        process: lingering.process.as_ref().map(process),
         state: Some(lingering.state),
         kind: Some(lingering.kind),
         since: lingering.since.map(time),
         for_ms: lingering.for_ms,
         unread_bytes: lingering.unread_bytes,
         holders: holders.map(|all| all.iter().map(|holder| Holder { fd: Some(holder.fd) }).collect()),
-        // These lines are few, and where their sockets were opened is read once for each.
+        // There are few of these lines, and the opener of each is read only once.
         opener: lingering.opener.as_ref().and_then(|opener| to_raw_value(opener).ok()).map(Cow::Owned),
+        ..of_socket(Line::Lingering, *at, *seq, connection, process.as_ref())
+    }
+}
+
+/// What the lines about a socket have in common.
+fn of_socket<'a>(
+    event: Line,
+    at: Time,
+    seq: u64,
+    of: &event::Connection,
+    owner: Option<&'a event::Process>,
+) -> Observation<'a> {
+    Observation {
+        event: Some(event),
+        time: time(at),
+        seq,
+        connection: connection(of),
+        process: owner.map(process),
         ..Observation::default()
     }
 }
@@ -130,7 +134,7 @@ mod tests {
             let line = serde_json::to_string(&event).expect("serializable");
             let mut read: Observation<'_> = serde_json::from_str(&line).expect("readable");
             let made = Observation::from(&event);
-            // The page's part, and what is only read once more.
+            // Only the HTML page uses stacks, and only lingering lines the opener.
             read.stack = None;
             if read.event != Some(Line::Lingering) {
                 read.opener = None;

@@ -1,4 +1,4 @@
-//! Lines from files: of one host or of many, in the order of their times.
+//! Lines from the files of one host or several, in the order of their times.
 
 use std::{
     cmp::Reverse,
@@ -12,7 +12,7 @@ use serde::Deserialize;
 
 use crate::diagnose::observation::{Observation, nanoseconds_of};
 
-/// A line with two whole stacks has some 50 kB; one longer than this is broken.
+/// The longest line. A line with two complete stacks has about 50 kB.
 const LONGEST: u64 = 1 << 20;
 
 const BUFFER: usize = 1 << 18;
@@ -20,9 +20,9 @@ const BUFFER: usize = 1 << 18;
 /// Lines that could not be read.
 #[derive(Debug, Default)]
 pub struct Broken {
-    /// How many.
+    /// The number of such lines.
     pub count: u64,
-    /// The first of them: the file, its line counted from 1, and what is wrong.
+    /// The first of them: its file, its line number, and the error.
     pub first: Option<(String, u64, String)>,
 }
 
@@ -33,15 +33,15 @@ struct Source {
     number: u64,
 }
 
-/// The files that were named.
+/// The files to read.
 pub struct Input {
     sources: Vec<Source>,
-    /// What was broken so far.
+    /// The malformed lines so far.
     pub broken: Broken,
 }
 
 impl Input {
-    /// Opens files; `-` is the standard input, as is none at all.
+    /// Opens files; `-` or no file means the standard input.
     pub fn open(paths: &[std::path::PathBuf]) -> io::Result<Self> {
         let stdin = [std::path::PathBuf::from("-")];
         let paths = if paths.is_empty() { &stdin } else { paths };
@@ -57,13 +57,13 @@ impl Input {
         Self { sources: texts.iter().map(source).collect(), broken: Broken::default() }
     }
 
-    /// What the files are called.
+    /// The names of the files.
     pub fn names(&self) -> Vec<String> {
         self.sources.iter().map(|source| source.name.clone()).collect()
     }
 
-    /// Hands over every line with the number of its file. Each file is in order by itself, as a trace writes it; lines of
-    /// several come in the order of their times.
+    /// Passes on every line with the number of its file. A trace writes its lines in order, so each file is sorted;
+    /// lines of several files are merged by their times.
     pub fn read(&mut self, mut each: impl FnMut(&Observation<'_>, u16)) -> io::Result<()> {
         if let [source] = self.sources.as_mut_slice() {
             while source.next()? {
@@ -83,7 +83,7 @@ impl Input {
         Ok(())
     }
 
-    /// Reads the next line of a file; one without a time of its own has that of the one before.
+    /// Reads the next line of a file; a line without a time gets that of the line before it.
     fn advance(
         &mut self,
         index: usize,
@@ -123,7 +123,7 @@ impl Source {
         Self { name, reader, line: Vec::new(), number: 0 }
     }
 
-    /// Reads a line that is not empty; `false` at the end.
+    /// Reads the next line that is not empty; returns `false` at the end.
     fn next(&mut self) -> io::Result<bool> {
         loop {
             self.line.clear();
@@ -133,7 +133,7 @@ impl Source {
             }
             self.number += 1;
             if length as u64 == LONGEST && self.line.last() != Some(&b'\n') {
-                // What is read of it is not JSON, which counts it once; the rest goes unread.
+                // The truncated line is not valid JSON, so it is counted as malformed; the rest of it is skipped.
                 self.skip_line()?;
                 return Ok(true);
             }

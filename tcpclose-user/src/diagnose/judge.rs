@@ -1,7 +1,7 @@
-//! What is a finding: the bar for each kind, its numbers, its sentence and its advice.
+//! Turns the tables into findings: the threshold for each kind, its numbers, its sentence and its advice.
 //!
-//! Below the bar there is no finding. The bar is five connections, unless the kernel itself says what happened (a process
-//! that crashed), and for everything that is about a time, that the times agree ([`Sample::regular`]).
+//! The threshold is five connections, unless the kernel itself reports the fault (a process that crashed). If a finding
+//! is about a time, the times must also agree ([`Reservoir::regular`]).
 
 use std::fmt::Write as _;
 
@@ -24,23 +24,23 @@ use crate::{
     sink::human_millis,
 };
 
-/// People who leave wait for at least this long; shorter irregular waits are races.
+/// The shortest irregular wait that counts as a user who gave up; shorter ones are races.
 const PATIENCE_MS: f64 = 1_000.0;
 
-/// Two views of the same waits differ by no more than this.
+/// The largest difference between the same waits seen from both ends.
 const SAME: f64 = 0.15;
 
 /// The usual limit on descriptors, `ulimit -n`.
 const DESCRIPTORS: u64 = 1_024;
 
-/// A finding, and what it is ordered by.
+/// A finding and its sort key.
 pub(crate) struct Ranked {
-    /// Requests lost and resources that run out come before what may go wrong, and that before what is in order.
+    /// Lost requests and exhausted resources come first, then risks, then what is in order.
     pub(crate) class: u8,
     pub(crate) finding: Finding,
 }
 
-/// What the sentences are made of.
+/// The data for the sentences.
 struct Draft {
     kind: FindingKind,
     class: u8,
@@ -56,7 +56,7 @@ struct Draft {
 }
 
 impl Diagnosis {
-    /// All findings, most costly first.
+    /// All findings, the most costly first.
     pub(crate) fn judge(&self) -> Vec<Ranked> {
         let mut drafts = Vec::new();
         let mut services: Vec<_> = self.services.all.iter().collect();
@@ -118,7 +118,7 @@ impl Diagnosis {
         who.map_or_else(|| "a program that is not known".to_owned(), |who| self.names.get(who).comm.clone())
     }
 
-    /// How the service is called, from either side.
+    /// The name of the service, which is the same from both sides.
     fn service_name(&self, key: &ServiceKey, service: &Service) -> String {
         let at = match key.address {
             Some(address) => std::net::SocketAddr::new(address, key.port).to_string(),
@@ -154,7 +154,7 @@ impl Diagnosis {
         }
     }
 
-    /// The server's end of the same connections, where it was traced as well.
+    /// The server's end of the same connections, if it was traced too.
     fn server_of(&self, key: &ServiceKey, service: &Service) -> Option<&Service> {
         let who = service.peer.get()?;
         let server = ServiceKey { who: Some(who), is_server: true, address: None, port: key.port };
@@ -200,7 +200,7 @@ impl Diagnosis {
         Some(draft)
     }
 
-    /// From the server's own lines alone: where the client's are there too, they say more.
+    /// From the server's lines alone. The client's lines, if there are any, have more facts.
     fn keepalive_of_server(&self, key: &ServiceKey, service: &Service) -> Option<Draft> {
         let spread = service.idle_own.sample.regular()?;
         let raced = service.raced.count;
@@ -227,7 +227,7 @@ impl Diagnosis {
     fn gave_up(&self, key: &ServiceKey, service: &Service) -> Option<Draft> {
         let series = &service.gave_up;
         let spread = series.sample.spread().filter(|_| series.marks.count >= ENOUGH)?;
-        // Whoever never gets an answer may not be waiting for one: logs and metrics go one way.
+        // A client that never receives anything may not expect an answer: logs and metrics are sent in one direction.
         if service.answered == 0 || self.is_seen_better(key, service, &spread) {
             return None;
         }
@@ -276,8 +276,8 @@ impl Diagnosis {
         Some(draft)
     }
 
-    /// Whether other lines say the same better: the server's end of these connections, or the client of the client, in
-    /// whose wake it gave up.
+    /// Whether other lines show the same with more facts: the server's end of these connections, or the client's own
+    /// client, which gave up first.
     fn is_seen_better(&self, key: &ServiceKey, service: &Service, spread: &Spread) -> bool {
         let client = if key.is_server { service.peer.get() } else { key.who };
         let in_the_wake = self.services.all.iter().any(|(other, front)| {
@@ -295,7 +295,7 @@ impl Diagnosis {
         in_the_wake || server_tells
     }
 
-    /// How many requests a proxy dropped because its own clients had left.
+    /// The number of requests that a proxy dropped because its own clients had closed.
     fn passed_on(&self, key: &ServiceKey, spread: &Spread) -> u64 {
         if !key.is_server || key.who.is_none() {
             return 0;
@@ -314,7 +314,8 @@ impl Diagnosis {
 
     fn unanswered(&self, key: &ServiceKey, service: &Service) -> Option<Draft> {
         let series = &service.unanswered;
-        // A protocol in which the client has the last word ends every connection so. What a chain explains is no news.
+        // If a protocol ends with a message of the client, every connection ends like this. A chain already explains
+        // its own.
         let is_rule = series.marks.count * 2 > service.ends;
         let is_explained = service.resets + service.closed_by_code >= series.marks.count;
         if series.marks.count < ENOUGH || is_rule && !is_explained || self.is_a_link(key) {
@@ -347,7 +348,7 @@ impl Diagnosis {
         Some(draft)
     }
 
-    /// Whether these lost answers are part of a chain that is a finding.
+    /// Whether these lost answers are part of a chain that has a finding.
     fn is_a_link(&self, key: &ServiceKey) -> bool {
         self.chains.all().iter().any(|(route, chain)| {
             is_chain(route, chain)
@@ -407,8 +408,8 @@ impl Diagnosis {
     fn cut(&self, key: &ServiceKey, service: &Service) -> Option<Draft> {
         let died = service.cut.sample.spread().filter(|died| died.count >= ENOUGH)?;
         let lived = service.lived.spread().filter(|lived| lived.count >= ENOUGH)?;
-        // The one bound has to be above the other, ticks of clocks aside; and not all at one moment, as when the peer's
-        // host restarts.
+        // One bound must be above the other, apart from clock ticks; and the resets must not have occurred at the same
+        // time, as when the peer's host restarts.
         if lived.most > died.least * 1.05 || service.cut.marks.seconds < ENOUGH {
             return None;
         }
@@ -495,9 +496,9 @@ impl Diagnosis {
 
     fn deaths(&self) -> Vec<Draft> {
         let mut drafts = Vec::new();
-        // Crashes of one program are one finding; restarts are one each.
-        let mut crashes: BTreeMap<(Option<Who>, Death), Vec<&deaths::Process>> = BTreeMap::new();
-        let mut exits: BTreeMap<Option<Who>, Vec<&deaths::Process>> = BTreeMap::new();
+        // All crashes of a program are one finding; each restart is a finding of its own.
+        let mut crashes: BTreeMap<(Option<Who>, Death), Vec<&deaths::EndedProcess>> = BTreeMap::new();
+        let mut exits: BTreeMap<Option<Who>, Vec<&deaths::EndedProcess>> = BTreeMap::new();
         for process in self.deaths.all() {
             let at_once = process.ends.count >= ENOUGH && process.ends.last - process.ends.first <= SECOND;
             match process.death {
@@ -520,7 +521,7 @@ impl Diagnosis {
         drafts
     }
 
-    fn deploy(&self, process: &deaths::Process) -> Draft {
+    fn deploy(&self, process: &deaths::EndedProcess) -> Draft {
         let name = self.name(process.who);
         let lost = process.requests_lost.count;
         let mut summary = format!(
@@ -556,7 +557,7 @@ impl Diagnosis {
         }
     }
 
-    fn clients(&self, process: &deaths::Process) -> Option<Remote> {
+    fn clients(&self, process: &deaths::EndedProcess) -> Option<Remote> {
         let comm = process.peer.get().map(|who| self.names.get(who).comm.clone())?;
         Some(Remote { address: None, port: None, comm: Some(comm) })
     }
@@ -565,7 +566,7 @@ impl Diagnosis {
         &self,
         who: Option<Who>,
         death: Death,
-        processes: &[&deaths::Process],
+        processes: &[&deaths::EndedProcess],
         bar: u64,
     ) -> Option<Draft> {
         let mut lost = Marks::default();
@@ -768,7 +769,7 @@ impl Diagnosis {
     }
 }
 
-/// Whether waits at a proxy's upstream are those of the proxy's own clients.
+/// Whether the waits of a proxy for its server equal those of the proxy's own clients.
 fn follows(spread: &Spread, front: &Service) -> bool {
     front.gave_up.sample.spread().is_some_and(|front| {
         (front.median - spread.median).abs() <= SAME * front.median
@@ -781,7 +782,7 @@ fn confidence(count: u64, spread: Option<&Spread>) -> Confidence {
     if count >= 20 && close { Confidence::Strong } else { Confidence::Fair }
 }
 
-/// The numbers of a series, under names that say what it is of.
+/// The numbers of a series, under names with a prefix.
 fn times(of: &str, spread: &Spread) -> Vec<(&'static str, Evidence)> {
     let names = match of {
         "peer_timeout" => ["peer_timeout_ms", "peer_timeout_deviation_ms"],
@@ -813,7 +814,7 @@ fn time(nanoseconds: i64) -> Time {
     Time(jiff::Timestamp::from_nanosecond(i128::from(nanoseconds)).unwrap_or_default())
 }
 
-/// Whether a chain has happened often enough, or begins with a death that nobody asked for.
+/// Whether a chain occurred often enough, or began with a process that was not terminated on request.
 fn is_chain(route: &Route, chain: &Chain) -> bool {
     chain.marks.count >= ENOUGH || route.root.1.is_some_and(|death| death != Death::Stopped)
 }

@@ -16,14 +16,14 @@ use crate::{
     event::LingeringKind,
 };
 
-/// So many open sockets are remembered, of all programs; 8 MiB.
+/// The number of open sockets that are kept, over all programs; 8 MiB.
 const SOCKETS: usize = 65_536;
 const PROCESSES: usize = 4_096;
-/// So many places in programs are told apart for each process.
+/// The number of places in the code that are distinguished per process.
 const OPENERS: usize = 64;
 
-/// A socket whose end nobody has read, and that is a leak all the same when it stays so for this long: pools look at
-/// their idle connections more often.
+/// The time after which a socket counts as leaked although its end of file has not been read: pools check their idle
+/// connections more often than this.
 const FORGOTTEN_MS: f64 = 300_000.0;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -46,29 +46,29 @@ struct Socket {
 #[derive(Debug, Default)]
 pub(crate) struct Leaks {
     open: HashMap<Key, Socket>,
-    processes: HashMap<ProcessKey, Process>,
+    processes: HashMap<ProcessKey, Holdings>,
 }
 
 #[derive(Debug, Default)]
-struct Process {
-    /// How many of its sockets have been closed after all.
+struct Holdings {
+    /// The number of its sockets that have been closed later.
     closed: u64,
     highest_fd: Option<u32>,
     openers: HashMap<String, u64>,
 }
 
-/// What one process has leaked.
+/// The leaked sockets of a process.
 pub(crate) struct Leak {
     pub(crate) key: ProcessKey,
     pub(crate) marks: Marks,
     pub(crate) told_of_end: u64,
     pub(crate) closed: u64,
-    /// From the first socket's end to the last's.
+    /// The time from the first leaked socket to the last.
     pub(crate) first_since: i64,
     pub(crate) last_since: i64,
     pub(crate) longest_ms: f64,
     pub(crate) highest_fd: Option<u32>,
-    /// Where most of them were opened, and how many.
+    /// The place where most of them were opened, and their number.
     pub(crate) opener: Option<(String, u64)>,
 }
 
@@ -92,7 +92,7 @@ impl Leaks {
             && (self.open.len() >= SOCKETS
                 || self.processes.len() >= PROCESSES && !self.processes.contains_key(&key))
         {
-            // The finding is there by now; its numbers stay behind.
+            // There are enough for a finding; further sockets are not counted.
             return;
         }
         let state = self.processes.entry(key).or_default();
@@ -107,7 +107,7 @@ impl Leaks {
         self.open.insert(pair, Socket { process: key, since, for_ms, kind, place, time: observation.time });
     }
 
-    /// Notes that a socket is over.
+    /// Records that a socket was closed.
     pub(crate) fn closed(&mut self, pair: Key) {
         if let Some(socket) = self.open.remove(&pair)
             && let Some(process) = self.processes.get_mut(&socket.process)
@@ -116,7 +116,7 @@ impl Leaks {
         }
     }
 
-    /// What every process holds that holds enough, and has for the most part not closed what it held.
+    /// The processes that hold enough sockets and have not closed most of them.
     pub(crate) fn all(&self) -> Vec<Leak> {
         let mut leaks: HashMap<ProcessKey, Leak> = HashMap::new();
         let mut sockets: Vec<_> = self.open.values().collect();
@@ -153,8 +153,8 @@ impl Leaks {
 
 impl Leak {
     fn is_one(&self) -> bool {
-        // An idle connection that a pool keeps in good order looks the same for a while; but it is closed at its next
-        // use, and the program has never been told of the end.
+        // An idle connection in a healthy pool looks the same for a while. It is closed at its next use; until then the
+        // program has not read the end of file.
         let is_sure = self.told_of_end > 0 || self.longest_ms >= FORGOTTEN_MS;
         self.marks.count >= ENOUGH && self.closed * 4 < self.marks.count && is_sure
     }
@@ -173,7 +173,7 @@ fn opener(json: &str) -> Option<String> {
     frame.or(frames.first()).and_then(Frame::name)
 }
 
-/// A stack, as far as names go.
+/// The names in a stack.
 #[derive(Deserialize)]
 pub(crate) struct Stack<'a> {
     #[serde(borrow, default)]

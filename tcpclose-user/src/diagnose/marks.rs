@@ -1,17 +1,17 @@
-//! How many connections show something, when, and which lines say so.
+//! Connections with a property in common: their number, their times, and some of their lines.
 
-use crate::diagnose::{end::Place, statistics::Sample};
+use crate::diagnose::{end::Place, statistics::Reservoir};
 
-/// So many lines are named for each finding.
+/// The number of lines that a finding names.
 const LINES: usize = 10;
 
-/// Connections that have something in common.
+/// Connections with a property in common.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Marks {
     pub(crate) count: u64,
     pub(crate) first: i64,
     pub(crate) last: i64,
-    /// How many different seconds they came in, as far as they came in order.
+    /// The number of different seconds in which they occurred, if they were added in order.
     pub(crate) seconds: u64,
     pub(crate) lines: Vec<Place>,
 }
@@ -29,7 +29,7 @@ impl Marks {
         }
     }
 
-    /// Adds what others show; lines of both are named.
+    /// Adds those of `other`; lines of both are named.
     pub(crate) fn merge(&mut self, other: &Self) {
         if other.count == 0 {
             return;
@@ -50,7 +50,7 @@ pub(crate) const SECOND: i64 = 1_000_000_000;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Series {
     pub(crate) marks: Marks,
-    pub(crate) sample: Sample,
+    pub(crate) sample: Reservoir,
 }
 
 impl Series {

@@ -1,12 +1,12 @@
-//! What many lines say together.
+//! Finds faults that only many lines together show.
 //!
-//! A pure function of lines ([`observation`]) to findings ([`crate::event::Finding`]): each line is added to tables of
-//! bounded size ([`Diagnosis::add`]), and the tables are judged whenever findings are asked for ([`Diagnosis::findings`]).
-//! The ends of a connection are joined first ([`pairs`]), then sorted into what they have in common: by program and
-//! service ([`services`]), by process that died ([`deaths`]), by destination ([`time_wait`]), by process that leaks
-//! ([`leaks`]), and by what led to what ([`chains`]). [`judge`] has the bars and the sentences.
+//! A pure function from lines ([`observation`]) to findings ([`crate::event::Finding`]): each line is added to tables
+//! of bounded size ([`Diagnosis::add`]), from which findings are derived on request ([`Diagnosis::findings`]). The two
+//! ends of a connection are joined first ([`pairs`]). They are then grouped by program and service ([`services`]), by
+//! process that died ([`deaths`]), by destination ([`time_wait`]), by process that leaks sockets ([`leaks`]), and by
+//! cause and effect ([`chains`]). [`judge`] has the thresholds and the sentences.
 //!
-//! The tables together stay below 150 MiB, whatever comes; a few MiB is usual.
+//! The tables together never exceed 150 MiB; a few MiB is usual.
 
 mod chains;
 mod deaths;
@@ -38,10 +38,10 @@ use crate::{
     event::{Cause, Direction, Finding, LingeringKind, State},
 };
 
-/// Ends older than this, in nanoseconds of the lines' own time, are judged without their peers.
+/// The age after which an end is judged without its peer, in nanoseconds of the lines' own time.
 const WAITED: i64 = 60 * marks::SECOND;
 
-/// Reads lines and says what they mean together.
+/// Collects lines and derives findings from them.
 #[derive(Debug, Default)]
 pub struct Diagnosis {
     names: names::Names,
@@ -51,20 +51,20 @@ pub struct Diagnosis {
     leaks: leaks::Leaks,
     time_wait: time_wait::TimeWait,
     chains: chains::Chains,
-    /// The files that lines come from, by their numbers.
+    /// The names of the files, by their numbers.
     sources: Vec<String>,
     latest: i64,
     totals: Totals,
 }
 
-/// What was read.
+/// Statistics of the input.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
     /// Lines of events.
     pub lines: u64,
-    /// Of these, ends of connections.
+    /// Those of them that are ends of connections.
     pub ends: u64,
-    /// Connections of which both ends were there.
+    /// Connections of which both ends were read.
     pub joined: u64,
     /// Events that the trace lost.
     pub lost: u64,
@@ -73,12 +73,12 @@ pub struct Totals {
 }
 
 impl Diagnosis {
-    /// Nothing read yet. `sources` are the names of the files that lines will come from.
+    /// Begins without lines. `sources` are the names of the files.
     pub fn new(sources: Vec<String>) -> Self {
         Self { sources, ..Self::default() }
     }
 
-    /// Adds a line of a file, known by its number among `sources`.
+    /// Adds a line of a file, given by its index in `sources`.
     pub fn add(&mut self, observation: &Observation<'_>, source: u16) {
         let Some(line) = observation.event else { return };
         self.latest = self.latest.max(observation.time);
@@ -135,8 +135,8 @@ impl Diagnosis {
         }
     }
 
-    /// What the lines so far say, most costly first. Ends whose peers may still come count only when they are a minute
-    /// old, unless this is the `last` time.
+    /// The findings so far, the most costly first. An end whose peer has not been read counts only after a minute,
+    /// unless these are the `last` findings.
     pub fn findings(&mut self, last: bool) -> Vec<Finding> {
         let until = if last { i64::MAX } else { self.latest.saturating_sub(WAITED) };
         let Self { pairs, services, deaths, chains, .. } = self;
@@ -148,7 +148,7 @@ impl Diagnosis {
         self.judge().into_iter().map(|ranked| ranked.finding).collect()
     }
 
-    /// What was read.
+    /// Statistics of the input.
     pub fn totals(&self) -> Totals {
         Totals { joined: self.pairs.joined, left_out: self.services.left_out, ..self.totals }
     }

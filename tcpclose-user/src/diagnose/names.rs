@@ -4,15 +4,15 @@ use std::collections::HashMap;
 
 use crate::diagnose::observation::{Process, Text};
 
-/// So many different programs are told apart; those that come later share one entry without a name.
+/// The number of programs that are distinguished; further ones share one entry without a name.
 const MOST: usize = 16_384;
 
-/// A program's place in the table.
+/// The index of a program in the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Who(u32);
 
 impl Who {
-    /// Whoever did not find room.
+    /// The entry of all programs for which there was no room.
     const OTHERS: Self = Self(0);
 }
 

@@ -1,7 +1,7 @@
 //! One line of `-o json`, reduced to what a diagnosis needs.
 //!
-//! The contract of the output is all this depends on: unknown fields are skipped, every field may be null or absent,
-//! and a value that a later version adds to a closed list reads as "not known".
+//! It relies only on the contract of the output: unknown fields are skipped, every field may be null or absent, and a
+//! value that a later version has added to a closed list is read as unknown.
 
 use std::{borrow::Cow, net::SocketAddr};
 
@@ -16,7 +16,7 @@ use crate::event::{Cause, ClosedBy, Direction, Ended, LastData, LingeringKind, R
 /// A line of output.
 #[derive(Debug, Default, Deserialize)]
 pub struct Observation<'a> {
-    /// Which of the lines it is.
+    /// The kind of the line.
     #[serde(default, deserialize_with = "lenient")]
     pub event: Option<Line>,
     /// Nanoseconds since 1970.
@@ -28,7 +28,7 @@ pub struct Observation<'a> {
     /// The connection, seen from the host that traced.
     #[serde(default)]
     pub connection: Connection,
-    /// Whose socket it is.
+    /// The owner of the socket.
     #[serde(borrow, default)]
     pub process: Option<Process<'a>>,
     /// `closed_by`.
@@ -85,7 +85,7 @@ pub struct Observation<'a> {
     /// `kind` of a lingering socket. A finding has a kind as well, which is none of these.
     #[serde(default, deserialize_with = "lenient")]
     pub kind: Option<LingeringKind>,
-    /// `since` when a lingering socket has been in its state.
+    /// `since` of a lingering socket.
     #[serde(default, deserialize_with = "some_nanoseconds")]
     pub since: Option<i64>,
     /// `for_ms`.
@@ -99,7 +99,7 @@ pub struct Observation<'a> {
     pub count: Option<u64>,
 }
 
-/// Kinds of line that a diagnosis reads. Findings of an earlier run are none of them.
+/// The kinds of line that a diagnosis uses. It ignores findings of an earlier run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Line {
@@ -159,14 +159,14 @@ pub struct Process<'a> {
     pub container: Option<Text<'a>>,
 }
 
-/// A string, borrowed where it holds no escapes.
+/// A string, which is borrowed if it contains no escapes.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct Text<'a>(#[serde(borrow)] pub Cow<'a, str>);
 
-/// Who sent a signal; only whether it was the kernel's OOM killer matters here.
+/// The sender of a signal; only the kernel's OOM killer is of interest here.
 #[derive(Clone, Copy, Debug, Deserialize)]
 pub struct SignalFrom {
-    /// It was.
+    /// Whether it was the OOM killer.
     #[serde(default)]
     pub oom: Option<bool>,
 }
@@ -179,7 +179,7 @@ pub struct Holder {
     pub fd: Option<u32>,
 }
 
-/// What the path of states says, without the path.
+/// The facts that follow from the path of states.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub struct Path {
@@ -253,7 +253,7 @@ impl<'de> Deserialize<'de> for Path {
     }
 }
 
-/// A value of a closed list; `None` for null, and for one that a later version added.
+/// A value of a closed list; `None` for null and for a value that a later version added.
 fn lenient<'de, D: Deserializer<'de>, T: DeserializeOwned>(deserializer: D) -> Result<Option<T>, D::Error> {
     let text = Option::<Text<'de>>::deserialize(deserializer)?;
     Ok(text.and_then(|text| {
@@ -282,7 +282,7 @@ fn parse_time(text: &str) -> Result<i64, jiff::Error> {
     Ok(to_nanoseconds(time))
 }
 
-/// Nanoseconds since 1970; those of years that 64 bits do not reach are the last that they do.
+/// Nanoseconds since 1970; a time outside the range of 64 bits becomes the nearest one inside.
 pub(crate) fn to_nanoseconds(time: jiff::Timestamp) -> i64 {
     i64::try_from(time.as_nanosecond()).unwrap_or(i64::MAX)
 }

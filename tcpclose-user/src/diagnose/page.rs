@@ -1,6 +1,6 @@
-//! The page of `diagnose --html`: one file with everything in it, no script, nothing loaded from anywhere.
+//! The page of `diagnose --html`: a single file without scripts that loads nothing.
 //!
-//! All text from outside goes through [`Escaped`]. A policy in the page forbids what is not there anyway.
+//! All text from outside is escaped ([`Escaped`]). In addition, a content security policy forbids scripts and loading.
 
 use std::fmt::Write as _;
 
@@ -30,7 +30,7 @@ impl Display for Escaped<'_> {
                 '>' => f.write_str("&gt;")?,
                 '"' => f.write_str("&quot;")?,
                 '\'' => f.write_str("&#39;")?,
-                // Control characters are not allowed there, and direction marks would rearrange what is read.
+                // Control characters are not allowed in HTML, and direction marks would reorder the text.
                 character
                     if character.is_control()
                         || matches!(character, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}') =>
@@ -142,7 +142,7 @@ fn write_finding(out: &mut impl Write, finding: &Finding) -> io::Result<()> {
 
 const WIDTH: f64 = 960.0;
 const HEIGHT: f64 = 180.0;
-/// Room for the numbers of the axis.
+/// The width of the axis labels.
 const LEFT: f64 = 50.0;
 
 #[expect(clippy::cast_precision_loss, reason = "coordinates")]
@@ -207,7 +207,7 @@ fn begin(out: &mut impl Write, most: i64, timeline: &Timeline, length: usize) ->
     )
 }
 
-/// A number that goes up and down, over the time that the trace took.
+/// A number over time.
 #[expect(clippy::cast_precision_loss, reason = "coordinates")]
 fn level(out: &mut impl Write, changes: &Timeline, whole: &Timeline) -> io::Result<()> {
     let Some(points) = changes.series.values().next() else {
@@ -221,7 +221,7 @@ fn level(out: &mut impl Write, changes: &Timeline, whole: &Timeline) -> io::Resu
             now
         })
         .collect();
-    // What is in TIME_WAIT leaves it long after the last event of a short trace.
+    // Sockets leave TIME_WAIT long after the last event of a short trace.
     let end = whole
         .start
         .saturating_add(whole.step.saturating_mul(i64::try_from(whole.length()).unwrap_or_default()));
@@ -241,7 +241,7 @@ fn level(out: &mut impl Write, changes: &Timeline, whole: &Timeline) -> io::Resu
     )
 }
 
-/// A frame with what was called from it.
+/// A frame and its callees.
 #[derive(Default)]
 struct Node {
     count: u64,
@@ -309,7 +309,7 @@ fn flame(out: &mut impl Write, name: &str, node: &Node, place: &Place) -> io::Re
         place.width,
         ROW - 1.0
     )?;
-    // About so many letters fit.
+    // The approximate number of letters that fit.
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a few letters")]
     let room = (place.width / 6.2) as usize;
     if room >= 3 {

@@ -1,8 +1,8 @@
 //! The two ends of a connection, joined by their addresses.
 //!
-//! Each end is held back until the other one comes, from the same file or another, so that both can be judged together;
-//! or until [`ROOM`] others have come since, or until it is a minute old and findings are asked for. An end behind NAT
-//! has other addresses than its peer knows, and is judged alone, as is one whose peer was not traced.
+//! An end waits until its peer is read, from the same file or another, so that both can be judged together; or until
+//! [`ROOM`] further ends have been read; or until it is a minute old when findings are requested. An end is judged
+//! alone if its peer was not traced, or if NAT changes the addresses between the two.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -11,11 +11,10 @@ use std::{
 
 use crate::diagnose::end::End;
 
-/// So many ends wait for their peers; 16 MiB.
+/// The number of ends that may wait for their peers; 16 MiB.
 const ROOM: usize = 32_768;
 
-/// Local and remote address of the end that is looked for. Addresses of the loopback mean something in their own
-/// network namespace alone, and on their own host.
+/// The local and remote address of the peer. Loopback addresses are unique only within a network namespace of one host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Key {
     local: SocketAddr,
@@ -25,7 +24,7 @@ pub(crate) struct Key {
 
 impl Key {
     fn new(local: SocketAddr, remote: SocketAddr, source: u16, netns: u32) -> Self {
-        // Both ends at one address are on one host, whatever the address is.
+        // Two ends with the same address are on the same host.
         let is_local = local.ip().is_loopback() || local.ip() == remote.ip();
         Self { local: plain(local), remote: plain(remote), place: is_local.then_some((source, netns)) }
     }
@@ -43,7 +42,7 @@ impl Key {
     }
 }
 
-/// Without scope and flow label, which differ between the ends.
+/// An address without scope and flow label, which differ between the two ends.
 fn plain(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
@@ -52,14 +51,14 @@ fn plain(address: SocketAddr) -> SocketAddr {
 #[derive(Debug, Default)]
 pub(crate) struct Pairs {
     waiting: HashMap<Key, End>,
-    /// In the order in which they came; some have been found since.
+    /// The ends in the order of arrival; some of them may have been joined since.
     order: VecDeque<(Key, i64)>,
     pub(crate) joined: u64,
     pub(crate) alone: u64,
 }
 
 impl Pairs {
-    /// Hands `settle` what can be judged now: this end with its peer, or ends that have waited long enough.
+    /// Passes to `settle` what can be judged now: this end with its peer, or ends that have waited long enough.
     #[expect(clippy::large_types_passed_by_value, reason = "it is kept")]
     pub(crate) fn add(&mut self, end: End, mut settle: impl FnMut(&End, Option<&End>)) {
         if let Some(peer) = self.waiting.remove(&Key::of_peer(&end)) {
@@ -69,7 +68,7 @@ impl Pairs {
             return;
         }
         let key = Key::of(&end);
-        // The same addresses again: a port was used a second time, and the first end's peer will not come.
+        // The same addresses again: the port has been reused, and the peer of the first end will not be read.
         if let Some(former) = self.waiting.insert(key, end) {
             self.alone += 1;
             settle(&former, None);
@@ -80,7 +79,7 @@ impl Pairs {
         }
     }
 
-    /// An end that waits.
+    /// Adds an end that waits.
     pub(crate) fn waiting(&self, key: Key) -> Option<&End> {
         self.waiting.get(&key)
     }
@@ -95,7 +94,7 @@ impl Pairs {
         }
     }
 
-    /// Hands over what came before `time`.
+    /// Passes to `settle` the ends from before `time`.
     pub(crate) fn give_up_before(&mut self, time: i64, mut settle: impl FnMut(&End, Option<&End>)) {
         while self.order.front().is_some_and(|(_, oldest)| *oldest < time) {
             self.give_up_oldest(&mut settle);

@@ -1,4 +1,4 @@
-//! What the page shows over time, and where in their code programs closed: tables of bounded size.
+//! The data of the page's diagrams: numbers over time and closing stacks, in tables of bounded size.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -13,13 +13,13 @@ use crate::{
     event::{ClosedBy, Ended, State},
 };
 
-/// So many points in time. When they do not reach to the end of the trace any more, two become one.
+/// The number of points in time. When the trace outgrows them, each two are merged into one.
 const POINTS: usize = 240;
 
 /// The same number, for times.
 const POINTS_OF_TIME: i64 = 240;
 
-/// So many different stacks, and frames of each; those that come later are counted as `(others)`.
+/// The number of different stacks, and of frames of each; further stacks are counted as `(others)`.
 const STACKS: usize = 4_096;
 const FRAMES: usize = 64;
 
@@ -27,12 +27,12 @@ const FRAMES: usize = 64;
 #[derive(Debug, Default)]
 pub struct Pictures {
     pub(crate) ends: Timeline,
-    /// How many more sockets are in the state than at the point before.
+    /// The change in the number of sockets in the state since the previous point.
     pub(crate) close_wait: Timeline,
     pub(crate) time_wait: Timeline,
-    /// Outermost frame first.
+    /// Stacks, outermost frame first.
     pub(crate) stacks: HashMap<Vec<String>, u64>,
-    /// Sockets in `CLOSE_WAIT` that have been seen to stay there: local and remote address, since when.
+    /// Sockets that linger in `CLOSE_WAIT`: local and remote address, and the time since when.
     stuck: HashMap<(std::net::SocketAddr, std::net::SocketAddr), i64>,
 }
 
@@ -53,7 +53,7 @@ impl Default for Timeline {
 }
 
 impl Timeline {
-    /// Adds at a time; what was before the first time counts there.
+    /// Adds to the point of a time; times before the first point count there.
     pub(crate) fn add(&mut self, time: i64, series: &str, by: i64) {
         if !self.begun {
             self.begun = true;
@@ -80,7 +80,7 @@ impl Timeline {
         }
     }
 
-    /// The last point that has anything, and one more.
+    /// The number of points up to the last one with a value, plus one.
     pub(crate) fn length(&self) -> usize {
         let last = |points: &Vec<i64>| points.iter().rposition(|count| *count != 0).unwrap_or_default();
         self.series.values().map(last).max().unwrap_or_default().saturating_add(2).min(POINTS)
@@ -89,7 +89,7 @@ impl Timeline {
 
 const SOCKETS: &str = "sockets";
 
-/// A trace that goes on for long has no more sockets that stay than this.
+/// The largest number of lingering sockets that are kept.
 const STUCK: usize = 65_536;
 
 impl Pictures {
@@ -131,7 +131,7 @@ impl Pictures {
             && path.fin_acknowledged
         {
             self.time_wait.add(time, SOCKETS, 1);
-            // What would leave after the trace is not drawn, but takes no room either.
+            // A change after the end of the trace is not drawn.
             self.time_wait.add(time.saturating_add(LASTS_SECONDS * SECOND), SOCKETS, -1);
         }
         if let Some(stack) =

@@ -1,4 +1,4 @@
-//! Findings for people: a screenful, the most costly first.
+//! Writes findings as text: one screen, the most costly first.
 
 use std::fmt::Write as _;
 
@@ -10,13 +10,13 @@ use crate::{
     sink::{COLUMNS, Palette, escape, wrap},
 };
 
-/// So many are written out; the rest is counted, and is in the JSON.
+/// The number of findings that are written; the rest is counted, and JSON output has all.
 const MOST: usize = 8;
 
-/// The width of the number, and of what stands below it.
+/// The width of the column with the number.
 const INDENT: usize = 3;
 
-/// Writes findings, and what they were made of.
+/// Writes findings and the statistics of the input.
 pub fn write(out: &mut impl Write, findings: &[Finding], totals: Totals, palette: Palette) -> io::Result<()> {
     let Palette { alarm, header, dim, .. } = palette;
     if findings.is_empty() {

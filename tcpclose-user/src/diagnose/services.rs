@@ -1,6 +1,6 @@
-//! What the ends of connections to one service have in common: one entry for each program, side and service.
+//! Ends of connections, grouped by program, side and service.
 //!
-//! [`Services::settle`] sorts an end into the series it belongs to; [`crate::diagnose::judge`] makes findings of them.
+//! [`Services::settle`] adds an end to the series it belongs to; [`crate::diagnose::judge`] derives findings from them.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -13,38 +13,39 @@ use crate::{
         marks::{Marks, Series},
         names::Who,
         pairs::Key,
-        statistics::Sample,
+        statistics::Reservoir,
     },
     event::{Cause, Ended, LastData, Role},
 };
 
-/// So many services are told apart. When there is no room, those that show least and longest ago go.
+/// The number of services that are distinguished. Without room, those with the fewest and oldest marks are evicted.
 const MOST: usize = 8_192;
 
-/// So many ends that a server closed when idle are remembered, for requests that come too late for them.
+/// The number of idle ends closed by a server that are kept, to match requests that arrive too late.
 const RECENT: usize = 8_192;
 
-/// Shorter idle times are pauses within an exchange, or a farewell.
+/// The shortest idle time; shorter ones are pauses within an exchange or its end.
 const IDLE_MS: f64 = 500.0;
 
-/// Shorter waits are races between an answer and an orderly end.
+/// The shortest wait for an answer; shorter ones are races between an answer and an orderly end.
 const WAIT_MS: f64 = 50.0;
 
-/// An attempt that was given up sooner may have lost against another address of the same name.
+/// The shortest abandoned attempt; a shorter one may have lost a race against another address of the same name.
 const ATTEMPT_MS: f64 = 500.0;
 
-/// Data that was sent this long before the peer's FIN came may have crossed with it, round trip included.
+/// The longest time before the peer's FIN at which data may have been sent and still have crossed with it, round trip
+/// included.
 const CROSSING_MS: f64 = 50.0;
 
-/// A connection that was silent for less than this was not forgotten by anybody.
+/// The shortest silence after which a device may have forgotten a connection.
 const CUT_MS: f64 = 1_000.0;
 
-/// A program's connections to a service, or of a service.
+/// The connections of a program to a service, or those of the service itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct ServiceKey {
     pub(crate) who: Option<Who>,
     pub(crate) is_server: bool,
-    /// The server's address, seen from its clients; a server's own clients are one group.
+    /// The server's address, as its clients see it; all clients of a server are one group.
     pub(crate) address: Option<IpAddr>,
     pub(crate) port: u16,
 }
@@ -59,30 +60,30 @@ impl ServiceKey {
     }
 }
 
-/// What is known of them.
+/// The facts about them.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Service {
-    /// Ends that were established, and those on which the server has sent something.
+    /// The number of ends that were established, and of those on which the server sent data.
     pub(crate) ends: u64,
     pub(crate) answered: u64,
     pub(crate) pid: Single<u32>,
     pub(crate) remote: Single<IpAddr>,
     /// The program at the other end.
     pub(crate) peer: Single<Who>,
-    /// Clients: the server closed when the connection was idle, after so long.
+    /// Clients: idle times after which the server closed.
     pub(crate) idle_by_peer: Series,
-    /// This end closed when it was idle, after so long.
+    /// Idle times after which this end closed.
     pub(crate) idle_own: Series,
-    /// Requests that met the other end's close.
+    /// Requests that crossed with the other end's close.
     pub(crate) raced: Marks,
-    /// Whoever asked closed before the answer, after so long.
+    /// Waits after which the side with the request closed before the answer.
     pub(crate) gave_up: Series,
-    /// Clients: the server closed before it answered, or reset the connection, after so long.
+    /// Clients: waits after which the server closed or reset the connection before it answered.
     pub(crate) unanswered: Series,
-    /// How many of those were resets, and how many are known to have been closed by the server's own code.
+    /// The number of those that were resets, and of those that the server's own code is known to have closed.
     pub(crate) resets: u64,
     pub(crate) closed_by_code: u64,
-    /// Servers: closed with data unread, after an answer was sent; how many bytes.
+    /// Servers: closes with unread data after an answer was sent, and the number of bytes.
     pub(crate) unread: Marks,
     pub(crate) unread_bytes: u64,
     pub(crate) overflow: Marks,
@@ -92,13 +93,13 @@ pub(crate) struct Service {
     pub(crate) no_answer: Series,
     pub(crate) unreachable: u64,
     pub(crate) forged: Marks,
-    /// Ended by RST or silence when they were used again after so long.
+    /// Silences after which a connection was reset or not answered when it was used again.
     pub(crate) cut: Series,
-    /// How long connections were idle that were in order afterwards.
-    pub(crate) lived: Sample,
+    /// Silences after which a connection still worked.
+    pub(crate) lived: Reservoir,
 }
 
-/// A value that may be one and the same every time.
+/// A value that may be the same every time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Single<T> {
     #[default]
@@ -137,7 +138,7 @@ impl Service {
 #[derive(Debug, Default)]
 pub(crate) struct Services {
     pub(crate) all: HashMap<ServiceKey, Service>,
-    /// Services that gave way to others.
+    /// The number of services that were evicted.
     pub(crate) left_out: u64,
     idle_closed: HashMap<Key, ServiceKey>,
     idle_closed_order: VecDeque<Key>,
@@ -150,14 +151,14 @@ impl Services {
             let mut shown: Vec<u64> = self.all.values().map(Service::shown).collect();
             let (_, middle, _) = shown.select_nth_unstable(before / 2);
             let bar = *middle;
-            // At least half of them; all if they show the same.
+            // At least half of them; all if they are equal.
             self.all.retain(|_, service| service.shown() > bar);
             self.left_out += (before - self.all.len()) as u64;
         }
         self.all.entry(key).or_default()
     }
 
-    /// Sorts an end in, with what its peer says about it.
+    /// Adds an end, together with its peer if that is known.
     pub(crate) fn settle(&mut self, end: &End, peer: Option<&End>) {
         let Some(key) = ServiceKey::of(end) else { return };
         let place = end.place;
@@ -192,7 +193,7 @@ impl Services {
         if key.is_server {
             service.settle_server(end, peer);
             if end.closed_here() && end.idle_after_answer_ms().is_some_and(|idle| idle >= IDLE_MS) {
-                // With its peer at hand, that says whether a request was lost.
+                // The peer, if it is known, shows whether a request was lost.
                 if peer.is_none() {
                     self.remember(end, key);
                 }
@@ -213,7 +214,8 @@ impl Services {
         }
     }
 
-    /// A RST that answered data for a connection which the local side had closed. Its end may still wait for its peer.
+    /// Adds a RST that answered data for a connection which the local side had closed. Its end may still wait for its
+    /// peer.
     pub(crate) fn too_late(&mut self, pair: Key, waiting: Option<&End>, place: Place, time: i64) {
         let waiting = waiting.filter(|end| {
             end.role == Some(Role::Server)
@@ -226,7 +228,7 @@ impl Services {
         }
     }
 
-    /// A socket that waits to be accepted.
+    /// Adds a socket that waits to be accepted.
     pub(crate) fn unaccepted(&mut self, who: Option<Who>, local: SocketAddr, place: Place, time: i64) {
         let key = ServiceKey { who, is_server: true, address: None, port: local.port() };
         self.get(key).unaccepted.add(place, time);
@@ -269,7 +271,7 @@ impl Service {
             if let Some(wait) = end.waited_ms().filter(|wait| *wait >= WAIT_MS) {
                 self.gave_up.add(place, end.moved, wait);
             } else if let Some(idle) = end.idle_after_answer_ms() {
-                // A peer that knew the connection would have acknowledged the FIN before it could have reset it.
+                // A peer that knew the connection would have acknowledged the FIN before resetting it.
                 let unknown_to_peer = end.path.fin_wait && !end.path.fin_acknowledged;
                 if unknown_to_peer && (was_reset || end.ended == Some(Ended::Timeout)) && idle >= CUT_MS {
                     self.cut_unless_ended(end, peer, idle);
@@ -284,7 +286,7 @@ impl Service {
         }
         let server_died = peer.is_some_and(|peer| peer.death.is_some());
         if server_died {
-            // The process's own end counts.
+            // The end of the process is the cause.
             return;
         }
         let silence = end.silence_before_last_sent_ms();
@@ -309,7 +311,7 @@ impl Service {
             }
             if idle >= IDLE_MS {
                 self.idle_by_peer.add(place, end.moved, idle);
-                // Only data brings a RST in CLOSE_WAIT.
+                // In CLOSE_WAIT only data causes a RST.
                 if was_reset {
                     self.raced.add(place, end.time);
                 }
@@ -321,7 +323,7 @@ impl Service {
         }
     }
 
-    /// The other end had not ended the connection itself, as far as is known.
+    /// Whether the other end is not known to have ended the connection itself.
     fn cut_unless_ended(&mut self, end: &End, peer: Option<&End>, silence: f64) {
         let ended_there = peer.is_some_and(|peer| peer.acted && peer.moved < end.moved);
         if !ended_there {

@@ -1,22 +1,24 @@
-//! When a number of times counts as regular, and samples of bounded size to tell it from.
+//! Decides whether times are regular, from samples of bounded size.
 
-/// How many values of a series are kept, whatever its length.
+/// The number of values of a series that are kept.
 const ROOM: usize = 256;
 
-/// Fewer values than this show nothing.
+/// The smallest number of values that can show regularity.
 pub(crate) const ENOUGH: u64 = 5;
 
-/// How far values may lie from their median, as a part of it: the median of these distances at most `DEVIATION`, and
-/// four of five values within `WITHIN`. Five exponentially distributed waits pass about once in a hundred times.
+/// The permitted distance of values from their median, as a fraction of it: the median distance is at most `DEVIATION`,
+/// and four of five values lie within `WITHIN`. Five exponentially distributed waits pass about once in a hundred
+/// cases.
 const DEVIATION: f64 = 0.10;
 const WITHIN: f64 = 0.20;
 
-/// The kernel notes when data last went in ticks, the longest of which last 10 ms: differences up to two are none.
+/// The kernel records the time of the last data in ticks of at most 10 ms, so differences of up to two ticks do not
+/// count.
 const TICKS_MS: f64 = 20.0;
 
 /// A uniform sample of a series (Vitter's algorithm R, with a fixed seed: the same lines give the same findings).
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Sample {
+pub(crate) struct Reservoir {
     values: Vec<f32>,
     seen: u64,
     random: u64,
@@ -24,21 +26,21 @@ pub(crate) struct Sample {
     most: f64,
 }
 
-/// The middle of a sample and how far its values are from that.
+/// The median of a sample and the distances of its values from it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Spread {
-    /// How many values there were.
+    /// The number of values.
     pub(crate) count: u64,
     pub(crate) median: f64,
     /// The median of the distances to the median.
     pub(crate) deviation: f64,
     pub(crate) least: f64,
     pub(crate) most: f64,
-    /// The part of the values that lies within `WITHIN` of the median.
+    /// The fraction of the values within `WITHIN` of the median.
     near: f64,
 }
 
-impl Sample {
+impl Reservoir {
     #[expect(clippy::cast_possible_truncation, reason = "seven digits of a time in milliseconds are enough")]
     pub(crate) fn add(&mut self, value: f64) {
         self.least = if self.seen == 0 { value } else { self.least.min(value) };
@@ -77,7 +79,7 @@ impl Sample {
         Some(Spread { count: self.seen, median, deviation, least: self.least, most: self.most, near })
     }
 
-    /// The spread of values that are enough in number and near enough to their median.
+    /// The spread, if there are enough values and they are near enough to their median.
     pub(crate) fn regular(&self) -> Option<Spread> {
         self.spread().filter(Spread::is_regular)
     }
@@ -103,8 +105,8 @@ fn median(values: &mut [f64]) -> Option<f64> {
 mod tests {
     use super::*;
 
-    fn of(values: &[f64]) -> Sample {
-        let mut sample = Sample::default();
+    fn of(values: &[f64]) -> Reservoir {
+        let mut sample = Reservoir::default();
         for value in values {
             sample.add(*value);
         }
@@ -116,7 +118,7 @@ mod tests {
         let spread = of(&[1.0, 2.0, 3.0, 4.0, 100.0]).spread().expect("values");
         assert!((spread.median - 3.0).abs() < 1e-6 && (spread.deviation - 1.0).abs() < 1e-6, "{spread:?}");
         assert!((of(&[1.0, 2.0]).spread().expect("values").median - 1.5).abs() < 1e-6);
-        assert_eq!(Sample::default().spread(), None);
+        assert_eq!(Reservoir::default().spread(), None);
     }
 
     #[test]
@@ -147,7 +149,7 @@ mod tests {
 
     #[test]
     fn long_series_take_no_more_room() {
-        let mut sample = Sample::default();
+        let mut sample = Reservoir::default();
         for number in 0..100_000_u32 {
             sample.add(f64::from(number));
         }

@@ -1,4 +1,4 @@
-//! Each kind of finding from lines made for it, and its absence below the bar.
+//! Each kind of finding, from lines written for it, and its absence below the threshold.
 
 use serde_json::{Value, json};
 
@@ -7,14 +7,14 @@ use crate::{
     event::{Confidence, Evidence, Finding, FindingKind},
 };
 
-/// Seconds after the beginning, as the output writes times.
+/// A time, in seconds after the beginning, in the format of the output.
 fn at(seconds: f64) -> String {
     let start: jiff::Timestamp = "2026-03-01T12:00:00Z".parse().expect("a time");
     let time = start + jiff::SignedDuration::from_secs_f64(seconds);
     format!("{time:.9}")
 }
 
-/// The end of a connection that a client made to port 9000 of 10.0.0.2, seen from the client, `fields` replaced.
+/// The client's end of a connection to port 9000 of 10.0.0.2, with some fields replaced by `fields`.
 fn client(seconds: f64, port: u16, fields: &Value) -> Value {
     let mut line = json!({
         "event": "close", "time": at(seconds), "seq": 0,
@@ -128,7 +128,7 @@ fn assert_near(value: f64, expected: f64) {
     assert!((value - expected).abs() < 0.01, "{value} is not {expected}");
 }
 
-/// `count` ends, a second and a port apart.
+/// This many ends, each a second and a port after the one before.
 fn many(count: u16, mut end: impl FnMut(f64, u16) -> Value) -> Vec<Value> {
     (0..count).map(|number| end(f64::from(number), 40_000 + number)).collect()
 }
@@ -136,7 +136,7 @@ fn many(count: u16, mut end: impl FnMut(f64, u16) -> Value) -> Vec<Value> {
 #[test]
 fn keepalive_mismatch() {
     let mut lines = many(37, |at, port| client(at, port, &closed_by_peer(5000.0 + at)));
-    // Three of them were used again before the program had noticed.
+    // Three of them were used again before the program noticed.
     for line in &mut lines[..3] {
         line["ended"] = "reset_received".into();
         line["cause"] = "peer_reset".into();
@@ -156,8 +156,8 @@ fn keepalive_mismatch() {
 
 #[test]
 fn a_farewell_does_not_hide_the_silence() {
-    // A close_notify: data came just before the FIN, but we had sent nothing for five seconds. Then a request that
-    // crossed with the FIN.
+    // A close_notify: data arrived just before the FIN, but this side had sent nothing for five seconds. Then a request
+    // that crossed with the FIN.
     let mut lines = many(6, |at, port| {
         let mut line = client(at, port, &closed_by_peer(0.0));
         merge(&mut line, &json!({"last_data": "sent", "since_sent_ms": 2.0, "since_received_ms": 5002.0}));
@@ -173,12 +173,12 @@ fn a_farewell_does_not_hide_the_silence() {
 #[test]
 fn no_keepalive_mismatch_below_the_bar() {
     none(many(4, |at, port| client(at, port, &closed_by_peer(5000.0))));
-    // Irregular, or at once after the answer.
+    // Irregular, or immediately after the answer.
     none(many(20, |at, port| client(at, port, &closed_by_peer(1000.0 * (at + 1.0)))));
     none(many(20, |at, port| client(at, port, &closed_by_peer(3.0))));
-    // The client's own doing.
+    // The client itself closed.
     none(many(20, |at, port| client(at, port, &json!({"idle_ms": 60_000.0}))));
-    // A server that closes idle clients, of whom none came too late.
+    // A server that closes idle clients, none of which sent a request too late.
     let idle = json!({"closed_by": "local", "idle_ms": 5000.0, "states": steps(&["ESTABLISHED", "FIN_WAIT1", "CLOSE"])});
     none(many(20, |at, port| server(at, port, &idle)));
 }
@@ -236,11 +236,11 @@ fn nobody_gave_up_below_the_bar() {
     let mut four = many(4, |at, port| server(at, port, &gone(3000.0)));
     four.push(answered());
     none(four);
-    // The end of a benchmark: what was under way was a fraction of a second old.
+    // The end of a benchmark: pending requests were a fraction of a second old.
     let mut benchmark = many(50, |at, port| server(1.0, port, &gone(at)));
     benchmark.push(answered());
     none(benchmark);
-    // Logs go one way.
+    // Logs are sent in one direction.
     none(many(20, |at, port| {
         let mut line = server(at, port, &gone(3000.0));
         line["connection"]["bytes_sent"] = 0.into();
@@ -285,7 +285,7 @@ fn servers_that_close_before_they_answer() {
     let mut gone = closed_by_peer(40.0);
     merge(&mut gone, &json!({"last_data": "sent"}));
     let mut lines = many(6, |at, port| client(at, port, &gone));
-    // A protocol in which the client has the last word looks the same.
+    // A protocol that ends with a message of the client looks the same.
     none(lines.clone());
     lines.extend((0..20).map(|number: u16| client(20.0, 50_000 + number, &json!({}))));
     let finding = only(lines, FindingKind::BackendDied);
@@ -304,7 +304,7 @@ fn a_restart_is_no_fault() {
     assert!(finding.summary.contains("nothing was lost"), "{}", finding.summary);
     none((0..4).map(|number: u16| server(1.0, 40_000 + number, &stopped)).collect());
     none(many(7, |at, port| server(at, port, &stopped)));
-    // A client's end, as that of a benchmark.
+    // The end of a client, such as a benchmark.
     none((0..50).map(|number: u16| client(1.0, 40_000 + number, &json!({"trigger": "exit"}))).collect());
 }
 
@@ -328,7 +328,7 @@ fn lingering(seconds: f64, port: u16, kind: &str) -> Value {
 #[test]
 fn leak() {
     let mut lines = many(13, |at, port| lingering(at * 6.0, port, "leaked"));
-    // Two are closed after all.
+    // Two are closed later.
     let mut closed = closed_by_peer(1.0);
     merge(&mut closed, &json!({"close_wait_ms": 15_000.0}));
     lines.extend([client(80.0, 40_000, &closed), client(80.0, 40_001, &closed)]);
@@ -343,7 +343,7 @@ fn leak() {
 #[test]
 fn no_leak_below_the_bar() {
     none(many(4, |at, port| lingering(at, port, "leaked")));
-    // Idle connections of a pool that it will drop at their next use.
+    // Idle connections of a pool, which it will drop at their next use.
     none(many(9, |at, port| lingering(at, port, "unread")));
     let mut lines = many(9, |at, port| lingering(at, port, "leaked"));
     let mut closed = closed_by_peer(1.0);
@@ -382,7 +382,7 @@ fn unread_close() {
     let finding = only(many(5, |at, port| server(at, port, &unread)), FindingKind::UnreadClose);
     assert_near(number(&finding, "unread_bytes"), 350.0);
     none(many(4, |at, port| server(at, port, &unread)));
-    // A client that leaves loses nothing but its own answer.
+    // A client that gives up loses only its own answer.
     none(many(50, |at, port| client(at, port, &unread)));
 }
 
@@ -424,7 +424,7 @@ fn idle_cut() {
     let finding = only(lines.clone(), FindingKind::IdleCut);
     assert_near(number(&finding, "shortest_idle_that_died_ms"), 350_000.0);
     assert_near(number(&finding, "longest_idle_that_lived_ms"), 300_015.0);
-    // One that lived longer, and no idle time is to blame.
+    // One that lived longer: idle time is not the cause.
     lines.push(client(30.0, 60_000, &json!({"idle_ms": 400_000.0})));
     none(lines);
 }
@@ -460,7 +460,7 @@ fn forged() {
     none(many(4, |at, port| client(at, port, &reset)));
 }
 
-/// A database that is killed, an application that loses its answer for that, and the proxy before it.
+/// A database that is killed, an application that therefore loses its answer, and the proxy in front of it.
 fn database_killed(requests: u16) -> Vec<Value> {
     let mut lines = Vec::new();
     for number in 0..requests {
@@ -514,7 +514,7 @@ fn chain_from_cause_to_victim() {
 #[test]
 fn what_only_happened_at_the_same_time_is_no_chain() {
     let mut lines = database_killed(6);
-    // The application's clients had their answers.
+    // The application's clients had received their answers.
     for line in &mut lines {
         if line["connection"]["local"]["port"] == 9000 {
             merge(line, &json!({"last_data": "sent", "idle_ms": 1.0}));
@@ -523,7 +523,7 @@ fn what_only_happened_at_the_same_time_is_no_chain() {
         }
     }
     assert_eq!(kinds(&findings(lines)), [FindingKind::BackendDied]);
-    // Or it let go of them long after.
+    // Or it closed their connections much later.
     let mut lines = database_killed(6);
     for line in &mut lines {
         if line["connection"]["local"]["port"] == 9000 {
@@ -556,10 +556,10 @@ fn two_hosts_files_give_what_one_gives() {
     let together = findings_of_files(&[&whole]);
     let apart = findings_of_files(&[&one, &other]);
     assert!(!together.is_empty());
-    let told = |findings: &[Finding]| -> Vec<_> {
+    let summaries = |findings: &[Finding]| -> Vec<_> {
         findings.iter().map(|finding| (finding.kind, finding.count, finding.summary.clone())).collect()
     };
-    assert_eq!(told(&together), told(&apart));
+    assert_eq!(summaries(&together), summaries(&apart));
     assert!(apart[0].files.is_some() && together[0].files.is_none());
 }
 

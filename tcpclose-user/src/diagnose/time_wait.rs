@@ -1,7 +1,7 @@
-//! How many ports towards one service are in `TIME_WAIT` at once.
+//! The number of ports towards one service that are in `TIME_WAIT` at the same time.
 //!
-//! Linux keeps a connection in `TIME_WAIT` for 60 s (`TCP_TIMEWAIT_LEN`), whatever the sysctls say, so that the number at
-//! a moment is the number that came into it in the last 60 s.
+//! Linux keeps a connection in `TIME_WAIT` for 60 s (`TCP_TIMEWAIT_LEN`), which no sysctl changes, so the number at a
+//! given time is the number of connections that entered the state in the last 60 s.
 
 use std::{collections::HashMap, net::IpAddr};
 
@@ -15,7 +15,7 @@ use crate::{
     event::Role,
 };
 
-/// So many destinations are watched; when there is no room, those with the lowest peaks go.
+/// The number of destinations that are kept; without room, those with the lowest peaks are evicted.
 const MOST: usize = 4_096;
 
 /// `TCP_TIMEWAIT_LEN`, in seconds.
@@ -27,7 +27,7 @@ pub(crate) const LASTS_SECONDS: i64 = 60;
 /// The ports of `net.ipv4.ip_local_port_range` as Linux sets it, 32768 to 60999.
 pub(crate) const PORTS: u64 = 28_232;
 
-/// From this share of the ports on, it is a finding.
+/// The share of the ports from which on it is a finding.
 const SHARE: f64 = 0.5;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -41,7 +41,7 @@ pub(crate) struct Destination {
 
 #[derive(Clone, Debug)]
 pub(crate) struct Ports {
-    /// Those that came in each of the last seconds, by the second modulo [`LASTS`].
+    /// The connections of each of the last seconds, by the second modulo [`LASTS`].
     seconds: [u32; LASTS],
     latest: i64,
     now: u64,
@@ -74,7 +74,7 @@ impl Ports {
     }
 
     fn add(&mut self, second: i64) {
-        // Lines come in order but for some milliseconds; what comes late counts for the second that is on.
+        // Lines are in order except for some milliseconds; a late one counts for the current second.
         let second = second.max(self.latest);
         for gone in (self.latest + 1..=second).take(LASTS) {
             self.now -= u64::from(std::mem::take(&mut self.seconds[slot(gone)]));
@@ -114,7 +114,7 @@ impl TimeWait {
         }
     }
 
-    /// Those that take up enough of the ports.
+    /// The destinations that occupy enough of the ports.
     pub(crate) fn pressed(&self) -> Vec<(&Destination, &Ports)> {
         let mut pressed: Vec<_> = self.all.iter().filter(|(_, ports)| ports.share() >= SHARE).collect();
         pressed.sort_unstable_by_key(|(destination, _)| **destination);

@@ -1,4 +1,4 @@
-//! What many lines say together.
+//! The model of a `finding` line.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -14,7 +14,7 @@ display_as_serialized!(FindingKind, Confidence);
 pub struct Finding {
     /// Time of the last line that was read.
     pub time: Time,
-    /// Counts up by one a line.
+    /// The number of the line, counted from 1.
     pub seq: u64,
     /// What it is.
     pub kind: FindingKind,
@@ -26,7 +26,7 @@ pub struct Finding {
     pub count: u64,
     /// When the first of them did.
     pub first: Time,
-    /// When the last did.
+    /// When the last of them did.
     pub last: Time,
     /// How sure it is.
     pub confidence: Confidence,
@@ -62,7 +62,7 @@ pub struct Finding {
 pub enum FindingKind {
     /// The peer closes idle connections of a pool before the pool does.
     KeepaliveMismatch,
-    /// Clients left before they had an answer.
+    /// Clients closed before they had an answer.
     ClientGaveUp,
     /// A server ended connections before it had answered.
     BackendDied,
@@ -74,7 +74,7 @@ pub enum FindingKind {
     UnreadClose,
     /// The accept queue is full.
     AcceptOverflow,
-    /// Something on the way forgets idle connections.
+    /// A device on the path forgets idle connections.
     IdleCut,
     /// Connects are refused.
     Refused,
@@ -84,7 +84,7 @@ pub enum FindingKind {
     Forged,
     /// A process was stopped with its connections open: a restart.
     Deploy,
-    /// One end led to the other, in one process after another.
+    /// The end of one connection led to the end of others, from process to process.
     Chain,
 }
 
@@ -92,11 +92,11 @@ pub enum FindingKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Confidence {
-    /// The kernel says so, or both ends of the connection do.
+    /// The kernel reports it, or both ends of the connection show it.
     Proven,
-    /// Twenty connections or more agree, and their times, where it is about times, within 5 %.
+    /// Twenty connections or more agree; if it concerns times, these agree within 5 %.
     Strong,
-    /// As many as are needed, and no more regular than is needed.
+    /// No more connections than a finding needs, or times that are no more regular than it needs.
     Fair,
 }
 
@@ -145,7 +145,7 @@ impl From<u64> for Evidence {
 }
 
 impl From<f64> for Evidence {
-    /// Rounded to thousandths: more digits than that say nothing here.
+    /// Rounded to thousandths, because further digits have no meaning here.
     fn from(number: f64) -> Self {
         Self::Number((number * 1000.0).round() / 1000.0)
     }

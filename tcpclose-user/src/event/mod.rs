@@ -1,6 +1,6 @@
-//! What tcpclose says: the public model of its output, one struct a line, serialized as it stands here.
+//! The public model of the output: one struct for each kind of line, serialized with the fields in this order.
 //!
-//! Fields may be added, never renamed. What is not known is `None` and becomes `null`; it is never left out.
+//! Fields may be added, never renamed. A fact that is not known is `None` and becomes `null`; it is never left out.
 
 pub mod compose;
 mod finding;
@@ -28,9 +28,9 @@ pub enum Event {
     Reset(Box<Reset>),
     /// A socket stays in a teardown state.
     Lingering(Box<Lingering>),
-    /// Something could not be said.
+    /// Something could not be reported.
     Lost(Lost),
-    /// What many lines say together.
+    /// What many lines together show.
     Finding(Box<Finding>),
 }
 
@@ -63,7 +63,7 @@ impl Event {
 pub struct Close {
     /// When it was over.
     pub time: Time,
-    /// Counts up by one a line.
+    /// The number of the line, counted from 1.
     pub seq: u64,
     /// Which connection.
     pub connection: Connection,
@@ -71,7 +71,7 @@ pub struct Close {
     pub process: Option<Process>,
     /// Who ended it.
     pub closed_by: Option<ClosedBy>,
-    /// In what manner.
+    /// How it ended.
     pub ended: Option<Ended>,
     /// What this host's side did; null if it never acted.
     pub trigger: Option<Trigger>,
@@ -79,16 +79,16 @@ pub struct Close {
     pub signal: Option<String>,
     /// Why; null for an orderly close.
     pub cause: Option<Cause>,
-    /// Milliseconds since data last went either way when the first move of the teardown came; null if none
-    /// ever did.
+    /// Milliseconds from the last data in either direction to the first step of the teardown; null if there was no
+    /// data.
     pub idle_ms: Option<f64>,
-    /// Which way that data went.
+    /// The direction of that data.
     pub last_data: Option<LastData>,
     /// Milliseconds spent in `CLOSE_WAIT`; null if it was never there.
     pub close_wait_ms: Option<f64>,
-    /// The path of states that was seen.
+    /// The states that were seen, in order.
     pub states: Vec<Step>,
-    /// Where this host's side acted; null if it did not, or if stacks were not asked for.
+    /// Where in the code this host's side acted; null if it did not, or if stacks were not requested.
     pub stack: Option<Stack>,
     /// The connect or accept that made the connection; null if that was before tracing.
     pub opener: Option<Opener>,
@@ -99,13 +99,13 @@ pub struct Close {
 pub struct Reset {
     /// When.
     pub time: Time,
-    /// Counts up by one a line.
+    /// The number of the line, counted from 1.
     pub seq: u64,
     /// Which connection.
     pub connection: Connection,
     /// Whose socket it was.
     pub process: Option<Process>,
-    /// Which way it went.
+    /// The direction.
     pub direction: Direction,
     /// The kernel's own name for the reason, such as `TCP_ABORT_ON_CLOSE`; null on kernels that give none.
     pub reason: Option<String>,
@@ -113,15 +113,15 @@ pub struct Reset {
     pub cause: Option<Cause>,
     /// State of the socket when it happened; null without a socket.
     pub state: Option<State>,
-    /// Milliseconds since data last went either way; null if none ever did.
+    /// Milliseconds since the last data in either direction; null if there was none.
     pub idle_ms: Option<f64>,
-    /// Which way that data went.
+    /// The direction of that data.
     pub last_data: Option<LastData>,
     /// Time to live of the RST, received ones only.
     pub ttl: Option<u8>,
     /// Time to live of the connection's first packets.
     pub handshake_ttl: Option<u8>,
-    /// Where this host's side acted.
+    /// Where in the code this host's side acted.
     pub stack: Option<Stack>,
     /// The connect or accept that made the connection.
     pub opener: Option<Opener>,
@@ -132,24 +132,24 @@ pub struct Reset {
 pub struct Lingering {
     /// When this was noticed.
     pub time: Time,
-    /// Counts up by one a line.
+    /// The number of the line, counted from 1.
     pub seq: u64,
     /// Which connection.
     pub connection: Connection,
     /// Whose socket it is.
     pub process: Option<Process>,
-    /// The state that it stays in.
+    /// The state in which it stays.
     pub state: State,
-    /// When it came into that state; null if before tracing began.
+    /// When it entered that state; null if before tracing began.
     pub since: Option<Time>,
-    /// Milliseconds that it has been there, at least.
+    /// The least time that it has been there, milliseconds.
     pub for_ms: Option<f64>,
-    /// Milliseconds that it has been there, at most; the same where `since` is known, null where the kernel gives no
-    /// upper bound.
+    /// The most time that it can have been there, milliseconds; the same where `since` is known, null where the kernel
+    /// gives no upper bound.
     pub for_ms_at_most: Option<f64>,
-    /// Bytes received that nobody has read.
+    /// Bytes received that no process has read.
     pub unread_bytes: Option<u64>,
-    /// Every process that has it open; null where that cannot be looked up.
+    /// Every process that has it open; null if that cannot be looked up.
     pub holders: Option<Vec<Holder>>,
     /// The connect or accept that made the connection; null if that was before tracing.
     pub opener: Option<Opener>,
@@ -168,22 +168,22 @@ pub struct Holder {
     pub fd: u32,
 }
 
-/// What could not be said.
+/// What could not be reported.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Lost {
     /// When it was noticed.
     pub time: Time,
-    /// Counts up by one a line.
+    /// The number of the line, counted from 1.
     pub seq: u64,
     /// Where it was lost.
     #[serde(rename = "where")]
     pub place: LostPlace,
-    /// How many since the last such line.
+    /// The number since the last such line.
     pub count: u64,
 }
 
 /// A connection, seen from the host that traces.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Connection {
     /// An IPv4-mapped IPv6 socket is `ipv4`.
     pub family: Option<Family>,

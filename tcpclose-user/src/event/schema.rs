@@ -23,7 +23,7 @@ pub fn pretty() -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::{env, fs, path::Path};
+    use std::{collections::BTreeSet, env, fs, path::Path};
 
     use serde_json::Value;
 
@@ -47,6 +47,19 @@ mod tests {
         found
     }
 
+    /// The names of all properties of `node`.
+    fn names<'a>(root: &'a Value, node: &'a Value) -> BTreeSet<&'a str> {
+        let own = node.get("properties").and_then(Value::as_object).into_iter().flat_map(|all| all.keys());
+        let mut names: BTreeSet<&str> = own.map(String::as_str).collect();
+        if let Some(reference) = node.get("$ref").and_then(Value::as_str) {
+            names.extend(self::names(root, root.pointer(&reference[1..]).expect("a definition")));
+        }
+        for other in ["anyOf", "oneOf"].iter().filter_map(|name| node.get(*name)?.as_array()).flatten() {
+            names.extend(self::names(root, other));
+        }
+        names
+    }
+
     fn items<'a>(root: &'a Value, node: &'a Value) -> &'a Value {
         if let Some(items) = node.get("items") {
             return items;
@@ -58,6 +71,12 @@ mod tests {
     fn check(root: &Value, node: &Value, value: &Value, path: &str) {
         match value {
             Value::Object(fields) => {
+                let written: BTreeSet<&str> = fields.keys().map(String::as_str).collect();
+                assert_eq!(
+                    written,
+                    names(root, node),
+                    "{path}: the fields that are written, and those of the schema"
+                );
                 for (key, value) in fields {
                     let path = format!("{path}.{key}");
                     let found = properties(root, node, key);
@@ -78,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn describes_every_field_that_is_written() {
+    fn a_line_has_the_fields_of_its_schema() {
         let schema = schema().to_value();
         for event in examples::all() {
             let value = serde_json::to_value(&event).expect("serializable");

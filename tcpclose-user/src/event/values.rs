@@ -37,7 +37,7 @@ pub enum ClosedBy {
     Both,
     /// A timer or a limit of this host.
     Kernel,
-    /// Somebody destroyed the socket from outside (`ss -K`).
+    /// Another process destroyed the socket (`ss -K`).
     Admin,
 }
 
@@ -51,7 +51,7 @@ pub enum Ended {
     ResetSent,
     /// This host received a RST.
     ResetReceived,
-    /// A timer ran out, or an ICMP error came.
+    /// A timer expired, or an ICMP error arrived.
     Timeout,
     /// Destroyed without a RST.
     Destroyed,
@@ -79,7 +79,7 @@ pub enum Trigger {
     IoUring,
 }
 
-/// Why a connection ended otherwise than in order.
+/// Why a connection did not end in order.
 #[derive(
     Clone,
     Copy,
@@ -115,7 +115,7 @@ pub enum Cause {
     RetransmitTimeout,
     /// The SYN went unanswered.
     ConnectTimeout,
-    /// `TCP_USER_TIMEOUT` ran out.
+    /// `TCP_USER_TIMEOUT` expired.
     UserTimeout,
     /// The peer never answered the FIN.
     FinTimeout,
@@ -133,17 +133,17 @@ pub enum Cause {
     Destroyed,
     /// Too many orphans, or socket memory exhausted.
     OutOfMemory,
-    /// RST received with no sign of anything but the peer.
+    /// RST received, and nothing suggests that a device sent it.
     PeerReset,
-    /// RST received whose TTL does not fit the handshake's.
+    /// RST received with a TTL unlike that of the handshake.
     SuspectedInjection,
     /// ICMP error or route loss.
     HostUnreachable,
-    /// None of the above could be shown.
+    /// The facts do not show any of the above.
     Unknown,
 }
 
-/// Which way data last went.
+/// The direction of the last data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LastData {
@@ -177,11 +177,11 @@ pub enum LingeringKind {
     Unread,
     /// It is still in the accept queue.
     Unaccepted,
-    /// The peer never answered our FIN.
+    /// The peer has not acknowledged the FIN.
     Unacked,
-    /// We shut down our half, the peer goes on.
+    /// This side shut down its half, and the peer has not closed.
     HalfClosed,
-    /// None of these could be shown.
+    /// The facts do not show any of these.
     Unknown,
 }
 
@@ -189,13 +189,13 @@ pub enum LingeringKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LostPlace {
-    /// Records that found the ring buffer full, could not be read, or were never written because the kernel skipped
-    /// a program that was running already.
+    /// Records for which the ring buffer had no room, that could not be decoded, or that were never written because the
+    /// kernel skipped a program that was already running.
     RingBuffer,
-    /// Sockets whose gathered facts had to give way to newer ones, or found no room; and ends that the kernel ran no
-    /// program for, which are reported later with what is known.
+    /// Sockets whose entry was evicted, or for which there was no room; and ends for which the kernel ran no program,
+    /// which are reported later with what is known.
     Connections,
-    /// Stacks that found no room.
+    /// Stacks for which there was no room.
     Stacks,
     /// Lines that could not be written.
     Output,

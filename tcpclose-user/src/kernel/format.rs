@@ -76,13 +76,12 @@ impl Format {
             sport: offset("sport", 2),
             dport: offset("dport", 2),
             family: offset("family", 2),
-            saddr: offset("saddr", 4),
-            daddr: offset("daddr", 4),
             saddr_v6: offset("saddr_v6", 16),
             daddr_v6: offset("daddr_v6", 16),
             local_sockaddr: offset("saddr", sockaddr_in6),
             remote_sockaddr: offset("daddr", sockaddr_in6),
             child_pid: offset("child_pid", 4),
+            ..RecordOffsets::ABSENT
         }
     }
 
@@ -177,8 +176,6 @@ mod tests {
         dport: 26,
         family: 28,
         protocol: 30,
-        saddr: 32,
-        daddr: 36,
         saddr_v6: 40,
         daddr_v6: 56,
         ..RecordOffsets::ABSENT
@@ -206,23 +203,14 @@ mod tests {
             ("__u8 saddr_v6[16]", 39, 16),
             ("__u8 daddr_v6[16]", 55, 16),
         ]);
-        let expected =
-            RecordOffsets { protocol: ABSENT, saddr: 31, daddr: 35, saddr_v6: 39, daddr_v6: 55, ..SET_STATE };
+        let expected = RecordOffsets { protocol: ABSENT, saddr_v6: 39, daddr_v6: 55, ..SET_STATE };
         assert_eq!(old.record_offsets(), expected);
     }
 
     #[test]
     fn send_reset() {
-        let v5_4 = RecordOffsets {
-            sport: 28,
-            dport: 30,
-            saddr: 32,
-            daddr: 36,
-            saddr_v6: 40,
-            daddr_v6: 56,
-            ..SEND_RESET
-        };
-        let v5_13 = RecordOffsets { family: 32, saddr: 34, daddr: 38, saddr_v6: 42, daddr_v6: 58, ..v5_4 };
+        let v5_4 = RecordOffsets { sport: 28, dport: 30, saddr_v6: 40, daddr_v6: 56, ..SEND_RESET };
+        let v5_13 = RecordOffsets { family: 32, saddr_v6: 42, daddr_v6: 58, ..v5_4 };
         let v6_10 = RecordOffsets { reason: 28, local_sockaddr: 32, remote_sockaddr: 60, ..SEND_RESET };
         for (kernel, format) in fixtures!("tcp_send_reset") {
             let expected = match kernel {
@@ -243,15 +231,7 @@ mod tests {
             ("__u8 saddr_v6[16]", 36, 16),
             ("__u8 daddr_v6[16]", 52, 16),
         ]);
-        let expected = RecordOffsets {
-            sport: 24,
-            dport: 26,
-            saddr: 28,
-            daddr: 32,
-            saddr_v6: 36,
-            daddr_v6: 52,
-            ..SEND_RESET
-        };
+        let expected = RecordOffsets { sport: 24, dport: 26, saddr_v6: 36, daddr_v6: 52, ..SEND_RESET };
         assert_eq!(v4_16.record_offsets(), expected);
         // 6.10 on kernels that do not evaluate the size in the text.
         let unsized_array = format_of(&[
@@ -267,9 +247,8 @@ mod tests {
 
     #[test]
     fn receive_reset_and_destroy_sock() {
-        let v4_16 = RecordOffsets { saddr: 20, daddr: 24, saddr_v6: 28, daddr_v6: 44, ..RECEIVE_RESET };
-        let v5_13 =
-            RecordOffsets { family: 20, saddr: 22, daddr: 26, saddr_v6: 30, daddr_v6: 46, ..RECEIVE_RESET };
+        let v4_16 = RecordOffsets { saddr_v6: 28, daddr_v6: 44, ..RECEIVE_RESET };
+        let v5_13 = RecordOffsets { family: 20, saddr_v6: 30, daddr_v6: 46, ..RECEIVE_RESET };
         for (kernel, format) in
             fixtures!("tcp_receive_reset").into_iter().chain(fixtures!("tcp_destroy_sock"))
         {

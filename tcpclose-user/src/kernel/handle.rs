@@ -34,7 +34,7 @@ pub struct KernelHalf {
     pub has_cookie: bool,
     /// Whether the kernel gives them the registers that a task entered it with.
     pub has_registers: bool,
-    /// What became of each hook that was asked for.
+    /// The result of attaching each requested hook.
     pub hooks: Vec<Outcome>,
     /// What is lost on this kernel with these privileges, a sentence each.
     pub losses: Vec<String>,
@@ -46,9 +46,9 @@ pub struct KernelHalf {
     pace: Pace,
 }
 
-/// What became of a hook.
+/// The result of attaching a hook.
 pub struct Outcome {
-    /// Which.
+    /// The hook.
     pub hook: &'static Hook,
     /// The variant that works; `None` if none does.
     pub variant: Option<&'static Variant>,

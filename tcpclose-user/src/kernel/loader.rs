@@ -41,7 +41,7 @@ pub enum BtfSource {
     Kernel,
     /// A file of raw BTF, for a kernel built without.
     File(PathBuf),
-    /// Nowhere: use only what tracefs says.
+    /// None: only tracefs is used.
     None,
 }
 
@@ -71,7 +71,7 @@ impl BtfSource {
         }
     }
 
-    /// What it says about this kernel.
+    /// The facts about this kernel that follow from it.
     ///
     /// # Errors
     /// There is none, or it is malformed.
@@ -83,14 +83,17 @@ impl BtfSource {
     }
 }
 
-/// What the kernel half is asked to do.
+/// Size of the table of live sockets, unless `--connections` sets another.
+pub const DEFAULT_CONNECTIONS: u32 = 65_536;
+
+/// The configuration with which the kernel half is loaded.
 #[derive(Clone, Debug)]
 pub struct Request {
     /// Filters and stacks; what depends on the kernel is filled in here.
     pub params: Params,
     /// Whether children of followed processes are followed.
     pub follow_children: bool,
-    /// How to see who accepts a connection.
+    /// How accepts are observed.
     pub accept_hook: AcceptHook,
     /// Size of the table of live sockets.
     pub connections: u32,
@@ -103,6 +106,25 @@ pub struct Request {
 }
 
 impl Request {
+    /// A request for these programs, without the options that change what is attached.
+    pub fn new(params: Params, btf: BtfSource) -> Self {
+        Self {
+            params,
+            follow_children: false,
+            accept_hook: AcceptHook::Auto,
+            connections: DEFAULT_CONNECTIONS,
+            btf,
+            log: None,
+            rehearsal: false,
+        }
+    }
+
+    /// A request for everything, so that the verifier checks every program in full; with a small table.
+    pub fn rehearsal(btf: BtfSource) -> Self {
+        let params = Params { user_stack: 1, kernel_stack: 1, ttl: 1, ..Params::NONE };
+        Self { follow_children: true, connections: 128, rehearsal: true, ..Self::new(params, btf) }
+    }
+
     /// Whether a variant may be taken.
     fn allows(&self, variant: &Variant) -> bool {
         self.rehearsal
@@ -222,8 +244,8 @@ pub fn load(request: &Request) -> Result<KernelHalf> {
 
 /// Refuses a kernel that is locked down so far that programs may not read its memory, as all of ours do.
 ///
-/// This is not left to the verifier, because classic tracepoints would be tried next, and Linux 6.12 crashes when a tracefs
-/// that lockdown has kept empty is unmounted (in `tracefs_destroy_inode()`).
+/// This is not left to the verifier, because classic tracepoints would be tried next, and Linux 6.12 crashes when a
+/// tracefs that lockdown has kept empty is unmounted (in `tracefs_destroy_inode()`).
 fn may_read_kernel_memory() -> Result<(), Failure> {
     // The helper is then withheld: `bpf_tracing_func_proto()` in `kernel/trace/bpf_trace.c`.
     if is_helper_supported(ProgramType::TracePoint, BpfHelper::BPF_FUNC_probe_read_kernel).unwrap_or(true) {
@@ -280,7 +302,7 @@ const RING_WITH_STACKS: u32 = 64 << 20;
 /// Sets the globals and the sizes of maps, and creates the maps.
 fn prepare(request: &Request, kernel: &Kernel, params: &Params, layouts: &Layouts) -> Result<Ebpf> {
     let wants_syscall = request.rehearsal || request.accept_hook == AcceptHook::Syscall;
-    // If it is not found, attaching fails and says so.
+    // If it is not found, attaching fails with an error that reports this.
     let syscall_result = if wants_syscall { syscall_result().unwrap_or(ABSENT) } else { ABSENT };
     let level = request.log.map_or(0, |level| level as u8);
     let mut loader = EbpfLoader::new();
@@ -307,8 +329,8 @@ fn prepare(request: &Request, kernel: &Kernel, params: &Params, layouts: &Layout
     )
 }
 
-/// Attaches every hook that is asked for, each by the first variant that works. Either all tracepoints are typed, or all
-/// are classic; in the second case `untyped` says why typed ones do not work.
+/// Attaches every hook that is asked for, each by the first variant that works. Either all tracepoints are typed, or
+/// all are classic; in the second case `untyped` is the reason why typed ones do not work.
 fn attach(
     request: &Request,
     kernel: &Kernel,
@@ -382,7 +404,7 @@ fn attach(
     Ok(half)
 }
 
-/// Whether a program can tell where the current task's user stack is, and whether it has one.
+/// Whether programs can find the current task's user stack, and know whether it has one.
 fn can_copy_stacks(structs: &StructOffsets, params: &Params) -> bool {
     let is_known = |offsets: &[u16]| offsets.iter().all(|offset| *offset != ABSENT);
     let registers = [structs.task_stack, structs.thread_size, structs.pt_regs_size];
@@ -440,7 +462,7 @@ fn start(ebpf: &mut Ebpf, kernel: &Kernel, variant: &Variant) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a function that is not given what its program wants to see.
+/// Refuses a function that lacks an argument which its program needs.
 fn ensure_arguments(kernel: &Kernel, function: &str) -> Result<()> {
     ensure!(kernel.btf.is_some(), "no BTF");
     match arguments::missing(kernel.arguments, function) {
@@ -449,21 +471,22 @@ fn ensure_arguments(kernel: &Kernel, function: &str) -> Result<()> {
     }
 }
 
-/// An error in one line. Of what the verifier says to a program that it refuses, the last line says why; all of it goes
-/// to `--debug`.
+/// An error in one line. The last line of the verifier's log has the reason for a refusal; `--debug` shows the whole
+/// log.
 fn brief(error: &anyhow::Error) -> String {
     let Some(ProgramError::LoadError { io_error, verifier_log }) = error.downcast_ref() else {
         return format!("{error:#}");
     };
     let log = verifier_log.to_string();
     log::debug!("the verifier: {log}");
-    let said =
+    let is_reason =
         |line: &&str| !line.is_empty() && !VERIFIER_STATISTICS.iter().any(|begin| line.starts_with(begin));
-    let reason = log.lines().map(str::trim).rfind(said).map(|line| format!(" ({line})")).unwrap_or_default();
+    let reason =
+        log.lines().map(str::trim).rfind(is_reason).map(|line| format!(" ({line})")).unwrap_or_default();
     format!("the kernel refuses the program: {io_error}{reason}")
 }
 
-/// How the lines begin that end the verifier's log whatever happened.
+/// The beginnings of the lines with which the verifier's log ends in any case.
 const VERIFIER_STATISTICS: [&str; 4] = ["processed ", "verification time ", "stack depth ", "max_states"];
 
 /// The kernel skips a program that is running on the same CPU already, and counts that with the program. It is a loss
@@ -492,7 +515,7 @@ fn syscall_result() -> Result<u16> {
     result.with_context(|| format!("the record of {at} has no result of 8 bytes"))
 }
 
-/// What is said when tracing makes no sense without a hook.
+/// The message when tracing makes no sense without a hook.
 fn unmet(outcome: &Outcome) -> Failure {
     let Outcome { hook, refused, .. } = outcome;
     let needs: BTreeSet<_> = refused.iter().map(|(variant, _)| variant.kind.needs()).collect();
@@ -505,7 +528,7 @@ fn unmet(outcome: &Outcome) -> Failure {
 }
 
 /// Before 5.11, maps count against `RLIMIT_MEMLOCK`; later kernels charge the cgroup. A refusal is therefore no error
-/// by itself: if it matters, making the maps fails and says so.
+/// by itself: if it matters, creating the maps fails with an error that reports it.
 fn raise_memlock_limit() {
     let unlimited = nix::sys::resource::RLIM_INFINITY;
     if let Err(error) =

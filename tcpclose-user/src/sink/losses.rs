@@ -15,7 +15,7 @@ use crate::{
 pub struct Losses {
     /// How many sockets `OVERFLOW`, where those go whose bucket is full, has room for.
     capacity: u64,
-    /// What `lost` lines have said so far.
+    /// What `lost` lines have reported so far.
     reported: BTreeMap<LostPlace, u64>,
     /// Entries that `OVERFLOW` has evicted.
     evicted: u64,

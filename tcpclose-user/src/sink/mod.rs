@@ -20,7 +20,8 @@ pub use json::Json;
 pub(crate) use text::{COLUMNS, bounds, cut, endpoint, escape, or_dash, width, wrap};
 pub use text::{Palette, Text, human_millis};
 
-/// In what form events are written. A report (`list`, `doctor`) has a [`ReportFormat`](crate::cli::ReportFormat) of its own.
+/// The format in which events are written. A report (`list`, `doctor`) has a [`ReportFormat`](crate::cli::ReportFormat)
+/// of its own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
     /// One aligned line for each event, with further facts indented below it
@@ -31,7 +32,7 @@ pub enum Format {
 }
 
 impl Palette {
-    /// For the standard output: colours on a terminal, unless `NO_COLOR` and its kin say otherwise.
+    /// For the standard output: colours on a terminal, unless variables such as `NO_COLOR` disable them.
     pub fn of_stdout() -> Self {
         match AutoStream::choice(&io::stdout()) {
             ColorChoice::Never => Self::PLAIN,
@@ -40,7 +41,7 @@ impl Palette {
     }
 }
 
-/// Writes events in one form.
+/// Writes events in one format.
 pub trait Sink {
     /// Writes one event. It may stay in a buffer until [`Sink::flush`].
     fn write(&mut self, event: &Event) -> io::Result<()>;
@@ -96,11 +97,11 @@ impl Output {
         }
     }
 
-    /// Writes to the standard output; in colour on a terminal, unless `NO_COLOR` and its kin say otherwise.
+    /// Writes to the standard output; in colour on a terminal, unless variables such as `NO_COLOR` disable it.
     pub fn stdout(format: Format, details: bool) -> Self {
         let palette = Palette::of_stdout();
-        // A descriptor of its own where there is one to be had: `Stdout` looks for the last newline of what it is given, and
-        // writes the rest apart.
+        // A descriptor of its own where there is one to be had: `Stdout` looks for the last newline of what it is
+        // given, and writes the rest apart.
         match io::stdout().as_fd().try_clone_to_owned() {
             Ok(stdout) => Self::to(format, File::from(stdout), palette, details),
             Err(_) => Self::to(format, io::stdout(), palette, details),

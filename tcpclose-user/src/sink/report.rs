@@ -73,7 +73,7 @@ impl Report {
         }
     }
 
-    /// Writes a line that says what was lost. It does not count as an event, and no filter applies to it.
+    /// Writes a `lost` line. It does not count as an event, and no filter applies to it.
     ///
     /// # Errors
     /// The output cannot be written.

@@ -139,7 +139,7 @@ impl Page<'_> {
         };
         let (by, how) = (or_dash(close.closed_by), or_dash(close.ended));
         let mut facts = Facts::default();
-        // A cause says more than who and how, so it goes first where there is one.
+        // A cause is more informative than who and how, so it comes first if there is one.
         let what = if let Some(cause) = close.cause.filter(|cause| *cause != Cause::Unknown) {
             facts.add("by", by);
             facts.add("how", how);
@@ -418,7 +418,7 @@ pub(crate) fn escape(text: &str) -> Cow<'_, str> {
     escaped.into()
 }
 
-/// At most `room` characters of a name; a `+` at its end says that there is more, as in `ps`.
+/// At most `room` characters of a name; a `+` at its end stands for the rest, as in `ps`.
 pub(crate) fn cut(text: &str, room: usize) -> Cow<'_, str> {
     if width(text) <= room {
         return text.into();

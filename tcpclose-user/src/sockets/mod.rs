@@ -166,12 +166,12 @@ impl Socket {
                 netns: Some(self.netns),
                 cookie,
                 role: self.role,
-                opened: None,
-                age_ms: None,
                 bytes_sent: info.map(|info| info.bytes_sent),
                 bytes_received: self.entry.bytes_received(),
                 retransmits: info.map(|info| info.retransmits),
                 rtt_us: info.map(|info| info.rtt_us).filter(|rtt| *rtt != 0),
+                // The kernel lists no more of it.
+                ..Connection::default()
             },
             process: self.process(processes),
             state,

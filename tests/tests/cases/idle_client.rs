@@ -3,7 +3,6 @@
 
 use std::{
     fs,
-    os::unix::fs::symlink,
     process::{Command, Stdio},
     time::Duration,
 };
@@ -15,17 +14,15 @@ use tcpclose_tests::{
     netns::Namespace,
     program::Program,
     scratch::Scratch,
+    servers::{REDIS, start_redis},
     sockets::{self, CLOSE_WAIT},
     tool::Launch,
 };
 
-use super::{at, idle_for, only_socket, process, told, wait_for_listener};
+use super::{at, idle_for, only_socket, process, wait_for_line};
 
-pub(crate) const NEEDS: &[&str] = &[SERVER, CLIENT];
+pub(crate) const NEEDS: &[&str] = &[REDIS, CLIENT];
 
-/// In Debian this tool and the server are the same binary, which acts by its name. This package has no
-/// service.
-const SERVER: &str = "/usr/bin/redis-check-rdb";
 const CLIENT: &str = "/usr/bin/redis-cli";
 
 const PORT: u16 = 6379;
@@ -39,13 +36,7 @@ pub(crate) fn redis_closes_what_its_client_has_forgotten() -> Result<()> {
     let folder = Scratch::new()?;
     let tool =
         Launch::new()?.trace([&namespace]).args(["--linger", "1s", "--call-graph", "dwarf"]).start()?;
-    let program = folder.path().join("redis-server");
-    symlink(SERVER, &program)?;
-    let mut command = Command::new(program);
-    command.args(["--save", "", "--loglevel", "verbose", "--logfile", "log", "--dir"]).arg(folder.path());
-    command.args(["--port", &PORT.to_string(), "--timeout", &TIMEOUT.as_secs().to_string()]);
-    let redis = Program::start(&namespace, command)?;
-    wait_for_listener(&namespace, PORT)?;
+    let redis = start_redis(&namespace, folder.path(), PORT, TIMEOUT.as_secs())?;
     let mut command = Command::new(CLIENT);
     // redis warns about its environment on stderr.
     command.args(["-p", &PORT.to_string()]).stderr(Stdio::null());
@@ -55,9 +46,9 @@ pub(crate) fn redis_closes_what_its_client_has_forgotten() -> Result<()> {
         sockets.iter().any(|socket| socket.state == CLOSE_WAIT)
     })?;
     let log = fs::read_to_string(folder.path().join("log"))?;
-    ensure!(log.contains("Closing idle client"), "redis says: {log}");
+    ensure!(log.contains("Closing idle client"), "the log of redis: {log}");
 
-    told(
+    wait_for_line(
         &tool,
         &json!({"event": "close", "connection": at("local", PORT)}),
         &json!({
@@ -76,7 +67,7 @@ pub(crate) fn redis_closes_what_its_client_has_forgotten() -> Result<()> {
     let held = only_socket(&namespace, PORT, CLOSE_WAIT)?;
     let descriptors = sockets::descriptors(client.pid(), &held)?;
     ensure!(descriptors.len() == 1, "{descriptors:?}");
-    told(
+    wait_for_line(
         &tool,
         &json!({"event": "lingering", "connection": at("remote", PORT)}),
         &json!({
@@ -93,7 +84,7 @@ pub(crate) fn redis_closes_what_its_client_has_forgotten() -> Result<()> {
 
     // The next request of the client fails, and it opens a new connection.
     client.tell("PING")?;
-    told(
+    wait_for_line(
         &tool,
         &json!({"event": "close", "connection": {"local": {"port": held.local.port()}}}),
         &json!({

@@ -9,7 +9,6 @@ mod worker;
 
 use std::{
     path::{Path, PathBuf},
-    process::Command,
     time::Duration,
 };
 
@@ -19,7 +18,8 @@ use tcpclose_tests::{
     expect::{at_least, differences, shortened},
     netns::Namespace,
     program::Program,
-    sockets::{self, LISTEN, Socket},
+    servers::is_missing,
+    sockets::{self, Socket},
     tool::Tool,
 };
 
@@ -27,7 +27,7 @@ macro_rules! cases {
     ($($file:ident::$case:ident)*) => {$(
         #[test]
         fn $case() -> Result<()> {
-            if $file::NEEDS.iter().any(|file| is_missing(file)) {
+            if is_missing($file::NEEDS) {
                 return Ok(());
             }
             $file::$case()
@@ -39,51 +39,17 @@ cases! {
     proxy::backend_closes_what_nginx_is_about_to_use
     proxy::client_gives_up
     idle_client::redis_closes_what_its_client_has_forgotten
-    worker::leaking_worker_was_told_of_the_end
+    worker::leaking_worker_has_read_the_end
     worker::blocked_worker_has_not_read
     pool::pool_runs_dry_and_the_method_is_named
-}
-
-/// Debian's interpreter. The first one in the path may be a script that starts another.
-const PYTHON: &str = "/usr/bin/python3";
-
-/// Whether a test has to be skipped for lack of a program, as in a virtual machine. The skip is printed;
-/// `cargo xtask test` reads it, and accepts it if the test ran elsewhere.
-fn is_missing(file: &str) -> bool {
-    let missing = !Path::new(file).exists();
-    if missing {
-        println!("skipped: {file} is not here");
-    }
-    missing
 }
 
 /// The kernel records the time of the last data in jiffies, which last at most this long.
 const TICK: Duration = Duration::from_millis(10);
 
-/// The path of a script, a source file or a configuration of these cases.
+/// The path of a file of these cases.
 fn part(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases").join(name)
-}
-
-/// The command that runs one of these scripts.
-fn python(script: &str) -> Command {
-    let mut command = Command::new(PYTHON);
-    command.arg(part(script));
-    command
-}
-
-/// Starts one of these scripts and waits until it is ready.
-fn start_script(namespace: &Namespace, mut command: Command, args: &[&str]) -> Result<Program> {
-    command.args(args);
-    let script = Program::start(namespace, command)?;
-    ensure!(script.line()? == "ready");
-    Ok(script)
-}
-
-/// Waits until a process listens on a port.
-fn wait_for_listener(namespace: &Namespace, port: u16) -> Result<()> {
-    let listens = |socket: &Socket| socket.state == LISTEN && socket.local.port() == port;
-    sockets::wait_until(namespace, "a process listens", |sockets| sockets.iter().any(listens))
 }
 
 /// The only socket of a namespace that has this state and remote port.
@@ -95,7 +61,7 @@ fn only_socket(namespace: &Namespace, remote_port: u16, state: u8) -> Result<Soc
 }
 
 /// Waits for a line that matches `which`, and checks that it also matches `rest`.
-fn told(tool: &Tool, which: &Value, rest: &Value) -> Result<Value> {
+fn wait_for_line(tool: &Tool, which: &Value, rest: &Value) -> Result<Value> {
     let line = tool.wait_for(&which.to_string(), |line| differences(line, which).is_empty())?;
     let differences = differences(&line, rest);
     ensure!(differences.is_empty(), "{}\n  {}", shortened(&line), differences.join("\n  "));

@@ -9,12 +9,13 @@ use tcpclose_tests::{
     netns::{self, Namespace},
     program::Program,
     scratch::Scratch,
+    servers::{PYTHON, start_script},
     sockets::{self, CLOSE_WAIT, Socket},
     tool::Launch,
     until,
 };
 
-use super::{PYTHON, at, part, process, python, start_script, told};
+use super::{at, part, process, wait_for_line};
 
 pub(crate) const NEEDS: &[&str] = &[PYTHON, COMPILER, JVM, HTTP_CLIENT];
 
@@ -55,13 +56,16 @@ pub(crate) fn pool_runs_dry_and_the_method_is_named() -> Result<()> {
     let tool =
         Launch::new()?.trace([&namespace]).args(["--linger", "1s", "--call-graph", "dwarf"]).start()?;
     let idle = Duration::from_mins(1).as_secs().to_string();
-    let backend = start_script(&namespace, python("backend.py"), &[&PORT.to_string(), &idle])?;
+    let backend = start_script(&namespace, "http_server.py", &[&PORT.to_string(), &idle])?;
     let mut jvm = start_jvm(&namespace, folder.path())?;
-    let said = jvm.ask(&format!("1 http://127.0.0.1:{PORT}/"))?;
-    ensure!(said == "answered=1 failed=0 refused=0 leased=0", "the client says: {said}");
+    let answer = jvm.ask(&format!("1 http://127.0.0.1:{PORT}/"))?;
+    ensure!(answer == "answered=1 failed=0 refused=0 leased=0", "the client answered: {answer}");
 
-    let said = jvm.ask(&format!("{} http://127.0.0.1:{PORT}/broken", LIMIT + 2))?;
-    ensure!(said == format!("answered=0 failed={LIMIT} refused=2 leased={LIMIT}"), "the client says: {said}");
+    let answer = jvm.ask(&format!("{} http://127.0.0.1:{PORT}/broken", LIMIT + 2))?;
+    ensure!(
+        answer == format!("answered=0 failed={LIMIT} refused=2 leased={LIMIT}"),
+        "the client answered: {answer}"
+    );
     let is_held = |socket: &Socket| socket.remote.port() == PORT && socket.state == CLOSE_WAIT;
     let held = until("the backend has closed all that the pool may have", || {
         let found: Vec<_> = sockets::list(&namespace)?.into_iter().filter(is_held).collect();
@@ -73,7 +77,7 @@ pub(crate) fn pool_runs_dry_and_the_method_is_named() -> Result<()> {
         let descriptor = descriptors.first().context("the JVM does not have it")?;
         // Whether the FIN had arrived by the time of the last read decides whether that read consumed it.
         let kind = if socket.untaken == 0 { "leaked" } else { "unread" };
-        let line = told(
+        let line = wait_for_line(
             &tool,
             &json!({"event": "lingering", "connection": {"local": {"port": socket.local.port()}}}),
             &json!({
@@ -93,7 +97,7 @@ pub(crate) fn pool_runs_dry_and_the_method_is_named() -> Result<()> {
         ensure!(frames.as_array().is_some_and(|frames| frames.iter().any(is_it)), "{}", shortened(frames));
     }
     // The backend has closed its end at once, as it should.
-    told(
+    wait_for_line(
         &tool,
         &json!({"event": "close", "connection": at("local", PORT)}),
         &json!({"process": process(&backend, "python3"), "closed_by": "local", "ended": "fin"}),

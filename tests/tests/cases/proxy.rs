@@ -4,7 +4,6 @@ use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},
     net::TcpStream,
-    process::Command,
     time::Duration,
 };
 
@@ -19,20 +18,15 @@ use tcpclose_tests::{
     netns::Namespace,
     program::Program,
     scratch::Scratch,
+    servers::{BACKEND_PORT, NGINX, NGINX_PORT, PYTHON, start_nginx, start_script},
     sockets::{self, ESTABLISHED, Socket},
     tool::{Launch, Tool},
     until,
 };
 
-use super::{PYTHON, at, idle_for, part, process, python, start_script, told, wait_for_listener};
+use super::{at, idle_for, process, wait_for_line};
 
 pub(crate) const NEEDS: &[&str] = &[NGINX, PYTHON];
-
-const NGINX: &str = "/usr/sbin/nginx";
-
-/// The port in `nginx.conf`.
-const FRONT: u16 = 8080;
-const BACK: u16 = 9000;
 
 /// The keepalive timeout of the backend.
 const KEPT: Duration = Duration::from_secs(1);
@@ -51,23 +45,20 @@ impl Site {
         let folder = Scratch::new()?;
         let tool = Launch::new()?.trace([&namespace]).start()?;
         let seconds = KEPT.as_secs().to_string();
-        let backend = start_script(&namespace, python("backend.py"), &[&BACK.to_string(), &seconds])?;
-        let mut command = Command::new(NGINX);
-        command.arg("-p").arg(folder.path()).arg("-c").arg(part("nginx.conf")).args(["-e", "stderr"]);
-        let nginx = Program::start(&namespace, command)?;
-        wait_for_listener(&namespace, FRONT)?;
+        let backend = start_script(&namespace, "http_server.py", &[&BACKEND_PORT.to_string(), &seconds])?;
+        let nginx = start_nginx(&namespace, folder.path())?;
         Ok(Self { tool, nginx, backend, namespace, folder })
     }
 
     fn client(&self) -> Result<Client> {
-        let stream = self.namespace.inside(|| Ok(TcpStream::connect(("127.0.0.1", FRONT))?))?;
+        let stream = self.namespace.inside(|| Ok(TcpStream::connect(("127.0.0.1", NGINX_PORT))?))?;
         stream.set_read_timeout(Some(PATIENCE))?;
         Ok(Client(BufReader::new(stream)))
     }
 
     /// The connection from nginx to the backend, unless nginx has closed it.
     fn upstream(&self) -> Result<Option<Socket>> {
-        let is_it = |socket: &Socket| socket.remote.port() == BACK && socket.state == ESTABLISHED;
+        let is_it = |socket: &Socket| socket.remote.port() == BACKEND_PORT && socket.state == ESTABLISHED;
         Ok(sockets::list(&self.namespace)?.into_iter().find(is_it))
     }
 
@@ -126,9 +117,9 @@ pub(crate) fn backend_closes_what_nginx_is_about_to_use() -> Result<()> {
         Ok(None)
     })?;
     let port = upstream.local.port();
-    told(
+    wait_for_line(
         &site.tool,
-        &json!({"event": "close", "connection": {"local": {"port": BACK}, "remote": {"port": port}}}),
+        &json!({"event": "close", "connection": {"local": {"port": BACKEND_PORT}, "remote": {"port": port}}}),
         &json!({
             "connection": {"role": "server"},
             "process": process(&site.backend, "python3"),
@@ -144,12 +135,12 @@ pub(crate) fn backend_closes_what_nginx_is_about_to_use() -> Result<()> {
     ensure!(client.status()? == 502);
     ensure!(site.nginx.line()? == "502 POST / HTTP/1.1");
     let log = fs::read_to_string(site.folder.path().join("error.log"))?;
-    ensure!(log.contains("upstream prematurely closed connection"), "nginx says: {log}");
+    ensure!(log.contains("upstream prematurely closed connection"), "the log of nginx: {log}");
 
     let nginx = process(&site.nginx, "nginx");
-    told(
+    wait_for_line(
         &site.tool,
-        &json!({"event": "close", "connection": {"local": {"port": port}, "remote": {"port": BACK}}}),
+        &json!({"event": "close", "connection": {"local": {"port": port}, "remote": {"port": BACKEND_PORT}}}),
         &json!({
             "connection": {"role": "client"},
             "process": nginx,
@@ -165,10 +156,10 @@ pub(crate) fn backend_closes_what_nginx_is_about_to_use() -> Result<()> {
     )?;
     // The RST that answers the late request.
     if Feature::EveryReset.is_here() {
-        told(
+        wait_for_line(
             &site.tool,
             &json!({"event": "reset", "direction": "sent", "connection": {"remote": {"port": port}}}),
-            &json!({"cause": "timewait", "connection": {"local": {"port": BACK}}, "process": null}),
+            &json!({"cause": "timewait", "connection": {"local": {"port": BACKEND_PORT}}, "process": null}),
         )?;
     }
     site.tool.stop()?;
@@ -185,9 +176,9 @@ pub(crate) fn client_gives_up() -> Result<()> {
     ensure!(site.nginx.line()? == "499 GET /slow HTTP/1.1");
 
     let nginx = process(&site.nginx, "nginx");
-    told(
+    wait_for_line(
         &site.tool,
-        &json!({"event": "close", "connection": at("local", FRONT)}),
+        &json!({"event": "close", "connection": at("local", NGINX_PORT)}),
         &json!({
             "connection": {"role": "server", "bytes_sent": 0},
             "process": nginx,
@@ -199,9 +190,9 @@ pub(crate) fn client_gives_up() -> Result<()> {
         }),
     )?;
     // nginx closes its connection to the backend in turn; the backend does not learn the reason.
-    told(
+    wait_for_line(
         &site.tool,
-        &json!({"event": "close", "connection": at("remote", BACK)}),
+        &json!({"event": "close", "connection": at("remote", BACKEND_PORT)}),
         &json!({
             "connection": {"role": "client", "bytes_received": 0},
             "process": nginx,

@@ -7,18 +7,19 @@ use tcpclose_tests::{
     expect::at_least,
     netns::Namespace,
     peer::Peer,
+    servers::{PYTHON, start_script},
     sockets::{self, CLOSE_WAIT, Socket},
     tool::Launch,
     until,
 };
 
-use super::{PYTHON, at, process, python, start_script, told};
+use super::{at, process, wait_for_line};
 
 pub(crate) const NEEDS: &[&str] = &[PYTHON];
 
 const PORT: u16 = 8000;
 
-pub(crate) fn leaking_worker_was_told_of_the_end() -> Result<()> {
+pub(crate) fn leaking_worker_has_read_the_end() -> Result<()> {
     lingers("leaks", &json!({"kind": "leaked", "unread_bytes": 0}), 0)
 }
 
@@ -31,7 +32,7 @@ pub(crate) fn blocked_worker_has_not_read() -> Result<()> {
 fn lingers(habit: &str, expected: &Value, untaken: u32) -> Result<()> {
     let namespace = Namespace::new()?;
     let tool = Launch::new()?.trace([&namespace]).args(["--linger", "1s"]).start()?;
-    let worker = start_script(&namespace, python("worker.py"), &[&PORT.to_string(), habit])?;
+    let worker = start_script(&namespace, "worker.py", &[&PORT.to_string(), habit])?;
     let mut client = Peer::start(&namespace, "client")?;
     for order in [&format!("connect 127.0.0.1 {PORT}"), "send 100", "close"] {
         client.ask(order)?;
@@ -45,8 +46,8 @@ fn lingers(habit: &str, expected: &Value, untaken: u32) -> Result<()> {
     ensure!(sockets::descriptors(worker.pid(), &socket)? == [descriptor]);
 
     let which = json!({"event": "lingering", "connection": at("local", PORT)});
-    told(&tool, &which, expected)?;
-    told(
+    wait_for_line(&tool, &which, expected)?;
+    wait_for_line(
         &tool,
         &which,
         &json!({

@@ -1,12 +1,10 @@
-//! `tcpclose diagnose` on what real programs do: what goes wrong is found, with the numbers that the programs themselves
-//! give, and where nothing goes wrong nothing is found.
+//! `tcpclose diagnose` on the connections of real programs. A fault has a finding with the numbers that the programs
+//! themselves report, and programs without a fault have none.
 
 use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},
     net::TcpStream,
-    os::unix::fs::symlink,
-    path::{Path, PathBuf},
     process::Command,
     time::Duration,
 };
@@ -22,37 +20,21 @@ use tcpclose_tests::{
     netns::{Namespace, run},
     program::Program,
     scratch::Scratch,
+    servers::{
+        BACKEND_PORT, NGINX, NGINX_PORT, PYTHON, REDIS, is_missing, start_nginx, start_redis, start_script,
+    },
     sockets::{self, CLOSE_WAIT, LISTEN, Socket, TIME_WAIT},
     tool::{Launch, Tool},
     until,
 };
 
-const PYTHON: &str = "/usr/bin/python3";
-const NGINX: &str = "/usr/sbin/nginx";
-/// Debian's server is the same file as this tool, and goes by its name.
-const REDIS: &str = "/usr/bin/redis-check-rdb";
 const BENCHMARK: &str = "/usr/bin/redis-benchmark";
 
-const FRONT: u16 = 8080;
-const APP: u16 = 9000;
 const DATABASE: u16 = 5432;
 const KEYS: u16 = 6379;
 
-/// More than are needed for a finding.
+/// More connections than a finding needs.
 const SEVERAL: usize = 6;
-
-/// Whether a test has to do without a program, as in a virtual machine. `cargo xtask test` reads this.
-fn is_missing(programs: &[&str]) -> bool {
-    let missing = programs.iter().find(|file| !Path::new(file).exists());
-    if let Some(file) = missing {
-        println!("skipped: {file} is not here");
-    }
-    missing.is_some()
-}
-
-fn part(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/diagnose").join(name)
-}
 
 /// A network namespace that is being traced.
 struct Site {
@@ -68,40 +50,17 @@ impl Site {
         Ok(Self { tool, namespace, folder: Scratch::new()? })
     }
 
-    fn script(&self, name: &str, args: &[&str]) -> Result<Program> {
-        let mut command = Command::new(PYTHON);
-        command.arg(part(name)).args(args);
-        let program = Program::start(&self.namespace, command)?;
-        ensure!(program.line()? == "ready");
-        Ok(program)
-    }
-
     fn app(&self, keepalive: &str) -> Result<Program> {
-        self.script("app.py", &[&APP.to_string(), keepalive, &DATABASE.to_string()])
+        let args = [&BACKEND_PORT.to_string(), keepalive, &DATABASE.to_string()];
+        start_script(&self.namespace, "http_server.py", &args)
     }
 
     fn nginx(&self) -> Result<Program> {
-        let mut command = Command::new(NGINX);
-        command.arg("-p").arg(self.folder.path()).arg("-c").arg(part("nginx.conf")).args(["-e", "stderr"]);
-        let nginx = Program::start(&self.namespace, command)?;
-        self.wait_for_listener(FRONT)?;
-        Ok(nginx)
+        start_nginx(&self.namespace, self.folder.path())
     }
 
-    fn redis(&self, timeout: &str) -> Result<Program> {
-        let program = self.folder.path().join("redis-server");
-        symlink(REDIS, &program)?;
-        let mut command = Command::new(program);
-        command.args(["--save", "", "--logfile", "log", "--dir"]).arg(self.folder.path());
-        command.args(["--port", &KEYS.to_string(), "--timeout", timeout]);
-        let redis = Program::start(&self.namespace, command)?;
-        self.wait_for_listener(KEYS)?;
-        Ok(redis)
-    }
-
-    fn wait_for_listener(&self, port: u16) -> Result<()> {
-        let listens = |socket: &Socket| socket.state == LISTEN && socket.local.port() == port;
-        sockets::wait_until(&self.namespace, "somebody listens", |sockets| sockets.iter().any(listens))
+    fn redis(&self, timeout: u64) -> Result<Program> {
+        start_redis(&self.namespace, self.folder.path(), KEYS, timeout)
     }
 
     fn connect(&self, port: u16) -> Result<TcpStream> {
@@ -114,7 +73,7 @@ impl Site {
         (0..SEVERAL).map(|_| self.connect(port)).collect()
     }
 
-    /// Waits until so many ends of connections at a port were reported, and returns what a diagnosis makes of all lines.
+    /// Waits until this many ends of connections at a port have been reported, and returns the findings in all lines.
     fn diagnose(self, port: u16, ends: usize) -> Result<Vec<Value>> {
         let is_end = |line: &&Value| {
             let connection = &line["connection"];
@@ -122,7 +81,7 @@ impl Site {
                 && (connection["local"]["port"] == port || connection["remote"]["port"] == port)
         };
         let came = self.tool.wait_until(|lines| lines.iter().filter(is_end).count() >= ends);
-        ensure!(came, "not {ends} ends at port {port} came\n{}", self.tool.said_so_far());
+        ensure!(came, "fewer than {ends} ends at port {port} were reported\n{}", self.tool.said_so_far());
         let ended = self.tool.stop()?;
         let file = self.folder.path().join("events.jsonl");
         let lines = ended.lines.iter().filter(|line| line["event"] != "finding");
@@ -137,7 +96,7 @@ impl Site {
     }
 }
 
-/// The one finding, which is of this kind.
+/// The only finding, which must be of this kind.
 fn only(findings: &[Value], kind: &str) -> Result<Value> {
     match findings {
         [finding] if finding["event"] == "finding" && finding["kind"] == kind => Ok(finding.clone()),
@@ -150,11 +109,12 @@ fn none(findings: &[Value]) -> Result<()> {
     Ok(())
 }
 
-fn near(value: &Value, expected: Duration) -> Result<()> {
-    // A machine that is busy is late.
-    let expected = expected.as_secs_f64() * 1000.0;
+/// Checks a timeout in milliseconds. The kernel records the time of the last data in ticks, and a busy machine may be
+/// late.
+fn is_about(value: &Value, least: Duration, most: Duration) -> Result<()> {
+    let range = least.as_secs_f64() * 970.0..most.as_secs_f64() * 1500.0;
     let found = value.as_f64().with_context(|| format!("{value} is no number"))?;
-    ensure!((expected * 0.97..expected * 1.5).contains(&found), "{found} ms, not about {expected} ms");
+    ensure!(range.contains(&found), "{found} ms, which is not within {range:?}");
     Ok(())
 }
 
@@ -184,8 +144,8 @@ fn status(stream: &mut TcpStream) -> Result<u16> {
     first.split(' ').nth(1).with_context(|| format!("no status in {first:?}"))?.parse().context("no status")
 }
 
-/// nginx keeps its connections for 60 s, the application for one. nginx is busy when they are closed, and sends the next
-/// requests over connections that are over.
+/// nginx keeps idle connections for 60 s, the application for one. nginx is busy when the application closes them, and
+/// sends the next requests over connections that have ended.
 #[test]
 fn a_pool_that_keeps_connections_longer_than_its_peer() -> Result<()> {
     if is_missing(&[PYTHON, NGINX]) {
@@ -194,39 +154,42 @@ fn a_pool_that_keeps_connections_longer_than_its_peer() -> Result<()> {
     let site = Site::open()?;
     let _app = site.app("1")?;
     let nginx = site.nginx()?;
-    let mut clients = site.connect_several(FRONT)?;
-    clients.iter_mut().try_for_each(|client| ask(client, "POST /"))?;
+    let mut clients = site.connect_several(NGINX_PORT)?;
+    clients.iter_mut().try_for_each(|client| ask(client, "POST /busy"))?;
     for client in &mut clients {
         ensure!(status(client)? == 200);
     }
     nginx.signal(Signal::SIGSTOP)?;
-    clients.iter_mut().try_for_each(|client| ask(client, "POST /"))?;
+    clients.iter_mut().try_for_each(|client| ask(client, "POST /busy"))?;
     sockets::wait_until(&site.namespace, "the application has closed", |sockets| {
-        let closed = |socket: &&Socket| socket.remote.port() == APP && socket.state == CLOSE_WAIT;
+        let closed = |socket: &&Socket| socket.remote.port() == BACKEND_PORT && socket.state == CLOSE_WAIT;
         sockets.iter().filter(closed).count() == SEVERAL
     })?;
     nginx.signal(Signal::SIGCONT)?;
     let statuses: Vec<u16> = clients.iter_mut().map(status).collect::<Result<_>>()?;
     let lost = statuses.iter().filter(|status| **status == 502).count();
     ensure!(lost > 0, "no request was lost: {statuses:?}");
-    // The program that nginx is to its clients says nothing of interest.
-    let findings = site.diagnose(APP, 2 * SEVERAL)?;
+    // The connections between nginx and its clients are not part of the finding.
+    let findings = site.diagnose(BACKEND_PORT, 2 * SEVERAL)?;
     let finding = only(&findings, "keepalive_mismatch")?;
     ensure!(finding["process"]["comm"] == "nginx" && finding["process"]["pid"] == nginx.pid(), "{finding:#}");
-    ensure!(finding["remote"]["port"] == APP && finding["remote"]["comm"] == "python3", "{finding:#}");
+    ensure!(
+        finding["remote"]["port"] == BACKEND_PORT && finding["remote"]["comm"] == "python3",
+        "{finding:#}"
+    );
     ensure!(finding["evidence"]["raced_requests"] == lost, "{lost} requests were lost: {finding:#}");
     ensure!(finding["count"] == SEVERAL, "{finding:#}");
-    near(&finding["evidence"]["peer_timeout_ms"], Duration::from_secs(1))
+    is_about(&finding["evidence"]["peer_timeout_ms"], Duration::from_secs(1), Duration::from_secs(1))
 }
 
-/// redis closes clients that ask nothing.
+/// redis closes the connections of idle clients.
 #[test]
 fn a_server_that_closes_idle_clients() -> Result<()> {
     if is_missing(&[REDIS]) {
         return Ok(());
     }
     let site = Site::open()?;
-    let redis = site.redis("2")?;
+    let redis = site.redis(2)?;
     let mut clients = site.connect_several(KEYS)?;
     for client in &mut clients {
         client.write_all(b"PING\r\n")?;
@@ -242,13 +205,13 @@ fn a_server_that_closes_idle_clients() -> Result<()> {
     let finding = only(&findings, "keepalive_mismatch")?;
     ensure!(finding["remote"]["comm"] == "redis-server" && finding["remote"]["port"] == KEYS, "{finding:#}");
     ensure!(finding["count"] == SEVERAL && finding["evidence"]["raced_requests"] == 0, "{finding:#}");
-    // It looks at whole seconds of its clock, so that the third may have begun.
-    near(&finding["evidence"]["peer_timeout_ms"], Duration::from_millis(2500))?;
+    // redis compares whole seconds of its clock, so it closes between two and three seconds after the last command.
+    is_about(&finding["evidence"]["peer_timeout_ms"], Duration::from_secs(2), Duration::from_secs(3))?;
     drop(redis);
     Ok(())
 }
 
-/// A process is stopped with connections open, and a request under way.
+/// A process is terminated while it has connections, one of them with a pending request.
 #[test]
 fn a_deploy() -> Result<()> {
     if is_missing(&[PYTHON]) {
@@ -256,42 +219,42 @@ fn a_deploy() -> Result<()> {
     }
     let site = Site::open()?;
     let mut app = site.app("60")?;
-    let mut clients = site.connect_several(APP)?;
-    clients.iter_mut().try_for_each(|client| ask(client, "GET /"))?;
+    let mut clients = site.connect_several(BACKEND_PORT)?;
+    clients.iter_mut().try_for_each(|client| ask(client, "GET /busy"))?;
     for client in &mut clients {
         ensure!(status(client)? == 200);
     }
-    // A request of its own kind, that has no answer when the signal comes.
-    let mut waiting = site.connect(APP)?;
+    // This request is still pending when the signal arrives.
+    let mut waiting = site.connect(BACKEND_PORT)?;
     ask(&mut waiting, "GET /slow")?;
     sockets::wait_until(&site.namespace, "the request has been read", |sockets| {
-        let at_app = |socket: &&Socket| socket.local.port() == APP && socket.state != LISTEN;
+        let at_app = |socket: &&Socket| socket.local.port() == BACKEND_PORT && socket.state != LISTEN;
         sockets.iter().filter(at_app).count() == SEVERAL + 1
     })?;
     app.signal(Signal::SIGTERM)?;
     let pid = app.pid();
     app.ended()?;
-    // Reads the end of it, or the RST where a request had not been read.
+    // The result is the end of the connection, or the error of a RST if the request had not been read.
     let _ = waiting.read(&mut [0]);
     drop((clients, waiting));
-    let findings = site.diagnose(APP, 2 * (SEVERAL + 1))?;
+    let findings = site.diagnose(BACKEND_PORT, 2 * (SEVERAL + 1))?;
     let finding = only(&findings, "deploy")?;
     ensure!(finding["process"]["pid"] == pid && finding["count"] == SEVERAL + 1, "{finding:#}");
     ensure!(finding["evidence"]["requests_lost"] == 1, "{finding:#}");
     Ok(())
 }
 
-/// nginx, an application, and its database, which is killed.
+/// nginx, an application, and its database. The database is killed.
 #[test]
 fn a_chain_from_the_database_to_the_proxy() -> Result<()> {
     if is_missing(&[PYTHON, NGINX]) {
         return Ok(());
     }
     let site = Site::open()?;
-    let mut database = site.script("database.py", &[&DATABASE.to_string()])?;
+    let mut database = start_script(&site.namespace, "database.py", &[&DATABASE.to_string()])?;
     let app = site.app("60")?;
     let _nginx = site.nginx()?;
-    let mut clients = site.connect_several(FRONT)?;
+    let mut clients = site.connect_several(NGINX_PORT)?;
     clients.iter_mut().try_for_each(|client| ask(client, "POST /query"))?;
     for _ in 0..SEVERAL {
         ensure!(database.line()? == "asked");
@@ -301,13 +264,13 @@ fn a_chain_from_the_database_to_the_proxy() -> Result<()> {
     for client in &mut clients {
         ensure!(status(client)? == 502);
     }
-    let findings = site.diagnose(APP, 2 * SEVERAL)?;
+    let findings = site.diagnose(BACKEND_PORT, 2 * SEVERAL)?;
     let kinds: Vec<_> = findings.iter().map(|finding| &finding["kind"]).collect();
     ensure!(kinds == ["chain", "backend_died"], "{findings:#?}");
     let (chain, died) = (&findings[0], &findings[1]);
     ensure!(chain["count"] == SEVERAL && chain["confidence"] == "proven", "{chain:#}");
     ensure!(
-        chain["evidence"]["root_port"] == DATABASE && chain["evidence"]["victim_port"] == APP,
+        chain["evidence"]["root_port"] == DATABASE && chain["evidence"]["victim_port"] == BACKEND_PORT,
         "{chain:#}"
     );
     ensure!(chain["remote"]["comm"] == "nginx", "{chain:#}");
@@ -316,7 +279,7 @@ fn a_chain_from_the_database_to_the_proxy() -> Result<()> {
     Ok(())
 }
 
-/// A load balancer that looks whether nginx answers, and lets go with a RST.
+/// A load balancer checks that nginx accepts connections, and ends each with a RST.
 #[test]
 fn health_checks_are_no_finding() -> Result<()> {
     if is_missing(&[PYTHON, NGINX]) {
@@ -325,13 +288,13 @@ fn health_checks_are_no_finding() -> Result<()> {
     let site = Site::open()?;
     let _nginx = site.nginx()?;
     for _ in 0..4 * SEVERAL {
-        let check = site.connect(FRONT)?;
+        let check = site.connect(NGINX_PORT)?;
         setsockopt(&check, sockopt::Linger, &nix::libc::linger { l_onoff: 1, l_linger: 0 })?;
     }
-    none(&site.diagnose(FRONT, 8 * SEVERAL)?)
+    none(&site.diagnose(NGINX_PORT, 8 * SEVERAL)?)
 }
 
-/// nginx and an application that do what they should, with connections that are kept and such that are not.
+/// nginx and an application without a fault; some connections are kept, others are closed after one request.
 #[test]
 fn a_healthy_proxy_is_no_finding() -> Result<()> {
     if is_missing(&[PYTHON, NGINX]) {
@@ -340,27 +303,27 @@ fn a_healthy_proxy_is_no_finding() -> Result<()> {
     let site = Site::open()?;
     let _app = site.app("60")?;
     let nginx = site.nginx()?;
-    let mut clients = site.connect_several(FRONT)?;
+    let mut clients = site.connect_several(NGINX_PORT)?;
     for _ in 0..5 {
-        clients.iter_mut().try_for_each(|client| ask(client, "GET /"))?;
+        clients.iter_mut().try_for_each(|client| ask(client, "GET /busy"))?;
         for client in &mut clients {
             ensure!(status(client)? == 200);
         }
     }
     for _ in 0..2 * SEVERAL {
-        let mut client = site.connect(FRONT)?;
-        ask(&mut client, "GET /")?;
+        let mut client = site.connect(NGINX_PORT)?;
+        ask(&mut client, "GET /busy")?;
         ensure!(status(&mut client)? == 200);
     }
     drop(clients);
-    // Its connections to the application are in order, too.
+    // nginx then also closes its connections to the application in order.
     nginx.signal(Signal::SIGQUIT)?;
-    until("nginx has let go of the application", || {
+    until("nginx has closed its connections to the application", || {
         let sockets = sockets::list(&site.namespace)?;
-        Ok((!sockets.iter().any(|socket| socket.remote.port() == APP && socket.state != TIME_WAIT))
+        Ok((!sockets.iter().any(|socket| socket.remote.port() == BACKEND_PORT && socket.state != TIME_WAIT))
             .then_some(()))
     })?;
-    none(&site.diagnose(FRONT, 6 * SEVERAL)?)
+    none(&site.diagnose(NGINX_PORT, 6 * SEVERAL)?)
 }
 
 #[test]
@@ -369,12 +332,12 @@ fn a_busy_redis_is_no_finding() -> Result<()> {
         return Ok(());
     }
     let site = Site::open()?;
-    let _redis = site.redis("0")?;
+    let _redis = site.redis(0)?;
     let requests = (20_000 / usize::from(fewer())).to_string();
     for keeps in ["1", "0"] {
         let mut benchmark = Command::new(BENCHMARK);
         benchmark.args(["-q", "-p", &KEYS.to_string(), "-c", "50", "-t", "get,set", "-k", keeps]);
-        // A connection for each request takes the ports, which is a finding.
+        // One connection per request uses up the ports, which would be a finding.
         benchmark.args(["-n", if keeps == "1" { &requests } else { "1000" }]);
         site.namespace.enter(&mut benchmark)?;
         run(&mut benchmark)?;
@@ -382,9 +345,9 @@ fn a_busy_redis_is_no_finding() -> Result<()> {
     none(&site.diagnose(KEYS, 100)?)
 }
 
-/// A broken line is counted and said, and no reason to stop; a file that is not there is.
+/// A malformed line is counted and reported, and the rest is read. A missing file is an error.
 #[test]
-fn says_what_it_could_not_read() -> Result<()> {
+fn it_reports_what_it_could_not_read() -> Result<()> {
     let folder = Scratch::new()?;
     let file = folder.path().join("events.jsonl");
     fs::write(

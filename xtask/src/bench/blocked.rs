@@ -50,7 +50,7 @@ pub(crate) fn measure(bench: &mut Bench, args: &Args) -> Result<Value> {
         port = load.port;
         expected += u64::from(load.connections * (CLOSES + Ends::Rst.resets()));
         rates.push(load.rate());
-        let cpu = tracer.cpu()?.saturating_sub(cpu).as_secs_f64() * 1e6 / f64::from(load.connections);
+        let cpu = tracer.cpu_since(cpu, load.connections.into())?;
         rows.push(vec![
             ("connections/s", rounded(load.rate(), 0)),
             ("events expected so far", json!(expected)),

@@ -71,7 +71,7 @@ impl Cost {
         let (cpu, before) = (tracer.cpu()?, of(tracer)?);
         let load = bed.churn(extent, ends)?;
         tracer.settle().context("waiting until it is idle after the load")?;
-        let cpu = tracer.cpu()?.saturating_sub(cpu).as_secs_f64() * 1e6 / f64::from(load.connections);
+        let cpu = tracer.cpu_since(cpu, load.connections.into())?;
         Ok(Self { programs: spent(&before, &of(tracer)?, load.connections), load, cpu })
     }
 

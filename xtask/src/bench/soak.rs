@@ -1,6 +1,6 @@
 //! Memory and losses over many ends.
 
-use std::{fs::File, io::BufReader};
+use std::{fs::File, io::BufReader, time::Duration};
 
 use anyhow::Result;
 use serde_json::{Value, json};
@@ -62,11 +62,7 @@ pub(crate) fn measure(bench: &mut Bench, args: &Args) -> Result<Value> {
                 ("stacks lost", json!(totals.lost_stacks)),
                 ("resident MiB", rounded(tracer.resident()?, 1)),
                 ("of it anonymous", rounded(tracer.anonymous()?, 1)),
-                ("CPU us/connection", {
-                    #[expect(clippy::cast_precision_loss, reason = "a count far below 2^52")]
-                    let made = made as f64;
-                    rounded(tracer.cpu()?.as_secs_f64() * 1e6 / made, 2)
-                }),
+                ("CPU us/connection", rounded(tracer.cpu_since(Duration::ZERO, made)?, 2)),
             ]);
         }
     }

@@ -131,6 +131,13 @@ impl Tracer {
         Ok(clock_gettime(clock).context("its CPU clock cannot be read")?.into())
     }
 
+    /// The CPU time since it was `before`, in µs per connection.
+    pub(crate) fn cpu_since(&self, before: Duration, connections: u64) -> Result<f64> {
+        #[expect(clippy::cast_precision_loss, reason = "a count far below 2^52")]
+        let connections = connections as f64;
+        Ok(self.cpu()?.saturating_sub(before).as_secs_f64() * 1e6 / connections)
+    }
+
     /// `/proc/PID/fdinfo` of each descriptor of this kind that it holds.
     pub(crate) fn held(&self, kind: &str) -> Result<Vec<String>> {
         let folder = self.process.join("fd");

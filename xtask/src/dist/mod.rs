@@ -30,8 +30,24 @@ const LIMIT: u64 = 12 << 20;
 const SHELLS: [(&str, &str); 3] =
     [("bash", "tcpclose.bash"), ("zsh", "_tcpclose"), ("fish", "tcpclose.fish")];
 
-/// Files of the repository that go into the tarball.
-const FILES: [&str; 4] = ["README.md", "LICENSE-APACHE", "LICENSE-GPL2", "LICENSE-MIT"];
+/// Files of the repository that are released: the licences, and the README with what it refers to. The list of the
+/// Debian package is in `tcpclose-user/Cargo.toml`.
+const FILES: [&str; 14] = [
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "LICENSE-APACHE",
+    "LICENSE-GPL2",
+    "LICENSE-MIT",
+    "docs/architecture.md",
+    "docs/cases.md",
+    "docs/guide.md",
+    "docs/kernels.md",
+    "docs/performance.md",
+    "docs/schema.json",
+    "docs/testing.md",
+];
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -101,7 +117,9 @@ fn pack_tarball(workspace: &Workspace, folder: &Path, platform: &Platform, binar
     let content = folder.join(&name);
     // The directory does not exist the first time.
     let _ = fs::remove_dir_all(&content);
-    fs::create_dir_all(content.join("completions"))?;
+    for subfolder in ["completions", "docs"] {
+        fs::create_dir_all(content.join(subfolder))?;
+    }
     let copy = |from: &Path, to: &str| {
         fs::copy(from, content.join(to)).map(drop).with_context(|| format!("cannot copy {}", from.display()))
     };
@@ -130,4 +148,53 @@ fn timestamp(workspace: &Workspace) -> String {
         command::output(git.args(["log", "-1", "--format=%ct"]).current_dir(&workspace.root))
             .unwrap_or_else(|| "0".to_owned())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The files that a Markdown document links to, as paths from the root of the repository.
+    fn links(document: &str, text: &str) -> Vec<PathBuf> {
+        let folder = Path::new(document).parent().expect("a file is in a folder");
+        let inline = text.split("](").skip(1).filter_map(|rest| rest.split_once(')'));
+        let reference = text.lines().filter_map(|line| line.strip_prefix('[')?.split_once("]: "));
+        let targets = inline.map(|(target, _)| target).chain(reference.map(|(_, target)| target));
+        targets
+            .filter(|target| !target.contains("://") && !target.starts_with('#'))
+            .map(|target| {
+                let file = target.split('#').next().expect("split() yields at least one part");
+                match file.strip_prefix("../") {
+                    Some(file) => PathBuf::from(file),
+                    None => folder.join(file),
+                }
+            })
+            .collect()
+    }
+
+    #[test]
+    fn links_of_released_documents_lead_to_released_files() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let mut count = 0;
+        for document in FILES.into_iter().filter(|file| file.ends_with(".md")) {
+            let text = fs::read_to_string(root.join(document)).expect("it is in the repository");
+            for link in links(document, &text) {
+                count += 1;
+                assert!(FILES.iter().any(|file| link == Path::new(file)), "{document}: {}", link.display());
+            }
+        }
+        assert!(count > 20, "only {count} links were found");
+    }
+
+    #[test]
+    fn the_debian_package_has_the_same_files() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let manifest = fs::read_to_string(root.join("tcpclose-user/Cargo.toml")).expect("the manifest");
+        for file in FILES {
+            let folder = Path::new(file).parent().expect("a file is in a folder").display().to_string();
+            let at = Path::new("usr/share/doc/tcpclose").join(folder).display().to_string();
+            let asset = format!(r#"["../{file}", "{}/", "644"]"#, at.trim_end_matches('/'));
+            assert!(manifest.contains(&asset), "{asset} is missing");
+        }
+    }
 }

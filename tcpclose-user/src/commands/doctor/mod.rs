@@ -14,12 +14,12 @@ use std::{
 use anyhow::Result;
 use caps::Capability;
 use serde::Serialize;
-use tcpclose_common::{offsets::StructOffsets, params::Params};
+use tcpclose_common::offsets::StructOffsets;
 
 use crate::{
     cli::ReportFormat,
     kernel::facts::{FACTS, Sources},
-    kernel::hooks::{AcceptHook, HOOKS, Hook, Kind, Need, Variant},
+    kernel::hooks::{HOOKS, Hook, Kind, Need, Variant},
     kernel::privilege::{self, PRIVILEGES},
     kernel::{TypeFacts, arguments, btf::Btf, tracefs},
     kernel::{
@@ -163,7 +163,7 @@ impl Report {
     fn make(btf: &BtfSource) -> Self {
         let facts = btf.facts().map_err(|error| format!("{error:#}"));
         // The hooks stay attached until the end of this function.
-        let loaded = loader::load(&rehearsal(btf));
+        let loaded = loader::load(&Request::rehearsal(btf.clone()));
         let hooks: Vec<_> = if let Ok(loaded) = &loaded {
             HOOKS.iter().map(|hook| rehearsed(hook, loaded)).collect()
         } else {
@@ -185,19 +185,6 @@ impl Report {
         };
         let cannot = loaded.err().map(|error| format!("{error:#}"));
         Self { version: env!("CARGO_PKG_VERSION"), verdict, cannot, place, capabilities, hooks, null }
-    }
-}
-
-/// A request with everything switched on, so that the verifier checks every program in full.
-fn rehearsal(btf: &BtfSource) -> Request {
-    Request {
-        params: Params { user_stack: 1, kernel_stack: 1, ttl: 1, ..Params::NONE },
-        follow_children: true,
-        accept_hook: AcceptHook::Auto,
-        connections: 128,
-        btf: btf.clone(),
-        log: None,
-        rehearsal: true,
     }
 }
 
@@ -286,7 +273,7 @@ fn finding(variant: &Variant, result: Tried, why: Option<String>) -> VariantFind
     }
 }
 
-/// What BTF and tracefs say about a variant.
+/// Whether BTF and tracefs describe what a variant needs.
 fn outlook(variant: &Variant, types: Option<&Btf<'_>>) -> String {
     let points = || variant.programs.iter().map(|(_, at)| at.split_once(':').map_or(*at, |(_, point)| point));
     let of_types = |has: fn(&Btf<'_>, &str) -> bool| match types {

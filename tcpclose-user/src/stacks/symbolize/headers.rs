@@ -1,4 +1,4 @@
-//! The parts of an ELF file that tell whether its symbols can be read, and in reasonable time.
+//! The parts of an ELF file that decide whether its symbols can be read, and in reasonable time.
 
 use std::{fmt::Write as _, fs::File, path::PathBuf};
 
@@ -6,7 +6,7 @@ use object::{Object, ObjectSection as _, ReadCache, SectionFlags, elf::SHF_COMPR
 
 use crate::stacks::elf::Segments;
 
-/// What the headers of a file say.
+/// The facts in the headers of a file.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Headers {
     pub(super) segments: Segments,

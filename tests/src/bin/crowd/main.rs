@@ -152,11 +152,11 @@ fn hold(kind: Kind, from: SocketAddr, to: SocketAddr) -> Result<()> {
 
 /// Forks a child that connects, and kills it.
 fn be_killed(from: SocketAddr, to: SocketAddr) -> Result<()> {
-    let (mut ready, mut say) = std::io::pipe()?;
+    let (mut ready, mut signal) = std::io::pipe()?;
     let child = forked(move || {
         let mut socket = greeted(Kind::ClientIsKilled, from, to)?;
         socket.read_exact(&mut [0])?;
-        say.write_all(&[GREETING])?;
+        signal.write_all(&[GREETING])?;
         loop {
             pause();
         }
@@ -173,11 +173,11 @@ fn leave(from: SocketAddr, to: SocketAddr) -> Result<()> {
     let (mut over, heirs) = std::io::pipe()?;
     let child = forked(move || {
         let socket = connected(from, to)?;
-        let (mut born, say) = std::io::pipe()?;
+        let (mut born, signal) = std::io::pipe()?;
         let parent = getpid();
         forked(move || {
             prctl::set_pdeathsig(None)?;
-            drop(say);
+            drop(signal);
             inherit(parent, socket)?;
             drop(heirs);
             Ok(())

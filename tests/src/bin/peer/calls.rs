@@ -66,11 +66,11 @@ two_frames! {
     /// multi-threaded process the C library's wrapper calls a function that cannot be unwound.
     peer_receives_outer > peer_receives(descriptor: RawFd, buffer: &mut [u8]) -> nix::Result<()> {
         let (start, length) = (buffer.as_mut_ptr(), buffer.len());
-        let nobody = ptr::null_mut::<libc::c_void>();
+        let no_address = ptr::null_mut::<libc::c_void>();
         // SAFETY: the buffer is valid for the given length during the call, and no sender address is
         // requested.
         let result = unsafe {
-            libc::syscall(libc::SYS_recvfrom, descriptor, start, length, 0, nobody, nobody)
+            libc::syscall(libc::SYS_recvfrom, descriptor, start, length, 0, no_address, no_address)
         };
         Errno::result(result).map(drop)
     }
@@ -88,9 +88,9 @@ two_frames! {
     /// `connect()` with `AF_UNSPEC`, which dissolves a connection.
     peer_disconnects_socket_outer > peer_disconnects_socket(socket: &TcpStream) -> nix::Result<()> {
         let descriptor = socket.as_raw_fd();
-        let nowhere = libc::sockaddr { sa_family: UNSPECIFIED, sa_data: [0; 14] };
+        let unspecified = libc::sockaddr { sa_family: UNSPECIFIED, sa_data: [0; 14] };
         // SAFETY: the address is valid for the given length during the call.
-        let result = unsafe { libc::connect(descriptor, &raw const nowhere, NOWHERE_LENGTH) };
+        let result = unsafe { libc::connect(descriptor, &raw const unspecified, NOWHERE_LENGTH) };
         Errno::result(result).map(drop)
     }
 

@@ -58,12 +58,12 @@ pub(crate) fn close_under_receive(socket: OwnedFd) -> Result<String> {
 /// Closes the socket here first and then in a child, whose close is the final one. The child and its parent
 /// continue to run, so that `/proc` can be read.
 pub(crate) fn close_in_child(socket: OwnedFd) -> Result<String> {
-    let (waiting, told) = pipe()?;
+    let (waiting, closing) = pipe()?;
     let (waiting_for_child, done) = pipe()?;
     // SAFETY: this process has one thread, so the child is not restricted to async-signal-safe functions.
     match unsafe { fork() }? {
         ForkResult::Child => {
-            drop(told);
+            drop(closing);
             let _ = prctl::set_pdeathsig(Signal::SIGKILL);
             // The read ends when the parent has closed its copies of everything.
             let closed = read(&waiting, &mut [0]).and_then(|_| calls::peer_closes_socket_outer(socket));
@@ -73,7 +73,7 @@ pub(crate) fn close_in_child(socket: OwnedFd) -> Result<String> {
             }
         }
         ForkResult::Parent { child } => {
-            drop((socket, told, done));
+            drop((socket, closing, done));
             let mut closed = [0];
             read(&waiting_for_child, &mut closed)?;
             ensure!(closed == [1], "the child could not close");

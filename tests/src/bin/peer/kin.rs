@@ -72,8 +72,8 @@ fn child_of(children: &mut [Child], pid: i32) -> Result<&mut Child> {
 /// Forks a child that inherits all descriptors of this process and executes the orders that this process
 /// forwards.
 fn bear(peer: &mut Peer) -> Result<String> {
-    let (hears, orders) = pipe()?;
-    let (answers, says) = pipe()?;
+    let (order_reader, orders) = pipe()?;
+    let (answers, answer_writer) = pipe()?;
     let (channel, far) = UnixDatagram::pair()?;
     // SAFETY: this process has one thread, so the child is not restricted to async-signal-safe functions.
     match unsafe { fork() }? {
@@ -83,7 +83,7 @@ fn bear(peer: &mut Peer) -> Result<String> {
             peer.children.clear();
             peer.channel = Some(far);
             let _ = prctl::set_pdeathsig(Signal::SIGKILL);
-            let ended = obey_all(peer, BufReader::new(File::from(hears)), File::from(says));
+            let ended = obey_all(peer, BufReader::new(File::from(order_reader)), File::from(answer_writer));
             process::exit(i32::from(ended.is_err()))
         }
         ForkResult::Parent { child } => {

@@ -1,7 +1,8 @@
 """A server that never closes its connections: `worker.py PORT leaks|blocks`.
 
-It says `ready` once it listens, and the descriptor of each connection when it has done with it what it does. One
-that `leaks` reads to the end and forgets. One that `blocks` is kept from reading by something else.
+It prints `ready` once it listens, and the descriptor of each connection as soon as it does nothing more with it. With
+`leaks` it reads a connection to the end and forgets to close it. With `blocks` it waits for something else, and does
+not read.
 """
 
 import socket

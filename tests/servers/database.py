@@ -1,4 +1,4 @@
-"""A database that never answers: `database.py PORT`. It says `ready`, and `asked` at each query."""
+"""A database that never answers: `database.py PORT`. It prints `ready` once it listens, and `asked` at each query."""
 
 import socket
 import sys

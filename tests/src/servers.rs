@@ -1,0 +1,81 @@
+//! Servers that people run in production, for tests of what the tool reports about them: nginx, redis, and the scripts
+//! in `tests/servers`.
+
+use std::{
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Result, ensure};
+
+use crate::{
+    netns::Namespace,
+    program::Program,
+    sockets::{self, LISTEN, Socket},
+};
+
+/// Debian's interpreter. The first one in the path may be a script that starts another.
+pub const PYTHON: &str = "/usr/bin/python3";
+/// nginx.
+pub const NGINX: &str = "/usr/sbin/nginx";
+/// In Debian this tool and the server are the same file, which acts by the name it is started with. The tool's package
+/// has no service that would start with it.
+pub const REDIS: &str = "/usr/bin/redis-check-rdb";
+
+/// The port on which nginx listens.
+pub const NGINX_PORT: u16 = 8080;
+/// The port to which nginx forwards requests.
+pub const BACKEND_PORT: u16 = 9000;
+
+/// Whether a test has to be skipped for lack of a file, as in a virtual machine. The skip is printed; `cargo xtask
+/// test` reads it, and accepts it if the test ran elsewhere.
+pub fn is_missing(files: &[&str]) -> bool {
+    let missing = files.iter().find(|file| !Path::new(file).exists());
+    if let Some(file) = missing {
+        println!("skipped: {file} is not here");
+    }
+    missing.is_some()
+}
+
+/// Starts a script in a namespace, and waits until it is ready.
+pub fn start_script(namespace: &Namespace, name: &str, args: &[&str]) -> Result<Program> {
+    let mut command = Command::new(PYTHON);
+    command.arg(file(name)).args(args);
+    let script = Program::start(namespace, command)?;
+    ensure!(script.line()? == "ready", "{name} is not ready");
+    Ok(script)
+}
+
+/// Starts nginx in a namespace as a proxy, with its files in `folder`. It writes the status and the request of each
+/// response to its standard output.
+pub fn start_nginx(namespace: &Namespace, folder: &Path) -> Result<Program> {
+    let mut command = Command::new(NGINX);
+    command.arg("-p").arg(folder).arg("-c").arg(file("nginx.conf")).args(["-e", "stderr"]);
+    let nginx = Program::start(namespace, command)?;
+    wait_for_listener(namespace, NGINX_PORT)?;
+    Ok(nginx)
+}
+
+/// Starts redis in a namespace, with its file `log` in `folder`. It closes a connection after `timeout` seconds without
+/// a request; 0 is never.
+pub fn start_redis(namespace: &Namespace, folder: &Path, port: u16, timeout: u64) -> Result<Program> {
+    let program = folder.join("redis-server");
+    symlink(REDIS, &program)?;
+    let mut command = Command::new(program);
+    command.args(["--save", "", "--loglevel", "verbose", "--logfile", "log", "--dir"]).arg(folder);
+    command.args(["--port", &port.to_string(), "--timeout", &timeout.to_string()]);
+    let redis = Program::start(namespace, command)?;
+    wait_for_listener(namespace, port)?;
+    Ok(redis)
+}
+
+/// Waits until a process listens on a port.
+pub fn wait_for_listener(namespace: &Namespace, port: u16) -> Result<()> {
+    let listens = |socket: &Socket| socket.state == LISTEN && socket.local.port() == port;
+    sockets::wait_until(namespace, "a process listens", |sockets| sockets.iter().any(listens))
+}
+
+fn file(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("servers").join(name)
+}
