@@ -243,7 +243,7 @@ fn check_relations(line: &Value, found: &mut Vec<String>) {
 mod tests {
     use serde_json::{Value, json};
 
-    use super::{Checker, causes, has_field};
+    use super::{Checker, causes, check_relations, has_field};
 
     fn lost() -> Value {
         json!({"event": "lost", "time": "2026-01-31T12:34:56.123456789Z", "seq": 1, "where": "stacks", "count": 3})
