@@ -176,7 +176,10 @@ mod tests {
     fn links_of_released_documents_lead_to_released_files() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
         let mut count = 0;
-        for document in FILES.into_iter().filter(|file| file.ends_with(".md")) {
+        for document in FILES
+            .into_iter()
+            .filter(|file| Path::new(file).extension().is_some_and(|extension| extension == "md"))
+        {
             let text = fs::read_to_string(root.join(document)).expect("it is in the repository");
             for link in links(document, &text) {
                 count += 1;
