@@ -4,6 +4,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use tcpclose_common::{
+    recipe::MAX_WORDS,
     record::{Header, StackCopy, VERSION, tag},
     stack::MAX_FRAMES,
 };
@@ -34,7 +35,9 @@ fuzz_target!(init: allow_caught_panics(), |data: &[u8]| {
         sp: STACK + sp % 1024,
         fp: STACK + fp % 1024,
         lr: BASE + fp % (1 << 20),
+        code_pages: 0,
     };
-    let frames = Unwinder::default().unwind(&copy, stack, |_| Some(image.clone()));
-    assert!((1..=MAX_FRAMES).contains(&frames.len()));
+    let unwound = Unwinder::default().unwind(&copy, stack, |_| Some(image.clone()));
+    assert!((1..=MAX_FRAMES).contains(&unwound.stack.frames.len()));
+    assert!(unwound.words.len() <= MAX_WORDS);
 });

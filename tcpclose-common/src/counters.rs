@@ -39,6 +39,10 @@ counters! {
     stacks_failed,
     /// Ends that the filters excluded.
     filtered,
+    /// User stacks that a recipe matched.
+    stacks_recognized,
+    /// User stacks that were copied.
+    stacks_copied,
 }
 
 // SAFETY: `repr(C)`, 64-bit integers only: no padding, and any bytes are valid.

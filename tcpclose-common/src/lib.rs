@@ -7,6 +7,7 @@
 pub mod counters;
 pub mod offsets;
 pub mod params;
+pub mod recipe;
 pub mod record;
 pub mod stack;
 pub mod table;

@@ -81,6 +81,12 @@ pub struct Params {
     pub buckets: u32,
     /// Where a task's `struct pt_regs` has its user registers.
     pub registers: Registers,
+    /// Offset of `exec_vm`, unsigned long, in `struct mm_struct`: how many pages of code are mapped.
+    pub code_pages: u16,
+    /// Always 0.
+    pub reserved: u16,
+    /// Recognize stacks by recipes, and copy only those that have none (0 or 1).
+    pub recipes: u32,
     /// Address ranges.
     pub ranges: [Range; MAX_FILTER_VALUES],
 }
@@ -109,12 +115,15 @@ impl Params {
         stack_bytes: 0,
         buckets: 0,
         registers: Registers::ABSENT,
+        code_pages: ABSENT,
+        reserved: 0,
+        recipes: 0,
         ranges: [Range { address: [0; 2], mask: [0; 2] }; MAX_FILTER_VALUES],
     };
 }
 
-// 16 * 4 + 3 * 16 + 32 + 8 = 152, then 8 * 32: every member is naturally aligned, so this sum says "no padding".
-const _: () = assert!(size_of::<Params>() == 152 + MAX_FILTER_VALUES * size_of::<Range>());
+// 16 * 4 + 3 * 16 + 32 + 8 + 8 = 160, then 8 * 32: every member is naturally aligned, so this sum says "no padding".
+const _: () = assert!(size_of::<Params>() == 160 + MAX_FILTER_VALUES * size_of::<Range>());
 
 // SAFETY: `repr(C)`, integers only, and the assertion above shows that there is no padding.
 #[cfg(feature = "user")]

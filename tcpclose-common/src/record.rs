@@ -342,7 +342,7 @@ pub const MAX_STACK_BYTES: u32 = 64 << 10;
 
 layout! {
     /// A copy of the current task's user stack when it acted on a socket, to be unwound later. The bytes follow it.
-    StackCopy (72) {
+    StackCopy (80) {
         /// What every record begins with; its length counts the bytes too.
         header: Header,
         /// The value of [`Task::user_stack`] that refers to it.
@@ -363,6 +363,8 @@ layout! {
         fp: u64,
         /// Link register (`x30`); 0 where there is none.
         lr: u64,
+        /// `mm_struct.exec_vm`: how many pages of code are mapped; 0 when not readable.
+        code_pages: u64,
     }
 }
 

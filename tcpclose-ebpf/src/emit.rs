@@ -28,6 +28,9 @@ pub fn owner(owner: &Owner) {
 
 /// Writes `copy`, followed by the current task's memory from `copy.start` on. `false` if the ring is half full: the other
 /// half is for events.
+///
+/// With recipes a copy is rare, and wakes the reader: until it has been unwound, every other event with the same stack is
+/// followed by a copy too.
 #[inline(always)]
 pub fn stack(mut copy: StackCopy) -> bool {
     let length = size_of::<StackCopy>() + global!(PARAMS.stack_bytes) as usize;
@@ -54,7 +57,8 @@ pub fn stack(mut copy: StackCopy) -> bool {
     copy.bytes = bytes as u32;
     // SAFETY: entries are aligned to 8 bytes, and this one has room.
     unsafe { room.cast::<StackCopy>().write(copy) };
-    entry.submit(wake());
+    let force = u64::from(BPF_RB_FORCE_WAKEUP);
+    entry.submit(if global!(PARAMS.recipes) != 0 { force } else { wake() });
     count!(records_written);
     true
 }

@@ -10,7 +10,7 @@ use tcpclose_common::{
     counters::Counters,
     offsets::{ABSENT, ArgumentOffsets, RecordOffsets, StructOffsets},
     params::Params,
-    record::{Address, Connection, Task},
+    record::{Address, Connection, STACK_STEP, Task},
     stack::Stack,
     table::{Bucket, WAYS, buckets, overflow},
 };
@@ -145,6 +145,8 @@ pub struct Scratch {
     pub busy: u64,
     pub stack: Stack,
     pub connection: Connection,
+    /// The part of a user stack that is compared with a recipe.
+    pub window: [u64; STACK_STEP / 8],
 }
 
 /// Processes that were noticed, and the address of their memory descriptor then. LRU: one that was forgotten is

@@ -1,5 +1,6 @@
 //! Takes stacks. Either the kernel follows frame pointers, and each distinct stack is stored once; or a copy of the stack's
-//! memory goes to the user half, which unwinds it with the exception tables of programs.
+//! memory goes to the user half, which unwinds it with the exception tables of programs. A stack that was unwound before is
+//! recognized, and not copied again: see `recipe.rs`.
 
 use aya_ebpf::{
     EbpfContext,
@@ -16,6 +17,7 @@ use crate::{
     emit,
     kernel::member,
     maps::{STACKS, Slot, count, global},
+    recipe::{self, Entry},
     registers,
 };
 
@@ -23,24 +25,58 @@ use crate::{
 #[inline(always)]
 pub fn take(ctx: &impl EbpfContext, task: &mut Task, is_wanted: bool) {
     if global!(PARAMS.user_stack) != 0 {
-        task.user_stack = if is_wanted { user(ctx, task) } else { followed(ctx) };
+        task.user_stack = user(ctx, task, is_wanted);
     }
     if global!(PARAMS.kernel_stack) != 0 {
         task.kernel_stack = kernel(ctx);
     }
 }
 
-/// The current task's user stack, in the way that was asked for, as a key into `STACKS` or that of a copy; 0 if there is
-/// none.
+/// The current task's user stack, in the way that was asked for, as a key into `STACKS`, that of a copy, or that of a
+/// stack that the user half knows; 0 if there is none.
+///
+/// With recipes, frame pointers are never followed here: that leaves out the caller of a function that keeps none, such
+/// as `close()`.
 #[inline(always)]
-fn user(ctx: &impl EbpfContext, task: &Task) -> u64 {
-    if global!(PARAMS.stack_bytes) != 0 {
-        let key = copied(task);
-        if key != 0 {
+fn user(ctx: &impl EbpfContext, task: &Task, is_wanted: bool) -> u64 {
+    let has_recipes = global!(PARAMS.recipes) != 0;
+    if global!(PARAMS.stack_bytes) != 0 && (is_wanted || has_recipes) {
+        let key = whole(task, is_wanted);
+        if key != 0 || has_recipes {
             return key;
         }
     }
     followed(ctx)
+}
+
+/// The key of the current task's user stack if the user half knows it already; else that of a copy, if it is wanted.
+#[inline(always)]
+fn whole(task: &Task, is_wanted: bool) -> u64 {
+    // Kernel threads that work for a process use its memory, but have no stack of their own there.
+    if task.mm == 0 || task.flags & (task_flag::KTHREAD | task_flag::IO_WORKER) != 0 {
+        return 0;
+    }
+    // SAFETY: the helper has no precondition.
+    let registers = registers::of(unsafe { bpf_get_current_task() });
+    let Some(sp) = member::<u64>(registers, global!(PARAMS.registers.sp)) else { return 0 };
+    let Some(ip) = member::<u64>(registers, global!(PARAMS.registers.ip)) else { return 0 };
+    let entry = Entry {
+        pid: task.pid,
+        mm: task.mm,
+        code_pages: member(task.mm, global!(PARAMS.code_pages)).unwrap_or(0),
+        ip,
+        sp,
+        fp: member(registers, global!(PARAMS.registers.fp)).unwrap_or(0),
+        lr: member(registers, global!(PARAMS.registers.lr)).unwrap_or(0),
+    };
+    if global!(PARAMS.recipes) != 0 {
+        let key = recipe::find(&entry);
+        if key != 0 {
+            count!(stacks_recognized);
+            return key;
+        }
+    }
+    if is_wanted { copied(&entry) } else { 0 }
 }
 
 /// The current task's user stack along its frame pointers, as a key into `STACKS`; 0 if there is none.
@@ -55,36 +91,30 @@ fn kernel(ctx: &impl EbpfContext) -> u64 {
     collect(ctx, 0)
 }
 
-/// Sends a copy of the current task's user stack. Returns its key; 0 if there is no stack, or it could not be sent.
+/// Sends a copy of the current task's user stack. Returns its key; 0 if it could not be sent.
 #[inline(always)]
-fn copied(task: &Task) -> u64 {
-    // Kernel threads that work for a process use its memory, but have no stack of their own there.
-    if task.mm == 0 || task.flags & (task_flag::KTHREAD | task_flag::IO_WORKER) != 0 {
-        return 0;
-    }
-    // SAFETY: the helper has no precondition.
-    let registers = registers::of(unsafe { bpf_get_current_task() });
-    let Some(sp) = member::<u64>(registers, global!(PARAMS.registers.sp)) else { return 0 };
-    let Some(ip) = member::<u64>(registers, global!(PARAMS.registers.ip)) else { return 0 };
+fn copied(entry: &Entry) -> u64 {
     // SAFETY: the helper has no precondition.
     let random = || u64::from(unsafe { bpf_get_prandom_u32() });
     let key = random() << 32 | random() | 1;
     let copy = StackCopy {
         header: Header { tag: tag::STACK, version: VERSION, length: 0 },
         key,
-        pid: task.pid,
+        pid: entry.pid,
         bytes: 0,
-        mm: task.mm,
-        start: sp & !(STACK_STEP as u64 - 1),
-        ip,
-        sp,
-        fp: member(registers, global!(PARAMS.registers.fp)).unwrap_or(0),
-        lr: member(registers, global!(PARAMS.registers.lr)).unwrap_or(0),
+        mm: entry.mm,
+        start: entry.sp & !(STACK_STEP as u64 - 1),
+        ip: entry.ip,
+        sp: entry.sp,
+        fp: entry.fp,
+        lr: entry.lr,
+        code_pages: entry.code_pages,
     };
     if !emit::stack(copy) {
         count!(stacks_failed);
         return 0;
     }
+    count!(stacks_copied);
     key
 }
 

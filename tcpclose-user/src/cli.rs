@@ -160,10 +160,11 @@ pub struct TraceArgs {
     pub stack: WhichStacks,
     /// How to unwind user stacks
     ///
-    /// `fp` follows frame pointers, which most programs are built without. `dwarf` uses the unwind tables that programs
-    /// carry for exceptions, and unwinds Java too: for that, each connect, accept and close copies up to SIZE bytes of
-    /// the stack, which takes the program some µs and tcpclose about 10 µs.
-    #[arg(long, value_name = "fp|dwarf[,SIZE]", default_value = "fp")]
+    /// `auto` uses the unwind tables that programs carry for exceptions, unwinds Java too, and follows frame pointers in code
+    /// that has no tables. A stack that it has not seen before is copied and unwound; after that the kernel half recognizes
+    /// it. `dwarf` copies up to SIZE bytes of every stack, which costs the program some µs and tcpclose about 10 µs. `fp`
+    /// follows frame pointers in the kernel, which most programs are built without.
+    #[arg(long, value_name = "auto|fp|dwarf[,SIZE]", default_value = "auto")]
     pub call_graph: CallGraph,
     /// How to see who accepts a connection
     #[arg(long, value_name = "HOW", default_value = "auto")]
@@ -324,6 +325,8 @@ impl FromStr for Linger {
 /// How user stacks are unwound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CallGraph {
+    /// By unwind tables and whatever else is right for the program, from a copy of those stacks that are new.
+    Auto,
     /// By frame pointers, in the kernel.
     FramePointers,
     /// By unwind tables, from a copy of this many bytes of the stack.
@@ -331,7 +334,7 @@ pub enum CallGraph {
 }
 
 /// Enough for most programs: a web server uses about 4 KiB of stack, deep Java code 16 KiB.
-const STACK_BYTES: u32 = 16 << 10;
+pub const STACK_BYTES: u32 = 16 << 10;
 
 impl FromStr for CallGraph {
     type Err = String;
@@ -339,6 +342,7 @@ impl FromStr for CallGraph {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let step = u32::try_from(STACK_STEP).unwrap_or(u32::MAX);
         match text.split_once(',') {
+            None if text == "auto" => Ok(Self::Auto),
             None if text == "fp" => Ok(Self::FramePointers),
             None if text == "dwarf" => Ok(Self::Dwarf(STACK_BYTES)),
             Some(("dwarf", size)) => match size.parse::<u32>() {
@@ -347,7 +351,7 @@ impl FromStr for CallGraph {
                 }
                 _ => Err(format!("SIZE must be a number of bytes from {step} to {MAX_STACK_BYTES}")),
             },
-            _ => Err("needed: `fp`, `dwarf` or `dwarf,SIZE`".to_owned()),
+            _ => Err("needed: `auto`, `fp`, `dwarf` or `dwarf,SIZE`".to_owned()),
         }
     }
 }
@@ -413,6 +417,7 @@ mod tests {
 
     #[test]
     fn call_graphs() {
+        assert_eq!("auto".parse(), Ok(CallGraph::Auto));
         assert_eq!("fp".parse(), Ok(CallGraph::FramePointers));
         assert_eq!("dwarf".parse(), Ok(CallGraph::Dwarf(16_384)));
         assert_eq!("dwarf,1025".parse(), Ok(CallGraph::Dwarf(2_048)));

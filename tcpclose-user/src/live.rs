@@ -25,9 +25,9 @@ use crate::{
     pipeline::{Pipeline, When},
     sink::{
         losses::{Losses, UserLosses},
-        report::{Going, Report},
+        report::{Going, Report, StackCounts},
     },
-    stacks::{Stacks, store::Store},
+    stacks::{Stacks, recipes::RecipeMaps, store::Store},
     stuck::{self, Descriptor, Found, FoundBy, StuckSockets, older::Orphan},
 };
 
@@ -73,7 +73,8 @@ impl Live {
         let processes = Arc::new(Mutex::new(Processes::of_kernel_half()));
         watch::start(new_processes, Arc::clone(&processes))?;
         let command_only = options.followed.is_some();
-        let stacks = Stacks::new(store, Arc::clone(&processes));
+        let recipes = if kernel.has_recipes { Some(RecipeMaps::new(&mut kernel)?) } else { None };
+        let stacks = Stacks::new(store, recipes, Arc::clone(&processes));
         let host = LiveHost::new(processes, stacks, options.followed, options.recorder.is_some());
         let mut live = Self {
             ring,
@@ -328,8 +329,13 @@ impl Live {
     /// Writes the summary of a trace that took this long to stderr.
     pub fn summarize(&mut self, took: Duration) {
         let lost = self.losses.totals(&self.kernel, self.user_losses());
-        let lacks_callers = self.pipeline.host.stacks.without_callers() > 0;
-        self.pipeline.report.summarize(took, &lost, lacks_callers);
+        let counters = self.kernel.counters();
+        let stacks = StackCounts {
+            copied: counters.stacks_copied,
+            recognized: counters.stacks_recognized,
+            without_callers: self.pipeline.host.stacks.without_callers(),
+        };
+        self.pipeline.report.summarize(took, &lost, &stacks);
     }
 
     fn report_losses(&mut self) -> Result<()> {

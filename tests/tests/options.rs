@@ -192,7 +192,7 @@ fn without_types_frame_pointers_have_to_do() -> Result<()> {
     let mut bed = Bed::new(routes::loopback_ipv4())?;
     let connection = bed.established()?;
     let port = connection.address(Side::Client).port().to_string();
-    let options = ["-o", "json", "--call-graph", "dwarf", "--btf", "none", "--local-port", &port];
+    let options = ["-o", "json", "--btf", "none", "--local-port", &port];
     let tool = Launch::new()?.args(options).start()?;
     bed.peer(Side::Client).ask("close")?;
     for order in ["receive-end", "close"] {
@@ -203,7 +203,7 @@ fn without_types_frame_pointers_have_to_do() -> Result<()> {
     let differences = differences(&line, &json!({"stack": user_stack("peer_closes_socket_outer")}));
     ensure!(differences.is_empty(), "{}", differences.join("\n"));
     let ended = tool.stop()?;
-    ensure!(ended.stderr.contains("--call-graph dwarf needs BTF"), "{ended}");
+    ensure!(ended.stderr.contains("--call-graph auto and dwarf need BTF"), "{ended}");
     Ok(())
 }
 

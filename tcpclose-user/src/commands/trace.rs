@@ -19,7 +19,7 @@ use tokio::{
 
 use super::{child, ready};
 use crate::{
-    cli::{CallGraph, Linger, TraceArgs, WhichStacks},
+    cli::{CallGraph, Linger, STACK_BYTES, TraceArgs, WhichStacks},
     filter::Filter,
     ingest::{
         reader::poll,
@@ -135,9 +135,12 @@ fn request(args: &TraceArgs, filter: &Filter) -> Request {
     filter.to_kernel(&mut params);
     params.user_stack = u32::from(matches!(args.stack, WhichStacks::User | WhichStacks::Both));
     params.kernel_stack = u32::from(matches!(args.stack, WhichStacks::Kernel | WhichStacks::Both));
-    if let (1, CallGraph::Dwarf(bytes)) = (params.user_stack, args.call_graph) {
-        params.stack_bytes = bytes;
+    if params.user_stack != 0 && args.call_graph != CallGraph::FramePointers {
         params.registers = unwind::REGISTERS;
+        (params.stack_bytes, params.recipes) = match args.call_graph {
+            CallGraph::Dwarf(bytes) => (bytes, 0),
+            CallGraph::Auto | CallGraph::FramePointers => (STACK_BYTES, 1),
+        };
     }
     params.ttl = u32::from(args.ttl);
     params.stuck = u32::from(args.linger != Linger::Off);

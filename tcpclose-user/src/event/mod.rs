@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 pub use crate::tcp::{Direction, Endpoint, Family, Role, State};
 pub use finding::{Confidence, Evidence, Finding, FindingKind, Program, Remote};
-pub use stack::{Frame, Frames, Stack};
+pub use stack::{Frame, Frames, Stack, Truncated};
 pub use time::{Time, millis};
 pub use values::{Attribution, Cause, ClosedBy, Ended, LastData, LingeringKind, LostPlace, Trigger};
 

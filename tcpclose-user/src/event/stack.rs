@@ -105,4 +105,41 @@ pub struct Frame {
     pub line: Option<u32>,
     /// A function that the compiler merged into its caller, which is the next frame.
     pub inlined: bool,
+    /// Why there are no further frames although this one has a caller; null in all other frames.
+    #[serde(default)]
+    pub truncated: Option<Truncated>,
+}
+
+/// Why a stack ends before its outermost frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Truncated {
+    /// The copy of the stack's memory ends here: see `--call-graph dwarf,SIZE`.
+    CopyEnded,
+    /// Nothing says where the caller is: the code has no unwind tables and keeps no frame pointer.
+    NoUnwindInformation,
+    /// What should be the return address is no address of code.
+    NoCode,
+    /// The language runtime that the code belongs to could not be read.
+    RuntimeUnreadable,
+    /// There are more frames than are reported.
+    FrameLimit,
+    /// The kernel followed frame pointers, and this program keeps none.
+    NoFramePointer,
+    /// The mappings of the process could not be read: it had ended, or this process may not.
+    NoMappings,
+}
+
+impl fmt::Display for Truncated {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::CopyEnded => "the copy of the stack ends",
+            Self::NoUnwindInformation => "no unwind information",
+            Self::NoCode => "the return address is not in code",
+            Self::RuntimeUnreadable => "the runtime cannot be read",
+            Self::FrameLimit => "more frames than are reported",
+            Self::NoFramePointer => "no frame pointer",
+            Self::NoMappings => "the mappings of the process are not known",
+        })
+    }
 }

@@ -34,6 +34,8 @@ pub struct KernelHalf {
     pub has_cookie: bool,
     /// Whether the kernel gives them the registers that a task entered it with.
     pub has_registers: bool,
+    /// Whether it recognizes stacks by recipes.
+    pub has_recipes: bool,
     /// The result of attaching each requested hook.
     pub hooks: Vec<Outcome>,
     /// What is lost on this kernel with these privileges, a sentence each.
@@ -82,6 +84,7 @@ impl KernelHalf {
             reset_reasons: ResetReasons::default(),
             has_cookie: false,
             has_registers: false,
+            has_recipes: false,
             hooks,
             losses: Vec::new(),
             guarded,

@@ -158,6 +158,7 @@ struct Kernel {
     reset_reasons: BTreeMap<i64, String>,
     has_reset_reason: bool,
     arguments: ArgumentOffsets,
+    code_pages: u16,
     losses: Vec<String>,
 }
 
@@ -170,6 +171,7 @@ impl Kernel {
                 reset_reasons: facts.reset_reasons,
                 has_reset_reason: facts.send_reset_has_reason.unwrap_or(false),
                 arguments: facts.arguments,
+                code_pages: facts.code_pages,
                 losses: Vec::new(),
             },
             Err(error) if matches!(source, BtfSource::File(_)) => return Err(error),
@@ -179,6 +181,7 @@ impl Kernel {
                 reset_reasons: BTreeMap::new(),
                 has_reset_reason: false,
                 arguments: ArgumentOffsets::ABSENT,
+                code_pages: ABSENT,
                 losses: vec![format!(
                     "no BTF, so bytes, idle times, namespaces, triggers, causes and most owners are null: {error:#}"
                 )],
@@ -212,6 +215,12 @@ pub fn load(request: &Request) -> Result<KernelHalf> {
     );
     params.has_destroy = 1;
     params.buckets = table::buckets(request.connections);
+    params.code_pages = kernel.code_pages;
+    if params.stack_bytes != 0 && !can_copy_stacks(&kernel.structs, &params) {
+        params.stack_bytes = 0;
+        params.recipes = 0;
+    }
+    params.recipes *= u32::from(params.code_pages != ABSENT);
 
     let mut refusal = anyhow!("no BTF");
     if kernel.btf.is_some() {
@@ -296,7 +305,7 @@ impl Layouts {
     }
 }
 
-/// Size of the ring, bytes, where it also takes copies of stacks: half of it holds 2,000 of 16 KiB between two reads.
+/// Size of the ring, bytes, where it also takes copies of all stacks: half of it holds 2,000 of 16 KiB between two reads.
 const RING_WITH_STACKS: u32 = 64 << 20;
 
 /// Sets the globals and the sizes of maps, and creates the maps.
@@ -318,8 +327,11 @@ fn prepare(request: &Request, kernel: &Kernel, params: &Params, layouts: &Layout
         .map_max_entries("ENTRIES", table::buckets(request.connections) * table::WAYS)
         .map_max_entries("OVERFLOW", table::overflow(request.connections))
         .map_max_entries("TEARDOWNS", table::overflow(request.connections));
-    if params.stack_bytes != 0 {
+    if params.stack_bytes != 0 && params.recipes == 0 {
         loader.map_max_entries("RECORDS", RING_WITH_STACKS);
+    }
+    if params.recipes == 0 {
+        loader.map_max_entries("RECIPES", 1).map_max_entries("RECIPE_EDGES", 1);
     }
     for (global, layout) in &layouts.records {
         loader.override_global(global, layout, true);
@@ -341,9 +353,11 @@ fn attach(
     let mut ebpf = prepare(request, kernel, params, &layouts)?;
     let mut losses = privilege::losses();
     losses.extend(kernel.losses.iter().cloned());
-    if params.stack_bytes != 0 && !can_copy_stacks(&kernel.structs, params) {
+    if request.params.stack_bytes != 0 && params.stack_bytes == 0 {
         losses.push(
-            "user stacks are followed by frame pointers alone: --call-graph dwarf needs BTF".to_owned(),
+            "user stacks are followed by frame pointers alone, which leaves out the caller of a system call wrapper: \
+             --call-graph auto and dwarf need BTF"
+                .to_owned(),
         );
     }
     let mut hooks = Vec::new();
@@ -400,6 +414,7 @@ fn attach(
     half.reset_reasons = ResetReasons(reset_reasons);
     half.has_cookie = params.has_cookie_helper != 0;
     half.has_registers = params.has_pt_regs_helper != 0;
+    half.has_recipes = params.recipes != 0;
     half.losses = losses;
     Ok(half)
 }

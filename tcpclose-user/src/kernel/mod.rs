@@ -21,7 +21,7 @@ pub mod tracefs;
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use tcpclose_common::offsets::{ArgumentOffsets, StructOffsets};
+use tcpclose_common::offsets::{ABSENT, ArgumentOffsets, StructOffsets};
 
 use self::btf::Btf;
 use self::offsets::Missing;
@@ -52,6 +52,8 @@ pub struct TypeFacts {
     pub send_reset_has_reason: Option<bool>,
     /// Offsets of the arguments of programs on kernel functions.
     pub arguments: ArgumentOffsets,
+    /// Offset of `mm_struct.exec_vm`, unsigned long; [`ABSENT`] if BTF does not describe it.
+    pub code_pages: u16,
 }
 
 impl TypeFacts {
@@ -69,6 +71,12 @@ impl TypeFacts {
             // `void *`, sock, skb, and then the reason.
             send_reset_has_reason: btf.func_proto_params("btf_trace_tcp_send_reset").map(|count| count >= 4),
             arguments: arguments::argument_offsets(&btf),
+            code_pages: btf
+                .member("mm_struct.exec_vm")
+                .ok()
+                .filter(|place| place.size == 8)
+                .and_then(|place| u16::try_from(place.offset).ok())
+                .unwrap_or(ABSENT),
         })
     }
 }

@@ -193,6 +193,7 @@ fn libc(symbol: &str) -> Frame {
         file: None,
         line: None,
         inlined: false,
+        truncated: None,
     }
 }
 
@@ -205,6 +206,7 @@ fn line() -> Frame {
         file: Some("src/x.rs".into()),
         line: Some(12),
         inlined: true,
+        truncated: None,
     }
 }
 
@@ -217,5 +219,6 @@ fn kernel(symbol: &str, offset: u64) -> Frame {
         file: None,
         line: None,
         inlined: false,
+        truncated: None,
     }
 }

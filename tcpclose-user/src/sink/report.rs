@@ -31,6 +31,17 @@ pub struct Report {
     summary: Summary,
 }
 
+/// How user stacks were taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StackCounts {
+    /// Copied, and then unwound.
+    pub copied: u64,
+    /// Recognized in the kernel half, so that they were not copied.
+    pub recognized: u64,
+    /// Followed by frame pointers no further than the innermost frame.
+    pub without_callers: u64,
+}
+
 impl Report {
     /// Writes to `output` what all `filters` let through, `count` events at most.
     pub fn new(filters: Vec<Filter>, output: Output, count: Option<u64>) -> Self {
@@ -93,13 +104,19 @@ impl Report {
         }
     }
 
-    /// Writes the summary of a trace to stderr: how long it took, what it lost, and whether some stacks lack callers.
-    pub fn summarize(&self, took: Duration, lost: &[(LostPlace, u64)], lacks_callers: bool) {
+    /// Writes the summary of a trace to stderr: how long it took, what it lost, and how user stacks were taken.
+    pub fn summarize(&self, took: Duration, lost: &[(LostPlace, u64)], stacks: &StackCounts) {
         eprint!("{}", self.summary);
-        if lacks_callers {
+        if stacks.without_callers > 0 {
             eprintln!(
                 "tcpclose: some stacks end at the system call, because their programs keep no frame pointers; \
-                 `--call-graph dwarf` follows them without"
+                 `--call-graph auto`, the default, follows them without where the kernel has BTF"
+            );
+        }
+        if stacks.copied > 0 {
+            eprintln!(
+                "tcpclose: user stacks: {} copied and unwound, {} recognized",
+                stacks.copied, stacks.recognized
             );
         }
         let lost: Vec<_> = lost

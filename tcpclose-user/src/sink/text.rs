@@ -476,6 +476,9 @@ fn frame_text(frame: &Frame) -> String {
     if frame.inlined {
         add(format_args!(" [inlined]"));
     }
+    if let Some(why) = frame.truncated {
+        add(format_args!(" [callers unknown: {why}]"));
+    }
     text
 }
 
@@ -484,7 +487,7 @@ mod tests {
     use clap::ValueEnum as _;
     use jiff::tz::TimeZone;
 
-    use crate::event::{Attribution, Cause, ClosedBy, Ended, Event, Frame, Trigger};
+    use crate::event::{Attribution, Cause, ClosedBy, Ended, Event, Frame, Trigger, Truncated};
     use crate::sink::text::{COLUMNS, Text, cut, escape, frame_text, human_millis, width};
     use crate::sink::{Palette, Sink, examples};
 
@@ -649,6 +652,7 @@ mod tests {
             file: None,
             line: None,
             inlined: false,
+            truncated: None,
         };
         assert_eq!(frame_text(&bare), "0x401000");
         let module = Frame { module: Some("/opt/app/libx.so".into()), offset: Some(0x1234), ..bare.clone() };
@@ -657,6 +661,8 @@ mod tests {
         assert_eq!(frame_text(&file), "f a.c");
         let line = Frame { line: Some(3), inlined: true, ..file };
         assert_eq!(frame_text(&line), "f a.c:3 [inlined]");
+        let last = Frame { truncated: Some(Truncated::CopyEnded), inlined: false, ..line };
+        assert_eq!(frame_text(&last), "f a.c:3 [callers unknown: the copy of the stack ends]");
     }
 
     #[test]

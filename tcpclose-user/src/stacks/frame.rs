@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::event::Frame;
+use crate::event::{Frame, Truncated};
 
 /// A frame of a stack that was unwound here.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -11,4 +11,13 @@ pub enum UnwoundFrame {
     Address(u64),
     /// Named by the program's language runtime.
     Named(Arc<Frame>),
+}
+
+/// A stack that was unwound here.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct UnwoundStack {
+    /// Innermost first.
+    pub frames: Arc<[UnwoundFrame]>,
+    /// Why the last frame is not the outermost one; `None` if it is.
+    pub truncated: Option<Truncated>,
 }

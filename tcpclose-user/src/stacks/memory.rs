@@ -1,24 +1,41 @@
 //! Memory that is read while a stack is unwound: the copied part of the stack, and the process it belongs to.
 
-use std::{fs::File, os::unix::fs::FileExt as _};
+use std::{cell::RefCell, fs::File, os::unix::fs::FileExt as _};
 
 /// Longest string that is read, in bytes.
 const MAX_STRING: usize = 1024;
 
-/// The copied part of a stack.
+/// The copied part of a stack. It remembers what was read of it.
 pub struct StackMemory<'a> {
     start: u64,
     bytes: &'a [u8],
+    read: RefCell<Vec<(u64, Option<u64>)>>,
 }
 
 impl<'a> StackMemory<'a> {
     /// A copy of the memory from address `start` on.
     pub fn new(start: u64, bytes: &'a [u8]) -> Self {
-        Self { start, bytes }
+        Self { start, bytes, read: RefCell::default() }
     }
 
     /// The word at an address; `None` if it was not copied.
     pub fn word(&self, address: u64) -> Option<u64> {
+        let word = self.find(address);
+        self.read.borrow_mut().push((address, word));
+        word
+    }
+
+    /// The addresses that were read since the last call, in order, and what was there.
+    pub fn take_reads(&self) -> Vec<(u64, Option<u64>)> {
+        self.read.take()
+    }
+
+    /// Whether an address is in the part of the stack that may lie above the copy.
+    pub fn is_above(&self, address: u64) -> bool {
+        address.checked_sub(self.start).is_some_and(|offset| offset >= self.bytes.len() as u64)
+    }
+
+    fn find(&self, address: u64) -> Option<u64> {
         let offset = usize::try_from(address.checked_sub(self.start)?).ok()?;
         let word = self.bytes.get(offset..offset.checked_add(8)?)?;
         Some(u64::from_ne_bytes(word.try_into().ok()?))

@@ -1,12 +1,14 @@
 //! Stack keys in records → stacks with names.
 //!
-//! The kernel half takes a stack in one of two ways. By default it follows frame pointers and keeps the addresses in a
-//! map, from which [`store`] reads them. With `--call-graph dwarf` it copies the stack's memory into the ring, and
-//! [`unwind`] follows that copy here. Either way [`symbolize`] turns addresses into functions, files and lines.
+//! The kernel half takes a stack in one of three ways. It recognizes one that was unwound here before, by its recipe
+//! ([`recipes`]). If there is none, it copies the stack's memory into the ring, and [`unwind`] follows that copy here.
+//! With `--call-graph fp` it follows frame pointers and keeps the addresses in a map, from which [`store`] reads them. Then
+//! [`symbolize`] turns addresses into functions, files and lines.
 
 pub mod elf;
 pub mod frame;
 pub mod memory;
+pub mod recipes;
 pub mod runtimes;
 pub mod store;
 pub mod symbolize;
@@ -18,15 +20,22 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tcpclose_common::record::StackCopy;
+use tcpclose_common::{record::StackCopy, stack::MAX_FRAMES};
 
-use self::{frame::UnwoundFrame, store::Store, symbolize::Symbolizer, unwind::Unwinder};
+use nix::time::{ClockId, clock_gettime};
+
+use self::{
+    recipes::{RecipeMaps, Start},
+    store::Store,
+    symbolize::Symbolizer,
+    unwind::Unwinder,
+};
 use crate::{
     attribute::{
         self,
         process::{Image, Processes},
     },
-    event::{self, Frame, Frames},
+    event::{self, Frame, Frames, Truncated},
 };
 
 /// How many named stacks are cached. When the cache is full, all are dropped and named again when next needed.
@@ -55,17 +64,19 @@ pub struct Stacks {
     unwinder: Unwinder,
     symbolizer: Symbolizer,
     processes: Arc<Mutex<Processes>>,
+    /// With `--call-graph auto`.
+    recipes: Option<RecipeMaps>,
     named: HashMap<(u32, u64, Unnamed), Named>,
     without_callers: u64,
 }
 
 /// The unnamed frames of a stack.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Unnamed {
     /// In the kernel half's map, under this key.
     Stored(u64),
-    /// Unwound from a copy.
-    Unwound(Arc<[UnwoundFrame]>),
+    /// Unwound here, with this key of its own.
+    Unwound(u64),
 }
 
 /// A named stack in the cache.
@@ -76,10 +87,12 @@ struct Named {
 }
 
 impl Stacks {
-    /// Reads stacks from `store`, and names them with what `processes` knows of each process's program image.
-    pub fn new(store: Store, processes: Arc<Mutex<Processes>>) -> Self {
+    /// Reads stacks from `store`, and names them with what `processes` knows of each process's program image. With `recipes`
+    /// the kernel half learns to recognize those that were copied.
+    pub fn new(store: Store, recipes: Option<RecipeMaps>, processes: Arc<Mutex<Processes>>) -> Self {
         Self {
             store,
+            recipes,
             unwinder: Unwinder::default(),
             symbolizer: Symbolizer::default(),
             processes,
@@ -91,9 +104,22 @@ impl Stacks {
     /// Unwinds the copy of a stack's memory and keeps the frames under the copy's key. Call it as soon as the record is
     /// read: the process may exit, and its mappings with it, at any moment.
     pub fn copied(&mut self, copy: &StackCopy, bytes: &[u8]) {
-        let Self { store, unwinder, processes, .. } = self;
+        let Self { store, unwinder, recipes, processes, .. } = self;
         let image = |addresses: &[u64]| image(processes, (copy.pid, copy.mm), addresses);
-        store.keep(copy.key, unwinder.unwind(copy, bytes, image));
+        let unwound = unwinder.unwind(copy, bytes, image);
+        let is_needed = |key| recipes.as_ref().is_some_and(|recipes| recipes.leads_to(key));
+        let key = store.keep(copy.key, unwound.stack, is_needed);
+        if unwound.words.is_empty() {
+            return;
+        }
+        let StackCopy { pid, mm, code_pages, ip, .. } = *copy;
+        let start = Start { pid, mm, code_pages, ip };
+        let until = unwound.lifetime.map_or(0, until);
+        let learned = recipes.as_mut().map(|recipes| recipes.learn(start, &unwound.words, key, until));
+        if let Some(Err(error)) = learned {
+            log::warn!("{error:#}; every stack will be copied");
+            *recipes = None;
+        }
     }
 
     /// The user and kernel stack of a task, with names; `None` if neither was taken, or both are lost.
@@ -126,29 +152,39 @@ impl Stacks {
     }
 
     fn user(&mut self, task: &TaskStacks) -> Option<Frames> {
-        let addresses = match self.store.unwound(task.user) {
-            Some(frames) => Unnamed::Unwound(frames),
+        let process = (task.pid, task.mm);
+        let unnamed = match self.store.own_key(task.user) {
+            Some(own) => {
+                if let Some(recipes) = &mut self.recipes {
+                    recipes.used(process, own);
+                }
+                Unnamed::Unwound(own)
+            }
             None => Unnamed::Stored(task.user),
         };
-        let process = (task.pid, task.mm);
-        let key = (task.pid, task.mm, addresses);
+        let key = (task.pid, task.mm, unnamed);
         if let Some(frames) = self.cached(&key) {
             return Some(frames);
         }
-        let (frames, is_whole) = match &key.2 {
+        let frames = match unnamed {
             Unnamed::Stored(key) => {
-                let frames = self.store.frames(*key)?;
+                let frames = self.store.frames(key)?;
                 let image = image(&self.processes, process, &frames);
-                let plausible = plausible(image.as_deref(), &frames);
+                let (plausible, truncated) = plausible(image.as_deref(), &frames);
                 self.without_callers += u64::from(plausible.len() == 1);
-                (self.symbolizer.user(image.as_deref(), plausible), plausible.len() == frames.len())
+                let mut named = self.symbolizer.user(image.as_deref(), plausible);
+                if let Some(last) = named.last_mut() {
+                    last.truncated = truncated;
+                }
+                named
             }
-            Unnamed::Unwound(frames) => {
+            Unnamed::Unwound(key) => {
+                let stack = self.store.unwound(key)?;
                 let image = image(&self.processes, process, &[]);
-                (self.symbolizer.unwound(image.as_deref(), frames), true)
+                self.symbolizer.unwound(image.as_deref(), &stack)
             }
         };
-        Some(self.cache(key, frames, is_whole))
+        Some(self.cache(key, frames))
     }
 
     fn kernel(&mut self, task: &TaskStacks) -> Option<Frames> {
@@ -157,7 +193,7 @@ impl Stacks {
             return Some(frames);
         }
         let frames = self.symbolizer.kernel(&self.store.frames(task.kernel)?);
-        Some(self.cache(key, frames, true))
+        Some(self.cache(key, frames))
     }
 
     fn cached(&self, key: &(u32, u64, Unnamed)) -> Option<Frames> {
@@ -165,8 +201,8 @@ impl Stacks {
         until.is_none_or(|until| Instant::now() < until).then(|| frames.clone())
     }
 
-    fn cache(&mut self, key: (u32, u64, Unnamed), frames: Vec<Frame>, is_whole: bool) -> Frames {
-        let is_final = is_whole && frames.iter().all(|frame| frame.symbol.is_some());
+    fn cache(&mut self, key: (u32, u64, Unnamed), frames: Vec<Frame>) -> Frames {
+        let is_final = frames.iter().all(|frame| frame.symbol.is_some() && frame.truncated.is_none());
         let until = (!is_final).then(|| Instant::now() + RETRY_AFTER);
         if self.named.len() >= MAX_NAMED {
             self.named.clear();
@@ -183,14 +219,29 @@ fn image(processes: &Mutex<Processes>, (pid, mm): (u32, u64), addresses: &[u64])
     attribute::process::lock(processes).image_for(pid, mm, addresses, Instant::now())
 }
 
-/// The leading frames that can be true. The kernel follows frame pointers; in a function that keeps none it reads
-/// arbitrary data instead. An address outside every executable mapping is therefore not a frame, and neither is anything
-/// after it.
-fn plausible<'a>(image: Option<&Image>, frames: &'a [u64]) -> &'a [u64] {
+/// The leading frames that can be true, and why there are no more. The kernel follows frame pointers; in a function that
+/// keeps none it reads arbitrary data instead. An address outside every executable mapping is therefore not a frame, and
+/// neither is anything after it.
+fn plausible<'a>(image: Option<&Image>, frames: &'a [u64]) -> (&'a [u64], Option<Truncated>) {
     let Some(image) = image.filter(|image| !image.mappings.is_empty()) else {
         // Without mappings only the instruction pointer is certain.
-        return &frames[..frames.len().min(1)];
+        return (&frames[..frames.len().min(1)], Some(Truncated::NoMappings));
     };
     let end = frames.iter().position(|address| image.mapping(*address).is_none());
-    &frames[..end.unwrap_or(frames.len()).max(1).min(frames.len())]
+    let plausible = &frames[..end.unwrap_or(frames.len()).max(1).min(frames.len())];
+    let truncated = if plausible.len() == 1 {
+        // A system call is made by a function that has a caller.
+        Some(Truncated::NoFramePointer)
+    } else if plausible.len() < frames.len() {
+        Some(Truncated::NoCode)
+    } else {
+        (frames.len() == MAX_FRAMES).then_some(Truncated::FrameLimit)
+    };
+    (plausible, truncated)
+}
+
+/// `CLOCK_MONOTONIC` after this time.
+fn until(lifetime: Duration) -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from).unwrap_or_default();
+    u64::try_from((now + lifetime).as_nanos()).unwrap_or(u64::MAX).max(1)
 }

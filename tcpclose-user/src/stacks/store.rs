@@ -1,14 +1,15 @@
 //! Keys in records → unnamed stacks: those in the kernel half's map, and those that were unwound here.
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{HashMap, VecDeque},
+    hash::{BuildHasher as _, RandomState},
     sync::Arc,
 };
 
 use aya::maps::{HashMap as BpfHashMap, MapData};
 use tcpclose_common::stack::Stack;
 
-use crate::stacks::frame::UnwoundFrame;
+use crate::stacks::frame::UnwoundStack;
 
 /// How many stacks of the kernel half are cached: as many as its map holds. When there are more, all are dropped and read
 /// again.
@@ -17,20 +18,35 @@ const MAX_STACKS: usize = 8_192;
 /// How many released keys still lead to a stack: a RST may be reported after the end of its connection.
 const MAX_RELEASED: usize = 4_096;
 
+/// How many different stacks that were unwound here are kept. When there are more, the least recently used quarter of those
+/// that no recipe leads to is dropped.
+const MAX_UNWOUND: usize = 16_384;
+
 /// Reads stacks from the kernel half's map, and keeps those that were unwound here.
+///
+/// A stack that was unwound has a key of its own, by which the kernel half reports it when it recognizes it. The key of a
+/// copy leads to that key.
 pub struct Store {
     map: BpfHashMap<MapData, u64, Stack>,
     known: HashMap<u64, Arc<[u64]>>,
-    unwound: HashMap<u64, Arc<[UnwoundFrame]>>,
-    /// The keys of `unwound` and some that were released, oldest first.
+    /// Programs have few places that open and close sockets.
+    unwound: HashMap<u64, Unwound>,
+    hasher: RandomState,
+    clock: u64,
+    copies: HashMap<u64, u64>,
+    /// The keys of `copies` and some that were released, oldest first.
     order: VecDeque<u64>,
-    /// How many stacks `unwound` may have.
+    /// How many `copies` may be kept.
     capacity: usize,
     released: VecDeque<u64>,
-    /// Equal stacks share their frames: programs have few places that close sockets.
-    shared: HashSet<Arc<[UnwoundFrame]>>,
     /// Stacks that were evicted before they were read.
     lost: u64,
+}
+
+struct Unwound {
+    stack: UnwoundStack,
+    /// When it was last used, by the store's clock.
+    used: u64,
 }
 
 impl Store {
@@ -41,56 +57,77 @@ impl Store {
             map,
             known: HashMap::new(),
             unwound: HashMap::new(),
+            hasher: RandomState::new(),
+            clock: 0,
+            copies: HashMap::new(),
             order: VecDeque::new(),
             capacity: usize::try_from(connections).unwrap_or(usize::MAX).saturating_mul(2),
             released: VecDeque::new(),
-            shared: HashSet::new(),
             lost: 0,
         }
     }
 
-    /// Keeps a stack that was unwound here.
-    pub fn keep(&mut self, key: u64, frames: Vec<UnwoundFrame>) {
-        let frames: Arc<[UnwoundFrame]> = frames.into();
-        let frames = if let Some(known) = self.shared.get(&frames) {
-            Arc::clone(known)
-        } else {
-            if self.shared.len() >= MAX_STACKS {
-                self.shared.retain(|frames| Arc::strong_count(frames) > 1);
-            }
-            if self.shared.len() < MAX_STACKS {
-                self.shared.insert(Arc::clone(&frames));
-            }
-            frames
-        };
-        while self.unwound.len() >= self.capacity {
+    /// Keeps a stack that was unwound from the copy with this key. Returns the stack's own key. `is_needed` tells keys of
+    /// stacks that may be reported again.
+    pub fn keep(&mut self, copy: u64, stack: UnwoundStack, is_needed: impl Fn(u64) -> bool) -> u64 {
+        // Two stacks share a key once in 2^64 pairs, and then the second gets the next one.
+        let mut key = self.hasher.hash_one(&stack).max(1);
+        while self.unwound.get(&key).is_some_and(|known| known.stack != stack) {
+            key = key.wrapping_add(1).max(1);
+        }
+        self.clock += 1;
+        if !self.unwound.contains_key(&key) {
+            self.make_room(is_needed);
+        }
+        self.unwound.entry(key).or_insert(Unwound { stack, used: 0 }).used = self.clock;
+        while self.copies.len() >= self.capacity {
             let Some(oldest) = self.order.pop_front() else { break };
-            self.lost += u64::from(self.unwound.remove(&oldest).is_some());
+            self.lost += u64::from(self.copies.remove(&oldest).is_some());
         }
         if self.order.len() >= self.capacity.saturating_mul(2) {
-            let Self { order, unwound, .. } = self;
-            order.retain(|key| unwound.contains_key(key));
+            let Self { order, copies, .. } = self;
+            order.retain(|key| copies.contains_key(key));
         }
-        self.order.push_back(key);
-        self.unwound.insert(key, frames);
+        self.order.push_back(copy);
+        self.copies.insert(copy, key);
+        key
     }
 
-    /// Drops an unwound stack after [`MAX_RELEASED`] others have been released.
+    fn make_room(&mut self, is_needed: impl Fn(u64) -> bool) {
+        if self.unwound.len() < MAX_UNWOUND {
+            return;
+        }
+        let mut times: Vec<_> = self.unwound.values().map(|unwound| unwound.used).collect();
+        let (_, oldest, _) = times.select_nth_unstable(MAX_UNWOUND / 4);
+        let oldest = *oldest;
+        self.unwound.retain(|key, unwound| unwound.used > oldest || is_needed(*key));
+    }
+
+    /// Drops the key of a copy after [`MAX_RELEASED`] others have been released.
     pub fn release(&mut self, key: u64) {
-        if !self.unwound.contains_key(&key) {
+        if !self.copies.contains_key(&key) {
             return;
         }
         self.released.push_back(key);
         if self.released.len() > MAX_RELEASED
             && let Some(oldest) = self.released.pop_front()
         {
-            self.unwound.remove(&oldest);
+            self.copies.remove(&oldest);
         }
     }
 
-    /// A stack that was unwound here.
-    pub fn unwound(&self, key: u64) -> Option<Arc<[UnwoundFrame]>> {
-        self.unwound.get(&key).cloned()
+    /// The own key of a stack that was unwound here, from that key or from that of a copy.
+    pub fn own_key(&mut self, key: u64) -> Option<u64> {
+        let own = self.copies.get(&key).copied().unwrap_or(key);
+        let unwound = self.unwound.get_mut(&own)?;
+        self.clock += 1;
+        unwound.used = self.clock;
+        Some(own)
+    }
+
+    /// A stack that was unwound here, by its own key.
+    pub fn unwound(&self, key: u64) -> Option<UnwoundStack> {
+        self.unwound.get(&key).map(|unwound| unwound.stack.clone())
     }
 
     /// The addresses of a stack in the kernel half's map, innermost first; `None` if none was taken, or if it was evicted.

@@ -202,8 +202,6 @@ pub(crate) fn client_gives_up() -> Result<()> {
             "cause": null,
         }),
     )?;
-    // Debian builds nginx without frame pointers.
-    let ended = site.tool.stop()?;
-    ensure!(ended.stderr.contains("--call-graph dwarf"), "stderr does not advise how to get stacks\n{ended}");
+    site.tool.stop()?;
     Ok(())
 }

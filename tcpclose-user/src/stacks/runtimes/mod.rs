@@ -11,7 +11,7 @@
 
 pub mod hotspot;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use super::memory::{ProcessMemory, StackMemory};
 use crate::event::Frame;
@@ -46,9 +46,21 @@ pub trait Runtime {
 
     /// Names a frame that the runtime owns: several frames, innermost first, where functions are inlined or where an
     /// interpreter runs several. If there is none, the frame is left to the symbolizer.
+    ///
+    /// Words of the stack are to be read at addresses that follow from the frame pointer, or always at the same distance
+    /// from the stack pointer.
     fn name(&mut self, frame: &Registers, stack: &StackMemory<'_>) -> Arc<[Arc<Frame>]>;
 
+    /// How long a stack with frames of this runtime is recognized by the words that were read of it, before it is unwound
+    /// again: the memory of code or of a method that is not live any more may be used for another one.
+    fn lifetime(&self) -> Duration {
+        Duration::from_secs(1)
+    }
+
     /// Finds the caller of a frame that the runtime owns.
+    ///
+    /// It is called a second time with another frame pointer, to see whether the result depends on it, so it may have no
+    /// effect but on caches.
     fn caller(&mut self, frame: &Registers, stack: &StackMemory<'_>) -> Caller;
 }
 

@@ -28,7 +28,7 @@ use blazesym::{Pid, symbolize::Builder};
 use crate::attribute::mappings::{self, Backing, Identity, Mapping, Module};
 use crate::attribute::process::Image;
 use crate::event::Frame;
-use crate::stacks::frame::UnwoundFrame;
+use crate::stacks::frame::{UnwoundFrame, UnwoundStack};
 
 use self::headers::Headers;
 use self::kernel::Kallsyms;
@@ -142,13 +142,16 @@ impl Symbolizer {
     }
 
     /// Symbolizes those frames of an unwound stack that have no name yet, as [`user`](Self::user) does.
-    pub fn unwound(&mut self, image: Option<&Image>, frames: &[UnwoundFrame]) -> Vec<Frame> {
+    pub fn unwound(&mut self, image: Option<&Image>, stack: &UnwoundStack) -> Vec<Frame> {
         let mut naming = Naming::of(image);
-        for (index, frame) in frames.iter().enumerate() {
+        for (index, frame) in stack.frames.iter().enumerate() {
             match frame {
                 UnwoundFrame::Address(address) => self.code(&mut naming, *address, target(index, *address)),
                 UnwoundFrame::Named(frame) => naming.named.push(Frame::clone(frame)),
             }
+        }
+        if let Some(last) = naming.named.last_mut() {
+            last.truncated = stack.truncated;
         }
         naming.named
     }
@@ -189,6 +192,7 @@ impl Symbolizer {
                 file: piece.file.clone(),
                 line: piece.line,
                 inlined: piece.inlined,
+                truncated: None,
             }
         }));
     }
@@ -452,6 +456,7 @@ fn unknown(address: u64) -> Frame {
         file: None,
         line: None,
         inlined: false,
+        truncated: None,
     }
 }
 

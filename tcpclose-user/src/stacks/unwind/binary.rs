@@ -87,6 +87,11 @@ impl Binary {
         Some(Self { segments: Segments::read(&file), sections, runtimes })
     }
 
+    /// Whether it says how to unwind its code.
+    pub(super) fn has_tables(&self) -> bool {
+        self.sections.eh_frame.is_some() || self.sections.debug_frame.is_some()
+    }
+
     /// Bytes of its tables.
     fn size(&self) -> usize {
         let ExplicitModuleSectionInfo { eh_frame, eh_frame_hdr, debug_frame, .. } = &self.sections;

@@ -3,22 +3,29 @@
 //! interprets has neither: see [`runtimes`](super::runtimes).
 
 mod binary;
+mod calls;
+mod inputs;
 mod process;
 
 use std::{
     collections::HashMap,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
+    time::Duration,
 };
 
-use tcpclose_common::{params::Registers, record::StackCopy, stack::MAX_FRAMES};
+use tcpclose_common::{params::Registers, recipe::Word, record::StackCopy, stack::MAX_FRAMES};
 
 use self::{
     binary::Binaries,
+    inputs::Inputs,
     process::{Cursor, ProcessUnwinder},
 };
-use super::{frame::UnwoundFrame, memory::StackMemory};
-use crate::attribute::process::Image;
+use super::{
+    frame::{UnwoundFrame, UnwoundStack},
+    memory::StackMemory,
+};
+use crate::{attribute::process::Image, event::Truncated};
 
 /// Offsets of the registers in `struct pt_regs`. It begins like `user_regs_struct`, which `ptrace` uses; the kernel itself
 /// converts between the two by offset.
@@ -50,6 +57,9 @@ pub const REGISTERS: Registers = {
 /// How many processes' tables are kept ready. When there are more, those of the least recently used one are dropped.
 const MAX_PROCESSES: usize = 64;
 
+/// How long an incomplete stack is recognized before it is unwound again: what is missing may be there by then.
+const INCOMPLETE: Duration = Duration::from_secs(10);
+
 /// Unwinds stacks, and caches what unwinding further stacks of the same processes and files needs.
 #[derive(Default)]
 pub struct Unwinder {
@@ -58,22 +68,34 @@ pub struct Unwinder {
     clock: u64,
 }
 
+/// What came of a copied stack.
+#[derive(Debug)]
+pub struct Unwound {
+    /// Its frames.
+    pub stack: UnwoundStack,
+    /// The words that they follow from, in the order in which they were needed; empty if not all of them can be listed.
+    pub words: Vec<Word>,
+    /// For how long they do; `None` for as long as the mappings stay the same.
+    pub lifetime: Option<Duration>,
+}
+
 impl Unwinder {
-    /// The frames of a copied stack, innermost first. `image` returns what is known of the process, with mappings that
-    /// include the given addresses if the process has any there.
+    /// Unwinds a copied stack. `image` returns what is known of the process, with mappings that include the given addresses
+    /// if the process has any there.
     ///
-    /// The frames end where the stack or its copy does, after [`MAX_FRAMES`], or at an address without code: no frame is
-    /// reported that leads nowhere.
+    /// The frames, innermost first, end where the stack or its copy does, after [`MAX_FRAMES`], or at an address without
+    /// code: no frame is reported that leads nowhere.
     pub fn unwind(
         &mut self,
         copy: &StackCopy,
         bytes: &[u8],
         image: impl FnMut(&[u64]) -> Option<Arc<Image>>,
-    ) -> Vec<UnwoundFrame> {
-        let mut frames = Vec::new();
+    ) -> Unwound {
+        let (mut frames, mut inputs) = (Vec::new(), Inputs::new(copy.sp));
         // Anyone may have written the files that the tables come from, and framehop does not promise not to panic.
-        let walk = AssertUnwindSafe(|| self.walk(copy, bytes, image, &mut frames));
-        if catch_unwind(walk).is_err() {
+        let walk = AssertUnwindSafe(|| self.walk(copy, bytes, image, &mut frames, &mut inputs));
+        let result = catch_unwind(walk);
+        if result.is_err() {
             log::debug!("unwinding a stack of process {} panicked", copy.pid);
             self.processes.remove(&(copy.pid, copy.mm));
         }
@@ -81,7 +103,13 @@ impl Unwinder {
             // The instruction pointer is certain even if nothing is known of the process.
             frames.push(UnwoundFrame::Address(copy.ip));
         }
-        frames
+        let is_done = result.is_ok();
+        let truncated = result.unwrap_or(Err(Truncated::NoUnwindInformation)).err();
+        if truncated.is_some() {
+            inputs.expire_after(INCOMPLETE);
+        }
+        let (words, lifetime) = inputs.finish().filter(|_| is_done).unwrap_or_default();
+        Unwound { stack: UnwoundStack { frames: frames.into(), truncated }, words, lifetime }
     }
 
     fn walk(
@@ -90,26 +118,31 @@ impl Unwinder {
         bytes: &[u8],
         mut image: impl FnMut(&[u64]) -> Option<Arc<Image>>,
         frames: &mut Vec<UnwoundFrame>,
-    ) {
+        inputs: &mut Inputs,
+    ) -> Result<(), Truncated> {
         let key = (copy.pid, copy.mm);
-        let Some(found) = image(&[copy.ip]) else { return };
+        let found = image(&[copy.ip]).ok_or(Truncated::NoMappings)?;
+        if found.mappings.is_empty() {
+            return Err(Truncated::NoMappings);
+        }
         let stack = StackMemory::new(copy.start, bytes);
         let mut process = self.process(key, found);
         let mut cursor = Cursor::innermost(copy, process.image());
+        if cfg!(target_arch = "aarch64") {
+            inputs.link_register(copy.lr);
+        }
         process.begin_stack();
         loop {
-            process.name(&cursor, &stack, frames);
+            process.name(&cursor, &stack, inputs, frames);
             if frames.len() >= MAX_FRAMES {
-                return;
+                return Err(Truncated::FrameLimit);
             }
-            let Some(caller) = process.caller(&cursor, &stack) else { return };
+            let Some(caller) = process.caller(&cursor, &stack, inputs)? else { return Ok(()) };
             let address = caller.address();
             if process.image().mapping(address).is_none() {
                 // It may have been mapped since.
-                let Some(newer) = image(&[address]).filter(|newer| newer.mapping(address).is_some()) else {
-                    return;
-                };
-                process = self.process(key, newer);
+                let newer = image(&[address]).filter(|newer| newer.mapping(address).is_some());
+                process = self.process(key, newer.ok_or(Truncated::NoCode)?);
             }
             cursor = caller;
         }
@@ -182,7 +215,7 @@ mod tests {
     fn functions(taken: &Taken, frames: usize) -> Vec<String> {
         let image = Processes::new().image(taken.copy.pid, 1).unwrap();
         let unwound = Unwinder::default().unwind(&taken.copy, &taken.bytes, |_| Some(Arc::clone(&image)));
-        let named = Symbolizer::new().unwound(Some(&image), &unwound);
+        let named = Symbolizer::new().unwound(Some(&image), &unwound.stack);
         let own = |symbol: String| symbol.rsplit_once("unwind::tests::").map(|(_, name)| name.to_owned());
         named
             .into_iter()
@@ -210,9 +243,12 @@ mod tests {
     fn knows_nothing_of_other_processes() {
         let mut copy = StackCopy::new_zeroed();
         copy.ip = 0x1234;
-        assert_eq!(Unwinder::default().unwind(&copy, &[], |_| None), [UnwoundFrame::Address(0x1234)]);
         let empty = Arc::new(Image::default());
-        let frames = Unwinder::default().unwind(&copy, &[0; 64], |_| Some(Arc::clone(&empty)));
-        assert_eq!(frames, [UnwoundFrame::Address(0x1234)]);
+        for image in [None, Some(empty)] {
+            let unwound = Unwinder::default().unwind(&copy, &[0; 64], |_| image.clone());
+            assert_eq!(unwound.stack.frames[..], [UnwoundFrame::Address(0x1234)]);
+            assert_eq!(unwound.stack.truncated, Some(Truncated::NoMappings));
+            assert_eq!(unwound.words, []);
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! A process: the unwind tables of all that it has mapped, and its language runtimes.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use framehop::{
     CacheNative, FrameAddress, MayAllocateDuringUnwind, Module, UnwindRegsNative, Unwinder as _,
@@ -8,12 +8,17 @@ use framehop::{
 };
 use tcpclose_common::record::StackCopy;
 
-use super::binary::Binaries;
+use super::{
+    binary::Binaries,
+    calls::Calls,
+    inputs::{Inputs, POISON, Read, Step},
+};
 use crate::{
     attribute::{
         mappings::{Backing, Identity, Mapping},
         process::Image,
     },
+    event::Truncated,
     stacks::{
         frame::UnwoundFrame,
         memory::{ProcessMemory, StackMemory},
@@ -25,9 +30,12 @@ use crate::{
 pub(super) struct ProcessUnwinder {
     image: Arc<Image>,
     tables: UnwinderNative<Arc<[u8]>, MayAllocateDuringUnwind>,
+    /// The mappings of files that have tables, in the order of addresses.
+    with_tables: Vec<Range<u64>>,
     cache: CacheNative<MayAllocateDuringUnwind>,
     /// Each with the file that it was recognized in.
     runtimes: Vec<(Identity, Box<dyn Runtime>)>,
+    calls: Calls,
     /// When it was last used, by the [`Unwinder`](super::Unwinder)'s clock.
     pub(super) used: u64,
 }
@@ -44,6 +52,7 @@ impl ProcessUnwinder {
     pub(super) fn new(image: Arc<Image>, older: Option<Self>, binaries: &mut Binaries) -> Self {
         let mut tables = UnwinderNative::new();
         let mut runtimes = older.map(|older| older.runtimes).unwrap_or_default();
+        let mut with_tables = Vec::new();
         for mapping in &image.mappings {
             let Backing::File { module: Some(module), .. } = &mapping.backing else { continue };
             let Some(binary) = binaries.get(&image, mapping) else { continue };
@@ -57,9 +66,13 @@ impl ProcessUnwinder {
                 runtimes.extend(attached.map(|runtime| (identity, runtime)));
             }
             let range = mapping.start..mapping.end;
+            if binary.has_tables() {
+                with_tables.push(range.clone());
+            }
             tables.add_module(Module::new(path(mapping), range, bias, binary.sections.clone()));
         }
-        Self { image, tables, cache: CacheNative::new(), runtimes, used: 0 }
+        let calls = Calls::of(image.pid);
+        Self { image, tables, with_tables, cache: CacheNative::new(), runtimes, calls, used: 0 }
     }
 
     pub(super) fn image(&self) -> &Arc<Image> {
@@ -74,30 +87,108 @@ impl ProcessUnwinder {
     }
 
     /// Appends the frame at the cursor; several where a runtime names several.
-    pub(super) fn name(&mut self, cursor: &Cursor, stack: &StackMemory<'_>, frames: &mut Vec<UnwoundFrame>) {
-        let named = self.owner(cursor).map(|runtime| runtime.name(&cursor.registers(), stack));
-        match named.filter(|named| !named.is_empty()) {
+    pub(super) fn name(
+        &mut self,
+        cursor: &Cursor,
+        stack: &StackMemory<'_>,
+        inputs: &mut Inputs,
+        frames: &mut Vec<UnwoundFrame>,
+    ) {
+        let registers = cursor.registers();
+        let mut named = None;
+        if let Some(runtime) = self.owner(cursor) {
+            named = Some(runtime.name(&registers, stack)).filter(|named| !named.is_empty());
+            inputs.expire_after(runtime.lifetime());
+            inputs.named(registers.fp, &found(&stack.take_reads()));
+        }
+        match named {
             Some(named) => frames.extend(named.iter().cloned().map(UnwoundFrame::Named)),
             None => frames.push(UnwoundFrame::Address(cursor.at.address())),
         }
     }
 
-    /// The caller of the frame at the cursor; `None` if it is the outermost, or its caller is not known.
-    pub(super) fn caller(&mut self, cursor: &Cursor, stack: &StackMemory<'_>) -> Option<Cursor> {
-        match self.owner(cursor).map_or(Caller::ByTables, |it| it.caller(&cursor.registers(), stack)) {
-            Caller::At { pc, sp, fp } => Some(Cursor {
-                at: FrameAddress::from_return_address(pc)?,
-                registers: registers(&self.image, pc, sp, fp, pc),
-            }),
-            Caller::ByTables => {
-                let Cursor { at, mut registers } = cursor.clone();
-                let mut read = |address| stack.word(address).ok_or(());
-                let caller =
-                    self.tables.unwind_frame(at, &mut registers, &mut self.cache, &mut read).ok()??;
-                Some(Cursor { at: FrameAddress::from_return_address(caller)?, registers })
+    /// The caller of the frame at the cursor; `None` if it is the outermost.
+    ///
+    /// # Errors
+    /// It is not known.
+    pub(super) fn caller(
+        &mut self,
+        cursor: &Cursor,
+        stack: &StackMemory<'_>,
+        inputs: &mut Inputs,
+    ) -> Result<Option<Cursor>, Truncated> {
+        let (found_caller, reads) = self.attempt(cursor, stack);
+        let (other_caller, other_reads) = self.attempt(&cursor.poisoned(&self.image), stack);
+        let (step, other) = (step(&found_caller), step(&other_caller));
+        inputs.step(cursor.registers().fp, (step, &found(&reads)), (other, &found(&other_reads)));
+        found_caller.map_err(|why| {
+            let failed = reads.iter().find(|(_, word)| word.is_none());
+            if failed.is_some_and(|(address, _)| stack.is_above(*address)) { Truncated::CopyEnded } else { why }
+        })
+    }
+
+    /// The caller of the frame at the cursor, and what was read to find it.
+    fn attempt(
+        &mut self,
+        cursor: &Cursor,
+        stack: &StackMemory<'_>,
+    ) -> (Result<Option<Cursor>, Truncated>, Vec<(u64, Option<u64>)>) {
+        let registers = cursor.registers();
+        let by_runtime = self.owner(cursor).map_or(Caller::ByTables, |it| it.caller(&registers, stack));
+        let caller = match by_runtime {
+            Caller::At { pc, sp, fp } => Ok(self.cursor(pc, sp, fp)),
+            Caller::ByTables if self.has_tables(cursor.address()) => self.by_tables(cursor, stack),
+            Caller::ByTables => self.by_frame_pointer(cursor, stack),
+            Caller::Unknown => Err(Truncated::RuntimeUnreadable),
+        };
+        (caller, stack.take_reads())
+    }
+
+    fn by_tables(&mut self, cursor: &Cursor, stack: &StackMemory<'_>) -> Result<Option<Cursor>, Truncated> {
+        let Cursor { at, mut registers } = cursor.clone();
+        let mut read = |address| stack.word(address).ok_or(());
+        match self.tables.unwind_frame(at, &mut registers, &mut self.cache, &mut read) {
+            Ok(Some(caller)) => {
+                Ok(FrameAddress::from_return_address(caller).map(|at| Cursor { at, registers }))
             }
-            Caller::Unknown => None,
+            Ok(None) => Ok(None),
+            Err(_) => Err(Truncated::NoUnwindInformation),
         }
+    }
+
+    /// The caller of a frame in code without unwind tables, such as code that was compiled at run time. A return address
+    /// counts only if it is behind a call, because the words might be anything.
+    fn by_frame_pointer(
+        &mut self,
+        cursor: &Cursor,
+        stack: &StackMemory<'_>,
+    ) -> Result<Option<Cursor>, Truncated> {
+        let Registers { sp, fp, .. } = cursor.registers();
+        // A function that makes a system call and nothing else keeps no frame pointer.
+        if !cursor.at.is_return_address()
+            && let Some(pc) = stack.word(sp).filter(|pc| self.calls.has(*pc))
+        {
+            return Ok(self.cursor(pc, sp.wrapping_add(8), fp));
+        }
+        if fp == 0 {
+            return Ok(None);
+        }
+        let caller = || {
+            let (caller_fp, pc) = (stack.word(fp)?, stack.word(fp.checked_add(8)?)?);
+            (fp >= sp && self.calls.has(pc)).then(|| self.cursor(pc, fp + 16, caller_fp))?
+        };
+        caller().map(Some).ok_or(Truncated::NoUnwindInformation)
+    }
+
+    fn cursor(&self, pc: u64, sp: u64, fp: u64) -> Option<Cursor> {
+        let at = FrameAddress::from_return_address(pc)?;
+        Some(Cursor { at, registers: registers(&self.image, pc, sp, fp, pc) })
+    }
+
+    /// Whether the file that is mapped at an address has unwind tables.
+    fn has_tables(&self, address: u64) -> bool {
+        let index = self.with_tables.partition_point(|range| range.end <= address);
+        self.with_tables.get(index).is_some_and(|range| range.contains(&address))
     }
 
     /// The runtime that a frame belongs to.
@@ -114,6 +205,12 @@ impl Cursor {
             at: FrameAddress::from_instruction_pointer(copy.ip),
             registers: registers(image, copy.ip, copy.sp, copy.fp, copy.lr),
         }
+    }
+
+    /// The same frame with a frame pointer that leads nowhere.
+    fn poisoned(&self, image: &Image) -> Self {
+        let Registers { pc, sp, .. } = self.registers();
+        Self { at: self.at, registers: registers(image, pc, sp, POISON, link_register(&self.registers)) }
     }
 
     /// An address inside the instruction that the frame is at.
@@ -148,6 +245,33 @@ fn registers(image: &Image, _ip: u64, sp: u64, fp: u64, lr: u64) -> UnwindRegsNa
     UnwindRegsNative::new_with_ptr_auth_mask(unsigned, lr, sp, fp)
 }
 
+/// What a caller means to the inputs of a stack.
+fn step(caller: &Result<Option<Cursor>, Truncated>) -> Step {
+    match caller {
+        Ok(Some(cursor)) => {
+            let Registers { pc, sp, fp, .. } = cursor.registers();
+            Step::Caller { pc, sp, fp }
+        }
+        Ok(None) => Step::Outermost,
+        Err(_) => Step::Failed,
+    }
+}
+
+/// The reads that found something.
+fn found(reads: &[(u64, Option<u64>)]) -> Vec<Read> {
+    reads.iter().filter_map(|(address, word)| Some((*address, (*word)?))).collect()
+}
+
+#[cfg(target_arch = "x86_64")]
+fn link_register(_: &UnwindRegsNative) -> u64 {
+    0
+}
+
+#[cfg(target_arch = "aarch64")]
+fn link_register(registers: &UnwindRegsNative) -> u64 {
+    registers.lr()
+}
+
 #[cfg(target_arch = "x86_64")]
 fn frame_pointer(registers: &UnwindRegsNative) -> u64 {
     registers.bp()
@@ -160,6 +284,7 @@ fn frame_pointer(registers: &UnwindRegsNative) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use tcpclose_common::recipe::source;
     use zerocopy::FromZeros as _;
 
     use super::*;
@@ -183,15 +308,16 @@ mod tests {
                     file: None,
                     line: None,
                     inlined: false,
+                    truncated: None,
                 })
             };
             // An address that it owns but knows nothing of.
             if frame.inside < 0x1100 { Arc::new([]) } else { Arc::new([named("inner"), named("outer")]) }
         }
 
-        fn caller(&mut self, _: &Registers, stack: &StackMemory<'_>) -> Caller {
+        fn caller(&mut self, frame: &Registers, stack: &StackMemory<'_>) -> Caller {
             assert_eq!(stack.word(0x9000), Some(7));
-            self.0.pop().unwrap_or(Caller::Unknown)
+            if frame.fp == POISON { Caller::Unknown } else { self.0.pop().unwrap_or(Caller::Unknown) }
         }
     }
 
@@ -212,9 +338,9 @@ mod tests {
         let bytes = 7u64.to_ne_bytes();
         let stack = StackMemory::new(0x9000, &bytes);
 
-        let mut frames = Vec::new();
+        let (mut frames, mut inputs) = (Vec::new(), Inputs::new(0x9000));
         for address in [0x1200, 0x1000, 0x5000] {
-            process.name(&cursor(address), &stack, &mut frames);
+            process.name(&cursor(address), &stack, &mut inputs, &mut frames);
         }
         let symbol = |frame: &UnwoundFrame| match frame {
             UnwoundFrame::Named(frame) => frame.symbol.clone().unwrap(),
@@ -222,11 +348,14 @@ mod tests {
         };
         assert_eq!(frames.iter().map(symbol).collect::<Vec<_>>(), ["inner", "outer", "1000", "5000"]);
 
-        let caller = process.caller(&cursor(0x1200), &stack).unwrap();
+        let mut caller = || process.caller(&cursor(0x1200), &stack, &mut inputs).map(|it| it.map(|it| it.registers()));
         let expected = Registers { pc: 0x5001, inside: 0x5000, sp: 0x9100, fp: 0x9200 };
-        assert_eq!(caller.registers(), expected);
-        assert!(process.caller(&cursor(0x1200), &stack).is_none(), "a return address of 0");
-        assert!(process.caller(&cursor(0x1200), &stack).is_none(), "there are no tables at this address");
-        assert!(process.caller(&cursor(0x1200), &stack).is_none(), "the runtime does not know");
+        assert_eq!(caller(), Ok(Some(expected)));
+        assert_eq!(caller(), Ok(None), "a return address of 0");
+        assert_eq!(caller(), Err(Truncated::NoUnwindInformation), "there are no tables at this address");
+        assert_eq!(caller(), Err(Truncated::RuntimeUnreadable), "the runtime does not know");
+        let (words, lifetime) = inputs.finish().unwrap();
+        assert_eq!(lifetime, Some(std::time::Duration::from_secs(1)));
+        assert!(words.iter().any(|word| word.source == source::MEMORY && word.expected == 7), "{words:?}");
     }
 }

@@ -133,6 +133,7 @@ impl Vm {
                     file: place.file,
                     line: place.line,
                     inlined: index < outermost,
+                    truncated: None,
                 })
             };
             found.into_iter().enumerate().map(frame).collect()

@@ -1,0 +1,124 @@
+//! Recognizes user stacks that the user half has unwound before, by their recipes (`tcpclose_common::recipe`).
+
+use aya_ebpf::{
+    helpers::generated::{bpf_ktime_get_ns, bpf_probe_read_user},
+    macros::map,
+    maps::{Array, HashMap},
+};
+use tcpclose_common::{
+    recipe::{Edge, MAX_EDGES, MAX_RECIPES, MAX_WORDS, Recipe, Target, image, source},
+    record::STACK_STEP,
+};
+
+use crate::maps::Slot;
+
+/// Recipes, 8.1 MiB. The user half chooses the places.
+#[map]
+pub static RECIPES: Array<Recipe> = Array::with_max_entries(MAX_RECIPES, 0);
+
+/// Which recipe to go on with. Not LRU: an edge that is missing would make a whole tree unreachable.
+#[map]
+pub static RECIPE_EDGES: HashMap<Edge, Target> = HashMap::with_max_entries(MAX_EDGES, 0);
+
+/// How long a stack is recognized after its recipe has expired, while one copy of it is on its way to the user half.
+const RENEWAL: u64 = 1_000_000_000;
+
+/// What the current task entered the kernel with.
+#[derive(Clone, Copy)]
+pub struct Entry {
+    /// Process id.
+    pub pid: u32,
+    /// Address of its `mm_struct`.
+    pub mm: u64,
+    /// How many pages of code are mapped (`mm_struct.exec_vm`).
+    pub code_pages: u64,
+    pub ip: u64,
+    pub sp: u64,
+    pub fp: u64,
+    pub lr: u64,
+}
+
+/// The key of the current task's user stack in the user half; 0 if there is no recipe for it.
+///
+/// A function of its own, because stacks are taken in several places. Its bound is that of the loop, one round for each
+/// word of a recipe: 128 comparisons, and as many reads of 1 KiB and look-ups of edges at worst.
+#[inline(never)]
+pub fn find(entry: &Entry) -> u64 {
+    if entry.sp % 8 != 0 {
+        return 0;
+    }
+    let Some(slot) = Slot::take() else { return 0 };
+    // SAFETY: the slot is ours, its words are plain integers.
+    let window = unsafe { &raw mut (*slot.get()).window };
+    // Where the window begins; no stack is there.
+    let mut start = 0;
+    let root = Edge { from: entry.mm, at: entry.ip, word: image(entry.pid, entry.code_pages) };
+    let Some((mut target, mut recipe)) = follow(&root) else { return 0 };
+    let mut index = 0;
+    while index < MAX_WORDS {
+        // SAFETY: a map value, and the index is below the length of the array.
+        let (count, word) = unsafe { ((*recipe).count, (*recipe).words[index]) };
+        if index as u64 >= count {
+            break;
+        }
+        let actual = if word.source == source::FRAME_POINTER {
+            entry.fp.wrapping_sub(entry.sp)
+        } else if word.source == source::FRAME_POINTER_VALUE {
+            entry.fp
+        } else if word.source == source::LINK_REGISTER {
+            entry.lr
+        } else {
+            let address = entry.sp.wrapping_add(i64::from(word.offset) as u64);
+            let begin = address & !(STACK_STEP as u64 - 1);
+            if begin != start {
+                // SAFETY: the window has room, and the helper checks the address itself.
+                if unsafe { bpf_probe_read_user(window.cast(), STACK_STEP as u32, begin as *const _) } != 0 {
+                    return 0;
+                }
+                start = begin;
+            }
+            let place = (address as usize & (STACK_STEP - 1)) / 8;
+            // SAFETY: the place is below the length of the window.
+            let found = unsafe { (*window)[place] };
+            if word.source == source::STACK_ADDRESS { found.wrapping_sub(entry.sp) } else { found }
+        };
+        if actual != word.expected {
+            // What was compared so far must have been this recipe's.
+            // SAFETY: a map value. Volatile, so that it is read now.
+            if unsafe { (&raw const (*recipe).serial).read_volatile() } != target.serial {
+                return 0;
+            }
+            let edge = Edge { from: target.serial, at: index as u64, word: actual };
+            let Some(next) = follow(&edge) else { return 0 };
+            (target, recipe) = next;
+        }
+        index += 1;
+    }
+    // SAFETY: a map value.
+    let (count, until, stack) = unsafe { ((*recipe).count, (*recipe).until, (*recipe).stack) };
+    if index as u64 != count {
+        return 0;
+    }
+    if until != 0 {
+        // SAFETY: the helper has no precondition.
+        let now = unsafe { bpf_ktime_get_ns() };
+        if now > until {
+            // This copy renews the recipe. If two CPUs are here at once, there are two copies.
+            // SAFETY: a map value.
+            unsafe { (*recipe).until = now + RENEWAL };
+            return 0;
+        }
+    }
+    // SAFETY: as above.
+    if unsafe { (&raw const (*recipe).serial).read_volatile() } == target.serial { stack } else { 0 }
+}
+
+/// The recipe that an edge leads to.
+#[inline(always)]
+fn follow(edge: &Edge) -> Option<(Target, *mut Recipe)> {
+    let target = RECIPE_EDGES.get_ptr(edge)?;
+    // SAFETY: a map value; the user half never changes one, it only adds and removes edges.
+    let target = unsafe { *target };
+    let recipe = RECIPES.get_ptr_mut(target.index as u32)?;
+    Some((target, recipe))
+}

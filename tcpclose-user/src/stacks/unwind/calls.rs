@@ -1,0 +1,129 @@
+//! Return addresses are behind calls. Where nothing else says what a word of the stack is, that tells a return address from
+//! other numbers.
+
+use std::{cell::RefCell, collections::HashMap};
+
+use crate::stacks::memory::ProcessMemory;
+
+/// How many addresses are remembered. When there are more, all are forgotten and read again.
+const MAX_KNOWN: usize = 4_096;
+
+/// Longest call instruction, in bytes: `call [base + index * scale + disp32]` on x86-64.
+const LONGEST: usize = 7;
+
+/// The calls in the code of one process.
+pub(super) struct Calls {
+    memory: Option<ProcessMemory>,
+    known: RefCell<HashMap<u64, bool>>,
+}
+
+impl Calls {
+    /// Of a process, as long as it runs.
+    pub(super) fn of(pid: u32) -> Self {
+        Self { memory: ProcessMemory::open(pid), known: RefCell::default() }
+    }
+
+    /// Whether there is a call just before this address. `false` if the memory there cannot be read.
+    pub(super) fn has(&self, address: u64) -> bool {
+        let Some(memory) = &self.memory else { return false };
+        let mut known = self.known.borrow_mut();
+        if known.len() >= MAX_KNOWN {
+            known.clear();
+        }
+        *known.entry(address).or_insert_with(|| {
+            let mut code = [0; LONGEST];
+            let start = address.checked_sub(LONGEST as u64);
+            start.and_then(|start| memory.read(start, &mut code)).is_some() && ends_with_call(code)
+        })
+    }
+}
+
+/// Whether these bytes may end with a call: `E8` with a displacement of four bytes, or `FF /2` with any operand.
+///
+/// Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, CALL, and table 2-2 for the lengths.
+#[cfg(target_arch = "x86_64")]
+fn ends_with_call(code: [u8; LONGEST]) -> bool {
+    let [.., opcode, _, _, _, _] = code;
+    // Bytes of the instruction from its opcode on.
+    let indirect = |length: usize| {
+        let [0xff, operand, rest @ ..] = &code[LONGEST - length..] else { return false };
+        let (mode, is_call, register) = (operand >> 6, operand >> 3 & 7 == 2, operand & 7);
+        let has_index = mode != 3 && register == 4;
+        let base = rest.first().map_or(0, |index| index & 7);
+        let displacement = match mode {
+            0 if register == 5 || has_index && base == 5 => 4,
+            1 => 1,
+            2 => 4,
+            _ => 0,
+        };
+        is_call && length == 2 + usize::from(has_index) + displacement
+    };
+    opcode == 0xe8 || (2..=LONGEST).any(indirect)
+}
+
+/// Whether these bytes end with `BL` or `BLR`, the latter perhaps with an authenticated address.
+///
+/// Arm Architecture Reference Manual, C6.2: BL, BLR, BLRAA.
+#[cfg(target_arch = "aarch64")]
+fn ends_with_call(code: [u8; LONGEST]) -> bool {
+    let [.., a, b, c, d] = code;
+    let instruction = u32::from_le_bytes([a, b, c, d]);
+    instruction >> 26 == 0b10_0101 || instruction & 0xfeff_f000 == 0xd63f_0000
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use super::*;
+
+    fn is_call(bytes: &[u8]) -> bool {
+        let mut code = [0x90; LONGEST];
+        code[LONGEST - bytes.len()..].copy_from_slice(bytes);
+        ends_with_call(code)
+    }
+
+    #[test]
+    fn recognizes_calls() {
+        // As objdump shows them.
+        for (bytes, text) in [
+            (&[0xe8, 0x12, 0x34, 0x00, 0x00][..], "call 0x3412"),
+            (&[0xff, 0xd0], "call rax"),
+            (&[0x41, 0xff, 0xd4], "call r12"),
+            (&[0xff, 0x10], "call [rax]"),
+            (&[0xff, 0x50, 0x18], "call [rax+0x18]"),
+            (&[0xff, 0x14, 0xc1], "call [rcx+rax*8]"),
+            (&[0xff, 0x54, 0x24, 0x08], "call [rsp+0x8]"),
+            (&[0xff, 0x15, 0x01, 0x02, 0x03, 0x04], "call [rip+0x4030201]"),
+            (&[0xff, 0x93, 0x01, 0x02, 0x00, 0x00], "call [rbx+0x201]"),
+            (&[0xff, 0x14, 0xc5, 0x01, 0x02, 0x00, 0x00], "call [rax*8+0x201]"),
+        ] {
+            assert!(is_call(bytes), "{text}");
+        }
+        for (bytes, text) in [
+            (&[0x0f, 0x05][..], "syscall"),
+            (&[0xff, 0xe0], "jmp rax"),
+            (&[0xff, 0x25, 0x01, 0x02, 0x03, 0x04], "jmp [rip+0x4030201]"),
+            (&[0xe9, 0x12, 0x34, 0x00, 0x00], "jmp 0x3412"),
+            (&[0xff, 0x50, 0x18, 0x90], "call [rax+0x18]; nop"),
+        ] {
+            assert!(!is_call(bytes), "{text}");
+        }
+    }
+
+    #[test]
+    fn reads_the_code_of_a_process() {
+        let calls = Calls::of(std::process::id());
+        let here = return_address();
+        assert!(calls.has(here));
+        assert!(!calls.has(here + 1) || !calls.has(here + 2), "not every address is behind a call");
+        assert!(!calls.has(0) && !calls.has(7) && !calls.has(u64::MAX));
+        assert!(!Calls::of(0).has(here));
+    }
+
+    #[inline(never)]
+    fn return_address() -> u64 {
+        let bytes: u64;
+        // SAFETY: it calls the next instruction and takes the return address back from the stack.
+        unsafe { std::arch::asm!("call 2f", "2: pop {}", out(reg) bytes) };
+        bytes
+    }
+}

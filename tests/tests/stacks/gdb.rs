@@ -1,0 +1,143 @@
+//! The truth about a stack: gdb's backtrace, taken while the program is stopped in the system call that tcpclose reports.
+
+use std::{path::Path, process::Command};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use tcpclose_tests::{expect::shortened, netns::Namespace, program::Program};
+
+pub(crate) const GDB: &str = "/usr/bin/gdb";
+
+/// A frame of a backtrace.
+#[derive(Debug, PartialEq, Eq)]
+struct Frame {
+    /// The return address; `None` in an inlined function, and in the innermost frame.
+    address: Option<u64>,
+    /// The function without its parameters; `None` if gdb does not know it.
+    function: Option<String>,
+}
+
+/// gdb, attached to a program that it stops when it closes a descriptor.
+pub(crate) struct Gdb(Program);
+
+impl Gdb {
+    /// Attaches to a process, whose next `close()` will be in the backtrace.
+    pub(crate) fn attach(namespace: &Namespace, pid: u32) -> Result<Self> {
+        let mut command = Command::new(GDB);
+        command.args(["-nx", "-q", "-batch", "-p", &pid.to_string()]);
+        for order in [
+            "set debuginfod enabled off",
+            "set pagination off",
+            "set width 0",
+            "set print frame-arguments none",
+            "set backtrace past-main on",
+            "set backtrace past-entry on",
+            "catch syscall close",
+            "echo attached\\n",
+            "continue",
+            "echo backtrace\\n",
+            "backtrace",
+            "echo done\\n",
+            "detach",
+        ] {
+            command.args(["-ex", order]);
+        }
+        let gdb = Self(Program::start(namespace, command)?);
+        gdb.until("attached")?;
+        Ok(gdb)
+    }
+
+    /// Waits for the backtrace, which the program waits for as well.
+    pub(crate) fn backtrace(self) -> Result<Backtrace> {
+        self.until("backtrace")?;
+        let frames = self.until("done")?.iter().filter_map(|line| frame(line)).collect();
+        Ok(Backtrace(frames))
+    }
+
+    /// The lines before this one.
+    fn until(&self, last: &str) -> Result<Vec<String>> {
+        let mut lines = Vec::new();
+        loop {
+            let line = self.0.line().with_context(|| format!("gdb said: {lines:#?}"))?;
+            if line.trim() == last {
+                return Ok(lines);
+            }
+            lines.push(line);
+        }
+    }
+}
+
+/// `#1  0x000055d5 in hang_up (...) at hang_up.c:10`, or without an address.
+fn frame(line: &str) -> Option<Frame> {
+    let (_, rest) = line.strip_prefix('#')?.split_once(' ')?;
+    let rest = rest.trim_start();
+    let (address, rest) = match rest.split_once(" in ") {
+        Some((address, rest)) if address.starts_with("0x") => (parse(address), rest),
+        _ => (None, rest),
+    };
+    let name = rest.split(" (").next()?.trim();
+    Some(Frame { address, function: (name != "??").then(|| name.to_owned()) })
+}
+
+fn parse(address: &str) -> Option<u64> {
+    u64::from_str_radix(address.strip_prefix("0x")?, 16).ok()
+}
+
+/// What gdb saw, innermost first.
+#[derive(Debug)]
+pub(crate) struct Backtrace(Vec<Frame>);
+
+impl Backtrace {
+    /// Whether these reported frames are the same: all return addresses, the functions wherever both know them, and
+    /// the functions that are inlined.
+    pub(crate) fn ensure_equals(&self, frames: &Value) -> Result<()> {
+        let told = frames.as_array().context("no stack")?;
+        let shown = || format!("tcpclose: {}\n{self:#?}", shortened(frames));
+        ensure!(told.iter().all(|frame| frame["truncated"].is_null()), "truncated\n{}", shown());
+        let addresses: Vec<_> = told
+            .iter()
+            .filter(|frame| frame["inlined"] == false)
+            .filter_map(|frame| parse(frame["address"].as_str()?))
+            .skip(1)
+            .collect();
+        let expected: Vec<_> = self.0.iter().skip(1).filter_map(|frame| frame.address).collect();
+        ensure!(expected.len() > 1 && addresses == expected, "{addresses:x?}, not {expected:x?}\n{}", shown());
+        ensure!(told.len() == self.0.len(), "{} frames, not {}\n{}", told.len(), self.0.len(), shown());
+        // The innermost one is libc's, which has several names for `close`.
+        for (told, expected) in told.iter().zip(&self.0).skip(1) {
+            let (Some(name), Some(function)) = (told["symbol"].as_str(), &expected.function) else { continue };
+            ensure!(plain(name) == plain(function), "{name}, not {function}\n{}", shown());
+        }
+        Ok(())
+    }
+
+    /// Whether gdb knows that this function is among the callers, and that this is its name in the reported frames.
+    pub(crate) fn ensure_names(&self, function: &str, frames: &Value) -> Result<()> {
+        let is_it = |name: &str| plain(name) == function;
+        let told = frames.as_array().context("no stack")?;
+        ensure!(
+            self.0.iter().any(|frame| frame.function.as_deref().is_some_and(is_it))
+                && told.iter().any(|frame| frame["symbol"].as_str().is_some_and(is_it)),
+            "no {function}\n{}\n{self:#?}",
+            shortened(frames)
+        );
+        Ok(())
+    }
+}
+
+/// The last part of a name, without parameters and without what symbol tables add: the hash of a Rust function, and a
+/// version. Debuggers name what is in front of it in different ways.
+fn plain(name: &str) -> &str {
+    let name = name.split(['(', '@']).next().unwrap_or(name);
+    let name = name.rsplit_once("::h").filter(|(_, hash)| hash.len() == 16).map_or(name, |(name, _)| name);
+    name.rsplit("::").next().unwrap_or(name)
+}
+
+/// Whether a test has to be skipped for lack of a file. The skip is printed; `cargo xtask test` reads it.
+pub(crate) fn is_missing(files: &[&str]) -> bool {
+    let missing = files.iter().find(|file| !Path::new(file).exists());
+    if let Some(file) = missing {
+        println!("skipped: {file} is not here");
+    }
+    missing.is_some()
+}

@@ -1,0 +1,235 @@
+//! Whole stacks by default: each is compared with gdb's backtrace of the same system call, for programs that are built in
+//! different ways and for servers as Debian ships them; and a stack that is recognized is the right one of many.
+
+mod gdb;
+mod recognized;
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, ensure};
+use gdb::{GDB, Gdb, is_missing};
+use serde_json::{Value, json};
+use tcpclose_tests::{
+    expect::differences,
+    netns::{self, Namespace},
+    program::Program,
+    scratch::Scratch,
+    sockets::{self, LISTEN},
+    tool::{Launch, Tool},
+};
+
+const PORT: u16 = 8080;
+
+/// The path of a source file or configuration of these tests.
+fn part(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/stacks").join(name)
+}
+
+fn compile(compiler: &str, options: &[&str], source: &str, folder: &Scratch) -> Result<PathBuf> {
+    let program = folder.path().join("program");
+    netns::run(Command::new(compiler).args(options).arg("-o").arg(&program).arg(part(source)))?;
+    Ok(program)
+}
+
+/// A program that connects, and hangs up when it is told to: its stack there, and what gdb sees.
+fn hangs_up(program: &Path) -> Result<(gdb::Backtrace, Value)> {
+    let namespace = Namespace::new()?;
+    let tool = Launch::new()?.trace([&namespace]).start()?;
+    let listener = namespace.inside(|| Ok(TcpListener::bind(("127.0.0.1", PORT))?))?;
+    let mut command = Command::new(program);
+    command.arg(PORT.to_string());
+    let mut program = Program::start(&namespace, command)?;
+    ensure!(program.line()? == "connected");
+    let _accepted = listener.accept()?;
+    let gdb = Gdb::attach(&namespace, program.pid())?;
+    program.tell("go")?;
+    let backtrace = gdb.backtrace()?;
+    let line = told(&tool, &json!({"connection": {"role": "client"}, "process": {"pid": program.pid()}}))?;
+    Ok((backtrace, line["stack"]["user"].clone()))
+}
+
+/// Waits for the first move that matches.
+fn told(tool: &Tool, which: &Value) -> Result<Value> {
+    let is_it = |line: &Value| {
+        line["event"] == "close" && !line["stack"].is_null() && differences(line, which).is_empty()
+    };
+    tool.wait_for(&which.to_string(), is_it)
+}
+
+#[test]
+fn c_without_frame_pointers() -> Result<()> {
+    if is_missing(&[GDB, "/usr/bin/gcc"]) {
+        return Ok(());
+    }
+    let folder = Scratch::new()?;
+    let program = compile("/usr/bin/gcc", &["-O2", "-g", "-fomit-frame-pointer"], "hang_up.c", &folder)?;
+    let (backtrace, frames) = hangs_up(&program)?;
+    backtrace.ensure_equals(&frames)?;
+    for function in ["hang_up", "serve", "main"] {
+        backtrace.ensure_names(function, &frames)?;
+    }
+    Ok(())
+}
+
+/// With frame pointers a walk along them leaves out the function that called `close()`.
+#[test]
+fn c_with_frame_pointers() -> Result<()> {
+    if is_missing(&[GDB, "/usr/bin/gcc"]) {
+        return Ok(());
+    }
+    let folder = Scratch::new()?;
+    let program = compile("/usr/bin/gcc", &["-O2", "-g", "-fno-omit-frame-pointer"], "hang_up.c", &folder)?;
+    let (backtrace, frames) = hangs_up(&program)?;
+    backtrace.ensure_equals(&frames)?;
+    backtrace.ensure_names("hang_up", &frames)
+}
+
+/// Its symbols are in another file, where distributions install it: by build id.
+#[test]
+fn stripped_with_a_debug_file() -> Result<()> {
+    if is_missing(&[GDB, "/usr/bin/gcc", "/usr/bin/objcopy"]) {
+        return Ok(());
+    }
+    let folder = Scratch::new()?;
+    let program = compile("/usr/bin/gcc", &["-O2", "-g", "-Wl,--build-id"], "hang_up.c", &folder)?;
+    let notes = netns::run(Command::new("readelf").arg("-n").arg(&program))?;
+    let id = notes.lines().find_map(|line| line.trim().strip_prefix("Build ID: ")).context("no build id")?;
+    let debug = PathBuf::from(format!("/usr/lib/debug/.build-id/{}/{}.debug", &id[..2], &id[2..]));
+    std::fs::create_dir_all(debug.parent().context("no parent")?)?;
+    netns::run(Command::new("objcopy").arg("--only-keep-debug").arg(&program).arg(&debug))?;
+    let result = netns::run(Command::new("strip").arg(&program)).and_then(|_| hangs_up(&program));
+    std::fs::remove_file(&debug)?;
+    let (backtrace, frames) = result?;
+    backtrace.ensure_equals(&frames)?;
+    backtrace.ensure_names("hang_up", &frames)
+}
+
+#[test]
+fn cpp_with_inlined_functions() -> Result<()> {
+    if is_missing(&[GDB, "/usr/bin/g++"]) {
+        return Ok(());
+    }
+    let folder = Scratch::new()?;
+    let program = compile("/usr/bin/g++", &["-O2", "-g"], "inlined.cpp", &folder)?;
+    let (backtrace, frames) = hangs_up(&program)?;
+    backtrace.ensure_equals(&frames)?;
+    for function in ["hang_up", "~Connection", "serve", "main"] {
+        backtrace.ensure_names(function, &frames)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn rust_with_inlined_functions() -> Result<()> {
+    let compiler = std::env::var("RUSTC").unwrap_or_else(|_| "rustc".to_owned());
+    if is_missing(&[GDB]) || Command::new(&compiler).arg("--version").output().is_err() {
+        println!("skipped: {compiler} is not here");
+        return Ok(());
+    }
+    let folder = Scratch::new()?;
+    let program = compile(&compiler, &["--edition=2024", "-O", "-g"], "dropped.rs", &folder)?;
+    let (backtrace, frames) = hangs_up(&program)?;
+    backtrace.ensure_equals(&frames)?;
+    for function in ["forget_about", "serve", "main"] {
+        backtrace.ensure_names(function, &frames)?;
+    }
+    Ok(())
+}
+
+/// A server that closes the connection of a client that says something: its stack there, and what gdb sees.
+fn server_hangs_up(
+    namespace: &Namespace,
+    tool: &Tool,
+    server: &Program,
+    say: &[u8],
+) -> Result<(gdb::Backtrace, Value)> {
+    let is_there = |socket: &sockets::Socket| socket.state == LISTEN && socket.local.port() == PORT;
+    sockets::wait_until(namespace, "it listens", |sockets| sockets.iter().any(is_there))?;
+    let mut client = namespace.inside(|| Ok(TcpStream::connect(("127.0.0.1", PORT))?))?;
+    let gdb = Gdb::attach(namespace, server.pid())?;
+    client.write_all(say)?;
+    let backtrace = gdb.backtrace()?;
+    client.read_to_end(&mut Vec::new())?;
+    let which = json!({"connection": {"role": "server"}, "process": {"pid": server.pid()}});
+    let line = told(tool, &which)?;
+    Ok((backtrace, line["stack"]["user"].clone()))
+}
+
+#[test]
+fn nginx_as_debian_ships_it() -> Result<()> {
+    const NGINX: &str = "/usr/sbin/nginx";
+    if is_missing(&[GDB, NGINX]) {
+        return Ok(());
+    }
+    let (namespace, folder) = (Namespace::new()?, Scratch::new()?);
+    let tool = Launch::new()?.trace([&namespace]).start()?;
+    let mut command = Command::new(NGINX);
+    command.arg("-p").arg(folder.path()).arg("-c").arg(part("nginx.conf")).args(["-e", "stderr"]);
+    let nginx = Program::start(&namespace, command)?;
+    let request = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+    let (backtrace, frames) = server_hangs_up(&namespace, &tool, &nginx, request)?;
+    backtrace.ensure_equals(&frames)
+}
+
+#[test]
+fn redis_as_debian_ships_it() -> Result<()> {
+    const REDIS: &str = "/usr/bin/redis-check-rdb";
+    if is_missing(&[GDB, REDIS]) {
+        return Ok(());
+    }
+    let (namespace, folder) = (Namespace::new()?, Scratch::new()?);
+    let tool = Launch::new()?.trace([&namespace]).start()?;
+    let program = folder.path().join("redis-server");
+    std::os::unix::fs::symlink(REDIS, &program)?;
+    let mut command = Command::new(program);
+    command.args(["--save", "", "--logfile", "log", "--dir"]).arg(folder.path());
+    command.args(["--port", &PORT.to_string()]);
+    let redis = Program::start(&namespace, command)?;
+    let (backtrace, frames) = server_hangs_up(&namespace, &tool, &redis, b"QUIT\r\n")?;
+    backtrace.ensure_equals(&frames)
+}
+
+#[test]
+fn python_as_debian_ships_it() -> Result<()> {
+    const PYTHON: &str = "/usr/bin/python3";
+    if is_missing(&[GDB, PYTHON]) {
+        return Ok(());
+    }
+    let namespace = Namespace::new()?;
+    let tool = Launch::new()?.trace([&namespace]).start()?;
+    let mut command = Command::new(PYTHON);
+    command.arg(part("server.py")).arg(PORT.to_string());
+    let python = Program::start(&namespace, command)?;
+    let (backtrace, frames) = server_hangs_up(&namespace, &tool, &python, b"x")?;
+    backtrace.ensure_equals(&frames)
+}
+
+/// Functions that V8 compiled have no unwind tables, but keep frame pointers. gdb cannot follow them, so what is known is
+/// where the stack ends: in `main()`'s caller.
+#[test]
+fn node_as_it_is_here() -> Result<()> {
+    const NODE: &str = "/usr/bin/node";
+    if is_missing(&[NODE]) {
+        return Ok(());
+    }
+    let namespace = Namespace::new()?;
+    let tool = Launch::new()?.trace([&namespace]).start()?;
+    let mut command = Command::new(NODE);
+    command.arg(part("server.js")).arg(PORT.to_string());
+    let node = Program::start(&namespace, command)?;
+    ensure!(node.line()? == "ready");
+    let mut client = namespace.inside(|| Ok(TcpStream::connect(("127.0.0.1", PORT))?))?;
+    client.write_all(b"x")?;
+    let which = json!({"connection": {"role": "server"}, "process": {"pid": node.pid()}});
+    let line = told(&tool, &which)?;
+    let frames = line["stack"]["user"].as_array().context("no stack")?;
+    let names: Vec<_> = frames.iter().map(|frame| frame["symbol"].as_str().unwrap_or("?")).collect();
+    let last = frames.last().context("no frames")?;
+    ensure!(last["truncated"].is_null() && names.contains(&"main") || names.contains(&"_start"), "{names:#?}\n{last}");
+    Ok(())
+}
