@@ -299,7 +299,7 @@ mod tests {
 
     #[test]
     fn every_deviation_is_reported() {
-        let frame = json!({"address": "1", "symbol": null, "module": null, "offset": null, "file": null, "line": null, "inlined": false});
+        let frame = json!({"address": "1", "symbol": null, "module": null, "offset": null, "file": null, "line": null, "inlined": false, "truncated": null});
         let cases = [
             (lost(), "/where", Some(json!("elsewhere")), "/where: \"elsewhere\""),
             (lost(), "/count", Some(Value::Null), "/count: null"),

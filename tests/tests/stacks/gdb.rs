@@ -21,8 +21,11 @@ struct Frame {
 pub(crate) struct Gdb(Program);
 
 impl Gdb {
-    /// Attaches to a process, whose next `close()` will be in the backtrace.
-    pub(crate) fn attach(namespace: &Namespace, pid: u32) -> Result<Self> {
+    /// Attaches to a process, whose `close()` of this descriptor will be in the backtrace.
+    pub(crate) fn attach(namespace: &Namespace, pid: u32, descriptor: i32) -> Result<Self> {
+        // The first argument of a system call.
+        let register = if cfg!(target_arch = "x86_64") { "$rdi" } else { "$x0" };
+        let condition = format!("condition 1 {register} == {descriptor}");
         let mut command = Command::new(GDB);
         command.args(["-nx", "-q", "-batch", "-p", &pid.to_string()]);
         for order in [
@@ -33,6 +36,7 @@ impl Gdb {
             "set backtrace past-main on",
             "set backtrace past-entry on",
             "catch syscall close",
+            &condition,
             "echo attached\\n",
             "continue",
             "echo backtrace\\n",

@@ -19,8 +19,9 @@ use tcpclose_tests::{
     netns::{self, Namespace},
     program::Program,
     scratch::Scratch,
-    sockets::{self, LISTEN},
+    sockets::{self, ESTABLISHED, LISTEN, Socket},
     tool::{Launch, Tool},
+    until,
 };
 
 const PORT: u16 = 8080;
@@ -46,11 +47,21 @@ fn hangs_up(program: &Path) -> Result<(gdb::Backtrace, Value)> {
     let mut program = Program::start(&namespace, command)?;
     ensure!(program.line()? == "connected");
     let _accepted = listener.accept()?;
-    let gdb = Gdb::attach(&namespace, program.pid())?;
+    let descriptor = descriptor(&namespace, program.pid(), |socket| socket.remote.port() == PORT)?;
+    let gdb = Gdb::attach(&namespace, program.pid(), descriptor)?;
     program.tell("go")?;
     let backtrace = gdb.backtrace()?;
     let line = told(&tool, &json!({"connection": {"role": "client"}, "process": {"pid": program.pid()}}))?;
     Ok((backtrace, line["stack"]["user"].clone()))
+}
+
+/// The descriptor that a process has of such a socket, once it has one.
+fn descriptor(namespace: &Namespace, pid: u32, is_it: impl Fn(&Socket) -> bool) -> Result<i32> {
+    until("it has the socket", || {
+        let sockets = sockets::list(namespace)?;
+        let found = sockets.iter().filter(|socket| is_it(socket)).map(|socket| sockets::descriptors(pid, socket));
+        Ok(found.collect::<Result<Vec<_>>>()?.concat().first().copied())
+    })
 }
 
 /// Waits for the first move that matches.
@@ -148,10 +159,11 @@ fn server_hangs_up(
     server: &Program,
     say: &[u8],
 ) -> Result<(gdb::Backtrace, Value)> {
-    let is_there = |socket: &sockets::Socket| socket.state == LISTEN && socket.local.port() == PORT;
+    let is_there = |socket: &Socket| socket.state == LISTEN && socket.local.port() == PORT;
     sockets::wait_until(namespace, "it listens", |sockets| sockets.iter().any(is_there))?;
     let mut client = namespace.inside(|| Ok(TcpStream::connect(("127.0.0.1", PORT))?))?;
-    let gdb = Gdb::attach(namespace, server.pid())?;
+    let is_accepted = |socket: &Socket| socket.local.port() == PORT && socket.state == ESTABLISHED;
+    let gdb = Gdb::attach(namespace, server.pid(), descriptor(namespace, server.pid(), is_accepted)?)?;
     client.write_all(say)?;
     let backtrace = gdb.backtrace()?;
     client.read_to_end(&mut Vec::new())?;

@@ -66,8 +66,8 @@ fn each_stack_is_that_of_its_path() -> Result<()> {
     let (mut paths, mut closes, mut ordered) = (BTreeSet::new(), 0, 0);
     while closes < CLOSES {
         if closes == ordered {
-            // As many as there is room for copies at once, until all paths have been taken, and then the rest at once.
-            let next = if paths.len() < 243 && closes < CLOSES / 20 { 100 } else { CLOSES - closes };
+            // As many as there is room for copies at once, until all paths have been taken; then as many as there is room for records.
+            let next = if paths.len() < 243 && closes < CLOSES / 20 { 100 } else { 2_000.min(CLOSES - closes) };
             program.tell(&next.to_string())?;
             ordered += next;
         }

@@ -321,17 +321,30 @@ impl Symbols {
             let address = headers.segments.address(offset)?;
             let mut found = None;
             for source in sources.iter() {
-                let pieces = query(blazesym, source, Input::VirtOffset(address));
+                let Some(pieces) = query(blazesym, source, Input::VirtOffset(address)) else { continue };
                 // A line without a function is better than nothing, and a function is better than that.
-                let is_named =
-                    pieces.as_ref().is_some_and(|pieces| pieces.iter().any(|it| it.symbol.is_some()));
-                found = if is_named { pieces } else { found.or(pieces) };
-                if is_named {
+                found = Some(found.map_or_else(|| Arc::clone(&pieces), |known| completed(known, &pieces)));
+                if found.as_deref().and_then(<[Piece]>::last).is_some_and(|piece| piece.symbol.is_some()) {
                     break;
                 }
             }
             found
         })
+    }
+}
+
+/// These pieces with the name of the compiled function that `other` has, if they lack it. Debug information does not say
+/// how long a function is that the compiler has split, but the symbol table does.
+fn completed(known: Arc<[Piece]>, other: &[Piece]) -> Arc<[Piece]> {
+    match (known.last(), other.last()) {
+        (Some(last), Some(named)) if last.symbol.is_none() && named.symbol.is_some() => {
+            let mut pieces = known.to_vec();
+            if let Some(last) = pieces.last_mut() {
+                (last.symbol, last.offset) = (named.symbol.clone(), named.offset);
+            }
+            pieces.into()
+        }
+        _ => known,
     }
 }
 

@@ -352,7 +352,7 @@ mod tests {
         let expected = Registers { pc: 0x5001, inside: 0x5000, sp: 0x9100, fp: 0x9200 };
         assert_eq!(caller(), Ok(Some(expected)));
         assert_eq!(caller(), Ok(None), "a return address of 0");
-        assert_eq!(caller(), Err(Truncated::NoUnwindInformation), "there are no tables at this address");
+        assert_eq!(caller(), Ok(None), "there are no tables at this address, and a frame pointer of 0 ends the stack");
         assert_eq!(caller(), Err(Truncated::RuntimeUnreadable), "the runtime does not know");
         let (words, lifetime) = inputs.finish().unwrap();
         assert_eq!(lifetime, Some(std::time::Duration::from_secs(1)));
