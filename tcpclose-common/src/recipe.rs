@@ -86,7 +86,7 @@ pub struct Edge {
 }
 
 /// What tells program images with the same `mm_struct` apart: its process, and how many pages of code it has mapped.
-#[inline(always)]
+#[inline]
 pub const fn image(pid: u32, code_pages: u64) -> u64 {
     (pid as u64) << 32 | code_pages & 0xffff_ffff
 }

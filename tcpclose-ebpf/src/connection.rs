@@ -151,11 +151,22 @@ pub fn moved(connection: &mut Connection, sk: impl Object, by: u8, now: u64) {
     sock::sample(sk, connection.jiffies, &mut connection.at_move);
 }
 
+/// Whether the stack of a task is taken. Code that follows stacks is most of what the verifier has to examine, so a program
+/// for a rare case does without.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum StackOf {
+    Actor,
+    Nobody,
+}
+
 /// Notes the current task as the one that acted on this side, if it is the first and if it is a process.
 #[inline(always)]
-pub fn acted(ctx: &impl EbpfContext, connection: &mut Connection) {
+pub fn acted(ctx: &impl EbpfContext, connection: &mut Connection, stack_of: StackOf) {
     if connection.actor.pid == 0 && !task::is_nobody() {
         task::meet(&mut connection.actor);
+        if stack_of == StackOf::Nobody {
+            return;
+        }
         let is_wanted = filter::wants(connection);
         stack::take(ctx, &mut connection.actor, is_wanted);
     }
@@ -177,6 +188,7 @@ pub fn end(
     from: u8,
     now: u64,
     cookie: u64,
+    stack_of: StackOf,
     record: Option<&Record<'_>>,
 ) {
     let Some(connection) = find_or_begin(sock.address, now) else {
@@ -224,7 +236,7 @@ pub fn end(
             || from == state::SYN_SENT
             || from == state::SYN_RECV);
     if aborted {
-        acted(ctx, connection);
+        acted(ctx, connection, stack_of);
     }
     if alive && has_no_socket && connection.role == role::SERVER {
         // While it waited to be accepted. If somebody acts, that may be an outsider who destroys the listener.

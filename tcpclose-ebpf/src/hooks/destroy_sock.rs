@@ -8,7 +8,8 @@ use aya_ebpf::{
 use tcpclose_common::record::{Header, Owner, Task, VERSION, holds, tag};
 
 use crate::{
-    connection, emit,
+    connection::{self, StackOf},
+    emit,
     kernel::{Object, Typed},
     maps::global,
     sock::{Record, Sock},
@@ -42,7 +43,7 @@ fn destroyed(ctx: &impl EbpfContext, sock: Sock<impl Object>) {
     if connection.told == 0 && connection.steps != 0 {
         // The kernel skipped the program on state changes and its second copy. The time of the end is now.
         let from = connection::last_state(connection);
-        connection::end(ctx, sock, from, connection::now(), 0, None);
+        connection::end(ctx, sock, from, connection::now(), 0, StackOf::Nobody, None);
     }
     // It ended in softirq while a descriptor was open. The task that closes the descriptor now is the owner, and not always
     // the one that opened the socket: only the last close destroys a socket in CLOSE (inet_csk_destroy_sock() under

@@ -14,7 +14,7 @@ use tcpclose_common::{
 };
 
 use crate::{
-    connection,
+    connection::{self, StackOf},
     kernel::{Object, Typed},
     listener,
     maps::{LAST_CHANGE, global},
@@ -137,7 +137,7 @@ fn changed(
     }
     let now = connection::now();
     if new == state::CLOSE {
-        connection::end(ctx, sock, old, now, cookie, record);
+        connection::end(ctx, sock, old, now, cookie, StackOf::Actor, record);
         return;
     }
     let born = old == state::CLOSE || old == state::LISTEN;
@@ -176,7 +176,7 @@ fn changed(
             }
             // In softirq only if a child was shut down before it was established; then no task acted.
             if sock::owned(sock.object) != Some(false) {
-                connection::acted(ctx, connection);
+                connection::acted(ctx, connection, StackOf::Actor);
             }
         }
         state::CLOSE_WAIT => {

@@ -131,9 +131,8 @@ impl Recipes {
         let mut changes = Vec::new();
         if !self.trees.contains_key(&start) {
             // What the process ran or had mapped before.
-            let is_older = |it: &Start| {
-                it.pid == start.pid && (it.mm, it.code_pages) != (start.mm, start.code_pages)
-            };
+            let is_older =
+                |it: &Start| it.pid == start.pid && (it.mm, it.code_pages) != (start.mm, start.code_pages);
             for older in self.trees.keys().filter(|it| is_older(it)).copied().collect::<Vec<_>>() {
                 self.remove(older, &mut changes);
             }
@@ -202,13 +201,7 @@ impl Recipes {
     }
 
     /// Has a recipe lead to a stack until then.
-    fn replace(
-        &mut self,
-        start: Start,
-        index: u32,
-        (stack, until): (u64, u64),
-        changes: &mut Vec<Change>,
-    ) {
+    fn replace(&mut self, start: Start, index: u32, (stack, until): (u64, u64), changes: &mut Vec<Change>) {
         let Some(recipe) = self.recipes.get_mut(&index) else { return };
         if (recipe.stack, recipe.until) == (stack, until) {
             return;

@@ -34,8 +34,7 @@ const SURELY_IDLE: Duration = Duration::from_secs(1);
 pub(crate) fn redis_closes_what_its_client_has_forgotten() -> Result<()> {
     let namespace = Namespace::new()?;
     let folder = Scratch::new()?;
-    let tool =
-        Launch::new()?.trace([&namespace]).args(["--linger", "1s"]).start()?;
+    let tool = Launch::new()?.trace([&namespace]).args(["--linger", "1s"]).start()?;
     let redis = start_redis(&namespace, folder.path(), PORT, TIMEOUT.as_secs())?;
     let mut command = Command::new(CLIENT);
     // redis warns about its environment on stderr.

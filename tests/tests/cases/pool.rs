@@ -53,8 +53,7 @@ fn guilty_line() -> Result<usize> {
 pub(crate) fn pool_runs_dry_and_the_method_is_named() -> Result<()> {
     let namespace = Namespace::new()?;
     let folder = Scratch::new()?;
-    let tool =
-        Launch::new()?.trace([&namespace]).args(["--linger", "1s"]).start()?;
+    let tool = Launch::new()?.trace([&namespace]).args(["--linger", "1s"]).start()?;
     let idle = Duration::from_mins(1).as_secs().to_string();
     let backend = start_script(&namespace, "http_server.py", &[&PORT.to_string(), &idle])?;
     let mut jvm = start_jvm(&namespace, folder.path())?;

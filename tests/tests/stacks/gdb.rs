@@ -105,11 +105,17 @@ impl Backtrace {
             .skip(1)
             .collect();
         let expected: Vec<_> = self.0.iter().skip(1).filter_map(|frame| frame.address).collect();
-        ensure!(expected.len() > 1 && addresses == expected, "{addresses:x?}, not {expected:x?}\n{}", shown());
+        ensure!(
+            expected.len() > 1 && addresses == expected,
+            "{addresses:x?}, not {expected:x?}\n{}",
+            shown()
+        );
         ensure!(told.len() == self.0.len(), "{} frames, not {}\n{}", told.len(), self.0.len(), shown());
         // The innermost one is libc's, which has several names for `close`.
         for (told, expected) in told.iter().zip(&self.0).skip(1) {
-            let (Some(name), Some(function)) = (told["symbol"].as_str(), &expected.function) else { continue };
+            let (Some(name), Some(function)) = (told["symbol"].as_str(), &expected.function) else {
+                continue;
+            };
             ensure!(plain(name) == plain(function), "{name}, not {function}\n{}", shown());
         }
         Ok(())

@@ -59,7 +59,8 @@ fn hangs_up(program: &Path) -> Result<(gdb::Backtrace, Value)> {
 fn descriptor(namespace: &Namespace, pid: u32, is_it: impl Fn(&Socket) -> bool) -> Result<i32> {
     until("it has the socket", || {
         let sockets = sockets::list(namespace)?;
-        let found = sockets.iter().filter(|socket| is_it(socket)).map(|socket| sockets::descriptors(pid, socket));
+        let found =
+            sockets.iter().filter(|socket| is_it(socket)).map(|socket| sockets::descriptors(pid, socket));
         Ok(found.collect::<Result<Vec<_>>>()?.concat().first().copied())
     })
 }
@@ -242,6 +243,9 @@ fn node_as_it_is_here() -> Result<()> {
     let frames = line["stack"]["user"].as_array().context("no stack")?;
     let names: Vec<_> = frames.iter().map(|frame| frame["symbol"].as_str().unwrap_or("?")).collect();
     let last = frames.last().context("no frames")?;
-    ensure!(last["truncated"].is_null() && names.contains(&"main") || names.contains(&"_start"), "{names:#?}\n{last}");
+    ensure!(
+        last["truncated"].is_null() && names.contains(&"main") || names.contains(&"_start"),
+        "{names:#?}\n{last}"
+    );
     Ok(())
 }

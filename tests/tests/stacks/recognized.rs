@@ -67,7 +67,8 @@ fn each_stack_is_that_of_its_path() -> Result<()> {
     while closes < CLOSES {
         if closes == ordered {
             // As many as there is room for copies at once, until all paths have been taken; then as many as there is room for records.
-            let next = if paths.len() < 243 && closes < CLOSES / 20 { 100 } else { 2_000.min(CLOSES - closes) };
+            let next =
+                if paths.len() < 243 && closes < CLOSES / 20 { 100 } else { 2_000.min(CLOSES - closes) };
             program.tell(&next.to_string())?;
             ordered += next;
         }
@@ -95,7 +96,8 @@ fn each_stack_is_that_of_its_path() -> Result<()> {
     tool.stderr.take().context("no stderr")?.read_to_string(&mut said)?;
     tool.wait()?;
     // `tcpclose: user stacks: 300 copied and unwound, 199700 recognized`
-    let counts = said.lines().find_map(|line| line.strip_prefix("tcpclose: user stacks: ")).context("no counts")?;
+    let counts =
+        said.lines().find_map(|line| line.strip_prefix("tcpclose: user stacks: ")).context("no counts")?;
     let numbers: Vec<usize> = counts.split(' ').filter_map(|word| word.parse().ok()).collect();
     let [copied, recognized] = numbers[..] else { bail!("{said}") };
     println!("{copied} copied, {recognized} recognized");

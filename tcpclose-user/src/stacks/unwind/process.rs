@@ -123,7 +123,11 @@ impl ProcessUnwinder {
         inputs.step(cursor.registers().fp, (step, &found(&reads)), (other, &found(&other_reads)));
         found_caller.map_err(|why| {
             let failed = reads.iter().find(|(_, word)| word.is_none());
-            if failed.is_some_and(|(address, _)| stack.is_above(*address)) { Truncated::CopyEnded } else { why }
+            if failed.is_some_and(|(address, _)| stack.is_above(*address)) {
+                Truncated::CopyEnded
+            } else {
+                why
+            }
         })
     }
 
@@ -348,11 +352,16 @@ mod tests {
         };
         assert_eq!(frames.iter().map(symbol).collect::<Vec<_>>(), ["inner", "outer", "1000", "5000"]);
 
-        let mut caller = || process.caller(&cursor(0x1200), &stack, &mut inputs).map(|it| it.map(|it| it.registers()));
+        let mut caller =
+            || process.caller(&cursor(0x1200), &stack, &mut inputs).map(|it| it.map(|it| it.registers()));
         let expected = Registers { pc: 0x5001, inside: 0x5000, sp: 0x9100, fp: 0x9200 };
         assert_eq!(caller(), Ok(Some(expected)));
         assert_eq!(caller(), Ok(None), "a return address of 0");
-        assert_eq!(caller(), Ok(None), "there are no tables at this address, and a frame pointer of 0 ends the stack");
+        assert_eq!(
+            caller(),
+            Ok(None),
+            "there are no tables at this address, and a frame pointer of 0 ends the stack"
+        );
         assert_eq!(caller(), Err(Truncated::RuntimeUnreadable), "the runtime does not know");
         let (words, lifetime) = inputs.finish().unwrap();
         assert_eq!(lifetime, Some(std::time::Duration::from_secs(1)));
