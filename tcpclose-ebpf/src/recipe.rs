@@ -1,7 +1,11 @@
 //! Recognizes user stacks that the user half has unwound before, by their recipes (`tcpclose_common::recipe`).
 
 use aya_ebpf::{
-    helpers::generated::{bpf_ktime_get_ns, bpf_probe_read_user},
+    cty::c_void,
+    helpers::{
+        bpf_get_current_task,
+        generated::{bpf_get_current_task_btf, bpf_ktime_get_ns, bpf_probe_read_user, bpf_task_pt_regs},
+    },
     macros::map,
     maps::{Array, HashMap},
 };
@@ -10,7 +14,11 @@ use tcpclose_common::{
     record::STACK_STEP,
 };
 
-use crate::maps::Slot;
+use crate::{
+    kernel::{Object, Typed, member},
+    maps::{Slot, global},
+    registers,
+};
 
 /// Recipes, 8.1 MiB. The user half chooses the places.
 #[map]
@@ -38,12 +46,52 @@ pub struct Entry {
     pub lr: u64,
 }
 
-/// The key of the current task's user stack in the user half; 0 if there is no recipe for it.
+impl Entry {
+    /// What the current task, of process `pid` with the memory `mm`, entered the kernel with; `None` if that cannot be read.
+    #[inline(always)]
+    pub fn of_current(pid: u32, mm: u64) -> Option<Self> {
+        if global!(PARAMS.has_pt_regs_helper) != 0 {
+            // SAFETY: the loader has checked that this kernel has both helpers.
+            let registers = unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) };
+            Self::read(Typed::new(registers as *const c_void), pid, mm)
+        } else {
+            // SAFETY: the helper has no precondition.
+            Self::read(registers::of(unsafe { bpf_get_current_task() }), pid, mm)
+        }
+    }
+
+    #[inline(always)]
+    fn read(registers: impl Object, pid: u32, mm: u64) -> Option<Self> {
+        Some(Self {
+            pid,
+            mm,
+            code_pages: member(mm, global!(PARAMS.code_pages)).unwrap_or(0),
+            ip: member(registers, global!(PARAMS.registers.ip))?,
+            sp: member(registers, global!(PARAMS.registers.sp))?,
+            fp: member(registers, global!(PARAMS.registers.fp)).unwrap_or(0),
+            lr: member(registers, global!(PARAMS.registers.lr)).unwrap_or(0),
+        })
+    }
+}
+
+/// The key of the current task's user stack in the user half; 0 if there is no recipe for it. The task is of process `pid`
+/// with the memory `mm`.
 ///
-/// A function of its own, because stacks are taken in several places. Its bound is that of the loop, one round for each
-/// word of a recipe: 128 comparisons, and as many reads of 1 KiB and look-ups of edges at worst.
+/// A global function: the verifier examines it once, and not at each of the places where stacks are taken, of which it is
+/// the largest part. Before 5.13 such a function takes numbers only.
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub fn find(entry: &Entry) -> u64 {
+pub extern "C" fn recognized(pid: u64, mm: u64) -> u64 {
+    match Entry::of_current(pid as u32, mm) {
+        Some(entry) => find(&entry),
+        None => 0,
+    }
+}
+
+/// The same for what a task entered the kernel with. Its bound is that of the loop, one round for each word of a recipe:
+/// 128 comparisons, and as many reads of 1 KiB and look-ups of edges at worst.
+#[inline(always)]
+fn find(entry: &Entry) -> u64 {
     if entry.sp % 8 != 0 {
         return 0;
     }

@@ -5,7 +5,7 @@
 use aya_ebpf::{
     EbpfContext,
     bindings::BPF_F_USER_STACK,
-    helpers::{bpf_get_current_task, bpf_get_prandom_u32, generated::bpf_get_stack},
+    helpers::{bpf_get_prandom_u32, generated::bpf_get_stack},
 };
 use tcpclose_common::{
     record::{Header, STACK_STEP, StackCopy, Task, VERSION, tag},
@@ -15,10 +15,8 @@ use tcpclose_common::{
 
 use crate::{
     emit,
-    kernel::member,
     maps::{STACKS, Slot, count, global},
     recipe::{self, Entry},
-    registers,
 };
 
 /// Takes the requested stacks of the current task, which is `task`. `is_wanted` says whether they are worth a copy.
@@ -56,27 +54,17 @@ fn whole(task: &Task, is_wanted: bool) -> u64 {
     if task.mm == 0 || task.flags & (task_flag::KTHREAD | task_flag::IO_WORKER) != 0 {
         return 0;
     }
-    // SAFETY: the helper has no precondition.
-    let registers = registers::of(unsafe { bpf_get_current_task() });
-    let Some(sp) = member::<u64>(registers, global!(PARAMS.registers.sp)) else { return 0 };
-    let Some(ip) = member::<u64>(registers, global!(PARAMS.registers.ip)) else { return 0 };
-    let entry = Entry {
-        pid: task.pid,
-        mm: task.mm,
-        code_pages: member(task.mm, global!(PARAMS.code_pages)).unwrap_or(0),
-        ip,
-        sp,
-        fp: member(registers, global!(PARAMS.registers.fp)).unwrap_or(0),
-        lr: member(registers, global!(PARAMS.registers.lr)).unwrap_or(0),
-    };
     if global!(PARAMS.recipes) != 0 {
-        let key = recipe::find(&entry);
+        let key = recipe::recognized(u64::from(task.pid), task.mm);
         if key != 0 {
             count!(stacks_recognized);
             return key;
         }
     }
-    if is_wanted { copied(&entry) } else { 0 }
+    match Entry::of_current(task.pid, task.mm) {
+        Some(entry) if is_wanted => copied(&entry),
+        _ => 0,
+    }
 }
 
 /// The current task's user stack along its frame pointers, as a key into `STACKS`; 0 if there is none.
