@@ -92,7 +92,7 @@ pub extern "C" fn recognized(pid: u64, mm: u64) -> u64 {
 /// 128 comparisons, and as many reads of 1 KiB and look-ups of edges at worst.
 #[inline(always)]
 fn find(entry: &Entry) -> u64 {
-    if entry.sp % 8 != 0 {
+    if !entry.sp.is_multiple_of(8) {
         return 0;
     }
     let Some(slot) = Slot::take() else { return 0 };
