@@ -334,7 +334,10 @@ pub enum CallGraph {
 }
 
 /// Enough for most programs: a web server uses about 4 KiB of stack, deep Java code 16 KiB.
-pub const STACK_BYTES: u32 = 16 << 10;
+const STACK_BYTES: u32 = 16 << 10;
+
+/// With `auto`, which copies a stack once: node's event loop alone has 12 KiB of events on its stack.
+pub const AUTO_STACK_BYTES: u32 = 32 << 10;
 
 impl FromStr for CallGraph {
     type Err = String;

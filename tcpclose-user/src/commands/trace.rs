@@ -19,7 +19,7 @@ use tokio::{
 
 use super::{child, ready};
 use crate::{
-    cli::{CallGraph, Linger, STACK_BYTES, TraceArgs, WhichStacks},
+    cli::{AUTO_STACK_BYTES, CallGraph, Linger, TraceArgs, WhichStacks},
     filter::Filter,
     ingest::{
         reader::poll,
@@ -139,7 +139,7 @@ fn request(args: &TraceArgs, filter: &Filter) -> Request {
         params.registers = unwind::REGISTERS;
         (params.stack_bytes, params.recipes) = match args.call_graph {
             CallGraph::Dwarf(bytes) => (bytes, 0),
-            CallGraph::Auto | CallGraph::FramePointers => (STACK_BYTES, 1),
+            CallGraph::Auto | CallGraph::FramePointers => (AUTO_STACK_BYTES, 1),
         };
     }
     params.ttl = u32::from(args.ttl);

@@ -1,6 +1,6 @@
 //! The truth about a stack: gdb's backtrace, taken while the program is stopped in the system call that tcpclose reports.
 
-use std::{path::Path, process::Command};
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -141,13 +141,4 @@ fn plain(name: &str) -> &str {
     let name = name.split(['(', '@']).next().unwrap_or(name);
     let name = name.rsplit_once("::h").filter(|(_, hash)| hash.len() == 16).map_or(name, |(name, _)| name);
     name.rsplit("::").next().unwrap_or(name)
-}
-
-/// Whether a test has to be skipped for lack of a file. The skip is printed; `cargo xtask test` reads it.
-pub(crate) fn is_missing(files: &[&str]) -> bool {
-    let missing = files.iter().find(|file| !Path::new(file).exists());
-    if let Some(file) = missing {
-        println!("skipped: {file} is not here");
-    }
-    missing.is_some()
 }

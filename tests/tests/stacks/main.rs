@@ -12,19 +12,20 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use gdb::{GDB, Gdb, is_missing};
+use gdb::{GDB, Gdb};
 use serde_json::{Value, json};
 use tcpclose_tests::{
     expect::differences,
     netns::{self, Namespace},
     program::Program,
     scratch::Scratch,
-    sockets::{self, ESTABLISHED, LISTEN, Socket},
+    servers::{NGINX, NGINX_PORT, PYTHON, REDIS, is_missing, start_nginx, start_redis, wait_for_listener},
+    sockets::{self, ESTABLISHED, Socket},
     tool::{Launch, Tool},
     until,
 };
 
-const PORT: u16 = 8080;
+const PORT: u16 = NGINX_PORT;
 
 /// The path of a source file or configuration of these tests.
 fn part(name: &str) -> PathBuf {
@@ -160,8 +161,7 @@ fn server_hangs_up(
     server: &Program,
     say: &[u8],
 ) -> Result<(gdb::Backtrace, Value)> {
-    let is_there = |socket: &Socket| socket.state == LISTEN && socket.local.port() == PORT;
-    sockets::wait_until(namespace, "it listens", |sockets| sockets.iter().any(is_there))?;
+    wait_for_listener(namespace, PORT)?;
     let mut client = namespace.inside(|| Ok(TcpStream::connect(("127.0.0.1", PORT))?))?;
     let is_accepted = |socket: &Socket| socket.local.port() == PORT && socket.state == ESTABLISHED;
     let gdb = Gdb::attach(namespace, server.pid(), descriptor(namespace, server.pid(), is_accepted)?)?;
@@ -175,15 +175,13 @@ fn server_hangs_up(
 
 #[test]
 fn nginx_as_debian_ships_it() -> Result<()> {
-    const NGINX: &str = "/usr/sbin/nginx";
     if is_missing(&[GDB, NGINX]) {
         return Ok(());
     }
     let (namespace, folder) = (Namespace::new()?, Scratch::new()?);
     let tool = Launch::new()?.trace([&namespace]).start()?;
-    let mut command = Command::new(NGINX);
-    command.arg("-p").arg(folder.path()).arg("-c").arg(part("nginx.conf")).args(["-e", "stderr"]);
-    let nginx = Program::start(&namespace, command)?;
+    // There is no backend, so that it answers with an error, and closes.
+    let nginx = start_nginx(&namespace, folder.path())?;
     let request = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
     let (backtrace, frames) = server_hangs_up(&namespace, &tool, &nginx, request)?;
     backtrace.ensure_equals(&frames)
@@ -191,25 +189,18 @@ fn nginx_as_debian_ships_it() -> Result<()> {
 
 #[test]
 fn redis_as_debian_ships_it() -> Result<()> {
-    const REDIS: &str = "/usr/bin/redis-check-rdb";
     if is_missing(&[GDB, REDIS]) {
         return Ok(());
     }
     let (namespace, folder) = (Namespace::new()?, Scratch::new()?);
     let tool = Launch::new()?.trace([&namespace]).start()?;
-    let program = folder.path().join("redis-server");
-    std::os::unix::fs::symlink(REDIS, &program)?;
-    let mut command = Command::new(program);
-    command.args(["--save", "", "--logfile", "log", "--dir"]).arg(folder.path());
-    command.args(["--port", &PORT.to_string()]);
-    let redis = Program::start(&namespace, command)?;
+    let redis = start_redis(&namespace, folder.path(), PORT, 0)?;
     let (backtrace, frames) = server_hangs_up(&namespace, &tool, &redis, b"QUIT\r\n")?;
     backtrace.ensure_equals(&frames)
 }
 
 #[test]
 fn python_as_debian_ships_it() -> Result<()> {
-    const PYTHON: &str = "/usr/bin/python3";
     if is_missing(&[GDB, PYTHON]) {
         return Ok(());
     }

@@ -14,9 +14,9 @@ use nix::{
     unistd::Pid,
 };
 use serde_json::Value;
-use tcpclose_tests::{expect::shortened, netns::Namespace, program::Program, scratch::Scratch, until};
+use tcpclose_tests::{expect::shortened, netns::Namespace, program::Program, scratch::Scratch, servers::is_missing, until};
 
-use super::{PORT, compile, gdb::is_missing};
+use super::{PORT, compile};
 
 const CLOSES: usize = 100_000;
 
