@@ -25,6 +25,7 @@ const INVENTORY: &str = "inventory";
 const INSPECT: &str = "inspect";
 
 /// The kernel half at work. Dropping it detaches everything.
+#[expect(clippy::struct_excessive_bools, reason = "each says that the kernel offers something else")]
 pub struct KernelHalf {
     ebpf: Ebpf,
     table: Table,

@@ -94,7 +94,8 @@ enum Change {
 #[derive(Debug, Default)]
 struct Recipes {
     trees: HashMap<Start, Tree>,
-    recipes: HashMap<u32, Box<Recipe>>,
+    /// By their place in the map.
+    places: HashMap<u32, Box<Recipe>>,
     edges: HashMap<Edge, Target>,
     /// How many recipes lead to a stack.
     stacks: HashMap<u64, u32>,
@@ -167,7 +168,7 @@ impl Recipes {
         let target = Target { serial: self.serial, index: index.into() };
         changes.push(Change::Recipe(index, recipe.clone()));
         changes.push(Change::Edge(place, target));
-        self.recipes.insert(index, recipe);
+        self.places.insert(index, recipe);
         self.edges.insert(place, target);
         *self.stacks.entry(stack).or_default() += 1;
         self.trees.entry(start).or_default().members.push((place, index));
@@ -182,7 +183,7 @@ impl Recipes {
         loop {
             let Some(target) = self.edges.get(&edge) else { return Walk::Open(edge) };
             let place = u32::try_from(target.index).unwrap_or(u32::MAX);
-            let Some(recipe) = self.recipes.get(&place) else { return Walk::Contradiction };
+            let Some(recipe) = self.places.get(&place) else { return Walk::Contradiction };
             let known = &recipe.words[..usize::try_from(recipe.count).unwrap_or(0)];
             loop {
                 let (Some(word), Some(expected)) = (words.get(index), known.get(index)) else {
@@ -202,7 +203,7 @@ impl Recipes {
 
     /// Has a recipe lead to a stack until then.
     fn replace(&mut self, start: Start, index: u32, (stack, until): (u64, u64), changes: &mut Vec<Change>) {
-        let Some(recipe) = self.recipes.get_mut(&index) else { return };
+        let Some(recipe) = self.places.get_mut(&index) else { return };
         if (recipe.stack, recipe.until) == (stack, until) {
             return;
         }
@@ -220,7 +221,7 @@ impl Recipes {
         for (edge, index) in tree.members {
             self.edges.remove(&edge);
             changes.push(Change::NoEdge(edge));
-            let Some(recipe) = self.recipes.remove(&index) else { continue };
+            let Some(recipe) = self.places.remove(&index) else { continue };
             // The words stay, so that a program that compares them does not find others.
             changes.push(Change::Recipe(index, Box::new(Recipe { serial: 0, ..*recipe })));
             self.tree_of.remove(&(start.pid, start.mm, recipe.stack));
@@ -392,7 +393,7 @@ mod tests {
             kernel.apply(recipes.learn(starts[0], &path(number), number, 0));
             assert_eq!(kernel.find(starts[0], &path(number)), Some(number));
         }
-        assert!(recipes.recipes.len() <= 6 && recipes.edges.len() <= 6 && recipes.stacks.len() <= 6);
+        assert!(recipes.places.len() <= 6 && recipes.edges.len() <= 6 && recipes.stacks.len() <= 6);
         assert!(recipes.tree_of.len() <= 6);
     }
 
@@ -410,7 +411,7 @@ mod tests {
         for words in [&[path(0)[0], Word { offset: 64, ..path(0)[1] }][..], &path(0)[..3]] {
             kernel.apply(recipes.learn(START, words, 4, 0));
             assert_eq!(kernel.find(START, words), Some(4));
-            assert_eq!(recipes.recipes.len(), 1);
+            assert_eq!(recipes.places.len(), 1);
         }
         let longer = path(0);
         kernel.apply(recipes.learn(START, &longer, 5, 0));

@@ -50,7 +50,7 @@ enum Origin {
 impl Inputs {
     /// Of a stack whose stack pointer is `sp`.
     pub(super) fn new(sp: u64) -> Self {
-        Self { sp, words: Vec::new(), fp: Origin::Register, are_listed: sp % 8 == 0, lifetime: None }
+        Self { sp, words: Vec::new(), fp: Origin::Register, are_listed: sp.is_multiple_of(8), lifetime: None }
     }
 
     /// The link register, of which the innermost frame's caller follows on arm64.
@@ -66,7 +66,7 @@ impl Inputs {
         (step, reads): (Step, &[Read]),
         (poisoned, poisoned_reads): (Step, &[Read]),
     ) {
-        let Step::Caller { pc, sp: caller_sp, fp: caller_fp } = step else {
+        let Step::Caller { pc, sp, fp: saved } = step else {
             if step != poisoned {
                 self.frame_pointer(fp, false);
             }
@@ -75,15 +75,15 @@ impl Inputs {
             }
             return;
         };
-        let Step::Caller { pc: other_pc, sp: other_sp, fp: other_fp } = poisoned else {
-            return self.found_by_frame_pointer(fp, reads, (pc, caller_sp, caller_fp));
+        let Step::Caller { pc: other_pc, sp: other_sp, fp: other_saved } = poisoned else {
+            return self.found_by_frame_pointer(fp, reads, (pc, sp, saved));
         };
         let places = |reads: &[Read]| reads.iter().map(|(address, _)| *address).collect::<Vec<_>>();
-        if (pc, caller_sp) != (other_pc, other_sp) || places(reads) != places(poisoned_reads) {
-            return self.found_by_frame_pointer(fp, reads, (pc, caller_sp, caller_fp));
+        if (pc, sp) != (other_pc, other_sp) || places(reads) != places(poisoned_reads) {
+            return self.found_by_frame_pointer(fp, reads, (pc, sp, saved));
         }
-        let is_kept = other_fp == POISON;
-        self.words_of_caller(reads, (pc, caller_sp, caller_fp), is_kept);
+        let is_kept = other_saved == POISON;
+        self.words_of_caller(reads, (pc, sp, saved), is_kept);
     }
 
     /// A language runtime read these words to name a frame whose frame pointer is `fp`.

@@ -40,6 +40,9 @@ pub(super) struct ProcessUnwinder {
     pub(super) used: u64,
 }
 
+/// The caller of a frame, and what was read to find it.
+type Attempt = (Result<Option<Cursor>, Truncated>, Vec<(u64, Option<u64>)>);
+
 /// A frame, while a stack is being unwound.
 #[derive(Clone)]
 pub(super) struct Cursor {
@@ -132,11 +135,7 @@ impl ProcessUnwinder {
     }
 
     /// The caller of the frame at the cursor, and what was read to find it.
-    fn attempt(
-        &mut self,
-        cursor: &Cursor,
-        stack: &StackMemory<'_>,
-    ) -> (Result<Option<Cursor>, Truncated>, Vec<(u64, Option<u64>)>) {
+    fn attempt(&mut self, cursor: &Cursor, stack: &StackMemory<'_>) -> Attempt {
         let registers = cursor.registers();
         let by_runtime = self.owner(cursor).map_or(Caller::ByTables, |it| it.caller(&registers, stack));
         let caller = match by_runtime {
