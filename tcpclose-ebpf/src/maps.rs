@@ -79,10 +79,10 @@ pub mod kind {
     pub type ARGUMENTS = super::ArgumentOffsets;
 }
 
-/// Records on their way to the reader, 16 MiB: at 1,000 bytes a connection (both ends) and 100 ms between two reads,
-/// room for 160,000 connections a second. When it is full, records are counted in `records_lost`.
+/// Records on their way to the reader, 8 MiB: at 1,000 bytes a connection (both ends) and 100 ms between two reads, room
+/// for 80,000 connections a second. When it is full, records are counted in `records_lost`.
 #[map]
-pub static RECORDS: RingBuf = RingBuf::with_byte_size(16 << 20, 0);
+pub static RECORDS: RingBuf = RingBuf::with_byte_size(8 << 20, 0);
 
 /// 1 while the reader of `RECORDS` sleeps, or is about to.
 #[map]

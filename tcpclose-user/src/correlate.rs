@@ -7,6 +7,8 @@
 
 use std::collections::{HashMap, VecDeque};
 
+use foldhash::fast::RandomState;
+
 use crate::{
     ingest::life::{End, Follows, Life, Reset, SocketId, Task},
     tcp::{Direction, State},
@@ -94,7 +96,7 @@ pub struct Correlator {
     /// How many endings wait.
     count: usize,
     /// Socket address → arrival number of its latest ending.
-    by_address: HashMap<u64, u64>,
+    by_address: HashMap<u64, u64, RandomState>,
 }
 
 impl Correlator {

@@ -63,7 +63,7 @@ impl Filter {
         };
         why && (self.0.event.is_empty() || self.0.event.contains(&kind))
             && self.wants_connection(connection)
-            && self.wants_process(process.as_ref())
+            && self.wants_process(process.as_deref())
     }
 
     /// For lines that have a cause: `--cause`.
@@ -190,7 +190,7 @@ mod tests {
                 sockets(SocketArgs { pid: vec![process.pid + 1], ..any() }),
             ),
             (
-                sockets(SocketArgs { comm: vec![process.comm], ..any() }),
+                sockets(SocketArgs { comm: vec![process.comm.clone()], ..any() }),
                 sockets(SocketArgs { comm: vec!["x".into()], ..any() }),
             ),
             (

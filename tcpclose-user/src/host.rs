@@ -7,7 +7,10 @@ use std::{
     collections::HashMap,
     hash::{BuildHasher as _, RandomState},
     mem,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Instant,
 };
 
@@ -49,6 +52,8 @@ pub trait Host {
     /// The program of process `pid`. `mm` is the address of its `mm_struct`, which identifies the program image; with 0
     /// its latest is meant.
     fn program(&mut self, pid: u32, mm: u64) -> Program;
+    /// Another number whenever [`Self::program`] may answer otherwise than before.
+    fn programs_version(&self) -> u64;
     /// The process that has the socket with this inode number open, if it was looked up before.
     fn holder(&mut self, inode: u64) -> Option<Arc<Holder>>;
     /// The named stacks of a task.
@@ -97,6 +102,7 @@ const MAX_QUESTIONS: usize = 65_536;
 /// The host that runs.
 pub struct Live {
     processes: Arc<Mutex<Processes>>,
+    programs_version: Arc<AtomicU64>,
     holders: Holders,
     /// Stacks that records refer to.
     pub stacks: Stacks,
@@ -122,7 +128,15 @@ impl Live {
         followed: Option<Followed>,
         keep: bool,
     ) -> Self {
-        Self { processes, holders: Holders::default(), stacks, followed, kept: keep.then(Kept::default) }
+        let programs_version = lock(&processes).version();
+        Self {
+            processes,
+            programs_version,
+            holders: Holders::default(),
+            stacks,
+            followed,
+            kept: keep.then(Kept::default),
+        }
     }
 
     /// What is known of processes.
@@ -188,6 +202,10 @@ impl Host for Live {
         program
     }
 
+    fn programs_version(&self) -> u64 {
+        self.programs_version.load(Ordering::Acquire)
+    }
+
     fn holder(&mut self, inode: u64) -> Option<Arc<Holder>> {
         let holder = self.holders.of(inode);
         self.keep(|| Question::Holder(inode), || Answer::Holder(holder.as_deref().cloned()));
@@ -214,12 +232,14 @@ impl Host for Live {
 /// The host as it was when a recording was made.
 #[derive(Default)]
 pub struct Recorded {
-    answers: HashMap<Question, Answer>,
+    answers: HashMap<Question, Answer, foldhash::fast::RandomState>,
+    programs_version: u64,
 }
 
 impl Recorded {
     /// Takes in an answer, which holds until there is another one to the same question.
     pub fn learn(&mut self, question: Question, answer: Answer) {
+        self.programs_version += u64::from(matches!(question, Question::Program { .. }));
         self.answers.insert(question, answer);
     }
 }
@@ -230,6 +250,10 @@ impl Host for Recorded {
             Some(Answer::Program(program)) => program.clone(),
             _ => Program::default(),
         }
+    }
+
+    fn programs_version(&self) -> u64 {
+        self.programs_version
     }
 
     fn holder(&mut self, inode: u64) -> Option<Arc<Holder>> {

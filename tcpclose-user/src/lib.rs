@@ -33,6 +33,8 @@
 //!
 //! `docs/architecture.md` follows one event from hook to line, and lists the decisions and the bounds.
 
+#[cfg(test)]
+mod allocations;
 pub mod attribute;
 pub mod cli;
 pub mod commands;

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use crate::{
-    attribute::{process::Processes, watch},
+    attribute::{Attributor, process::Processes, watch},
     cli::Linger,
     correlate::Correlator,
     event::{Event, Lingering, compose::Composer, millis},
@@ -58,7 +58,7 @@ pub struct Live {
 }
 
 impl Live {
-    /// Takes the maps that it needs, begins to watch for new processes, and finds the sockets that are older than the
+    /// Takes the maps that it needs, begins to watch for new processes, and finds the open sockets that are older than the
     /// trace. Must be called in a tokio runtime.
     ///
     /// # Errors
@@ -67,9 +67,8 @@ impl Live {
         let ring = Records::new(&mut kernel)?;
         let store = Store::new(kernel.take_map("STACKS")?, options.connections);
         let new_processes = kernel.take_map("PROCESSES")?;
-        let mut stuck = StuckSockets::new(&mut kernel, options.linger)?;
+        let stuck = StuckSockets::new(&mut kernel, options.linger)?;
         kernel.find_older_sockets();
-        stuck.find_older();
         let processes = Arc::new(Mutex::new(Processes::of_kernel_half()));
         watch::start(new_processes, Arc::clone(&processes))?;
         let command_only = options.followed.is_some();
@@ -81,6 +80,7 @@ impl Live {
             pipeline: Pipeline {
                 host,
                 correlator: Correlator::default(),
+                attributor: Attributor::default(),
                 composer: Composer::new(kernel.reset_reasons.clone()),
                 report,
                 found: Found::default(),
@@ -114,6 +114,14 @@ impl Live {
     /// The ring cannot be polled any more.
     pub async fn ready(&mut self) -> Result<()> {
         self.ring.ready().await
+    }
+
+    /// Asks which sockets were stuck before the trace. Call it once the trace is ready.
+    ///
+    /// # Errors
+    /// A thread cannot be started.
+    pub fn find_older_stuck(&mut self) -> Result<()> {
+        self.stuck.find_older()
     }
 
     /// How often to call [`Self::report_stuck`]; `None` for never.
@@ -173,41 +181,37 @@ impl Live {
         // Each time, because what the inventory and the inspections write clears the request, and would be the only
         // thing to wake the reader.
         self.ring.request_wakeup()?;
-        loop {
-            let batch = self.ring.batch();
-            if batch.is_empty() {
-                return Ok(Going::On);
+        while let Some(bytes) = self.ring.next_record() {
+            let record = match decode(bytes) {
+                Ok(record) => record,
+                Err(error) => {
+                    log::warn!("{error}");
+                    self.undecodable += 1;
+                    continue;
+                }
+            };
+            let going = match record {
+                Record::Stack(copy, stack) => {
+                    self.pipeline.host.stack_copied(&copy, stack);
+                    // A recording has the frames with their names.
+                    continue;
+                }
+                Record::Stuck(life) => {
+                    let bytes = bytes.to_vec();
+                    self.inspected(life, &bytes)?;
+                    continue;
+                }
+                record => self.pipeline.record(record)?,
+            };
+            if let Some(recorder) = &mut self.recorder {
+                recorder.record(bytes).context(UNWRITTEN)?;
+                self.keep_answers()?;
             }
-            for bytes in batch {
-                let record = match decode(&bytes) {
-                    Ok(record) => record,
-                    Err(error) => {
-                        log::warn!("{error}");
-                        self.undecodable += 1;
-                        continue;
-                    }
-                };
-                let going = match record {
-                    Record::Stack(copy, stack) => {
-                        self.pipeline.host.stack_copied(&copy, &stack);
-                        // A recording has the frames with their names.
-                        continue;
-                    }
-                    Record::Stuck(life) => {
-                        self.inspected(life, &bytes)?;
-                        continue;
-                    }
-                    record => self.pipeline.record(record)?,
-                };
-                if let Some(recorder) = &mut self.recorder {
-                    recorder.record(&bytes).context(UNWRITTEN)?;
-                    self.keep_answers()?;
-                }
-                if going == Going::Done {
-                    return self.done();
-                }
+            if going == Going::Done {
+                return self.done();
             }
         }
+        Ok(Going::On)
     }
 
     /// Takes in a socket that was inspected.

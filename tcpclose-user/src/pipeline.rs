@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | [`ingest`](crate::ingest) | bytes of the ring | records |
 //! | [`correlate`](crate::correlate) | records | endings |
-//! | [`attribute`] | endings | owners |
+//! | [`attribute`](crate::attribute) | endings | owners |
 //! | [`stacks`](crate::stacks) | stack keys | named stacks |
 //! | [`compose`](crate::event::compose), [`judge`](crate::judge) | all of these | events |
 //! | [`report`](crate::sink::report) | events | lines |
@@ -17,7 +17,7 @@
 use anyhow::Result;
 
 use crate::{
-    attribute::{self, Claim},
+    attribute::{Attributor, Claim},
     correlate::{Correlator, Ending, LateOwner},
     event::{
         Event, Opener, Stack,
@@ -39,6 +39,8 @@ pub struct Pipeline<H> {
     pub host: H,
     /// Joins records into endings.
     pub correlator: Correlator,
+    /// Finds out whose socket it was.
+    pub attributor: Attributor,
     /// Makes events.
     pub composer: Composer,
     /// Writes them.
@@ -65,7 +67,7 @@ impl<H: Host> Pipeline<H> {
     ///
     /// # Errors
     /// The output cannot be written.
-    pub fn record(&mut self, record: Record) -> Result<Going> {
+    pub fn record(&mut self, record: Record<'_>) -> Result<Going> {
         let complete = match record {
             Record::Close(life) => self.correlator.close(life),
             Record::Reset(life, reset) => self.correlator.reset(life, reset),
@@ -111,15 +113,16 @@ impl<H: Host> Pipeline<H> {
             LateOwner::Holds(task) => Claim::Holds(task),
         });
         let life = &ending.life;
-        let process = attribute::owner(life, claim, ending.unheld, &mut self.host);
+        let process = self.attributor.owner(life, claim, ending.unheld, &mut self.host);
         let looked_up = LookedUp { process, opener: self.opener(life), stack: self.stack(life.own_actor()) };
         if ending.is_end {
             for task in [life.opener, life.actor].iter().flatten() {
                 self.host.release(&keys(task));
             }
         }
-        for event in self.composer.ending(ending, looked_up) {
-            if self.event(event)? == Going::Done {
+        let Self { composer, host, report, command_only, .. } = self;
+        for event in composer.ending(ending, looked_up) {
+            if is_wanted(host, *command_only, &event) && report.event(event)? == Going::Done {
                 return Ok(Going::Done);
             }
         }
@@ -140,7 +143,7 @@ impl<H: Host> Pipeline<H> {
                     }
                 }
                 When::AtEnd => {
-                    if self.is_wanted(&event) {
+                    if is_wanted(&mut self.host, self.command_only, &event) {
                         self.report.still_stuck(&event);
                     }
                 }
@@ -151,7 +154,7 @@ impl<H: Host> Pipeline<H> {
 
     fn stuck_event(&mut self, stuck: &Stuck) -> Option<Event> {
         let claim = stuck.holder().map(FoundBy::claim);
-        let process = attribute::owner(&stuck.life, claim, false, &mut self.host);
+        let process = self.attributor.owner(&stuck.life, claim, false, &mut self.host);
         let opener = self.opener(&stuck.life);
         self.composer.stuck(stuck, process, opener)
     }
@@ -161,21 +164,23 @@ impl<H: Host> Pipeline<H> {
     /// # Errors
     /// The output cannot be written.
     pub fn event(&mut self, event: Event) -> Result<Going> {
-        if self.is_wanted(&event) { self.report.event(event) } else { Ok(Going::On) }
-    }
-
-    fn is_wanted(&mut self, event: &Event) -> bool {
-        !self.command_only || event.process().is_some_and(|process| self.host.is_followed(process.pid))
+        let is_wanted = is_wanted(&mut self.host, self.command_only, &event);
+        if is_wanted { self.report.event(event) } else { Ok(Going::On) }
     }
 
     fn opener(&mut self, life: &Life) -> Option<Opener> {
-        let process = attribute::opener(life, &mut self.host)?;
+        let process = self.attributor.opener(life, &mut self.host)?;
         Some(Opener { process: Some(process), stack: self.stack(life.opener.as_ref()) })
     }
 
     fn stack(&mut self, task: Option<&Task>) -> Option<Stack> {
         self.host.stack(&keys(task?))
     }
+}
+
+/// Whether an event is to be reported: with `command_only`, if its process belongs to the command that is traced.
+fn is_wanted(host: &mut impl Host, command_only: bool, event: &Event) -> bool {
+    !command_only || event.process().is_some_and(|process| host.is_followed(process.pid))
 }
 
 /// The keys of a task's stacks.

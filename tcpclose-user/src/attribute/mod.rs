@@ -11,9 +11,13 @@ pub mod mappings;
 pub mod process;
 pub mod watch;
 
+use std::collections::HashMap;
+
+use foldhash::fast::RandomState;
+
 use self::holder::Holder;
 use crate::{
-    event::{Attribution, Process},
+    event::{Attribution, Process, Shared},
     host::{Host, Program},
     ingest::life::{Holder as Candidate, Life, Task},
     tcp::Role,
@@ -39,41 +43,98 @@ impl Claim<'_> {
     }
 }
 
-/// The owner of a socket. `claim` is that of a process which was found after the fact; with `unheld`, a search of all
-/// descriptors has shown that nobody has the socket open any more.
-pub fn owner(life: &Life, claim: Option<Claim<'_>>, unheld: bool, host: &mut impl Host) -> Option<Process> {
-    if let Some(actor) = life.own_actor() {
-        let attribution = if life.is_unaccepted() { Attribution::Listener } else { Attribution::Syscall };
-        return Some(acted(actor, attribution, host));
-    }
-    // The task that opened it, unless the descriptor turned out to be another process's by now, or nobody's.
-    if let Some(opener) = &life.opener
-        && !unheld
-        && claim.is_none_or(|claim| claim.pid() == opener.pid)
-    {
-        return Some(acted(opener, obtained(life), host));
-    }
-    Some(match (claim, &life.holder) {
-        (Some(Claim::Closed(task)), _) => acted(task, Attribution::Syscall, host),
-        (Some(Claim::Holds(task)), _) => acted(task, Attribution::Descriptors, host),
-        (Some(Claim::Procfs(holder)), _) => listed(holder, Attribution::Procfs, host.program(holder.pid, 0)),
-        (None, Some(Candidate::Listener(task))) => acted(task, Attribution::Listener, host),
-        (None, Some(Candidate::Descriptor(task))) if !unheld => acted(task, Attribution::Descriptors, host),
-        (None, _) => {
-            let holder = host.holder(life.inode?)?;
-            listed(&holder, Attribution::Procfs, host.program(holder.pid, 0))
+/// How many tasks are remembered. When there are more, all are forgotten, and the host is asked again.
+const MAX_TASKS: usize = 4096;
+
+/// Finds out whose socket it was. Remembers what it said about a task, because most connections of a host belong to few
+/// tasks.
+#[derive(Default)]
+pub struct Attributor {
+    tasks: HashMap<Key, Known, RandomState>,
+    /// [`Host::programs_version`] when `tasks` were described.
+    version: u64,
+}
+
+/// Which task, and what it has to do with the socket.
+#[derive(PartialEq, Eq, Hash)]
+struct Key {
+    mm: u64,
+    pid: u32,
+    tid: Option<u32>,
+    attribution: Attribution,
+}
+
+/// How a task was described, and by what it had that may change.
+struct Known {
+    uid: u32,
+    comm: [u8; 16],
+    process: Shared<Process>,
+}
+
+impl Attributor {
+    /// The owner of a socket. `claim` is that of a process which was found after the fact; with `unheld`, a search of all
+    /// descriptors has shown that nobody has the socket open any more.
+    pub fn owner(
+        &mut self,
+        life: &Life,
+        claim: Option<Claim<'_>>,
+        unheld: bool,
+        host: &mut impl Host,
+    ) -> Option<Shared<Process>> {
+        if let Some(actor) = life.own_actor() {
+            let attribution = if life.is_unaccepted() { Attribution::Listener } else { Attribution::Syscall };
+            return Some(self.acted(actor, attribution, host));
         }
-    })
+        // The task that opened it, unless the descriptor turned out to be another process's by now, or nobody's.
+        if let Some(opener) = &life.opener
+            && !unheld
+            && claim.is_none_or(|claim| claim.pid() == opener.pid)
+        {
+            return Some(self.acted(opener, obtained(life), host));
+        }
+        Some(match (claim, &life.holder) {
+            (Some(Claim::Closed(task)), _) => self.acted(task, Attribution::Syscall, host),
+            (Some(Claim::Holds(task)), _) => self.acted(task, Attribution::Descriptors, host),
+            (Some(Claim::Procfs(holder)), _) => {
+                listed(holder, Attribution::Procfs, host.program(holder.pid, 0)).into()
+            }
+            (None, Some(Candidate::Listener(task))) => self.acted(task, Attribution::Listener, host),
+            (None, Some(Candidate::Descriptor(task))) if !unheld => {
+                self.acted(task, Attribution::Descriptors, host)
+            }
+            (None, _) => {
+                let holder = host.holder(life.inode?)?;
+                listed(&holder, Attribution::Procfs, host.program(holder.pid, 0)).into()
+            }
+        })
+    }
+
+    /// The process that opened the connection.
+    pub fn opener(&mut self, life: &Life, host: &mut impl Host) -> Option<Shared<Process>> {
+        life.opener.as_ref().map(|opener| self.acted(opener, obtained(life), host))
+    }
+
+    /// A process that is known from a task.
+    fn acted(&mut self, task: &Task, attribution: Attribution, host: &mut impl Host) -> Shared<Process> {
+        let version = host.programs_version();
+        if version != self.version || self.tasks.len() >= MAX_TASKS {
+            self.tasks.clear();
+            self.version = version;
+        }
+        let key = Key { mm: task.mm, pid: task.pid, tid: task.tid, attribution };
+        if let Some(known) = self.tasks.get(&key)
+            && (known.uid, known.comm) == (task.uid, task.comm)
+        {
+            return known.process.clone();
+        }
+        let process = Shared::from(describe(task, attribution, host.program(task.pid, task.mm)));
+        self.tasks.insert(key, Known { uid: task.uid, comm: task.comm, process: process.clone() });
+        process
+    }
 }
 
-/// The process that opened the connection.
-pub fn opener(life: &Life, host: &mut impl Host) -> Option<Process> {
-    life.opener.as_ref().map(|opener| acted(opener, obtained(life), host))
-}
-
-/// A process that is known from a task.
-fn acted(task: &Task, attribution: Attribution, host: &mut impl Host) -> Process {
-    let Program { exe, container } = host.program(task.pid, task.mm);
+fn describe(task: &Task, attribution: Attribution, program: Program) -> Process {
+    let Program { exe, container } = program;
     Process {
         pid: task.pid,
         tid: task.tid,
@@ -101,7 +162,7 @@ fn obtained(life: &Life) -> Attribution {
 mod tests {
     use super::*;
     use crate::{
-        host::Recorded,
+        host::{Answer, Question, Recorded},
         ingest::life::{
             Act, End, SocketId,
             examples::{END, task, unknown},
@@ -109,8 +170,34 @@ mod tests {
     };
 
     fn owner(life: &Life, claim: Option<Claim<'_>>, unheld: bool) -> Option<(u32, Attribution)> {
-        let process = super::owner(life, claim, unheld, &mut Recorded::default())?;
+        let process = Attributor::default().owner(life, claim, unheld, &mut Recorded::default())?;
         Some((process.pid, process.attribution))
+    }
+
+    #[test]
+    fn what_is_remembered_of_a_task_is_what_it_is_now() {
+        let life = |comm: &[u8; 4], tid| {
+            let mut task = Task { tid: Some(tid), ..task(1, Act::Unknown) };
+            task.comm[..4].copy_from_slice(comm);
+            Life { end: Some(END), actor: Some(task), inode: Some(9), ..unknown() }
+        };
+        let mut host = Recorded::default();
+        let mut attributor = Attributor::default();
+        let mut owner = |host: &mut Recorded, comm, tid| {
+            let owner = attributor.owner(&life(comm, tid), None, false, host).unwrap();
+            assert!(attributor.tasks.len() <= MAX_TASKS);
+            owner
+        };
+        let first = owner(&mut host, b"comm", 1);
+        assert!(owner(&mut host, b"comm", 1).is_same(&first), "described once");
+        assert_eq!(owner(&mut host, b"name", 1).comm, "name", "the thread was renamed");
+        assert_eq!(owner(&mut host, b"name", 2).tid, Some(2));
+        let program = Program { exe: Some("/bin/true".to_owned()), container: None };
+        host.learn(Question::Program { pid: 1, mm: 0 }, Answer::Program(program));
+        assert_eq!(owner(&mut host, b"name", 2).exe.as_deref(), Some("/bin/true"), "known by now");
+        for tid in 0..2 * u32::try_from(MAX_TASKS).unwrap() {
+            owner(&mut host, b"many", tid);
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -104,6 +105,8 @@ pub struct Processes {
     modules: Modules,
     mappings: usize,
     clock: u64,
+    /// Counts the changes of `images`.
+    version: Arc<AtomicU64>,
     /// Whether ids come from another pid namespace than `/proc` shows, so that nothing can be looked up there.
     are_elsewhere: bool,
 }
@@ -180,7 +183,9 @@ impl Processes {
         let entry = self.images.get_mut(&key)?;
         self.mappings = self.mappings - old.mappings.len() + new.mappings.len();
         entry.image = Arc::new(new);
-        Some(entry.image.clone())
+        let image = entry.image.clone();
+        self.version.fetch_add(1, Ordering::Release);
+        Some(image)
     }
 
     /// Closes files that are kept open for processes that exited more than a minute ago. The rest of their images stays.
@@ -211,6 +216,11 @@ impl Processes {
         take(&mut self.modules, pid, mm)
     }
 
+    /// A number that is another one whenever something has changed that [`image`](Self::image) returns.
+    pub fn version(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.version)
+    }
+
     /// How many files are kept open.
     pub fn files_held(&self) -> usize {
         self.modules.held()
@@ -234,6 +244,7 @@ impl Processes {
         self.mappings += image.mappings.len();
         self.latest.insert(key.0, key.1);
         self.images.insert(key, Entry { image: Arc::new(image), used: self.clock, asked: None, gone: None });
+        self.version.fetch_add(1, Ordering::Release);
     }
 
     fn remove(&mut self, key: (u32, u64)) {

@@ -15,7 +15,6 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use aya::maps::{MapData, RingBuf};
-use bytes::Bytes;
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -67,9 +66,7 @@ fn hurry() {
 
 fn drain(ring: &mut RingBuf<MapData>, processes: &Mutex<Processes>) {
     while let Some(item) = ring.next() {
-        let bytes = Bytes::copy_from_slice(&item);
-        drop(item);
-        match decode(&bytes) {
+        match decode(&item) {
             Ok(Record::Process(process)) => super::process::lock(processes).notice(process.pid, process.mm),
             Ok(_) | Err(_) => {
                 UNDECODABLE.fetch_add(1, Ordering::Relaxed);

@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::Parser as _;
 
 use crate::{
+    attribute::Attributor,
     cli::{Cli, Command, ReplayArgs},
     correlate::Correlator,
     event::{Event, compose::Composer},
@@ -95,6 +96,7 @@ fn pipeline(reset_reasons: BTreeMap<i64, String>, report: Report, command_only: 
     Pipeline {
         host: Recorded::default(),
         correlator: Correlator::default(),
+        attributor: Attributor::default(),
         composer: Composer::new(ResetReasons(reset_reasons)),
         report,
         found: Found::default(),
@@ -110,7 +112,7 @@ struct Replay {
 }
 
 impl Replay {
-    fn record(&mut self, record: Record) -> Result<Going> {
+    fn record(&mut self, record: Record<'_>) -> Result<Going> {
         match (record, self.inspected.take()) {
             (Record::Stuck(life), Some((at, age))) => {
                 self.pipeline.found.socket(life, at, age);
@@ -227,6 +229,42 @@ mod tests {
         for event in &events {
             assert!(event["process"]["exe"].is_string(), "the host's answer is in the recording: {event}");
         }
+    }
+
+    #[test]
+    fn an_event_that_is_like_others_takes_few_allocations() {
+        let mut records = Vec::new();
+        let report = Report::new(
+            vec![Filter::default()],
+            Output::to(Format::Json, io::sink(), Palette::PLAIN, true),
+            None,
+        );
+        let mut replay = Replay { pipeline: pipeline(BTreeMap::new(), report, false), inspected: None };
+        for frame in frames(Bytes::from_static(RECORDED)).unwrap() {
+            match frame {
+                Frame::Record(bytes) => records.push(bytes),
+                Frame::Step(step) => match *step {
+                    Step::Answer(question, answer) => replay.pipeline.host.learn(question, answer),
+                    step @ Step::Clock { .. } => {
+                        let _ = replay.step(step).unwrap();
+                    }
+                    _ => {}
+                },
+            }
+        }
+        let all = |replay: &mut Replay| {
+            for record in &records {
+                let _ = replay.record(decode(record).unwrap()).unwrap();
+            }
+            let _ = replay.pipeline.caught_up(u64::MAX, |_, inodes| vec![true; inodes.len()]).unwrap();
+        };
+        // By then processes and stacks are known, and buffers have their size.
+        (0..10).for_each(|_| all(&mut replay));
+        let count = crate::allocations::during(|| all(&mut replay));
+        let records = records.len() as u64;
+        // The life, the event and its states; the RSTs of an ending, and what waits.
+        assert!(count <= 6 * records, "{count} allocations for {records} records");
+        assert!(count >= records, "{count} allocations are too few to be all");
     }
 
     #[test]

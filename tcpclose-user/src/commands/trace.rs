@@ -82,6 +82,7 @@ pub async fn trace(args: TraceArgs) -> Result<ExitCode> {
     if let Some(path) = &args.ready_file {
         ready::write(path)?;
     }
+    live.find_older_stuck()?;
     let mut sweep = tokio::time::interval(SWEEP_PERIOD);
     let mut stuck = live.stuck_period().map(tokio::time::interval);
     if let Some(stuck) = &mut stuck {

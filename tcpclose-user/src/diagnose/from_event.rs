@@ -43,7 +43,7 @@ fn of_close(close: &Close) -> Observation<'_> {
         last_data: close.last_data,
         close_wait_ms: close.close_wait_ms,
         states,
-        ..of_socket(Line::Close, close.time, close.seq, &close.connection, close.process.as_ref())
+        ..of_socket(Line::Close, close.time, close.seq, &close.connection, close.process.as_deref())
     }
 }
 
@@ -54,7 +54,7 @@ fn of_reset(reset: &Reset) -> Observation<'_> {
         last_data: reset.last_data,
         state: reset.state,
         direction: Some(reset.direction),
-        ..of_socket(Line::Reset, reset.time, reset.seq, &reset.connection, reset.process.as_ref())
+        ..of_socket(Line::Reset, reset.time, reset.seq, &reset.connection, reset.process.as_deref())
     }
 }
 
@@ -70,7 +70,7 @@ fn of_lingering(lingering: &Lingering) -> Observation<'_> {
         holders: holders.map(|all| all.iter().map(|holder| Holder { fd: Some(holder.fd) }).collect()),
         // There are few of these lines, and the opener of each is read only once.
         opener: lingering.opener.as_ref().and_then(|opener| to_raw_value(opener).ok()).map(Cow::Owned),
-        ..of_socket(Line::Lingering, *at, *seq, connection, process.as_ref())
+        ..of_socket(Line::Lingering, *at, *seq, connection, process.as_deref())
     }
 }
 

@@ -1,8 +1,11 @@
 //! Endings and stuck sockets → events: puts facts and names into the words of the output contract. Pure: everything that
 //! has to be looked up has been looked up before.
 
+use std::collections::BTreeMap;
+
 use super::{
-    Close, Connection, Event, Holder, LastData, Lingering, Opener, Process, Reset, Stack, Step, millis,
+    Close, Connection, Event, Holder, LastData, Lingering, Opener, Process, Reset, Shared, Stack, Step,
+    millis,
 };
 use crate::{
     correlate::Ending,
@@ -17,7 +20,7 @@ use crate::{
 #[derive(Clone, Debug, Default)]
 pub struct LookedUp {
     /// The owner of the socket.
-    pub process: Option<Process>,
+    pub process: Option<Shared<Process>>,
     /// The task that opened the connection, and where.
     pub opener: Option<Opener>,
     /// Where this side acted.
@@ -29,27 +32,28 @@ pub struct Composer {
     /// Relates the kernel's clocks to the wall clock.
     pub clock: Clock,
     reasons: ResetReasons,
+    /// The same names, as events have them.
+    shared_reasons: BTreeMap<i64, Shared<String>>,
 }
 
 impl Composer {
     /// With the names that the running kernel has for reset reasons.
     pub fn new(reasons: ResetReasons) -> Self {
-        Self { clock: Clock::new(), reasons }
+        let names = reasons.0.iter().map(|(number, name)| (*number, name.clone().into()));
+        Self { clock: Clock::new(), shared_reasons: names.collect(), reasons }
     }
 
     /// The events of an ending: its RSTs, then its close.
-    pub fn ending(&mut self, ending: &Ending, looked_up: LookedUp) -> Vec<Event> {
-        let mut events = Vec::with_capacity(ending.resets.len() + 1);
+    pub fn ending(&mut self, ending: &Ending, looked_up: LookedUp) -> impl Iterator<Item = Event> {
         if let Some((jiffies, at)) = ending.life.jiffies {
             self.clock.learn_hz(jiffies, at);
         }
-        for reset in &ending.resets {
-            events.push(self.reset(&ending.life, reset, looked_up.clone()));
-        }
-        if let Some(end) = ending.life.end.filter(|_| ending.is_end) {
-            events.push(self.close(&ending.life, end.at, looked_up));
-        }
-        events
+        let composer = &*self;
+        let life = &*ending.life;
+        let of_close = looked_up.clone();
+        let resets = ending.resets.iter().map(move |reset| composer.reset(life, reset, looked_up.clone()));
+        let end = life.end.filter(|_| ending.is_end);
+        resets.chain(end.map(move |end| composer.close(life, end.at, of_close)))
     }
 
     fn close(&self, life: &Life, ended: u64, looked_up: LookedUp) -> Event {
@@ -84,7 +88,7 @@ impl Composer {
             connection: self.connection(life, reset.at),
             process: looked_up.process,
             direction: reset.direction,
-            reason: self.reasons.name(reset.reason).map(str::to_owned),
+            reason: reset.reason.and_then(|number| self.shared_reasons.get(&number.into()).cloned()),
             cause: Some(judge::reset_cause(life, reset, &self.reasons)),
             state: reset.state,
             idle_ms,
@@ -97,7 +101,12 @@ impl Composer {
     }
 
     /// The event of a socket that is stuck in a teardown state. `None` if its state is not known.
-    pub fn stuck(&self, stuck: &Stuck, process: Option<Process>, opener: Option<Opener>) -> Option<Event> {
+    pub fn stuck(
+        &self,
+        stuck: &Stuck,
+        process: Option<Shared<Process>>,
+        opener: Option<Opener>,
+    ) -> Option<Event> {
         let Stuck { life, inspected, age, descriptors } = stuck;
         let state = life.state?;
         let holder = |descriptor: &crate::stuck::Descriptor| Holder {

@@ -5,6 +5,7 @@
 pub mod compose;
 mod finding;
 pub mod schema;
+mod shared;
 mod stack;
 mod time;
 mod values;
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 pub use crate::tcp::{Direction, Endpoint, Family, Role, State};
 pub use finding::{Confidence, Evidence, Finding, FindingKind, Program, Remote};
+pub use shared::{FINISHED, Shared};
 pub use stack::{Frame, Frames, Stack, Truncated};
 pub use time::{Time, millis};
 pub use values::{Attribution, Cause, ClosedBy, Ended, LastData, LingeringKind, LostPlace, Trigger};
@@ -50,9 +52,9 @@ impl Event {
     /// The owner of the socket.
     pub fn process(&self) -> Option<&Process> {
         match self {
-            Self::Close(close) => close.process.as_ref(),
-            Self::Reset(reset) => reset.process.as_ref(),
-            Self::Lingering(lingering) => lingering.process.as_ref(),
+            Self::Close(close) => close.process.as_deref(),
+            Self::Reset(reset) => reset.process.as_deref(),
+            Self::Lingering(lingering) => lingering.process.as_deref(),
             Self::Lost(_) | Self::Finding(_) => None,
         }
     }
@@ -68,7 +70,7 @@ pub struct Close {
     /// Which connection.
     pub connection: Connection,
     /// Whose socket it was.
-    pub process: Option<Process>,
+    pub process: Option<Shared<Process>>,
     /// Who ended it.
     pub closed_by: Option<ClosedBy>,
     /// How it ended.
@@ -104,11 +106,11 @@ pub struct Reset {
     /// Which connection.
     pub connection: Connection,
     /// Whose socket it was.
-    pub process: Option<Process>,
+    pub process: Option<Shared<Process>>,
     /// The direction.
     pub direction: Direction,
     /// The kernel's own name for the reason, such as `TCP_ABORT_ON_CLOSE`; null on kernels that give none.
-    pub reason: Option<String>,
+    pub reason: Option<Shared<String>>,
     /// Why.
     pub cause: Option<Cause>,
     /// State of the socket when it happened; null without a socket.
@@ -137,7 +139,7 @@ pub struct Lingering {
     /// Which connection.
     pub connection: Connection,
     /// Whose socket it is.
-    pub process: Option<Process>,
+    pub process: Option<Shared<Process>>,
     /// The state in which it stays.
     pub state: State,
     /// When it entered that state; null if before tracing began.
@@ -243,7 +245,7 @@ pub struct Step {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Opener {
     /// Who called connect or accept.
-    pub process: Option<Process>,
+    pub process: Option<Shared<Process>>,
     /// Where.
     pub stack: Option<Stack>,
 }

@@ -1,14 +1,11 @@
 //! Stacks with named frames.
 
-use std::{
-    fmt,
-    ops::Deref,
-    sync::{Arc, OnceLock},
-};
+use std::fmt;
 
 use schemars::JsonSchema;
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use serde_json::value::RawValue;
+use serde::{Deserialize, Serialize};
+
+use super::Shared;
 
 /// Where something was done.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -19,73 +16,8 @@ pub struct Stack {
     pub kernel: Option<Frames>,
 }
 
-/// The frames of a stack. Programs have few places that open and close sockets, so the same stacks come again and again:
-/// they are shared, and put into JSON once.
-#[derive(Clone)]
-pub struct Frames(Arc<NamedFrames>);
-
-struct NamedFrames {
-    frames: Vec<Frame>,
-    json: OnceLock<Option<Box<RawValue>>>,
-}
-
-impl From<Vec<Frame>> for Frames {
-    fn from(frames: Vec<Frame>) -> Self {
-        Self(Arc::new(NamedFrames { frames, json: OnceLock::new() }))
-    }
-}
-
-impl Deref for Frames {
-    type Target = [Frame];
-
-    fn deref(&self) -> &[Frame] {
-        &self.0.frames
-    }
-}
-
-impl PartialEq for Frames {
-    fn eq(&self, other: &Self) -> bool {
-        **self == **other
-    }
-}
-
-impl Eq for Frames {}
-
-impl fmt::Debug for Frames {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list().entries(self.iter()).finish()
-    }
-}
-
-impl Serialize for Frames {
-    /// JSON that was made before is copied. (Only `serde_json` understands it, and nothing else is used here.)
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self.0.json.get_or_init(|| serde_json::value::to_raw_value(&self.0.frames).ok()) {
-            Some(json) => json.serialize(serializer),
-            None => self.0.frames.serialize(serializer),
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for Frames {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        Vec::<Frame>::deserialize(deserializer).map(Self::from)
-    }
-}
-
-impl JsonSchema for Frames {
-    fn schema_name() -> std::borrow::Cow<'static, str> {
-        Vec::<Frame>::schema_name()
-    }
-
-    fn json_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
-        Vec::<Frame>::json_schema(generator)
-    }
-
-    fn inline_schema() -> bool {
-        Vec::<Frame>::inline_schema()
-    }
-}
+/// The frames of a stack. The same ones come again and again.
+pub type Frames = Shared<Vec<Frame>>;
 
 /// One frame of a stack.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]

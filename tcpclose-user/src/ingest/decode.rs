@@ -3,9 +3,8 @@
 //! Sentinels, tags and byte orders end here. There is no `unsafe` and no panic: input is either a whole record of
 //! this layout or an error that says what was found.
 
-use std::{fmt, net::Ipv6Addr};
+use std::{borrow::Cow, fmt, net::Ipv6Addr};
 
-use bytes::Bytes;
 use tcpclose_common::{
     record::{
         Address, Connection, Header, MAX_STEPS, Owner, Process, StackCopy, UNKNOWN_U32, UNKNOWN_U64, VERSION,
@@ -13,7 +12,7 @@ use tcpclose_common::{
     },
     tcp::{shutdown, sock_flag, task_flag},
 };
-use zerocopy::FromBytes;
+use zerocopy::{FromBytes, Immutable, KnownLayout};
 
 use super::life::{
     Act, End, Endpoints, FirstMove, Follows, Holder, Life, Path, Reset, Sample, Side, SocketId, Task,
@@ -22,7 +21,7 @@ use crate::tcp::{Direction, Endpoint, Family, Role, State};
 
 /// A record of the kernel half.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Record {
+pub enum Record<'a> {
     /// One end of a connection is over.
     Close(Box<Life>),
     /// A RST was sent or received: the socket at that moment, and the RST.
@@ -38,7 +37,7 @@ pub enum Record {
     /// A process touched a socket for the first time.
     Process(NewProcess),
     /// A copy of a user stack, and its bytes.
-    Stack(StackCopy, Bytes),
+    Stack(StackCopy, &'a [u8]),
 }
 
 /// A process, or a new program image of a known one, that touched a socket for the first time.
@@ -99,23 +98,23 @@ impl std::error::Error for DecodeError {}
 ///
 /// # Errors
 /// See [`DecodeError`].
-pub fn decode(bytes: &Bytes) -> Result<Record, DecodeError> {
+pub fn decode(bytes: &[u8]) -> Result<Record<'_>, DecodeError> {
     let (header, _) = Header::read_from_prefix(bytes).map_err(|_| DecodeError::Short(bytes.len()))?;
     if header.version != VERSION {
         return Err(DecodeError::Version(header.version));
     }
     Ok(match header.tag {
-        tag::CLOSE => Record::Close(Box::new(life(&whole(header, bytes)?)?)),
-        tag::STUCK => Record::Stuck(Box::new(life(&whole(header, bytes)?)?)),
+        tag::CLOSE => Record::Close(Box::new(life(&*whole(header, bytes)?)?)),
+        tag::STUCK => Record::Stuck(Box::new(life(&*whole(header, bytes)?)?)),
         tag::RESET => {
-            let connection: Connection = whole(header, bytes)?;
+            let connection = whole::<Connection>(header, bytes)?;
             let unknown =
                 DecodeError::Value { field: "reset.direction", value: u32::from(connection.reset.direction) };
             Record::Reset(Box::new(life(&connection)?), reset(&connection).ok_or(unknown)?)
         }
-        tag::OWNER => owner(&whole(header, bytes)?)?,
+        tag::OWNER => owner(&*whole(header, bytes)?)?,
         tag::PROCESS => {
-            let process: Process = whole(header, bytes)?;
+            let process = whole::<Process>(header, bytes)?;
             Record::Process(NewProcess { pid: process.pid, mm: process.mm })
         }
         tag::STACK => stack(header, bytes)?,
@@ -123,12 +122,20 @@ pub fn decode(bytes: &Bytes) -> Result<Record, DecodeError> {
     })
 }
 
-fn whole<T: FromBytes>(header: Header, bytes: &[u8]) -> Result<T, DecodeError> {
+/// A record that fills `bytes`, where it lies. One that is not aligned is copied: in a file, and where it reached over the
+/// end of the ring.
+fn whole<T>(header: Header, bytes: &[u8]) -> Result<Cow<'_, T>, DecodeError>
+where
+    T: FromBytes + KnownLayout + Immutable + Clone,
+{
     let wrong = DecodeError::Length { tag: header.tag, found: bytes.len(), expected: size_of::<T>() };
     if usize::try_from(header.length) != Ok(size_of::<T>()) {
         return Err(wrong);
     }
-    T::read_from_bytes(bytes).map_err(|_| wrong)
+    match T::ref_from_bytes(bytes) {
+        Ok(record) => Ok(Cow::Borrowed(record)),
+        Err(_) => T::read_from_bytes(bytes).map(Cow::Owned).map_err(|_| wrong),
+    }
 }
 
 fn life(connection: &Connection) -> Result<Life, DecodeError> {
@@ -213,7 +220,7 @@ fn reset(connection: &Connection) -> Option<Reset> {
     })
 }
 
-fn owner(owner: &Owner) -> Result<Record, DecodeError> {
+fn owner(owner: &Owner) -> Result<Record<'static>, DecodeError> {
     let unknown = |field, value| DecodeError::Value { field, value };
     let id = SocketId { address: owner.sock, born: owner.born };
     let task = task(&owner.task).ok_or(unknown("owner.task.pid", 0))?;
@@ -307,7 +314,7 @@ fn known(value: u32) -> Option<u32> {
 }
 
 /// The stack's bytes take the rest of the record, or a part of it.
-fn stack(header: Header, bytes: &Bytes) -> Result<Record, DecodeError> {
+fn stack(header: Header, bytes: &[u8]) -> Result<Record<'_>, DecodeError> {
     let (found, expected) = (bytes.len(), usize::try_from(header.length).unwrap_or(usize::MAX));
     let wrong = DecodeError::Length { tag: header.tag, found, expected };
     let (copy, rest) = StackCopy::read_from_prefix(bytes).map_err(|_| wrong)?;
@@ -315,8 +322,7 @@ fn stack(header: Header, bytes: &Bytes) -> Result<Record, DecodeError> {
     if found != expected || length > rest.len() {
         return Err(wrong);
     }
-    let start = size_of::<StackCopy>();
-    Ok(Record::Stack(copy, bytes.slice(start..start + length)))
+    Ok(Record::Stack(copy, &rest[..length]))
 }
 
 #[cfg(test)]
@@ -344,9 +350,13 @@ mod tests {
         }
     }
 
-    fn decoded(mut connection: Connection, tag: u16) -> Result<Record, DecodeError> {
+    fn decoded(mut connection: Connection, tag: u16) -> Result<Record<'static>, DecodeError> {
         connection.header.tag = tag;
-        decode(&Bytes::copy_from_slice(connection.as_bytes()))
+        match decode(connection.as_bytes())? {
+            Record::Close(life) => Ok(Record::Close(life)),
+            Record::Reset(life, reset) => Ok(Record::Reset(life, reset)),
+            other => panic!("{other:?}"),
+        }
     }
 
     fn closed(connection: Connection) -> Life {
@@ -480,7 +490,7 @@ mod tests {
         let with = |holds, pid| {
             let wire = wire_owner();
             let task = WireTask { pid, ..wire.task };
-            decode(&Bytes::copy_from_slice(Owner { task, holds, fd: 9, ..wire }.as_bytes()))
+            owner(&Owner { task, holds, fd: 9, ..wire })
         };
         let id = SocketId { address: 1, born: 2 };
         assert!(matches!(with(holds::CLOSED, 3), Ok(Record::Closer(socket, _)) if socket == id));
@@ -492,9 +502,10 @@ mod tests {
 
     #[test]
     fn every_wrong_length_is_named() {
-        let bytes = Bytes::copy_from_slice(wire_owner().as_bytes());
+        let wire = wire_owner();
+        let bytes = wire.as_bytes();
         for length in 0..bytes.len() {
-            let error = decode(&bytes.slice(..length)).unwrap_err();
+            let error = decode(&bytes[..length]).unwrap_err();
             if length < size_of::<Header>() {
                 assert_eq!(error, DecodeError::Short(length));
             } else {
@@ -504,27 +515,28 @@ mod tests {
         }
         let mut longer = bytes.to_vec();
         longer.push(0);
-        assert!(matches!(decode(&longer.into()), Err(DecodeError::Length { .. })));
+        assert!(matches!(decode(&longer), Err(DecodeError::Length { .. })));
     }
     #[test]
     fn a_stack_has_the_bytes_that_its_header_promises() {
         let mut copy = StackCopy::new_zeroed();
         copy.header = Header { tag: tag::STACK, version: VERSION, length: 72 + 16 };
         copy.bytes = 8;
-        let record = |copy: StackCopy| Bytes::from([copy.as_bytes(), &[1; 8], &[2; 8]].concat());
-        assert_eq!(decode(&record(copy)), Ok(Record::Stack(copy, Bytes::from_static(&[1; 8]))));
+        let record = |copy: StackCopy| [copy.as_bytes(), &[1; 8], &[2; 8]].concat();
+        assert_eq!(decode(&record(copy)), Ok(Record::Stack(copy, &[1; 8])));
         let long = StackCopy { bytes: 17, ..copy };
         assert!(matches!(decode(&record(long)), Err(DecodeError::Length { .. })));
-        let cut = record(copy).slice(..80);
-        assert_eq!(decode(&cut), Err(DecodeError::Length { tag: tag::STACK, found: 80, expected: 88 }));
-        assert!(matches!(decode(&record(copy).slice(..71)), Err(DecodeError::Length { .. })));
+        let whole = record(copy);
+        let cut = &whole[..80];
+        assert_eq!(decode(cut), Err(DecodeError::Length { tag: tag::STACK, found: 80, expected: 88 }));
+        assert!(matches!(decode(&whole[..71]), Err(DecodeError::Length { .. })));
     }
 
     #[test]
     fn a_header_that_lies_about_its_length() {
         let mut lying = wire_owner();
         lying.header.length += 8;
-        let error = decode(&Bytes::copy_from_slice(lying.as_bytes())).unwrap_err();
+        let error = decode(lying.as_bytes()).unwrap_err();
         assert!(matches!(error, DecodeError::Length { .. }), "{error}");
     }
 
@@ -532,11 +544,8 @@ mod tests {
     fn unknown_kinds_and_versions() {
         let mut unknown = wire_owner();
         unknown.header.tag = 77;
-        assert_eq!(decode(&Bytes::copy_from_slice(unknown.as_bytes())), Err(DecodeError::Tag(77)));
+        assert_eq!(decode(unknown.as_bytes()), Err(DecodeError::Tag(77)));
         unknown.header.version = VERSION + 1;
-        assert_eq!(
-            decode(&Bytes::copy_from_slice(unknown.as_bytes())),
-            Err(DecodeError::Version(VERSION + 1))
-        );
+        assert_eq!(decode(unknown.as_bytes()), Err(DecodeError::Version(VERSION + 1)));
     }
 }

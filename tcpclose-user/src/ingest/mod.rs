@@ -4,3 +4,4 @@ pub mod decode;
 pub mod life;
 pub mod reader;
 pub mod recording;
+pub mod ring;

@@ -1,4 +1,4 @@
-//! Ring buffers → bytes. Wakes up as seldom as the contract allows.
+//! When to read the ring of records. Wakes up as seldom as the contract allows.
 
 use std::{
     io,
@@ -7,21 +7,18 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use aya::maps::{Array, MapData, RingBuf};
-use bytes::{Bytes, BytesMut};
+use aya::maps::{Array, MapData};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     time::{Instant, sleep_until},
 };
 
+use super::ring::Ring;
 use crate::kernel::handle::KernelHalf;
 
 /// How long records may gather before they are read. The contract promises them within a quarter of a second, and the
 /// correlator may hold one back for a second read.
 pub const GATHER: Duration = Duration::from_millis(100);
-
-/// How many bytes one batch takes out of the ring at most: little enough to stay in a cache until it is decoded.
-const MAX_BATCH: usize = 128 << 10;
 
 /// Registers something that owns a descriptor with the runtime.
 ///
@@ -33,61 +30,13 @@ pub fn poll<T: AsFd + AsRawFd>(owner: T, interest: Interest) -> io::Result<Async
     unsafe { AsyncFd::register_with_interest(owner, interest) }.map_err(|error| error.into_parts().1)
 }
 
-/// A ring buffer to wait for.
-pub struct Ring(AsyncFd<RingBuf<MapData>>);
-
-impl Ring {
-    /// Takes the map `name` out of the kernel half. Must be called in a tokio runtime.
-    ///
-    /// # Errors
-    /// There is no such ring buffer, or it cannot be mapped.
-    pub fn new(kernel: &mut KernelHalf, name: &str) -> Result<Self> {
-        let ring = kernel.take_map(name)?;
-        poll(ring, Interest::READABLE)
-            .map(Self)
-            .with_context(|| format!("cannot wait for the ring buffer {name}"))
-    }
-
-    /// Waits until the kernel says that there is something to read.
-    ///
-    /// # Errors
-    /// The descriptor cannot be polled any more.
-    pub async fn readable(&mut self) -> Result<()> {
-        let mut guard = self.0.readable_mut().await?;
-        guard.clear_ready();
-        Ok(())
-    }
-
-    /// Takes the next records out, in order; none when the ring is empty. They share one buffer.
-    pub fn batch(&mut self) -> Vec<Bytes> {
-        let ring = self.0.get_mut();
-        // The last record may reach over the end; it makes the buffer grow once.
-        let mut buffer = BytesMut::with_capacity(MAX_BATCH);
-        let mut ends = Vec::new();
-        while buffer.len() < MAX_BATCH {
-            let Some(item) = ring.next() else { break };
-            buffer.extend_from_slice(&item);
-            ends.push(buffer.len());
-        }
-        let all = buffer.freeze();
-        let starts = std::iter::once(0).chain(ends.iter().copied());
-        starts.zip(ends.iter().copied()).map(|(start, end)| all.slice(start..end)).collect()
-    }
-}
-
-impl AsFd for Ring {
-    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
-        self.0.get_ref().as_fd()
-    }
-}
-
-/// The ring of records, read a batch at a time.
+/// The ring of records.
 ///
 /// The reader tells the kernel half that it is about to sleep, and the next record wakes it. It then pauses while records
 /// gather without waking it; a second wake-up within the pause means that the ring is filling up. It sleeps once a read
 /// has found nothing.
 pub struct Records {
-    ring: Ring,
+    ring: AsyncFd<Ring>,
     /// Set by the reader when it is about to sleep, cleared by the kernel half when it wakes it.
     wakeup_requested: Array<MapData, u32>,
     /// When to read, once the ring is known to hold something.
@@ -100,10 +49,11 @@ impl Records {
     /// Takes the maps that it needs out of the kernel half. Must be called in a tokio runtime.
     ///
     /// # Errors
-    /// Those of [`Ring::new`].
+    /// There are no such maps, the ring cannot be mapped, or it cannot be waited for.
     pub fn new(kernel: &mut KernelHalf) -> Result<Self> {
         let wakeup_requested = kernel.take_map("READER")?;
-        let ring = Ring::new(kernel, "RECORDS")?;
+        let ring = poll(kernel.take_map("RECORDS")?, Interest::READABLE)
+            .context("cannot wait for the ring buffer of records")?;
         let mut records = Self { ring, wakeup_requested, due: None, woken: false };
         records.request_wakeup()?;
         Ok(records)
@@ -121,18 +71,18 @@ impl Records {
     /// Waits until there is a batch worth reading. Safe to cancel: a pause that has begun continues with the next call.
     ///
     /// # Errors
-    /// Those of [`Ring::readable`].
+    /// The ring cannot be polled any more.
     pub async fn ready(&mut self) -> Result<()> {
         loop {
             let Some(due) = self.due else {
-                self.ring.readable().await?;
+                readable(&mut self.ring).await?;
                 self.due = Some(Instant::now() + GATHER);
                 self.woken = true;
                 continue;
             };
             tokio::select! {
                 () = sleep_until(due) => break,
-                result = self.ring.readable() => result?,
+                result = readable(&mut self.ring) => result?,
             }
             if self.woken {
                 break;
@@ -149,16 +99,21 @@ impl Records {
         self.due.get_or_insert_with(|| Instant::now() + GATHER);
     }
 
-    /// The next records, as [`Ring::batch`] returns them. A batch that is not empty is followed by one more read.
+    /// The next record, where it lies. One that was found is followed by one more read after a pause.
     ///
-    /// Its records may have arrived after the wake-up was requested. Their wake-up is then spent without effect: when the
-    /// ring is polled, it says that there is nothing to read (`ringbuf_map_poll_kern()` in `kernel/bpf/ringbuf.c`), and
-    /// nothing else would wake the reader.
-    pub fn batch(&mut self) -> Vec<Bytes> {
-        let batch = self.ring.batch();
-        if !batch.is_empty() {
-            self.read_again_soon();
-        }
-        batch
+    /// It may have arrived after the wake-up was requested. Its wake-up is then spent without effect: when the ring is
+    /// polled, it says that there is nothing to read (`ringbuf_map_poll_kern()` in `kernel/bpf/ringbuf.c`), and nothing
+    /// else would wake the reader.
+    pub fn next_record(&mut self) -> Option<&[u8]> {
+        let record = self.ring.get_mut().next_record()?;
+        self.due.get_or_insert_with(|| Instant::now() + GATHER);
+        Some(record)
     }
+}
+
+/// Waits until the kernel says that there is something to read.
+async fn readable(ring: &mut AsyncFd<Ring>) -> Result<()> {
+    let mut guard = ring.readable_mut().await?;
+    guard.clear_ready();
+    Ok(())
 }

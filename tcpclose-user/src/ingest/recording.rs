@@ -173,7 +173,6 @@ pub fn frames(mut recording: Bytes) -> Result<Vec<Frame>> {
         }
         let bytes = recording.split_to(length);
         frames.push(match kind {
-            // A copy: fields of a record have to be aligned, and frames are not.
             RECORD => Frame::Record(bytes),
             STEP => Frame::Step(serde_json::from_slice(&bytes)?),
             unknown => bail!("frame {} is of the unknown kind {unknown}", frames.len()),

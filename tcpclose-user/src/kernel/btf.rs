@@ -288,6 +288,40 @@ impl<'a> Btf<'a> {
         found
     }
 
+    /// BTF in which only typedefs and functions of these names have their names, each under its id. Every other type is a
+    /// nameless placeholder.
+    ///
+    /// Programs are attached by the id of a type. To find it, aya parses all of the kernel's BTF, which takes several times
+    /// as long, and 15 MB, with its types.
+    pub fn named_only(&self, names: &[String]) -> Vec<u8> {
+        const FORWARD: u32 = (kind::FWD as u32) << 24;
+        let mut strings = vec![0];
+        let mut types = Vec::with_capacity(12 * self.starts.len());
+        for start in &self.starts {
+            let start = index(*start);
+            let mut record = [0, FORWARD, 0];
+            if let (Some(name), Some(info)) = (u32_at(self.types, start), u32_at(self.types, start + 4))
+                && let (kind @ (kind::TYPEDEF | kind::FUNC), _) = kind_and_count(info)
+                && let name = self.string(name)
+                && names.iter().any(|wanted| wanted.as_bytes() == name)
+                && let Ok(offset) = u32::try_from(strings.len())
+            {
+                record = [offset, u32::from(kind) << 24, 0];
+                strings.extend_from_slice(name);
+                strings.push(0);
+            }
+            types.extend(record.iter().flat_map(|word: &u32| word.to_le_bytes()));
+        }
+        let length = |section: &[u8]| u32::try_from(section.len()).unwrap_or(0);
+        // Magic number, version and flags; length of this; then where the sections are, and how long.
+        let header = [0x0001_eb9f, 24, 0, length(&types), length(&types), length(&strings)];
+        let mut bytes: Vec<u8> = header.iter().flat_map(|word: &u32| word.to_le_bytes()).collect();
+        bytes.reserve_exact(types.len() + strings.len());
+        bytes.extend(types);
+        bytes.extend(strings);
+        bytes
+    }
+
     fn named(&self, name: &str) -> impl Iterator<Item = Type<'a>> {
         self.names
             .get(name.as_bytes())
@@ -642,6 +676,32 @@ mod tests {
             .bytes();
         assert_eq!(place(&bytes, "sock.sk_err"), Ok((0, 4)));
         assert_eq!(Btf::parse(&bytes).unwrap().size_of("sock"), Some(4));
+    }
+
+    #[test]
+    fn named_types_keep_their_ids() {
+        // By kind and name, of types with one of these names.
+        fn ids(btf: &Btf<'_>, names: &[&str]) -> BTreeMap<(u8, String), u32> {
+            let all = (1..=u32::try_from(btf.starts.len()).unwrap()).filter_map(|id| {
+                let start = index(btf.starts[index(id) - 1]);
+                let name = String::from_utf8_lossy(btf.string(u32_at(btf.types, start)?)).into_owned();
+                let kind = btf.get(id)?.kind;
+                let is_named = [kind::TYPEDEF, kind::FUNC].contains(&kind) && names.contains(&name.as_str());
+                is_named.then_some(((kind, name), id))
+            });
+            all.collect()
+        }
+        let names =
+            ["btf_trace_tcp_send_reset", "inet_csk_accept", "bpf_iter_task_file", "pid_t", "no such type"];
+        for (kernel, bytes) in crate::kernel::FIXTURES {
+            let whole = Btf::parse(bytes).unwrap();
+            let reduced = whole.named_only(&names.map(str::to_owned));
+            let reduced = Btf::parse(&reduced).unwrap();
+            assert_eq!(reduced.starts.len(), whole.starts.len(), "{kernel}");
+            let expected = ids(&whole, &names);
+            assert!(expected.len() >= 2, "{kernel}: {expected:?}");
+            assert_eq!(ids(&reduced, &names), expected, "{kernel}");
+        }
     }
 
     #[test]

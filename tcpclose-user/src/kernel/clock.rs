@@ -19,6 +19,9 @@ pub struct Clock {
 /// Two readings of the clocks that differ by at most this many nanoseconds count as equal.
 const TOLERANCE: i128 = 1_000_000;
 
+/// Nanoseconds in a second.
+const NANOSECONDS: i64 = 1_000_000_000;
+
 /// The values that `CONFIG_HZ` can have: `kernel/Kconfig.hz`.
 const RATES: [u32; 5] = [100, 250, 300, 500, 1000];
 
@@ -62,8 +65,12 @@ impl Clock {
     /// The wall time of a moment in boot time (nanoseconds).
     pub fn time(&self, boot: u64) -> Time {
         let wall = i128::from(boot) + self.wall_minus_boot;
-        // Out of jiff's range only if the host's clock is ten thousand years off.
-        Time(Timestamp::from_nanosecond(wall).unwrap_or(Timestamp::UNIX_EPOCH))
+        // Out of range only if the host's clock is centuries off. 64 bits are divided many times faster than 128.
+        let time = i64::try_from(wall).ok().and_then(|wall| {
+            let nanosecond = i32::try_from(wall.rem_euclid(NANOSECONDS)).ok()?;
+            Timestamp::new(wall.div_euclid(NANOSECONDS), nanosecond).ok()
+        });
+        Time(time.unwrap_or(Timestamp::UNIX_EPOCH))
     }
 
     /// Now, on the wall clock.

@@ -2,16 +2,20 @@
 //! attaches each hook by the best variant that works.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     os::fd::{AsFd as _, AsRawFd as _, RawFd},
     path::PathBuf,
     str::FromStr,
+    sync::{Mutex, PoisonError},
+    thread,
 };
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use aya::{
-    Btf, Ebpf, EbpfLoader, VerifierLogLevel,
-    programs::{BtfTracePoint, FEntry, FExit, Iter, ProgramError, ProgramType, RawTracePoint, TracePoint},
+    Btf, Ebpf, EbpfLoader, Endianness, VerifierLogLevel,
+    programs::{
+        BtfTracePoint, FEntry, FExit, Iter, Program, ProgramError, ProgramType, RawTracePoint, TracePoint,
+    },
     sys::{BpfHelper, is_helper_supported},
 };
 use tcpclose_common::{
@@ -76,10 +80,17 @@ impl BtfSource {
     /// # Errors
     /// There is none, or it is malformed.
     pub fn facts(&self) -> Result<TypeFacts> {
-        TypeFacts::parse(&self.bytes()?).with_context(|| match self {
+        self.with(TypeFacts::of)
+    }
+
+    /// What `read` finds in it.
+    fn with<T>(&self, read: impl FnOnce(&btf::Btf<'_>) -> T) -> Result<T> {
+        let bytes = self.bytes()?;
+        let btf = btf::Btf::parse(&bytes).with_context(|| match self {
             Self::File(path) => format!("cannot use {}", path.display()),
             Self::Kernel | Self::None => format!("cannot make sense of {}", btf::VMLINUX),
-        })
+        })?;
+        Ok(read(&btf))
     }
 }
 
@@ -164,10 +175,14 @@ struct Kernel {
 
 impl Kernel {
     fn read(source: &BtfSource) -> Result<Self> {
-        Ok(match source.facts() {
-            Ok(facts) => Self {
+        let targets = |btf: &btf::Btf<'_>| {
+            let bytes = btf.named_only(&attach_targets());
+            Btf::parse(&bytes, Endianness::default()).ok().filter(|_| *source == BtfSource::Kernel)
+        };
+        Ok(match source.with(|btf| (TypeFacts::of(btf), targets(btf))) {
+            Ok((facts, targets)) => Self {
                 structs: facts.offsets,
-                btf: if *source == BtfSource::Kernel { Btf::from_sys_fs().ok() } else { None },
+                btf: targets,
                 reset_reasons: facts.reset_reasons,
                 has_reset_reason: facts.send_reset_has_reason.unwrap_or(false),
                 arguments: facts.arguments,
@@ -190,6 +205,19 @@ impl Kernel {
     }
 }
 
+/// The types by whose ids programs are attached, as aya names them.
+fn attach_targets() -> Vec<String> {
+    let variants = HOOKS.iter().flat_map(|hook| hook.variants);
+    let programs = variants.flat_map(|variant| variant.programs.iter().map(|(_, at)| (variant.kind, *at)));
+    let target = |(kind, at)| match kind {
+        Kind::TypedTracepoint => Some(format!("btf_trace_{}", point(at))),
+        Kind::FunctionEntry | Kind::FunctionReturn => Some(String::from(at)),
+        Kind::Iterator => Some(format!("bpf_iter_{at}")),
+        Kind::ClassicTracepoint(_) | Kind::SystemCall | Kind::TestRun | Kind::Procfs => None,
+    };
+    programs.filter_map(target).collect()
+}
+
 /// Loads and attaches what `request` needs.
 ///
 /// # Errors
@@ -207,7 +235,11 @@ pub fn load(request: &Request) -> Result<KernelHalf> {
     privilege::check()?;
     may_read_kernel_memory()?;
     raise_memlock_limit();
-    let kernel = Kernel::read(&request.btf)?;
+    let (kernel, object_loader) = thread::scope(|scope| {
+        let object_loader = scope.spawn(without_btf);
+        (Kernel::read(&request.btf), object_loader.join().unwrap_or_else(|_| without_btf()))
+    });
+    let (kernel, mut object_loader) = (kernel?, Some(object_loader));
     let mut params = request.params;
     params.has_reset_reason = u32::from(kernel.has_reset_reason);
     params.has_pt_regs_helper = u32::from(
@@ -227,7 +259,8 @@ pub fn load(request: &Request) -> Result<KernelHalf> {
         // Whether this kind of program may read a socket's cookie (5.12 and later) cannot be probed, only tried.
         for has_cookie_helper in [1, 0] {
             params.has_cookie_helper = has_cookie_helper;
-            match attach(request, &kernel, &params, Layouts::default(), None) {
+            let object_loader = object_loader.take().unwrap_or_else(without_btf);
+            match attach(object_loader, request, &kernel, &params, Layouts::default(), None) {
                 Ok(loaded) => return Ok(loaded),
                 // The second refusal counts: the first may concern the helper alone.
                 Err(error) => refusal = error,
@@ -239,7 +272,8 @@ pub fn load(request: &Request) -> Result<KernelHalf> {
     let loaded = tracefs::with(|tracefs| {
         let layouts = Layouts::read(request, tracefs);
         params.has_destroy = u32::from(layouts.records.contains_key("DESTROY_SOCK_RECORD"));
-        attach(request, &kernel, &params, layouts, Some(&refusal))
+        let object_loader = object_loader.take().unwrap_or_else(without_btf);
+        attach(object_loader, request, &kernel, &params, layouts, Some(&refusal))
     });
     loaded.map_err(|error| {
         let mut failure = Failure::from(error);
@@ -249,6 +283,14 @@ pub fn load(request: &Request) -> Result<KernelHalf> {
         }
         failure
     })?
+}
+
+/// A loader that does not relocate by the kernel's BTF, which the programs do not need. A new one has parsed it already;
+/// that takes 20 ms, and cannot be prevented.
+fn without_btf() -> EbpfLoader<'static> {
+    let mut loader = EbpfLoader::new();
+    loader.btf(None);
+    loader
 }
 
 /// Refuses a kernel that is locked down so far that programs may not read its memory, as all of ours do.
@@ -309,14 +351,20 @@ impl Layouts {
 const RING_WITH_STACKS: u32 = 64 << 20;
 
 /// Sets the globals and the sizes of maps, and creates the maps.
-fn prepare(request: &Request, kernel: &Kernel, params: &Params, layouts: &Layouts) -> Result<Ebpf> {
+fn prepare(
+    loader: EbpfLoader<'static>,
+    request: &Request,
+    kernel: &Kernel,
+    params: &Params,
+    layouts: &Layouts,
+) -> Result<Ebpf> {
     let wants_syscall = request.rehearsal || request.accept_hook == AcceptHook::Syscall;
     // If it is not found, attaching fails with an error that reports this.
     let syscall_result = if wants_syscall { syscall_result().unwrap_or(ABSENT) } else { ABSENT };
     let level = request.log.map_or(0, |level| level as u8);
-    let mut loader = EbpfLoader::new();
+    // Of the lifetime of what it is given below.
+    let mut loader: EbpfLoader<'_> = loader;
     loader
-        .btf(None)
         .verifier_log_level(VerifierLogLevel::STATS)
         .override_global("STRUCTS", &kernel.structs, true)
         .override_global("ARGUMENTS", &kernel.arguments, true)
@@ -344,13 +392,15 @@ fn prepare(request: &Request, kernel: &Kernel, params: &Params, layouts: &Layout
 /// Attaches every hook that is asked for, each by the first variant that works. Either all tracepoints are typed, or
 /// all are classic; in the second case `untyped` is the reason why typed ones do not work.
 fn attach(
+    loader: EbpfLoader<'static>,
     request: &Request,
     kernel: &Kernel,
     params: &Params,
     layouts: Layouts,
     untyped: Option<&str>,
 ) -> Result<KernelHalf> {
-    let mut ebpf = prepare(request, kernel, params, &layouts)?;
+    let mut ebpf = prepare(loader, request, kernel, params, &layouts)?;
+    let mut refused = if untyped.is_none() { load_ahead(&mut ebpf, request, kernel) } else { HashMap::new() };
     let mut losses = privilege::losses();
     losses.extend(kernel.losses.iter().cloned());
     if request.params.stack_bytes != 0 && params.stack_bytes == 0 {
@@ -370,7 +420,7 @@ fn attach(
                 (Kind::ClassicTracepoint(global), _) if layouts.missing.contains_key(global) => {
                     Err(anyhow!("{}", layouts.missing[global]))
                 }
-                _ => start(&mut ebpf, kernel, variant),
+                _ => start(&mut ebpf, kernel, variant, &mut refused),
             };
             match result {
                 Ok(()) => {
@@ -427,51 +477,102 @@ fn can_copy_stacks(structs: &StructOffsets, params: &Params) -> bool {
         && (params.has_pt_regs_helper != 0 || is_known(&registers))
 }
 
-/// Loads the programs of a variant, and attaches all but those that tcpclose runs itself.
-fn start(ebpf: &mut Ebpf, kernel: &Kernel, variant: &Variant) -> Result<()> {
+/// Loads the first variant of each hook, several programs at a time: the verifier takes most of the time to start. Returns
+/// the programs that the kernel refuses; [`start`] reports them in their turn.
+fn load_ahead(ebpf: &mut Ebpf, request: &Request, kernel: &Kernel) -> HashMap<&'static str, anyhow::Error> {
+    let is_typed = |variant: &&Variant| !matches!(variant.kind, Kind::ClassicTracepoint(_));
+    let first =
+        |hook: &'static Hook| hook.variants.iter().filter(is_typed).find(|variant| request.allows(variant));
+    let wanted: HashMap<&str, (&'static str, Kind, &str)> = HOOKS
+        .iter()
+        .filter_map(first)
+        .flat_map(|variant| variant.programs.iter().map(|&(name, at)| (name, (name, variant.kind, at))))
+        .collect();
+    let programs = ebpf.programs_mut().filter_map(|(name, program)| Some((*wanted.get(name)?, program)));
+    let queue = Mutex::new(programs.collect::<Vec<_>>());
+    let take = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    let load = || {
+        let mut refused = Vec::new();
+        while let Some(((name, kind, at), program)) = take() {
+            if let Err(error) = load_program(program, kernel, kind, at) {
+                refused.push((name, error));
+            }
+        }
+        refused
+    };
+    thread::scope(|scope| {
+        let others = thread::available_parallelism().map_or(0, |count| count.get().min(MAX_LOADERS) - 1);
+        let others: Vec<_> = (0..others).map(|_| scope.spawn(load)).collect();
+        let mut refused = load();
+        refused.extend(others.into_iter().flat_map(|thread| thread.join().unwrap_or_default()));
+        refused.into_iter().collect()
+    })
+}
+
+/// How many threads load programs at most. There are about ten programs, and three of them take most of the time.
+const MAX_LOADERS: usize = 4;
+
+/// The name of a tracepoint, without its group.
+fn point(at: &str) -> &str {
+    at.split_once(':').map_or(at, |(_, point)| point)
+}
+
+/// Loads a program that is to be attached to `at`.
+fn load_program(program: &mut Program, kernel: &Kernel, kind: Kind, at: &str) -> Result<()> {
     let btf = || kernel.btf.as_ref().context("no BTF");
+    match kind {
+        Kind::TypedTracepoint => <&mut BtfTracePoint>::try_from(program)?.load(point(at), btf()?)?,
+        Kind::ClassicTracepoint(_) | Kind::SystemCall => <&mut TracePoint>::try_from(program)?.load()?,
+        Kind::FunctionEntry => {
+            ensure_arguments(kernel, at)?;
+            <&mut FEntry>::try_from(program)?.load(at, btf()?)?;
+        }
+        Kind::FunctionReturn => {
+            ensure_arguments(kernel, at)?;
+            <&mut FExit>::try_from(program)?.load(at, btf()?)?;
+        }
+        Kind::Iterator => <&mut Iter>::try_from(program)?.load(at, btf()?)?,
+        Kind::TestRun => <&mut RawTracePoint>::try_from(program)?.load()?,
+        Kind::Procfs => {}
+    }
+    Ok(())
+}
+
+/// Loads the programs of a variant, and attaches all but those that tcpclose runs itself. `refused` are those that were
+/// loaded ahead in vain.
+fn start(
+    ebpf: &mut Ebpf,
+    kernel: &Kernel,
+    variant: &Variant,
+    refused: &mut HashMap<&'static str, anyhow::Error>,
+) -> Result<()> {
     for &(name, at) in variant.programs {
+        if let Some(error) = refused.remove(name) {
+            return Err(error);
+        }
         let program = ebpf.program_mut(name).with_context(|| format!("the object has no program {name}"))?;
-        let (group, point) = at.split_once(':').unwrap_or(("", at));
+        if program.fd().is_err() {
+            load_program(program, kernel, variant.kind, at)?;
+        }
+        let group = at.split_once(':').map_or("", |(group, _)| group);
         match variant.kind {
             Kind::TypedTracepoint => {
-                let program: &mut BtfTracePoint = program.try_into()?;
-                program.load(point, btf()?)?;
-                program.attach()?;
+                <&mut BtfTracePoint>::try_from(program)?.attach()?;
             }
             Kind::ClassicTracepoint(_) => {
-                let program: &mut TracePoint = program.try_into()?;
-                program.load()?;
-                program.attach(group, point)?;
+                <&mut TracePoint>::try_from(program)?.attach(group, point(at))?;
             }
             Kind::SystemCall => {
-                let program: &mut TracePoint = program.try_into()?;
-                if program.fd().is_err() {
-                    program.load()?;
-                }
-                tracefs::with(|_| program.attach(group, point))??;
+                let program = <&mut TracePoint>::try_from(program)?;
+                tracefs::with(|_| program.attach(group, point(at)))??;
             }
             Kind::FunctionEntry => {
-                ensure_arguments(kernel, at)?;
-                let program: &mut FEntry = program.try_into()?;
-                program.load(at, btf()?)?;
-                program.attach()?;
+                <&mut FEntry>::try_from(program)?.attach()?;
             }
             Kind::FunctionReturn => {
-                ensure_arguments(kernel, at)?;
-                let program: &mut FExit = program.try_into()?;
-                program.load(at, btf()?)?;
-                program.attach()?;
+                <&mut FExit>::try_from(program)?.attach()?;
             }
-            Kind::Iterator => {
-                let program: &mut Iter = program.try_into()?;
-                program.load(at, btf()?)?;
-            }
-            Kind::TestRun => {
-                let program: &mut RawTracePoint = program.try_into()?;
-                program.load()?;
-            }
-            Kind::Procfs => {}
+            Kind::Iterator | Kind::TestRun | Kind::Procfs => {}
         }
     }
     Ok(())

@@ -62,22 +62,26 @@ impl TypeFacts {
     /// # Errors
     /// The bytes are not BTF.
     pub fn parse(bytes: &[u8]) -> Result<Self> {
-        let btf = Btf::parse(bytes)?;
-        let (offsets, missing) = offsets::struct_offsets(&btf);
-        Ok(Self {
+        Ok(Self::of(&Btf::parse(bytes)?))
+    }
+
+    /// Reads the facts from parsed BTF.
+    pub fn of(btf: &Btf<'_>) -> Self {
+        let (offsets, missing) = offsets::struct_offsets(btf);
+        Self {
             offsets,
             missing,
             reset_reasons: btf.enum_values("sk_rst_reason", "SK_RST_REASON_"),
             // `void *`, sock, skb, and then the reason.
             send_reset_has_reason: btf.func_proto_params("btf_trace_tcp_send_reset").map(|count| count >= 4),
-            arguments: arguments::argument_offsets(&btf),
+            arguments: arguments::argument_offsets(btf),
             code_pages: btf
                 .member("mm_struct.exec_vm")
                 .ok()
                 .filter(|place| place.size == 8)
                 .and_then(|place| u16::try_from(place.offset).ok())
                 .unwrap_or(ABSENT),
-        })
+        }
     }
 }
 

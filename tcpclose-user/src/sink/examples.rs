@@ -6,8 +6,8 @@ use serde_json::json;
 
 use crate::event::{
     Attribution, Cause, Close, ClosedBy, Connection, Direction, Ended, Endpoint, Event, Family, Frame,
-    Holder, LastData, Lingering, LingeringKind, Lost, LostPlace, Opener, Process, Reset, Role, Stack, State,
-    Step, Time, Trigger,
+    Holder, LastData, Lingering, LingeringKind, Lost, LostPlace, Opener, Process, Reset, Role, Shared, Stack,
+    State, Step, Time, Trigger,
 };
 
 pub(crate) fn all() -> Vec<Event> {
@@ -94,7 +94,7 @@ pub(crate) fn reset_sent() -> Event {
     let line = json!({ "time": "2026-03-01T12:01:02.5Z", "seq": 1, "connection": {}, "direction": "sent" });
     let mut reset: Box<Reset> = serde_json::from_value(line).expect("a reset");
     reset.connection = connection;
-    reset.reason = Some("NO_SOCKET".into());
+    reset.reason = Some("NO_SOCKET".to_owned().into());
     reset.cause = Some(Cause::NoListener);
     Event::Reset(reset)
 }
@@ -172,8 +172,8 @@ fn connection(local: &str, remote: &str) -> Connection {
     serde_json::from_value(connection).expect("a connection")
 }
 
-pub(crate) fn process(pid: u32, comm: &str, attribution: Attribution) -> Process {
-    Process {
+pub(crate) fn process(pid: u32, comm: &str, attribution: Attribution) -> Shared<Process> {
+    Shared::from(Process {
         pid,
         tid: Some(pid),
         comm: comm.into(),
@@ -181,7 +181,7 @@ pub(crate) fn process(pid: u32, comm: &str, attribution: Attribution) -> Process
         uid: Some(33),
         container: None,
         attribution,
-    }
+    })
 }
 
 fn libc(symbol: &str) -> Frame {

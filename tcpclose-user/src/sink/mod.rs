@@ -13,6 +13,7 @@ pub(crate) mod examples;
 mod json;
 pub mod losses;
 pub mod report;
+mod serializer;
 pub mod summary;
 mod text;
 

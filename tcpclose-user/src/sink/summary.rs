@@ -7,13 +7,21 @@ use std::{
     hash::{Hash, Hasher},
 };
 
+use foldhash::fast::RandomState;
+
 use crate::{
-    event::{Cause, Close, ClosedBy, Ended, Endpoint, Event, Frames, LingeringKind, Role, Stack, State},
+    event::{
+        Cause, Close, ClosedBy, Ended, Endpoint, Event, Frames, LingeringKind, Process, Role, Shared, Stack,
+        State,
+    },
     sink::{endpoint, escape, human_millis, or_dash},
 };
 
 /// How many kinds of end are counted separately. Ends of further kinds are counted together.
 const MAX_KINDS: usize = 4_096;
+
+/// How many ends are remembered by [`Identity`]. When there are more, all are forgotten.
+const MAX_RECENT: usize = 1_024;
 
 /// How many rows of each table are shown.
 const ROWS: usize = 20;
@@ -27,7 +35,11 @@ const COLUMNS: usize = 100;
 /// Counts events for the summary.
 #[derive(Default)]
 pub struct Summary {
-    ends: HashMap<End, Count>,
+    /// Places in `counts`.
+    ends: HashMap<End, usize>,
+    counts: Vec<Count>,
+    /// The same places, by what is quick to compare.
+    recent: HashMap<Identity, Recent, RandomState>,
     lingering: HashMap<Stay, Count>,
     /// Events of kinds for which there was no room.
     others: u64,
@@ -41,6 +53,24 @@ struct End {
     ended: Option<Ended>,
     cause: Option<Cause>,
     place: Place,
+}
+
+/// An end by the addresses of what it shares with others, which are compared sooner than names.
+#[derive(PartialEq, Eq, Hash)]
+struct Identity {
+    process: Option<usize>,
+    frames: Option<usize>,
+    closed_by: Option<ClosedBy>,
+    ended: Option<Ended>,
+    cause: Option<Cause>,
+}
+
+/// Ends with one [`Identity`].
+struct Recent {
+    /// Their place in `counts`.
+    place: usize,
+    /// Kept, so that the addresses stay theirs.
+    _kept: (Option<Shared<Process>>, Place),
 }
 
 /// Sockets that linger, counted together.
@@ -70,23 +100,46 @@ impl Summary {
     /// Counts an event.
     pub fn add(&mut self, event: &Event) {
         let Event::Close(close) = event else { return };
-        let process = close.process.as_ref().map(|process| (process.pid, process.comm.clone()));
-        let place = Place::of("closed at", close.stack.as_ref())
-            .or_else(|| Place::of("opened at", close.opener.as_ref()?.stack.as_ref()));
-        let end = End {
-            process,
-            closed_by: close.closed_by,
-            ended: close.ended,
-            cause: close.cause,
-            place: place.unwrap_or_default(),
-        };
-        if self.ends.len() >= MAX_KINDS && !self.ends.contains_key(&end) {
+        let Some(place) = self.place(close) else {
             self.others += 1;
             return;
-        }
-        let count = self.ends.entry(end).or_default();
+        };
+        let count = &mut self.counts[place];
         count.sockets += 1;
         count.time_wait += u64::from(leaves_time_wait(close));
+    }
+
+    /// The place in `counts` of ends of this kind; `None` if there is no room for another kind.
+    fn place(&mut self, close: &Close) -> Option<usize> {
+        let Close { closed_by, ended, cause, .. } = *close;
+        let (what, frames) = Place::frames_of(close).unzip();
+        let identity = Identity {
+            process: close.process.as_ref().map(Shared::address),
+            frames: frames.map(Shared::address),
+            closed_by,
+            ended,
+            cause,
+        };
+        if let Some(recent) = self.recent.get(&identity) {
+            return Some(recent.place);
+        }
+        let place_in_code = Place(what.zip(frames.cloned()));
+        let process = close.process.as_ref().map(|process| (process.pid, process.comm.clone()));
+        let end = End { process, closed_by, ended, cause, place: place_in_code.clone() };
+        let place = match self.ends.get(&end) {
+            Some(place) => *place,
+            None if self.ends.len() >= MAX_KINDS => return None,
+            None => {
+                self.counts.push(Count::default());
+                self.ends.insert(end, self.counts.len() - 1);
+                self.counts.len() - 1
+            }
+        };
+        if self.recent.len() >= MAX_RECENT {
+            self.recent.clear();
+        }
+        self.recent.insert(identity, Recent { place, _kept: (close.process.clone(), place_in_code) });
+        Some(place)
     }
 
     /// Counts a socket that lingers when the trace ends.
@@ -116,10 +169,10 @@ impl Summary {
         }
         // Processes with most ends first, and of each the kinds with most ends.
         let mut of_process = HashMap::<_, u64>::new();
-        for (end, count) in &self.ends {
+        let mut rows: Vec<_> = self.ends.iter().map(|(end, place)| (end, self.counts[*place])).collect();
+        for (end, count) in &rows {
             *of_process.entry(&end.process).or_default() += count.sockets;
         }
-        let mut rows: Vec<_> = self.ends.iter().collect();
         rows.sort_by_key(|(end, count)| {
             let of_process = of_process.get(&end.process).copied().unwrap_or(0);
             (std::cmp::Reverse(of_process), end.process.clone(), std::cmp::Reverse(count.sockets))
@@ -206,11 +259,23 @@ fn rest(f: &mut fmt::Formatter<'_>, rows: usize) -> fmt::Result {
     if rows > ROWS { writeln!(f, "{:>8} and {} more rows", "", rows - ROWS) } else { Ok(()) }
 }
 
+/// The frames that tell most about a place.
+fn frames(stack: Option<&Stack>) -> Option<&Frames> {
+    let stack = stack?;
+    stack.user.as_ref().or(stack.kernel.as_ref()).filter(|frames| !frames.is_empty())
+}
+
 impl Place {
     fn of(what: &'static str, stack: Option<&Stack>) -> Option<Self> {
-        let stack = stack?;
-        let frames = stack.user.as_ref().or(stack.kernel.as_ref()).filter(|frames| !frames.is_empty())?;
-        Some(Self(Some((what, frames.clone()))))
+        Some(Self(Some((what, frames(stack)?.clone()))))
+    }
+
+    /// Where a connection was closed or, if that is not known, opened.
+    fn frames_of(close: &Close) -> Option<(&'static str, &Frames)> {
+        if let Some(frames) = frames(close.stack.as_ref()) {
+            return Some(("closed at", frames));
+        }
+        Some(("opened at", frames(close.opener.as_ref()?.stack.as_ref())?))
     }
 
     /// The frames that identify the place, which are also those that are shown.
@@ -262,7 +327,7 @@ mod tests {
             summary.add(event);
         }
         let closes = examples::all().iter().filter(|event| matches!(event, Event::Close(_))).count();
-        let counted: u64 = summary.ends.values().map(|count| count.sockets).sum();
+        let counted: u64 = summary.counts.iter().map(|count| count.sockets).sum();
         assert_eq!(counted, 2 * closes as u64);
         assert!(summary.ends.len() <= closes, "{}", summary.ends.len());
         let text = summary.to_string();

@@ -148,7 +148,7 @@ impl Page<'_> {
             facts.add_some("why", close.cause);
             format!("close {by} {how}")
         };
-        self.head(close.time, &what, style, close.process.as_ref(), &close.connection);
+        self.head(close.time, &what, style, close.process.as_deref(), &close.connection);
 
         match (&close.trigger, &close.signal) {
             (Some(trigger), Some(signal)) => facts.add("trigger", format!("{trigger} {}", escape(signal))),
@@ -157,10 +157,10 @@ impl Page<'_> {
         facts.connection(&close.connection, close.idle_ms, close.last_data);
         facts.add_some("close_wait", close.close_wait_ms.map(human_millis));
         facts.traffic(&close.connection);
-        facts.process(close.process.as_ref());
+        facts.process(close.process.as_deref());
         self.facts(facts);
         self.stack(close.stack.as_ref(), INDENT);
-        self.opener(close.opener.as_ref(), close.process.as_ref());
+        self.opener(close.opener.as_ref(), close.process.as_deref());
     }
 
     fn reset(&mut self, reset: &Reset) {
@@ -172,22 +172,22 @@ impl Page<'_> {
             facts.add_some("why", reset.cause);
             format!("reset {}", reset.direction)
         };
-        self.head(reset.time, &what, self.palette.alarm, reset.process.as_ref(), &reset.connection);
+        self.head(reset.time, &what, self.palette.alarm, reset.process.as_deref(), &reset.connection);
 
-        facts.add("reason", reset.reason.as_deref().map_or("-".into(), escape));
+        facts.add("reason", reset.reason.as_ref().map_or("-".into(), |reason| escape(reason)));
         facts.add("state", or_dash(reset.state));
         facts.connection(&reset.connection, reset.idle_ms, reset.last_data);
         facts.add_some("ttl", reset.ttl);
         facts.add_some("handshake_ttl", reset.handshake_ttl);
-        facts.process(reset.process.as_ref());
+        facts.process(reset.process.as_deref());
         self.facts(facts);
         self.stack(reset.stack.as_ref(), INDENT);
-        self.opener(reset.opener.as_ref(), reset.process.as_ref());
+        self.opener(reset.opener.as_ref(), reset.process.as_deref());
     }
 
     fn lingering(&mut self, lingering: &Lingering) {
         let what = format!("lingering {}", lingering.kind);
-        let process = lingering.process.as_ref();
+        let process = lingering.process.as_deref();
         self.head(lingering.time, &what, self.palette.peer, process, &lingering.connection);
 
         let mut facts = Facts::default();
@@ -271,7 +271,8 @@ impl Page<'_> {
         let Palette { dim, .. } = self.palette;
         let Some(opener) = opener else { return };
         let identity = |process: &Process| (process.pid, process.comm.clone());
-        let other = opener.process.as_ref().filter(|process| owner.map(identity) != Some(identity(process)));
+        let other =
+            opener.process.as_deref().filter(|process| owner.map(identity) != Some(identity(process)));
         let frames = |stack: &Stack| stack.user.iter().chain(&stack.kernel).any(|frames| !frames.is_empty());
         let stack = opener.stack.as_ref().filter(|stack| frames(stack));
         match other {
@@ -558,7 +559,7 @@ mod tests {
             }
             let Event::Reset(mut reset) = examples::injected() else { unreachable!() };
             reset.cause = cause;
-            reset.reason = Some("TCP_RFC7323_PAWS_TSECR_AND_MORE".into());
+            reset.reason = Some("TCP_RFC7323_PAWS_TSECR_AND_MORE".to_owned().into());
             for line in plain(Event::Reset(reset)).lines() {
                 assert!(width(line) <= COLUMNS, "{} columns:\n{line}", width(line));
             }
@@ -600,7 +601,7 @@ mod tests {
         close.trigger = Some(Trigger::Signal);
         close.signal = Some(evil.into());
         let stack = close.stack.as_mut().expect("taken");
-        let mut frames = stack.user.as_deref().expect("taken").to_vec();
+        let mut frames = stack.user.as_deref().expect("taken").clone();
         for frame in &mut frames {
             frame.symbol = Some(evil.into());
             frame.module = Some(evil.into());
@@ -615,7 +616,7 @@ mod tests {
         assert!(!text.contains('\u{202e}'), "{text:?}");
 
         let Event::Reset(mut reset) = examples::reset_sent() else { unreachable!() };
-        reset.reason = Some(evil.into());
+        reset.reason = Some(evil.to_owned().into());
         assert!(!plain(Event::Reset(reset)).contains('\x1b'));
 
         let Event::Lingering(mut lingering) = examples::lingering() else { unreachable!() };

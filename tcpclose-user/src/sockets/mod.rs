@@ -28,7 +28,8 @@ use crate::{
         process::Processes,
     },
     event::{
-        Attribution, Connection, Endpoint, Family, Lingering, LingeringKind, Process, Role, State, Time,
+        Attribution, Connection, Endpoint, Family, Lingering, LingeringKind, Process, Role, Shared, State,
+        Time,
     },
     filter::Filter,
     host::Program,
@@ -173,7 +174,7 @@ impl Socket {
                 // The kernel lists no more of it.
                 ..Connection::default()
             },
-            process: self.process(processes),
+            process: self.process(processes).map(Shared::from),
             state,
             since: None,
             for_ms: at_least.map(f64::from),

@@ -20,6 +20,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use foldhash::fast::RandomState;
 use tcpclose_common::{record::StackCopy, stack::MAX_FRAMES};
 
 use nix::time::{ClockId, clock_gettime};
@@ -66,7 +67,7 @@ pub struct Stacks {
     processes: Arc<Mutex<Processes>>,
     /// With `--call-graph auto`.
     recipes: Option<RecipeMaps>,
-    named: HashMap<(u32, u64, Unnamed), Named>,
+    named: HashMap<(u32, u64, Unnamed), Named, RandomState>,
     without_callers: u64,
 }
 
@@ -96,7 +97,7 @@ impl Stacks {
             unwinder: Unwinder::default(),
             symbolizer: Symbolizer::default(),
             processes,
-            named: HashMap::new(),
+            named: HashMap::default(),
             without_callers: 0,
         }
     }
@@ -152,6 +153,9 @@ impl Stacks {
     }
 
     fn user(&mut self, task: &TaskStacks) -> Option<Frames> {
+        if task.user == 0 {
+            return None;
+        }
         let process = (task.pid, task.mm);
         let unnamed = match self.store.own_key(task.user) {
             Some(own) => {
@@ -188,6 +192,9 @@ impl Stacks {
     }
 
     fn kernel(&mut self, task: &TaskStacks) -> Option<Frames> {
+        if task.kernel == 0 {
+            return None;
+        }
         let key = (task.pid, task.mm, Unnamed::Stored(task.kernel));
         if let Some(frames) = self.cached(&key) {
             return Some(frames);

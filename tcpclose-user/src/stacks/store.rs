@@ -7,6 +7,7 @@ use std::{
 };
 
 use aya::maps::{HashMap as BpfHashMap, MapData};
+use foldhash::fast::RandomState as Quick;
 use tcpclose_common::stack::Stack;
 
 use crate::stacks::frame::UnwoundStack;
@@ -28,12 +29,12 @@ const MAX_UNWOUND: usize = 16_384;
 /// copy leads to that key.
 pub struct Store {
     map: BpfHashMap<MapData, u64, Stack>,
-    known: HashMap<u64, Arc<[u64]>>,
+    known: HashMap<u64, Arc<[u64]>, Quick>,
     /// Programs have few places that open and close sockets.
-    unwound: HashMap<u64, Unwound>,
+    unwound: HashMap<u64, Unwound, Quick>,
     hasher: RandomState,
     clock: u64,
-    copies: HashMap<u64, u64>,
+    copies: HashMap<u64, u64, Quick>,
     /// The keys of `copies` and some that were released, oldest first.
     order: VecDeque<u64>,
     /// How many `copies` may be kept.
@@ -55,11 +56,11 @@ impl Store {
     pub fn new(map: BpfHashMap<MapData, u64, Stack>, connections: u32) -> Self {
         Self {
             map,
-            known: HashMap::new(),
-            unwound: HashMap::new(),
+            known: HashMap::default(),
+            unwound: HashMap::default(),
             hasher: RandomState::new(),
             clock: 0,
-            copies: HashMap::new(),
+            copies: HashMap::default(),
             order: VecDeque::new(),
             capacity: usize::try_from(connections).unwrap_or(usize::MAX).saturating_mul(2),
             released: VecDeque::new(),

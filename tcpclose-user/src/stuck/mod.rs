@@ -8,10 +8,16 @@
 pub mod age;
 pub mod older;
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    thread::{self, JoinHandle},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
 use aya::maps::{Array, MapData};
+use foldhash::fast::RandomState;
 use tcpclose_common::table::BEFORE_TRACE;
 
 use self::{
@@ -121,9 +127,11 @@ pub struct StuckSockets {
     limit: Option<u64>,
     requested_pass: Array<MapData, u32>,
     /// The sockets of the table at the last walk: never more than it has room for.
-    entries: HashMap<u64, Entry>,
+    entries: HashMap<u64, Entry, RandomState>,
     /// Number of the inventory pass that will report holders; 0 if none was requested yet.
     pass: u16,
+    /// The thread that asks the kernel for the sockets that were stuck before the trace.
+    asking: Option<JoinHandle<(Older, Orphans)>>,
     /// Sockets that were stuck before the trace and have a descriptor.
     older: Older,
     /// Sockets that were stuck before the trace and have none.
@@ -145,18 +153,34 @@ impl StuckSockets {
         Ok(Self {
             limit,
             requested_pass: kernel.take_map("ASKED")?,
-            entries: HashMap::new(),
+            entries: HashMap::default(),
             pass: 0,
+            asking: None,
             older: Older::default(),
             orphans: Orphans::default(),
         })
     }
 
     /// Asks the kernel which sockets are stuck when the trace begins, so that their age is known as far as the kernel
-    /// knows it.
-    pub fn find_older(&mut self) {
+    /// knows it. A thread does it: in each network namespace the kernel walks the sockets of the whole host, which takes
+    /// seconds on a host with many of both. Until it has answered, no socket is due.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub fn find_older(&mut self) -> Result<()> {
         if let Some(limit) = self.limit {
-            (self.older, self.orphans) = older::find(limit);
+            let ask = move || older::find(limit);
+            let thread = thread::Builder::new().name("older".to_owned()).spawn(ask);
+            self.asking = Some(thread.context("cannot start a thread")?);
+        }
+        Ok(())
+    }
+
+    /// Takes the answer in.
+    fn take_older(&mut self) {
+        // A thread that panicked has found nothing.
+        if let Some(Ok(found)) = self.asking.take().map(JoinHandle::join) {
+            (self.older, self.orphans) = found;
         }
     }
 
@@ -173,8 +197,16 @@ impl StuckSockets {
 
     /// The addresses of the sockets to inspect now.
     pub fn due(&mut self, table: &Table, now: u64) -> Vec<u64> {
+        if self.asking.as_ref().is_some_and(|thread| !thread.is_finished()) {
+            return Vec::new();
+        }
+        self.take_older();
+        self.older_than(table, now)
+    }
+
+    fn older_than(&mut self, table: &Table, now: u64) -> Vec<u64> {
         let Some(limit) = self.limit else { return Vec::new() };
-        let mut present = HashMap::with_capacity(self.entries.len());
+        let mut present = HashMap::with_capacity_and_hasher(self.entries.len(), RandomState::default());
         let mut due = Vec::new();
         for (address, since) in table.teardowns() {
             let known = self.entries.get(&address).filter(|known| known.since == since);
@@ -191,8 +223,9 @@ impl StuckSockets {
 
     /// The addresses of all sockets of the table, for the last inspection when the trace ends.
     pub fn all(&mut self, table: &Table) -> Vec<u64> {
+        self.take_older();
         // As after `due()`: no address twice, and no more than the table has room for.
-        self.due(table, u64::MAX)
+        self.older_than(table, u64::MAX)
     }
 
     /// Begins to inspect sockets. Returns the number of the inventory pass that will report their holders.

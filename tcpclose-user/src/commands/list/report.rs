@@ -8,7 +8,7 @@ use std::{
 
 use super::Towards;
 use crate::{
-    event::{Holder, Lingering, LingeringKind, Process, State},
+    event::{Holder, Lingering, LingeringKind, Process, Shared, State},
     sink::{COLUMNS, Palette, bounds, cut, endpoint, escape, or_dash, width},
     sockets::{Counts, Outgoing, Scan, Unowned},
 };
@@ -38,7 +38,7 @@ pub struct Report {
 type Key = (Option<u32>, Option<u32>, Option<Towards>);
 
 struct Group {
-    process: Option<Process>,
+    process: Option<Shared<Process>>,
     netns: Option<u32>,
     towards: Option<Towards>,
     shown: Vec<Lingering>,
