@@ -520,21 +520,19 @@ mod tests {
 
     #[test]
     fn a_stack_has_the_bytes_that_its_header_promises() {
+        let header = size_of::<StackCopy>();
         let mut copy = StackCopy::new_zeroed();
-        copy.header = Header {
-            tag: tag::STACK,
-            version: VERSION,
-            length: u32::try_from(size_of::<StackCopy>()).expect("it is small") + 16,
-        };
+        let length = u32::try_from(header + 16).expect("it is small");
+        copy.header = Header { tag: tag::STACK, version: VERSION, length };
         copy.bytes = 8;
         let record = |copy: StackCopy| [copy.as_bytes(), &[1; 8], &[2; 8]].concat();
         assert_eq!(decode(&record(copy)), Ok(Record::Stack(copy, &[1; 8])));
         let long = StackCopy { bytes: 17, ..copy };
         assert!(matches!(decode(&record(long)), Err(DecodeError::Length { .. })));
         let whole = record(copy);
-        let cut = &whole[..size_of::<StackCopy>() + 8];
-        assert_eq!(decode(cut), Err(DecodeError::Length { tag: tag::STACK, found: 80, expected: 88 }));
-        assert!(matches!(decode(&whole[..71]), Err(DecodeError::Length { .. })));
+        let error = DecodeError::Length { tag: tag::STACK, found: header + 8, expected: header + 16 };
+        assert_eq!(decode(&whole[..header + 8]), Err(error));
+        assert!(matches!(decode(&whole[..header - 1]), Err(DecodeError::Length { .. })));
     }
 
     #[test]
