@@ -61,7 +61,7 @@ impl<'a> Json<'a> {
 
 /// Inlined, like its callers, so that the length of a name is a constant, and copying it a few moves.
 #[inline(always)]
-#[expect(clippy::inline_always, reason = "measured: it saves an eighth of the instructions of an event")]
+#[expect(clippy::inline_always, reason = "the names of 60 fields are copied for each event")]
 fn field_name(out: &mut Vec<u8>, name: &str) {
     out.push(b'"');
     out.extend_from_slice(name.as_bytes());
