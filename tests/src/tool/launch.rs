@@ -4,11 +4,13 @@ use std::{
     env,
     ffi::{CStr, CString, OsString},
     fs::{self, File},
-    io, mem,
+    io::{self, ErrorKind},
+    mem,
     os::unix::{ffi::OsStrExt, fs::PermissionsExt, process::CommandExt},
     path::Path,
     process::{Child, Command, Output, Stdio},
     thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -208,7 +210,17 @@ impl Launch {
         let steps = mem::take(&mut self.steps);
         // SAFETY: a step only makes system calls and does not allocate.
         unsafe { command.pre_exec(move || steps.iter().try_for_each(Step::take)) };
-        let mut spawn = || command.spawn().with_context(|| format!("starting {command:?}"));
+        // A copy of the tool cannot be started while a child that another thread has just forked still has the file open
+        // for writing, which lasts until that child's own exec.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let mut spawn = || loop {
+            match command.spawn() {
+                Err(error) if error.kind() == ErrorKind::ExecutableFileBusy && Instant::now() < deadline => {
+                    thread::yield_now();
+                }
+                result => return result.with_context(|| format!("starting {command:?}")),
+            }
+        };
         if !self.in_pid_namespace {
             return spawn();
         }
