@@ -26,6 +26,9 @@ pub fn owner(owner: &Owner) {
     written(RECORDS.output::<Owner>(owner, wake()));
 }
 
+/// How much of a stack is copied, bytes, when the ring is filled to an eighth and stacks are recognized by recipes.
+const CROWDED_STACK_BYTES: usize = 4 << 10;
+
 /// Writes `copy`, followed by the current task's memory from `copy.start` on. `false` if the ring is half full: the other
 /// half is for events.
 ///
@@ -33,15 +36,21 @@ pub fn owner(owner: &Owner) {
 /// followed by a copy too.
 #[inline(always)]
 pub fn stack(mut copy: StackCopy) -> bool {
-    let length = size_of::<StackCopy>() + global!(PARAMS.stack_bytes) as usize;
     let half = RECORDS.query(u64::from(BPF_RB_RING_SIZE)) / 2;
-    if RECORDS.query(u64::from(BPF_RB_AVAIL_DATA)) > half {
+    let used = RECORDS.query(u64::from(BPF_RB_AVAIL_DATA));
+    if used > half {
         return false;
     }
+    // A burst of events whose stacks are not known yet fills the ring with copies of the same stack. Most stacks need no
+    // more than this.
+    let asked = global!(PARAMS.stack_bytes) as usize;
+    let is_crowded = global!(PARAMS.recipes) != 0 && used > half / 4;
+    let most = if is_crowded && asked > CROWDED_STACK_BYTES { CROWDED_STACK_BYTES } else { asked };
+    let length = size_of::<StackCopy>() + most;
     let Some(mut entry) = RECORDS.reserve_bytes(length, 0) else { return false };
     let room = entry.as_mut_ptr();
     let mut bytes = 0;
-    while bytes < global!(PARAMS.stack_bytes) as usize {
+    while bytes < most {
         // SAFETY: the entry has room for the copy and `stack_bytes`, which is a multiple of the step; the helper checks
         // the address that it reads from itself.
         let failed = unsafe {

@@ -99,11 +99,27 @@ fn copied(entry: &Entry) -> u64 {
         code_pages: entry.code_pages,
     };
     if !emit::stack(copy) {
+        if global!(PARAMS.recipes) != 0 {
+            return innermost(entry.ip);
+        }
         count!(stacks_failed);
         return 0;
     }
     count!(stacks_copied);
     key
+}
+
+/// The key into `STACKS` of a stack of which the innermost frame alone is known.
+#[inline(always)]
+fn innermost(ip: u64) -> u64 {
+    let Some(slot) = Slot::take() else {
+        count!(stacks_failed);
+        return 0;
+    };
+    // SAFETY: the slot is ours, its stack is plain integers.
+    let stack = unsafe { &mut (*slot.get()).stack };
+    stack.frames[0] = ip;
+    stored(stack, 1)
 }
 
 #[inline(always)]
@@ -122,7 +138,12 @@ fn collect(ctx: &impl EbpfContext, flags: u64) -> u64 {
         // No memory of its own (an exiting task, a kernel thread), or an unwinder that found nothing.
         return 0;
     }
-    let count = (bytes as u64) / 8;
+    stored(stack, (bytes as u64) / 8)
+}
+
+/// Stores the first `count` frames in `STACKS`, and returns their key; 0 if that fails, which is counted.
+#[inline(always)]
+fn stored(stack: &mut Stack, count: u64) -> u64 {
     stack.count = count;
     let key = hash(stack, count);
     if STACKS.get_ptr(key).is_some() {

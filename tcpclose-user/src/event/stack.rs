@@ -56,6 +56,8 @@ pub enum Truncated {
     RuntimeUnreadable,
     /// There are more frames than are reported.
     FrameLimit,
+    /// There was no room in the ring buffer for a copy of the stack: too many unknown stacks came at once.
+    NotCopied,
     /// The kernel followed frame pointers, and this program keeps none.
     NoFramePointer,
     /// The mappings of the process could not be read: it had ended, or this process may not.
@@ -70,6 +72,7 @@ impl fmt::Display for Truncated {
             Self::NoCode => "the return address is not in code",
             Self::RuntimeUnreadable => "the runtime cannot be read",
             Self::FrameLimit => "more frames than are reported",
+            Self::NotCopied => "no room for a copy of the stack",
             Self::NoFramePointer => "no frame pointer",
             Self::NoMappings => "the mappings of the process are not known",
         })

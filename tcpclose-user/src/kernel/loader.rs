@@ -350,6 +350,10 @@ impl Layouts {
 /// Size of the ring, bytes, where it also takes copies of all stacks: half of it holds 2,000 of 16 KiB between two reads.
 const RING_WITH_STACKS: u32 = 64 << 20;
 
+/// Size of the ring, bytes, where stacks are copied until they are recognized: a burst of 3,000 unknown ones finds room in
+/// half of it.
+const RING_WITH_RECIPES: u32 = 32 << 20;
+
 /// Sets the globals and the sizes of maps, and creates the maps.
 fn prepare(
     loader: EbpfLoader<'static>,
@@ -375,8 +379,9 @@ fn prepare(
         .map_max_entries("ENTRIES", table::buckets(request.connections) * table::WAYS)
         .map_max_entries("OVERFLOW", table::overflow(request.connections))
         .map_max_entries("TEARDOWNS", table::overflow(request.connections));
-    if params.stack_bytes != 0 && params.recipes == 0 {
-        loader.map_max_entries("RECORDS", RING_WITH_STACKS);
+    if params.stack_bytes != 0 {
+        let size = if params.recipes == 0 { RING_WITH_STACKS } else { RING_WITH_RECIPES };
+        loader.map_max_entries("RECORDS", size);
     }
     if params.recipes == 0 {
         loader.map_max_entries("RECIPES", 1).map_max_entries("RECIPE_EDGES", 1);

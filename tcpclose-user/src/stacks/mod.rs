@@ -175,7 +175,12 @@ impl Stacks {
                 let frames = self.store.frames(key)?;
                 let image = image(&self.processes, process, &frames);
                 let (plausible, truncated) = plausible(image.as_deref(), &frames);
-                self.without_callers += u64::from(plausible.len() == 1);
+                let truncated = match truncated {
+                    // Here frame pointers are not followed.
+                    Some(Truncated::NoFramePointer) if self.recipes.is_some() => Some(Truncated::NotCopied),
+                    other => other,
+                };
+                self.without_callers += u64::from(truncated == Some(Truncated::NoFramePointer));
                 let mut named = self.symbolizer.user(image.as_deref(), plausible);
                 if let Some(last) = named.last_mut() {
                     last.truncated = truncated;
