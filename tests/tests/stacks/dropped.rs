@@ -15,13 +15,14 @@ impl Client {
 #[inline(never)]
 fn serve(client: Client) -> usize {
     let read = std::io::stdin().read(&mut [0]).unwrap_or(0);
-    forget_about(client);
-    read
+    read + forget_about(client)
 }
 
+/// Its result keeps the compiler from ending it with a jump to `close()`, which would leave it out of the stack.
 #[inline(never)]
-fn forget_about(client: Client) {
+fn forget_about(client: Client) -> usize {
     drop(client.0);
+    std::hint::black_box(0)
 }
 
 fn main() -> std::io::Result<()> {

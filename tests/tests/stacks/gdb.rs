@@ -135,10 +135,20 @@ impl Backtrace {
     }
 }
 
-/// The last part of a name, without parameters and without what symbol tables add: the hash of a Rust function, and a
-/// version. Debuggers name what is in front of it in different ways.
-fn plain(name: &str) -> &str {
-    let name = name.split(['(', '@']).next().unwrap_or(name);
+/// The last part of a name, without parameters, without types in angle brackets, and without what symbol tables add: the
+/// hash of a Rust function, and a version. Debuggers name what is in front of it in different ways.
+fn plain(name: &str) -> String {
+    let mut depth = 0_usize;
+    let mut bare = String::new();
+    for character in name.replace("->", "").chars() {
+        match character {
+            '<' => depth += 1,
+            '>' => depth = depth.saturating_sub(1),
+            character if depth == 0 => bare.push(character),
+            _ => {}
+        }
+    }
+    let name = bare.split(['(', '@']).next().unwrap_or(&bare);
     let name = name.rsplit_once("::h").filter(|(_, hash)| hash.len() == 16).map_or(name, |(name, _)| name);
-    name.rsplit("::").next().unwrap_or(name)
+    name.rsplit("::").next().unwrap_or(name).to_owned()
 }
