@@ -150,5 +150,7 @@ fn plain(name: &str) -> String {
     }
     let name = bare.split(['(', '@']).next().unwrap_or(&bare);
     let name = name.rsplit_once("::h").filter(|(_, hash)| hash.len() == 16).map_or(name, |(name, _)| name);
-    name.rsplit("::").next().unwrap_or(name).to_owned()
+    let last = name.rsplit("::").find(|part| !part.is_empty()).unwrap_or(name);
+    // `{{closure}}` in one mangling, `{closure#0}` in the other and in debug information.
+    if last.contains("{closure") { "{closure}".to_owned() } else { last.to_owned() }
 }
