@@ -231,7 +231,9 @@ fn cookie_is_that_of_the_socket() -> Result<()> {
         let is_right = if connection["role"] == "client" {
             *reported == json!(cookie)
         } else {
-            reported.is_null() != Feature::Cookies.is_here() && *reported != json!(cookie)
+            // Without the helper a socket has a cookie if somebody has asked for it: here the tool itself may have,
+            // when it asked for the sockets that are older than the trace.
+            (reported.is_u64() || !Feature::Cookies.is_here()) && *reported != json!(cookie)
         };
         ensure!(is_right, "the client's cookie is {cookie}\n{ended}");
     }
