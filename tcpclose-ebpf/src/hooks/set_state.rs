@@ -27,6 +27,7 @@ use crate::{
 /// The kernel does not run a program on a CPU where it is running already (`__bpf_trace_run()`, since 6.1). A state change
 /// in a softirq that interrupts this program would be lost; its second copy, [`set_state_nested`], handles it.
 #[btf_tracepoint(function = "inet_sock_set_state")]
+#[inline(always)]
 pub fn set_state(ctx: BtfTracePointContext) -> i32 {
     if let Some((sock, old, new)) = change(&ctx) {
         if let Some(last) = LAST_CHANGE.get_ptr_mut(0) {
@@ -46,6 +47,7 @@ pub fn set_state(ctx: BtfTracePointContext) -> i32 {
 /// of a tracing program once per CPU, and only the guard that skips a running program keeps two runs from sharing it. A
 /// tail call passes that guard: it would overwrite the stack of the run that it interrupts.
 #[btf_tracepoint(function = "inet_sock_set_state")]
+#[inline(always)]
 pub fn set_state_nested(ctx: BtfTracePointContext) -> i32 {
     let Some((sock, old, new)) = change(&ctx) else { return 0 };
     if let Some(last) = LAST_CHANGE.get_ptr_mut(0) {
@@ -94,6 +96,7 @@ fn cookie(ctx: &BtfTracePointContext, new: u8) -> u64 {
 }
 
 #[tracepoint]
+#[inline(always)]
 pub fn set_state_classic(ctx: TracePointContext) -> i32 {
     let record = Record { ctx: &ctx, layout: global!(SET_STATE_RECORD) };
     let layout = record.layout;
