@@ -98,6 +98,10 @@ offsets! {
         tcp_write_seq,
         /// `tcp_sock.snd_una`, u32.
         tcp_snd_una,
+        /// `tcp_sock.snd_nxt`, u32; `write_seq - snd_nxt` is what was not sent yet.
+        tcp_snd_nxt,
+        /// `inet_connection_sock.icsk_probes_out`, u8: probes of a shut window, or keepalives, since the last answer.
+        icsk_probes_out,
         /// `tcp_sock.linger2`, int, jiffies; negative if there is to be no FIN_WAIT2.
         tcp_linger2,
         /// From a `struct net` to its inode number (`net.ns.inum`), unsigned int.
@@ -116,6 +120,8 @@ offsets! {
         task_pid,
         /// `task_struct.tgid`, the process id, int.
         task_tgid,
+        /// `task_struct.group_leader`, pointer to the main thread.
+        task_group_leader,
         /// `task_struct.comm`, 16 bytes.
         task_comm,
         /// `task_struct.real_cred`, pointer to `struct cred`.

@@ -27,11 +27,29 @@ pub struct Registers {
     pub fp: u16,
     /// Link register.
     pub lr: u16,
+    /// What says whether a task entered the kernel from 32-bit code: `cs` on x86-64, `pstate` on arm64.
+    pub mode: u16,
+    /// The bits of it, of the lowest 16, that say so.
+    pub mode_mask: u16,
+    /// Their value for 32-bit code.
+    pub mode_compat: u16,
+    /// First argument of a system call of 32-bit code.
+    pub argument: u16,
 }
 
 impl Registers {
     /// Nothing known.
-    pub const ABSENT: Self = Self { ip: ABSENT, sp: ABSENT, fp: ABSENT, lr: ABSENT };
+    pub const ABSENT: Self = Self {
+        ip: ABSENT,
+        sp: ABSENT,
+        fp: ABSENT,
+        lr: ABSENT,
+        mode: ABSENT,
+        mode_mask: 0,
+        // No bits under the mask are equal to it.
+        mode_compat: 1,
+        argument: ABSENT,
+    };
 }
 
 /// Read-only parameters. A count of 0 means that the filter was not given.
@@ -122,8 +140,8 @@ impl Params {
     };
 }
 
-// 16 * 4 + 3 * 16 + 32 + 8 + 8 = 160, then 8 * 32: every member is naturally aligned, so this sum says "no padding".
-const _: () = assert!(size_of::<Params>() == 160 + MAX_FILTER_VALUES * size_of::<Range>());
+// 16 * 4 + 3 * 16 + 32 + 16 + 8 = 168, then 8 * 32: every member is naturally aligned, so this sum says "no padding".
+const _: () = assert!(size_of::<Params>() == 168 + MAX_FILTER_VALUES * size_of::<Range>());
 
 // SAFETY: `repr(C)`, integers only, and the assertion above shows that there is no padding.
 #[cfg(feature = "user")]

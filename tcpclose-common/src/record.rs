@@ -5,7 +5,7 @@
 //! A fact that could not be read is [`UNKNOWN_U64`] or [`UNKNOWN_U32`], never 0.
 
 /// Layout version, in every header. A reader that finds another one refuses the record.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// A 64-bit fact that could not be read.
 pub const UNKNOWN_U64: u64 = u64::MAX;
@@ -26,6 +26,8 @@ pub mod tag {
     pub const STUCK: u16 = 5;
     /// A copy of a user stack: a [`super::StackCopy`] followed by [`super::StackCopy::bytes`] bytes.
     pub const STACK: u16 = 6;
+    /// A task acted on a socket after another act, or destroyed it from outside: a [`super::Act`].
+    pub const ACT: u16 = 7;
 }
 
 /// Directions of a RST.
@@ -66,6 +68,23 @@ pub mod holds {
     pub const OPEN: u32 = 1;
     /// It has a descriptor of a socket whose holders were asked for.
     pub const ASKED: u32 = 2;
+}
+
+/// What an [`Act`] was.
+pub mod act {
+    /// This side acted again: it closed what it had shut down.
+    pub const AGAIN: u32 = 0;
+    /// The task destroyed the socket from outside, as `ss -K` does.
+    pub const DESTROYED: u32 = 1;
+}
+
+/// What [`Task::syscall`] holds besides the number of the system call.
+pub mod syscall {
+    /// The number is one of the table for 32-bit programs (i386, arm32). Numbers have 10 bits, and bit 30 is that of x32
+    /// programs (`__X32_SYSCALL_BIT`), which the kernel leaves in the number.
+    pub const COMPAT: i32 = 1 << 28;
+    /// Where the first argument is kept of i386's `socketcall`, which says what the call is.
+    pub const SOCKETCALL_SHIFT: u32 = 16;
 }
 
 /// The first thing that happened to a connection on its way to the end.
@@ -160,7 +179,7 @@ layout! {
         flags: u32,
         /// `task_struct.exit_code`; only meaningful with `PF_EXITING`.
         exit_code: i32,
-        /// System call number, or -1 when not readable.
+        /// System call number, with what [`syscall`] adds to it, or -1 when not readable.
         syscall: i32,
         /// The thread's name, cut to 15 bytes, ended by a zero.
         comm: [u8; 16],
@@ -230,7 +249,7 @@ pub const MAX_STEPS: usize = 10;
 
 layout! {
     /// One end of a connection.
-    Connection (560) {
+    Connection (568) {
         /// Filled when it is written to the ring.
         header: Header,
         /// The socket's address, an identity while it lives. Never shown.
@@ -297,6 +316,10 @@ layout! {
         no_fin_wait2: u16,
         /// One of [`holder`].
         holder_kind: u32,
+        /// Sequence numbers written and not sent yet, a FIN counts as one; only filled for [`tag::STUCK`].
+        unsent: u32,
+        /// Probes of the peer's window that it has not answered (`icsk_probes_out`); only filled for [`tag::STUCK`].
+        probes: u32,
     }
 }
 
@@ -320,8 +343,46 @@ layout! {
 }
 
 layout! {
+    /// What a task does to a socket after this side has acted before, or from outside.
+    Act (104) {
+        /// What every record begins with.
+        header: Header,
+        /// [`Connection::sock`] of the socket.
+        sock: u64,
+        /// [`Connection::born`] of the socket.
+        born: u64,
+        /// When, nanoseconds of `CLOCK_BOOTTIME`.
+        at: u64,
+        /// The task.
+        task: Task,
+        /// One of [`act`].
+        kind: u32,
+        /// Always 0.
+        reserved: u32,
+    }
+}
+
+layout! {
+    /// The last signal that may have killed a process: a value of `SIGNALS`.
+    Signal (40) {
+        /// When it was sent, nanoseconds of `CLOCK_BOOTTIME`.
+        at: u64,
+        /// Its number.
+        number: u32,
+        /// Process id of the sender; 0 if the kernel sent it, or a kernel thread.
+        pid: u32,
+        /// Real user id of the sender.
+        uid: u32,
+        /// 1 if it was the kernel's OOM killer.
+        oom: u32,
+        /// Name of the sender's main thread, cut to 15 bytes, ended by a zero.
+        comm: [u8; 16],
+    }
+}
+
+layout! {
     /// A process that touches a socket for the first time in this trace, or the first time since its last `exec()`.
-    Process (24) {
+    Process (40) {
         /// What every record begins with.
         header: Header,
         /// Process id in the initial namespace.
@@ -330,6 +391,8 @@ layout! {
         reserved: u32,
         /// Address of its `mm_struct`.
         mm: u64,
+        /// Name of the main thread, cut to 15 bytes, ended by a zero; all zero when not readable.
+        comm: [u8; 16],
     }
 }
 
@@ -402,7 +465,7 @@ impl Sample {
 
 impl Connection {
     /// A life about which nothing is known yet. It becomes the `TEMPLATE` that new entries are copied from.
-    #[expect(clippy::cast_possible_truncation, reason = "560 fits")]
+    #[expect(clippy::cast_possible_truncation, reason = "568 fits")]
     pub const NEW: Self = Self {
         header: Header { tag: 0, version: VERSION, length: size_of::<Self>() as u32 },
         sock: 0,
@@ -456,9 +519,15 @@ impl Connection {
         reset_after: reset_after::NEVER,
         no_fin_wait2: 0,
         holder_kind: holder::NONE,
+        unsent: UNKNOWN_U32,
+        probes: UNKNOWN_U32,
     };
 }
 
 // SAFETY: `repr(C)`; zerocopy's `IntoBytes` has proved that there is no padding.
 #[cfg(feature = "user")]
 unsafe impl aya::Pod for Connection {}
+
+// SAFETY: as above.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for Signal {}

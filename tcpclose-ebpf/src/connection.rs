@@ -10,7 +10,7 @@ use tcpclose_common::{
 };
 
 use crate::{
-    emit, filter,
+    acts, emit, filter,
     kernel::Object,
     listener,
     maps::{count, global},
@@ -63,6 +63,9 @@ pub fn begin(sk: u64, now: u64) -> Option<&'static mut Connection> {
 pub fn add(sk: u64, now: u64) -> Option<&'static mut Connection> {
     born(table::add(sk, false), sk, now)
 }
+
+/// `sk_err` of a socket that was destroyed from outside: `tcp_abort()`.
+const ECONNABORTED: i32 = 103;
 
 #[inline(always)]
 fn born(entry: *mut Connection, sk: u64, now: u64) -> Option<&'static mut Connection> {
@@ -241,6 +244,14 @@ pub fn end(
     if alive && has_no_socket && connection.role == role::SERVER {
         // While it waited to be accepted. If somebody acts, that may be an outsider who destroys the listener.
         listener::name(connection);
+    }
+    // Not where the end was noticed late: then the current task may be another one.
+    if stack_of == StackOf::Actor {
+        if error == ECONNABORTED {
+            acts::destroyed(ctx, connection);
+        } else {
+            acts::ended(ctx, connection);
+        }
     }
     let done = flags != UNKNOWN_U64 && flags & sock_flag::DONE != 0;
     // Our FIN was not acknowledged, so that this is no orderly end, and no error made it one.

@@ -2,7 +2,7 @@
 
 use aya_ebpf::bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, BPF_RB_RING_SIZE};
 use aya_ebpf::helpers::generated::bpf_probe_read_user;
-use tcpclose_common::record::{Connection, Header, Owner, STACK_STEP, StackCopy, VERSION, tag};
+use tcpclose_common::record::{Act, Connection, Header, Owner, STACK_STEP, StackCopy, VERSION, tag};
 
 use crate::{
     filter,
@@ -18,6 +18,12 @@ pub fn connection(connection: &mut Connection, tag: u16) {
     }
     connection.header = Header { tag, version: VERSION, length: size_of::<Connection>() as u32 };
     written(RECORDS.output::<Connection>(&*connection, wake()));
+}
+
+/// Writes that a task acted on a socket.
+#[inline(always)]
+pub fn act(act: &Act) {
+    written(RECORDS.output::<Act>(act, wake()));
 }
 
 /// Writes who closed a socket that had ended before, or who has a socket open.

@@ -23,6 +23,8 @@
 )]
 
 #[cfg(target_arch = "bpf")]
+mod acts;
+#[cfg(target_arch = "bpf")]
 mod connection;
 #[cfg(target_arch = "bpf")]
 mod emit;

@@ -10,7 +10,7 @@ use tcpclose_common::{
     counters::Counters,
     offsets::{ABSENT, ArgumentOffsets, RecordOffsets, StructOffsets},
     params::Params,
-    record::{Address, Connection, STACK_STEP, Task},
+    record::{Address, Connection, STACK_STEP, Signal, Task},
     stack::Stack,
     table::{Bucket, WAYS, buckets, overflow},
 };
@@ -153,6 +153,11 @@ pub struct Scratch {
 /// noticed again.
 #[map]
 pub static NOTICED: LruHashMap<u32, u64> = LruHashMap::with_max_entries(16_384, 0);
+
+/// The last signal that may have killed a process, by its id. LRU: of one that was forgotten the sender is not known. The
+/// user half looks up those that did kill.
+#[map]
+pub static SIGNALS: LruHashMap<u32, Signal> = LruHashMap::with_max_entries(4_096, 0);
 
 /// Process ids that `--pid` or `-- COMMAND` ask for. Not LRU: a process that is wanted must not be forgotten.
 #[map]

@@ -227,6 +227,19 @@ pub fn sample(sk: impl Object, jiffies: u64, to: &mut Sample) {
         member::<u32>(sk, global!(STRUCTS.icsk_lrcvtime)).map_or(UNKNOWN_U32, |at| now.wrapping_sub(at));
 }
 
+/// What waits to be sent: sequence numbers that were not sent yet, and probes of the peer's window that it has not answered.
+#[inline(always)]
+pub fn waiting(sk: u64) -> (u32, u32) {
+    let unsent = match (
+        member::<u32>(sk, global!(STRUCTS.tcp_write_seq)),
+        member::<u32>(sk, global!(STRUCTS.tcp_snd_nxt)),
+    ) {
+        (Some(written), Some(next)) => written.wrapping_sub(next),
+        _ => UNKNOWN_U32,
+    };
+    (unsent, member::<u8>(sk, global!(STRUCTS.icsk_probes_out)).map_or(UNKNOWN_U32, u32::from))
+}
+
 /// Facts about the way a socket ended: `(sk_err, sk_shutdown, linger time in jiffies)`.
 #[inline(always)]
 pub fn end(sk: impl Object) -> (i32, u8, u64) {

@@ -11,7 +11,7 @@ use aya_ebpf::{
 };
 use tcpclose_common::{
     offsets::ABSENT,
-    record::{Header, Process, Task, VERSION, tag},
+    record::{Header, Process, Task, VERSION, syscall, tag},
     tcp::task_flag,
 };
 
@@ -65,8 +65,30 @@ fn doing<O: Object>(current: O, registers: O, task: &mut Task) {
     task.exit_code = member(current, global!(STRUCTS.task_exit_code)).unwrap_or(0);
     // As a number: the verifier refuses to copy a pointer in halves, and copies of a `Task` are made of them.
     task.mm = current.follow(global!(STRUCTS.task_mm)).map_or(0, Object::address);
-    task.syscall = member::<i64>(registers, global!(STRUCTS.pt_regs_syscall)).unwrap_or(-1) as i32;
+    task.syscall = syscall(registers);
 }
+
+/// The number of the system call, as [`Task::syscall`] keeps it; -1 if it cannot be read.
+///
+/// 32-bit programs have a table of system calls of their own. Their code runs in another mode of the processor, which the
+/// registers show that were saved on the way into the kernel.
+#[inline(always)]
+fn syscall<O: Object>(registers: O) -> i32 {
+    let number = member::<i64>(registers, global!(STRUCTS.pt_regs_syscall)).unwrap_or(-1) as i32;
+    let mode = member::<u16>(registers, global!(PARAMS.registers.mode)).unwrap_or(0);
+    if number == -1 || mode & global!(PARAMS.registers.mode_mask) != global!(PARAMS.registers.mode_compat) {
+        return number;
+    }
+    let call = if number == SOCKETCALL {
+        member::<u32>(registers, global!(PARAMS.registers.argument)).unwrap_or(0) & 0xff
+    } else {
+        0
+    };
+    number | syscall::COMPAT | (call << syscall::SOCKETCALL_SHIFT).cast_signed()
+}
+
+/// The number of `socketcall` in i386's table.
+const SOCKETCALL: i32 = 102;
 
 /// Whether the current task is a kernel thread, or tcpclose itself. The inventory holds each file while it reads it; if the
 /// owner closes that file meanwhile, the socket is closed when the inventory releases it.
@@ -89,6 +111,15 @@ pub fn is_nobody() -> bool {
     flags & (task_flag::KTHREAD | task_flag::WQ_WORKER) != 0
 }
 
+/// The current program's name, which is that of its main thread; all zero if it cannot be read.
+#[inline(always)]
+pub fn program() -> [u8; 16] {
+    // SAFETY: the helper has no precondition.
+    let current = unsafe { bpf_get_current_task() };
+    let leader: u64 = member(current, global!(STRUCTS.task_group_leader)).unwrap_or(0);
+    member(leader, global!(STRUCTS.task_comm)).unwrap_or([0; 16])
+}
+
 /// Notifies the reader at once of a new process or program image, so that it can read `/proc` while the process lives.
 #[inline(always)]
 fn notice(task: &Task) {
@@ -106,6 +137,7 @@ fn notice(task: &Task) {
         pid: task.pid,
         reserved: 0,
         mm: task.mm,
+        comm: program(),
     };
     // No flags: the kernel wakes the reader unless it is awake already.
     if PROCESSES.output::<Process>(&notice, 0).is_err() {

@@ -10,12 +10,16 @@ use std::collections::{HashMap, VecDeque};
 use foldhash::fast::RandomState;
 
 use crate::{
-    ingest::life::{End, Follows, Life, Reset, SocketId, Task},
+    ingest::life::{End, Follows, LaterAct, Life, Reset, SocketId, Task},
     tcp::{Direction, State},
 };
 
 /// How many endings may wait at once. When there are more, the oldest is reported as it is.
 const MAX_WAITING: usize = 65_536;
+
+/// Of how many live sockets further acts are remembered, and how many of each. Of further sockets, the oldest is forgotten.
+const MAX_ACTED: usize = 16_384;
+const MAX_ACTS: usize = 8;
 
 /// How much later than the end its RST may come, nanoseconds. The kernel is not preempted between the two, but the
 /// CPU of a virtual machine may be descheduled there. A longer gap means another life at the same address.
@@ -41,6 +45,8 @@ pub struct Ending {
     pub late_owner: Option<LateOwner>,
     /// All descriptors were looked through since its end, and none refers to it: its former owner has passed it on.
     pub unheld: bool,
+    /// What was done to it after the first act of this side, in order.
+    pub later_acts: Vec<LaterAct>,
 }
 
 /// An owner that was found after the end.
@@ -63,11 +69,18 @@ impl LateOwner {
 
 impl Ending {
     fn end(life: Box<Life>, resets: Vec<Reset>) -> Self {
-        Self { life, is_end: true, resets, late_owner: None, unheld: false }
+        Self { life, is_end: true, resets, late_owner: None, unheld: false, later_acts: Vec::new() }
     }
 
     fn reset_alone(life: Box<Life>, reset: Reset) -> Self {
-        Self { life, is_end: false, resets: vec![reset], late_owner: None, unheld: false }
+        Self {
+            life,
+            is_end: false,
+            resets: vec![reset],
+            late_owner: None,
+            unheld: false,
+            later_acts: Vec::new(),
+        }
     }
 
     /// Whether its owner is still to be found: it had a descriptor when it ended, and no task has acted on it. The task
@@ -97,6 +110,10 @@ pub struct Correlator {
     count: usize,
     /// Socket address → arrival number of its latest ending.
     by_address: HashMap<u64, u64, RandomState>,
+    /// What was done to live sockets after the first act of this side.
+    later_acts: HashMap<SocketId, Vec<LaterAct>, RandomState>,
+    /// These sockets in the order in which they came; some may have ended since.
+    acted: VecDeque<SocketId>,
 }
 
 impl Correlator {
@@ -142,7 +159,29 @@ impl Correlator {
         {
             resets = before.resets;
         }
-        self.complete_or_wait(Ending::end(life, resets))
+        let later_acts = self.later_acts.remove(&life.id).unwrap_or_default();
+        self.complete_or_wait(Ending { later_acts, ..Ending::end(life, resets) })
+    }
+
+    /// Takes in what was done to a socket that has not ended.
+    pub fn act(&mut self, id: SocketId, act: LaterAct) {
+        let acts = self.later_acts.entry(id).or_default();
+        if acts.is_empty() {
+            self.acted.push_back(id);
+        }
+        if acts.len() < MAX_ACTS {
+            acts.push(act);
+        }
+        while self.acted.len() > MAX_ACTED {
+            if let Some(oldest) = self.acted.pop_front() {
+                self.later_acts.remove(&oldest);
+            }
+        }
+    }
+
+    /// What was done to a socket, which has not ended, after the first act of this side.
+    pub fn later_acts(&self, id: SocketId) -> &[LaterAct] {
+        self.later_acts.get(&id).map_or(&[], Vec::as_slice)
     }
 
     /// Takes in the task that closed the descriptor of a socket after its end. Returns the ending that it completes.

@@ -113,7 +113,10 @@ impl Filter {
         (self.0.socket.pid.is_empty()
             || process.is_some_and(|process| self.0.socket.pid.contains(&process.pid)))
             && (self.0.socket.comm.is_empty()
-                || process.is_some_and(|process| self.0.socket.comm.contains(&process.comm)))
+                || process.is_some_and(|process| {
+                    let names = [Some(&process.comm), process.thread.as_ref()];
+                    names.into_iter().flatten().any(|name| self.0.socket.comm.contains(name))
+                }))
             && (self.0.socket.container.is_empty()
                 || process.and_then(|process| process.container.as_ref()).is_some_and(|container| {
                     self.0.socket.container.iter().any(|wanted| container.starts_with(wanted.as_str()))

@@ -21,8 +21,9 @@ use crate::{
     attribute::{
         holder::{Holder, Holders},
         process::{Processes, lock},
+        signals::Signals,
     },
-    event::Stack,
+    event::{SignalFrom, Stack},
     kernel::{followed::Followed, privilege},
     stacks::{Stacks, TaskStacks},
 };
@@ -30,6 +31,9 @@ use crate::{
 /// What is known about the program that a process runs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Program {
+    /// Its name, which is that of its main thread.
+    #[serde(default)]
+    pub comm: Option<String>,
     /// Its path, as the process sees it.
     pub exe: Option<String>,
     /// The id of the container that the process is in.
@@ -41,6 +45,7 @@ impl Program {
     pub fn of(processes: &mut Processes, pid: u32, mm: u64) -> Self {
         let image = processes.image(pid, mm);
         image.map_or_else(Self::default, |image| Self {
+            comm: image.comm.clone(),
             exe: image.exe.clone(),
             container: image.container.clone(),
         })
@@ -60,6 +65,8 @@ pub trait Host {
     fn stack(&mut self, task: &TaskStacks) -> Option<Stack>;
     /// Whether this process belongs to the command that is traced.
     fn is_followed(&mut self, pid: u32) -> bool;
+    /// Who sent the signal with this number to a process that died of it.
+    fn signal_from(&mut self, pid: u32, number: i32) -> Option<SignalFrom>;
     /// The connection of the task with these stacks is over, and they will hardly be asked for again.
     fn release(&mut self, _: &TaskStacks) {}
 }
@@ -80,6 +87,13 @@ pub enum Question {
     Stack(TaskStacks),
     /// [`Host::is_followed`], with the process id.
     IsFollowed(u32),
+    /// [`Host::signal_from`].
+    SignalFrom {
+        /// Process id of the process that died.
+        pid: u32,
+        /// The signal.
+        number: i32,
+    },
 }
 
 /// What the host answered.
@@ -93,6 +107,8 @@ pub enum Answer {
     Stack(Option<Stack>),
     /// To [`Question::IsFollowed`].
     IsFollowed(bool),
+    /// To [`Question::SignalFrom`].
+    SignalFrom(Option<SignalFrom>),
 }
 
 /// How many questions are remembered, to write an answer only when it differs from the last one. When there are more, all
@@ -107,6 +123,8 @@ pub struct Live {
     /// Stacks that records refer to.
     pub stacks: Stacks,
     followed: Option<Followed>,
+    /// Who sent signals.
+    signals: Signals,
     /// With `--record`: the answers that are still to be kept.
     kept: Option<Kept>,
 }
@@ -126,6 +144,7 @@ impl Live {
         processes: Arc<Mutex<Processes>>,
         stacks: Stacks,
         followed: Option<Followed>,
+        signals: Signals,
         keep: bool,
     ) -> Self {
         let programs_version = lock(&processes).version();
@@ -135,6 +154,7 @@ impl Live {
             holders: Holders::default(),
             stacks,
             followed,
+            signals,
             kept: keep.then(Kept::default),
         }
     }
@@ -224,6 +244,12 @@ impl Host for Live {
         follows
     }
 
+    fn signal_from(&mut self, pid: u32, number: i32) -> Option<SignalFrom> {
+        let from = self.signals.from(pid, number);
+        self.keep(|| Question::SignalFrom { pid, number }, || Answer::SignalFrom(from.clone()));
+        from
+    }
+
     fn release(&mut self, task: &TaskStacks) {
         self.stacks.release(task.user);
     }
@@ -266,6 +292,13 @@ impl Host for Recorded {
     fn stack(&mut self, task: &TaskStacks) -> Option<Stack> {
         match self.answers.get(&Question::Stack(*task)) {
             Some(Answer::Stack(stack)) => stack.clone(),
+            _ => None,
+        }
+    }
+
+    fn signal_from(&mut self, pid: u32, number: i32) -> Option<SignalFrom> {
+        match self.answers.get(&Question::SignalFrom { pid, number }) {
+            Some(Answer::SignalFrom(from)) => from.clone(),
             _ => None,
         }
     }

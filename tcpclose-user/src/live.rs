@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use crate::{
-    attribute::{Attributor, process::Processes, watch},
+    attribute::{Attributor, process::Processes, signals::Signals, watch},
     cli::Linger,
     correlate::Correlator,
     event::{Event, Lingering, compose::Composer, millis},
@@ -67,6 +67,7 @@ impl Live {
         let ring = Records::new(&mut kernel)?;
         let store = Store::new(kernel.take_map("STACKS")?, options.connections);
         let new_processes = kernel.take_map("PROCESSES")?;
+        let signals = Signals::new(&mut kernel)?;
         let stuck = StuckSockets::new(&mut kernel, options.linger)?;
         kernel.find_older_sockets();
         let processes = Arc::new(Mutex::new(Processes::of_kernel_half()));
@@ -74,7 +75,7 @@ impl Live {
         let command_only = options.followed.is_some();
         let recipes = if kernel.has_recipes { Some(RecipeMaps::new(&mut kernel)?) } else { None };
         let stacks = Stacks::new(store, recipes, Arc::clone(&processes));
-        let host = LiveHost::new(processes, stacks, options.followed, options.recorder.is_some());
+        let host = LiveHost::new(processes, stacks, options.followed, signals, options.recorder.is_some());
         let mut live = Self {
             ring,
             pipeline: Pipeline {

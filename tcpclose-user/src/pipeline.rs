@@ -20,13 +20,13 @@ use crate::{
     attribute::{Attributor, Claim},
     correlate::{Correlator, Ending, LateOwner},
     event::{
-        Event, Opener, Stack,
+        Attribution, Event, Opener, Process, Shared, SignalFrom, Stack,
         compose::{Composer, LookedUp},
     },
     host::Host,
     ingest::{
         decode::Record,
-        life::{Act, Life, Task},
+        life::{Act, LaterAct, Life, Task},
     },
     sink::report::{Going, Report},
     stacks::TaskStacks,
@@ -80,6 +80,10 @@ impl<H: Host> Pipeline<H> {
                 self.found.descriptor(id, Descriptor { fd, holder: FoundBy::Iterator(task) });
                 None
             }
+            Record::Act(id, act) => {
+                self.correlator.act(id, act);
+                None
+            }
             Record::Stuck(_) | Record::Stack(..) | Record::Process(_) => None,
         };
         match complete {
@@ -114,9 +118,18 @@ impl<H: Host> Pipeline<H> {
         });
         let life = &ending.life;
         let process = self.attributor.owner(life, claim, ending.unheld, &mut self.host);
-        let looked_up = LookedUp { process, opener: self.opener(life), stack: self.stack(life.own_actor()) };
+        let later = |act: &LaterAct| (*act, self.host.stack(&keys(&act.task)));
+        let looked_up = LookedUp {
+            later_acts: ending.later_acts.iter().filter(|act| !act.destroyed).map(later).collect(),
+            process,
+            opener: self.opener(life),
+            stack: self.stack(life.own_actor()),
+            signal_from: self.signal_from(life.own_actor()),
+            destroyed_by: self.destroyed_by(ending),
+        };
         if ending.is_end {
-            for task in [life.opener, life.actor].iter().flatten() {
+            let later = ending.later_acts.iter().map(|act| &act.task);
+            for task in life.opener.iter().chain(&life.actor).chain(later) {
                 self.host.release(&keys(task));
             }
         }
@@ -134,7 +147,11 @@ impl<H: Host> Pipeline<H> {
     /// # Errors
     /// The output cannot be written.
     pub fn stuck(&mut self, when: When) -> Result<Going> {
-        for stuck in self.found.take() {
+        for mut stuck in self.found.take() {
+            // What this side did last says more about a socket that still waits than what it did first.
+            if let Some(last) = self.correlator.later_acts(stuck.life.id).last() {
+                stuck.life.actor = Some(last.task);
+            }
             let Some(event) = self.stuck_event(&stuck) else { continue };
             match when {
                 When::Now => {
@@ -155,8 +172,15 @@ impl<H: Host> Pipeline<H> {
     fn stuck_event(&mut self, stuck: &Stuck) -> Option<Event> {
         let claim = stuck.holder().map(FoundBy::claim);
         let process = self.attributor.owner(&stuck.life, claim, false, &mut self.host);
-        let opener = self.opener(&stuck.life);
-        self.composer.stuck(stuck, process, opener)
+        let actor = stuck.life.own_actor();
+        let looked_up = LookedUp {
+            process,
+            opener: self.opener(&stuck.life),
+            stack: self.stack(actor),
+            signal_from: self.signal_from(actor),
+            ..LookedUp::default()
+        };
+        self.composer.stuck(stuck, looked_up)
     }
 
     /// Reports an event, unless it is none of the command's.
@@ -171,6 +195,22 @@ impl<H: Host> Pipeline<H> {
     fn opener(&mut self, life: &Life) -> Option<Opener> {
         let process = self.attributor.opener(life, &mut self.host)?;
         Some(Opener { process: Some(process), stack: self.stack(life.opener.as_ref()) })
+    }
+
+    /// Who sent the signal of which a task died.
+    fn signal_from(&mut self, task: Option<&Task>) -> Option<SignalFrom> {
+        match task?.act {
+            Act::Signal(number) => self.host.signal_from(task?.pid, number),
+            _ => None,
+        }
+    }
+
+    /// The process that destroyed the socket from outside. In the accept queue of a listener that is destroyed, it is the
+    /// task that acted.
+    fn destroyed_by(&mut self, ending: &Ending) -> Option<Shared<Process>> {
+        let outsider = ending.life.actor.filter(|_| ending.life.own_actor().is_none());
+        let seen = ending.later_acts.iter().find(|act| act.destroyed).map(|act| act.task);
+        Some(self.attributor.acted(&seen.or(outsider)?, Attribution::Syscall, &mut self.host))
     }
 
     fn stack(&mut self, task: Option<&Task>) -> Option<Stack> {

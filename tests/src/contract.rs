@@ -199,6 +199,14 @@ fn check_relations(line: &Value, found: &mut Vec<String>) {
         "data went some way, but never",
         &["last_data", "idle_ms"],
     );
+    let [idle, sent, received] =
+        ["idle_ms", "since_sent_ms", "since_received_ms"].map(|field| line[field].as_f64());
+    let shortest = [sent, received].into_iter().flatten().reduce(f64::min);
+    ensure(
+        idle == shortest,
+        "the idle time is not the shorter one of the two directions",
+        &["idle_ms", "since_sent_ms", "since_received_ms"],
+    );
     match line["event"].as_str() {
         Some("close") => {
             ensure(
@@ -275,6 +283,10 @@ mod tests {
             "state": "ESTABLISHED",
             "idle_ms": null,
             "last_data": null,
+            "since_sent_ms": null,
+            "since_received_ms": null,
+            "unread_bytes": 0,
+            "unacked_bytes": 0,
             "ttl": 64,
             "handshake_ttl": null,
             "stack": {"user": [], "kernel": null},
@@ -318,6 +330,7 @@ mod tests {
             (reset(), "/reason", Some(json!("")), "/reason: empty text"),
             (reset(), "/direction", Some(json!("sent")), "time to live"),
             (reset(), "/last_data", Some(json!("sent")), "but never"),
+            (reset(), "/since_sent_ms", Some(json!(7)), "not the shorter one"),
             (reset(), "/stack/user", Some(json!([frame])), "/stack/user/0/address:"),
         ];
         for (line, pointer, value, expected) in cases {

@@ -2,6 +2,7 @@
 //! in `tests/servers`.
 
 use std::{
+    fs,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::Command,
@@ -19,12 +20,16 @@ use crate::{
 pub const PYTHON: &str = "/usr/bin/python3";
 /// nginx.
 pub const NGINX: &str = "/usr/sbin/nginx";
+/// What makes nginx's certificate.
+pub const OPENSSL: &str = "/usr/bin/openssl";
 /// In Debian this tool and the server are the same file, which acts by the name it is started with. The tool's package
 /// has no service that would start with it.
 pub const REDIS: &str = "/usr/bin/redis-check-rdb";
 
 /// The port on which nginx listens.
 pub const NGINX_PORT: u16 = 8080;
+/// The port on which nginx speaks TLS.
+pub const NGINX_TLS_PORT: u16 = 8443;
 /// The port to which nginx forwards requests.
 pub const BACKEND_PORT: u16 = 9000;
 
@@ -54,6 +59,23 @@ pub fn start_nginx(namespace: &Namespace, folder: &Path) -> Result<Program> {
     command.arg("-p").arg(folder).arg("-c").arg(file("nginx.conf")).args(["-e", "stderr"]);
     let nginx = Program::start(namespace, command)?;
     wait_for_listener(namespace, NGINX_PORT)?;
+    Ok(nginx)
+}
+
+/// Starts nginx in a namespace as a proxy that speaks TLS with its clients, and closes their idle connections after a
+/// second. Its files are in `folder`, where it also looks for its certificate.
+pub fn start_nginx_with_tls(namespace: &Namespace, folder: &Path) -> Result<Program> {
+    let configuration = folder.join("nginx-tls.conf");
+    fs::copy(file("nginx-tls.conf"), &configuration)?;
+    let mut certificate = Command::new(OPENSSL);
+    certificate.args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-batch"]);
+    certificate.args(["-keyout", "key.pem", "-out", "cert.pem"]).current_dir(folder);
+    let made = certificate.output()?;
+    ensure!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let mut command = Command::new(NGINX);
+    command.arg("-p").arg(folder).arg("-c").arg(&configuration).args(["-e", "stderr"]);
+    let nginx = Program::start(namespace, command)?;
+    wait_for_listener(namespace, NGINX_TLS_PORT)?;
     Ok(nginx)
 }
 

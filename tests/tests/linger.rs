@@ -3,12 +3,15 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tcpclose_tests::{
-    bed::{Bed, Connection, Route, Side},
+    bed::{Bed, Connection, Route, Side, user_stack},
     expect::{but, differences, known, one_of},
     scenario::{Trace, routes, watch},
-    scenarios, until,
+    scenarios,
+    sockets::{self, Socket, TIMER_OF_PROBES},
+    until,
 };
 
 /// An age that no socket reaches before its test is done with it, but that all remaining sockets reach soon.
@@ -44,6 +47,8 @@ scenarios! {
 
 scenarios! {
     run on [veth_ipv4 veth_ipv6]:
+    server_does_not_read_what_is_before_the_fin
+    server_does_not_read_before_the_client_is_killed
     nobody_answers_the_fin
     nobody_answers_the_last_fin
     fins_cross_and_one_is_lost
@@ -115,7 +120,9 @@ fn client_shuts_down_and_server_goes_on(bed: &mut Bed) -> Result<Value> {
         "state": "FIN_WAIT2",
         "kind": "half_closed",
         "holders": [holder],
-        "process": {"attribution": "syscall"},
+        "process": {"attribution": "syscall", "thread": known()},
+        "trigger": "shutdown",
+        "stack": user_stack("peer_shuts_socket_outer"),
     });
     bed.lingering_line(&connection, Side::Client, this)
 }
@@ -142,10 +149,69 @@ fn orphan(bed: &Bed, connection: &Connection, state: &str) -> Result<Value> {
         "state": state,
         "kind": "unacked",
         "holders": [],
-        "process": {"attribution": "syscall"},
+        "process": {"attribution": "syscall", "thread": known()},
+        "trigger": "close",
+        "stack": user_stack("peer_closes_socket_outer"),
         "connection": {"retransmits": known()},
     });
     bed.lingering_line(connection, Side::Client, this)
+}
+
+/// The client fills the server's window and its own send buffer. Its FIN has to wait behind the rest.
+fn server_does_not_read_what_is_before_the_fin(bed: &mut Bed) -> Result<Value> {
+    let (connection, unsent) = shut_out(bed)?;
+    bed.peer(Side::Client).ask("close")?;
+    let this = json!({
+        "state": "FIN_WAIT1",
+        "kind": "peer_not_reading",
+        "unsent_bytes": unsent,
+        "holders": [],
+        "process": {"attribution": "syscall", "thread": known()},
+        "trigger": "close",
+        "stack": user_stack("peer_closes_socket_outer"),
+        "connection": {"retransmits": known()},
+    });
+    bed.lingering_line(&connection, Side::Client, this)
+}
+
+fn server_does_not_read_before_the_client_is_killed(bed: &mut Bed) -> Result<Value> {
+    let (connection, unsent) = shut_out(bed)?;
+    let this = json!({
+        "state": "FIN_WAIT1",
+        "kind": "peer_not_reading",
+        "unsent_bytes": unsent,
+        "holders": [],
+        "process": {"attribution": "syscall", "thread": known(), "exe": one_of(&[json!(null), known()])},
+        "trigger": "signal",
+        "signal": "SIGKILL",
+        "signal_from": {"pid": std::process::id()},
+        "stack": one_of(&[json!(null), json!({"user": null, "kernel": null})]),
+        "connection": {"retransmits": known()},
+        "opener": {"process": {"exe": one_of(&[json!(null), known()])}, "stack": known()},
+    });
+    let line = bed.lingering_line(&connection, Side::Client, this)?;
+    bed.peer(Side::Client).kill(Signal::SIGKILL)?;
+    Ok(line)
+}
+
+/// A connection whose server reads nothing and whose client has written until there was no more room. Returns the bytes
+/// that are in the client's buffer: those that did not arrive at the server.
+fn shut_out(bed: &mut Bed) -> Result<(Connection, u64)> {
+    // Before 6.6 the window may exceed the memory for it. Segments are lost then, and the window never closes.
+    bed.namespace(Side::Server).set_sysctl("net/ipv4/tcp_adv_win_scale", "-4")?;
+    let connection = bed.idle()?;
+    let ends = (connection.address(Side::Client), connection.address(Side::Server));
+    let probes = |socket: &Socket| (socket.local, socket.remote) == ends && socket.timer == TIMER_OF_PROBES;
+    let mut written = 0;
+    until("the client probes the server's window", || {
+        // Filled more than once, because acknowledged data makes room for more.
+        written += bed.peer(Side::Client).ask("fill")?.get::<u64>("bytes")?;
+        Ok(sockets::list(bed.namespace(Side::Client))?.iter().any(probes).then_some(()))
+    })?;
+    let of_server = sockets::list(bed.namespace(Side::Server))?;
+    let server = of_server.iter().find(|socket| (socket.remote, socket.local) == ends);
+    let arrived = server.context("the server has no socket")?.untaken;
+    Ok((connection, written - u64::from(arrived)))
 }
 
 fn nobody_answers_the_fin(bed: &mut Bed) -> Result<Value> {

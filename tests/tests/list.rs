@@ -10,12 +10,13 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tcpclose_tests::{
     bed::{Bed, Connection, Route, Side},
-    expect::{but, known, mismatches},
+    expect::{at_least, but, known, mismatches},
     fewer,
     scenario::{Scenario, routes},
     scenarios,
-    sockets::{self, CLOSE_WAIT, FIN_WAIT1, FIN_WAIT2, LAST_ACK, TIME_WAIT},
+    sockets::{self, CLOSE_WAIT, FIN_WAIT1, FIN_WAIT2, LAST_ACK, Socket, TIME_WAIT, TIMER_OF_PROBES},
     tool::{Ended, Launch},
+    until,
 };
 
 scenarios! {
@@ -29,6 +30,7 @@ scenarios! {
 
 scenarios! {
     run on [veth_ipv4 veth_ipv6]:
+    server_does_not_read_what_is_before_the_fin
     nobody_acknowledges_shutdown
     nobody_acknowledges_close
     nobody_acknowledges_last_fin
@@ -63,8 +65,14 @@ fn await_state(bed: &Bed, connection: &Connection, side: Side, state: u8) -> Res
 fn abandoned(bed: &Bed, connection: &Connection, server: Value) -> Result<Vec<Value>> {
     await_state(bed, connection, Side::Server, CLOSE_WAIT)?;
     await_state(bed, connection, Side::Client, FIN_WAIT2)?;
+    // The kernel keeps only a remnant, which has no queues.
     let client = json!({
-        "process": null, "holders": [], "state": "FIN_WAIT2", "kind": "half_closed", "connection": {"role": null},
+        "process": null,
+        "holders": [],
+        "state": "FIN_WAIT2",
+        "kind": "half_closed",
+        "unsent_bytes": null,
+        "connection": {"role": null},
     });
     let waits = json!({"state": "CLOSE_WAIT", "for_ms": known(), "for_ms_at_most": known()});
     Ok(vec![
@@ -91,7 +99,7 @@ fn server_forgets_to_close(bed: &mut Bed) -> Result<Vec<Value>> {
     abandoned(bed, &connection, server)
 }
 
-fn server_does_not_read(bed: &mut Bed) -> Result<Vec<Value>> {
+fn server_does_not_read_what_is_before_the_fin(bed: &mut Bed) -> Result<Vec<Value>> {
     let mut connection = bed.established()?;
     bed.send(&mut connection, Side::Client, 5)?;
     bed.peer(Side::Client).ask("close")?;
@@ -154,6 +162,30 @@ fn nobody_acknowledges_shutdown(bed: &mut Bed) -> Result<Vec<Value>> {
     bed.lose(bed.route().address(Side::Server))?;
     bed.peer(Side::Client).ask("shutdown-write")?;
     unacked(bed, &connection, ("FIN_WAIT1", FIN_WAIT1), json!({}))
+}
+
+/// The client has filled the server's window, and its FIN waits behind what is left.
+fn server_does_not_read(bed: &mut Bed) -> Result<Vec<Value>> {
+    bed.namespace(Side::Server).set_sysctl("net/ipv4/tcp_adv_win_scale", "-4")?;
+    let connection = bed.idle()?;
+    let (local, remote) = (connection.address(Side::Client), connection.address(Side::Server));
+    let probes =
+        |socket: &Socket| (socket.local, socket.remote) == (local, remote) && socket.timer == TIMER_OF_PROBES;
+    until("the client probes the server's window", || {
+        bed.peer(Side::Client).ask("fill")?;
+        Ok(sockets::list(bed.namespace(Side::Client))?.iter().any(probes).then_some(()))
+    })?;
+    bed.peer(Side::Client).ask("shutdown-write")?;
+    await_state(bed, &connection, Side::Client, FIN_WAIT1)?;
+    let this = json!({
+        "state": "FIN_WAIT1",
+        "kind": "peer_not_reading",
+        "unsent_bytes": at_least(1),
+        "for_ms": null,
+        "for_ms_at_most": null,
+        "connection": {"role": null},
+    });
+    Ok(vec![bed.listed_line(&connection, Side::Client, this)?])
 }
 
 /// The application has closed it, so it has no holder.

@@ -336,6 +336,7 @@ fn listener_dies_before_accepting(bed: &mut Bed) -> Result<Vec<Value>> {
         "ended": "reset_sent",
         "trigger": "signal",
         "signal": "SIGKILL",
+        "signal_from": {"pid": std::process::id()},
         "states": path(&["ESTABLISHED", "CLOSE"]),
     });
     let mut lines = Vec::new();

@@ -68,6 +68,7 @@ pub fn inspect(ctx: RawTracePointContext) -> i32 {
     connection.cookie = sock::cookie(sk);
     connection.jiffies = connection::jiffies();
     sock::sample(sk, connection.jiffies, &mut connection.at_end);
+    (connection.unsent, connection.probes) = sock::waiting(sk);
     if connection.role == role::SERVER && sock::socket(sk) == Some(0) && connection.actor.pid == 0 {
         listener::name(connection);
     }

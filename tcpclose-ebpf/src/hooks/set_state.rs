@@ -14,6 +14,7 @@ use tcpclose_common::{
 };
 
 use crate::{
+    acts,
     connection::{self, StackOf},
     kernel::{Object, Typed},
     listener,
@@ -120,8 +121,9 @@ fn changed(
     // Not the socket's address: the verifier forbids to take a pointer to pieces, which printing does.
     debug!(ctx, "{} -> {} while process {} runs", old, new, bpf_get_current_pid_tgid() >> 32);
     let sk = sock.address;
-    // A repeated state comes from `close()` after `shutdown()`, and changes nothing. Listeners are no connections.
+    // Listeners are no connections.
     if old == new {
+        acts::repeated(ctx, sock, new);
         return;
     }
     if new == state::LISTEN {

@@ -9,6 +9,7 @@ pub mod container;
 pub mod holder;
 pub mod mappings;
 pub mod process;
+pub mod signals;
 pub mod watch;
 
 use std::collections::HashMap;
@@ -61,7 +62,15 @@ struct Key {
     mm: u64,
     pid: u32,
     tid: Option<u32>,
+    did: Did,
     attribution: Attribution,
+}
+
+/// Whether a task acted on the socket, or only has it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Did {
+    Act,
+    Have,
 }
 
 /// How a task was described, and by what it had that may change.
@@ -94,13 +103,13 @@ impl Attributor {
         }
         Some(match (claim, &life.holder) {
             (Some(Claim::Closed(task)), _) => self.acted(task, Attribution::Syscall, host),
-            (Some(Claim::Holds(task)), _) => self.acted(task, Attribution::Descriptors, host),
+            (Some(Claim::Holds(task)), _) => self.has(task, Attribution::Descriptors, host),
             (Some(Claim::Procfs(holder)), _) => {
                 listed(holder, Attribution::Procfs, host.program(holder.pid, 0)).into()
             }
-            (None, Some(Candidate::Listener(task))) => self.acted(task, Attribution::Listener, host),
+            (None, Some(Candidate::Listener(task))) => self.has(task, Attribution::Listener, host),
             (None, Some(Candidate::Descriptor(task))) if !unheld => {
-                self.acted(task, Attribution::Descriptors, host)
+                self.has(task, Attribution::Descriptors, host)
             }
             (None, _) => {
                 let holder = host.holder(life.inode?)?;
@@ -114,31 +123,48 @@ impl Attributor {
         life.opener.as_ref().map(|opener| self.acted(opener, obtained(life), host))
     }
 
-    /// A process that is known from a task.
-    fn acted(&mut self, task: &Task, attribution: Attribution, host: &mut impl Host) -> Shared<Process> {
+    /// The process of a task that acted on the socket.
+    pub fn acted(&mut self, task: &Task, attribution: Attribution, host: &mut impl Host) -> Shared<Process> {
+        self.process(task, Did::Act, attribution, host)
+    }
+
+    /// The process of a task that has something to do with the socket, without having acted on it.
+    fn has(&mut self, task: &Task, attribution: Attribution, host: &mut impl Host) -> Shared<Process> {
+        self.process(task, Did::Have, attribution, host)
+    }
+
+    fn process(
+        &mut self,
+        task: &Task,
+        did: Did,
+        attribution: Attribution,
+        host: &mut impl Host,
+    ) -> Shared<Process> {
         let version = host.programs_version();
         if version != self.version || self.tasks.len() >= MAX_TASKS {
             self.tasks.clear();
             self.version = version;
         }
-        let key = Key { mm: task.mm, pid: task.pid, tid: task.tid, attribution };
+        let key = Key { mm: task.mm, pid: task.pid, tid: task.tid, did, attribution };
         if let Some(known) = self.tasks.get(&key)
             && (known.uid, known.comm) == (task.uid, task.comm)
         {
             return known.process.clone();
         }
-        let process = Shared::from(describe(task, attribution, host.program(task.pid, task.mm)));
+        let process = Shared::from(describe(task, did, attribution, host.program(task.pid, task.mm)));
         self.tasks.insert(key, Known { uid: task.uid, comm: task.comm, process: process.clone() });
         process
     }
 }
 
-fn describe(task: &Task, attribution: Attribution, program: Program) -> Process {
-    let Program { exe, container } = program;
+/// The process of a task. `thread` is reported only for one that acted.
+fn describe(task: &Task, did: Did, attribution: Attribution, program: Program) -> Process {
+    let Program { comm, exe, container } = program;
     Process {
         pid: task.pid,
         tid: task.tid,
-        comm: task.comm(),
+        comm: comm.unwrap_or_else(|| task.comm()),
+        thread: Some(task.comm()).filter(|name| did == Did::Act && !name.is_empty()),
         exe,
         uid: Some(task.uid),
         container,
@@ -148,9 +174,9 @@ fn describe(task: &Task, attribution: Attribution, program: Program) -> Process 
 
 /// A process that was found through `/proc`.
 pub fn listed(holder: &Holder, attribution: Attribution, program: Program) -> Process {
-    let Program { exe, container } = program;
-    let comm = holder.comm.clone();
-    Process { pid: holder.pid, tid: None, comm, exe, uid: holder.uid, container, attribution }
+    let Program { comm, exe, container } = program;
+    let comm = comm.unwrap_or_else(|| holder.comm.clone());
+    Process { pid: holder.pid, tid: None, comm, thread: None, exe, uid: holder.uid, container, attribution }
 }
 
 /// How the opener of a connection obtained it.
@@ -192,7 +218,7 @@ mod tests {
         assert!(owner(&mut host, b"comm", 1).is_same(&first), "described once");
         assert_eq!(owner(&mut host, b"name", 1).comm, "name", "the thread was renamed");
         assert_eq!(owner(&mut host, b"name", 2).tid, Some(2));
-        let program = Program { exe: Some("/bin/true".to_owned()), container: None };
+        let program = Program { exe: Some("/bin/true".to_owned()), ..Program::default() };
         host.learn(Question::Program { pid: 1, mm: 0 }, Answer::Program(program));
         assert_eq!(owner(&mut host, b"name", 2).exe.as_deref(), Some("/bin/true"), "known by now");
         for tid in 0..2 * u32::try_from(MAX_TASKS).unwrap() {
@@ -228,7 +254,9 @@ mod tests {
         let had_descriptor = Life { inode: Some(9), ..actor.clone() };
         assert_eq!(owner(&had_descriptor, Some(by_heir), true), Some((acted.pid, Attribution::Syscall)));
         let end = End { error: Some(libc::ECONNABORTED), ..END };
-        let destroyed = Life { end: Some(end), ..had_descriptor };
+        let destroyed = Life { end: Some(end), actor: None, ..had_descriptor.clone() };
         assert_eq!(owner(&destroyed, None, false), Some((opened.pid, Attribution::Connect)));
+        let shut_down = Life { end: Some(end), ..had_descriptor };
+        assert_eq!(owner(&shut_down, None, false), Some((acted.pid, Attribution::Syscall)));
     }
 }

@@ -37,6 +37,8 @@ pub struct Image {
     pub mm: u64,
     /// When the process started, in clock ticks since boot: distinguishes it from a later one with the same id.
     pub started: Option<u64>,
+    /// The program's name, which is that of its main thread.
+    pub comm: Option<String>,
     /// Path of the executable, as the process sees it.
     pub exe: Option<String>,
     /// Id of its container.
@@ -125,8 +127,10 @@ impl Processes {
 
     /// Copies what will be needed of a process. Call it when the process first touches a socket, and again after exec,
     /// with the `mm` that the kernel half reported: a later read would find the next program, or nothing.
-    pub fn notice(&mut self, pid: u32, mm: u64) {
-        let image = self.take(pid, mm);
+    pub fn notice(&mut self, pid: u32, mm: u64, comm: Option<String>) {
+        let mut image = self.take(pid, mm);
+        // What the kernel half read is this image's in any case.
+        image.comm = comm.or(image.comm);
         // A second notice that came too late.
         if image.started.is_none() && self.images.contains_key(&(pid, mm)) {
             return;
@@ -176,7 +180,8 @@ impl Processes {
         if !is_latest || !old.is_running() {
             return Some(old);
         }
-        let new = self.take(pid, key.1);
+        let mut new = self.take(pid, key.1);
+        new.comm.clone_from(&old.comm);
         if new.started != old.started || new.exe != old.exe || !old.has_layout_of(&new) {
             return Some(old);
         }
@@ -274,6 +279,7 @@ fn take(modules: &mut Modules, pid: u32, mm: u64) -> Image {
 fn read(modules: &mut Modules, pid: u32, mm: u64, exe: &[u8]) -> Image {
     let text = |name: &str| fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
     let maps = text("maps");
+    let comm = text("comm");
     let cgroup = text("cgroup");
     let status = text("status");
     let started = started(pid);
@@ -284,6 +290,8 @@ fn read(modules: &mut Modules, pid: u32, mm: u64, exe: &[u8]) -> Image {
         pid,
         mm,
         started,
+        comm: Some(String::from_utf8_lossy(comm.trim_ascii_end()).into_owned())
+            .filter(|comm| !comm.is_empty()),
         exe: Some(display(exe)),
         container: container::id(&String::from_utf8_lossy(&cgroup)),
         inner_pid: status_field(&status, "NStgid:").and_then(|ids| ids.last().copied()),
@@ -401,9 +409,9 @@ mod tests {
         let mut processes = Processes::new();
         let mut waiting = Waiting::start(Path::new("cat"));
         let pid = waiting.child.id();
-        processes.notice(pid, 1);
+        processes.notice(pid, 1, None);
         waiting.end();
-        processes.notice(pid, 1);
+        processes.notice(pid, 1, None);
         let image = processes.image(pid, 1).unwrap();
         assert!(image.exe.as_deref().is_some_and(|exe| exe.starts_with('/')), "{image:?}");
         assert!(image.mappings.len() > 1);
@@ -421,12 +429,12 @@ mod tests {
         waiting.end();
         let pid = waiting.child.id();
         assert!(processes.image(pid, 1).is_none());
-        processes.notice(pid, 1);
+        processes.notice(pid, 1, None);
         let image = processes.image_for(pid, 1, &[1, 2], Instant::now()).unwrap();
         assert_eq!((image.started, &image.exe, &image.container), (None, &None, &None));
         assert!(image.mappings.is_empty());
         for pid in [0, u32::MAX] {
-            processes.notice(pid, 0);
+            processes.notice(pid, 0, None);
             let image = processes.image_for(pid, 0, &[1], Instant::now());
             assert!(image.is_none_or(|image| image.exe.is_none()));
         }
@@ -435,7 +443,7 @@ mod tests {
     #[test]
     fn takes_nobody_for_another() {
         let mut processes = Processes { are_elsewhere: true, ..Processes::default() };
-        processes.notice(own_pid(), 1);
+        processes.notice(own_pid(), 1, None);
         let image = processes.image_for(own_pid(), 1, &[1], Instant::now()).unwrap();
         assert_eq!((image.started, &image.exe, image.inner_pid), (None, &None, None));
         assert!(!image.is_running() && image.mappings.is_empty());
@@ -451,7 +459,7 @@ mod tests {
         let mut waiting = Waiting::start(&program);
         let pid = waiting.child.id();
         fs::remove_file(&program).unwrap();
-        processes.notice(pid, 1);
+        processes.notice(pid, 1, None);
         assert_eq!(processes.files_held(), 1);
         let image = processes.image(pid, 1).unwrap();
         assert_eq!(image.exe.as_deref(), program.to_str(), "without the kernel's mark");
@@ -474,7 +482,7 @@ mod tests {
         let mut processes = Processes::new();
         let mut waiting = Waiting::start(Path::new("cat"));
         let pid = waiting.child.id();
-        processes.notice(pid, 1);
+        processes.notice(pid, 1, None);
         let address = processes.image(pid, 1).unwrap().mappings[0].start;
         let forget = |processes: &mut Processes| {
             let entry = processes.images.get_mut(&(pid, 1)).unwrap();
@@ -501,7 +509,7 @@ mod tests {
             entry.image = moved.clone();
             assert!(Arc::ptr_eq(&processes.refresh(pid, 1).unwrap(), &moved));
         }
-        processes.notice(pid, 2);
+        processes.notice(pid, 2, None);
         forget(&mut processes);
         assert!(processes.refresh(pid, 1).unwrap().mappings.is_empty());
         waiting.end();

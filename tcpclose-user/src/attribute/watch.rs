@@ -21,7 +21,10 @@ use nix::{
 };
 
 use super::process::Processes;
-use crate::ingest::decode::{Record, decode};
+use crate::ingest::{
+    decode::{NewProcess, Record, decode},
+    life::name,
+};
 
 /// Notices that could not be decoded.
 static UNDECODABLE: AtomicU64 = AtomicU64::new(0);
@@ -67,7 +70,10 @@ fn hurry() {
 fn drain(ring: &mut RingBuf<MapData>, processes: &Mutex<Processes>) {
     while let Some(item) = ring.next() {
         match decode(&item) {
-            Ok(Record::Process(process)) => super::process::lock(processes).notice(process.pid, process.mm),
+            Ok(Record::Process(NewProcess { pid, mm, comm })) => {
+                let comm = Some(name(&comm)).filter(|comm| !comm.is_empty());
+                super::process::lock(processes).notice(pid, mm, comm);
+            }
             Ok(_) | Err(_) => {
                 UNDECODABLE.fetch_add(1, Ordering::Relaxed);
             }

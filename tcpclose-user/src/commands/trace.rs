@@ -137,12 +137,12 @@ fn request(args: &TraceArgs, filter: &Filter) -> Request {
     params.user_stack = u32::from(matches!(args.stack, WhichStacks::User | WhichStacks::Both));
     params.kernel_stack = u32::from(matches!(args.stack, WhichStacks::Kernel | WhichStacks::Both));
     if params.user_stack != 0 && args.call_graph != CallGraph::FramePointers {
-        params.registers = unwind::REGISTERS;
         (params.stack_bytes, params.recipes) = match args.call_graph {
             CallGraph::Dwarf(bytes) => (bytes, 0),
             CallGraph::Auto | CallGraph::FramePointers => (AUTO_STACK_BYTES, 1),
         };
     }
+    params.registers = unwind::REGISTERS;
     params.ttl = u32::from(args.ttl);
     params.stuck = u32::from(args.linger != Linger::Off);
     let follow_children = !args.command.is_empty();

@@ -5,7 +5,9 @@ use std::borrow::Cow;
 use serde_json::value::to_raw_value;
 
 use crate::{
-    diagnose::observation::{Connection, Holder, Line, Observation, Path, Process, Text, to_nanoseconds},
+    diagnose::observation::{
+        Connection, Holder, Line, Observation, Path, Process, SignalFrom, Text, to_nanoseconds,
+    },
     event::{self, Close, Endpoint, Event, Lingering, Reset, Time},
 };
 
@@ -38,9 +40,13 @@ fn of_close(close: &Close) -> Observation<'_> {
         ended: close.ended,
         trigger: close.trigger,
         signal: close.signal.as_deref().map(text),
+        signal_from: close.signal_from.as_ref().map(signal_from),
         cause: close.cause,
         idle_ms: close.idle_ms,
         last_data: close.last_data,
+        since_sent_ms: close.since_sent_ms,
+        since_received_ms: close.since_received_ms,
+        unread_bytes: close.unread_bytes,
         close_wait_ms: close.close_wait_ms,
         states,
         ..of_socket(Line::Close, close.time, close.seq, &close.connection, close.process.as_deref())
@@ -52,6 +58,9 @@ fn of_reset(reset: &Reset) -> Observation<'_> {
         cause: reset.cause,
         idle_ms: reset.idle_ms,
         last_data: reset.last_data,
+        since_sent_ms: reset.since_sent_ms,
+        since_received_ms: reset.since_received_ms,
+        unread_bytes: reset.unread_bytes,
         state: reset.state,
         direction: Some(reset.direction),
         ..of_socket(Line::Reset, reset.time, reset.seq, &reset.connection, reset.process.as_deref())
@@ -64,6 +73,9 @@ fn of_lingering(lingering: &Lingering) -> Observation<'_> {
     Observation {
         state: Some(lingering.state),
         kind: Some(lingering.kind),
+        trigger: lingering.trigger,
+        signal: lingering.signal.as_deref().map(text),
+        signal_from: lingering.signal_from.as_ref().map(signal_from),
         since: lingering.since.map(time),
         for_ms: lingering.for_ms,
         unread_bytes: lingering.unread_bytes,
@@ -103,6 +115,10 @@ fn connection(connection: &event::Connection) -> Connection {
         bytes_sent: connection.bytes_sent,
         bytes_received: connection.bytes_received,
     }
+}
+
+fn signal_from(from: &event::SignalFrom) -> SignalFrom {
+    SignalFrom { oom: matches!(from, event::SignalFrom::Kernel { oom: true }).then_some(true) }
 }
 
 fn process(process: &event::Process) -> Process<'_> {

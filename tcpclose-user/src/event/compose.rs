@@ -4,12 +4,12 @@
 use std::collections::BTreeMap;
 
 use super::{
-    Close, Connection, Event, Holder, LastData, Lingering, Opener, Process, Reset, Shared, Stack, Step,
-    millis,
+    Act, Close, Connection, Event, Holder, LastData, Lingering, Opener, Process, Reset, Shared, SignalFrom,
+    Stack, Step, millis,
 };
 use crate::{
     correlate::Ending,
-    ingest::life::{self, Life, Path, Sample},
+    ingest::life::{self, LaterAct, Life, Path, Sample, Task},
     judge,
     kernel::{ResetReasons, clock::Clock},
     stuck::Stuck,
@@ -25,6 +25,21 @@ pub struct LookedUp {
     pub opener: Option<Opener>,
     /// Where this side acted.
     pub stack: Option<Stack>,
+    /// Who sent the signal that ended the process.
+    pub signal_from: Option<SignalFrom>,
+    /// What was done after the first act of this side, and where.
+    pub later_acts: Vec<(LaterAct, Option<Stack>)>,
+    /// Who destroyed the socket from outside.
+    pub destroyed_by: Option<Shared<Process>>,
+}
+
+/// How long no data has gone over a connection.
+#[derive(Default)]
+struct Silence {
+    idle_ms: Option<f64>,
+    last_data: Option<LastData>,
+    since_sent_ms: Option<f64>,
+    since_received_ms: Option<f64>,
 }
 
 /// Composes events.
@@ -51,14 +66,21 @@ impl Composer {
         let composer = &*self;
         let life = &*ending.life;
         let of_close = looked_up.clone();
-        let resets = ending.resets.iter().map(move |reset| composer.reset(life, reset, looked_up.clone()));
+        let resets = ending.resets.iter().map(move |reset| {
+            let mut looked_up = looked_up.clone();
+            // The last act of this side is the one that sent a RST.
+            if let Some((_, stack)) = looked_up.later_acts.pop() {
+                looked_up.stack = stack;
+            }
+            composer.reset(life, reset, looked_up)
+        });
         let end = life.end.filter(|_| ending.is_end);
         resets.chain(end.map(move |end| composer.close(life, end.at, of_close)))
     }
 
     fn close(&self, life: &Life, ended: u64, looked_up: LookedUp) -> Event {
         let verdict = judge::of(life, &self.reasons);
-        let (idle_ms, last_data) = life.first_move.map_or((None, None), |first| self.idle(&first.sample));
+        let silence = life.first_move.map_or(Silence::default(), |first| self.silence(&first.sample));
         Event::Close(Box::new(Close {
             time: self.clock.time(ended),
             seq: 0,
@@ -68,18 +90,25 @@ impl Composer {
             ended: verdict.ended,
             trigger: verdict.trigger,
             signal: verdict.signal,
+            signal_from: looked_up.signal_from,
+            destroyed_by: looked_up.destroyed_by,
             cause: verdict.cause,
-            idle_ms,
-            last_data,
+            idle_ms: silence.idle_ms,
+            last_data: silence.last_data,
+            since_sent_ms: silence.since_sent_ms,
+            since_received_ms: silence.since_received_ms,
+            unread_bytes: life.sample.unread.map(u64::from),
+            unacked_bytes: life.unacknowledged_payload().map(u64::from),
             close_wait_ms: life.path.time_in(State::CloseWait).map(millis),
             states: steps(&life.path),
+            acts: acts(life, looked_up.stack.as_ref(), looked_up.later_acts),
             stack: looked_up.stack,
             opener: looked_up.opener,
         }))
     }
 
     fn reset(&self, life: &Life, reset: &life::Reset, looked_up: LookedUp) -> Event {
-        let (idle_ms, last_data) = self.idle(&life.sample);
+        let silence = self.silence(&life.sample);
         // This side did not act when a RST was received, or when the kernel answered a packet with one.
         let acted = reset.direction == Direction::Sent && !reset.answer;
         Event::Reset(Box::new(Reset {
@@ -91,8 +120,12 @@ impl Composer {
             reason: reset.reason.and_then(|number| self.shared_reasons.get(&number.into()).cloned()),
             cause: Some(judge::reset_cause(life, reset, &self.reasons)),
             state: reset.state,
-            idle_ms,
-            last_data,
+            idle_ms: silence.idle_ms,
+            last_data: silence.last_data,
+            since_sent_ms: silence.since_sent_ms,
+            since_received_ms: silence.since_received_ms,
+            unread_bytes: life.sample.unread.map(u64::from),
+            unacked_bytes: life.unacknowledged_payload().map(u64::from),
             ttl: reset.ttl,
             handshake_ttl: reset.handshake_ttl,
             stack: looked_up.stack.filter(|_| acted),
@@ -101,14 +134,10 @@ impl Composer {
     }
 
     /// The event of a socket that is stuck in a teardown state. `None` if its state is not known.
-    pub fn stuck(
-        &self,
-        stuck: &Stuck,
-        process: Option<Shared<Process>>,
-        opener: Option<Opener>,
-    ) -> Option<Event> {
+    pub fn stuck(&self, stuck: &Stuck, looked_up: LookedUp) -> Option<Event> {
         let Stuck { life, inspected, age, descriptors } = stuck;
         let state = life.state?;
+        let (trigger, signal) = judge::trigger(life.own_actor());
         let holder = |descriptor: &crate::stuck::Descriptor| Holder {
             pid: descriptor.holder.pid(),
             comm: descriptor.holder.comm(),
@@ -118,15 +147,20 @@ impl Composer {
             time: self.clock.time(*inspected),
             seq: 0,
             connection: self.connection(life, *inspected),
-            process,
+            process: looked_up.process,
             state,
             since: age.since.map(|since| self.clock.time(since)),
             for_ms: Some(millis(age.at_least)),
             for_ms_at_most: age.at_most.map(millis),
             unread_bytes: life.sample.unread.map(u64::from),
+            unsent_bytes: life.send_queue.map(|queue| queue.unsent_payload(state).into()),
+            trigger,
+            signal,
+            signal_from: looked_up.signal_from,
+            stack: looked_up.stack,
             holders: Some(descriptors.iter().map(holder).collect()),
-            opener,
-            kind: judge::waits_for(state, life.inode.is_some(), life.sample.recv_queue),
+            opener: looked_up.opener,
+            kind: judge::waits_for(state, life.inode.is_some(), life.sample.recv_queue, life.send_queue),
         })))
     }
 
@@ -149,12 +183,30 @@ impl Composer {
         }
     }
 
-    fn idle(&self, sample: &Sample) -> (Option<f64>, Option<LastData>) {
-        match judge::last_data(sample) {
-            Some((jiffies, way)) => (self.clock.jiffies_to_millis(jiffies), way),
-            None => (None, None),
+    fn silence(&self, sample: &Sample) -> Silence {
+        let millis = |jiffies: Option<u32>| jiffies.and_then(|jiffies| self.clock.jiffies_to_millis(jiffies));
+        let last = judge::last_data(sample);
+        Silence {
+            idle_ms: millis(last.map(|(jiffies, _)| jiffies)),
+            last_data: last.and_then(|(_, way)| way),
+            since_sent_ms: millis(sample.sent_ago),
+            since_received_ms: millis(sample.received_ago),
         }
     }
+}
+
+/// What this side did, times relative to the first state.
+fn acts(life: &Life, stack: Option<&Stack>, later: Vec<(LaterAct, Option<Stack>)>) -> Vec<Act> {
+    let beginning = life.path.steps().first().map_or(0, |(_, at)| *at);
+    let act = |task: &Task, at: Option<u64>, stack: Option<Stack>| Act {
+        trigger: judge::trigger(Some(task)).0,
+        at_ms: at.map(|at| millis(at.saturating_sub(beginning))),
+        pid: task.pid,
+        stack,
+    };
+    let first = life.own_actor().map(|task| act(task, life.acted_at(), stack.cloned()));
+    let later = later.into_iter().map(|(later, stack)| act(&later.task, Some(later.at), stack));
+    first.into_iter().chain(later).collect()
 }
 
 /// The path of states, times relative to the first.

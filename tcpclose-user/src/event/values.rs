@@ -179,6 +179,8 @@ pub enum LingeringKind {
     Unaccepted,
     /// The peer has not acknowledged the FIN.
     Unacked,
+    /// The FIN waits behind data for which the peer's receive window has no room; the peer answers.
+    PeerNotReading,
     /// This side shut down its half, and the peer has not closed.
     HalfClosed,
     /// The facts do not show any of these.

@@ -7,15 +7,19 @@ use std::{borrow::Cow, fmt, net::Ipv6Addr};
 
 use tcpclose_common::{
     record::{
-        Address, Connection, Header, MAX_STEPS, Owner, Process, StackCopy, UNKNOWN_U32, UNKNOWN_U64, VERSION,
-        direction, first_move, holder, holds, reset_after, role, tag,
+        Act as WireAct, Address, Connection, Header, MAX_STEPS, Owner, Process, StackCopy, UNKNOWN_U32,
+        UNKNOWN_U64, VERSION, act, direction, first_move, holder, holds, reset_after, role, tag,
     },
     tcp::{shutdown, sock_flag, task_flag},
 };
 use zerocopy::{FromBytes, Immutable, KnownLayout};
 
-use super::life::{
-    Act, End, Endpoints, FirstMove, Follows, Holder, Life, Path, Reset, Sample, Side, SocketId, Task,
+use super::{
+    abi,
+    life::{
+        Act, End, Endpoints, FirstMove, Follows, Holder, LaterAct, Life, Path, Reset, Sample, SendQueue,
+        Side, SocketId, Task,
+    },
 };
 use crate::tcp::{Direction, Endpoint, Family, Role, State};
 
@@ -32,6 +36,8 @@ pub enum Record<'a> {
     StillOpen(SocketId, Task),
     /// A task has this descriptor of a socket whose holders were asked for.
     Descriptor(SocketId, Task, u32),
+    /// A task acted on a socket after this side had acted, or from outside.
+    Act(SocketId, LaterAct),
     /// A socket in a teardown state, as it is now.
     Stuck(Box<Life>),
     /// A process touched a socket for the first time.
@@ -47,6 +53,8 @@ pub struct NewProcess {
     pub pid: u32,
     /// Address of its `mm_struct`.
     pub mm: u64,
+    /// The name of its main thread, padded with zeros; all zero if it could not be read.
+    pub comm: [u8; 16],
 }
 
 /// Why bytes are not a record.
@@ -113,9 +121,10 @@ pub fn decode(bytes: &[u8]) -> Result<Record<'_>, DecodeError> {
             Record::Reset(Box::new(life(&connection)?), reset(&connection).ok_or(unknown)?)
         }
         tag::OWNER => owner(&*whole(header, bytes)?)?,
+        tag::ACT => later_act(&*whole(header, bytes)?)?,
         tag::PROCESS => {
             let process = whole::<Process>(header, bytes)?;
-            Record::Process(NewProcess { pid: process.pid, mm: process.mm })
+            Record::Process(NewProcess { pid: process.pid, mm: process.mm, comm: process.comm })
         }
         tag::STACK => stack(header, bytes)?,
         unknown => return Err(DecodeError::Tag(unknown)),
@@ -174,6 +183,7 @@ fn life(connection: &Connection) -> Result<Life, DecodeError> {
             sample: sample(&connection.at_move),
         }),
         sample: sample(&connection.at_end),
+        send_queue: send_queue(connection),
         jiffies: (connection.jiffies != 0 && read_at != 0).then_some((connection.jiffies, read_at)),
         end: if ended { Some(end(connection)?) } else { None },
         reset: reset(connection),
@@ -232,6 +242,26 @@ fn owner(owner: &Owner) -> Result<Record<'static>, DecodeError> {
     })
 }
 
+fn later_act(record: &WireAct) -> Result<Record<'static>, DecodeError> {
+    let unknown = |field, value| DecodeError::Value { field, value };
+    let id = SocketId { address: record.sock, born: record.born };
+    let task = task(&record.task).ok_or(unknown("act.task.pid", 0))?;
+    let destroyed = match record.kind {
+        act::AGAIN => false,
+        act::DESTROYED => true,
+        value => return Err(unknown("act.kind", value)),
+    };
+    Ok(Record::Act(id, LaterAct { at: record.at, task, destroyed }))
+}
+
+/// What waits to be sent on a socket that was inspected.
+fn send_queue(connection: &Connection) -> Option<SendQueue> {
+    let (unsent, unacknowledged) = (known(connection.unsent)?, known(connection.at_end.unacknowledged)?);
+    // Without the socket's lock the two may be of different moments.
+    let in_flight = unacknowledged.saturating_sub(unsent);
+    Some(SendQueue { unsent, in_flight, probes: known(connection.probes)? })
+}
+
 /// A task; `None` for process id 0, which stands for nobody.
 fn task(task: &tcpclose_common::record::Task) -> Option<Task> {
     let act = if task.flags & task_flag::EXITING != 0 {
@@ -245,7 +275,7 @@ fn task(task: &tcpclose_common::record::Task) -> Option<Task> {
     } else if task.syscall == -1 {
         Act::Unknown
     } else {
-        Act::Syscall(task.syscall.into())
+        Act::Syscall(abi::native(task.syscall))
     };
     (task.pid != 0).then(|| Task {
         pid: task.pid,

@@ -35,6 +35,8 @@ pub struct Life {
     pub first_move: Option<FirstMove>,
     /// The socket's counters when the record was written.
     pub sample: Sample,
+    /// What waits to be sent; `None` unless the socket was inspected.
+    pub send_queue: Option<SendQueue>,
     /// A moment at which `jiffies64` and `CLOCK_BOOTTIME`, in nanoseconds, were both read.
     pub jiffies: Option<(u64, u64)>,
     /// How it ended; `None` while it lives.
@@ -111,6 +113,28 @@ pub enum Act {
     Syscall(i64),
     /// The system call could not be read.
     Unknown,
+}
+
+/// What a task did to a socket after this side had acted for the first time, or from outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LaterAct {
+    /// When, nanoseconds of `CLOCK_BOOTTIME`.
+    pub at: u64,
+    /// Who.
+    pub task: Task,
+    /// It destroyed the socket from outside, as `ss -K` does.
+    pub destroyed: bool,
+}
+
+/// What waits to be sent on a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SendQueue {
+    /// Sequence numbers written and not sent yet; a FIN counts as one.
+    pub unsent: u32,
+    /// Sequence numbers sent and not acknowledged yet.
+    pub in_flight: u32,
+    /// Probes of the peer's window that it has not answered.
+    pub probes: u32,
 }
 
 /// A task with a claim to a socket, and how that is known.
@@ -220,6 +244,20 @@ pub struct Reset {
     pub handshake_ttl: Option<u8>,
 }
 
+impl SendQueue {
+    /// Whether the peer's receive window is shut and the peer is there: everything that was sent is acknowledged, so nothing
+    /// but the window can hold the rest back, and each probe was answered. One may be on its way.
+    pub fn is_shut_out(&self) -> bool {
+        self.unsent > 0 && self.in_flight == 0 && self.probes <= 1
+    }
+
+    /// Payload that was not sent yet, on a socket in `state`. A FIN is the last thing in the queue.
+    pub fn unsent_payload(&self, state: State) -> u32 {
+        let has_fin = matches!(state, State::FinWait1 | State::Closing | State::LastAck);
+        self.unsent.saturating_sub(u32::from(has_fin))
+    }
+}
+
 impl Life {
     /// Whether the socket was destroyed from outside, as `ss -K` does. A connection in the accept queue of a listener
     /// that is destroyed ends without an error: `tcp_abort()` stops the listener as `close()` does. But that happens
@@ -239,14 +277,41 @@ impl Life {
             && self.end.is_some_and(|end| end.error == Some(0) && !end.locked && end.orphan == Some(false))
     }
 
-    /// The task that acted for this side. A task that destroyed the socket from outside did not.
+    /// The task that acted first for this side. A task that destroyed a listener from outside did not.
     pub fn own_actor(&self) -> Option<&Task> {
-        self.actor.as_ref().filter(|_| !self.is_destroyed())
+        self.actor.as_ref().filter(|_| !(self.is_unaccepted() && self.is_destroyed()))
+    }
+
+    /// When the first act of this side was, nanoseconds of `CLOCK_BOOTTIME`: it sent a FIN, or it ended the connection at
+    /// once. `None` if there was none, or if it was before the trace.
+    pub fn acted_at(&self) -> Option<u64> {
+        self.own_actor()?;
+        let is_fin = |state| matches!(state, State::FinWait1 | State::LastAck);
+        let steps = self.path.steps();
+        let seen_from = usize::from(self.path.began_before);
+        if let Some((_, at)) = steps.iter().skip(seen_from).find(|(state, _)| is_fin(*state)) {
+            return Some(*at);
+        }
+        let was_before = |state| is_fin(state) || matches!(state, State::FinWait2 | State::Closing);
+        if steps.first().is_some_and(|(state, _)| was_before(*state)) {
+            return None;
+        }
+        self.end.map(|end| end.at)
     }
 
     /// `sk_err` at the end; 0 if there was no error, `None` while it lives or if it could not be read.
     pub fn error(&self) -> Option<i32> {
         self.end.and_then(|end| end.error)
+    }
+
+    /// Payload written that the peer has not acknowledged. A SYN and a FIN take a sequence number each and carry none.
+    pub fn unacknowledged_payload(&self) -> Option<u32> {
+        let unacknowledged = self.sample.unacknowledged?;
+        let flag = match self.state {
+            Some(State::SynSent | State::SynRecv | State::FinWait1 | State::Closing | State::LastAck) => 1,
+            _ => 0,
+        };
+        Some(unacknowledged.saturating_sub(flag))
     }
 
     /// Which side moved first.
@@ -298,9 +363,14 @@ impl FromIterator<(State, u64)> for Path {
 impl Task {
     /// The thread's name.
     pub fn comm(&self) -> String {
-        let length = self.comm.iter().position(|byte| *byte == 0).unwrap_or(self.comm.len());
-        String::from_utf8_lossy(&self.comm[..length]).into_owned()
+        name(&self.comm)
     }
+}
+
+/// The name of a task, up to 15 bytes, padded with zeros.
+pub fn name(comm: &[u8; 16]) -> String {
+    let length = comm.iter().position(|byte| *byte == 0).unwrap_or(comm.len());
+    String::from_utf8_lossy(&comm[..length]).into_owned()
 }
 
 /// Lives, tasks and RSTs for tests, to be changed with the struct update syntax.
@@ -353,6 +423,7 @@ pub(crate) mod examples {
             holder: None,
             first_move: None,
             sample: Sample::default(),
+            send_queue: None,
             jiffies: None,
             end: None,
             reset: None,

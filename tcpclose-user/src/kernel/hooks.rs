@@ -47,6 +47,8 @@ pub enum Kind {
     FunctionReturn,
     /// Iterator, which tcpclose runs on demand.
     Iterator,
+    /// Raw tracepoint (`raw_tp`), whose arguments are plain numbers.
+    RawTracepoint,
     /// Raw tracepoint program that is attached to nothing. tcpclose runs it on demand, with `BPF_PROG_TEST_RUN`.
     TestRun,
     /// No program: the user half reads `/proc`.
@@ -102,6 +104,7 @@ impl Kind {
             Self::FunctionEntry => "fentry",
             Self::FunctionReturn => "fexit",
             Self::Iterator => "iter",
+            Self::RawTracepoint => "raw_tp",
             Self::TestRun => "test_run",
             Self::Procfs => "/proc",
         }
@@ -121,6 +124,7 @@ impl Kind {
                 "BTF, BPF trampolines (x86-64 from 5.5, arm64 from 6.4) that the kernel allows, CAP_BPF, CAP_PERFMON"
             }
             Self::Iterator => "BTF, 5.8, CAP_BPF, CAP_PERFMON",
+            Self::RawTracepoint => "CAP_BPF, CAP_PERFMON",
             Self::TestRun => "5.10, CAP_BPF, CAP_PERFMON",
             Self::Procfs => "CAP_SYS_PTRACE for processes of other users",
         }
@@ -276,6 +280,19 @@ pub static HOOKS: &[Hook] = &[
         lost: "the times to live of RSTs, and with them the detection of forged ones",
         null: &["ttl", "handshake_ttl"],
         fix: "--ttl, which hooks every packet that the host receives",
+    },
+    Hook {
+        name: "signals",
+        variants: &[Variant {
+            kind: Kind::RawTracepoint,
+            programs: &[("signal_generate", "signal:signal_generate"), ("mark_victim", "oom:mark_victim")],
+            when: When::Always,
+            worse: "",
+        }],
+        need: Need::Extra,
+        lost: "who sent the signal that a process died of, and whether it was the OOM killer",
+        null: &["signal_from"],
+        fix: "a kernel with these tracepoints and with BTF (CONFIG_DEBUG_INFO_BTF)",
     },
     Hook {
         name: "sched:sched_process_fork",

@@ -213,7 +213,11 @@ fn attach_targets() -> Vec<String> {
         Kind::TypedTracepoint => Some(format!("btf_trace_{}", point(at))),
         Kind::FunctionEntry | Kind::FunctionReturn => Some(String::from(at)),
         Kind::Iterator => Some(format!("bpf_iter_{at}")),
-        Kind::ClassicTracepoint(_) | Kind::SystemCall | Kind::TestRun | Kind::Procfs => None,
+        Kind::ClassicTracepoint(_)
+        | Kind::SystemCall
+        | Kind::RawTracepoint
+        | Kind::TestRun
+        | Kind::Procfs => None,
     };
     programs.filter_map(target).collect()
 }
@@ -537,7 +541,7 @@ fn load_program(program: &mut Program, kernel: &Kernel, kind: Kind, at: &str) ->
             <&mut FExit>::try_from(program)?.load(at, btf()?)?;
         }
         Kind::Iterator => <&mut Iter>::try_from(program)?.load(at, btf()?)?,
-        Kind::TestRun => <&mut RawTracePoint>::try_from(program)?.load()?,
+        Kind::RawTracepoint | Kind::TestRun => <&mut RawTracePoint>::try_from(program)?.load()?,
         Kind::Procfs => {}
     }
     Ok(())
@@ -576,6 +580,9 @@ fn start(
             }
             Kind::FunctionReturn => {
                 <&mut FExit>::try_from(program)?.attach()?;
+            }
+            Kind::RawTracepoint => {
+                <&mut RawTracePoint>::try_from(program)?.attach(point(at))?;
             }
             Kind::Iterator | Kind::TestRun | Kind::Procfs => {}
         }

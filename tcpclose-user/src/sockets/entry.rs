@@ -5,6 +5,7 @@ use tcpclose_common::tcp::is_teardown;
 
 use crate::{
     event::{Endpoint, LingeringKind, State},
+    ingest::life::SendQueue,
     judge,
 };
 
@@ -21,6 +22,8 @@ pub struct Entry {
     pub inode: u64,
     /// Bytes received and not read, where a FIN counts as one (`Recv-Q` of `ss`).
     pub recv_queue: u32,
+    /// What waits to be sent, if that is known.
+    pub send_queue: Option<SendQueue>,
     /// Whether only the small structure is left that the kernel keeps in `TIME_WAIT`, and for a closed socket in
     /// `FIN_WAIT2`.
     pub is_remnant: bool,
@@ -85,7 +88,7 @@ impl Entry {
 
     /// What keeps it in its state.
     pub fn kind(&self) -> LingeringKind {
-        judge::waits_for(self.state, self.inode != 0, Some(self.recv_queue))
+        judge::waits_for(self.state, self.inode != 0, Some(self.recv_queue), self.send_queue)
     }
 
     /// How long it has been in its state. The kernel does not record that, but it records when other things last happened
@@ -134,6 +137,7 @@ pub(crate) mod tests {
             remote: end(443),
             inode,
             recv_queue,
+            send_queue: Some(SendQueue { unsent: 0, in_flight: 1, probes: 0 }),
             is_remnant: false,
             cookie: None,
             info: Some(Info {

@@ -180,6 +180,12 @@ impl Socket {
             for_ms: at_least.map(f64::from),
             for_ms_at_most: at_most.map(f64::from),
             unread_bytes: self.entry.unread_bytes().map(u64::from),
+            unsent_bytes: self.entry.send_queue.map(|queue| queue.unsent_payload(state).into()),
+            // What the kernel lists says nothing of what was done to the socket.
+            trigger: None,
+            signal: None,
+            signal_from: None,
+            stack: None,
             holders,
             opener: None,
             kind: self.kind(),

@@ -33,6 +33,7 @@ fn entry(socket: &TcpNetEntry) -> Option<Entry> {
         remote: endpoint(socket.remote_address),
         inode: socket.inode,
         recv_queue: socket.rx_queue,
+        send_queue: None,
         is_remnant: socket.inode == 0 && matches!(state, State::TimeWait | State::FinWait2),
         cookie: None,
         info: None,

@@ -2,7 +2,9 @@
 //! responsible program, descriptor or code; `docs/cases.md` explains how to read it. The truth comes from the
 //! programs: from their logs, their answers and their descriptors.
 
+mod farewell;
 mod idle_client;
+mod memory;
 mod pool;
 mod proxy;
 mod worker;
@@ -38,7 +40,10 @@ macro_rules! cases {
 cases! {
     proxy::backend_closes_what_nginx_is_about_to_use
     proxy::client_gives_up
+    farewell::nginx_closes_an_idle_tls_connection
+    farewell::tls_client_gives_up
     idle_client::redis_closes_what_its_client_has_forgotten
+    memory::the_oom_killer_is_named
     worker::leaking_worker_has_read_the_end
     worker::blocked_worker_has_not_read
     pool::pool_runs_dry_and_the_method_is_named

@@ -7,8 +7,8 @@ use crate::{platform::Platform, suite::Suite};
 
 /// Test programs that do not run in virtual machines: tests of the tests' own code; the crowd, which an emulated
 /// processor cannot finish within the time limits; and tests with programs that the machine does not contain (nginx,
-/// Redis, Python, Java).
-const LEFT_OUT: [&str; 5] = ["tcpclose_tests", "harness", "crowd", "cases", "diagnose"];
+/// Redis, Python, Java, a compiler).
+const LEFT_OUT: [&str; 6] = ["tcpclose_tests", "harness", "crowd", "cases", "diagnose", "compat"];
 
 /// A test that needs bash, which the machine does not contain.
 const NEEDS_BASH: &str = "completions_are_scripts_of_the_shell";

@@ -282,7 +282,8 @@ fn outlook(variant: &Variant, types: Option<&Btf<'_>>) -> String {
         Some(_) => "BTF does not have it",
     };
     let outlook = match variant.kind {
-        Kind::TypedTracepoint => {
+        Kind::RawTracepoint if types.is_none() => "known only by trying",
+        Kind::TypedTracepoint | Kind::RawTracepoint => {
             of_types(|types, point| types.func_proto_params(&format!("btf_trace_{point}")).is_some())
         }
         Kind::FunctionEntry | Kind::FunctionReturn => of_types(|types, function| {

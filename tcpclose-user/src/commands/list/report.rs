@@ -99,8 +99,8 @@ impl Report {
             return page.line("No lingering sockets.");
         }
         page.header(&format!(
-            "{:<15} {:<10} {:<11} {:>9}  {:<21}  FD, OTHERS' PID/FD",
-            "LINGERING FOR", "STATE", "KIND", "UNREAD", "LOCAL"
+            "{:<15} {:<10} {:<16} {:>9}  {:<21}  FD, OTHERS' PID/FD",
+            "LINGERING FOR", "STATE", "KIND", "WAITING", "LOCAL"
         ))?;
         for group in &self.groups {
             group.write(page)?;
@@ -183,11 +183,16 @@ impl<W: Write> Page<W> {
             _ => self.palette.peer,
         };
         let age = bounds(lingering.for_ms, lingering.for_ms_at_most);
-        let unread = or_dash(lingering.unread_bytes.map(|bytes| format!("{bytes}B")));
+        // What waits: to be sent, or to be read.
+        let waiting = match lingering.kind {
+            LingeringKind::PeerNotReading => lingering.unsent_bytes,
+            _ => lingering.unread_bytes,
+        };
+        let waiting = or_dash(waiting.map(|bytes| format!("{bytes}B")));
         let local = endpoint(lingering.connection.local);
         let (state, kind) = (lingering.state, lingering.kind);
-        let line = format!("  {age:<13} {state:<10} {style}{kind:<11}{style:#} {unread:>9}  {local:<21}  ");
-        let unstyled = format!("  {age:<13} {state:<10} {kind:<11} {unread:>9}  {local:<21}  ");
+        let line = format!("  {age:<13} {state:<10} {style}{kind:<16}{style:#} {waiting:>9}  {local:<21}  ");
+        let unstyled = format!("  {age:<13} {state:<10} {kind:<16} {waiting:>9}  {local:<21}  ");
         let room = COLUMNS.saturating_sub(width(&unstyled));
         let holders = holders(lingering.holders.as_deref(), owner);
         writeln!(self.writer, "{}", format!("{line}{}", cut(&holders, room)).trim_end())

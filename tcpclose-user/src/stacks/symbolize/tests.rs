@@ -160,7 +160,7 @@ fn names_functions_of_a_process_that_has_ended() {
     let mut processes = Processes::new();
     let mut waiting = Waiting::start(&std::env::current_exe().unwrap());
     let pid = waiting.child.id();
-    processes.notice(pid, 1);
+    processes.notice(pid, 1, None);
     waiting.end();
     let image = processes.image(pid, 1).unwrap();
     assert!(!image.is_running());
@@ -181,11 +181,11 @@ fn never_reads_a_file_that_took_the_place_of_another() {
         let mut waiting = Waiting::start(&program);
         let pid = waiting.child.id();
         if !noticed_late {
-            processes.notice(pid, 1);
+            processes.notice(pid, 1, None);
         }
         fs::rename(&newer, &program).unwrap();
         if noticed_late {
-            processes.notice(pid, 1);
+            processes.notice(pid, 1, None);
         }
         waiting.end();
         let image = processes.image(pid, 1).unwrap();

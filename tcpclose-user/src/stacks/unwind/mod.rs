@@ -43,6 +43,12 @@ pub const REGISTERS: Registers = {
         sp: offset_of!(Shown, rsp) as u16,
         fp: offset_of!(Shown, rbp) as u16,
         lr: tcpclose_common::offsets::ABSENT,
+        // The selector of the code segment: `__USER32_CS`, whatever the privilege bits.
+        // https://elixir.bootlin.com/linux/v6.12/source/arch/x86/include/asm/segment.h
+        mode: offset_of!(Shown, cs) as u16,
+        mode_mask: 0xfff8,
+        mode_compat: 0x20,
+        argument: offset_of!(Shown, rbx) as u16,
     };
     #[cfg(target_arch = "aarch64")]
     let registers = Registers {
@@ -50,6 +56,12 @@ pub const REGISTERS: Registers = {
         sp: offset_of!(Shown, sp) as u16,
         fp: (offset_of!(Shown, regs) + 29 * 8) as u16,
         lr: (offset_of!(Shown, regs) + 30 * 8) as u16,
+        // `PSR_MODE32_BIT`: https://elixir.bootlin.com/linux/v6.12/source/arch/arm64/include/uapi/asm/ptrace.h
+        mode: offset_of!(Shown, pstate) as u16,
+        mode_mask: 0x10,
+        mode_compat: 0x10,
+        // arm32 has no `socketcall` in the table that the kernel uses (EABI).
+        argument: tcpclose_common::offsets::ABSENT,
     };
     registers
 };

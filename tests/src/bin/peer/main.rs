@@ -302,13 +302,15 @@ fn fast_connection(address: SocketAddr, protocol: libc::c_int, bytes: usize) -> 
 /// Sends until the send buffer is full.
 fn fill(mut socket: &TcpStream) -> Result<String> {
     socket.set_nonblocking(true)?;
+    let mut written = 0;
     let full = loop {
-        if let Err(error) = socket.write(&[b'x'; 16_384]) {
-            break error;
+        match socket.write(&[b'x'; 16_384]) {
+            Ok(bytes) => written += bytes,
+            Err(error) => break error,
         }
     };
     socket.set_nonblocking(false)?;
-    if full.kind() == io::ErrorKind::WouldBlock { Ok(String::new()) } else { Err(errno(full)) }
+    if full.kind() == io::ErrorKind::WouldBlock { Ok(format!("bytes={written}")) } else { Err(errno(full)) }
 }
 
 /// Waits until the descriptor has one of these events or an error, which `poll` always reports.
