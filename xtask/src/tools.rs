@@ -23,7 +23,7 @@ const DEBIAN_COMPILER: [Package; 2] = [
 ];
 
 /// Commands or files that tests use, and the packages that contain them.
-const FOR_TESTS: [(&str, Package); 7] = [
+const FOR_TESTS: [(&str, Package); 11] = [
     (
         "ip",
         Package { name: "iproute2", purpose: "`ip`, which makes the network namespaces that tests run in" },
@@ -45,6 +45,13 @@ const FOR_TESTS: [(&str, Package); 7] = [
         "/usr/bin/redis-check-rdb",
         Package { name: "redis-tools", purpose: "redis and its client, in tests; without a service" },
     ),
+    ("/usr/bin/gdb", Package { name: "gdb", purpose: "gdb, which the tests compare stacks with" }),
+    (
+        "/usr/bin/gcc",
+        Package { name: "gcc", purpose: "a C compiler, for programs whose stacks are compared" },
+    ),
+    ("/usr/bin/g++", Package { name: "g++", purpose: "a C++ compiler, for the same" }),
+    ("/usr/bin/node", Package { name: "nodejs", purpose: "Node, whose stacks a test compares" }),
     ("/usr/bin/javac", Package { name: "default-jdk-headless", purpose: "Java, in tests" }),
     (
         "/usr/share/java/httpclient.jar",
