@@ -100,9 +100,13 @@ fn run_tests() -> Result<()> {
     let tests = fs::read_to_string("/tests")?;
     let start = Instant::now();
     let seconds = env::var(SECONDS_VARIABLE).ok().map(|text| text.parse()).transpose()?;
-    for line in tests.lines() {
+    let mut lines = tests.lines().peekable();
+    while let Some(line) = lines.next() {
+        // The last program takes seconds, and on slow machines none would come to it in time.
+        let is_last = lines.peek().is_none();
         let (name, words) = line.split_once(' ').with_context(|| format!("/tests has the line {line}"))?;
-        if seconds.is_some_and(|seconds| start.elapsed() > Duration::from_secs(seconds)) {
+        let is_over = seconds.is_some_and(|seconds| start.elapsed() > Duration::from_secs(seconds));
+        if is_over && !is_last {
             writeln!(results, "=== {name} not run: its time was over")?;
             continue;
         }
