@@ -2,8 +2,9 @@
 //! `/proc` say about them and about the processes that have them open.
 //!
 //! The kernel half's table says which sockets are in such a state; most stay there for less than a millisecond. This
-//! module walks that table a few times within the limit, and has the sockets inspected that have been
-//! in it for longer. The cost grows with the number of sockets that are stuck, not with the number that live.
+//! module walks that table a few times within the limit, and has the sockets inspected that have been in such a state
+//! for longer. A walk reads the buckets, which are mapped into memory: its cost grows with the size of the table
+//! (`--connections`). That of the inspections grows with the number of sockets that are stuck.
 
 pub mod age;
 pub mod older;
