@@ -5,8 +5,11 @@ use std::{
     io::Write as _,
     os::unix::fs::{MetadataExt as _, fchown},
     panic,
-    path::PathBuf,
-    sync::Arc,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use tcpclose_user::attribute::{mappings::Modules, process::Image};
@@ -20,9 +23,10 @@ pub struct Scratch(PathBuf);
 impl Scratch {
     /// A new file with this content, which nobody in particular owns: what belongs to root is trusted more.
     pub fn new(content: &[u8]) -> Self {
-        let path = PathBuf::from(format!("/dev/shm/tcpclose-fuzz-{}", std::process::id()));
-        // Files are told apart by their inode and times, so each gets new ones.
-        let _ = fs::remove_file(&path);
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        // Files are told apart by their inode and times, so each is a new one.
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let path = PathBuf::from(format!("/dev/shm/tcpclose-fuzz-{}-{number}", std::process::id()));
         let mut file = fs::File::create(&path).expect("/dev/shm is writable");
         file.write_all(content).expect("/dev/shm has room");
         // Without privileges it stays ours, which serves as well unless that is root.
@@ -30,10 +34,16 @@ impl Scratch {
         Self(path)
     }
 
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
     /// An image whose only executable mapping is this file, in this process.
     pub fn mapped(&self) -> Arc<Image> {
         let metadata = fs::metadata(&self.0).expect("it was just written");
-        let (end, inode, path) = (BASE + metadata.len().next_multiple_of(4096), metadata.ino(), self.0.display());
+        let (end, inode, path) =
+            (BASE + metadata.len().next_multiple_of(4096), metadata.ino(), self.0.display());
         let maps = format!("{BASE:x}-{end:x} r-xp 00000000 00:00 {inode} {path}\n");
         let pid = std::process::id();
         let mappings = Modules::default().mappings(pid, maps.as_bytes(), None);
@@ -47,8 +57,8 @@ impl Drop for Scratch {
     }
 }
 
-/// Lets panics unwind where libFuzzer would abort at once: those of crates that are caught are no finding. One that is
-/// not caught still ends the target.
+/// Lets panics unwind where libFuzzer would abort at once: those of crates that are caught are no finding.
+/// One that is not caught still ends the target.
 pub fn allow_caught_panics() {
     panic::set_hook(Box::new(|_| {}));
 }

@@ -1,17 +1,18 @@
-//! Writes the records of a recording (`tcpclose --record`) to files in a directory, one file each, and one record of
-//! each kind that recordings seldom hold: seeds of the target `decode`.
+//! Writes the records of a recording (`tcpclose --record`) to files in a directory, one file each, and one
+//! record of each kind that recordings seldom hold: seeds of the target `decode`.
 //!
 //!     cargo run --example records -- ../tcpclose-user/fixtures/records/6.18-amd64.bin corpus/decode
 
 use std::{env, fs, path::PathBuf};
 
-use tcpclose_common::record::{Header, Owner, Process, StackCopy, holds, tag};
+use tcpclose_common::record::{Header, Owner, Process, StackCopy, relation, tag};
 use tcpclose_user::ingest::recording::{Frame, frames};
 use zerocopy::{FromBytes as _, FromZeros as _, IntoBytes as _};
 
 fn main() {
     let mut arguments = env::args_os().skip(1).map(PathBuf::from);
-    let (Some(recording), Some(directory), None) = (arguments.next(), arguments.next(), arguments.next()) else {
+    let (Some(recording), Some(directory), None) = (arguments.next(), arguments.next(), arguments.next())
+    else {
         panic!("usage: records RECORDING DIRECTORY");
     };
     let recorded = fs::read(&recording).expect("the recording can be read");
@@ -21,7 +22,8 @@ fn main() {
         .filter_map(|frame| if let Frame::Record(record) = frame { Some(record.to_vec()) } else { None })
         .collect();
     let of_kind = |kind: u16| {
-        let has_kind = |record: &&Vec<u8>| Header::read_from_prefix(record).is_ok_and(|(header, _)| header.tag == kind);
+        let has_kind =
+            |record: &&Vec<u8>| Header::read_from_prefix(record).is_ok_and(|(header, _)| header.tag == kind);
         records.iter().find(has_kind).expect("every recording has one").clone()
     };
 
@@ -30,7 +32,7 @@ fn main() {
     header.tag = tag::STUCK;
     stuck[..size_of::<Header>()].copy_from_slice(header.as_bytes());
     let mut owner = Owner::read_from_bytes(&of_kind(tag::OWNER)).expect("an owner");
-    (owner.holds, owner.fd) = (holds::ASKED, 3);
+    (owner.relation, owner.fd) = (relation::ASKED, 3);
     let mut process = Process::new_zeroed();
     process.header = Header { tag: tag::PROCESS, length: size_of::<Process>() as u32, ..header };
     let mut stack = StackCopy::new_zeroed();

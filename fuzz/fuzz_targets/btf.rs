@@ -1,5 +1,5 @@
-//! `/sys/kernel/btf/vmlinux`, or the file that `--btf` names. Lookups use names from the input, so that they reach the
-//! types in it.
+//! `/sys/kernel/btf/vmlinux`, or the file that `--btf` names. Lookups use names from the input, so that they
+//! reach the types in it.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

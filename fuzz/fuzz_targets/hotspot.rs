@@ -1,5 +1,6 @@
-//! The structures of a Java virtual machine, in the memory of a process that runs on while they are read, or only claims
-//! to be one. The input is what the machine's static variables lead to; which members its structures have is fixed.
+//! The structures of a Java virtual machine, in the memory of a process that runs on while they are read, or
+//! only claims to be one. The input is what the machine's static variables lead to; which members its
+//! structures have is fixed.
 #![no_main]
 
 use std::{fs::File, os::unix::fs::FileExt as _, sync::LazyLock};
@@ -8,7 +9,7 @@ use libfuzzer_sys::fuzz_target;
 use tcpclose_fuzz::word;
 use tcpclose_user::stacks::{
     memory::{ProcessMemory, StackMemory},
-    runtimes::{self, Caller, Registers},
+    runtimes::{Caller, Registers, hotspot},
 };
 
 /// Where the input is in the machine's memory; before it are the tables that describe the structures.
@@ -75,7 +76,8 @@ const APART: [(&str, &str, u64); 5] = [
     ("CodeBlob", "_relocation_size", 0x60),
 ];
 
-const SIZES: [(&str, u64); 4] = [("HeapBlock", 16), ("ConstMethod", 48), ("ConstantPool", 24), ("PcDesc", 16)];
+const SIZES: [(&str, u64); 4] =
+    [("HeapBlock", 16), ("ConstMethod", 48), ("ConstantPool", 24), ("PcDesc", 16)];
 
 /// The memory before the input.
 struct Tables {
@@ -86,8 +88,9 @@ struct Tables {
 }
 
 impl Tables {
-    fn new(others: &[(&str, &str, u64)]) -> Vec<u8> {
-        let mut tables = Self { bytes: vec![0; DATA as usize], strings: 0x4000, structs: 0x1000, types: 0x3000 };
+    fn memory(others: &[(&str, &str, u64)]) -> Vec<u8> {
+        let mut tables =
+            Self { bytes: vec![0; DATA as usize], strings: 0x4000, structs: 0x1000, types: 0x3000 };
         for (index, (_, value)) in SYMBOLS.iter().enumerate() {
             tables.put(index * 8, *value);
         }
@@ -138,7 +141,7 @@ static MEMORY: LazyLock<[File; 2]> = LazyLock::new(|| {
         let path = format!("/dev/shm/tcpclose-fuzz-hotspot-{}-{name}", std::process::id());
         let file = File::options().read(true).write(true).create_new(true).open(&path).expect("a new file");
         std::fs::remove_file(&path).expect("it was just made");
-        file.write_all_at(&Tables::new(others), 0).expect("/dev/shm has room");
+        file.write_all_at(&Tables::memory(others), 0).expect("/dev/shm has room");
         file
     })
 });
@@ -153,12 +156,12 @@ fuzz_target!(|data: &[u8]| {
 
     let symbol = |name: &str| {
         let index = SYMBOLS.iter().position(|(symbol, _)| *symbol == name)?;
-        Some(index as u64 * 8)
+        let address = index as u64 * 8;
+        Some(address..address + 8)
     };
-    let programs = runtimes::recognize(&symbol);
-    assert_eq!(programs.len(), 1, "the symbols are those of HotSpot");
+    let program = hotspot::recognize(&symbol).expect("the symbols are those of HotSpot");
     let process = ProcessMemory::from(file.try_clone().expect("a descriptor"));
-    let Some(mut runtime) = programs[0].attach(0, process, 0) else { return };
+    let Some(mut runtime) = program.attach(0, process, 0) else { return };
     runtime.begin_stack();
     // The registers are the last words of the input; the stack is all of it.
     let mut registers = &data[data.len().saturating_sub(24)..];

@@ -16,6 +16,6 @@ fuzz_target!(|data: &[u8]| {
     for format in [Format::Json, Format::Text] {
         let frames = frames(Bytes::copy_from_slice(data));
         let output = |stacks| Output::to(format, io::sink(), Palette::PLAIN, stacks);
-        let _ = replay::run(frames, Filter::default(), None, output);
+        let _ = replay::run(frames, Filter::default(), None, true, output, None);
     }
 });

@@ -1,5 +1,5 @@
-//! The symbols and debug information of an ELF file that some process has mapped. The input is two offsets into the
-//! file and the file.
+//! The symbols and debug information of an ELF file that some process has mapped. The input is two offsets
+//! into the file and the file.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,5 +1,5 @@
-//! The unwind tables of an ELF file that some process has mapped. The input is the registers, the size of the stack, the
-//! stack and the file.
+//! The unwind tables of an ELF file that some process has mapped. The input is the registers, the size of the
+//! stack, the stack and the file.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -37,7 +37,7 @@ fuzz_target!(init: allow_caught_panics(), |data: &[u8]| {
         lr: BASE + fp % (1 << 20),
         code_pages: 0,
     };
-    let unwound = Unwinder::default().unwind(&copy, stack, |_| Some(image.clone()));
+    let unwound = Unwinder::default().unwind(&copy, stack, None, |_| Some(image.clone()));
     assert!((1..=MAX_FRAMES).contains(&unwound.stack.frames.len()));
     assert!(unwound.words.len() <= MAX_WORDS);
 });

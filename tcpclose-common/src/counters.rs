@@ -26,8 +26,8 @@ counters! {
     processes_lost,
     /// Sockets that got an entry in `OVERFLOW`.
     overflow_added,
-    /// Entries of `OVERFLOW` deleted because their socket was destroyed. An entry that was added, was not removed and
-    /// is no longer there was evicted.
+    /// Entries of `OVERFLOW` deleted because their socket was destroyed. An entry that was added, was not
+    /// removed and is no longer there was evicted.
     overflow_removed,
     /// Sockets for which no entry could be made.
     connections_failed,

@@ -1,10 +1,12 @@
-//! What the two halves of tcpclose share: the records in the ring buffers, the offsets and parameters that go the other
-//! way, and constants of the kernel.
+//! What the two halves of tcpclose share: the records in the ring buffers, the offsets and parameters that go
+//! the other way, and constants of the kernel.
 //!
 //! Plain integers only, laid out without padding, so that the user half decodes without `unsafe`.
 #![cfg_attr(not(feature = "user"), no_std)]
 
 pub mod counters;
+pub mod interpreter;
+pub mod namespace;
 pub mod offsets;
 pub mod params;
 pub mod recipe;

@@ -1,5 +1,5 @@
-//! Offsets in the running kernel: the user half finds them in BTF and in tracefs, and hands them to the programs as
-//! read-only globals before they are loaded.
+//! Offsets in the running kernel: the user half finds them in BTF and in tracefs, and hands them to the
+//! programs as read-only globals before they are loaded.
 //!
 //! Every offset that was not found is [`ABSENT`]. The programs test for it first, and because the globals are
 //! frozen before loading, the verifier removes the unreachable branch.
@@ -31,7 +31,8 @@ macro_rules! offsets {
 }
 
 offsets! {
-    /// Offsets of kernel struct members, in bytes, from the start of the struct that a pointer in hand points to.
+    /// Offsets of kernel struct members, in bytes, from the start of the struct that a pointer in hand points
+    /// to.
     ///
     /// `sk_*`, `icsk_*` and `tcp_*` all count from the start of `struct sock`, which is also the start of
     /// `struct inet_connection_sock` and `struct tcp_sock`.
@@ -50,7 +51,8 @@ offsets! {
         sk_v6_daddr,
         /// `sock.__sk_common.skc_num`, the local port, host order u16.
         sk_num,
-        /// `inet_sock.inet_sport`, the local port, big-endian u16; kept longer than `skc_num`; not present in TIME_WAIT.
+        /// `inet_sock.inet_sport`, the local port, big-endian u16; kept longer than `skc_num`; not present in
+        /// TIME_WAIT.
         sk_sport,
         /// `sock.__sk_common.skc_dport`, the remote port, big-endian u16.
         sk_dport,
@@ -70,7 +72,8 @@ offsets! {
         sk_lingertime,
         /// `sock.sk_lock.owned`, int; inside anonymous members from 7.1 on.
         sk_lock_owned,
-        /// `sock.sk_socket`, pointer to `struct socket`; null for a socket not yet accepted or already orphaned.
+        /// `sock.sk_socket`, pointer to `struct socket`; null for a socket not yet accepted or already
+        /// orphaned.
         sk_socket,
         /// From a `struct socket` to the inode number of its `struct socket_alloc`, unsigned long.
         socket_inode,
@@ -98,6 +101,11 @@ offsets! {
         tcp_write_seq,
         /// `tcp_sock.snd_una`, u32.
         tcp_snd_una,
+        /// `tcp_sock.snd_nxt`, u32; `write_seq - snd_nxt` is what was not sent yet.
+        tcp_snd_nxt,
+        /// `inet_connection_sock.icsk_probes_out`, u8: probes of a shut window, or keepalives, since the last
+        /// answer.
+        icsk_probes_out,
         /// `tcp_sock.linger2`, int, jiffies; negative if there is to be no FIN_WAIT2.
         tcp_linger2,
         /// From a `struct net` to its inode number (`net.ns.inum`), unsigned int.
@@ -116,6 +124,8 @@ offsets! {
         task_pid,
         /// `task_struct.tgid`, the process id, int.
         task_tgid,
+        /// `task_struct.group_leader`, pointer to the main thread.
+        task_group_leader,
         /// `task_struct.comm`, 16 bytes.
         task_comm,
         /// `task_struct.real_cred`, pointer to `struct cred`.
@@ -152,7 +162,8 @@ offsets! {
         task_stack,
         /// `sizeof(union thread_union)`: the size of a kernel stack.
         thread_size,
-        /// `sizeof(struct pt_regs)`: what lies at the top of a task's kernel stack while it is in a system call.
+        /// `sizeof(struct pt_regs)`: what lies at the top of a task's kernel stack while it is in a system
+        /// call.
         pt_regs_size,
         /// The system call number in `struct pt_regs`: `orig_ax` on x86-64, `syscallno` on arm64.
         pt_regs_syscall,
@@ -160,7 +171,8 @@ offsets! {
 }
 
 offsets! {
-    /// Where a program on a kernel function finds arguments and results, in bytes from the start of its context.
+    /// Where a program on a kernel function finds arguments and results, in bytes from the start of its
+    /// context.
     ArgumentOffsets {
         /// Result of `inet_csk_accept()`: the accepted `struct sock`.
         accept_result,
@@ -180,8 +192,8 @@ offsets! {
 }
 
 offsets! {
-    /// Where a classic tracepoint's record keeps its fields, from tracefs' `format` file. Two shapes exist for
-    /// addresses: separate members, or a `sockaddr` for each end (`tcp_send_reset` from 6.10 on).
+    /// Where a classic tracepoint's record keeps its fields, from tracefs' `format` file. Two shapes exist
+    /// for addresses: separate members, or a `sockaddr` for each end (`tcp_send_reset` from 6.10 on).
     RecordOffsets {
         /// The socket's address in the kernel, u64; may be 0 in `tcp_send_reset`.
         skaddr,
@@ -218,6 +230,31 @@ offsets! {
     }
 }
 
-// Programs keep a copy on their stack. LLVM copies whole words, and kernels before 6.3 refuse a read of stack bytes that
-// were never written, which the bytes after the last member would be.
+offsets! {
+    /// How to see that the current task reads a BPF iterator.
+    IteratorOffsets {
+        /// Number of the system call `read`.
+        read,
+        /// Where the registers of a task have the first argument of its system call.
+        argument,
+        /// `file.f_op`, a pointer.
+        file_op,
+    }
+}
+
+offsets! {
+    /// Where the kernel keeps a process's ids in each pid namespace. All are [`ABSENT`] where tcpclose runs
+    /// in the initial pid namespace, so that nothing is looked up there.
+    NamespaceOffsets {
+        /// `task_struct.thread_pid`, a pointer to a `struct pid`.
+        thread_pid,
+        /// `pid.level`, u32: the depth of the pid namespace that the process was created in.
+        pid_level,
+        /// `pid.numbers`, an array of `struct upid` with one element for each level.
+        pid_numbers,
+    }
+}
+
+// Programs keep a copy on their stack. LLVM copies whole words, and kernels before 6.3 refuse a read of stack
+// bytes that were never written, which the bytes after the last member would be.
 const _: () = assert!(size_of::<RecordOffsets>().is_multiple_of(8));

@@ -27,11 +27,29 @@ pub struct Registers {
     pub fp: u16,
     /// Link register.
     pub lr: u16,
+    /// What says whether a task entered the kernel from 32-bit code: `cs` on x86-64, `pstate` on arm64.
+    pub mode: u16,
+    /// The bits of it, of the lowest 16, that say so.
+    pub mode_mask: u16,
+    /// Their value for 32-bit code.
+    pub mode_compat: u16,
+    /// First argument of a system call of 32-bit code.
+    pub argument: u16,
 }
 
 impl Registers {
     /// Nothing known.
-    pub const ABSENT: Self = Self { ip: ABSENT, sp: ABSENT, fp: ABSENT, lr: ABSENT };
+    pub const ABSENT: Self = Self {
+        ip: ABSENT,
+        sp: ABSENT,
+        fp: ABSENT,
+        lr: ABSENT,
+        mode: ABSENT,
+        mode_mask: 0,
+        // No bits under the mask are equal to it.
+        mode_compat: 1,
+        argument: ABSENT,
+    };
 }
 
 /// Read-only parameters. A count of 0 means that the filter was not given.
@@ -74,8 +92,8 @@ pub struct Params {
     pub netns: [u32; MAX_FILTER_VALUES],
     /// A program on `tcp_destroy_sock` removes entries, so that they stay until then (0 or 1).
     pub has_destroy: u32,
-    /// Bytes of user stacks that are copied, a multiple of [`STACK_STEP`](crate::record::STACK_STEP); 0 to follow frame
-    /// pointers instead.
+    /// Bytes of user stacks that are copied, a multiple of [`STACK_STEP`](crate::record::STACK_STEP); 0 to
+    /// follow frame pointers instead.
     pub stack_bytes: u32,
     /// Buckets of the table of sockets.
     pub buckets: u32,
@@ -83,8 +101,8 @@ pub struct Params {
     pub registers: Registers,
     /// Offset of `exec_vm`, unsigned long, in `struct mm_struct`: how many pages of code are mapped.
     pub code_pages: u16,
-    /// Always 0.
-    pub reserved: u16,
+    /// Offset of the user thread pointer, unsigned long, in `struct task_struct`.
+    pub thread_pointer: u16,
     /// Recognize stacks by recipes, and copy only those that have none (0 or 1).
     pub recipes: u32,
     /// Address ranges.
@@ -116,14 +134,15 @@ impl Params {
         buckets: 0,
         registers: Registers::ABSENT,
         code_pages: ABSENT,
-        reserved: 0,
+        thread_pointer: ABSENT,
         recipes: 0,
         ranges: [Range { address: [0; 2], mask: [0; 2] }; MAX_FILTER_VALUES],
     };
 }
 
-// 16 * 4 + 3 * 16 + 32 + 8 + 8 = 160, then 8 * 32: every member is naturally aligned, so this sum says "no padding".
-const _: () = assert!(size_of::<Params>() == 160 + MAX_FILTER_VALUES * size_of::<Range>());
+// 16 * 4 + 3 * 16 + 32 + 16 + 8 = 168, then 8 * 32: every member is naturally aligned, so this sum says "no
+// padding".
+const _: () = assert!(size_of::<Params>() == 168 + MAX_FILTER_VALUES * size_of::<Range>());
 
 // SAFETY: `repr(C)`, integers only, and the assertion above shows that there is no padding.
 #[cfg(feature = "user")]

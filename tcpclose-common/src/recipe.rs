@@ -1,20 +1,27 @@
-//! Recipes: what the user half tells the kernel half about stacks that it has unwound, so that the kernel half can
-//! recognize them.
+//! Recipes: what the user half tells the kernel half about stacks that it has unwound, so that the kernel
+//! half can recognize them.
 //!
-//! The frames of a stack follow from the registers and from the words that unwinding reads, and from nothing else as long
-//! as the mappings stay the same. A recipe lists these words in the order in which they were needed. If all of them agree,
-//! the stack is the same one.
+//! The frames of a stack follow from the registers and from the words that unwinding reads, and from nothing
+//! else as long as the mappings stay the same. A recipe lists these words in the order in which they were
+//! needed. If all of them agree, the stack is the same one.
 //!
-//! The recipes of one program image that start at the same instruction form a tree. Stacks whose first words are equal are
-//! unwound alike so far, so their recipes name the same places up to the first word that differs; there an edge leads from
-//! one recipe to the other. A stack is therefore compared in one pass, however many recipes there are.
+//! The recipes of one program image that start at the same instruction form a tree. Stacks whose first words
+//! are equal are unwound alike so far, so their recipes name the same places up to the first word that
+//! differs; there an edge leads from one recipe to the other. A stack is therefore compared in one pass,
+//! however many recipes there are.
 
 /// Words that a recipe can have. A stack that needs more is copied each time.
 pub const MAX_WORDS: usize = 128;
 
-/// How many recipes there can be. When they are all in use, the user half drops those of the program that was longest
-/// without a hit.
+/// How many recipes there can be. When they are all in use, the user half drops those of the program that was
+/// longest without a hit.
 pub const MAX_RECIPES: u32 = 4_096;
+
+/// Bits that the place of a recipe takes.
+pub const PLACE_BITS: u32 = MAX_RECIPES.ilog2();
+
+/// A bit that is set in the key of every stack that a recipe leads to.
+pub const KEY_BIT: u64 = 1 << 63;
 
 /// Edges: one to each recipe, from the recipe that it branches off or from nowhere.
 pub const MAX_EDGES: u32 = MAX_RECIPES;
@@ -31,6 +38,9 @@ pub mod source {
     pub const FRAME_POINTER_VALUE: u32 = 3;
     /// The link register.
     pub const LINK_REGISTER: u32 = 4;
+    /// The hash of the interpreter's frames, always the last word
+    /// ([`Interpreted::hash`](crate::record::Interpreted::hash)).
+    pub const INTERPRETER: u32 = 5;
 }
 
 /// One word of a recipe.
@@ -49,8 +59,8 @@ pub struct Word {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Recipe {
-    /// Never the same for two recipes; 0 while the recipe is being replaced. A program reads it after the words, so that
-    /// words of two recipes never pass for those of one.
+    /// Never the same for two recipes; 0 while the recipe is being replaced. A program reads it after the
+    /// words, so that words of two recipes never pass for those of one.
     pub serial: u64,
     /// Key of the stack in the user half.
     pub stack: u64,
@@ -85,7 +95,8 @@ pub struct Edge {
     pub word: u64,
 }
 
-/// What tells program images with the same `mm_struct` apart: its process, and how many pages of code it has mapped.
+/// What tells program images with the same `mm_struct` apart: its process, and how many pages of code it has
+/// mapped.
 #[inline]
 pub const fn image(pid: u32, code_pages: u64) -> u64 {
     (pid as u64) << 32 | code_pages & 0xffff_ffff

@@ -1,11 +1,13 @@
 //! The records that the programs write and the user half reads.
 //!
-//! A [`Connection`] is at once the value that gathers a socket's facts while it lives and, copied whole, the body of
-//! the record written when it ends ([`tag::CLOSE`]) or when a RST is sent or received ([`tag::RESET`]).
-//! A fact that could not be read is [`UNKNOWN_U64`] or [`UNKNOWN_U32`], never 0.
+//! A [`Connection`] is at once the value that gathers a socket's facts while it lives and, copied whole, the
+//! body of the record written when it ends ([`tag::CLOSE`]) or when a RST is sent or received
+//! ([`tag::RESET`]). A fact that could not be read is [`UNKNOWN_U64`] or [`UNKNOWN_U32`], never 0.
+
+use crate::interpreter::MAX_INTERPRETED;
 
 /// Layout version, in every header. A reader that finds another one refuses the record.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// A 64-bit fact that could not be read.
 pub const UNKNOWN_U64: u64 = u64::MAX;
@@ -26,6 +28,11 @@ pub mod tag {
     pub const STUCK: u16 = 5;
     /// A copy of a user stack: a [`super::StackCopy`] followed by [`super::StackCopy::bytes`] bytes.
     pub const STACK: u16 = 6;
+    /// A task acted on a socket after another act, or destroyed it from outside: a [`super::Act`].
+    pub const ACT: u16 = 7;
+    /// The frames of an interpreter, ahead of the copy of the stack that they belong to: a
+    /// [`super::Interpreted`].
+    pub const INTERPRETED: u16 = 8;
 }
 
 /// Directions of a RST.
@@ -59,13 +66,30 @@ pub mod holder {
 }
 
 /// The relation of an [`Owner`] to the socket.
-pub mod holds {
+pub mod relation {
     /// It closed its descriptor.
     pub const CLOSED: u32 = 0;
     /// It has a descriptor of a socket that has ended.
     pub const OPEN: u32 = 1;
     /// It has a descriptor of a socket whose holders were asked for.
     pub const ASKED: u32 = 2;
+}
+
+/// What an [`Act`] was.
+pub mod act {
+    /// This side acted again: it closed what it had shut down.
+    pub const AGAIN: u32 = 0;
+    /// The task destroyed the socket from outside, as `ss -K` does.
+    pub const DESTROYED: u32 = 1;
+}
+
+/// What [`Task::syscall`] holds besides the number of the system call.
+pub mod syscall {
+    /// The number is one of the table for 32-bit programs (i386, arm32). Numbers have 10 bits, and bit 30 is
+    /// that of x32 programs (`__X32_SYSCALL_BIT`), which the kernel leaves in the number.
+    pub const COMPAT: i32 = 1 << 28;
+    /// Where the first argument is kept of i386's `socketcall`, which says what the call is.
+    pub const SOCKETCALL_SHIFT: u32 = 16;
 }
 
 /// The first thing that happened to a connection on its way to the end.
@@ -82,10 +106,11 @@ pub mod first_move {
 pub mod reset_after {
     /// No: FINs went both ways, or the RST came before.
     pub const NEVER: u16 = 0;
-    /// In the same system call: `__tcp_close()`, `tcp_check_oom()` in it, and `tcp_disconnect()` change the state first.
+    /// In the same system call: `__tcp_close()`, `tcp_check_oom()` in it, and `tcp_disconnect()` change the
+    /// state first.
     pub const SYSCALL: u16 = 1;
-    /// In the same softirq: `tcp_rcv_state_process()` found data for a connection that is closed on this side, or that
-    /// may not wait in FIN_WAIT2. The socket may be destroyed before the RST is sent.
+    /// In the same softirq: `tcp_rcv_state_process()` found data for a connection that is closed on this
+    /// side, or that may not wait in FIN_WAIT2. The socket may be destroyed before the RST is sent.
     pub const SOFTIRQ: u16 = 2;
 }
 
@@ -115,8 +140,8 @@ layout! {
     }
 }
 
-/// An IPv6 or IPv4-mapped address in network order: four words as they lie in memory, because the BPF target copies
-/// single bytes one by one.
+/// An IPv6 or IPv4-mapped address in network order: four words as they lie in memory, because the BPF target
+/// copies single bytes one by one.
 pub type Address = [u32; 4];
 
 /// `address`, network order as it lies in memory, as IPv4-mapped (RFC 4291, 2.5.5.2).
@@ -160,7 +185,7 @@ layout! {
         flags: u32,
         /// `task_struct.exit_code`; only meaningful with `PF_EXITING`.
         exit_code: i32,
-        /// System call number, or -1 when not readable.
+        /// System call number, with what [`syscall`] adds to it, or -1 when not readable.
         syscall: i32,
         /// The thread's name, cut to 15 bytes, ended by a zero.
         comm: [u8; 16],
@@ -194,8 +219,8 @@ layout! {
         received_ago: u32,
         /// `TCP_USER_TIMEOUT`, milliseconds; 0 when not set.
         user_timeout: u32,
-        /// Sequence numbers received that the application has not taken: `unread`, plus one for a FIN that it has not
-        /// read. `ss` shows this as Recv-Q.
+        /// Sequence numbers received that the application has not taken: `unread`, plus one for a FIN that it
+        /// has not read. `ss` shows this as Recv-Q.
         untaken: u32,
     }
 }
@@ -224,18 +249,19 @@ layout! {
     }
 }
 
-/// State changes that are kept. The longest orderly life has 7; the rest is room for a reconnect in SYN_RECV. In a longer
-/// life the last entry is overwritten.
+/// State changes that are kept. The longest orderly life has 7; the rest is room for a reconnect in SYN_RECV.
+/// In a longer life the last entry is overwritten.
 pub const MAX_STEPS: usize = 10;
 
 layout! {
     /// One end of a connection.
-    Connection (560) {
+    Connection (568) {
         /// Filled when it is written to the ring.
         header: Header,
         /// The socket's address, an identity while it lives. Never shown.
         sock: u64,
-        /// When it was first seen, nanoseconds of `CLOCK_BOOTTIME`; together with `sock`, a permanent identity.
+        /// When it was first seen, nanoseconds of `CLOCK_BOOTTIME`; together with `sock`, a permanent
+        /// identity.
         born: u64,
         /// When it was established; 0 if never, or before the trace.
         established: u64,
@@ -255,7 +281,8 @@ layout! {
         opener: Task,
         /// The task that acted first on this side: close, shutdown, exit, …
         actor: Task,
-        /// The task that has it open, or would have accepted it; only filled when neither of the two above is known.
+        /// The task that has it open, or would have accepted it; only filled when neither of the two above is
+        /// known.
         holder: Task,
         /// Counters at the first move; all unknown before.
         at_move: Sample,
@@ -282,7 +309,7 @@ layout! {
         /// `sk_err` at the end, or [`i32::MIN`] when not readable.
         error: i32,
         /// 1 once its CLOSE record was written.
-        told: u8,
+        reported: u8,
         /// 1 when the inventory found it alive: it entered the first of `states` before the time in `times`.
         found: u8,
         /// Number of the inventory pass that will report this socket's holders; 0 if none was requested.
@@ -293,16 +320,22 @@ layout! {
         linger: u64,
         /// One of [`reset_after`].
         reset_after: u16,
-        /// 1 when `TCP_LINGER2` was negative at the end: the socket must not wait in FIN_WAIT2 after its `close()`.
+        /// 1 when `TCP_LINGER2` was negative at the end: the socket must not wait in FIN_WAIT2 after its
+        /// `close()`.
         no_fin_wait2: u16,
         /// One of [`holder`].
         holder_kind: u32,
+        /// Sequence numbers written and not sent yet, a FIN counts as one; only filled for [`tag::STUCK`].
+        unsent: u32,
+        /// Probes of the peer's window that it has not answered (`icsk_probes_out`); only filled for
+        /// [`tag::STUCK`].
+        probes: u32,
     }
 }
 
 layout! {
-    /// The task that closed, or has open, the descriptor of a socket that ended in softirq without a known owner, or that
-    /// is stuck in a teardown state.
+    /// The task that closed, or has open, the descriptor of a socket that ended in softirq without a known
+    /// owner, or that is stuck in a teardown state.
     Owner (96) {
         /// What every record begins with.
         header: Header,
@@ -312,36 +345,79 @@ layout! {
         born: u64,
         /// The task.
         task: Task,
-        /// One of [`holds`].
-        holds: u32,
-        /// The descriptor, with [`holds::ASKED`].
+        /// One of [`relation`].
+        relation: u32,
+        /// The descriptor, with [`relation::ASKED`].
         fd: u32,
     }
 }
 
 layout! {
-    /// A process that touches a socket for the first time in this trace, or the first time since its last `exec()`.
-    Process (24) {
+    /// What a task does to a socket after this side has acted before, or from outside.
+    Act (104) {
+        /// What every record begins with.
+        header: Header,
+        /// [`Connection::sock`] of the socket.
+        sock: u64,
+        /// [`Connection::born`] of the socket.
+        born: u64,
+        /// When, nanoseconds of `CLOCK_BOOTTIME`.
+        at: u64,
+        /// The task.
+        task: Task,
+        /// One of [`act`].
+        kind: u32,
+        /// Always 0.
+        reserved: u32,
+    }
+}
+
+layout! {
+    /// The last signal that may have killed a process: a value of `SIGNALS`.
+    Signal (40) {
+        /// When it was sent, nanoseconds of `CLOCK_BOOTTIME`.
+        at: u64,
+        /// Its number.
+        number: u32,
+        /// Process id of the sender; 0 if the kernel sent it, or a kernel thread.
+        pid: u32,
+        /// Real user id of the sender.
+        uid: u32,
+        /// 1 if it was the kernel's OOM killer.
+        oom: u32,
+        /// Name of the sender's main thread, cut to 15 bytes, ended by a zero.
+        comm: [u8; 16],
+    }
+}
+
+layout! {
+    /// A process that touches a socket for the first time in this trace, or the first time since its last
+    /// `exec()`.
+    Process (40) {
         /// What every record begins with.
         header: Header,
         /// Process id in the initial namespace.
         pid: u32,
-        /// Always 0.
-        reserved: u32,
-        /// Address of its `mm_struct`.
+        /// Process id in the pid namespace of tcpclose; 0 if it has none there, and always where that is the
+        /// initial one.
+        local: u32,
+        /// Address of its `mm_struct`; 0 if it has given that up.
         mm: u64,
+        /// Name of the main thread, cut to 15 bytes, ended by a zero; all zero when not readable.
+        comm: [u8; 16],
     }
 }
 
-/// A stack is copied from a multiple of this at or below the stack pointer, in steps of it, so that no step crosses the
-/// end of a page.
+/// A stack is copied from a multiple of this at or below the stack pointer, in steps of it, so that no step
+/// crosses the end of a page.
 pub const STACK_STEP: usize = 1024;
 
 /// The most that is copied of a stack, bytes.
 pub const MAX_STACK_BYTES: u32 = 64 << 10;
 
 layout! {
-    /// A copy of the current task's user stack when it acted on a socket, to be unwound later. The bytes follow it.
+    /// A copy of the current task's user stack when it acted on a socket, to be unwound later. The bytes
+    /// follow it.
     StackCopy (80) {
         /// What every record begins with; its length counts the bytes too.
         header: Header,
@@ -365,6 +441,44 @@ layout! {
         lr: u64,
         /// `mm_struct.exec_vm`: how many pages of code are mapped; 0 when not readable.
         code_pages: u64,
+    }
+}
+
+layout! {
+    /// A frame of an interpreter.
+    InterpretedFrame (40) {
+        /// Its address.
+        address: u64,
+        /// Address of the code.
+        code: u64,
+        /// Address or index of the instruction.
+        instruction: u64,
+        /// The bits of `Interpreter::kind_mask`.
+        kind: u64,
+        /// A hash of the words that tell the code object from others at the same address; 0 if they cannot be
+        /// read.
+        identity: u64,
+    }
+}
+
+layout! {
+    /// The frames of an interpreter that the current thread is in.
+    Interpreted (2600) {
+        /// What every record begins with.
+        header: Header,
+        /// [`StackCopy::key`] of the copy that follows.
+        key: u64,
+        /// A hash of the frames, never 0: what a recipe compares.
+        hash: u64,
+        /// How many of `frames` count.
+        count: u32,
+        /// 1 if there are more.
+        is_cut: u32,
+        /// Address of the structure that belongs to the innermost call of the interpreter's loop; 0 if there
+        /// is none.
+        call: u64,
+        /// Innermost first.
+        frames: [InterpretedFrame; MAX_INTERPRETED],
     }
 }
 
@@ -402,7 +516,7 @@ impl Sample {
 
 impl Connection {
     /// A life about which nothing is known yet. It becomes the `TEMPLATE` that new entries are copied from.
-    #[expect(clippy::cast_possible_truncation, reason = "560 fits")]
+    #[expect(clippy::cast_possible_truncation, reason = "a record has a few hundred bytes")]
     pub const NEW: Self = Self {
         header: Header { tag: 0, version: VERSION, length: size_of::<Self>() as u32 },
         sock: 0,
@@ -448,7 +562,7 @@ impl Connection {
         shutdown: 0,
         owned: 0,
         error: i32::MIN,
-        told: 0,
+        reported: 0,
         found: 0,
         asked: 0,
         sock_flags: UNKNOWN_U64,
@@ -456,9 +570,15 @@ impl Connection {
         reset_after: reset_after::NEVER,
         no_fin_wait2: 0,
         holder_kind: holder::NONE,
+        unsent: UNKNOWN_U32,
+        probes: UNKNOWN_U32,
     };
 }
 
 // SAFETY: `repr(C)`; zerocopy's `IntoBytes` has proved that there is no padding.
 #[cfg(feature = "user")]
 unsafe impl aya::Pod for Connection {}
+
+// SAFETY: as above.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for Signal {}

@@ -1,7 +1,7 @@
 //! Stacks. Each is stored once in the `STACKS` map; records refer to it by the hash of its frames.
 
-/// Frames a stack can have, the kernel's own default limit (`kernel.perf_event_max_stack`). Deeper ones keep their
-/// innermost 127.
+/// Frames a stack can have, the kernel's own default limit (`kernel.perf_event_max_stack`). Deeper ones keep
+/// their innermost 127.
 pub const MAX_FRAMES: usize = 127;
 
 /// A value of the `STACKS` map.

@@ -3,10 +3,11 @@
 /// Sockets of one bucket.
 pub const WAYS: u32 = 7;
 
-/// A bucket of `BUCKETS`: the addresses of the sockets whose entries are in `ENTRIES` at `index * WAYS + way`.
+/// A bucket of `BUCKETS`: the addresses of the sockets whose entries are in `ENTRIES` at
+/// `index * WAYS + way`.
 ///
-/// The addresses of a bucket lie in one cache line. The user half maps the buckets into its memory and looks for sockets
-/// that stay in a teardown state, so that noting such a state costs a store and no system call.
+/// The addresses of a bucket lie in one cache line. The user half maps the buckets into its memory and looks
+/// for sockets that stay in a teardown state, so that noting such a state costs a store and no system call.
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bucket {
@@ -32,8 +33,8 @@ pub const fn buckets(sockets: u32) -> u32 {
     sockets.div_ceil(WAYS)
 }
 
-/// Entries of `OVERFLOW` beside a table for `sockets` sockets. With one socket for each entry of the table, one in seven
-/// finds its bucket full.
+/// Entries of `OVERFLOW` beside a table for `sockets` sockets. With one socket for each entry of the table,
+/// one in seven finds its bucket full.
 #[must_use]
 pub const fn overflow(sockets: u32) -> u32 {
     let quarter = sockets / 4;

@@ -1,7 +1,7 @@
 //! Constants of the kernel that both halves use.
 
-/// TCP states, as `include/net/tcp_states.h` numbers them. They are frozen: `tcp_set_state()` asserts at build time
-/// that they equal `BPF_TCP_*` of the user ABI.
+/// TCP states, as `include/net/tcp_states.h` numbers them. They are frozen: `tcp_set_state()` asserts at
+/// build time that they equal `BPF_TCP_*` of the user ABI.
 pub mod state {
     /// Data may flow both ways.
     pub const ESTABLISHED: u8 = 1;
@@ -29,7 +29,8 @@ pub mod state {
     pub const NEW_SYN_RECV: u8 = 12;
 }
 
-/// Whether a connection in `state` is being torn down, and may stay in it: TIME_WAIT may not, and has no full socket.
+/// Whether a connection in `state` is being torn down, and may stay in it: TIME_WAIT may not, and has no full
+/// socket.
 #[inline]
 pub const fn is_teardown(state: u8) -> bool {
     matches!(
@@ -38,7 +39,8 @@ pub const fn is_teardown(state: u8) -> bool {
     )
 }
 
-/// `IPPROTO_TCP`: `inet_sock_set_state` also fires for SCTP, DCCP and MPTCP, whose socks are laid out differently.
+/// `IPPROTO_TCP`: `inet_sock_set_state` also fires for SCTP, DCCP and MPTCP, whose socks are laid out
+/// differently.
 pub const IPPROTO_TCP: u16 = 6;
 /// `AF_INET`.
 pub const AF_INET: u16 = 2;

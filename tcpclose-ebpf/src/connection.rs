@@ -4,18 +4,13 @@ use aya_ebpf::{
     EbpfContext,
     helpers::generated::{bpf_jiffies64, bpf_ktime_get_boot_ns},
 };
-use tcpclose_common::{
-    record::{Connection, MAX_STEPS, UNKNOWN_U32, UNKNOWN_U64, first_move, reset_after, role, tag},
-    tcp::{is_teardown, sock_flag, state},
-};
+use tcpclose_common::record::{Connection, MAX_STEPS, first_move, tag};
 
 use crate::{
     emit, filter,
     kernel::Object,
-    listener,
     maps::{count, global},
-    sock::{self, Record, Sock},
-    stack, table, task,
+    sock, stack, table, task,
 };
 
 /// Nanoseconds of `CLOCK_BOOTTIME`.
@@ -34,22 +29,23 @@ pub fn jiffies() -> u64 {
 
 /// The entry of `sk`.
 ///
-/// The programs on state changes, RSTs, the destruction of a socket and times to live run under the socket's lock, so that
-/// no two of them work on one entry at once. Three do not: the accept hook writes `opener`, the inventory `holder`,
-/// `holder_kind` and `role`, and the inspection of a socket `asked`. A program under the lock may read these members
-/// before or after such a write.
+/// The programs on state changes, RSTs, the destruction of a socket and times to live run under the socket's
+/// lock, so that no two of them work on one entry at once. Three do not: the accept hook writes `opener`, the
+/// inventory `holder`, `holder_kind` and `role`, and the inspection of a socket `asked`. A program under the
+/// lock may read these members before or after such a write.
 #[inline(always)]
 pub fn find(sk: u64) -> Option<&'static mut Connection> {
-    // SAFETY: null or a valid, aligned map value; entries stay readable until the program ends. The members that programs
-    // without the lock write are integers, which no program expects to stay the same.
+    // SAFETY: null or a valid, aligned map value; entries stay readable until the program ends. The members
+    // that programs without the lock write are integers, which no program expects to stay the same.
     unsafe { table::find(sk).as_mut() }
 }
 
-/// Begins a new life at the address `sk`. What was there before is over: addresses are used again within microseconds.
+/// Begins a new life at the address `sk`. What was there before is over: addresses are used again within
+/// microseconds.
 #[inline(always)]
 pub fn begin(sk: u64, now: u64) -> Option<&'static mut Connection> {
     if let Some(before) = find(sk)
-        && before.told == 0
+        && before.reported == 0
         && before.steps != 0
     {
         missed(before, now);
@@ -57,8 +53,8 @@ pub fn begin(sk: u64, now: u64) -> Option<&'static mut Connection> {
     born(table::add(sk, true), sk, now)
 }
 
-/// Adds the socket at `sk`, which is older than the trace, unless it has an entry. The inventory and an event may both
-/// find that it has none; the second one uses the entry that the first one made.
+/// Adds the socket at `sk`, which is older than the trace, unless it has an entry. The inventory and an event
+/// may both find that it has none; the second one uses the entry that the first one made.
 #[inline(always)]
 pub fn add(sk: u64, now: u64) -> Option<&'static mut Connection> {
     born(table::add(sk, false), sk, now)
@@ -73,13 +69,14 @@ fn born(entry: *mut Connection, sk: u64, now: u64) -> Option<&'static mut Connec
     Some(connection)
 }
 
-/// Reports a socket that is gone although no program ran for its end. Who moved first is all that is known of the end.
+/// Reports a socket that is gone although no program ran for its end. Who moved first is all that is known of
+/// the end.
 #[inline(always)]
 pub fn missed(connection: &mut Connection, now: u64) {
     connection.ended = now;
     connection.last_state = 0;
     connection.inode = 0;
-    connection.told = 1;
+    connection.reported = 1;
     if filter::wants(connection) {
         count!(ends_missed);
         emit::connection(connection, tag::CLOSE);
@@ -151,8 +148,8 @@ pub fn moved(connection: &mut Connection, sk: impl Object, by: u8, now: u64) {
     sock::sample(sk, connection.jiffies, &mut connection.at_move);
 }
 
-/// Whether the stack of a task is taken. Code that follows stacks is most of what the verifier has to examine, so a program
-/// for a rare case does without.
+/// Whether the stack of a task is taken. Code that follows stacks is most of what the verifier has to
+/// examine, so a program for a rare case does without.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum StackOf {
     Actor,
@@ -178,100 +175,4 @@ pub fn opened(ctx: &impl EbpfContext, connection: &mut Connection) {
     task::meet(&mut connection.opener);
     let is_wanted = filter::wants(connection);
     stack::take(ctx, &mut connection.opener, is_wanted);
-}
-
-/// Notes how the socket goes to CLOSE, and writes the record.
-#[inline(always)]
-pub fn end(
-    ctx: &impl EbpfContext,
-    sock: Sock<impl Object>,
-    from: u8,
-    now: u64,
-    cookie: u64,
-    stack_of: StackOf,
-    record: Option<&Record<'_>>,
-) {
-    let Some(connection) = find_or_begin(sock.address, now) else {
-        return;
-    };
-    let sk = sock.object;
-    let (error, shutdown, linger) = sock::end(sk);
-    // Plain numbers, not options: what an option that is `None` leaves unset is read all the same by the code that LLVM
-    // makes of it, and kernels before 6.3 refuse that.
-    let flags = sock::flags(sk).unwrap_or(UNKNOWN_U64);
-    let owned = sock::owned(sk) == Some(true);
-    let has_no_socket = sock::socket(sk) == Some(0);
-    step(connection, state::CLOSE, now);
-    sock::endpoints(sk, record, &mut connection.endpoints);
-    if is_teardown(from) {
-        teardown_over(sock.address);
-    }
-    connection.ended = now;
-    connection.cookie = if cookie != 0 { cookie } else { sock::cookie(sk) };
-    connection.last_state = from;
-    connection.error = error;
-    connection.shutdown = shutdown;
-    connection.linger = linger;
-    connection.owned = u8::from(owned);
-    connection.inode = sock::inode(sk);
-    connection.no_fin_wait2 = u16::from(sock::has_no_fin_wait2(sk));
-    connection.sock_flags = flags;
-    connection.jiffies = jiffies();
-    sock::sample(sk, connection.jiffies, &mut connection.at_end);
-    if connection.first_move == first_move::NONE {
-        // The end is the first move. If there was another one before the trace, its time and what the counters said then
-        // stay unknown.
-        connection.moved = now;
-        connection.at_move = connection.at_end;
-    }
-    // An abort of the application's own: no error was set, the socket is not an orphan that merely ran its course, and
-    // either a process holds it or it never had a descriptor (a child in the queue of a listener that closes). From
-    // FIN_WAIT2 and later states an orderly end looks the same, but there the actor is known already.
-    let alive = flags != UNKNOWN_U64 && flags & sock_flag::DEAD == 0;
-    let aborted = error == 0
-        && alive
-        && (owned || has_no_socket)
-        && (from == state::ESTABLISHED
-            || from == state::CLOSE_WAIT
-            || from == state::SYN_SENT
-            || from == state::SYN_RECV);
-    if aborted {
-        acted(ctx, connection, stack_of);
-    }
-    if alive && has_no_socket && connection.role == role::SERVER {
-        // While it waited to be accepted. If somebody acts, that may be an outsider who destroys the listener.
-        listener::name(connection);
-    }
-    let done = flags != UNKNOWN_U64 && flags & sock_flag::DONE != 0;
-    // Our FIN was not acknowledged, so that this is no orderly end, and no error made it one.
-    let unanswered = (from == state::FIN_WAIT1 || from == state::LAST_ACK || from == state::CLOSING)
-        && connection.at_end.unacknowledged != 0
-        && connection.at_end.unacknowledged != UNKNOWN_U32;
-    connection.reset_after = if connection.reset.ambiguous != 0 {
-        reset_after::SOFTIRQ
-    } else if error != 0 && error != i32::MIN || connection.reset.at != 0 {
-        reset_after::NEVER
-    } else if from == state::FIN_WAIT2 && !done {
-        // Usually the small TIME_WAIT socket takes over here. But if the segment that acknowledged our FIN brought data,
-        // tcp_rcv_state_process() aborts in just the same way, and answers with a RST; and so does __tcp_close(), whose
-        // socket is an orphan by then, if it is not to wait.
-        if alive { reset_after::SYSCALL } else { reset_after::SOFTIRQ }
-    } else if owned && unanswered
-        || alive
-            && (from == state::ESTABLISHED
-                || from == state::CLOSE_WAIT
-                || from == state::SYN_RECV
-                || from == state::FIN_WAIT1)
-    {
-        reset_after::SYSCALL
-    } else {
-        reset_after::NEVER
-    };
-    connection.told = 1;
-    emit::connection(connection, tag::CLOSE);
-    // Whoever had it open during an inventory may have passed it on since; the next inventory finds out.
-    connection.holder.pid = 0;
-    if global!(PARAMS.has_destroy) == 0 {
-        forget(sock.address);
-    }
 }

@@ -2,7 +2,10 @@
 
 use aya_ebpf::bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, BPF_RB_RING_SIZE};
 use aya_ebpf::helpers::generated::bpf_probe_read_user;
-use tcpclose_common::record::{Connection, Header, Owner, STACK_STEP, StackCopy, VERSION, tag};
+use aya_ebpf::maps::ring_buf::RingBufEntry;
+use tcpclose_common::record::{
+    Act, Connection, Header, Interpreted, Owner, STACK_STEP, StackCopy, VERSION, tag,
+};
 
 use crate::{
     filter,
@@ -20,20 +23,41 @@ pub fn connection(connection: &mut Connection, tag: u16) {
     written(RECORDS.output::<Connection>(&*connection, wake()));
 }
 
+/// Room in the ring for an `Act`, for [`submit_act`]; none if the ring is full.
+#[inline(always)]
+pub fn reserve_act() -> Option<RingBufEntry<Act>> {
+    let entry = RECORDS.reserve::<Act>(0);
+    if entry.is_none() {
+        count!(records_lost);
+    }
+    entry
+}
+
+/// Writes that a task acted on a socket.
+#[inline(always)]
+pub fn submit_act(mut entry: RingBufEntry<Act>) {
+    let header = Header { tag: tag::ACT, version: VERSION, length: size_of::<Act>() as u32 };
+    // SAFETY: memory of the ring, aligned and mapped.
+    unsafe { (&raw mut (*entry.as_mut_ptr()).header).write(header) };
+    entry.submit(wake());
+    count!(records_written);
+}
+
 /// Writes who closed a socket that had ended before, or who has a socket open.
 #[inline(always)]
 pub fn owner(owner: &Owner) {
     written(RECORDS.output::<Owner>(owner, wake()));
 }
 
-/// How much of a stack is copied, bytes, when the ring is filled to an eighth and stacks are recognized by recipes.
+/// How much of a stack is copied, bytes, when the ring is filled to an eighth and stacks are recognized by
+/// recipes.
 const CROWDED_STACK_BYTES: usize = 4 << 10;
 
-/// Writes `copy`, followed by the current task's memory from `copy.start` on. `false` if the ring is half full: the other
-/// half is for events.
+/// Writes `copy`, followed by the current task's memory from `copy.start` on. `false` if the ring is half
+/// full: the other half is for events.
 ///
-/// With recipes a copy is rare, and wakes the reader: until it has been unwound, every other event with the same stack is
-/// followed by a copy too.
+/// With recipes a copy is rare, and wakes the reader: until it has been unwound, every other event with the
+/// same stack is followed by a copy too.
 #[inline(always)]
 pub fn stack(mut copy: StackCopy) -> bool {
     let half = RECORDS.query(u64::from(BPF_RB_RING_SIZE)) / 2;
@@ -41,8 +65,8 @@ pub fn stack(mut copy: StackCopy) -> bool {
     if used > half {
         return false;
     }
-    // A burst of events whose stacks are not known yet fills the ring with copies of the same stack. Most stacks need no
-    // more than this.
+    // A burst of events whose stacks are not known yet fills the ring with copies of the same stack. Most
+    // stacks need no more than this.
     let asked = global!(PARAMS.stack_bytes) as usize;
     let is_crowded = global!(PARAMS.recipes) != 0 && used > half / 4;
     let most = if is_crowded && asked > CROWDED_STACK_BYTES { CROWDED_STACK_BYTES } else { asked };
@@ -51,8 +75,8 @@ pub fn stack(mut copy: StackCopy) -> bool {
     let room = entry.as_mut_ptr();
     let mut bytes = 0;
     while bytes < most {
-        // SAFETY: the entry has room for the copy and `stack_bytes`, which is a multiple of the step; the helper checks
-        // the address that it reads from itself.
+        // SAFETY: the entry has room for the copy and `stack_bytes`, which is a multiple of the step; the
+        // helper checks the address that it reads from itself.
         let failed = unsafe {
             let to = room.add(size_of::<StackCopy>() + bytes);
             bpf_probe_read_user(to.cast(), STACK_STEP as u32, (copy.start + bytes as u64) as *const _)
@@ -72,6 +96,16 @@ pub fn stack(mut copy: StackCopy) -> bool {
     true
 }
 
+/// Writes the frames of an interpreter, ahead of the copy of their stack. `false` if there will be no copy.
+#[inline(always)]
+pub fn interpreted(list: &Interpreted) -> bool {
+    let half = RECORDS.query(u64::from(BPF_RB_RING_SIZE)) / 2;
+    if RECORDS.query(u64::from(BPF_RB_AVAIL_DATA)) > half {
+        return false;
+    }
+    RECORDS.output::<Interpreted>(list, u64::from(BPF_RB_NO_WAKEUP)).is_ok()
+}
+
 #[inline(always)]
 fn written(result: Result<(), i32>) {
     if result.is_ok() {
@@ -83,10 +117,11 @@ fn written(result: Result<(), i32>) {
 
 /// Whether to wake the reader for the record that is being written.
 ///
-/// The reader sets `READER` when it is about to sleep; the next record clears it and wakes the reader, which then waits a
-/// tenth of a second before it reads. So a busy host wakes it ten times a second and an idle one never. In between, only a
-/// ring that is filled to a quarter wakes it. The ring's own rule (no flags: wake whenever everything before was read)
-/// would wake a reader that keeps up for every record, and that is nearly all that tracing costs.
+/// The reader sets `READER` when it is about to sleep; the next record clears it and wakes the reader, which
+/// then waits a tenth of a second before it reads. So a busy host wakes it ten times a second and an idle one
+/// never. In between, only a ring that is filled to a quarter wakes it. The ring's own rule (no flags: wake
+/// whenever everything before was read) would wake a reader that keeps up for every record, and that is
+/// nearly all that tracing costs.
 #[inline(always)]
 fn wake() -> u64 {
     let force = u64::from(BPF_RB_FORCE_WAKEUP);
@@ -109,6 +144,6 @@ fn wake() -> u64 {
     if RECORDS.query(u64::from(BPF_RB_AVAIL_DATA)) >= quarter { force } else { wait }
 }
 
-/// After how many records of a CPU the ring is asked how full it is, which costs two calls of a helper. It has room for
-/// many times as many.
+/// After how many records of a CPU the ring is asked how full it is, which costs two calls of a helper. It
+/// has room for many times as many.
 const QUERY_INTERVAL: u64 = 64;

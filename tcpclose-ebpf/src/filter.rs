@@ -1,5 +1,5 @@
-//! The part of the user's filters that the kernel half can decide. It may pass too much, but never too little: the user
-//! half applies all filters again, with everything that it knows.
+//! The part of the user's filters that the kernel half can decide. It may pass too much, but never too
+//! little: the user half applies all filters again, with everything that it knows.
 
 use tcpclose_common::{
     params::MAX_FILTER_VALUES,
@@ -8,8 +8,8 @@ use tcpclose_common::{
 
 use crate::maps::{FOLLOWED, global};
 
-/// Whether the filters pass this connection. The function is not inlined: it has several callers, and copies of it were
-/// half of the program and a fifth of the verifier's work.
+/// Whether the filters pass this connection. The function is not inlined: it has several callers, and copies
+/// of it were half of the program and a fifth of the verifier's work.
 #[inline(never)]
 pub fn wants(connection: &Connection) -> bool {
     let ends = &connection.endpoints;

@@ -37,25 +37,31 @@ impl Object for u64 {
     }
 }
 
-/// A pointer whose type the verifier knows from BTF. A member is read by a single load instruction: the verifier knows the
-/// offset, which lies in frozen read-only data, and checks it against the type. The kernel handles a load that faults, and
-/// makes its result 0.
+/// A pointer whose type the verifier knows from BTF. A member is read by a single load instruction: the
+/// verifier knows the offset, which lies in frozen read-only data, and checks it against the type. The kernel
+/// handles a load that faults, and makes its result 0.
 ///
-/// No arithmetic is allowed on such a pointer but the addition of an offset, so that a program that needs the address as a
-/// number obtains it from `address()`.
+/// No arithmetic is allowed on such a pointer but the addition of an offset, so that a program that needs the
+/// address as a number obtains it from `address()`.
 #[derive(Clone, Copy)]
 pub struct Typed(*const u8);
 
 impl Typed {
-    /// `pointer` must come from the context of a program that the kernel types by BTF, or from a helper that returns such a
-    /// pointer; the verifier refuses the program otherwise.
+    /// `pointer` must come from the context of a program that the kernel types by BTF, or from a helper that
+    /// returns such a pointer; the verifier refuses the program otherwise.
     #[inline(always)]
     pub fn new<T>(pointer: *const T) -> Self {
         Self(pointer.cast())
     }
 
-    /// The `struct tcp_sock` of the `struct sock` that `argument`, an argument of the program, points to; `None` if that is
-    /// null, no TCP socket, or one of the small sockets for requests and `TIME_WAIT`.
+    /// The pointer, for helpers that want one of its type.
+    #[inline(always)]
+    pub fn pointer(self) -> *const u8 {
+        self.0
+    }
+
+    /// The `struct tcp_sock` of the `struct sock` that `argument`, an argument of the program, points to;
+    /// `None` if that is null, no TCP socket, or one of the small sockets for requests and `TIME_WAIT`.
     #[inline(always)]
     pub fn tcp_sock(argument: u64) -> Option<Self> {
         // SAFETY: the helper checks the pointer, and the verifier its type.
@@ -70,9 +76,9 @@ impl Object for Typed {
         if offset == ABSENT {
             return None;
         }
-        // SAFETY: the verifier accepts the load only if the object has this member, and the kernel handles a fault; every
-        // `T` used here is an integer or an array of integers, for which any bytes are valid. Volatile, because the load
-        // must stay where it is and as large as it is.
+        // SAFETY: the verifier accepts the load only if the object has this member, and the kernel handles a
+        // fault; every `T` used here is an integer or an array of integers, for which any bytes are valid.
+        // Volatile, because the load must stay where it is and as large as it is.
         Some(unsafe { ptr::read_volatile(self.0.add(usize::from(offset)).cast::<T>()) })
     }
 
@@ -81,8 +87,8 @@ impl Object for Typed {
         self.member(offset).map(Self)
     }
 
-    // The verifier makes a number of the difference of two pointers alone, so this is the distance
-    // from a map's value, plus the address of that value as it was once written into it.
+    // The verifier makes a number of the difference of two pointers alone, so this is the distance from a
+    // map's value, plus the address of that value as it was once written into it.
     #[inline(always)]
     fn address(self) -> u64 {
         let Some(anchor) = ANCHOR.get_ptr_mut(0) else { return 0 };
@@ -102,8 +108,8 @@ impl Object for Typed {
     }
 }
 
-/// Reads the member at `offset` of the struct at `base`; `None` if this kernel has no such member, if `base` is null,
-/// or if the memory is not mapped.
+/// Reads the member at `offset` of the struct at `base`; `None` if this kernel has no such member, if `base`
+/// is null, or if the memory is not mapped.
 #[inline(always)]
 pub fn member<T: Copy>(base: impl Object, offset: u16) -> Option<T> {
     base.member(offset)
@@ -112,7 +118,7 @@ pub fn member<T: Copy>(base: impl Object, offset: u16) -> Option<T> {
 /// Reads a `T` at a kernel address.
 #[inline(always)]
 pub fn read<T>(address: u64) -> Option<T> {
-    // SAFETY: the helper checks the address itself and fails where nothing is mapped; every `T` used here is an
-    // integer or an array of integers, for which any bytes are valid.
+    // SAFETY: the helper checks the address itself and fails where nothing is mapped; every `T` used here is
+    // an integer or an array of integers, for which any bytes are valid.
     unsafe { bpf_probe_read_kernel(address as *const T) }.ok()
 }

@@ -1,5 +1,7 @@
 //! Listening sockets and their processes, which own the connections that are never accepted.
 
+use core::ptr;
+
 use tcpclose_common::{
     offsets::ABSENT,
     record::{Connection, Task, UNKNOWN_U32, holder},
@@ -52,8 +54,8 @@ pub fn opened(sk: u64, task: &Task) {
 pub fn closed(sk: u64) {
     let Some(key) = key_of(sk) else { return };
     if let Some(listener) = LISTENERS.get_ptr_mut(key) {
-        // SAFETY: a valid, aligned map value, which stays mapped until the program ends. `closed` is the only member
-        // that is written here, under the lock of `sk`; other programs replace the whole value.
+        // SAFETY: a valid, aligned map value, which stays mapped until the program ends. `closed` is the only
+        // member that is written here, under the lock of `sk`; other programs replace the whole value.
         unsafe {
             if (&raw const (*listener).sock).read() == sk {
                 (&raw mut (*listener).closed).write(1);
@@ -76,8 +78,8 @@ pub fn exists(connection: &Connection) -> bool {
     }
 }
 
-/// Notes the process that would have accepted this connection as its holder. Its listener may have just been closed:
-/// the kernel closes a listener before the connections in its queue (`inet_csk_listen_stop()`).
+/// Notes the process that would have accepted this connection as its holder. Its listener may have just been
+/// closed: the kernel closes a listener before the connections in its queue (`inet_csk_listen_stop()`).
 #[inline(always)]
 pub fn name(connection: &mut Connection) {
     let ends = &connection.endpoints;
@@ -86,9 +88,10 @@ pub fn name(connection: &mut Connection) {
     }
     if let Some(listener) = LISTENERS.get_ptr(key(ends.netns, ends.local_port)) {
         // SAFETY: a valid map value.
-        let listener = unsafe { &*listener };
-        if listener.shared == 0 {
-            connection.holder = listener.task;
+        if unsafe { (*listener).shared } == 0 {
+            // An assignment would call a function that copies byte by byte, because the two might overlap.
+            // SAFETY: two valid map values of different maps.
+            unsafe { ptr::copy_nonoverlapping(&raw const (*listener).task, &raw mut connection.holder, 1) };
             connection.holder_kind = holder::LISTENER;
         }
     }

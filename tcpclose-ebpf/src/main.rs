@@ -1,10 +1,11 @@
 //! The kernel half of tcpclose.
 //!
-//! `hooks` has one file per hook. Each hook updates the entry of its socket in the table (`table.rs`, `connection.rs`) and, at
-//! the end of a connection or at a RST, passes it to `emit.rs`, the only writer of the ring buffer.
+//! `hooks` has one file per hook. Each hook updates the entry of its socket in the table (`table.rs`,
+//! `connection.rs`) and, at the end of a connection or at a RST, passes it to `emit.rs`, the only writer of
+//! the ring buffer.
 //!
-//! Built for `bpfel-unknown-none` by `cargo xtask build`. For any other target this is an empty program, so that
-//! `cargo build --workspace` and `cargo clippy --workspace` work without the BPF toolchain.
+//! Built for `bpfel-unknown-none` by `cargo xtask build`. For any other target this is an empty program, so
+//! that `cargo build --workspace` and `cargo clippy --workspace` work without the BPF toolchain.
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 #![cfg_attr(
     target_arch = "bpf",
@@ -23,13 +24,23 @@
 )]
 
 #[cfg(target_arch = "bpf")]
+mod acts;
+#[cfg(target_arch = "bpf")]
 mod connection;
 #[cfg(target_arch = "bpf")]
+mod current;
+#[cfg(target_arch = "bpf")]
 mod emit;
+#[cfg(target_arch = "bpf")]
+mod end;
 #[cfg(target_arch = "bpf")]
 mod filter;
 #[cfg(target_arch = "bpf")]
 mod hooks;
+#[cfg(target_arch = "bpf")]
+mod interpreter;
+#[cfg(target_arch = "bpf")]
+mod iterator;
 #[cfg(target_arch = "bpf")]
 mod kernel;
 #[cfg(target_arch = "bpf")]
@@ -37,11 +48,11 @@ mod listener;
 #[cfg(target_arch = "bpf")]
 mod maps;
 #[cfg(target_arch = "bpf")]
+mod namespace;
+#[cfg(target_arch = "bpf")]
 mod packet;
 #[cfg(target_arch = "bpf")]
 mod recipe;
-#[cfg(target_arch = "bpf")]
-mod registers;
 #[cfg(target_arch = "bpf")]
 mod sock;
 #[cfg(target_arch = "bpf")]

@@ -8,9 +8,10 @@ use aya_ebpf::{
 };
 use tcpclose_common::{
     counters::Counters,
-    offsets::{ABSENT, ArgumentOffsets, RecordOffsets, StructOffsets},
+    namespace::PidNamespace,
+    offsets::{ABSENT, ArgumentOffsets, IteratorOffsets, NamespaceOffsets, RecordOffsets, StructOffsets},
     params::Params,
-    record::{Address, Connection, STACK_STEP, Task},
+    record::{Address, Connection, Interpreted, STACK_STEP, Signal, Task},
     stack::Stack,
     table::{Bucket, WAYS, buckets, overflow},
 };
@@ -44,6 +45,12 @@ pub static FORK_RECORD: Global<RecordOffsets> = Global::new(RecordOffsets::ABSEN
 /// Where programs on kernel functions find their arguments.
 #[unsafe(no_mangle)]
 pub static ARGUMENTS: Global<ArgumentOffsets> = Global::new(ArgumentOffsets::ABSENT);
+/// How to see that a task reads a BPF iterator.
+#[unsafe(no_mangle)]
+pub static ITERATORS: Global<IteratorOffsets> = Global::new(IteratorOffsets::ABSENT);
+/// Where processes have their ids in the pid namespace of tcpclose, if that is not the initial one.
+#[unsafe(no_mangle)]
+pub static NAMESPACE: Global<NamespaceOffsets> = Global::new(NamespaceOffsets::ABSENT);
 /// Where `syscalls:sys_exit_accept` keeps the result.
 #[unsafe(no_mangle)]
 pub static ACCEPT_SYSCALL_RESULT: Global<u16> = Global::new(ABSENT);
@@ -57,16 +64,16 @@ pub fn template() -> *const Connection {
     (&raw const TEMPLATE).cast()
 }
 
-/// Reads one member of a global made of offsets or parameters. Only that member is loaded, at a constant place of a
-/// frozen map, so that the verifier knows its value and throws away what it makes unreachable.
+/// Reads one member of a global made of offsets or parameters. Only that member is loaded, at a constant
+/// place of a frozen map, so that the verifier knows its value and throws away what it makes unreachable.
 macro_rules! global {
     ($global:ident) => {
         $crate::maps::$global.load()
     };
     ($global:ident . $($member:tt)+) => {{
         let base = (&raw const $crate::maps::$global).cast::<$crate::maps::kind::$global>();
-        // SAFETY: `Global<T>` is a transparent `MaybeUninit<T>` that is always initialised; volatile, because the
-        // loader puts other values there than the compiler sees.
+        // SAFETY: `Global<T>` is a transparent `MaybeUninit<T>` that is always initialised; volatile, because
+        // the loader puts other values there than the compiler sees.
         unsafe { core::ptr::read_volatile(&raw const (*base).$($member)+) }
     }};
 }
@@ -77,10 +84,12 @@ pub mod kind {
     pub type STRUCTS = super::StructOffsets;
     pub type PARAMS = super::Params;
     pub type ARGUMENTS = super::ArgumentOffsets;
+    pub type ITERATORS = super::IteratorOffsets;
+    pub type NAMESPACE = super::NamespaceOffsets;
 }
 
-/// Records on their way to the reader, 8 MiB: at 1,000 bytes a connection (both ends) and 100 ms between two reads, room
-/// for 80,000 connections a second. When it is full, records are counted in `records_lost`.
+/// Records on their way to the reader, 8 MiB: at 1,000 bytes a connection (both ends) and 100 ms between two
+/// reads, room for 80,000 connections a second. When it is full, records are counted in `records_lost`.
 #[map]
 pub static RECORDS: RingBuf = RingBuf::with_byte_size(8 << 20, 0);
 
@@ -92,20 +101,27 @@ pub static READER: Array<u32> = Array::with_max_entries(1, 0);
 #[map]
 pub static ANCHOR: Array<u64> = Array::with_max_entries(1, 0);
 
-/// The state change that `set_state` worked on last on this CPU, until its second copy has seen it; 0 if there is none.
+/// The state change that `set_state` worked on last on this CPU, until its second copy has seen it; 0 if
+/// there is none.
 #[map]
 pub static LAST_CHANGE: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
-/// Process id of tcpclose itself, which the inventory leaves here when it runs; 0 before.
+/// Address of the `struct file_operations` of BPF iterators, which the inventory leaves here when it runs; 0
+/// before.
 #[map]
-pub static SELF: Array<u32> = Array::with_max_entries(1, 0);
+pub static ITERATOR: Array<u64> = Array::with_max_entries(1, 0);
 
-/// Notices of processes not seen before, which do wake the reader: a few bytes each, and a process is noticed once.
+/// The pid namespace of tcpclose, if that is not the initial one. The inventory writes it.
+#[map]
+pub static PID_NAMESPACE: Array<PidNamespace> = Array::with_max_entries(1, 0);
+
+/// Notices of processes not seen before, which do wake the reader: a few bytes each, and a process is noticed
+/// once.
 #[map]
 pub static PROCESSES: RingBuf = RingBuf::with_byte_size(64 << 10, 0);
 
-/// The table of live sockets (see `table.rs`). `--connections` sets the number of buckets, of which the user half maps
-/// those that exist into its memory.
+/// The table of live sockets (see `table.rs`). `--connections` sets the number of buckets, of which the user
+/// half maps those that exist into its memory.
 #[map]
 pub static BUCKETS: Array<Bucket> = Array::with_max_entries(buckets(CONNECTIONS), BPF_F_MMAPABLE);
 
@@ -113,8 +129,8 @@ pub static BUCKETS: Array<Bucket> = Array::with_max_entries(buckets(CONNECTIONS)
 #[map]
 pub static ENTRIES: Array<Connection> = Array::with_max_entries(buckets(CONNECTIONS) * WAYS, 0);
 
-/// Live sockets whose bucket was full, by address. LRU: when it is full, the socket that was longest without an event
-/// gives way, and the user half sees from the counters that it did. A quarter of the table's size.
+/// Live sockets whose bucket was full, by address. LRU: when it is full, the socket that was longest without
+/// an event gives way, and the user half sees from the counters that it did. A quarter of the table's size.
 #[map]
 pub static OVERFLOW: LruHashMap<u64, Connection> = LruHashMap::with_max_entries(overflow(CONNECTIONS), 0);
 
@@ -125,13 +141,13 @@ pub static HAS_OVERFLOW: Array<u32> = Array::with_max_entries(1, 0);
 /// Sockets that there is room for, if `--connections` does not say otherwise.
 const CONNECTIONS: u32 = 65_536;
 
-/// Stacks by the hash of their frames. A program has few places that open and close sockets, so each stack is kept
-/// once; 8 MiB. When it is full, the one longest unused gives way.
+/// Stacks by the hash of their frames. A program has few places that open and close sockets, so each stack is
+/// kept once; 8 MiB. When it is full, the one longest unused gives way.
 #[map]
 pub static STACKS: LruHashMap<u64, Stack> = LruHashMap::with_max_entries(8_192, 0);
 
-/// Room to take a stack in, and to build the record of a RST without a connection: [`SLOTS`] a CPU, because a program
-/// may be interrupted by another one on the same CPU.
+/// Room to take a stack in, and to build the record of a RST without a connection: [`SLOTS`] a CPU, because a
+/// program may be interrupted by another one on the same CPU.
 #[map]
 pub static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(SLOTS, 0);
 
@@ -147,19 +163,26 @@ pub struct Scratch {
     pub connection: Connection,
     /// The part of a user stack that is compared with a recipe.
     pub window: [u64; STACK_STEP / 8],
+    /// The frames of an interpreter.
+    pub interpreted: Interpreted,
 }
 
-/// Processes that were noticed, and the address of their memory descriptor then. LRU: one that was forgotten is
-/// noticed again.
+/// Processes that were noticed, and the address of their memory descriptor then. LRU: one that was forgotten
+/// is noticed again.
 #[map]
 pub static NOTICED: LruHashMap<u32, u64> = LruHashMap::with_max_entries(16_384, 0);
+
+/// The last signal that may have killed a process, by its id. LRU: of one that was forgotten the sender is
+/// not known. The user half looks up those that did kill.
+#[map]
+pub static SIGNALS: LruHashMap<u32, Signal> = LruHashMap::with_max_entries(4_096, 0);
 
 /// Process ids that `--pid` or `-- COMMAND` ask for. Not LRU: a process that is wanted must not be forgotten.
 #[map]
 pub static FOLLOWED: HashMap<u32, u8> = HashMap::with_max_entries(32_768, 0);
 
-/// Listening sockets, by network namespace and port (see `listener.rs`). LRU: one that was forgotten costs the word of
-/// who would have accepted a connection.
+/// Listening sockets, by network namespace and port (see `listener.rs`). LRU: one that was forgotten costs
+/// the word of who would have accepted a connection.
 #[map]
 pub static LISTENERS: LruHashMap<u64, Listener> = LruHashMap::with_max_entries(16_384, 0);
 
@@ -200,9 +223,9 @@ pub struct Ttls {
     pub reserved: [u8; 6],
 }
 
-/// Sockets of `OVERFLOW` in a teardown state, and when they came into the first one, as in [`Bucket::since`]. Not LRU: those
-/// that are here longest are those that are wanted. As large as `OVERFLOW`; what finds no room is counted in
-/// `teardowns_failed`.
+/// Sockets of `OVERFLOW` in a teardown state, and when they came into the first one, as in [`Bucket::since`].
+/// Not LRU: those that are here longest are those that are wanted. As large as `OVERFLOW`; what finds no room
+/// is counted in `teardowns_failed`.
 #[map]
 pub static TEARDOWNS: HashMap<u64, u64> = HashMap::with_max_entries(overflow(CONNECTIONS), 0);
 
@@ -218,8 +241,8 @@ pub static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(1, 0)
 macro_rules! count {
     ($counter:ident) => {
         if let Some(counters) = $crate::maps::COUNTERS.get_ptr_mut(0) {
-            // SAFETY: a valid, aligned map value. A program that interrupts this one between load and store could
-            // make it count one too few; atomics with a result are not in 5.10's BPF.
+            // SAFETY: a valid, aligned map value. A program that interrupts this one between load and store
+            // could make it count one too few; atomics with a result are not in 5.10's BPF.
             unsafe { (*counters).$counter = (*counters).$counter.wrapping_add(1) };
         }
     };
@@ -236,8 +259,8 @@ impl Slot {
         let mut index = 0;
         while index < SLOTS {
             let scratch = SCRATCH.get_ptr_mut(index)?;
-            // SAFETY: a valid, aligned map value of this CPU. An interrupt between the test and the set runs to its
-            // end and gives its slot back before this program goes on.
+            // SAFETY: a valid, aligned map value of this CPU. An interrupt between the test and the set runs
+            // to its end and gives its slot back before this program goes on.
             unsafe {
                 if (*scratch).busy == 0 {
                     (*scratch).busy = 1;

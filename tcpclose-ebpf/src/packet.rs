@@ -1,5 +1,5 @@
-//! Reads packets: the endpoints of a packet that a RST answers, because on some kernels the tracepoint has no remote
-//! end for a RST without a socket or of a listener; and times to live.
+//! Reads packets: the endpoints of a packet that a RST answers, because on some kernels the tracepoint has no
+//! remote end for a RST without a socket or of a listener; and times to live.
 
 use tcpclose_common::{
     record::{Address, Endpoints, UNKNOWN_U32, mapped},
@@ -11,12 +11,12 @@ use crate::{
     maps::global,
 };
 
-/// Fills in both ends as the packet's receiver sees them (its destination is the local end), and the network namespace
-/// of the device that received it. Changes nothing if the packet cannot be read.
+/// Fills in both ends as the packet's receiver sees them (its destination is the local end), and the network
+/// namespace of the device that received it. Changes nothing if the packet cannot be read.
 #[inline(always)]
 pub fn endpoints(skb: u64, to: &mut Endpoints) {
-    // Each result is tested before the next read. If all are read first, LLVM's code also reads what a failed read left
-    // uninitialized, and kernels before 6.3 refuse that.
+    // Each result is tested before the next read. If all are read first, LLVM's code also reads what a failed
+    // read left uninitialized, and kernels before 6.3 refuse that.
     let Some(head) = member::<u64>(skb, global!(STRUCTS.skb_head)) else { return };
     let Some(network) = member::<u16>(skb, global!(STRUCTS.skb_network_header)) else { return };
     let Some(transport) = member::<u16>(skb, global!(STRUCTS.skb_transport_header)) else { return };

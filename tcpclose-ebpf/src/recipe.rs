@@ -1,23 +1,21 @@
-//! Recognizes user stacks that the user half has unwound before, by their recipes (`tcpclose_common::recipe`).
+//! Recognizes user stacks that the user half has unwound before, by their recipes
+//! (`tcpclose_common::recipe`).
 
 use aya_ebpf::{
-    cty::c_void,
-    helpers::{
-        bpf_get_current_task,
-        generated::{bpf_get_current_task_btf, bpf_ktime_get_ns, bpf_probe_read_user, bpf_task_pt_regs},
-    },
+    helpers::generated::{bpf_ktime_get_ns, bpf_probe_read_user},
     macros::map,
     maps::{Array, HashMap},
 };
 use tcpclose_common::{
-    recipe::{Edge, MAX_EDGES, MAX_RECIPES, MAX_WORDS, Recipe, Target, image, source},
+    recipe::{Edge, KEY_BIT, MAX_EDGES, MAX_RECIPES, MAX_WORDS, PLACE_BITS, Recipe, Target, image, source},
     record::STACK_STEP,
 };
 
 use crate::{
-    kernel::{Object, Typed, member},
+    current::{Current, with_current},
+    interpreter,
+    kernel::{Object, member},
     maps::{Slot, global},
-    registers,
 };
 
 /// Recipes, 8.1 MiB. The user half chooses the places.
@@ -28,8 +26,12 @@ pub static RECIPES: Array<Recipe> = Array::with_max_entries(MAX_RECIPES, 0);
 #[map]
 pub static RECIPE_EDGES: HashMap<Edge, Target> = HashMap::with_max_entries(MAX_EDGES, 0);
 
-/// How long a stack is recognized after its recipe has expired, while one copy of it is on its way to the user half.
+/// How long a stack is recognized after its recipe has expired, while one copy of it is on its way to the
+/// user half.
 const RENEWAL: u64 = 1_000_000_000;
+
+/// The bits of a place in `RECIPES`.
+const PLACE_MASK: u64 = (1 << PLACE_BITS) - 1;
 
 /// What the current task entered the kernel with.
 #[derive(Clone, Copy)]
@@ -47,17 +49,11 @@ pub struct Entry {
 }
 
 impl Entry {
-    /// What the current task, of process `pid` with the memory `mm`, entered the kernel with; `None` if that cannot be read.
+    /// What the current task, of process `pid` with the memory `mm`, entered the kernel with; `None` if that
+    /// cannot be read.
     #[inline(always)]
     pub fn of_current(pid: u32, mm: u64) -> Option<Self> {
-        if global!(PARAMS.has_pt_regs_helper) != 0 {
-            // SAFETY: the loader has checked that this kernel has both helpers.
-            let registers = unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) };
-            Self::read(Typed::new(registers as *const c_void), pid, mm)
-        } else {
-            // SAFETY: the helper has no precondition.
-            Self::read(registers::of(unsafe { bpf_get_current_task() }), pid, mm)
-        }
+        with_current!(|current| Self::read(current.registers(), pid, mm))
     }
 
     #[inline(always)]
@@ -74,22 +70,34 @@ impl Entry {
     }
 }
 
-/// The key of the current task's user stack in the user half; 0 if there is no recipe for it. The task is of process `pid`
-/// with the memory `mm`.
+/// The key in the user half of the current task's user stack, of a task of process `pid` with the memory
+/// `mm`; 0 if there is no recipe for it.
 ///
-/// A global function: the verifier examines it once, and not at each of the places where stacks are taken, of which it is
-/// the largest part. Before 5.13 such a function takes numbers only.
+/// It calls global functions: the verifier examines them once, and not at each of the places where stacks are
+/// taken, of which they are the largest part. Before 5.13 such a function takes numbers only. They are called
+/// one after the other, because the stack of a program has no room for them on top of each other.
+#[inline(always)]
+pub fn recognized(pid: u64, mm: u64) -> u64 {
+    let found = matched(pid, mm);
+    if found == 0 || found & KEY_BIT != 0 {
+        found
+    } else {
+        decided(found, interpreter::interpreted(pid, mm, 0))
+    }
+}
+
+/// The key of the current task's user stack, as far as its words tell; else 0, or [`undecided`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn recognized(pid: u64, mm: u64) -> u64 {
+extern "C" fn matched(pid: u64, mm: u64) -> u64 {
     match Entry::of_current(pid as u32, mm) {
         Some(entry) => find(&entry),
         None => 0,
     }
 }
 
-/// The same for what a task entered the kernel with. Its bound is that of the loop, one round for each word of a recipe:
-/// 128 comparisons, and as many reads of 1 KiB and look-ups of edges at worst.
+/// The same for a task that entered the kernel with `entry`. Its bound is that of the loop, one round for
+/// each word of a recipe: 128 comparisons, and as many reads of 1 KiB and look-ups of edges at worst.
 #[inline(always)]
 fn find(entry: &Entry) -> u64 {
     if !entry.sp.is_multiple_of(8) {
@@ -100,8 +108,9 @@ fn find(entry: &Entry) -> u64 {
     let window = unsafe { &raw mut (*slot.get()).window };
     // Where the window begins; no stack is there.
     let mut start = 0;
-    let root = Edge { from: entry.mm, at: entry.ip, word: image(entry.pid, entry.code_pages) };
-    let Some((mut target, mut recipe)) = follow(&root) else { return 0 };
+    // One place on the stack for all keys.
+    let mut edge = Edge { from: entry.mm, at: entry.ip, word: image(entry.pid, entry.code_pages) };
+    let Some((mut target, mut recipe)) = follow(&edge) else { return 0 };
     let mut index = 0;
     while index < MAX_WORDS {
         // SAFETY: a map value, and the index is below the length of the array.
@@ -115,6 +124,8 @@ fn find(entry: &Entry) -> u64 {
             entry.fp
         } else if word.source == source::LINK_REGISTER {
             entry.lr
+        } else if word.source == source::INTERPRETER {
+            return undecided(&target);
         } else {
             let address = entry.sp.wrapping_add(i64::from(word.offset) as u64);
             let begin = address & !(STACK_STEP as u64 - 1);
@@ -136,17 +147,54 @@ fn find(entry: &Entry) -> u64 {
             if unsafe { (&raw const (*recipe).serial).read_volatile() } != target.serial {
                 return 0;
             }
-            let edge = Edge { from: target.serial, at: index as u64, word: actual };
+            edge = Edge { from: target.serial, at: index as u64, word: actual };
             let Some(next) = follow(&edge) else { return 0 };
             (target, recipe) = next;
         }
         index += 1;
     }
     // SAFETY: a map value.
-    let (count, until, stack) = unsafe { ((*recipe).count, (*recipe).until, (*recipe).stack) };
-    if index as u64 != count {
+    if index as u64 != unsafe { (*recipe).count } {
         return 0;
     }
+    stack(&target, recipe)
+}
+
+/// What [`matched`] returns for a recipe whose last word is the hash of the interpreter's frames, if the
+/// words before agree.
+#[inline(always)]
+fn undecided(target: &Target) -> u64 {
+    target.serial << PLACE_BITS | target.index & PLACE_MASK
+}
+
+/// The key of the stack that belongs to this hash of the interpreter's frames; 0 if there is none.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn decided(undecided: u64, hash: u64) -> u64 {
+    let mut target = Target { serial: undecided >> PLACE_BITS, index: undecided & PLACE_MASK };
+    let Some(mut recipe) = RECIPES.get_ptr_mut(target.index as u32) else { return 0 };
+    // SAFETY: a map value.
+    let last = unsafe { (*recipe).count }.wrapping_sub(1);
+    // SAFETY: a map value, and the index is below the length of the array.
+    let (word, serial) = unsafe {
+        ((*recipe).words[last as usize % MAX_WORDS], (&raw const (*recipe).serial).read_volatile())
+    };
+    if serial != target.serial || word.source != source::INTERPRETER {
+        return 0;
+    }
+    if word.expected != hash {
+        let Some(next) = follow(&Edge { from: serial, at: last, word: hash }) else { return 0 };
+        (target, recipe) = next;
+    }
+    stack(&target, recipe)
+}
+
+/// The key of the stack that a recipe leads to, all of whose words agree; 0 if it has expired or been
+/// replaced.
+#[inline(always)]
+fn stack(target: &Target, recipe: *mut Recipe) -> u64 {
+    // SAFETY: a map value.
+    let (until, stack) = unsafe { ((*recipe).until, (*recipe).stack) };
     if until != 0 {
         // SAFETY: the helper has no precondition.
         let now = unsafe { bpf_ktime_get_ns() };

@@ -57,12 +57,14 @@ pub struct Sock<O> {
     pub object: O,
 }
 
-/// Fills in the ends of `sk`, from the sock itself where its layout is known, else from the tracepoint's record.
-/// What is there already stays where nothing better is found: a failed connect has lost its ports by the time it ends.
+/// Fills in the ends of `sk`, from the sock itself where its layout is known, else from the tracepoint's
+/// record. What is there already stays where nothing better is found: a failed connect has lost its ports by
+/// the time it ends.
 #[inline(always)]
 pub fn endpoints(sk: impl Object, record: Option<&Record<'_>>, to: &mut Endpoints) {
     if to.local_port != 0 && to.remote_port != 0 {
-        // Known since it was established, or since the SYN of a socket that was bound; they do not change any more.
+        // Known since it was established, or since the SYN of a socket that was bound; they do not change any
+        // more.
         return;
     }
     let Some(family) = member::<u16>(sk, global!(STRUCTS.sk_family)) else {
@@ -73,7 +75,8 @@ pub fn endpoints(sk: impl Object, record: Option<&Record<'_>>, to: &mut Endpoint
     };
     let mut local_port: u16 = member(sk, global!(STRUCTS.sk_num)).unwrap_or(0);
     if local_port == 0 && self::state(sk) != Some(state::TIME_WAIT) {
-        // tcp_set_state() gives the port back before it tells of CLOSE: inet_put_port() clears one of its two copies.
+        // tcp_set_state() gives the port back before it tells of CLOSE: inet_put_port() clears one of its two
+        // copies.
         local_port = member::<u16>(sk, global!(STRUCTS.sk_sport)).map_or(0, u16::from_be);
     }
     let remote_port = member::<u16>(sk, global!(STRUCTS.sk_dport)).map_or(0, u16::from_be);
@@ -132,7 +135,8 @@ fn endpoints_of_record(record: &Record<'_>, to: &mut Endpoints) {
     }
 }
 
-/// `struct sockaddr_in` and `struct sockaddr_in6`: family, port in network order, then the address at 4 or at 8.
+/// `struct sockaddr_in` and `struct sockaddr_in6`: family, port in network order, then the address at 4 or
+/// at 8.
 #[inline(always)]
 fn sockaddr(record: &Record<'_>, at: u16, family: &mut u16, address: &mut Address, port: &mut u16) {
     if at == ABSENT {
@@ -151,8 +155,8 @@ fn sockaddr(record: &Record<'_>, at: u16, family: &mut u16, address: &mut Addres
     }
 }
 
-/// Whether a process holds the socket's lock, so that the current task is the one that acts (or works off the backlog
-/// while it does). `None` when that can not be read.
+/// Whether a process holds the socket's lock, so that the current task is the one that acts (or works off the
+/// backlog while it does). `None` when that can not be read.
 #[inline(always)]
 pub fn owned(sk: impl Object) -> Option<bool> {
     member::<i32>(sk, global!(STRUCTS.sk_lock_owned)).map(|owned| owned != 0)
@@ -196,7 +200,8 @@ pub fn has_ends(sk: impl Object, ends: &Endpoints) -> Option<bool> {
 /// What the kernel counts for this socket, now.
 #[inline(always)]
 pub fn sample(sk: impl Object, jiffies: u64, to: &mut Sample) {
-    // SOCK_DONE says that the FIN was received. It takes a sequence number, which bytes_received and rcv_nxt count.
+    // SOCK_DONE says that the FIN was received. It takes a sequence number, which bytes_received and rcv_nxt
+    // count.
     let fin = u32::from(flags(sk).is_some_and(|flags| flags & sock_flag::DONE != 0));
     if let Some(sent) = member::<u64>(sk, global!(STRUCTS.tcp_bytes_sent))
         && let Some(again) = member::<u64>(sk, global!(STRUCTS.tcp_bytes_retrans))
@@ -225,6 +230,20 @@ pub fn sample(sk: impl Object, jiffies: u64, to: &mut Sample) {
         member::<u32>(sk, global!(STRUCTS.tcp_lsndtime)).map_or(UNKNOWN_U32, |at| now.wrapping_sub(at));
     to.received_ago =
         member::<u32>(sk, global!(STRUCTS.icsk_lrcvtime)).map_or(UNKNOWN_U32, |at| now.wrapping_sub(at));
+}
+
+/// What waits to be sent: sequence numbers that were not sent yet, and probes of the peer's window that it
+/// has not answered.
+#[inline(always)]
+pub fn waiting(sk: u64) -> (u32, u32) {
+    let unsent = match (
+        member::<u32>(sk, global!(STRUCTS.tcp_write_seq)),
+        member::<u32>(sk, global!(STRUCTS.tcp_snd_nxt)),
+    ) {
+        (Some(written), Some(next)) => written.wrapping_sub(next),
+        _ => UNKNOWN_U32,
+    };
+    (unsent, member::<u8>(sk, global!(STRUCTS.icsk_probes_out)).map_or(UNKNOWN_U32, u32::from))
 }
 
 /// Facts about the way a socket ended: `(sk_err, sk_shutdown, linger time in jiffies)`.

@@ -1,6 +1,6 @@
-//! Takes stacks. Either the kernel follows frame pointers, and each distinct stack is stored once; or a copy of the stack's
-//! memory goes to the user half, which unwinds it with the exception tables of programs. A stack that was unwound before is
-//! recognized, and not copied again: see `recipe.rs`.
+//! Takes stacks. Either the kernel follows frame pointers, and each distinct stack is stored once; or a copy
+//! of the stack's memory goes to the user half, which unwinds it with the exception tables of programs. A
+//! stack that was unwound before is recognized, and not copied again: see `recipe.rs`.
 
 use aya_ebpf::{
     EbpfContext,
@@ -14,12 +14,13 @@ use tcpclose_common::{
 };
 
 use crate::{
-    emit,
+    emit, interpreter,
     maps::{STACKS, Slot, count, global},
     recipe::{self, Entry},
 };
 
-/// Takes the requested stacks of the current task, which is `task`. `is_wanted` says whether they are worth a copy.
+/// Takes the requested stacks of the current task, which is `task`. `is_wanted` says whether they are worth a
+/// copy.
 #[inline(always)]
 pub fn take(ctx: &impl EbpfContext, task: &mut Task, is_wanted: bool) {
     if global!(PARAMS.user_stack) != 0 {
@@ -30,11 +31,11 @@ pub fn take(ctx: &impl EbpfContext, task: &mut Task, is_wanted: bool) {
     }
 }
 
-/// The current task's user stack, in the way that was asked for, as a key into `STACKS`, that of a copy, or that of a
-/// stack that the user half knows; 0 if there is none.
+/// The current task's user stack, in the way that was asked for, as a key into `STACKS`, that of a copy, or
+/// that of a stack that the user half knows; 0 if there is none.
 ///
-/// With recipes, frame pointers are never followed here: that leaves out the caller of a function that keeps none, such
-/// as `close()`.
+/// With recipes, frame pointers are never followed here: that leaves out the caller of a function that keeps
+/// none, such as `close()`.
 #[inline(always)]
 fn user(ctx: &impl EbpfContext, task: &Task, is_wanted: bool) -> u64 {
     let has_recipes = global!(PARAMS.recipes) != 0;
@@ -47,24 +48,33 @@ fn user(ctx: &impl EbpfContext, task: &Task, is_wanted: bool) -> u64 {
     followed(ctx)
 }
 
-/// The key of the current task's user stack if the user half knows it already; else that of a copy, if it is wanted.
+/// The key of the current task's user stack if the user half knows it already; else that of a copy, if it is
+/// wanted.
 #[inline(always)]
 fn whole(task: &Task, is_wanted: bool) -> u64 {
     // Kernel threads that work for a process use its memory, but have no stack of their own there.
     if task.mm == 0 || task.flags & (task_flag::KTHREAD | task_flag::IO_WORKER) != 0 {
         return 0;
     }
+    let (pid, mm) = (u64::from(task.pid), task.mm);
     if global!(PARAMS.recipes) != 0 {
-        let key = recipe::recognized(u64::from(task.pid), task.mm);
+        let key = recipe::recognized(pid, mm);
         if key != 0 {
             count!(stacks_recognized);
             return key;
         }
     }
-    match Entry::of_current(task.pid, task.mm) {
-        Some(entry) if is_wanted => copied(&entry),
-        _ => 0,
+    if !is_wanted {
+        return 0;
     }
+    // SAFETY: the helper has no precondition.
+    let random = || u64::from(unsafe { bpf_get_prandom_u32() });
+    let key = random() << 32 | random() | 1;
+    if global!(PARAMS.recipes) != 0 {
+        // Ahead of the copy, so that the user half has both when it unwinds the stack.
+        interpreter::interpreted(pid, mm, key);
+    }
+    copied(pid, mm, key)
 }
 
 /// The current task's user stack along its frame pointers, as a key into `STACKS`; 0 if there is none.
@@ -79,12 +89,14 @@ fn kernel(ctx: &impl EbpfContext) -> u64 {
     collect(ctx, 0)
 }
 
-/// Sends a copy of the current task's user stack. Returns its key; 0 if it could not be sent.
-#[inline(always)]
-fn copied(entry: &Entry) -> u64 {
-    // SAFETY: the helper has no precondition.
-    let random = || u64::from(unsafe { bpf_get_prandom_u32() });
-    let key = random() << 32 | random() | 1;
+/// Sends a copy of the current task's user stack, of a task of process `pid` with the memory `mm`. Returns
+/// `key`; the key of the innermost frame, or 0, if the copy could not be sent.
+///
+/// A global function, for the reason that [`recipe::recognized`] gives.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn copied(pid: u64, mm: u64, key: u64) -> u64 {
+    let Some(entry) = Entry::of_current(pid as u32, mm) else { return 0 };
     let copy = StackCopy {
         header: Header { tag: tag::STACK, version: VERSION, length: 0 },
         key,
@@ -157,8 +169,8 @@ fn stored(stack: &mut Stack, count: u64) -> u64 {
     key
 }
 
-/// A 64-bit hash of the first `count` frames, never 0. Multiplication by an odd constant and a fold after each frame:
-/// two different stacks share a key about once in 2^64 pairs.
+/// A 64-bit hash of the first `count` frames, never 0. Multiplication by an odd constant and a fold after
+/// each frame: two different stacks share a key about once in 2^64 pairs.
 #[inline(always)]
 fn hash(stack: &Stack, count: u64) -> u64 {
     let mut hash = count ^ 0x9e37_79b9_7f4a_7c15;

@@ -1,8 +1,8 @@
 //! The table of live sockets, by address: buckets of [`WAYS`] addresses, and an array of entries.
 //!
-//! An array costs about a third of a hash map at each event, because the look-up is a few instructions of the program's own
-//! (`docs/performance.md`). A socket that finds its bucket full gets an entry in `OVERFLOW`, an LRU hash map, which evicts
-//! the entry that was longest without an event.
+//! An array costs about a third of a hash map at each event, because the look-up is a few instructions of the
+//! program's own (`docs/performance.md`). A socket that finds its bucket full gets an entry in `OVERFLOW`, an
+//! LRU hash map, which evicts the entry that was longest without an event.
 
 use core::{arch::asm, ptr};
 
@@ -31,8 +31,8 @@ pub fn find(address: u64) -> *mut Connection {
     if has_overflow() { OVERFLOW.get_ptr_mut(address).unwrap_or(ptr::null_mut()) } else { ptr::null_mut() }
 }
 
-/// Makes a new entry for the socket at `address`, equal to the template. If it has one, `renew` makes that one new. Null if
-/// it has one that is to stay, or if there is no room, which is counted.
+/// Makes a new entry for the socket at `address`, equal to the template. If it has one, `renew` makes that
+/// one new. Null if it has one that is to stay, or if there is no room, which is counted.
 #[inline(always)]
 pub fn add(address: u64, renew: bool) -> *mut Connection {
     let Some(place) = place(address) else { return ptr::null_mut() };
@@ -54,13 +54,15 @@ const EXISTS: u64 = 0x100;
 /// What [`add_to_bucket`] returns if the bucket is full, or if another program is adding a socket to it.
 const FULL: u64 = 0x101;
 
-/// Adds a socket to its bucket. Returns its way there, [`EXISTS`] or [`FULL`]: a number, not an enum, because the compiler
-/// would merge the cases into one register with the entry's address, and the verifier forbids arithmetic on that.
+/// Adds a socket to its bucket. Returns its way there, [`EXISTS`] or [`FULL`]: a number, not an enum, because
+/// the compiler would merge the cases into one register with the entry's address, and the verifier forbids
+/// arithmetic on that.
 #[inline(always)]
 fn add_to_bucket(place: Place, address: u64, renew: bool) -> u64 {
-    // SAFETY: a valid, aligned map value. Several programs may work on one bucket at once. Of those that add a socket, the
-    // one that finds its own claim alone goes on, and the others leave the bucket; a program that removes a socket writes
-    // to the way of that socket only. An address is written last, so that whoever finds it finds the entry made.
+    // SAFETY: a valid, aligned map value. Several programs may work on one bucket at once. Of those that add
+    // a socket, the one that finds its own claim alone goes on, and the others leave the bucket; a program
+    // that removes a socket writes to the way of that socket only. An address is written last, so that
+    // whoever finds it finds the entry made.
     unsafe {
         let claims = &raw mut (*place.bucket).claims;
         add_to(claims, 1);
@@ -69,13 +71,8 @@ fn add_to_bucket(place: Place, address: u64, renew: bool) -> u64 {
             return FULL;
         }
         let way = match way_of(place, address) {
-            Some(way) => {
-                if renew {
-                    way
-                } else {
-                    EXISTS
-                }
-            }
+            Some(way) if renew => way,
+            Some(_) => EXISTS,
             None => way_of(place, 0).unwrap_or(FULL),
         };
         if way < u64::from(WAYS) {
@@ -157,15 +154,16 @@ pub fn teardown_over(address: u64) {
 /// The bucket for `address`.
 #[inline(always)]
 fn place(address: u64) -> Option<Place> {
-    // Multiplication by 2^64 divided by the golden ratio spreads addresses, which differ in their middle bits, over the
-    // upper half; its product with the number of buckets has the bucket's number in its upper half.
+    // Multiplication by 2^64 divided by the golden ratio spreads addresses, which differ in their middle
+    // bits, over the upper half; its product with the number of buckets has the bucket's number in its upper
+    // half.
     let spread = address.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
     let index = ((spread * u64::from(global!(PARAMS.buckets))) >> 32) as u32;
     BUCKETS.get_ptr_mut(index).map(|bucket| Place { bucket, index })
 }
 
-/// The way of the bucket that has `address`. The verifier does not learn which: it would go through the rest of the program
-/// once for each.
+/// The way of the bucket that has `address`. The verifier does not learn which: it would go through the rest
+/// of the program once for each.
 #[inline(always)]
 fn way_of(place: Place, address: u64) -> Option<u64> {
     let mut way = 0;
@@ -179,7 +177,8 @@ fn way_of(place: Place, address: u64) -> Option<u64> {
     None
 }
 
-/// `way` as a number that neither the compiler nor the verifier knows: the number of claims never reaches 2^60.
+/// `way` as a number that neither the compiler nor the verifier knows: the number of claims never reaches
+/// 2^60.
 #[inline(always)]
 fn unknown(place: Place, way: u64) -> u64 {
     // SAFETY: a valid, aligned map value.
@@ -206,8 +205,9 @@ fn since_at(place: Place, way: u64) -> *mut u64 {
     unsafe { (&raw mut (*place.bucket).since[0]).add(bounded(way)) }
 }
 
-/// A way, with bounds that the verifier sees: an eighth one is still inside of the bucket. In assembly, because the compiler
-/// knows the bounds from comparisons, and kernels before 5.16 forget those when the number has been on the stack.
+/// A way, with bounds that the verifier sees: an eighth one is still inside of the bucket. In assembly,
+/// because the compiler knows the bounds from comparisons, and kernels before 5.16 forget those when the
+/// number has been on the stack.
 #[inline(always)]
 fn bounded(mut way: u64) -> usize {
     // SAFETY: an operation on a register.
@@ -225,21 +225,15 @@ fn has_overflow() -> bool {
     }
 }
 
-/// Copies the template, word by word: a helper that copies costs more, and the compiler would call a function.
+/// Copies the template: a load and a store for each word.
 #[inline(always)]
 fn initialise(entry: *mut Connection) {
-    const WORDS: usize = size_of::<Connection>() / 8;
-    let (to, from) = (entry.cast::<u64>(), template().cast::<u64>());
-    let mut word = 0;
-    while word < WORDS {
-        // SAFETY: both are a whole `Connection`, which is aligned to 8 bytes.
-        unsafe { ptr::write_volatile(to.add(word), ptr::read_volatile(from.add(word))) };
-        word += 1;
-    }
+    // SAFETY: both are valid, and the template is not in the table.
+    unsafe { ptr::copy_nonoverlapping(template(), entry, 1) };
 }
 
-/// Adds to a number that other CPUs add to as well. Kernels before 5.12 have this instruction alone of all atomic ones, and
-/// it has no result.
+/// Adds to a number that other CPUs add to as well. Kernels before 5.12 have this instruction alone of all
+/// atomic ones, and it has no result.
 ///
 /// # Safety
 /// `to` must point to a valid map value.

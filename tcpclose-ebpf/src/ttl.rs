@@ -1,5 +1,5 @@
-//! Times to live where fentry is not available: they are read from packets and kept until a hook on the socket needs
-//! them.
+//! Times to live where fentry is not available: they are read from packets and kept until a hook on the
+//! socket needs them.
 
 use tcpclose_common::record::{Address, Endpoints, UNKNOWN_U32, mapped};
 

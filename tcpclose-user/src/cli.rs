@@ -1,6 +1,12 @@
-//! The command line as it is typed. `--help`, the man page and the shell completions are generated from these types.
+//! The command line as it is typed. `--help`, the man page and the shell completions are generated from these
+//! types.
 
-use std::{net::IpAddr, path::PathBuf, str::FromStr, time::Duration};
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    str::FromStr,
+    time::Duration,
+};
 
 use clap::{Args, Parser, Subcommand, ValueEnum, builder::PossibleValuesParser};
 use clap_complete::Shell;
@@ -17,12 +23,12 @@ use crate::{
 
 /// Show who ended a TCP connection, how, why, and from which line of code
 ///
-/// tcpclose traces the end of every TCP connection of this host, in all network namespaces, and writes one line for
-/// each end of a connection (`close`), one for each RST sent or received (`reset`), and one for each socket that stays
-/// in a teardown state (`lingering`). Without a subcommand it traces.
+/// tcpclose traces the end of every TCP connection of this host, in all network namespaces, and writes one
+/// line for each end of a connection (`close`), one for each RST sent or received (`reset`), and one for each
+/// socket that stays in a teardown state (`lingering`). Without a subcommand it traces.
 ///
-/// Filters: the values of one option are alternatives, separated by commas or given by repeating the option. Different
-/// options must all match.
+/// Filters: the values of one option are alternatives, separated by commas or given by repeating the option.
+/// Different options must all match.
 #[derive(Debug, Parser)]
 #[command(name = "tcpclose", version, args_conflicts_with_subcommands = true, after_long_help = after_help())]
 pub struct Cli {
@@ -69,11 +75,12 @@ fn after_help() -> String {
 pub enum Command {
     /// Trace closes, resets and lingering sockets until interrupted (the default)
     Trace(Box<TraceArgs>),
-    /// Explain a cause or a kind of lingering socket: what it means, how it comes about, what to check, what to change
+    /// Explain a cause, a kind of lingering socket or a finding: what it means, how it comes about, what to
+    /// check, what to change
     ///
     /// Without a name it lists all of them, each with one sentence.
     Explain {
-        /// A value of the field `cause` or `kind`, such as `unread_data` or `leaked`
+        /// A value of the field `cause` or `kind`, such as `unread_data`, `leaked` or `idle_cut`
         #[arg(
             value_name = "NAME",
             hide_possible_values = true,
@@ -81,15 +88,17 @@ pub enum Command {
         )]
         name: Option<String>,
     },
-    /// List the sockets that are in a teardown state now, with owners and ages, and count the sockets in every state
+    /// List the sockets that are in a teardown state now, with owners and ages, and count the sockets in
+    /// every state
     ///
-    /// Filters: the values of one option are alternatives, separated by commas or given by repeating the option.
-    /// Different options must all match.
+    /// Filters: the values of one option are alternatives, separated by commas or given by repeating the
+    /// option. Different options must all match.
     List(Box<ListArgs>),
     /// Report what this kernel and these privileges allow, and what to do about the rest
     ///
-    /// As root it attaches every hook for a moment. Without privileges it reports what is known without trying. The
-    /// exit status is 0 if tcpclose works in full, 1 if it works with restrictions, and 3 if it cannot trace.
+    /// As root it attaches every hook for a moment. Without privileges it reports what is known without
+    /// trying. The exit status is 0 if tcpclose works in full, 1 if it works with restrictions, and 3 if it
+    /// cannot trace.
     Doctor {
         /// Format of the report: text, or one JSON object
         #[arg(short, long, value_name = "FORMAT", default_value = "text")]
@@ -118,13 +127,13 @@ pub enum Command {
 /// Options of `diagnose`.
 #[derive(Args, Clone, Debug)]
 pub struct DiagnoseArgs {
-    /// Files that `-o json` wrote; `-` or no file means the standard input. Both ends of a connection are joined by
-    /// their addresses, also across files
+    /// Files that `-o json` wrote; `-` or no file means the standard input. Both ends of a connection are
+    /// joined by their addresses, also across files
     #[arg(value_name = "FILE")]
     pub files: Vec<PathBuf>,
     /// Format of the findings: text, or one JSON object a line
     #[arg(short, long, value_name = "FORMAT", default_value = "text")]
-    pub output: Format,
+    pub output: ReportFormat,
     /// Write a page with findings, timelines and a flame graph to this file as well
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
@@ -136,12 +145,18 @@ pub struct ReplayArgs {
     /// The recording
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
-    /// How to write events
+    /// How to write events: text, one JSON object a line, or closing stacks by count at the end
     #[arg(short, long, value_name = "FORMAT", default_value = "text")]
     pub output: Format,
+    /// Draw the stacks that closed connections as a flame graph in this SVG file
+    #[arg(long, value_name = "FILE")]
+    pub flamegraph: Option<PathBuf>,
     /// End after this many events
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub count: Option<u64>,
+    /// When to report findings: `end` or `off`
+    #[arg(long, value_name = "end|off", default_value = "end")]
+    pub findings: Findings,
     /// Only events that match
     #[command(flatten)]
     pub filter: FilterArgs,
@@ -150,9 +165,19 @@ pub struct ReplayArgs {
 /// Options of `trace`.
 #[derive(Args, Clone, Debug)]
 pub struct TraceArgs {
-    /// Format of the events: text, or one JSON object a line
+    /// Format of the events: text, one JSON object a line, or closing stacks by count at the end
+    ///
+    /// `folded` writes one line for each stack that closed connections, with the cause, the process and the
+    /// functions from the outermost to the innermost, and the number of connections. Flame graph tools read
+    /// it.
     #[arg(short, long, value_name = "FORMAT", default_value = "text")]
     pub output: Format,
+    /// Draw the stacks that closed connections as a flame graph in this SVG file when the trace ends
+    ///
+    /// The cause is at the root, or `orderly`; the process follows. It can be searched and zoomed in a
+    /// browser.
+    #[arg(long, value_name = "FILE")]
+    pub flamegraph: Option<PathBuf>,
     /// Which stacks to take
     ///
     /// A user stack is cheap. A kernel stack costs about 5 µs.
@@ -160,10 +185,11 @@ pub struct TraceArgs {
     pub stack: WhichStacks,
     /// How to unwind user stacks
     ///
-    /// `auto` uses the unwind tables that programs carry for exceptions, unwinds Java too, and follows frame pointers in code
-    /// that has no tables. A stack that it has not seen before is copied and unwound; after that the kernel half recognizes
-    /// it. `dwarf` copies up to SIZE bytes of every stack, which costs the program some µs and tcpclose about 10 µs. `fp`
-    /// follows frame pointers in the kernel, which most programs are built without.
+    /// `auto` uses the unwind tables that programs carry for exceptions, unwinds Java too, and follows frame
+    /// pointers in code that has no tables. A stack that it has not seen before is copied and unwound; after
+    /// that the kernel half recognizes it. `dwarf` copies up to SIZE bytes of every stack, which costs the
+    /// program some µs and tcpclose about 10 µs. `fp` follows frame pointers in the kernel, which most
+    /// programs are built without.
     #[arg(long, value_name = "auto|fp|dwarf[,SIZE]", default_value = "auto")]
     pub call_graph: CallGraph,
     /// How to see who accepts a connection
@@ -171,8 +197,8 @@ pub struct TraceArgs {
     pub accept_hook: AcceptHook,
     /// Compare the time to live of each RST received with that of the connection's first packet
     ///
-    /// A difference reveals a forged RST. On most kernels this costs nothing and is always done. On the others this
-    /// option attaches a program to every packet that the host receives.
+    /// A difference reveals a forged RST. On most kernels this costs nothing and is always done. On the
+    /// others this option attaches a program to every packet that the host receives.
     #[arg(long)]
     pub ttl: bool,
     /// Report sockets that stay in a teardown state (CLOSE_WAIT, FIN_WAIT2, …) longer than this, or `off`
@@ -180,6 +206,13 @@ pub struct TraceArgs {
     /// A `lingering` line is written when the limit is crossed and again each time the age has doubled.
     #[arg(long, value_name = "TIME", default_value = "10s")]
     pub linger: Linger,
+    /// When to report findings, which are faults that only many events together show: `end`, `off`, or this
+    /// often
+    ///
+    /// With `-o json` a finding is a line. As text, those at the end come with the summary.
+    /// `tcpclose explain` lists them.
+    #[arg(long, value_name = "end|off|TIME", default_value = "end")]
+    pub findings: Findings,
     /// Write no events, only the summary at the end
     #[arg(long)]
     pub summary: bool,
@@ -191,20 +224,31 @@ pub struct TraceArgs {
     pub count: Option<u64>,
     /// Write tcpclose's pid to this file once every program is attached
     ///
-    /// A new file contains the pid from the moment it appears. A file, FIFO or device that exists is written to and
-    /// never replaced.
+    /// A new file contains the pid from the moment it appears. A file, FIFO or device that exists is written
+    /// to and never replaced.
     #[arg(long, value_name = "PATH")]
     pub ready_file: Option<PathBuf>,
     /// How many live sockets to keep track of
     ///
-    /// Each takes about 750 bytes of kernel memory. Beyond this number sockets that have had no event for long are
-    /// evicted, and counted as lost.
+    /// Each takes about 750 bytes of kernel memory. Beyond this number sockets that have had no event for
+    /// long are evicted, and counted as lost.
     #[arg(long, value_name = "N", default_value_t = DEFAULT_CONNECTIONS, value_parser = clap::value_parser!(u32).range(128..=4_194_304))]
     pub connections: u32,
     /// Where the descriptions of the kernel's types come from: `kernel`, a file of raw BTF, or `none`
     #[arg(long, value_name = "SOURCE", default_value = "kernel")]
     pub btf: BtfSource,
-    /// Record the reports of the kernel half and what was looked up on the host to this file, for `tcpclose replay`
+    /// Serve metrics for Prometheus (OpenMetrics) at /metrics of this address, and /healthz and /readyz
+    ///
+    /// A port alone means this port of 127.0.0.1.
+    #[arg(long, value_name = "[ADDRESS:]PORT", value_parser = metrics_address)]
+    pub metrics: Option<SocketAddr>,
+    /// Give up the capabilities and system calls that are needed only at the start
+    ///
+    /// The traced command is not restricted.
+    #[arg(long, value_name = "WHEN", default_value = "auto")]
+    pub sandbox: Sandbox,
+    /// Record the reports of the kernel half and what was looked up on the host to this file, for
+    /// `tcpclose replay`
     #[arg(long, value_name = "PATH", hide_short_help = true)]
     pub record: Option<PathBuf>,
     /// Write debug messages of both halves of tcpclose to the standard error
@@ -269,9 +313,11 @@ pub struct SocketArgs {
     /// Address or range at either end, such as 10.0.0.0/8
     #[arg(long, value_name = "CIDR", value_delimiter = ',', value_parser = cidr)]
     pub address: Vec<IpNet>,
-    /// Inode number of the network namespace (`readlink /proc/PID/ns/net`)
-    #[arg(long, value_name = "INODE", value_delimiter = ',')]
-    pub netns: Vec<u32>,
+    /// Network namespace: its inode number (`readlink /proc/PID/ns/net`), `own`, or `host` for all of them
+    ///
+    /// In a container that has a pid namespace of its own, a trace takes `own` if this option is not given.
+    #[arg(long, value_name = "host|own|INODE", value_delimiter = ',')]
+    pub netns: Vec<Netns>,
     /// Container id, or the beginning of one
     #[arg(long, value_name = "ID", value_delimiter = ',')]
     pub container: Vec<String>,
@@ -283,10 +329,10 @@ pub struct SocketArgs {
 /// The formats of a report, which is complete before its first line is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum ReportFormat {
-    /// Tables
+    /// For people
     #[default]
     Text,
-    /// One JSON object
+    /// JSON, for programs
     Json,
 }
 
@@ -299,6 +345,49 @@ pub enum EventKind {
     Reset,
     /// A socket stays in a teardown state.
     Lingering,
+}
+
+/// The address of `--metrics`: a port alone is one of the loopback interface.
+fn metrics_address(text: &str) -> Result<SocketAddr, String> {
+    let port = text.parse().map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
+    port.or_else(|_| text.parse()).map_err(|_| {
+        "needed: a port, or an address and a port, such as 9435, 0.0.0.0:9435 or [::]:9435".to_owned()
+    })
+}
+
+/// Whether a trace restricts itself once it runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Sandbox {
+    /// As far as the kernel allows
+    Auto,
+    /// Not at all
+    Off,
+}
+
+/// A network namespace, as `--netns` names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Netns {
+    /// All of the host's.
+    Host,
+    /// The one that tcpclose runs in.
+    Own,
+    /// The one with this inode number.
+    Inode(u32),
+}
+
+impl FromStr for Netns {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "host" => Ok(Self::Host),
+            "own" => Ok(Self::Own),
+            _ => text.parse().map(Self::Inode).map_err(|_| {
+                "needed: `host`, `own`, or an inode number as `readlink /proc/PID/ns/net` prints it"
+                    .to_owned()
+            }),
+        }
+    }
 }
 
 /// The age from which on a socket in a teardown state is reported (`--linger`).
@@ -318,6 +407,37 @@ impl FromStr for Linger {
             _ if text == "off" => Ok(Self::Off),
             Ok(age) => Ok(Self::After(age)),
             Err(error) => Err(format!("{error}; needed: an age, such as 30s, or `off`")),
+        }
+    }
+}
+
+/// When a trace reports findings (`--findings`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Findings {
+    /// Never.
+    Off,
+    /// When it ends.
+    AtEnd,
+    /// When it ends, and this often while it runs.
+    Every(Duration),
+}
+
+impl Findings {
+    /// The shortest time between two reports.
+    const SHORTEST: Duration = Duration::from_secs(1);
+}
+
+impl FromStr for Findings {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let needed = "needed: `end`, `off`, or a time of at least 1s, such as 5m";
+        match humantime::parse_duration(text) {
+            _ if text == "off" => Ok(Self::Off),
+            _ if text == "end" => Ok(Self::AtEnd),
+            Ok(time) if time >= Self::SHORTEST => Ok(Self::Every(time)),
+            Ok(_) => Err(needed.to_owned()),
+            Err(error) => Err(format!("{error}; {needed}")),
         }
     }
 }
@@ -427,6 +547,16 @@ mod tests {
         assert_eq!("dwarf,65536".parse(), Ok(CallGraph::Dwarf(65_536)));
         for wrong in ["", "dwarf,", "dwarf,65537", "dwarf,1023", "dwarf,-1", "fp,1024", "lbr"] {
             assert!(wrong.parse::<CallGraph>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn findings() {
+        assert_eq!("end".parse(), Ok(Findings::AtEnd));
+        assert_eq!("off".parse(), Ok(Findings::Off));
+        assert_eq!("5m".parse(), Ok(Findings::Every(Duration::from_mins(5))));
+        for wrong in ["", "0s", "999ms", "on", "-5m"] {
+            assert!(wrong.parse::<Findings>().is_err(), "{wrong}");
         }
     }
 

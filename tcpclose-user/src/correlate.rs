@@ -1,32 +1,42 @@
-//! Records → endings. What belongs to one end of a connection is joined, and held back no longer than that takes.
+//! Records → endings. What belongs to one end of a connection is joined, and held back no longer than that
+//! takes.
 //!
-//! The kernel half writes a record when a socket reaches CLOSE and one for each RST. Three facts arrive after the event
-//! that they belong to: the RST of an application's abort (`__tcp_close()` changes the state first), the RST that shows a
-//! `tcp_reset()` to be this host's own abort on late data, and the owner of a socket that ended in softirq. The first two
-//! follow within microseconds on the same CPU; the third follows whenever the application closes the descriptor.
+//! The kernel half writes a record when a socket reaches CLOSE and one for each RST. Three facts arrive after
+//! the event that they belong to: the RST of an application's abort (`__tcp_close()` changes the state
+//! first), the RST that shows a `tcp_reset()` to be this host's own abort on late data, and the owner of a
+//! socket that ended in softirq. The first two follow within microseconds on the same CPU; the third follows
+//! whenever the application closes the descriptor.
 
 use std::collections::{HashMap, VecDeque};
 
 use foldhash::fast::RandomState;
 
 use crate::{
-    ingest::life::{End, Follows, Life, Reset, SocketId, Task},
+    ingest::life::{End, Follows, LaterAct, Life, Reset, SocketId, Task},
     tcp::{Direction, State},
 };
 
-/// How many endings may wait at once. When there are more, the oldest is reported as it is.
+/// The number of endings that may wait at once. When there are more, the oldest is reported as it is.
 const MAX_WAITING: usize = 65_536;
 
-/// How much later than the end its RST may come, nanoseconds. The kernel is not preempted between the two, but the
-/// CPU of a virtual machine may be descheduled there. A longer gap means another life at the same address.
+/// Of how many live sockets further acts are remembered, and how many of each. Of further sockets, the oldest
+/// is forgotten.
+const MAX_ACTED: usize = 16_384;
+const MAX_ACTS: usize = 8;
+
+/// How much later than the end its RST may come, nanoseconds. The kernel is not preempted between the two,
+/// but the CPU of a virtual machine may be descheduled there. A longer gap means another life at the same
+/// address.
 const RESET_WITHIN: u64 = 1_000_000_000;
 
 /// How long after an end in softirq the same softirq has certainly sent its RST, nanoseconds.
 const SOFTIRQ_IS_OVER: u64 = 5_000_000;
 
-/// How many reads of the ring an ending waits for its RST, and for its owner. At ten reads a second both stay within the
-/// quarter of a second that the output contract allows.
-const PATIENCE: u8 = 2;
+/// How long an ending waits for its RST, and for its owner, nanoseconds after the first read that found it.
+/// With a read of the ring each tenth of a second, this stays within the quarter of a second that the output
+/// contract allows. The number of reads is no measure: a ring that fills quickly is read many times in a
+/// moment.
+const PATIENCE: u64 = 100_000_000;
 
 /// Everything that is known about what happened to one end of a connection.
 #[derive(Clone, Debug, PartialEq)]
@@ -39,8 +49,11 @@ pub struct Ending {
     pub resets: Vec<Reset>,
     /// A task that closed its descriptor after the end, or still has it open.
     pub late_owner: Option<LateOwner>,
-    /// All descriptors were looked through since its end, and none refers to it: its former owner has passed it on.
+    /// All descriptors were looked through since its end, and none refers to it: its former owner has passed
+    /// it on.
     pub unheld: bool,
+    /// What was done to it after the first act of this side, in order.
+    pub later_acts: Vec<LaterAct>,
 }
 
 /// An owner that was found after the end.
@@ -63,15 +76,22 @@ impl LateOwner {
 
 impl Ending {
     fn end(life: Box<Life>, resets: Vec<Reset>) -> Self {
-        Self { life, is_end: true, resets, late_owner: None, unheld: false }
+        Self { life, is_end: true, resets, late_owner: None, unheld: false, later_acts: Vec::new() }
     }
 
     fn reset_alone(life: Box<Life>, reset: Reset) -> Self {
-        Self { life, is_end: false, resets: vec![reset], late_owner: None, unheld: false }
+        Self {
+            life,
+            is_end: false,
+            resets: vec![reset],
+            late_owner: None,
+            unheld: false,
+            later_acts: Vec::new(),
+        }
     }
 
-    /// Whether its owner is still to be found: it had a descriptor when it ended, and no task has acted on it. The task
-    /// that opened it may have passed it on.
+    /// Whether its owner is still to be found: it had a descriptor when it ended, and no task has acted on
+    /// it. The task that opened it may have passed it on.
     pub fn lacks_owner(&self) -> bool {
         self.is_end && self.late_owner.is_none() && self.life.actor.is_none() && self.life.inode.is_some()
     }
@@ -83,7 +103,8 @@ impl Ending {
 
 struct Waiting {
     ending: Ending,
-    reads: u8,
+    /// The `now` of the first [`caught_up`](Correlator::caught_up) that found it.
+    since: Option<u64>,
 }
 
 /// Joins records into endings.
@@ -97,6 +118,10 @@ pub struct Correlator {
     count: usize,
     /// Socket address → arrival number of its latest ending.
     by_address: HashMap<u64, u64, RandomState>,
+    /// What was done to live sockets after the first act of this side.
+    later_acts: HashMap<SocketId, Vec<LaterAct>, RandomState>,
+    /// These sockets in the order in which they came; some may have ended since.
+    acted: VecDeque<SocketId>,
 }
 
 impl Correlator {
@@ -104,13 +129,15 @@ impl Correlator {
     pub fn reset(&mut self, life: Box<Life>, reset: Reset) -> Option<Ending> {
         let of_own_accord = !reset.answer && life.end.is_none() && !life.path.steps().is_empty();
         if reset.direction == Direction::Received || of_own_accord {
-            // Its CLOSE follows at once: tcp_reset(), tcp_abort() and the keepalive timer report the RST first.
+            // Its CLOSE follows at once: tcp_reset(), tcp_abort() and the keepalive timer report the RST
+            // first.
             return self.wait(Ending::reset_alone(life, reset));
         }
         let Some((arrival, end)) = self.awaiting_reset(&life, &reset) else {
             return Some(Ending::reset_alone(life, reset));
         };
-        // A RST of the kernel's own accord is also sent for a closed socket that is not to wait: __tcp_close().
+        // A RST of the kernel's own accord is also sent for a closed socket that is not to wait:
+        // __tcp_close().
         let answers_late_data =
             end.reset_follows == Some(Follows::InSoftirq) && reset.answer && !end.no_fin_wait2;
         let mut ending = self.take(arrival)?;
@@ -142,10 +169,33 @@ impl Correlator {
         {
             resets = before.resets;
         }
-        self.complete_or_wait(Ending::end(life, resets))
+        let later_acts = self.later_acts.remove(&life.id).unwrap_or_default();
+        self.complete_or_wait(Ending { later_acts, ..Ending::end(life, resets) })
     }
 
-    /// Takes in the task that closed the descriptor of a socket after its end. Returns the ending that it completes.
+    /// Takes in what was done to a socket that has not ended.
+    pub fn act(&mut self, id: SocketId, act: LaterAct) {
+        let acts = self.later_acts.entry(id).or_default();
+        if acts.is_empty() {
+            self.acted.push_back(id);
+        }
+        if acts.len() < MAX_ACTS {
+            acts.push(act);
+        }
+        while self.acted.len() > MAX_ACTED {
+            if let Some(oldest) = self.acted.pop_front() {
+                self.later_acts.remove(&oldest);
+            }
+        }
+    }
+
+    /// What was done to a socket, which has not ended, after the first act of this side.
+    pub fn later_acts(&self, id: SocketId) -> &[LaterAct] {
+        self.later_acts.get(&id).map_or(&[], Vec::as_slice)
+    }
+
+    /// Takes in the task that closed the descriptor of a socket after its end. Returns the ending that it
+    /// completes.
     pub fn closer(&mut self, id: SocketId, task: Task) -> Option<Ending> {
         let arrival = self.ended(id)?;
         let mut ending = self.take(arrival)?;
@@ -153,8 +203,9 @@ impl Correlator {
         self.complete_or_wait(ending)
     }
 
-    /// Takes in a task that has the descriptor of a socket open after its end. Of several such tasks the one that opened
-    /// the connection counts, otherwise the first. The ending is reported once the ring has been read to its end.
+    /// Takes in a task that has the descriptor of a socket open after its end. Of several such tasks the one
+    /// that opened the connection counts, otherwise the first. The ending is reported once the ring has been
+    /// read to its end.
     pub fn still_open(&mut self, id: SocketId, task: Task) {
         let Some(waiting) = self.ended(id).and_then(|arrival| self.get_mut(arrival)) else { return };
         let is_opener = waiting.ending.life.opener.is_some_and(|opener| opener.pid == task.pid);
@@ -168,7 +219,8 @@ impl Correlator {
         self.first + self.waiting.len() as u64
     }
 
-    /// All descriptors were looked through after the first `arrivals` endings had arrived, and the results were read.
+    /// All descriptors were looked through after the first `arrivals` endings had arrived, and the results
+    /// were read.
     pub fn searched(&mut self, arrivals: u64) {
         let count = usize::try_from(arrivals.saturating_sub(self.first)).unwrap_or(usize::MAX);
         for waiting in self.waiting.iter_mut().take(count).flatten() {
@@ -176,9 +228,9 @@ impl Correlator {
         }
     }
 
-    /// The ring was read to its end; `now` (`CLOCK_BOOTTIME`, nanoseconds) was read before that. `find_owners` is asked
-    /// for the owners of all endings that lack one at once, by inode number, and says which it knows. Returns the endings
-    /// that are complete or have waited long enough.
+    /// The ring was read to its end; `now` (`CLOCK_BOOTTIME`, nanoseconds) was read before that.
+    /// `find_owners` is asked for the owners of all endings that lack one at once, by inode number, and says
+    /// which it knows. Returns the endings that are complete or have waited long enough.
     pub fn caught_up(&mut self, now: u64, find_owners: impl FnOnce(&[u64]) -> Vec<bool>) -> Vec<Ending> {
         let lacking = self.waiting.iter().flatten().filter(|waiting| waiting.ending.lacks_owner());
         let inodes: Vec<u64> = lacking.filter_map(|waiting| waiting.ending.life.inode).collect();
@@ -187,7 +239,7 @@ impl Correlator {
         let mut ready = Vec::new();
         for (arrival, place) in (self.first..).zip(&mut self.waiting) {
             let Some(waiting) = place else { continue };
-            waiting.reads += 1;
+            let since = *waiting.since.get_or_insert(now);
             let owned = !waiting.ending.lacks_owner() || found.next() == Some(true);
             let complete = waiting.ending.is_end
                 && match waiting.ending.reset_follows() {
@@ -199,7 +251,7 @@ impl Correlator {
                     }
                     Some(Follows::InSyscall) => false,
                 };
-            if complete || waiting.reads >= PATIENCE {
+            if complete || now.saturating_sub(since) >= PATIENCE {
                 ready.push(arrival);
             }
         }
@@ -230,8 +282,9 @@ impl Correlator {
         let follows = ending.reset_follows()?;
         let end = ending.life.end?;
         let in_time = reset.at >= end.at && reset.at - end.at <= RESET_WITHIN;
-        // Addresses are reused within microseconds, lives are not. Only an orphan that aborts on late data has lost its
-        // entry by the time the RST is sent; the record then knows no states but that of the socket.
+        // Addresses are reused within microseconds, lives are not. Only an orphan that aborts on late data
+        // has lost its entry by the time the RST is sent; the record then knows no states but that of the
+        // socket.
         let orphaned = follows == Follows::InSoftirq
             && life.path.steps().is_empty()
             && reset.state == Some(State::Close)
@@ -250,7 +303,7 @@ impl Correlator {
     /// Holds `ending` back. Returns the oldest instead when there is no more room.
     fn wait(&mut self, ending: Ending) -> Option<Ending> {
         self.by_address.insert(ending.life.id.address, self.arrivals());
-        self.waiting.push_back(Some(Waiting { ending, reads: 0 }));
+        self.waiting.push_back(Some(Waiting { ending, since: None }));
         self.count += 1;
         // The first place is never empty: `take` sees to that.
         if self.count > MAX_WAITING { self.take(self.first) } else { None }
@@ -316,6 +369,8 @@ mod tests {
         Reset { at, direction: Direction::Received, answer: false, state: Some(State::Established), ..RESET }
     }
 
+    const LATER: u64 = END.at + PATIENCE;
+
     fn nobody(_: &[u64]) -> Vec<bool> {
         panic!("every ending here has an owner")
     }
@@ -356,7 +411,7 @@ mod tests {
         let ending = correlator.close(closed(20, END)).unwrap();
         assert_eq!(ending.resets, []);
         correlator.caught_up(0, nobody);
-        let late = correlator.caught_up(0, nobody);
+        let late = correlator.caught_up(LATER, nobody);
         assert_eq!(late.len(), 1);
         assert_eq!((late[0].resets.len(), late[0].is_end), (1, false));
     }
@@ -373,11 +428,13 @@ mod tests {
     }
 
     #[test]
-    fn an_abort_whose_reset_never_comes_waits_for_two_reads() {
+    fn an_abort_whose_reset_never_comes_waits_a_tenth_of_a_second() {
         let mut correlator = Correlator::default();
         correlator.close(ended(Some(Follows::InSyscall)));
-        assert_eq!(correlator.caught_up(0, nobody), []);
-        let reported = correlator.caught_up(0, nobody);
+        for soon in 0..5 {
+            assert_eq!(correlator.caught_up(END.at + soon, nobody), [], "reads in quick succession");
+        }
+        let reported = correlator.caught_up(LATER, nobody);
         assert_eq!(reported.len(), 1);
         assert_eq!(reported[0].resets, []);
         // A reset much later is another one.
@@ -444,7 +501,7 @@ mod tests {
         let end = Life { reset: Some(reset), ..*ended(Some(Follows::InSyscall)) };
         correlator.close(Box::new(end));
         correlator.caught_up(0, nobody);
-        let reported = correlator.caught_up(0, nobody);
+        let reported = correlator.caught_up(LATER, nobody);
         assert_eq!(reported.len(), 1);
         assert_eq!((&reported[0].resets[..], reported[0].life.reset), (&[reset][..], Some(reset)));
     }
@@ -504,8 +561,10 @@ mod tests {
         });
         assert_eq!(reported.len(), 1);
         correlator.close(ownerless(ID.address));
-        assert_eq!(correlator.caught_up(0, |_| vec![false]), [], "it may still close");
-        assert_eq!(correlator.caught_up(0, |_| vec![false]).len(), 1, "reported without an owner");
+        assert_eq!(correlator.caught_up(LATER, |_| vec![false]), [], "the first read came late");
+        assert_eq!(correlator.caught_up(LATER + PATIENCE - 1, |_| vec![false]), [], "it may still close");
+        let reported = correlator.caught_up(LATER + PATIENCE, |_| vec![false]);
+        assert_eq!(reported.len(), 1, "reported without an owner");
     }
 
     #[test]
@@ -516,7 +575,7 @@ mod tests {
         correlator.close(ownerless(ID.address + 1));
         correlator.searched(arrivals);
         correlator.caught_up(0, |inodes| vec![false; inodes.len()]);
-        let reported = correlator.caught_up(0, |inodes| vec![false; inodes.len()]);
+        let reported = correlator.caught_up(LATER, |inodes| vec![false; inodes.len()]);
         let unheld: Vec<_> = reported.iter().map(|ending| ending.unheld).collect();
         assert_eq!(unheld, [true, false], "the second arrived after the search");
     }

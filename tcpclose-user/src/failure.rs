@@ -2,10 +2,8 @@
 
 use std::fmt;
 
-use crate::kernel::tracefs;
-
 /// Why tcpclose cannot go on.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
     /// What failed, such as `cannot load the kernel programs: not permitted`.
     pub failed: String,
@@ -25,10 +23,3 @@ impl fmt::Display for Failure {
 }
 
 impl std::error::Error for Failure {}
-
-impl From<tracefs::Error> for Failure {
-    fn from(error: tracefs::Error) -> Self {
-        let tracefs::Error { failed, found, needed, fix } = error;
-        Self { failed, found, needed, fix }
-    }
-}

@@ -1,5 +1,5 @@
-//! The user's filters. The kernel half applies those that it can decide; all of them are applied again here, to the
-//! finished event.
+//! The user's filters. The kernel half applies those that it can decide; all of them are applied again here,
+//! to the finished event.
 
 use std::net::IpAddr;
 
@@ -7,40 +7,59 @@ use ipnet::IpNet;
 use tcpclose_common::params::{MAX_FILTER_VALUES, Params, Range};
 
 use crate::{
-    cli::{EventKind, FilterArgs, SocketArgs},
+    cli::{EventKind, FilterArgs, Netns, SocketArgs},
     event::{Cause, Connection, Endpoint, Event, LingeringKind, Process},
+    kernel::privilege,
 };
 
 /// The filters of one trace or list.
 #[derive(Clone, Debug, Default)]
-pub struct Filter(FilterArgs);
+pub struct Filter {
+    args: FilterArgs,
+    /// Inode numbers of the network namespaces that are asked for; empty for all.
+    netns: Vec<u32>,
+}
 
 impl From<SocketArgs> for Filter {
     fn from(socket: SocketArgs) -> Self {
-        Self(FilterArgs { socket, ..FilterArgs::default() })
+        Self::new(FilterArgs { socket, ..FilterArgs::default() })
     }
 }
 
 impl Filter {
     /// Makes a filter of the options.
     pub fn new(args: FilterArgs) -> Self {
-        Self(args)
+        let asked = &args.socket.netns;
+        let inode = |netns: &Netns| match netns {
+            Netns::Host => None,
+            // Nothing is in namespace 0, as it should be if this one is not known.
+            Netns::Own => Some(privilege::own_netns().unwrap_or(0)),
+            Netns::Inode(inode) => Some(*inode),
+        };
+        let netns =
+            if asked.contains(&Netns::Host) { Vec::new() } else { asked.iter().filter_map(inode).collect() };
+        Self { args, netns }
+    }
+
+    /// Whether only some network namespaces are asked for.
+    pub fn is_about_namespaces(&self) -> bool {
+        !self.netns.is_empty()
     }
 
     /// Processes of `--pid`, which the kernel half follows from the start.
     pub fn pids(&self) -> &[u32] {
-        &self.0.socket.pid
+        &self.args.socket.pid
     }
 
-    /// Writes to `params` the filters that the kernel half applies. It has room for [`MAX_FILTER_VALUES`] values of each; a
-    /// filter with more is applied by [`Self::wants`] alone.
+    /// Writes to `params` the filters that the kernel half applies. It has room for [`MAX_FILTER_VALUES`]
+    /// values of each; a filter with more is applied by [`Self::wants`] alone.
     pub fn to_kernel(&self, params: &mut Params) {
-        params.by_process = u32::from(!self.0.socket.pid.is_empty());
-        params.port_count = fill(&mut params.ports, &self.0.socket.port);
-        params.local_port_count = fill(&mut params.local_ports, &self.0.socket.local_port);
-        params.remote_port_count = fill(&mut params.remote_ports, &self.0.socket.remote_port);
-        params.netns_count = fill(&mut params.netns, &self.0.socket.netns);
-        let ranges: Vec<_> = self.0.socket.address.iter().map(range).collect();
+        params.by_process = u32::from(!self.args.socket.pid.is_empty());
+        params.port_count = fill(&mut params.ports, &self.args.socket.port);
+        params.local_port_count = fill(&mut params.local_ports, &self.args.socket.local_port);
+        params.remote_port_count = fill(&mut params.remote_ports, &self.args.socket.remote_port);
+        params.netns_count = fill(&mut params.netns, &self.netns);
+        let ranges: Vec<_> = self.args.socket.address.iter().map(range).collect();
         params.range_count = fill(&mut params.ranges, &ranges);
     }
 
@@ -61,19 +80,19 @@ impl Filter {
             ),
             Event::Lost(_) | Event::Finding(_) => return true,
         };
-        why && (self.0.event.is_empty() || self.0.event.contains(&kind))
+        why && (self.args.event.is_empty() || self.args.event.contains(&kind))
             && self.wants_connection(connection)
             && self.wants_process(process.as_deref())
     }
 
     /// For lines that have a cause: `--cause`.
     fn wants_cause(&self, cause: Option<Cause>) -> bool {
-        self.0.cause.is_empty() || cause.is_some_and(|cause| self.0.cause.contains(&cause))
+        self.args.cause.is_empty() || cause.is_some_and(|cause| self.args.cause.contains(&cause))
     }
 
     /// For lines that have a kind: `--kind`.
     fn wants_kind(&self, kind: LingeringKind) -> bool {
-        self.0.socket.kind.is_empty() || self.0.socket.kind.contains(&kind)
+        self.args.socket.kind.is_empty() || self.args.socket.kind.contains(&kind)
     }
 
     fn wants_connection(&self, connection: &Connection) -> bool {
@@ -82,13 +101,12 @@ impl Filter {
 
     /// Whether sockets in this network namespace pass.
     pub fn wants_netns(&self, netns: Option<u32>) -> bool {
-        let wanted = &self.0.socket.netns;
-        wanted.is_empty() || netns.is_some_and(|netns| wanted.contains(&netns))
+        self.netns.is_empty() || netns.is_some_and(|netns| self.netns.contains(&netns))
     }
 
     /// Whether a socket with these ends passes.
     pub fn wants_ends(&self, local: Option<Endpoint>, remote: Option<Endpoint>) -> bool {
-        let socket = &self.0.socket;
+        let socket = &self.args.socket;
         let has = |wanted: &[u16], ends: &[Option<Endpoint>]| {
             wanted.is_empty() || ends.iter().flatten().any(|end| wanted.contains(&end.port))
         };
@@ -104,19 +122,22 @@ impl Filter {
 
     /// Whether any filter depends on the owner of a socket.
     pub fn is_about_processes(&self) -> bool {
-        let SocketArgs { pid, comm, container, .. } = &self.0.socket;
+        let SocketArgs { pid, comm, container, .. } = &self.args.socket;
         !(pid.is_empty() && comm.is_empty() && container.is_empty())
     }
 
     /// Whether sockets of this process pass or, with `None`, sockets without an owner.
     pub fn wants_process(&self, process: Option<&Process>) -> bool {
-        (self.0.socket.pid.is_empty()
-            || process.is_some_and(|process| self.0.socket.pid.contains(&process.pid)))
-            && (self.0.socket.comm.is_empty()
-                || process.is_some_and(|process| self.0.socket.comm.contains(&process.comm)))
-            && (self.0.socket.container.is_empty()
+        (self.args.socket.pid.is_empty()
+            || process.and_then(|process| process.pid).is_some_and(|pid| self.args.socket.pid.contains(&pid)))
+            && (self.args.socket.comm.is_empty()
+                || process.is_some_and(|process| {
+                    let names = [Some(&process.comm), process.thread.as_ref()];
+                    names.into_iter().flatten().any(|name| self.args.socket.comm.contains(name))
+                }))
+            && (self.args.socket.container.is_empty()
                 || process.and_then(|process| process.container.as_ref()).is_some_and(|container| {
-                    self.0.socket.container.iter().any(|wanted| container.starts_with(wanted.as_str()))
+                    self.args.socket.container.iter().any(|wanted| container.starts_with(wanted.as_str()))
                 }))
     }
 }
@@ -184,10 +205,11 @@ mod tests {
         let none = FilterArgs::default;
         let sockets = |socket| FilterArgs { socket, ..none() };
         let any = SocketArgs::default;
+        let pid = process.pid.unwrap();
         let cases: [(FilterArgs, FilterArgs); 8] = [
             (
-                sockets(SocketArgs { pid: vec![process.pid], ..any() }),
-                sockets(SocketArgs { pid: vec![process.pid + 1], ..any() }),
+                sockets(SocketArgs { pid: vec![pid], ..any() }),
+                sockets(SocketArgs { pid: vec![pid + 1], ..any() }),
             ),
             (
                 sockets(SocketArgs { comm: vec![process.comm.clone()], ..any() }),
@@ -225,7 +247,7 @@ mod tests {
     fn lingering_sockets_are_filtered_too() {
         let event = examples::lingering();
         let Event::Lingering(lingering) = &event else { panic!("a lingering socket") };
-        let pid = lingering.process.as_ref().unwrap().pid;
+        let pid = lingering.process.as_ref().unwrap().pid.unwrap();
         let of = |pid| Filter::from(SocketArgs { pid: vec![pid], ..SocketArgs::default() });
         assert!(of(pid).wants(&event));
         assert!(!of(pid + 1).wants(&event));

@@ -1,6 +1,7 @@
-//! What records do not say and the host is asked for: programs, holders of sockets, and names of stack frames.
+//! What records do not say and the host is asked for: programs, holders of sockets, and names of stack
+//! frames.
 //!
-//! A trace asks the running host ([`Live`]). With `--record` the answers are kept beside the records, and
+//! A trace asks the running host ([`Running`]). With `--record` the answers are kept beside the records, and
 //! `tcpclose replay` takes them from there ([`Recorded`]), so that everything else runs as it did.
 
 use std::{
@@ -15,14 +16,15 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use tcpclose_common::record::StackCopy;
+use tcpclose_common::record::{Interpreted, StackCopy};
 
 use crate::{
     attribute::{
         holder::{Holder, Holders},
-        process::{Processes, lock},
+        process::{LocalPid, Processes, lock},
+        signals::Signals,
     },
-    event::Stack,
+    event::{SignalFrom, Stack},
     kernel::{followed::Followed, privilege},
     stacks::{Stacks, TaskStacks},
 };
@@ -30,27 +32,33 @@ use crate::{
 /// What is known about the program that a process runs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Program {
+    /// Its name, which is that of its main thread.
+    #[serde(default)]
+    pub comm: Option<String>,
     /// Its path, as the process sees it.
     pub exe: Option<String>,
     /// The id of the container that the process is in.
     pub container: Option<String>,
+    /// Its process id where tcpclose runs.
+    #[serde(default)]
+    pub pid: LocalPid,
 }
 
 impl Program {
     /// What `processes` knows, or can find out, about the program of a process.
     pub fn of(processes: &mut Processes, pid: u32, mm: u64) -> Self {
-        let image = processes.image(pid, mm);
-        image.map_or_else(Self::default, |image| Self {
-            exe: image.exe.clone(),
-            container: image.container.clone(),
-        })
+        let comm = processes.comm(pid, mm, Instant::now());
+        let (exe, container) = processes
+            .image(pid, mm)
+            .map_or_else(Default::default, |image| (image.exe.clone(), image.container.clone()));
+        Self { comm, exe, container, pid: processes.local_pid(pid) }
     }
 }
 
 /// Answers questions about the host.
 pub trait Host {
-    /// The program of process `pid`. `mm` is the address of its `mm_struct`, which identifies the program image; with 0
-    /// its latest is meant.
+    /// The program of process `pid`. `mm` is the address of its `mm_struct`, which identifies the program
+    /// image; with 0 its latest is meant.
     fn program(&mut self, pid: u32, mm: u64) -> Program;
     /// Another number whenever [`Self::program`] may answer otherwise than before.
     fn programs_version(&self) -> u64;
@@ -60,6 +68,8 @@ pub trait Host {
     fn stack(&mut self, task: &TaskStacks) -> Option<Stack>;
     /// Whether this process belongs to the command that is traced.
     fn is_followed(&mut self, pid: u32) -> bool;
+    /// Who sent the signal with this number to a process that died of it.
+    fn signal_from(&mut self, pid: u32, number: i32) -> Option<SignalFrom>;
     /// The connection of the task with these stacks is over, and they will hardly be asked for again.
     fn release(&mut self, _: &TaskStacks) {}
 }
@@ -80,6 +90,13 @@ pub enum Question {
     Stack(TaskStacks),
     /// [`Host::is_followed`], with the process id.
     IsFollowed(u32),
+    /// [`Host::signal_from`].
+    SignalFrom {
+        /// Process id of the process that died.
+        pid: u32,
+        /// The signal.
+        number: i32,
+    },
 }
 
 /// What the host answered.
@@ -93,20 +110,24 @@ pub enum Answer {
     Stack(Option<Stack>),
     /// To [`Question::IsFollowed`].
     IsFollowed(bool),
+    /// To [`Question::SignalFrom`].
+    SignalFrom(Option<SignalFrom>),
 }
 
-/// How many questions are remembered, to write an answer only when it differs from the last one. When there are more, all
-/// are forgotten, and answers are written again.
+/// How many questions are remembered, to write an answer only when it differs from the last one. When there
+/// are more, all are forgotten, and answers are written again.
 const MAX_QUESTIONS: usize = 65_536;
 
 /// The host that runs.
-pub struct Live {
+pub struct Running {
     processes: Arc<Mutex<Processes>>,
     programs_version: Arc<AtomicU64>,
     holders: Holders,
     /// Stacks that records refer to.
     pub stacks: Stacks,
     followed: Option<Followed>,
+    /// Who sent signals.
+    signals: Signals,
     /// With `--record`: the answers that are still to be kept.
     kept: Option<Kept>,
 }
@@ -119,13 +140,14 @@ struct Kept {
     fresh: Vec<(Question, Answer)>,
 }
 
-impl Live {
-    /// Asks `processes` about programs. `followed` are the processes of the command that is traced, if there is one. With
-    /// `keep`, answers are kept for a recording.
+impl Running {
+    /// Asks `processes` about programs. `followed` are the processes of the command that is traced, if there
+    /// is one. With `keep`, answers are kept for a recording.
     pub fn new(
         processes: Arc<Mutex<Processes>>,
         stacks: Stacks,
         followed: Option<Followed>,
+        signals: Signals,
         keep: bool,
     ) -> Self {
         let programs_version = lock(&processes).version();
@@ -135,6 +157,7 @@ impl Live {
             holders: Holders::default(),
             stacks,
             followed,
+            signals,
             kept: keep.then(Kept::default),
         }
     }
@@ -149,6 +172,11 @@ impl Live {
         self.followed.as_ref().is_some_and(|followed| followed.contains(pid))
     }
 
+    /// Takes in the frames of an interpreter, which belong to a copy that comes after them.
+    pub fn interpreted(&mut self, list: Interpreted) {
+        self.stacks.interpreted(list);
+    }
+
     /// Takes in the copy of a user stack.
     pub fn stack_copied(&mut self, copy: &StackCopy, bytes: &[u8]) {
         self.stacks.copied(copy, bytes);
@@ -156,7 +184,8 @@ impl Live {
 
     /// Looks the holders of these sockets up in `/proc`, by inode number. Says for each whether one is known.
     pub fn find_holders(&mut self, inodes: &[u64]) -> Vec<bool> {
-        // In another pid namespace the ids in `/proc` are not those that the kernel half reports.
+        // In another pid namespace the ids in `/proc` are not those that the kernel half reports, and nothing
+        // leads from the former to the latter.
         if !privilege::in_initial_pid_namespace() {
             return vec![false; inodes.len()];
         }
@@ -195,7 +224,7 @@ impl Kept {
     }
 }
 
-impl Host for Live {
+impl Host for Running {
     fn program(&mut self, pid: u32, mm: u64) -> Program {
         let program = Program::of(&mut lock(&self.processes), pid, mm);
         self.keep(|| Question::Program { pid, mm }, || Answer::Program(program.clone()));
@@ -222,6 +251,12 @@ impl Host for Live {
         let follows = self.follows(pid);
         self.keep(|| Question::IsFollowed(pid), || Answer::IsFollowed(follows));
         follows
+    }
+
+    fn signal_from(&mut self, pid: u32, number: i32) -> Option<SignalFrom> {
+        let from = self.signals.from(pid, number, |sender| lock(&self.processes).local_pid(sender));
+        self.keep(|| Question::SignalFrom { pid, number }, || Answer::SignalFrom(from.clone()));
+        from
     }
 
     fn release(&mut self, task: &TaskStacks) {
@@ -266,6 +301,13 @@ impl Host for Recorded {
     fn stack(&mut self, task: &TaskStacks) -> Option<Stack> {
         match self.answers.get(&Question::Stack(*task)) {
             Some(Answer::Stack(stack)) => stack.clone(),
+            _ => None,
+        }
+    }
+
+    fn signal_from(&mut self, pid: u32, number: i32) -> Option<SignalFrom> {
+        match self.answers.get(&Question::SignalFrom { pid, number }) {
+            Some(Answer::SignalFrom(from)) => from.clone(),
             _ => None,
         }
     }

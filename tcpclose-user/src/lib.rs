@@ -1,13 +1,13 @@
-//! The user half of tcpclose: turns the records of the kernel half into lines that report who ended a TCP connection,
-//! how, why, and from which line of code.
+//! The user half of tcpclose: turns the records of the kernel half into lines that report who ended a TCP
+//! connection, how, why, and from which line of code.
 //!
 //! # The path of an event
 //!
-//! An event passes the modules in this order. [`pipeline`] passes the result of each to the next. [`live`] feeds it
-//! from the kernel half while a trace runs; [`commands::replay`] feeds it from a recording.
+//! An event passes the modules in this order. [`pipeline`] passes the result of each to the next. [`live`]
+//! feeds it from the kernel half while a trace runs; [`commands::replay`] feeds it from a recording.
 //!
-//! 1. [`kernel`] loads the programs of the kernel half, tells them where the running kernel keeps what they read, and
-//!    owns them and their maps.
+//! 1. [`kernel`] loads the programs of the kernel half, tells them where the running kernel keeps what they
+//!    read, and owns them and their maps.
 //! 2. [`ingest`] reads the ring buffer and decodes its bytes into the domain model, [`ingest::life`].
 //! 3. [`correlate`] joins an end with the RSTs that belong to it and waits for facts that arrive late.
 //! 4. [`attribute`] finds the process that owns the socket.
@@ -19,17 +19,18 @@
 //!
 //! Sockets that stay in a teardown state are found by [`stuck`] and join at step 4.
 //!
-//! Steps 4 and 5 look up on the [`host`] what a record does not contain: programs, holders of sockets, and names of
-//! stack frames. A recording keeps the answers.
+//! Steps 4 and 5 look up on the [`host`] what a record does not contain: programs, holders of sockets, and
+//! names of stack frames. A recording keeps the answers.
 //!
 //! # Around it
 //!
-//! - [`cli`] is the command line, and [`commands`] has a module for each subcommand; [`commands::trace`] is the event
-//!   loop of a trace.
-//! - [`sockets`] asks the kernel for its TCP sockets without a program in the kernel, for `tcpclose list` and for
-//!   sockets that are older than the trace.
+//! - [`cli`] is the command line, and [`commands`] has a module for each subcommand; [`commands::trace`] is
+//!   the event loop of a trace.
+//! - [`sockets`] asks the kernel for its TCP sockets without a program in the kernel, for `tcpclose list` and
+//!   for sockets that are older than the trace.
 //! - [`tcp`] has the terms of TCP that all modules share: states, endpoints, roles, directions.
-//! - [`failure`] is the form of an error that ends tcpclose: what failed, what was found, what was needed, what to try.
+//! - [`failure`] is the form of an error that ends tcpclose: what failed, what was found, what was needed,
+//!   what to try.
 //!
 //! `docs/architecture.md` follows one event from hook to line, and lists the decisions and the bounds.
 
@@ -48,8 +49,10 @@ pub mod ingest;
 pub mod judge;
 pub mod kernel;
 pub mod live;
+pub mod metrics;
 pub mod pace;
 pub mod pipeline;
+pub mod sandbox;
 pub mod sink;
 pub mod sockets;
 pub mod stacks;

@@ -1,5 +1,5 @@
-//! Feeds the pipeline from the loaded kernel half: reads the ring, has descriptors searched and sockets inspected, counts
-//! what is lost, and keeps all of it with `--record`.
+//! Feeds the pipeline from the loaded kernel half: reads the ring, has descriptors searched and sockets
+//! inspected, counts what is lost, and keeps all of it with `--record`.
 
 use std::{
     sync::{Arc, Mutex},
@@ -9,48 +9,58 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use crate::{
-    attribute::{Attributor, process::Processes, watch},
+    attribute::{Attributor, process::Processes, signals::Signals, watch},
     cli::Linger,
     correlate::Correlator,
     event::{Event, Lingering, compose::Composer, millis},
-    host::Live as LiveHost,
+    host::Running,
     ingest::{
         decode::{Record, decode},
         life::Life,
         reader::{GATHER, Records},
         recording::{Recorder, Step},
     },
-    kernel::{clock::Clock, followed::Followed, handle::KernelHalf},
+    kernel::{clock::Clock, followed::Followed, handle::KernelHalf, privilege},
+    metrics::{self, Metrics},
     pace::Pace,
     pipeline::{Pipeline, When},
     sink::{
         losses::{Losses, UserLosses},
         report::{Going, Report, StackCounts},
     },
-    stacks::{Stacks, recipes::RecipeMaps, store::Store},
+    stacks::{Stacks, interpreters::Interpreters, recipes::RecipeMaps, store::Store},
     stuck::{self, Descriptor, Found, FoundBy, StuckSockets, older::Orphan},
 };
 
 /// What a trace is to do, beyond what the kernel half was asked for when it was loaded.
 pub struct Options {
-    /// From which age on sockets in a teardown state are reported.
+    /// The age from which sockets in a teardown state are reported.
     pub linger: Linger,
     /// Size of the kernel half's table of connections.
     pub connections: u32,
     /// With `-- COMMAND`: its processes.
     pub followed: Option<Followed>,
+    /// Whether threads give up what they do not need.
+    pub sandbox: bool,
     /// With `--record`, and what the recording begins with.
     pub recorder: Option<(Recorder, Step)>,
 }
+
+/// How often the ring is read while descriptors are looked through.
+const SEARCH_STEP: Duration = Duration::from_millis(10);
 
 /// A trace that runs.
 pub struct Live {
     kernel: KernelHalf,
     ring: Records,
-    pipeline: Pipeline<LiveHost>,
+    pipeline: Pipeline<Running>,
     stuck: StuckSockets,
     /// Keeps inspections of stuck sockets from taking more than a tenth of a CPU.
     pace: Pace,
+    /// Keeps searches for the owners of ended sockets from taking more than a tenth of a CPU.
+    owners_pace: Pace,
+    /// The CPU time that searches of all descriptors have taken since it was last set to 0.
+    search_time: Duration,
     losses: Losses,
     /// Records that could not be decoded.
     undecodable: u64,
@@ -58,8 +68,8 @@ pub struct Live {
 }
 
 impl Live {
-    /// Takes the maps that it needs, begins to watch for new processes, and finds the open sockets that are older than the
-    /// trace. Must be called in a tokio runtime.
+    /// Takes the maps that it needs, begins to watch for new processes, and finds the open sockets that are
+    /// older than the trace. Must be called in a tokio runtime.
     ///
     /// # Errors
     /// The object lacks a map, a thread cannot be started, or the recording cannot be written.
@@ -67,14 +77,17 @@ impl Live {
         let ring = Records::new(&mut kernel)?;
         let store = Store::new(kernel.take_map("STACKS")?, options.connections);
         let new_processes = kernel.take_map("PROCESSES")?;
+        let signals = Signals::new(&mut kernel)?;
         let stuck = StuckSockets::new(&mut kernel, options.linger)?;
         kernel.find_older_sockets();
         let processes = Arc::new(Mutex::new(Processes::of_kernel_half()));
-        watch::start(new_processes, Arc::clone(&processes))?;
+        let interpreters = if kernel.has_recipes { Some(Interpreters::new(&mut kernel)?) } else { None };
+        let interpreters = interpreters.map(|it| Arc::new(Mutex::new(it)));
+        watch::start(new_processes, Arc::clone(&processes), interpreters.clone(), options.sandbox)?;
         let command_only = options.followed.is_some();
         let recipes = if kernel.has_recipes { Some(RecipeMaps::new(&mut kernel)?) } else { None };
-        let stacks = Stacks::new(store, recipes, Arc::clone(&processes));
-        let host = LiveHost::new(processes, stacks, options.followed, options.recorder.is_some());
+        let stacks = Stacks::new(store, recipes, interpreters, Arc::clone(&processes));
+        let host = Running::new(processes, stacks, options.followed, signals, options.recorder.is_some());
         let mut live = Self {
             ring,
             pipeline: Pipeline {
@@ -88,6 +101,8 @@ impl Live {
             },
             stuck,
             pace: Pace::default(),
+            owners_pace: Pace::default(),
+            search_time: Duration::ZERO,
             losses: Losses::new(options.connections),
             undecodable: 0,
             recorder: None,
@@ -106,6 +121,13 @@ impl Live {
     /// The programs have no log.
     pub fn logger(&mut self) -> Result<aya_log::EbpfLogger<&'static dyn log::Log>> {
         self.kernel.logger()
+    }
+
+    /// Counts for `--metrics` from now on, and returns what is counted.
+    pub fn serve_metrics(&mut self) -> metrics::Shared {
+        let metrics = Arc::new(Mutex::new(Metrics::new(self.kernel.programs())));
+        self.pipeline.report.count_in(Arc::clone(&metrics));
+        metrics
     }
 
     /// Waits until there is something in the ring that is worth reading. Safe to cancel.
@@ -140,19 +162,26 @@ impl Live {
     /// The output or the recording cannot be written.
     pub fn read(&mut self) -> Result<Going> {
         self.synchronize()?;
-        let now = Clock::boot_now();
+        let mut now = Clock::boot_now();
         if self.drain()? == Going::Done {
             return Ok(Going::Done);
         }
         let arrivals = self.pipeline.correlator.arrivals();
-        if self.pipeline.correlator.lacks_owners() && self.kernel.search_owners() {
-            // What the search found is in the ring at once.
-            if self.drain()? == Going::Done {
+        if self.pipeline.correlator.lacks_owners() && self.owners_pace.is_due() {
+            self.search_time = Duration::ZERO;
+            if self.search_descriptors()? == Going::Done {
                 return Ok(Going::Done);
             }
+            self.owners_pace.took(self.search_time);
             if self.kernel.searches_whole_host() {
                 self.keep(|| Step::Searched(arrivals))?;
                 self.pipeline.correlator.searched(arrivals);
+            }
+            // On a busy host a search may have waited long for a CPU. What has arrived meanwhile waits from now
+            // on for the next one.
+            now = Clock::boot_now();
+            if self.drain()? == Going::Done {
+                return Ok(Going::Done);
             }
         }
         let can_search = self.kernel.can_search_descriptors();
@@ -176,10 +205,33 @@ impl Live {
         self.flush()
     }
 
+    /// Looks through all descriptors, and reads the ring until that is done. Endings that need no owner are
+    /// reported meanwhile.
+    fn search_descriptors(&mut self) -> Result<Going> {
+        let Some(search) = self.kernel.start_search() else { return Ok(Going::On) };
+        loop {
+            let result = search.wait(SEARCH_STEP);
+            if self.drain()? == Going::Done || self.flush()? == Going::Done {
+                return Ok(Going::Done);
+            }
+            match result {
+                None => {}
+                Some(Ok(took)) => {
+                    self.search_time += took;
+                    return Ok(Going::On);
+                }
+                Some(Err(error)) => {
+                    self.kernel.search_failed(&error.into());
+                    return Ok(Going::On);
+                }
+            }
+        }
+    }
+
     /// Reads the ring to its end.
     fn drain(&mut self) -> Result<Going> {
-        // Each time, because what the inventory and the inspections write clears the request, and would be the only
-        // thing to wake the reader.
+        // Each time, because what the inventory and the inspections write clears the request, and would be
+        // the only thing to wake the reader.
         self.ring.request_wakeup()?;
         while let Some(bytes) = self.ring.next_record() {
             let record = match decode(bytes) {
@@ -191,9 +243,13 @@ impl Live {
                 }
             };
             let going = match record {
+                Record::Interpreted(list) => {
+                    self.pipeline.host.interpreted(*list);
+                    continue;
+                }
                 Record::Stack(copy, stack) => {
                     self.pipeline.host.stack_copied(&copy, stack);
-                    // A recording has the frames with their names.
+                    // A recording holds the named frames instead.
                     continue;
                 }
                 Record::Stuck(life) => {
@@ -230,15 +286,20 @@ impl Live {
         Ok(())
     }
 
-    /// Reports the sockets that are stuck in a teardown state and due, unless the last inspection was too expensive.
+    /// Reports the sockets that are stuck in a teardown state and due, unless the last inspection was too
+    /// expensive.
     ///
     /// # Errors
     /// Those of [`Self::read`]; or the kernel refuses to change a map.
     pub fn report_stuck(&mut self) -> Result<Going> {
         let mut pace = self.pace;
-        let going = pace.run(|| self.report_due()).unwrap_or(Ok(Going::On));
-        self.pace = pace;
-        going
+        self.search_time = Duration::ZERO;
+        if let Some(going) = pace.run(|| self.report_due()) {
+            pace.took(self.search_time);
+            self.pace = pace;
+            return going;
+        }
+        Ok(Going::On)
     }
 
     fn report_due(&mut self) -> Result<Going> {
@@ -264,7 +325,7 @@ impl Live {
             if self.drain()? == Going::Done {
                 return Ok(Going::Done);
             }
-            // What an inspection that failed has left is out of date.
+            // Results left over from a failed inspection are out of date.
             self.pipeline.found = Found::default();
             let pass = self.stuck.begin()?;
             if !addresses.iter().all(|address| self.kernel.inspect(*address, pass)) {
@@ -288,8 +349,11 @@ impl Live {
     /// Finds the processes that have the inspected sockets open.
     fn find_holders(&mut self) -> Result<Going> {
         if self.kernel.can_search_descriptors() {
-            self.kernel.search_descriptors();
-            return self.drain();
+            return self.search_descriptors();
+        }
+        if !privilege::in_initial_pid_namespace() {
+            // The ids in `/proc` are others than those of the kernel half.
+            return Ok(Going::On);
         }
         for (id, fd, holder) in self.pipeline.found.look_up_holders() {
             let step =
@@ -311,11 +375,25 @@ impl Live {
         self.pipeline.host.sweep();
     }
 
-    /// Reads what is left in the ring and reports what was held back; sockets that are still stuck go to the summary.
+    /// Reports the findings that are new.
     ///
     /// # Errors
-    /// Those of [`Self::read`].
+    /// The output cannot be written.
+    pub fn report_findings(&mut self) -> Result<Going> {
+        self.pipeline.report.new_findings()
+    }
+
+    /// Reads what is left in the ring and reports what was held back, what all events together show, and what
+    /// is complete only now; sockets that are still stuck go to the summary.
+    ///
+    /// # Errors
+    /// Those of [`Self::read`], and the flame graph cannot be written.
     pub fn finish(&mut self) -> Result<()> {
+        self.read_rest()?;
+        self.pipeline.report.finish()
+    }
+
+    fn read_rest(&mut self) -> Result<()> {
         if self.pipeline.report.is_full() {
             return Ok(());
         }
@@ -366,7 +444,7 @@ impl Live {
         self.keep(|| Step::Clock { wall_minus_boot, suspended })
     }
 
-    /// Adds a step to the recording, if there is one, and the answers that it took.
+    /// Adds a step to the recording, if there is one, and the answers that the step needed.
     fn keep(&mut self, step: impl FnOnce() -> Step) -> Result<()> {
         if let Some(recorder) = &mut self.recorder {
             recorder.step(&step()).context(UNWRITTEN)?;

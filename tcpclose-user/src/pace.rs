@@ -16,22 +16,33 @@ pub struct Pace {
 impl Pace {
     /// Runs a scan and returns its result; `None` if it is too early after the last one.
     pub fn run<T>(&mut self, scan: impl FnOnce() -> T) -> Option<T> {
-        let start = Instant::now();
-        if self.rest_until.is_some_and(|until| start < until) {
+        if !self.is_due() {
             return None;
         }
         let before = cpu_time();
         let result = scan();
-        // CPU time and not elapsed time: on a busy host a scan may wait long for a CPU, which costs nothing, and scanning
-        // less often would miss owners. The minimum keeps a clock of coarse resolution from allowing the next at once.
-        let took = cpu_time().saturating_sub(before).max(Duration::from_micros(100));
-        self.rest_until = Some(start + took * (REST + 1));
+        self.took(cpu_time().saturating_sub(before));
         Some(result)
+    }
+
+    /// Whether a scan may run now.
+    pub fn is_due(&self) -> bool {
+        self.rest_until.is_none_or(|until| until <= Instant::now())
+    }
+
+    /// A scan is over that has taken this CPU time, or this much in another thread.
+    pub fn took(&mut self, time: Duration) {
+        // CPU time and not elapsed time: on a busy host a scan may wait long for a CPU, which costs nothing,
+        // and scanning less often would miss owners. The minimum keeps a clock of coarse resolution from
+        // allowing the next at once.
+        let rest = time.max(Duration::from_micros(100)) * REST;
+        let now = Instant::now();
+        self.rest_until = Some(self.rest_until.unwrap_or(now).max(now) + rest);
     }
 }
 
 /// The CPU time that this thread has used, in user space and in the kernel.
-fn cpu_time() -> Duration {
+pub(crate) fn cpu_time() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 

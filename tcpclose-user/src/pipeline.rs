@@ -11,8 +11,8 @@
 //!
 //! Sockets that stay in a teardown state come from [`stuck`](crate::stuck) and join at the third stage.
 //!
-//! A trace feeds it ([`live`](crate::live)), or a recording ([`replay`](crate::commands::replay)). What is neither in a
-//! record nor known by now it asks its [`Host`].
+//! A trace feeds it ([`live`](crate::live)), or a recording ([`replay`](crate::commands::replay)). What is
+//! neither in a record nor known by now it asks its [`Host`].
 
 use anyhow::Result;
 
@@ -20,13 +20,13 @@ use crate::{
     attribute::{Attributor, Claim},
     correlate::{Correlator, Ending, LateOwner},
     event::{
-        Event, Opener, Stack,
+        Attribution, Event, Holder, Opener, Process, Shared, SignalFrom, Stack,
         compose::{Composer, LookedUp},
     },
     host::Host,
     ingest::{
         decode::Record,
-        life::{Act, Life, Task},
+        life::{Act, LaterAct, Life, Task},
     },
     sink::report::{Going, Report},
     stacks::TaskStacks,
@@ -63,7 +63,8 @@ pub enum When {
 impl<H: Host> Pipeline<H> {
     /// Hands a record to the stage that it is for, and reports the ending that it completes.
     ///
-    /// Copies of stacks, notices of processes and sockets that were inspected are for whoever feeds the pipeline.
+    /// Copies of stacks, notices of processes and sockets that were inspected are for whoever feeds the
+    /// pipeline.
     ///
     /// # Errors
     /// The output cannot be written.
@@ -80,7 +81,11 @@ impl<H: Host> Pipeline<H> {
                 self.found.descriptor(id, Descriptor { fd, holder: FoundBy::Iterator(task) });
                 None
             }
-            Record::Stuck(_) | Record::Stack(..) | Record::Process(_) => None,
+            Record::Act(id, act) => {
+                self.correlator.act(id, act);
+                None
+            }
+            Record::Stuck(_) | Record::Stack(..) | Record::Interpreted(_) | Record::Process(_) => None,
         };
         match complete {
             Some(ending) => self.end(&ending),
@@ -88,8 +93,8 @@ impl<H: Host> Pipeline<H> {
         }
     }
 
-    /// The ring was read to its end, and `now` was before that: reports the endings that have waited long enough.
-    /// `find_owners` is that of [`Correlator::caught_up`].
+    /// The ring was read to its end, and `now` was before that: reports the endings that have waited long
+    /// enough. `find_owners` is that of [`Correlator::caught_up`].
     ///
     /// # Errors
     /// The output cannot be written.
@@ -114,9 +119,19 @@ impl<H: Host> Pipeline<H> {
         });
         let life = &ending.life;
         let process = self.attributor.owner(life, claim, ending.unheld, &mut self.host);
-        let looked_up = LookedUp { process, opener: self.opener(life), stack: self.stack(life.own_actor()) };
+        let later = |act: &LaterAct| (*act, self.local_pid(&act.task), self.host.stack(&keys(&act.task)));
+        let looked_up = LookedUp {
+            later_acts: ending.later_acts.iter().filter(|act| !act.destroyed).map(later).collect(),
+            process,
+            opener: self.opener(life),
+            stack: self.stack(life.own_actor()),
+            signal_from: self.signal_from(life.own_actor()),
+            destroyed_by: self.destroyed_by(ending),
+            holders: Vec::new(),
+        };
         if ending.is_end {
-            for task in [life.opener, life.actor].iter().flatten() {
+            let later = ending.later_acts.iter().map(|act| &act.task);
+            for task in life.opener.iter().chain(&life.actor).chain(later) {
                 self.host.release(&keys(task));
             }
         }
@@ -134,7 +149,11 @@ impl<H: Host> Pipeline<H> {
     /// # Errors
     /// The output cannot be written.
     pub fn stuck(&mut self, when: When) -> Result<Going> {
-        for stuck in self.found.take() {
+        for mut stuck in self.found.take() {
+            // What this side did last says more about a socket that still waits than what it did first.
+            if let Some(last) = self.correlator.later_acts(stuck.life.id).last() {
+                stuck.life.actor = Some(last.task);
+            }
             let Some(event) = self.stuck_event(&stuck) else { continue };
             match when {
                 When::Now => {
@@ -155,8 +174,29 @@ impl<H: Host> Pipeline<H> {
     fn stuck_event(&mut self, stuck: &Stuck) -> Option<Event> {
         let claim = stuck.holder().map(FoundBy::claim);
         let process = self.attributor.owner(&stuck.life, claim, false, &mut self.host);
-        let opener = self.opener(&stuck.life);
-        self.composer.stuck(stuck, process, opener)
+        let actor = stuck.life.own_actor();
+        let looked_up = LookedUp {
+            process,
+            opener: self.opener(&stuck.life),
+            stack: self.stack(actor),
+            signal_from: self.signal_from(actor),
+            holders: stuck.descriptors.iter().map(|descriptor| self.holder(descriptor)).collect(),
+            ..LookedUp::default()
+        };
+        self.composer.stuck(stuck, looked_up)
+    }
+
+    fn holder(&mut self, descriptor: &Descriptor) -> Holder {
+        let (pid, host_pid) = match &descriptor.holder {
+            FoundBy::Iterator(task) => (self.local_pid(task), Some(task.pid)),
+            FoundBy::Procfs(holder) => (Some(holder.pid), holder.host_pid()),
+        };
+        Holder { pid, host_pid, comm: descriptor.holder.comm(), fd: descriptor.fd }
+    }
+
+    /// The process id of a task where tcpclose runs.
+    fn local_pid(&mut self, task: &Task) -> Option<u32> {
+        self.host.program(task.pid, task.mm).pid.of(task.pid)
     }
 
     /// Reports an event, unless it is none of the command's.
@@ -173,20 +213,38 @@ impl<H: Host> Pipeline<H> {
         Some(Opener { process: Some(process), stack: self.stack(life.opener.as_ref()) })
     }
 
+    /// Who sent the signal of which a task died.
+    fn signal_from(&mut self, task: Option<&Task>) -> Option<SignalFrom> {
+        match task?.act {
+            Act::Signal(number) => self.host.signal_from(task?.pid, number),
+            _ => None,
+        }
+    }
+
+    /// The process that destroyed the socket from outside. In the accept queue of a listener that is
+    /// destroyed, it is the task that acted.
+    fn destroyed_by(&mut self, ending: &Ending) -> Option<Shared<Process>> {
+        let outsider = ending.life.actor.filter(|_| ending.life.own_actor().is_none());
+        let seen = ending.later_acts.iter().find(|act| act.destroyed).map(|act| act.task);
+        Some(self.attributor.acted(&seen.or(outsider)?, Attribution::Syscall, &mut self.host))
+    }
+
     fn stack(&mut self, task: Option<&Task>) -> Option<Stack> {
         self.host.stack(&keys(task?))
     }
 }
 
-/// Whether an event is to be reported: with `command_only`, if its process belongs to the command that is traced.
+/// Whether an event is to be reported: with `command_only`, if its process belongs to the command that is
+/// traced.
 fn is_wanted(host: &mut impl Host, command_only: bool, event: &Event) -> bool {
-    !command_only || event.process().is_some_and(|process| host.is_followed(process.pid))
+    !command_only
+        || event.process().and_then(|process| process.host_pid).is_some_and(|pid| host.is_followed(pid))
 }
 
 /// The keys of a task's stacks.
 fn keys(task: &Task) -> TaskStacks {
-    // A worker of io_uring has no user stack. Kernels before 6.15 follow what its registers happen to hold, because it
-    // borrows the process's memory: get_perf_callchain() in kernel/events/callchain.c.
+    // A worker of io_uring has no user stack. Kernels before 6.15 follow what its registers happen to hold,
+    // because it borrows the process's memory: get_perf_callchain() in kernel/events/callchain.c.
     let user = task.user_stack.filter(|_| task.act != Act::IoWorker).unwrap_or(0);
     let kernel = task.kernel_stack.unwrap_or(0);
     TaskStacks { pid: task.pid, mm: task.mm, user, kernel }

@@ -1,4 +1,5 @@
-//! TCP's own vocabulary: endpoints, states, roles and directions, under the names that the JSON output gives them.
+//! TCP's own vocabulary: endpoints, states, roles and directions, under the names that the JSON output gives
+//! them.
 
 use std::net::IpAddr;
 

@@ -6,7 +6,8 @@ decides how it is answered:
 - `/` at once; a POST without a body.
 - `/busy` after a fifth of a second, so that requests at the same time need a connection each.
 - `/slow` never; the server prints `asked`.
-- `/broken` with status 500; then the connection is closed.
+- `/broken` with status 500, `/missing` with 404; then the connection is closed.
+- `/chat` by changing to the protocol WebSocket, in which nothing is said.
 - `/query` when the server at the port DATABASE has answered; if that closes instead, so does this one.
 """
 
@@ -25,12 +26,25 @@ class Handler(BaseHTTPRequestHandler):
     wbufsize = -1
 
     def do_GET(self):
+        if self.path == "/chat":
+            self.send_response(101)
+            self.send_header("Upgrade", "websocket")
+            self.send_header("Connection", "Upgrade")
+            self.end_headers()
+            self.wfile.flush()
+            self.connection.settimeout(None)
+            self.connection.recv(1)
+            self.close_connection = True
+            return
         if self.path == "/slow":
             print("asked", flush=True)
             threading.Event().wait()
         elif self.path == "/broken":
             # This class closes the connection after it has sent an error.
             self.send_error(500)
+            return
+        elif self.path == "/missing":
+            self.send_error(404)
             return
         elif self.path == "/query":
             with socket.create_connection(("127.0.0.1", int(sys.argv[3]))) as database:

@@ -326,10 +326,7 @@ impl Bed {
     /// The owner of the socket is known from its own action if it acted; otherwise because it opened the
     /// socket, holds it, or closes the dead socket later.
     pub fn close_line(&self, connection: &Connection, side: Side, this: Value) -> Result<Value> {
-        let (sent, received) = match side {
-            Side::Client => (connection.client_sent, connection.server_sent),
-            Side::Server => (connection.server_sent, connection.client_sent),
-        };
+        let (sent, received) = connection.sent_and_received(side);
         let process = if this["trigger"].is_null() {
             let obtained = match side {
                 Side::Client => json!("connect"),
@@ -338,7 +335,7 @@ impl Bed {
             let found = [obtained, json!("descriptors"), json!("syscall")];
             but(self.any_thread(side)?, json!({"attribution": one_of(&found)}))
         } else {
-            json!({"attribution": "syscall"})
+            json!({"attribution": "syscall", "thread": known()})
         };
         let line = json!({
             "event": "close",
@@ -354,12 +351,20 @@ impl Bed {
             },
             "trigger": null,
             "signal": null,
+            "signal_from": null,
+            "destroyed_by": null,
             "cause": null,
             "close_wait_ms": null,
             "stack": null,
         });
         let line = but(line, self.common(connection, side)?);
-        Ok(but(but(line, json!({ "process": process })), this))
+        let mut line = but(but(line, json!({ "process": process })), this);
+        if line.get("acts").is_none() && !line["trigger"].is_null() {
+            let [trigger, stack] = ["trigger", "stack"].map(|field| line[field].clone());
+            let pid = line["process"]["pid"].clone();
+            line["acts"] = json!([{"trigger": trigger, "at_ms": known(), "pid": pid, "stack": stack}]);
+        }
+        Ok(line)
     }
 
     /// The expected reset line of a side, overridden by `this`.
@@ -379,6 +384,11 @@ impl Bed {
             "process": but(self.owner(side)?, self.any_thread(side)?),
             "since": known(),
             "unread_bytes": 0,
+            "unsent_bytes": 0,
+            "trigger": null,
+            "signal": null,
+            "signal_from": null,
+            "stack": null,
             "opener": self.opener(side)?,
         });
         Ok(but(line, this))
@@ -391,6 +401,9 @@ impl Bed {
             "connection": but(self.identity(connection, side), json!({"opened": null, "age_ms": null, "cookie": known()})),
             "process": but(self.owner(side)?, json!({"tid": null, "attribution": "procfs"})),
             "since": null,
+            "unsent_bytes": 0,
+            "trigger": null,
+            "stack": null,
             "opener": null,
         });
         Ok(but(line, this))
@@ -399,6 +412,13 @@ impl Bed {
     /// Overrides for `process` where the thread does not matter.
     fn any_thread(&self, side: Side) -> Result<Value> {
         Ok(json!({"tid": one_of(&[json!(null), self.owner(side)?["tid"].clone()])}))
+    }
+
+    /// The acts of a client that shut down its half, and closed later.
+    pub fn shut_and_closed(&mut self) -> Value {
+        let pid = self.peer(Side::Client).pid();
+        let act = |trigger: &str, function: &str| json!({"trigger": trigger, "at_ms": known(), "pid": pid, "stack": user_stack(function)});
+        json!([act("shutdown", "peer_shuts_socket_outer"), act("close", "peer_closes_socket_outer")])
     }
 
     /// The fields that close and reset lines have in common.
@@ -410,11 +430,17 @@ impl Bed {
                 (known(), if tick == Tick::Sure { name } else { one_of(&[name, json!(null)]) })
             }
         };
+        let since = |bytes: u64| if bytes > 0 { known() } else { json!(null) };
+        let (sent, received) = connection.sent_and_received(side);
         Ok(json!({
             "connection": self.identity(connection, side),
             "process": self.owner(side)?,
             "idle_ms": idle,
             "last_data": last_data,
+            "since_sent_ms": since(sent),
+            "since_received_ms": since(received),
+            "unread_bytes": 0,
+            "unacked_bytes": 0,
             "opener": self.opener(side)?,
         }))
     }
@@ -432,6 +458,14 @@ impl Connection {
         match side {
             Side::Client => self.client,
             Side::Server => self.server,
+        }
+    }
+
+    /// The bytes that a side has sent and received.
+    fn sent_and_received(&self, side: Side) -> (u64, u64) {
+        match side {
+            Side::Client => (self.client_sent, self.server_sent),
+            Side::Server => (self.server_sent, self.client_sent),
         }
     }
 

@@ -1,9 +1,9 @@
 //! The kernel's blind spot on this host: what happens while a thread of pid 1 is current.
 //!
-//! Some virtual machines are controlled by an agent that runs as pid 1 and whose threads the kernel runs no BPF program
-//! for. If a softirq interrupts such a thread and ends a connection, no BPF program sees it. Ftrace does, so this
-//! module records the events of pid 1's threads with an ftrace instance of its own. On a host without such an agent it
-//! records nothing, and nothing is excused.
+//! Some virtual machines are controlled by an agent that runs as pid 1 and whose threads the kernel runs no
+//! BPF program for. If a softirq interrupts such a thread and ends a connection, no BPF program sees it.
+//! Ftrace does, so this module records the events of pid 1's threads with an ftrace instance of its own. On a
+//! host without such an agent it records nothing, and nothing is excused.
 
 use std::{
     collections::BTreeSet,

@@ -1,7 +1,8 @@
 //! The output contract: checks every line that the tool writes.
 //!
-//! The shape of a line comes from `docs/schema.json`, which is generated from the tool's types and reviewed as a diff.
-//! This module adds what a schema cannot express: relations between the fields of a line, and between lines.
+//! The shape of a line comes from `docs/schema.json`, which is generated from the tool's types and reviewed
+//! as a diff. This module adds what a schema cannot express: relations between the fields of a line, and
+//! between lines.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -15,8 +16,8 @@ static SCHEMA: LazyLock<Value> = LazyLock::new(|| {
     serde_json::from_str(include_str!("../../docs/schema.json")).expect("docs/schema.json is JSON")
 });
 
-/// One compiled validator for each kind of event. Choosing it by the event's name rather than with `oneOf` keeps the
-/// complaints readable and the cost low.
+/// One compiled validator for each kind of event. Choosing it by the event's name rather than with `oneOf`
+/// keeps the complaints readable and the cost low.
 static VALIDATORS: LazyLock<BTreeMap<&str, Validator>> = LazyLock::new(|| {
     let mut definitions = SCHEMA["$defs"].clone();
     definitions
@@ -35,7 +36,8 @@ static VALIDATORS: LazyLock<BTreeMap<&str, Validator>> = LazyLock::new(|| {
     validators.collect()
 });
 
-/// Each kind of event: its name in JSON, the name of its definition in the schema, and the schema of the field `event`.
+/// Each kind of event: its name in JSON, the name of its definition in the schema, and the schema of the
+/// field `event`.
 fn variants() -> impl Iterator<Item = (&'static str, &'static str, &'static Value)> {
     SCHEMA["oneOf"].as_array().expect("the schema is one of several events").iter().map(|variant| {
         let tag = &variant["properties"]["event"];
@@ -199,6 +201,14 @@ fn check_relations(line: &Value, found: &mut Vec<String>) {
         "data went some way, but never",
         &["last_data", "idle_ms"],
     );
+    let [idle, sent, received] =
+        ["idle_ms", "since_sent_ms", "since_received_ms"].map(|field| line[field].as_f64());
+    let shortest = [sent, received].into_iter().flatten().reduce(f64::min);
+    ensure(
+        idle == shortest,
+        "the idle time is not the shorter one of the two directions",
+        &["idle_ms", "since_sent_ms", "since_received_ms"],
+    );
     match line["event"].as_str() {
         Some("close") => {
             ensure(
@@ -210,7 +220,8 @@ fn check_relations(line: &Value, found: &mut Vec<String>) {
             let times: Vec<f64> = steps.iter().filter_map(|step| step["at_ms"].as_f64()).collect();
             let counts_up = times.first().is_none_or(|first| *first == 0.0) && times.is_sorted();
             ensure(counts_up, "the times of the states do not count up from 0", &["states"]);
-            // A socket that is older than the trace may have been in its first state for longer than is known.
+            // A socket that is older than the trace may have been in its first state for longer than is
+            // known.
             let waited = steps.iter().skip(1).any(|step| step["state"] == "CLOSE_WAIT");
             ensure(
                 !waited || !line["close_wait_ms"].is_null(),
@@ -235,8 +246,37 @@ fn check_relations(line: &Value, found: &mut Vec<String>) {
             let is_range = least.zip(most).is_none_or(|(least, most)| least <= most);
             ensure(is_range, "the bounds of the age are reversed", &["for_ms", "for_ms_at_most"]);
         }
+        Some("finding") => check_finding(line, &mut ensure),
         _ => {}
     }
+}
+
+/// A finding is about lines that were written before it, and says how many connections show it.
+fn check_finding(line: &Value, ensure: &mut impl FnMut(bool, &str, &[&str])) {
+    let times = ["first", "last"].map(|field| line[field].as_str());
+    ensure(times[0] <= times[1], "the first comes after the last", &["first", "last"]);
+    let lines = line["lines"].as_array().map_or(&[][..], Vec::as_slice);
+    let count = line["count"].as_u64().unwrap_or_default();
+    let most = usize::try_from(count).unwrap_or(usize::MAX).min(10);
+    ensure(
+        (1..=10).contains(&lines.len()) && (most >= lines.len() || line["kind"] == "chain"),
+        "not as many lines as connections, and at most ten",
+        &["kind", "count", "lines"],
+    );
+    ensure(
+        line["files"].as_array().is_none_or(|files| files.len() == lines.len()),
+        "not one file for each line",
+        &["lines", "files"],
+    );
+    let is_repeated = |index: usize| line["files"].is_null() && lines[..index].contains(&lines[index]);
+    ensure(!(0..lines.len()).any(is_repeated), "a line is named twice", &["lines"]);
+    let are_earlier = !line["files"].is_null()
+        || lines.iter().all(|number| number.as_u64().is_some_and(|number| number > 0));
+    ensure(are_earlier, "a line without a number", &["lines"]);
+    let sentences = ["summary", "advice"].map(|field| line[field].as_str().unwrap_or_default());
+    ensure(sentences.iter().all(|text| text.ends_with('.')), "no sentence", &["summary", "advice"]);
+    let evidence = line["evidence"].as_object();
+    ensure(evidence.is_some_and(|evidence| !evidence.is_empty()), "nothing shows it", &["evidence"]);
 }
 
 #[cfg(test)]
@@ -275,6 +315,10 @@ mod tests {
             "state": "ESTABLISHED",
             "idle_ms": null,
             "last_data": null,
+            "since_sent_ms": null,
+            "since_received_ms": null,
+            "unread_bytes": 0,
+            "unacked_bytes": 0,
             "ttl": 64,
             "handshake_ttl": null,
             "stack": {"user": [], "kernel": null},
@@ -318,6 +362,7 @@ mod tests {
             (reset(), "/reason", Some(json!("")), "/reason: empty text"),
             (reset(), "/direction", Some(json!("sent")), "time to live"),
             (reset(), "/last_data", Some(json!("sent")), "but never"),
+            (reset(), "/since_sent_ms", Some(json!(7)), "not the shorter one"),
             (reset(), "/stack/user", Some(json!([frame])), "/stack/user/0/address:"),
         ];
         for (line, pointer, value, expected) in cases {

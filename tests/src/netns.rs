@@ -2,6 +2,7 @@
 
 use std::{
     borrow::Borrow,
+    collections::BTreeSet,
     fmt::Debug,
     fs::{self, File},
     io::Write,
@@ -11,7 +12,7 @@ use std::{
     },
     path::Path,
     process::{Command, Stdio},
-    sync::{Mutex, PoisonError},
+    sync::{LazyLock, Mutex, PoisonError},
     thread,
 };
 
@@ -36,6 +37,16 @@ pub struct Namespace {
 /// inode numbers and a shared tool ([`crate::window`]) may still report something of the earlier namespace.
 static LEFT: Mutex<Vec<File>> = Mutex::new(Vec::new());
 
+/// The inode numbers of all namespaces that this process has made.
+static MADE: Mutex<BTreeSet<u64>> = Mutex::new(BTreeSet::new());
+
+/// Whether a namespace is neither one that this process has made nor its own.
+pub(crate) fn is_foreign(inode: u64) -> bool {
+    static OWN: LazyLock<Option<u64>> =
+        LazyLock::new(|| Some(fs::metadata(format!("/proc/{}/ns/net", std::process::id())).ok()?.ino()));
+    Some(inode) != *OWN && !MADE.lock().unwrap_or_else(PoisonError::into_inner).contains(&inode)
+}
+
 impl Namespace {
     /// Creates a namespace. It fails without root, because the tests cannot work then.
     pub fn new() -> Result<Self> {
@@ -53,6 +64,7 @@ impl Namespace {
         });
         let file = made.join().map_err(|_| anyhow!("the thread that makes a namespace panicked"))??;
         let inode = file.metadata()?.ino();
+        MADE.lock().unwrap_or_else(PoisonError::into_inner).insert(inode);
         Ok(Self { file, inode })
     }
 

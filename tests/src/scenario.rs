@@ -1,12 +1,6 @@
 //! Runs a scenario: two processes act while the tool traces them, and afterwards every line must be accounted
 //! for.
 
-use std::{
-    fs,
-    net::{Ipv4Addr, TcpListener, TcpStream},
-    os::unix::fs::MetadataExt,
-};
-
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
@@ -16,7 +10,9 @@ use crate::{
     expect::{self, but, known, one_of, path},
     features::{self, Feature, reason},
     snmp::Counters,
+    sockets::{self, Socket, TIMER_OF_PROBES},
     tool::{Ended, Launch, Tool},
+    until,
     window::Window,
 };
 
@@ -241,6 +237,24 @@ pub fn aborted(bed: &mut Bed, connection: &Connection, by: Side) -> Result<Vec<V
     reset_lines(bed, connection, by, &json!({"cause": "linger_zero", "reason": reason(known())}), &json!({}))
 }
 
+/// Makes a connection whose server reads nothing, and whose client writes until its host probes the server's
+/// window. Returns it with the number of bytes that the client has written.
+pub fn shut_window(bed: &mut Bed) -> Result<(Connection, u64)> {
+    // Before 6.6 the window may exceed the memory for it. Segments are lost then, and the window never
+    // closes.
+    bed.namespace(Side::Server).set_sysctl("net/ipv4/tcp_adv_win_scale", "-4")?;
+    let connection = bed.idle()?;
+    let ends = (connection.address(Side::Client), connection.address(Side::Server));
+    let probes = |socket: &Socket| (socket.local, socket.remote) == ends && socket.timer == TIMER_OF_PROBES;
+    let mut written = 0;
+    until("the client probes the server's window", || {
+        // Filled more than once, because acknowledged data makes room for more.
+        written += bed.peer(Side::Client).ask("fill")?.get::<u64>("bytes")?;
+        Ok(sockets::list(bed.namespace(Side::Client))?.iter().any(probes).then_some(()))
+    })?;
+    Ok((connection, written))
+}
+
 /// The lines of an end whose peer has closed, and then reset the connection while this end was idle.
 pub fn reset_in_close_wait(bed: &Bed, connection: &Connection, side: Side) -> Result<Vec<Value>> {
     let close = json!({
@@ -318,21 +332,13 @@ pub fn ended_by_icmp() -> Value {
     one_of(&[json!(null), json!("timeout")])
 }
 
-/// Opens and ends a connection of this process over the loopback of this thread's namespace. Returns the
-/// known fields of the expected line of the client's end.
-pub fn end_of_own() -> Result<Value> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    let client = TcpStream::connect(listener.local_addr()?)?;
-    let line = json!({
-        "event": "close",
-        "connection": {
-            "local": endpoint(client.local_addr()?),
-            "remote": endpoint(client.peer_addr()?),
-            "netns": fs::metadata("/proc/thread-self/ns/net")?.ino(),
-        },
-    });
-    drop((listener.accept()?, client));
-    Ok(line)
+/// A connection that the client resets.
+pub fn reset_by_client(bed: &mut Bed) -> Result<Connection> {
+    let connection = bed.established()?;
+    for order in ["linger0", "close"] {
+        bed.peer(Side::Client).ask(order)?;
+    }
+    Ok(connection)
 }
 
 /// Runs a scenario that the tool traces from its beginning.

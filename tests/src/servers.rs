@@ -1,7 +1,8 @@
-//! Servers that people run in production, for tests of what the tool reports about them: nginx, redis, and the scripts
-//! in `tests/servers`.
+//! Servers that people run in production, for tests of what the tool reports about them: nginx, redis, and
+//! the scripts in `tests/servers`.
 
 use std::{
+    fs,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::Command,
@@ -10,7 +11,7 @@ use std::{
 use anyhow::{Result, ensure};
 
 use crate::{
-    netns::Namespace,
+    netns::{Namespace, run},
     program::Program,
     sockets::{self, LISTEN, Socket},
 };
@@ -19,17 +20,27 @@ use crate::{
 pub const PYTHON: &str = "/usr/bin/python3";
 /// nginx.
 pub const NGINX: &str = "/usr/sbin/nginx";
-/// In Debian this tool and the server are the same file, which acts by the name it is started with. The tool's package
-/// has no service that would start with it.
+/// gunicorn.
+pub const GUNICORN: &str = "/usr/bin/gunicorn";
+/// HAProxy.
+pub const HAPROXY: &str = "/usr/sbin/haproxy";
+/// Node.
+pub const NODE: &str = "/usr/bin/node";
+/// What makes nginx's certificate.
+pub const OPENSSL: &str = "/usr/bin/openssl";
+/// In Debian this tool and the server are the same file, which acts by the name it is started with. The
+/// tool's package has no service that would start with it.
 pub const REDIS: &str = "/usr/bin/redis-check-rdb";
 
 /// The port on which nginx listens.
 pub const NGINX_PORT: u16 = 8080;
+/// The port on which nginx speaks TLS.
+pub const NGINX_TLS_PORT: u16 = 8443;
 /// The port to which nginx forwards requests.
 pub const BACKEND_PORT: u16 = 9000;
 
-/// Whether a test has to be skipped for lack of a file, as in a virtual machine. The skip is printed; `cargo xtask
-/// test` reads it, and accepts it if the test ran elsewhere.
+/// Whether a test has to be skipped for lack of a file, as in a virtual machine. The skip is printed;
+/// `cargo xtask test` reads it, and accepts it if the test ran elsewhere.
 pub fn is_missing(files: &[&str]) -> bool {
     let missing = files.iter().find(|file| !Path::new(file).exists());
     if let Some(file) = missing {
@@ -47,8 +58,8 @@ pub fn start_script(namespace: &Namespace, name: &str, args: &[&str]) -> Result<
     Ok(script)
 }
 
-/// Starts nginx in a namespace as a proxy, with its files in `folder`. It writes the status and the request of each
-/// response to its standard output.
+/// Starts nginx in a namespace as a proxy, with its files in `folder`. It writes the status and the request
+/// of each response to its standard output.
 pub fn start_nginx(namespace: &Namespace, folder: &Path) -> Result<Program> {
     let mut command = Command::new(NGINX);
     command.arg("-p").arg(folder).arg("-c").arg(file("nginx.conf")).args(["-e", "stderr"]);
@@ -57,8 +68,25 @@ pub fn start_nginx(namespace: &Namespace, folder: &Path) -> Result<Program> {
     Ok(nginx)
 }
 
-/// Starts redis in a namespace, with its file `log` in `folder`. It closes a connection after `timeout` seconds without
-/// a request; 0 is never.
+/// Starts nginx in a namespace as a proxy that speaks TLS with its clients, and closes their idle connections
+/// after a second. Its files are in `folder`, where it also looks for its certificate.
+pub fn start_nginx_with_tls(namespace: &Namespace, folder: &Path) -> Result<Program> {
+    let configuration = folder.join("nginx-tls.conf");
+    fs::copy(file("nginx-tls.conf"), &configuration)?;
+    let mut certificate = Command::new(OPENSSL);
+    certificate.args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-batch"]);
+    certificate.args(["-keyout", "key.pem", "-out", "cert.pem"]).current_dir(folder);
+    let made = certificate.output()?;
+    ensure!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let mut command = Command::new(NGINX);
+    command.arg("-p").arg(folder).arg("-c").arg(&configuration).args(["-e", "stderr"]);
+    let nginx = Program::start(namespace, command)?;
+    wait_for_listener(namespace, NGINX_TLS_PORT)?;
+    Ok(nginx)
+}
+
+/// Starts redis in a namespace, with its file `log` in `folder`. It closes a connection after `timeout`
+/// seconds without a request; 0 is never.
 pub fn start_redis(namespace: &Namespace, folder: &Path, port: u16, timeout: u64) -> Result<Program> {
     let program = folder.join("redis-server");
     symlink(REDIS, &program)?;
@@ -70,12 +98,36 @@ pub fn start_redis(namespace: &Namespace, folder: &Path, port: u16, timeout: u64
     Ok(redis)
 }
 
+/// MariaDB, and its program that creates a data directory.
+pub const MARIADB: &str = "/usr/sbin/mariadbd";
+/// The second of them.
+pub const MARIADB_INSTALL: &str = "/usr/bin/mariadb-install-db";
+
+/// Starts MariaDB in a namespace, with its data in `folder`. It asks for no password, and closes a connection
+/// after `timeout` seconds without a query.
+pub fn start_mariadb(namespace: &Namespace, folder: &Path, port: u16, timeout: u64) -> Result<Program> {
+    let data = format!("--datadir={}", folder.join("data").display());
+    let mut install = Command::new(MARIADB_INSTALL);
+    install.args(["--no-defaults", "--user=root", "--skip-test-db", &data]);
+    run(&mut install)?;
+    let mut command = Command::new(MARIADB);
+    command.args(["--no-defaults", "--user=root", "--skip-grant-tables", "--bind-address=127.0.0.1", &data]);
+    command.arg(format!("--socket={}", folder.join("socket").display()));
+    command.arg(format!("--pid-file={}", folder.join("pid").display()));
+    command.arg(format!("--log-error={}", folder.join("log").display()));
+    command.args([format!("--port={port}"), format!("--wait-timeout={timeout}")]);
+    let mariadb = Program::start(namespace, command)?;
+    wait_for_listener(namespace, port)?;
+    Ok(mariadb)
+}
+
 /// Waits until a process listens on a port.
 pub fn wait_for_listener(namespace: &Namespace, port: u16) -> Result<()> {
     let listens = |socket: &Socket| socket.state == LISTEN && socket.local.port() == port;
     sockets::wait_until(namespace, "a process listens", |sockets| sockets.iter().any(listens))
 }
 
-fn file(name: &str) -> PathBuf {
+/// The path of a file in `tests/servers`.
+pub fn file(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("servers").join(name)
 }

@@ -100,8 +100,9 @@ pub fn descriptors(pid: u32, socket: &Socket) -> Result<Vec<i32>> {
     Ok(found)
 }
 
-/// Parses a line: `number: address:port address:port state sending:untaken timer:when retransmits user
-/// timeout inode …`, where the first five fields are hexadecimal.
+/// Parses a line:
+/// `number: address:port address:port state sending:untaken timer:when retransmits user timeout inode …`,
+/// where the first five fields are hexadecimal.
 fn parse(line: &str) -> Result<Socket> {
     let mut words = line.split_whitespace().skip(1);
     let mut next = || words.next().with_context(|| format!("too short: {line}"));

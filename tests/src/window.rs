@@ -8,17 +8,19 @@
 
 use std::{
     collections::BTreeMap,
+    fs,
+    net::{Ipv4Addr, TcpListener, TcpStream},
+    os::unix::fs::MetadataExt as _,
     sync::{Arc, Mutex, PoisonError},
 };
 
 use anyhow::Result;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{
-    bed::Bed,
+    bed::{Bed, endpoint},
     expect::differences,
     netns::Namespace,
-    scenario,
     tool::{Ended, Launch, Tool, View},
 };
 
@@ -45,7 +47,7 @@ impl Window {
             Some(tool) if tool.is_talking() => Arc::clone(tool),
             _ => {
                 let mut tool = Launch::new()?.args(["-o", "json"]).args(args.iter().copied()).start()?;
-                tool.leave_nothing();
+                tool.share();
                 // An emulator translates a BPF program when it first runs. That takes so long that several
                 // tasks may enter the program at once, and the kernel then runs it for only one of them.
                 wait_for_own_end(&tool, &View::ALL)?;
@@ -79,9 +81,26 @@ impl Window {
     }
 }
 
+/// Opens and ends a connection of this process over the loopback of this thread's namespace. Returns the
+/// known fields of the expected line of the client's end.
+pub fn end_of_own() -> Result<Value> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let client = TcpStream::connect(listener.local_addr()?)?;
+    let line = json!({
+        "event": "close",
+        "connection": {
+            "local": endpoint(client.local_addr()?),
+            "remote": endpoint(client.peer_addr()?),
+            "netns": fs::metadata("/proc/thread-self/ns/net")?.ino(),
+        },
+    });
+    drop((listener.accept()?, client));
+    Ok(line)
+}
+
 /// Ends a connection of this process, and waits until the tool reports it.
 fn wait_for_own_end(tool: &Tool, view: &View) -> Result<()> {
-    let line = scenario::end_of_own()?;
+    let line = end_of_own()?;
     let is_it = |written: &Value| differences(written, &line).is_empty();
     tool.wait_for_among(view, &format!("like {line}"), is_it).map(drop)
 }

@@ -285,8 +285,8 @@ fn doctor_tries_every_hook() -> Result<()> {
             "the hook table names a program that the object lacks: {hook:#}"
         );
         ensure!(hook["mark"] != "ok" || results.iter().any(|result| **result == "attached"), "{hook:#}");
-        // A kernel with BTF takes typed tracepoints. If the verifier refuses one, a classic tracepoint takes its
-        // place, at a higher price, and no other test notices.
+        // A kernel with BTF takes typed tracepoints. If the verifier refuses one, a classic tracepoint takes
+        // its place, at a higher price, and no other test notices.
         let typed = hook["variants"].as_array().into_iter().flatten().find(|one| one["kind"] == "tp_btf");
         let is_taken = typed.is_none_or(|one| one["result"] != "refused");
         ensure!(!Feature::Types.is_here() || is_taken, "{hook:#}");

@@ -26,8 +26,10 @@ scenarios! {
     run on [loopback_ipv4 loopback_ipv6 veth_ipv4 veth_ipv6]:
     client_shuts_down_writing
     client_shuts_down_both_ways
+    client_shuts_down_and_discards_the_answer
     client_exits
     client_is_killed
+    client_is_terminated_by_its_handler
     client_faults
     client_aborts
     client_replaces_descriptor
@@ -124,6 +126,49 @@ fn shut_down(bed: &mut Bed, how: &str) -> Result<Vec<Value>> {
     Ok(lines)
 }
 
+/// The answer comes between the two acts, and nobody reads it.
+fn client_shuts_down_and_discards_the_answer(bed: &mut Bed) -> Result<Vec<Value>> {
+    let mut connection = bed.idle()?;
+    bed.transfer(&mut connection, Side::Client, 1000)?;
+    bed.peer(Side::Client).ask("shutdown-write")?;
+    bed.peer(Side::Server).ask("receive-end")?;
+    bed.send(&mut connection, Side::Server, 300)?;
+    bed.peer(Side::Client).ask("await-data 300")?;
+    bed.peer(Side::Client).ask("close")?;
+    bed.peer(Side::Server).ask("await-error")?;
+    let client = json!({
+        "closed_by": "local",
+        "ended": "reset_sent",
+        "trigger": "shutdown",
+        "cause": "unread_data",
+        "unread_bytes": 300,
+        "since_received_ms": null,
+        "last_data": "sent",
+        "states": path(&["ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "CLOSE"]),
+        "stack": user_stack("peer_shuts_socket_outer"),
+        "acts": bed.shut_and_closed(),
+    });
+    let sent = json!({
+        "direction": "sent",
+        "cause": "unread_data",
+        "reason": reason(json!("TCP_ABORT_ON_CLOSE")),
+        "state": "FIN_WAIT2",
+        "unread_bytes": 300,
+        "last_data": one_of(&[json!(null), json!("received")]),
+        "stack": user_stack("peer_closes_socket_outer"),
+    });
+    let mut lines = vec![
+        bed.close_line(&connection, Side::Client, client)?,
+        bed.reset_line(&connection, Side::Client, sent)?,
+    ];
+    let [mut close, reset] = <[Value; 2]>::try_from(reset_in_close_wait(bed, &connection, Side::Server)?)
+        .map_err(|lines| anyhow::anyhow!("{lines:?}"))?;
+    // The client's first act came before the answer.
+    close = but(close, json!({"last_data": "received", "since_sent_ms": null}));
+    lines.extend([close, reset]);
+    Ok(lines)
+}
+
 fn client_exits(bed: &mut Bed) -> Result<Vec<Value>> {
     die(bed, json!({"trigger": "exit"}), |peer| {
         let status = peer.end_by("exit 3")?;
@@ -133,19 +178,50 @@ fn client_exits(bed: &mut Bed) -> Result<Vec<Value>> {
 }
 
 fn client_is_killed(bed: &mut Bed) -> Result<Vec<Value>> {
-    die_of(bed, Signal::SIGKILL, |peer| peer.kill(Signal::SIGKILL))
+    die_of(bed, Signal::SIGKILL, &this_process()?, |peer| peer.kill(Signal::SIGKILL))
 }
 
+/// The handler cleans up and sends the signal again, to its own process. That one is deadly.
+fn client_is_terminated_by_its_handler(bed: &mut Bed) -> Result<Vec<Value>> {
+    die_of(bed, Signal::SIGTERM, &this_process()?, |peer| {
+        peer.ask("send-on SIGTERM")?;
+        peer.kill(Signal::SIGTERM)
+    })
+}
+
+/// The test as the sender of a signal.
+fn this_process() -> Result<Value> {
+    Ok(json!({
+        "pid": std::process::id(),
+        "comm": std::fs::read_to_string("/proc/self/comm")?.trim_end(),
+        "uid": nix::unistd::getuid().as_raw(),
+    }))
+}
+
+/// `raise()` sends the signal like any other, from the process to itself.
 fn client_faults(bed: &mut Bed) -> Result<Vec<Value>> {
-    die_of(bed, Signal::SIGSEGV, |peer| peer.end_by("raise SIGSEGV").map(drop))
+    let itself = itself(bed)?;
+    die_of(bed, Signal::SIGSEGV, &itself, |peer| peer.end_by("raise SIGSEGV").map(drop))
 }
 
 fn client_aborts(bed: &mut Bed) -> Result<Vec<Value>> {
-    die_of(bed, Signal::SIGABRT, |peer| peer.end_by("raise SIGABRT").map(drop))
+    let itself = itself(bed)?;
+    die_of(bed, Signal::SIGABRT, &itself, |peer| peer.end_by("raise SIGABRT").map(drop))
 }
 
-fn die_of(bed: &mut Bed, signal: Signal, act: fn(&mut Peer) -> Result<()>) -> Result<Vec<Value>> {
-    die(bed, json!({"trigger": "signal", "signal": signal.as_str()}), act)
+/// The client as the sender of a signal.
+fn itself(bed: &Bed) -> Result<Value> {
+    let client = bed.owner(Side::Client)?;
+    Ok(json!({"pid": client["pid"], "comm": client["comm"], "uid": client["uid"]}))
+}
+
+fn die_of(
+    bed: &mut Bed,
+    signal: Signal,
+    from: &Value,
+    act: fn(&mut Peer) -> Result<()>,
+) -> Result<Vec<Value>> {
+    die(bed, json!({"trigger": "signal", "signal": signal.as_str(), "signal_from": from}), act)
 }
 
 /// The process has no memory any more when its socket is closed, so there is no user stack. Its program and
@@ -183,7 +259,7 @@ fn client_becomes_another_program(bed: &mut Bed) -> Result<Vec<Value>> {
 fn client_closes_on_thread(bed: &mut Bed) -> Result<Vec<Value>> {
     let close = |peer: &mut Peer| {
         let facts = peer.ask("thread-close")?;
-        Ok(json!({"process": {"tid": facts.get::<u32>("tid")?, "comm": facts.get::<String>("name")?}}))
+        Ok(json!({"process": {"tid": facts.get::<u32>("tid")?, "thread": facts.get::<String>("name")?}}))
     };
     in_order(bed, Side::Client, close, in_function("close", "peer_closes_socket_outer"))
 }
@@ -211,8 +287,11 @@ fn close_with_unread_data(bed: &mut Bed, side: Side) -> Result<Vec<Value>> {
     bed.send(&mut connection, side.other(), 200)?;
     bed.peer(side).ask("await-data 200")?;
     bed.peer(side).ask("close")?;
-    let sender = json!({"cause": "unread_data", "reason": reason(json!("TCP_ABORT_ON_CLOSE"))});
-    let lines = reset_lines(bed, &connection, side, &sender, &json!({}))?;
+    let reason = reason(json!("TCP_ABORT_ON_CLOSE"));
+    let sender = json!({"cause": "unread_data", "reason": reason, "unread_bytes": 200});
+    // The ACK of the data may be delayed, and the RST comes before it then.
+    let receiver = json!({"unacked_bytes": one_of(&[json!(0), json!(200)])});
+    let lines = reset_lines(bed, &connection, side, &sender, &receiver)?;
     bed.peer(side.other()).ask("await-error")?;
     bed.peer(side.other()).ask("close")?;
     Ok(lines)
@@ -240,7 +319,9 @@ fn half_closed(bed: &mut Bed) -> Result<Connection> {
 fn client_closes_what_it_shut_down(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = half_closed(bed)?;
     bed.peer(Side::Client).ask("close")?;
-    orderly_lines(bed, &connection, Side::Client, in_function("shutdown", "peer_shuts_socket_outer"))
+    let acts = json!({"acts": bed.shut_and_closed()});
+    let this = but(in_function("shutdown", "peer_shuts_socket_outer"), acts);
+    orderly_lines(bed, &connection, Side::Client, this)
 }
 
 fn client_lingers_not_after_shutdown(bed: &mut Bed) -> Result<Vec<Value>> {
@@ -257,7 +338,9 @@ fn client_lingers_not_after_shutdown(bed: &mut Bed) -> Result<Vec<Value>> {
         "cause": "linger_zero",
         "states": path(&["ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "CLOSE"]),
         "stack": stack,
+        "acts": bed.shut_and_closed(),
     });
+    let stack = user_stack("peer_closes_socket_outer");
     let reset = json!({"direction": "sent", "cause": "linger_zero", "state": "FIN_WAIT2", "stack": stack});
     let mut lines = vec![
         bed.close_line(&connection, Side::Client, close)?,
@@ -292,6 +375,7 @@ fn client_closes_with_unread_data_and_end(bed: &mut Bed) -> Result<Vec<Value>> {
         "ended": "reset_sent",
         "trigger": "close",
         "cause": "unread_data",
+        "unread_bytes": 200,
         "close_wait_ms": known(),
         "states": path(&["ESTABLISHED", "CLOSE_WAIT", "CLOSE"]),
         "stack": stack,
@@ -301,6 +385,7 @@ fn client_closes_with_unread_data_and_end(bed: &mut Bed) -> Result<Vec<Value>> {
         "cause": "unread_data",
         "reason": reason(json!("TCP_ABORT_ON_CLOSE")),
         "state": "CLOSE_WAIT",
+        "unread_bytes": 200,
         "stack": stack,
     });
     let suffered = json!({
@@ -450,7 +535,9 @@ fn data_comes_after_shutdown(bed: &mut Bed) -> Result<Vec<Value>> {
             }),
         )?,
     ];
-    lines.extend(reset_in_close_wait(bed, &connection, Side::Server)?);
+    let lost = json!({"unacked_bytes": 50});
+    let server = reset_in_close_wait(bed, &connection, Side::Server)?;
+    lines.extend(server.into_iter().map(|line| but(line, lost.clone())));
     Ok(lines)
 }
 
@@ -486,6 +573,8 @@ fn nobody_listens(bed: &mut Bed) -> Result<Vec<Value>> {
         "process": null,
         "opener": null,
         "stack": null,
+        "unread_bytes": null,
+        "unacked_bytes": null,
         "connection": {"role": null, "opened": null, "bytes_sent": null, "cookie": null},
     });
     Ok(vec![
@@ -515,15 +604,7 @@ fn somebody_destroys_it(bed: &mut Bed) -> Result<Vec<Value>> {
     let port = connection.address(Side::Client).port().to_string();
     destroy(bed, Side::Client, &["sport", "=", &port])?;
     bed.peer(Side::Client).ask("await-error")?;
-    let sender = json!({
-        "closed_by": "admin",
-        "ended": one_of(&[json!("destroyed"), json!("reset_sent")]),
-        "trigger": null,
-        "cause": "destroyed",
-        "reason": reason(known()),
-        "stack": null,
-    });
-    reset_lines(bed, &connection, Side::Client, &sender, &json!({}))
+    reset_lines(bed, &connection, Side::Client, &destroyed_by_ss(), &json!({}))
 }
 
 /// `ss` destroys the listener. The connection in its accept queue is destroyed with it, and belongs to the
@@ -535,17 +616,24 @@ fn somebody_destroys_listener(bed: &mut Bed) -> Result<Vec<Value>> {
     destroy(bed, Side::Server, &["--listening", "sport", "=", &port])?;
     bed.peer(Side::Client).ask("await-error")?;
     let server = bed.owner(Side::Server)?;
-    let sender = json!({
+    let unaccepted = json!({
+        "process": {"tid": one_of(&[json!(null), server["tid"].clone()]), "attribution": "listener"},
+        "opener": null,
+    });
+    reset_lines(bed, &connection, Side::Server, &but(destroyed_by_ss(), unaccepted), &json!({}))
+}
+
+/// What the close line of the side whose socket `ss` has destroyed says of that.
+fn destroyed_by_ss() -> Value {
+    json!({
         "closed_by": "admin",
         "ended": one_of(&[json!("destroyed"), json!("reset_sent")]),
         "trigger": null,
         "cause": "destroyed",
+        "destroyed_by": {"comm": "ss", "thread": "ss"},
         "reason": reason(known()),
-        "process": {"tid": one_of(&[json!(null), server["tid"].clone()]), "attribution": "listener"},
-        "opener": null,
         "stack": null,
-    });
-    reset_lines(bed, &connection, Side::Server, &sender, &json!({}))
+    })
 }
 
 /// Destroys sockets of this kind on a side's host with `ss`.

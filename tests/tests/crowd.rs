@@ -98,7 +98,7 @@ const ENDS_FOR_EACH_EXCUSED: usize = 10_000;
 #[test]
 fn every_end_is_reported_once_with_its_owner() -> Result<()> {
     let bed = Bed::new(routes::loopback_ipv4())?;
-    let trace = Trace::alone(&bed, &[])?;
+    let trace = Trace::alone(&bed, &["--findings", "off"])?;
     let before = Counters::read(bed.namespace(Side::Client))?;
     let blind_spot = BlindSpot::watch()?;
     let (parent, claims) = crowd(&bed)?;
@@ -193,7 +193,8 @@ impl<'a> Comparison<'a> {
                 found.push(format!("the RST that refuses it is reported by {answers:?}"));
             }
         }
-        // The tool may report a hidden end later with what is known, or not at all, but never with another owner.
+        // The tool may report a hidden end later with what is known, or not at all, but never with another
+        // owner.
         if is_hidden && !names_another && !found.is_empty() {
             self.excused.entry((local, remote)).or_default().extend(found);
         } else {

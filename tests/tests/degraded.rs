@@ -1,32 +1,27 @@
 //! Environments with fewer privileges or fewer kernel interfaces than root has on a host.
 
-use std::thread;
+use std::{fs::File, io::Write as _, thread};
 
 use anyhow::{Context, Result, anyhow, ensure};
+use nix::{sys::stat::Mode, unistd::mkfifo};
 use serde_json::{Value, json};
 use tcpclose_tests::{
-    bed::{Bed, Connection, Side, endpoint, user_stack},
+    bed::{Bed, Side, endpoint, user_stack},
     decoy::Decoy,
     expect::{but, differences, known},
     features::Feature,
     groups::{Group, Hierarchy},
-    scenario::{Trace, aborted, routes},
+    peer,
+    scenario::{Trace, aborted, reset_by_client, routes},
+    scratch::Scratch,
     tool::{Capability, Ended, Launch},
+    until,
 };
 
 /// The mount points of tracefs and of debugfs, which contains another tracefs.
 const TRACEFS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug"];
 /// The directory of the kernel's BTF.
 const TYPES: &str = "/sys/kernel/btf";
-
-/// The client resets a connection.
-fn one_reset(bed: &mut Bed) -> Result<Connection> {
-    let connection = bed.established()?;
-    for order in ["linger0", "close"] {
-        bed.peer(Side::Client).ask(order)?;
-    }
-    Ok(connection)
-}
 
 /// Runs the scenario while the tool traces, and expects all its lines with all fields, except for these
 /// differences in the lines of the client's end and of the server's end.
@@ -46,7 +41,7 @@ fn tells_everything_but(launch: Launch, client: &Value, server: &Value) -> Resul
 fn tells_something(launch: Launch) -> Result<(Value, Ended)> {
     let mut bed = Bed::new(routes::loopback_ipv4())?;
     let tool = launch.args(["-o", "json"]).start()?;
-    let connection = one_reset(&mut bed)?;
+    let connection = reset_by_client(&mut bed)?;
     let ends = json!({"event": "close", "connection": {
         "local": endpoint(connection.address(Side::Client)), "remote": endpoint(connection.address(Side::Server)),
     }});
@@ -74,7 +69,7 @@ fn two_capabilities_are_enough() -> Result<()> {
         return Ok(());
     }
     let tool = launch()?.start()?;
-    let connection = one_reset(&mut bed)?;
+    let connection = reset_by_client(&mut bed)?;
     tool.wait_until(|lines| lines.len() >= 4);
     let ended = tool.stop()?;
     let expected = json!({
@@ -92,6 +87,77 @@ fn two_capabilities_are_enough() -> Result<()> {
         ended.stderr.contains("CAP_SYS_PTRACE"),
         "stderr does not report what is lost without it\n{ended}"
     );
+    Ok(())
+}
+
+/// What each of the capabilities that the guide asks for is good for: without it, that is missing.
+#[test]
+fn each_capability_is_needed() -> Result<()> {
+    const ALL: [Capability; 3] = [Capability::Bpf, Capability::Perfmon, Capability::SysPtrace];
+    if Feature::UnlockedMaps.is_missed() {
+        return Ok(());
+    }
+    let mut bed = Bed::new(routes::loopback_ipv4())?;
+    for missing in [None, Some(Capability::SysPtrace), Some(Capability::Bpf), Some(Capability::Perfmon)] {
+        let granted: Vec<_> = ALL.into_iter().filter(|one| Some(*one) != missing).collect();
+        let launch = Launch::new()?.trace(bed.namespaces()).as_nobody(&granted)?;
+        if let Some(name) = match missing {
+            Some(Capability::Bpf) => Some("CAP_BPF"),
+            Some(Capability::Perfmon) => Some("CAP_PERFMON"),
+            Some(Capability::SysPtrace) | None => None,
+        } {
+            let ended = launch.run()?.with_code(1)?;
+            ensure!(ended.stderr.contains(name), "stderr does not name {name}\n{ended}");
+            continue;
+        }
+        let tool = launch.start()?;
+        let connection = reset_by_client(&mut bed)?;
+        let port = connection.address(Side::Client).port();
+        let line = tool.wait_for("the client's close", |line| {
+            line["event"] == "close" && line["connection"]["local"]["port"] == port
+        })?;
+        let exe = line["process"]["exe"].as_str();
+        let is_named = line["stack"]["user"][0]["symbol"].is_string();
+        let expected = missing.is_none();
+        ensure!((exe.is_some(), is_named) == (expected, expected), "with {granted:?}: {line:#}");
+        tool.stop()?.with_code(0)?;
+    }
+    Ok(())
+}
+
+/// A trace that runs has given up what it needs no more, in each of its threads.
+#[test]
+fn a_running_trace_is_restricted() -> Result<()> {
+    const STATUS: [&str; 2] = ["NoNewPrivs:\t1", "Seccomp:\t2"];
+    let threads = |pid: u32| -> Result<Vec<String>> {
+        let folder = std::fs::read_dir(format!("/proc/{pid}/task"))?;
+        folder.map(|thread| Ok(std::fs::read_to_string(thread?.path().join("status"))?)).collect()
+    };
+    let is_restricted = |status: &String| STATUS.iter().all(|line| status.contains(line));
+    let tool = Launch::new()?.args(["-o", "json", "--netns", "1"]).start()?;
+    let statuses = until("every thread is restricted", || {
+        let statuses = threads(tool.pid()).unwrap_or_default();
+        Ok(Some(statuses).filter(|statuses| statuses.len() > 1 && statuses.iter().all(is_restricted)))
+    })?;
+    for status in statuses {
+        let line = status.lines().find_map(|line| line.strip_prefix("CapPrm:\t")).context("no CapPrm")?;
+        let left = u64::from_str_radix(line, 16)?;
+        for (name, number) in [("CAP_SYS_ADMIN", 21), ("CAP_PERFMON", 38), ("CAP_NET_ADMIN", 12)] {
+            ensure!(left & 1 << number == 0, "{name} is left: {line}");
+        }
+    }
+    tool.stop()?.with_code(0)?;
+
+    let free = Launch::new()?.args(["-o", "json", "--netns", "1", "--sandbox", "off"]).start()?;
+    ensure!(!threads(free.pid())?.iter().any(is_restricted), "--sandbox off restricts");
+    free.stop()?.with_code(0)?;
+
+    // The command is not restricted, and inherits nothing of the kernel half.
+    let script = "grep -E 'NoNewPrivs|Seccomp:|CapPrm' /proc/self/status >&2; ls -l /proc/self/fd >&2";
+    let ended = Launch::new()?.args(["-o", "json", "--", "sh", "-c", script]).run()?.with_code(0)?;
+    ensure!(ended.stderr.contains("NoNewPrivs:\t0") && ended.stderr.contains("Seccomp:\t0"), "{ended}");
+    ensure!(ended.stderr.contains("/proc/"), "`ls` lists no descriptors\n{ended}");
+    ensure!(!ended.stderr.contains("bpf"), "descriptors of BPF objects have leaked\n{ended}");
     Ok(())
 }
 
@@ -220,8 +286,8 @@ fn pids_are_those_of_the_host() -> Result<()> {
     Ok(())
 }
 
-/// The tool runs in a container. It reports pids of the host, but its `/proc` shows other processes, one of
-/// which may have the same pid as one of those.
+/// The tool runs in a container, and the processes outside it. They have no pid there, and its `/proc` shows
+/// another process that has the same pid as one of them on the host.
 #[test]
 fn in_a_pid_namespace_no_process_is_mistaken_for_another() -> Result<()> {
     let launch = || Ok::<_, anyhow::Error>(Launch::new()?.in_pid_namespace());
@@ -246,7 +312,7 @@ fn in_a_pid_namespace_no_process_is_mistaken_for_another() -> Result<()> {
         let ends = json!({"event": "close", "connection": {"local": endpoint(connection.address(side))}});
         let line = ended.lines.iter().find(|line| differences(line, &ends).is_empty());
         let line = line.with_context(|| format!("there is no close line of the {side}\n{ended}"))?;
-        let process = json!({"pid": pid, "exe": null, "container": null});
+        let process = json!({"pid": null, "host_pid": pid, "exe": null, "container": null});
         let expected = match side {
             Side::Client => json!({"process": process, "trigger": "close"}),
             // The server's end is idle, so its owner is known only where accepts are traced.
@@ -258,6 +324,40 @@ fn in_a_pid_namespace_no_process_is_mistaken_for_another() -> Result<()> {
         found.extend(frames.flat_map(|frame| differences(frame, &unnamed)));
         ensure!(found.is_empty(), "{side}: {}\n{ended}", found.join("\n"));
     }
+    Ok(())
+}
+
+/// The tool runs in a container together with the process that it reports, by the pid that this process has
+/// there.
+#[test]
+fn in_a_pid_namespace_pids_are_those_inside() -> Result<()> {
+    let bed = Bed::new(routes::loopback_ipv4())?;
+    // The peer lives until its orders end, so that the tool can read what there is to know of it.
+    let scratch = Scratch::new()?;
+    let fifo = scratch.path().join("orders");
+    mkfifo(&fifo, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    let mut orders = File::options().read(true).write(true).open(&fifo)?;
+    let script = "exec \"$0\" peer <\"$1\" >&2";
+    let command = ["sh".into(), "-c".into(), script.into(), peer::program()?, fifo.into()];
+    let launch = Launch::new()?.inside(bed.namespace(Side::Client))?.in_pid_namespace();
+    // Nothing listens there.
+    orders.write_all(b"connect 127.0.0.1 9\n")?;
+    let tool = launch.args(["-o", "json", "--"]).args(command).spawn()?;
+    let is_refused = |line: &Value| line["event"] == "close" && line["cause"] == "refused";
+    let line = tool.wait_for("the end of a refused connection", is_refused)?;
+    drop(orders);
+    let ended = tool.wait()?.with_code(0)?;
+    let introduction = ended.stderr.split_whitespace().find_map(|word| word.strip_prefix("pid="));
+    let pid: u32 = introduction.with_context(|| format!("the peer says no pid\n{ended}"))?.parse()?;
+    let expected = json!({
+        "process": {"pid": pid, "tid": pid, "host_pid": known(), "comm": "peer", "attribution": "connect"},
+        "opener": {"stack": {"user": known()}},
+    });
+    let found = differences(&line, &expected);
+    ensure!(found.is_empty(), "{}\n{ended}", found.join("\n"));
+    ensure!(line["process"]["host_pid"] != pid, "both are the same: {line:#}");
+    let exe = line["process"]["exe"].as_str().unwrap_or_default();
+    ensure!(exe.ends_with("/peer"), "{line:#}");
     Ok(())
 }
 

@@ -3,12 +3,14 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tcpclose_tests::{
-    bed::{Bed, Connection, Route, Side},
+    bed::{Bed, Connection, Route, Side, user_stack},
     expect::{but, differences, known, one_of},
-    scenario::{Trace, routes, watch},
-    scenarios, until,
+    features::Feature,
+    scenario::{Trace, routes, shut_window, watch},
+    scenarios, sockets, until,
 };
 
 /// An age that no socket reaches before its test is done with it, but that all remaining sockets reach soon.
@@ -44,6 +46,8 @@ scenarios! {
 
 scenarios! {
     run on [veth_ipv4 veth_ipv6]:
+    server_does_not_read_what_is_before_the_fin
+    server_does_not_read_before_the_client_is_killed
     nobody_answers_the_fin
     nobody_answers_the_last_fin
     fins_cross_and_one_is_lost
@@ -115,7 +119,9 @@ fn client_shuts_down_and_server_goes_on(bed: &mut Bed) -> Result<Value> {
         "state": "FIN_WAIT2",
         "kind": "half_closed",
         "holders": [holder],
-        "process": {"attribution": "syscall"},
+        "process": {"attribution": "syscall", "thread": known()},
+        "trigger": "shutdown",
+        "stack": user_stack("peer_shuts_socket_outer"),
     });
     bed.lingering_line(&connection, Side::Client, this)
 }
@@ -142,10 +148,63 @@ fn orphan(bed: &Bed, connection: &Connection, state: &str) -> Result<Value> {
         "state": state,
         "kind": "unacked",
         "holders": [],
-        "process": {"attribution": "syscall"},
+        "process": {"attribution": "syscall", "thread": known()},
+        "trigger": "close",
+        "stack": user_stack("peer_closes_socket_outer"),
         "connection": {"retransmits": known()},
     });
     bed.lingering_line(connection, Side::Client, this)
+}
+
+/// The client fills the server's window and its own send buffer. Its FIN has to wait behind the rest.
+fn server_does_not_read_what_is_before_the_fin(bed: &mut Bed) -> Result<Value> {
+    let (connection, unsent) = shut_out(bed)?;
+    bed.peer(Side::Client).ask("close")?;
+    let this = json!({
+        "state": "FIN_WAIT1",
+        "kind": "peer_not_reading",
+        "unsent_bytes": unsent,
+        "holders": [],
+        "process": {"attribution": "syscall", "thread": known()},
+        "trigger": "close",
+        "stack": user_stack("peer_closes_socket_outer"),
+        "connection": {"retransmits": known()},
+    });
+    bed.lingering_line(&connection, Side::Client, this)
+}
+
+fn server_does_not_read_before_the_client_is_killed(bed: &mut Bed) -> Result<Value> {
+    let (connection, unsent) = shut_out(bed)?;
+    let exe = one_of(&[json!(null), json!(bed.peer(Side::Client).exe()?)]);
+    let this = json!({
+        "state": "FIN_WAIT1",
+        "kind": "peer_not_reading",
+        "unsent_bytes": unsent,
+        "holders": [],
+        "process": {"attribution": "syscall", "thread": known(), "exe": exe},
+        "trigger": "signal",
+        "signal": "SIGKILL",
+        "signal_from": {"pid": std::process::id()},
+        "stack": one_of(&[json!(null), json!({"user": null, "kernel": null})]),
+        "connection": {"retransmits": known()},
+        "opener": {"process": {"exe": exe}, "stack": known()},
+    });
+    let line = bed.lingering_line(&connection, Side::Client, this)?;
+    bed.peer(Side::Client).kill(Signal::SIGKILL)?;
+    Ok(line)
+}
+
+/// A connection whose server reads nothing and whose client has written until there was no more room. Returns
+/// the bytes that are in the client's buffer: those that did not arrive at the server.
+fn shut_out(bed: &mut Bed) -> Result<(Connection, Value)> {
+    let (connection, written) = shut_window(bed)?;
+    let ends = (connection.address(Side::Server), connection.address(Side::Client));
+    let of_server = sockets::list(bed.namespace(Side::Server))?;
+    let server = of_server.iter().find(|socket| (socket.local, socket.remote) == ends);
+    let arrived = server.context("the server has no socket")?.untaken;
+    // On an emulated processor the server's host still accepts a part of a probe after its queue was read.
+    let unsent = if Feature::OwnMachine.is_here() { known() } else { json!(written - u64::from(arrived)) };
+    Ok((connection, unsent))
 }
 
 fn nobody_answers_the_fin(bed: &mut Bed) -> Result<Value> {

@@ -10,9 +10,9 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tcpclose_tests::{
     bed::{Bed, Connection, Route, Side},
-    expect::{but, known, mismatches},
+    expect::{at_least, but, known, mismatches},
     fewer,
-    scenario::{Scenario, routes},
+    scenario::{Scenario, routes, shut_window},
     scenarios,
     sockets::{self, CLOSE_WAIT, FIN_WAIT1, FIN_WAIT2, LAST_ACK, TIME_WAIT},
     tool::{Ended, Launch},
@@ -29,6 +29,7 @@ scenarios! {
 
 scenarios! {
     run on [veth_ipv4 veth_ipv6]:
+    server_does_not_read_what_is_before_the_fin
     nobody_acknowledges_shutdown
     nobody_acknowledges_close
     nobody_acknowledges_last_fin
@@ -63,8 +64,14 @@ fn await_state(bed: &Bed, connection: &Connection, side: Side, state: u8) -> Res
 fn abandoned(bed: &Bed, connection: &Connection, server: Value) -> Result<Vec<Value>> {
     await_state(bed, connection, Side::Server, CLOSE_WAIT)?;
     await_state(bed, connection, Side::Client, FIN_WAIT2)?;
+    // The kernel keeps only a remnant, which has no queues.
     let client = json!({
-        "process": null, "holders": [], "state": "FIN_WAIT2", "kind": "half_closed", "connection": {"role": null},
+        "process": null,
+        "holders": [],
+        "state": "FIN_WAIT2",
+        "kind": "half_closed",
+        "unsent_bytes": null,
+        "connection": {"role": null},
     });
     let waits = json!({"state": "CLOSE_WAIT", "for_ms": known(), "for_ms_at_most": known()});
     Ok(vec![
@@ -91,7 +98,7 @@ fn server_forgets_to_close(bed: &mut Bed) -> Result<Vec<Value>> {
     abandoned(bed, &connection, server)
 }
 
-fn server_does_not_read(bed: &mut Bed) -> Result<Vec<Value>> {
+fn server_does_not_read_what_is_before_the_fin(bed: &mut Bed) -> Result<Vec<Value>> {
     let mut connection = bed.established()?;
     bed.send(&mut connection, Side::Client, 5)?;
     bed.peer(Side::Client).ask("close")?;
@@ -156,6 +163,22 @@ fn nobody_acknowledges_shutdown(bed: &mut Bed) -> Result<Vec<Value>> {
     unacked(bed, &connection, ("FIN_WAIT1", FIN_WAIT1), json!({}))
 }
 
+/// The client has filled the server's window, and its FIN waits behind what is left.
+fn server_does_not_read(bed: &mut Bed) -> Result<Vec<Value>> {
+    let (connection, _) = shut_window(bed)?;
+    bed.peer(Side::Client).ask("shutdown-write")?;
+    await_state(bed, &connection, Side::Client, FIN_WAIT1)?;
+    let this = json!({
+        "state": "FIN_WAIT1",
+        "kind": "peer_not_reading",
+        "unsent_bytes": at_least(1),
+        "for_ms": null,
+        "for_ms_at_most": null,
+        "connection": {"role": null},
+    });
+    Ok(vec![bed.listed_line(&connection, Side::Client, this)?])
+}
+
 /// The application has closed it, so it has no holder.
 fn nobody_acknowledges_close(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = bed.established()?;
@@ -185,8 +208,8 @@ fn unacked(bed: &Bed, connection: &Connection, state: (&str, u8), this: Value) -
     Ok(vec![bed.listed_line(connection, Side::Client, but(line, this))?])
 }
 
-/// Both bounds hold for both sides, also when data and ACKs have continued in the open direction. The reported bounds
-/// are compared with times that the age surely exceeds or surely does not reach.
+/// Both bounds hold for both sides, also when data and ACKs have continued in the open direction. The
+/// reported bounds are compared with times that the age surely exceeds or surely does not reach.
 #[test]
 fn ages_are_bounds() -> Result<()> {
     let mut bed = Bed::new(routes::veth_ipv4())?;

@@ -3,21 +3,30 @@
 
 use std::{
     collections::BTreeMap,
+    fs,
     net::{Ipv4Addr, TcpListener, TcpStream},
+    path::Path,
+    sync::{Mutex, PoisonError},
     thread,
     time::Duration,
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use tcpclose_tests::{
     bed::{Bed, Side},
     expect::{differences, known, one_of},
     fewer,
     netns::Namespace,
-    scenario::{self, Trace, routes},
+    scenario::{Trace, routes},
+    scratch::Scratch,
     tool::{Ended, Launch},
+    until, window,
 };
+
+/// Held by each test while it runs: the connections of one would take the room in the tables of another's
+/// tool, and its wake-ups.
+static ALONE: Mutex<()> = Mutex::new(());
 
 /// The number of connections. Half of them end with a FIN, half with a RST.
 fn connections() -> usize {
@@ -26,6 +35,7 @@ fn connections() -> usize {
 
 #[test]
 fn every_connection_is_told_once() -> Result<()> {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let connections = connections();
     let mut bed = Bed::new(routes::loopback_ipv4())?;
     let trace = Trace::alone(&bed, &[])?;
@@ -91,6 +101,7 @@ fn lines_of(ended: &Ended, side: Side) -> impl Iterator<Item = &Value> {
 /// all; the exact time is unknown.
 #[test]
 fn what_comes_while_it_reads_is_told() -> Result<()> {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     const PAUSE: Duration = Duration::from_millis(98);
     const STEP: Duration = Duration::from_millis(1);
     let namespace = Namespace::new()?;
@@ -98,10 +109,10 @@ fn what_comes_while_it_reads_is_told() -> Result<()> {
     namespace.inside(|| {
         for step in 0..8 {
             for _ in 0..40 {
-                scenario::end_of_own()?;
+                window::end_of_own()?;
             }
             thread::sleep(PAUSE + step * STEP);
-            let line = scenario::end_of_own()?;
+            let line = window::end_of_own()?;
             tool.wait_for(&format!("like {line}"), |reported| differences(reported, &line).is_empty())?;
         }
         Ok(())
@@ -109,10 +120,72 @@ fn what_comes_while_it_reads_is_told() -> Result<()> {
     tool.stop().map(drop)
 }
 
-/// More live connections than there is room for: each is reported when it ends, those whose beginning was evicted without
-/// it, and as many evictions are reported as connections lack their beginning, or more.
+/// What a trace does beside its records: how often its threads were woken, and how often they read or wrote a
+/// file.
+#[derive(Debug)]
+struct Effort {
+    wakeups: u64,
+    calls: u64,
+}
+
+impl Effort {
+    /// From `/proc/PID`: a thread that sleeps gives up its processor by itself (`voluntary_ctxt_switches`).
+    fn of(pid: u32) -> Result<Self> {
+        let number = |text: &str, name: &str| -> Result<u64> {
+            let line = text
+                .lines()
+                .find_map(|line| line.strip_prefix(name))
+                .with_context(|| format!("no {name}"))?;
+            Ok(line.trim().parse()?)
+        };
+        let mut wakeups = 0;
+        for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
+            let status = fs::read_to_string(thread?.path().join("status"))?;
+            wakeups += number(&status, "voluntary_ctxt_switches:")?;
+        }
+        let io = fs::read_to_string(format!("/proc/{pid}/io"))?;
+        Ok(Self { wakeups, calls: number(&io, "syscr:")? + number(&io, "syscw:")? })
+    }
+}
+
+/// Many connections end one after the other, and the lines go to a file: a pipe that is full wakes its writer
+/// for each page that is read. The reader of the ring is woken for many records at once, and many lines are
+/// written at once.
+#[test]
+fn neither_a_wakeup_nor_a_system_call_for_each_record() -> Result<()> {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let ends = 2 * connections();
+    let namespace = Namespace::new()?;
+    let scratch = Scratch::new()?;
+    let lines = scratch.path().join("lines");
+    let tool = Launch::new()?.trace([&namespace]).into_file(&lines)?.start()?;
+    let end = |count: usize| -> Result<()> {
+        let before = closes_in(&lines)?;
+        namespace.inside(|| (0..count / 2).try_for_each(|_| window::end_of_own().map(drop)))?;
+        until("all ends are reported", || Ok((closes_in(&lines)? == before + count).then_some(())))
+    };
+    // The first ends have processes and stacks that have to be looked up.
+    end(16)?;
+    let before = Effort::of(tool.pid())?;
+    end(ends)?;
+    let after = Effort::of(tool.pid())?;
+    let (wakeups, calls) = (after.wakeups - before.wakeups, after.calls - before.calls);
+    println!("{wakeups} wake-ups, {calls} reads and writes for {ends} ends");
+    ensure!(wakeups * 10 < ends as u64, "{wakeups} wake-ups for {ends} ends");
+    ensure!(calls * 5 < ends as u64, "{calls} reads and writes for {ends} ends");
+    tool.stop().map(drop)
+}
+
+/// The number of close lines in a file.
+fn closes_in(lines: &Path) -> Result<usize> {
+    Ok(fs::read_to_string(lines)?.matches(r#"{"event":"close","#).count())
+}
+
+/// More live connections than there is room for: each is reported when it ends, those whose beginning was
+/// evicted without it, and as many evictions are reported as connections lack their beginning, or more.
 #[test]
 fn what_is_evicted_is_counted() -> Result<()> {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     /// Room for 133 sockets in the table and 128 beside it; both ends of a connection are sockets.
     const ROOM: [&str; 2] = ["--connections", "128"];
     const CONNECTIONS: usize = 300;

@@ -8,7 +8,7 @@ use tcpclose_tests::{
     bed::{Bed, Connection, Side, endpoint, user_stack},
     expect::{calls, differences, known, mismatches, one_of},
     features::Feature,
-    scenario::{Trace, routes},
+    scenario::{Trace, reset_by_client, routes},
     tool::Launch,
 };
 
@@ -100,7 +100,7 @@ fn filters_keep_others_out() -> Result<()> {
 fn netns_keeps_the_other_end_out() -> Result<()> {
     let mut bed = Bed::new(routes::veth_ipv6())?;
     let tool = Launch::new()?.trace([bed.namespace(Side::Server)]).start()?;
-    let connection = reset(&mut bed)?;
+    let connection = reset_by_client(&mut bed)?;
     tool.wait_until(|lines| lines.len() >= 2);
     let ended = tool.stop()?;
     let server = json!({"local": endpoint(connection.address(Side::Server))});
@@ -117,19 +117,10 @@ fn share_a_port(one: &Connection, other: &Connection) -> bool {
     ports(one).iter().any(|port| ports(other).contains(port))
 }
 
-/// A connection that the client resets.
-fn reset(bed: &mut Bed) -> Result<Connection> {
-    let connection = bed.established()?;
-    for order in ["linger0", "close"] {
-        bed.peer(Side::Client).ask(order)?;
-    }
-    Ok(connection)
-}
-
 /// The close line of the client's end, which it has reset, with these options.
 fn close_of_client(bed: &mut Bed, args: &[&str]) -> Result<Value> {
     let trace = Trace::alone(bed, args)?;
-    reset(bed)?;
+    reset_by_client(bed)?;
     let ended = trace.finish(bed, |lines| lines.len() >= 4)?;
     let of_client = |line: &&Value| line["event"] == "close" && line["connection"]["role"] == "client";
     let found = ended.lines.iter().find(of_client);
@@ -231,8 +222,8 @@ fn cookie_is_that_of_the_socket() -> Result<()> {
         let is_right = if connection["role"] == "client" {
             *reported == json!(cookie)
         } else {
-            // Without the helper a socket has a cookie if somebody has asked for it: here the tool itself may have,
-            // when it asked for the sockets that are older than the trace.
+            // Without the helper a socket has a cookie if somebody has asked for it: here the tool itself may
+            // have, when it asked for the sockets that are older than the trace.
             (reported.is_u64() || !Feature::Cookies.is_here()) && *reported != json!(cookie)
         };
         ensure!(is_right, "the client's cookie is {cookie}\n{ended}");
@@ -246,7 +237,7 @@ fn cookie_is_that_of_the_socket() -> Result<()> {
 fn accept_is_seen_when_asked_for() -> Result<()> {
     let mut bed = Bed::new(routes::loopback_ipv4())?;
     let trace = Trace::alone(&bed, &["--accept-hook", "syscall"])?;
-    reset(&mut bed)?;
+    reset_by_client(&mut bed)?;
     let ended = trace.finish(&bed, |lines| lines.len() >= 4)?;
     let owner = bed.owner(Side::Server)?;
     let expected = json!({

@@ -356,7 +356,7 @@ fn server_resets(
 fn thread_closes_what_another_accepted(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     let connection = bed.established()?;
     let facts = bed.peer(Side::Server).ask("thread-close")?;
-    let closer = json!({"tid": facts.get::<u32>("tid")?, "comm": facts.get::<String>("name")?});
+    let closer = json!({"tid": facts.get::<u32>("tid")?, "thread": facts.get::<String>("name")?});
     let process = but(bed.owner(Side::Server)?, closer);
     let this = acted(process, "close", "peer_closes_socket_outer");
     server_went_first(bed, &connection, accepts, this)
@@ -366,7 +366,7 @@ fn thread_closes_what_another_accepted(bed: &mut Bed, accepts: Accepts) -> Resul
 fn thread_waits_in_what_another_closes(bed: &mut Bed, accepts: Accepts) -> Result<Vec<Value>> {
     let mut connection = bed.established()?;
     let facts = bed.peer(Side::Server).ask("close-under-receive")?;
-    let waiter = json!({"tid": facts.get::<u32>("tid")?, "comm": facts.get::<String>("name")?});
+    let waiter = json!({"tid": facts.get::<u32>("tid")?, "thread": facts.get::<String>("name")?});
     bed.send(&mut connection, Side::Client, 10)?;
     let process = but(bed.owner(Side::Server)?, waiter);
     let this = acted(process, "close", "peer_receives_outer");

@@ -86,6 +86,8 @@ fn answer(bed: &Bed, connection: &Connection, this: Value) -> Result<Value> {
         },
         "idle_ms": null,
         "last_data": null,
+        "unread_bytes": nothing,
+        "unacked_bytes": nothing,
         "opener": null,
         "stack": null,
     });
@@ -135,9 +137,18 @@ fn server_sends_late(
     bed.peer(Side::Client).ask("close")?;
     bed.peer(Side::Server).ask("receive-end")?;
     wait(bed)?;
-    bed.send(&mut connection, Side::Server, 50)?;
+    bed.send(&mut connection, Side::Server, LATE)?;
     bed.peer(Side::Server).ask("await-error")?;
     Ok(connection)
+}
+
+/// How many bytes a server sends to a client that has closed.
+const LATE: u64 = 50;
+
+/// The lines of that server's end.
+fn late_sender_is_reset(bed: &Bed, connection: &Connection) -> Result<Vec<Value>> {
+    let lines = reset_in_close_wait(bed, connection, Side::Server)?.into_iter();
+    Ok(lines.map(|line| but(line, json!({"unacked_bytes": LATE}))).collect())
 }
 
 /// The server sends although the client has closed and only a `TIME_WAIT` entry remains of its socket.
@@ -166,7 +177,7 @@ fn data_comes_to_time_wait(bed: &mut Bed) -> Result<Vec<Value>> {
         "stack": null,
     });
     let mut lines = vec![bed.close_line(&before, Side::Client, closed_by_client("fin", None))?, answer];
-    lines.extend(reset_in_close_wait(bed, &connection, Side::Server)?);
+    lines.extend(late_sender_is_reset(bed, &connection)?);
     Ok(lines)
 }
 
@@ -181,7 +192,7 @@ fn data_comes_after_time_wait(bed: &mut Bed) -> Result<Vec<Value>> {
         bed.close_line(&before, Side::Client, closed_by_client("fin", None))?,
         reset_without_socket(bed, &before, Side::Client),
     ];
-    lines.extend(reset_in_close_wait(bed, &connection, Side::Server)?);
+    lines.extend(late_sender_is_reset(bed, &connection)?);
     Ok(lines)
 }
 
@@ -203,7 +214,7 @@ fn data_comes_to_orphan(bed: &mut Bed) -> Result<Vec<Value>> {
         bed.close_line(&before, Side::Client, closed_by_client("reset_sent", Some("data_after_close")))?,
         bed.reset_line(&before, Side::Client, sent)?,
     ];
-    lines.extend(reset_in_close_wait(bed, &connection, Side::Server)?);
+    lines.extend(late_sender_is_reset(bed, &connection)?);
     Ok(lines)
 }
 
@@ -259,7 +270,8 @@ fn overflowing(bed: &mut Bed) -> Result<(Connection, Connection, u32)> {
 
 /// The lines of a client's end that has sent data to a server which never had the connection.
 fn client_sent_and_is_reset(bed: &Bed, connection: &Connection, child: u32) -> Result<Vec<Value>> {
-    let sent = json!({"idle_ms": known(), "last_data": "sent"});
+    let sent =
+        json!({"idle_ms": known(), "last_data": "sent", "since_sent_ms": known(), "unacked_bytes": 10});
     let sent_bytes = but(sent.clone(), json!({"connection": {"bytes_sent": one_of(&[json!(0), json!(10)])}}));
     let lines = client_is_reset(bed, connection, Some(child))?.into_iter();
     let expected = lines.map(|line| {
@@ -302,6 +314,7 @@ fn accept_queue_overflows_silently(bed: &mut Bed) -> Result<Vec<Value>> {
         "cause": "listener_closed",
         "process": {"attribution": one_of(&[json!("syscall"), json!("listener")])},
         "opener": null,
+        "unread_bytes": 10,
     });
     let mut lines = reset_lines(bed, &queued, Side::Server, &closed, &json!({}))?;
     lines.push(reset_without_socket(bed, &refused, Side::Server));
@@ -336,6 +349,7 @@ fn listener_dies_before_accepting(bed: &mut Bed) -> Result<Vec<Value>> {
         "ended": "reset_sent",
         "trigger": "signal",
         "signal": "SIGKILL",
+        "signal_from": {"pid": std::process::id()},
         "states": path(&["ESTABLISHED", "CLOSE"]),
     });
     let mut lines = Vec::new();
@@ -413,6 +427,7 @@ fn firewall_resets_connection(bed: &mut Bed) -> Result<Vec<Value>> {
             line["connection"]["bytes_sent"] = one_of(&[json!(1000), json!(1010)]);
         }
         line["last_data"] = one_of(&[json!(null), json!("sent")]);
+        line["unacked_bytes"] = json!(10);
     }
     lines.extend(fin_without_socket(bed, &connection)?);
     Ok(lines)

@@ -9,11 +9,10 @@ use tcpclose_tests::{
     bed::{Bed, Connection, Side, user_stack},
     expect::{but, known, one_of, path},
     features::reason,
-    scenario::{ended_by_icmp, never_established, orderly_lines, reset_in_close_wait, run},
+    scenario::{ended_by_icmp, never_established, orderly_lines, reset_in_close_wait, run, shut_window},
     scenarios,
     snmp::Counters,
-    sockets::{self, FIN_WAIT2, Socket, TIMER_OF_PROBES, TIMER_OF_REMNANT},
-    until,
+    sockets::{self, FIN_WAIT2, TIMER_OF_REMNANT},
 };
 
 scenarios! {
@@ -108,7 +107,7 @@ fn send_into_nothing(bed: &mut Bed, cause: &str, setting: Option<&str>) -> Resul
     bed.lose(bed.route().address(Side::Server))?;
     bed.send(&mut connection, Side::Client, 100)?;
     await_timeout(bed)?;
-    let this = but(timed_out(cause), json!({"connection": {"retransmits": known()}}));
+    let this = but(timed_out(cause), json!({"unacked_bytes": 100, "connection": {"retransmits": known()}}));
     Ok(vec![bed.close_line(&connection, Side::Client, this)?])
 }
 
@@ -123,25 +122,20 @@ fn window_stays_shut_for_user_timeout(bed: &mut Bed) -> Result<Vec<Value>> {
 }
 
 fn probe_nothing(bed: &mut Bed, cause: &str, setting: Option<&str>) -> Result<Vec<Value>> {
-    // Before 6.6 the window may exceed the memory for it. Segments are lost then, and the window never
-    // closes.
-    bed.namespace(Side::Server).set_sysctl("net/ipv4/tcp_adv_win_scale", "-4")?;
-    let connection = bed.idle()?;
-    let (local, remote) = (connection.address(Side::Client), connection.address(Side::Server));
-    let probes =
-        |socket: &Socket| (socket.local, socket.remote) == (local, remote) && socket.timer == TIMER_OF_PROBES;
-    until("the client probes the server's window", || {
-        // Filled more than once, because acknowledged data makes room for more.
-        bed.peer(Side::Client).ask("fill")?;
-        Ok(sockets::list(bed.namespace(Side::Client))?.iter().any(probes).then_some(()))
-    })?;
+    let (connection, _) = shut_window(bed)?;
     bed.lose(bed.route().address(Side::Server))?;
     if let Some(order) = setting {
         bed.peer(Side::Client).ask(order)?;
     }
     await_timeout(bed)?;
     // How much fits into the window is not the subject of this test.
-    let this = json!({"idle_ms": known(), "last_data": "sent", "connection": {"bytes_sent": known()}});
+    let this = json!({
+        "idle_ms": known(),
+        "last_data": "sent",
+        "since_sent_ms": known(),
+        "unacked_bytes": known(),
+        "connection": {"bytes_sent": known()},
+    });
     Ok(vec![bed.close_line(&connection, Side::Client, but(timed_out(cause), this))?])
 }
 
@@ -188,6 +182,7 @@ fn not_waited_for_fin(
     bed: &Bed,
     connection: &Connection,
     this: &Value,
+    reset_by: Value,
     reason_name: Value,
 ) -> Result<Vec<Value>> {
     let close = json!({
@@ -201,7 +196,7 @@ fn not_waited_for_fin(
         "cause": "fin_timeout",
         "state": "FIN_WAIT2",
         "reason": reason(reason_name),
-        "stack": one_of(&[json!(null), this["stack"].clone()]),
+        "stack": one_of(&[json!(null), reset_by]),
     });
     let mut lines = vec![
         bed.close_line(connection, Side::Client, but(close, this.clone()))?,
@@ -227,8 +222,13 @@ fn client_does_not_wait_for_fin(bed: &mut Bed) -> Result<Vec<Value>> {
     bed.peer(Side::Server).ask("await-error")?;
     let aborted = Counters::read(bed.namespace(Side::Client))?.since(&before, "TcpExtTCPAbortOnLinger")?;
     ensure!(aborted == 1, "TCPAbortOnLinger grew by {aborted}");
-    let this = json!({"trigger": "shutdown", "stack": user_stack("peer_shuts_socket_outer")});
-    not_waited_for_fin(bed, &connection, &this, json!("TCP_ABORT_ON_LINGER"))
+    let this = json!({
+        "trigger": "shutdown",
+        "stack": user_stack("peer_shuts_socket_outer"),
+        "acts": bed.shut_and_closed(),
+    });
+    let reset_by = user_stack("peer_closes_socket_outer");
+    not_waited_for_fin(bed, &connection, &this, reset_by, json!("TCP_ABORT_ON_LINGER"))
 }
 
 /// The server's ACK ends the connection, and is answered with a RST as data would be.
@@ -238,7 +238,13 @@ fn client_does_not_wait_for_fin_once_acknowledged(bed: &mut Bed) -> Result<Vec<V
         bed.peer(Side::Client).ask(order)?;
     }
     bed.peer(Side::Server).ask("await-error")?;
-    not_waited_for_fin(bed, &connection, &by_close(), json!("TCP_ABORT_ON_DATA"))
+    not_waited_for_fin(
+        bed,
+        &connection,
+        &by_close(),
+        user_stack("peer_closes_socket_outer"),
+        json!("TCP_ABORT_ON_DATA"),
+    )
 }
 
 /// The timer for the time that exceeds `TIME_WAIT` finds no time left.
@@ -246,7 +252,13 @@ fn client_has_no_more_time_for_fin(bed: &mut Bed) -> Result<Vec<Value>> {
     let connection = waits_longer_than_time_wait(bed)?;
     bed.namespace(Side::Client).set_sysctl("net/ipv4/tcp_fin_timeout", "5")?;
     bed.peer(Side::Server).ask("await-error")?;
-    not_waited_for_fin(bed, &connection, &by_close(), json!("TCP_STATE"))
+    not_waited_for_fin(
+        bed,
+        &connection,
+        &by_close(),
+        user_stack("peer_closes_socket_outer"),
+        json!("TCP_STATE"),
+    )
 }
 
 /// The same timer leaves the rest of the time to the `TIME_WAIT` entry.

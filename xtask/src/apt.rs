@@ -40,8 +40,8 @@ pub(crate) fn update() -> Result<()> {
     command::run(root_apt_get()?.arg("update"))
 }
 
-/// Installs packages, and announces them first. `Ok(false)` means that this system does not offer them, and that
-/// nothing was changed.
+/// Installs packages, and announces them first. `Ok(false)` means that this system does not offer them, and
+/// that nothing was changed.
 pub(crate) fn install(packages: &[Package]) -> Result<bool> {
     if packages.is_empty() {
         return Ok(true);

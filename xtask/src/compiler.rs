@@ -51,7 +51,8 @@ impl Compiler {
         } else {
             library.join("src/rust/library/core/src/lib.rs").exists().then_some(Core::Source)
         };
-        // The rustc that rustup puts on PATH selects a toolchain by the current directory: use the selected one.
+        // The rustc that rustup puts on PATH selects a toolchain by the current directory: use the selected
+        // one.
         let own = sysroot.join("bin/rustc");
         let rustc = if own.exists() { own } else { rustc.to_owned() };
         Some(Self { rustc, sysroot, version, llvm, core })

@@ -16,7 +16,8 @@ pub(crate) fn build(workspace: &Workspace, tools: &Tools) -> Result<()> {
     command::run_build(&mut cargo(workspace, tools, "build")).context("the kernel half could not be built")
 }
 
-/// A cargo command for the kernel half. Its settings apply to this command only: the user half has another compiler.
+/// A cargo command for the kernel half. Its settings apply to this command only: the user half has another
+/// compiler.
 pub(crate) fn cargo(workspace: &Workspace, tools: &Tools, subcommand: &str) -> Command {
     let compiler = &tools.compiler;
     let mut cargo = workspace.with_cargo(&compiler.cargo(), subcommand, &workspace.target.join("bpf"));

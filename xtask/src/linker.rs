@@ -1,8 +1,8 @@
 //! bpf-linker, which turns the compiler's bitcode into a BPF object.
 //!
 //! It has to read the bitcode, so it is linked to the LLVM library of the compiler itself: no other LLVM is
-//! installed, and the versions always match. It is kept in the user's cache, where other clones of the repository
-//! find it.
+//! installed, and the versions always match. It is kept in the user's cache, where other clones of the
+//! repository find it.
 
 use std::{
     env, fs,
@@ -98,7 +98,8 @@ fn is_of_series(text: &str) -> bool {
     text.strip_prefix("bpf-linker ").is_some_and(|version| version.starts_with(SERIES))
 }
 
-/// The shared LLVM library that a compiler uses: beside it (rustup), or in one of the system's library directories.
+/// The shared LLVM library that a compiler uses: beside it (rustup), or in one of the system's library
+/// directories.
 fn libllvm(compiler: &Compiler) -> Option<PathBuf> {
     let lib = compiler.sysroot.join("lib");
     let mut folders = vec![lib.clone(), compiler.sysroot.join("lib64")];

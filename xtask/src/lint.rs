@@ -16,12 +16,16 @@ use crate::{
 const DEBIAN_CLIPPY: Package =
     Package { name: "rust-web-clippy=1.96.*", purpose: "clippy for the compiler of the kernel half" };
 
-/// Checks the format and the lints of both halves; a warning is an error.
+/// The fuzz targets, a workspace of their own.
+const FUZZ: &str = "fuzz/Cargo.toml";
+
+/// Checks the format and the lints of both halves and of the fuzz targets; a warning is an error.
 pub(crate) fn lint(workspace: &Workspace, tools: &Tools) -> Result<()> {
     let mut failed = Vec::new();
     let mut note = |result: Result<()>| failed.extend(result.err().map(|error| format!("{error:#}")));
     note(check_format(workspace));
     note(lint_user_half(workspace));
+    note(lint_fuzz_targets(workspace));
     note(lint_kernel_half(workspace, tools));
     if !failed.is_empty() {
         bail!("{}", failed.join("\n"));
@@ -36,7 +40,12 @@ fn check_format(workspace: &Workspace) -> Result<()> {
     // `cargo fmt` supports none of the options of builds.
     let mut fmt = Command::new(cargo_program());
     command::run(fmt.args(["fmt", "--all", "--check"]).current_dir(&workspace.root))
-        .context("the format is not rustfmt's; `cargo fmt --all` corrects it")
+        .context("the format is not rustfmt's; `cargo fmt --all` corrects it")?;
+    let mut fmt = Command::new(cargo_program());
+    command::run(fmt.args(["fmt", "--check", "--manifest-path", FUZZ]).current_dir(&workspace.root))
+        .with_context(|| {
+            format!("the format is not rustfmt's; `cargo fmt --manifest-path {FUZZ}` corrects it")
+        })
 }
 
 fn lint_user_half(workspace: &Workspace) -> Result<()> {
@@ -46,6 +55,21 @@ fn lint_user_half(workspace: &Workspace) -> Result<()> {
     let mut clippy = workspace.cargo("clippy");
     command::run(clippy.args(["--workspace", "--all-targets", "--", "-D", "warnings"]))
         .context("clippy has findings, see above")
+}
+
+/// Lints the fuzz targets, which nothing else compiles: a renamed function would break them unseen.
+fn lint_fuzz_targets(workspace: &Workspace) -> Result<()> {
+    if !is_installed("cargo-clippy") {
+        // `lint_user_half()` has said so.
+        return Ok(());
+    }
+    let mut clippy = workspace.cargo("clippy");
+    // Nothing is linked, so libFuzzer does not have to be compiled, which takes a C++ compiler: the build
+    // script of `libfuzzer-sys` does that unless it is given a library. It runs again each time if the file
+    // does not exist.
+    clippy.env("CUSTOM_LIBFUZZER_PATH", workspace.root.join(FUZZ));
+    command::run(clippy.args(["--manifest-path", FUZZ, "--all-targets", "--", "-D", "warnings"]))
+        .context("clippy has findings in the fuzz targets, see above")
 }
 
 /// Lints the kernel half for its own target: for the host it is an empty program.

@@ -41,8 +41,8 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Check format and lints, then run every test, those that load programs into the kernel included, on this host
-    /// and on other kernels
+    /// Check format and lints, then run every test, those that load programs into the kernel included, on
+    /// this host and on other kernels
     Test(test::Args),
     /// Build both halves
     Build {

@@ -54,8 +54,8 @@ static PLATFORMS: [Platform; 2] = [
             "qemu-system-x86_64",
             Package { name: "qemu-system-x86", purpose: "QEMU, in which tests run on other kernels" },
         ),
-        // An old processor, because newer instructions are slow to emulate; without cmpxchg16b, after which QEMU 7.2
-        // sometimes has wrong flags, which crashes kernels.
+        // An old processor, because newer instructions are slow to emulate; without cmpxchg16b, after which
+        // QEMU 7.2 sometimes has wrong flags, which crashes kernels.
         emulated: &["-cpu", "Nehalem,-cx16"],
         board: &[],
         second_port: "isa-serial",

@@ -25,8 +25,8 @@ pub(crate) struct Report {
 }
 
 impl Report {
-    /// Reads the output of several test programs, some of them run more than once. Each is enclosed in `=== NAME` and
-    /// `=== NAME ended: …`; `=== all` follows the last one.
+    /// Reads the output of several test programs, some of them run more than once. Each is enclosed in
+    /// `=== NAME` and `=== NAME ended: …`; `=== all` follows the last one.
     pub(crate) fn parse(text: &str) -> Self {
         let mut report = Self::default();
         let mut outputs = BTreeMap::<String, String>::new();

@@ -29,16 +29,17 @@ pub(crate) struct Args {
     /// Run them on this kernel only: 5.10, 6.1, 6.12, newest. Can be repeated
     #[arg(long, value_name = "KERNEL", conflicts_with = "kernels")]
     kernel: Vec<String>,
-    /// With --kernels or --kernel: the platform of these kernels, as rustc calls it, if it is not this one; no test
-    /// then runs on this host
+    /// With --kernels or --kernel: the platform of these kernels, as rustc calls it, if it is not this one;
+    /// no test then runs on this host
     #[arg(long, value_name = "TRIPLE", value_parser = Platform::parse)]
     target: Option<&'static Platform>,
     /// With --kernels or --kernel: each scenario over every route
     #[arg(long)]
     all_routes: bool,
-    /// With --kernels or --kernel: for how long test programs are started there, all machines together. Programs that
-    /// are left over are reported, and count as failed if no machine ran them. 0 means without limit
-    #[arg(long, default_value_t = 10, default_value_if("all_routes", ArgPredicate::IsPresent, "0"))]
+    /// With --kernels or --kernel: for how long test programs are started there, all machines together.
+    /// Programs that are left over are reported, and count as failed if no machine ran them. 0 means without
+    /// limit
+    #[arg(long, default_value_t = 12, default_value_if("all_routes", ArgPredicate::Equals("true".into()), "0"))]
     minutes: u64,
     /// More arguments for the test programs, such as --nocapture
     #[arg(last = true)]
@@ -151,5 +152,30 @@ fn report_never_run(this_host: &Report, kernels: &[(String, Report)], failed: &m
     }
     if !never.is_empty() {
         failed.push("tests that ran on none of the kernels".to_owned());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn minutes(words: &[&str]) -> u64 {
+        Line::parse_from([&["test", "--kernels"], words].concat()).args.minutes
+    }
+
+    /// A flag that is not given has a value too, `false`.
+    #[test]
+    fn only_all_routes_have_no_time_limit() {
+        assert_eq!(minutes(&[]), 12);
+        assert_eq!(minutes(&["--all-routes"]), 0);
+        assert_eq!(minutes(&["--all-routes", "--minutes", "3"]), 3);
     }
 }

@@ -12,8 +12,8 @@ use crate::{
     platform::Platform,
 };
 
-/// A Rust compiler with `core` for BPF. Pinned, because a later Rust may have an LLVM that bpf-linker does not
-/// support.
+/// A Rust compiler with `core` for BPF. Pinned, because a later Rust may have an LLVM that bpf-linker does
+/// not support.
 const DEBIAN_COMPILER: [Package; 2] = [
     Package { name: "rustc-web=1.96.*", purpose: "Debian's Rust compiler, beside rustup's" },
     Package {
@@ -23,7 +23,7 @@ const DEBIAN_COMPILER: [Package; 2] = [
 ];
 
 /// Commands or files that tests use, and the packages that contain them.
-const FOR_TESTS: [(&str, Package); 11] = [
+const FOR_TESTS: [(&str, Package); 16] = [
     (
         "ip",
         Package { name: "iproute2", purpose: "`ip`, which makes the network namespaces that tests run in" },
@@ -39,6 +39,17 @@ const FOR_TESTS: [(&str, Package); 11] = [
             name: "nginx",
             purpose: "nginx, a proxy in tests; where port 80 is free, its package starts it there as a service \
                       (`systemctl disable --now nginx` ends that)",
+        },
+    ),
+    (
+        "/usr/bin/gunicorn",
+        Package { name: "gunicorn", purpose: "gunicorn, whose workers run out of time in a test" },
+    ),
+    (
+        "/usr/sbin/haproxy",
+        Package {
+            name: "haproxy",
+            purpose: "HAProxy, which checks a server in a test; its package has a service, which has no port to listen on",
         },
     ),
     (
@@ -58,6 +69,15 @@ const FOR_TESTS: [(&str, Package); 11] = [
         Package {
             name: "libhttpclient-java",
             purpose: "Apache HttpClient, whose connection pool a test drains",
+        },
+    ),
+    ("/usr/bin/podman", Package { name: "podman", purpose: "podman, whose containers tests look into" }),
+    ("/usr/sbin/runc", Package { name: "runc", purpose: "runc, which starts them" }),
+    (
+        "/usr/bin/prometheus",
+        Package {
+            name: "prometheus",
+            purpose: "Prometheus, which collects metrics in a test (`systemctl disable --now prometheus` ends its service)",
         },
     ),
 ];

@@ -1,22 +1,23 @@
-//! An application takes a connection out of the accept queue. There is no tracepoint for that. `--accept-hook` chooses
-//! between two other ways to see it. Neither holds the socket's lock.
+//! An application takes a connection out of the accept queue. There is no tracepoint for that.
+//! `--accept-hook` chooses between two other ways to see it. Neither holds the socket's lock.
 
 use core::sync::atomic::{Ordering, compiler_fence};
 
 use aya_ebpf::{
     EbpfContext,
-    helpers::bpf_get_current_task,
     macros::{fexit, tracepoint},
     programs::{FExitContext, TracePointContext},
 };
 use tcpclose_common::record::{Task, role};
 
-use crate::{connection, filter, kernel::member, maps::global, sock, stack, task};
+use crate::{connection, current, filter, kernel::member, maps::global, sock, stack, task};
 
-/// The return of `struct sock *inet_csk_accept(...)`. The cost is not measurable, but not every kernel allows fexit.
+/// The return of `struct sock *inet_csk_accept(...)`. The cost is not measurable, but not every kernel allows
+/// fexit.
 ///
-/// The kernel does not run a program on a CPU where it is running already (`bpf_prog_get_recursion_context()`), and may
-/// switch to another task while the program runs. [`accept_nested`] records what that task accepts.
+/// The kernel does not run a program on a CPU where it is running already
+/// (`bpf_prog_get_recursion_context()`), and may switch to another task while the program runs.
+/// [`accept_nested`] records what that task accepts.
 #[fexit(function = "inet_csk_accept")]
 pub fn accept(ctx: FExitContext) -> i32 {
     returned(&ctx);
@@ -38,40 +39,31 @@ fn returned(ctx: &FExitContext) {
     }
 }
 
-/// `syscalls:sys_exit_accept` and `syscalls:sys_exit_accept4`: the result is a descriptor. An active tracepoint on any
-/// system call slows down every system call of the host a little. Accepts by `io_uring` are not seen.
+/// `syscalls:sys_exit_accept` and `syscalls:sys_exit_accept4`: the result is a descriptor. An active
+/// tracepoint on any system call slows down every system call of the host a little. Accepts by `io_uring` are
+/// not seen.
 #[tracepoint]
 pub fn accept_syscall(ctx: TracePointContext) -> i32 {
     if let Some(fd) = member::<i64>(ctx.as_ptr() as u64, global!(ACCEPT_SYSCALL_RESULT))
         && fd >= 0
-        && let Some(sk) = file(fd as u64).and_then(sock::of_file)
+        // If the number is another file's by now, that is no socket that was just accepted, or the same
+        // process accepted it.
+        && let Some(sk) = current::file(fd as u64).and_then(sock::of_file)
     {
         accepted(&ctx, sk);
     }
     0
 }
 
-/// The current task's file `fd`. Another thread may have closed the descriptor and reused the number meanwhile. Then
-/// the socket is not one that was just accepted, or the same process accepted it.
-#[inline(always)]
-fn file(fd: u64) -> Option<u64> {
-    // SAFETY: the helper has no precondition.
-    let current = unsafe { bpf_get_current_task() };
-    let files: u64 = member(current, global!(STRUCTS.task_files))?;
-    let table: u64 = member(files, global!(STRUCTS.files_fdt))?;
-    let descriptors: u64 = member(table, global!(STRUCTS.fdtable_fd))?;
-    member(descriptors + fd * 8, 0)
-}
-
-/// Notes the current task as the one that accepted `sk`. The socket's lock is not held, so every access to the entry
-/// goes through a raw pointer.
+/// Notes the current task as the one that accepted `sk`. The socket's lock is not held, so every access to
+/// the entry goes through a raw pointer.
 #[inline(always)]
 fn accepted(ctx: &impl EbpfContext, sk: u64) {
     let Some(entry) = connection::find(sk) else { return };
     let entry = &raw mut *entry;
-    // SAFETY: a valid, aligned map value, which stays mapped until the program ends. Both members are integers. A
-    // program under the socket's lock may write `role` at the same time; it wrote the same value when the socket was
-    // created.
+    // SAFETY: a valid, aligned map value, which stays mapped until the program ends. Both members are
+    // integers. A program under the socket's lock may write `role` at the same time; it wrote the same value
+    // when the socket was created.
     let (role, opener) =
         unsafe { ((&raw const (*entry).role).read(), (&raw const (*entry).opener.pid).read()) };
     if role != role::SERVER || opener != 0 {
@@ -79,9 +71,10 @@ fn accepted(ctx: &impl EbpfContext, sk: u64) {
     }
     let mut task = Task::NONE;
     task::meet(&mut task);
-    // SAFETY: as above. `opener` is the only member that is written here, and no other program writes that of a
-    // server's socket; the two copies of this program for one accept() run one after the other. The pid is written
-    // last, so that a program which copies the entry at the same time finds no task or a complete one.
+    // SAFETY: as above. `opener` is the only member that is written here, and no other program writes that of
+    // a server's socket; the two copies of this program for one accept() run one after the other. The pid is
+    // written last, so that a program which copies the entry at the same time finds no task or a complete
+    // one.
     let connection = unsafe {
         let opener = &raw mut (*entry).opener;
         opener.write(Task { pid: 0, ..task });

@@ -5,11 +5,11 @@ use aya_ebpf::{
     macros::{btf_tracepoint, tracepoint},
     programs::{BtfTracePointContext, TracePointContext},
 };
-use tcpclose_common::record::{Header, Owner, Task, VERSION, holds, tag};
+use tcpclose_common::record::{Header, Owner, Task, VERSION, relation, tag};
 
 use crate::{
     connection::{self, StackOf},
-    emit,
+    emit, end,
     kernel::{Object, Typed},
     maps::global,
     sock::{Record, Sock},
@@ -40,21 +40,21 @@ fn destroyed(ctx: &impl EbpfContext, sock: Sock<impl Object>) {
     let Some(connection) = connection::find(sk) else {
         return;
     };
-    if connection.told == 0 && connection.steps != 0 {
+    if connection.reported == 0 && connection.steps != 0 {
         // The kernel skipped the program on state changes and its second copy. The time of the end is now.
         let from = connection::last_state(connection);
-        connection::end(ctx, sock, from, connection::now(), 0, StackOf::Nobody, None);
+        end::report(ctx, sock, from, connection::now(), 0, StackOf::Nobody, None);
     }
-    // It ended in softirq while a descriptor was open. The task that closes the descriptor now is the owner, and not always
-    // the one that opened the socket: only the last close destroys a socket in CLOSE (inet_csk_destroy_sock() under
-    // __tcp_close()).
-    if connection.told != 0 && connection.inode != 0 && connection.actor.pid == 0 && !task::is_nobody() {
+    // It ended in softirq while a descriptor was open. The task that closes the descriptor now is the owner,
+    // and not always the one that opened the socket: only the last close destroys a socket in CLOSE
+    // (inet_csk_destroy_sock() under __tcp_close()).
+    if connection.reported != 0 && connection.inode != 0 && connection.actor.pid == 0 && !task::is_nobody() {
         let mut owner = Owner {
             header: Header { tag: tag::OWNER, version: VERSION, length: size_of::<Owner>() as u32 },
             sock: sk,
             born: connection.born,
             task: Task::NONE,
-            holds: holds::CLOSED,
+            relation: relation::CLOSED,
             fd: 0,
         };
         task::meet(&mut owner.task);

@@ -30,8 +30,8 @@ pub fn fork_classic(ctx: TracePointContext) -> i32 {
     0
 }
 
-/// `child` is a thread id. A new thread of an old process gets an entry as well, which does no harm: no process can
-/// have this id while the thread lives.
+/// `child` is a thread id. A new thread of an old process gets an entry as well, which does no harm: no
+/// process can have this id while the thread lives.
 #[inline(always)]
 fn forked(child: u32) {
     let parent = (bpf_get_current_pid_tgid() >> 32) as u32;

@@ -1,6 +1,6 @@
-//! Reads one socket that may be stuck in a teardown state. The user half runs this program for each socket that is due
-//! (`BPF_PROG_TEST_RUN`); it is attached to nothing. No other interface shows a single socket of any network namespace,
-//! including one without a descriptor, as it is now.
+//! Reads one socket that may be stuck in a teardown state. The user half runs this program for each socket
+//! that is due (`BPF_PROG_TEST_RUN`); it is attached to nothing. No other interface shows a single socket of
+//! any network namespace, including one without a descriptor, as it is now.
 
 use aya_ebpf::{
     helpers::generated::bpf_probe_read_kernel, macros::raw_tracepoint, programs::RawTracePointContext,
@@ -21,8 +21,8 @@ use crate::{
 pub fn inspect(ctx: RawTracePointContext) -> i32 {
     let sk = ctx.arg::<u64>(0);
     let pass = ctx.arg::<u64>(1);
-    // The socket's lock is not held. The state is read before the entry, because the entry is marked first when a
-    // socket ends.
+    // The socket's lock is not held. The state is read before the entry, because the entry is marked first
+    // when a socket ends.
     let state = sock::state(sk);
     let Some(entry) = connection::find(sk) else {
         // It was evicted, or destroyed just now.
@@ -35,14 +35,14 @@ pub fn inspect(ctx: RawTracePointContext) -> i32 {
         return 0;
     };
     // A copy, because the socket lives on and its entry may change.
-    // SAFETY: the slot is ours, and both sides are a whole `Connection`, of which all members are integers. A program under
-    // the socket's lock may change the entry during the copy.
+    // SAFETY: the slot is ours, and both sides are a whole `Connection`, of which all members are integers. A
+    // program under the socket's lock may change the entry during the copy.
     let connection = unsafe {
         let connection = &raw mut (*slot.get()).connection;
         bpf_probe_read_kernel(connection.cast(), size_of::<Connection>() as u32, entry.cast_const().cast());
         &mut *connection
     };
-    if connection.told != 0 || connection.sock != sk {
+    if connection.reported != 0 || connection.sock != sk {
         connection::teardown_over(sk);
         return 0;
     }
@@ -68,11 +68,12 @@ pub fn inspect(ctx: RawTracePointContext) -> i32 {
     connection.cookie = sock::cookie(sk);
     connection.jiffies = connection::jiffies();
     sock::sample(sk, connection.jiffies, &mut connection.at_end);
+    (connection.unsent, connection.probes) = sock::waiting(sk);
     if connection.role == role::SERVER && sock::socket(sk) == Some(0) && connection.actor.pid == 0 {
         listener::name(connection);
     }
-    // SAFETY: a valid, aligned map value, which stays mapped until the program ends. `asked` is the only member that is
-    // written here, and no other program writes it except when it replaces the whole entry.
+    // SAFETY: a valid, aligned map value, which stays mapped until the program ends. `asked` is the only
+    // member that is written here, and no other program writes it except when it replaces the whole entry.
     unsafe { (&raw mut (*entry).asked).write(pass as u16) };
     emit::connection(connection, tag::STUCK);
     0

@@ -1,20 +1,20 @@
-//! `iter/task_file`: goes through every descriptor of every process, in all network namespaces at once. The user half
-//! runs it at the start, to find sockets older than the trace, and when a socket ended in softirq without a known
-//! owner. The program does not hold the locks of the sockets that it finds.
+//! `iter/task_file`: goes through every descriptor of every process, in all network namespaces at once. The
+//! user half runs it at the start, to find sockets older than the trace, and when a socket ended in softirq
+//! without a known owner. The program does not hold the locks of the sockets that it finds.
 
-use aya_ebpf::{cty::c_void, helpers::bpf_get_current_pid_tgid};
+use aya_ebpf::cty::c_void;
 use tcpclose_common::{
-    record::{Connection, Header, Owner, Task, VERSION, first_move, holder, holds, role, tag},
+    record::{Connection, Header, Owner, Task, VERSION, first_move, holder, relation, role, tag},
     table::BEFORE_TRACE,
     tcp::{is_teardown, state},
 };
 
 use crate::{
-    connection, emit,
+    connection, emit, iterator,
     kernel::member,
     listener,
-    maps::{ASKED, SELF, global},
-    sock,
+    maps::{ASKED, global},
+    namespace, sock, task,
 };
 
 /// The context is a `struct bpf_iter__task_file`. The result 0 lets the iterator continue.
@@ -22,10 +22,9 @@ use crate::{
 #[unsafe(no_mangle)]
 extern "C" fn inventory(ctx: *mut c_void) -> i32 {
     let ctx = ctx as u64;
-    if let Some(own) = SELF.get_ptr_mut(0) {
-        // The iterator runs in the task that reads it.
-        // SAFETY: a valid, aligned map value. All writers write the same value.
-        unsafe { *own = (bpf_get_current_pid_tgid() >> 32) as u32 };
+    iterator::learn();
+    if namespace::is_other() {
+        namespace::learn();
     }
     if let Some(task) = member::<u64>(ctx, global!(STRUCTS.iter_task))
         && let Some(file) = member::<u64>(ctx, global!(STRUCTS.iter_file))
@@ -42,6 +41,9 @@ fn held(sk: u64, task: u64, fd: u32) {
     let Some(state) = sock::state(sk) else { return };
     let mut holder = Task::NONE;
     describe(task, &mut holder);
+    if namespace::is_other() {
+        task::notice(&holder, || task);
+    }
     if state == state::LISTEN {
         listener::opened(sk, &holder);
         return;
@@ -54,25 +56,27 @@ fn held(sk: u64, task: u64, fd: u32) {
     }
 }
 
-/// `holder` has the socket of `entry` open. The socket's lock is not held, so every write goes through a raw pointer.
+/// `holder` has the socket of `entry` open. The socket's lock is not held, so every write goes through a raw
+/// pointer.
 #[inline(always)]
 fn known(entry: *mut Connection, sk: u64, holder: &Task, fd: u32) {
-    // SAFETY: a valid, aligned map value, which stays mapped until the program ends. All members are integers. Programs
-    // under the socket's lock may change them at the same time, and nothing here depends on two of them being of one
-    // time.
+    // SAFETY: a valid, aligned map value, which stays mapped until the program ends. All members are
+    // integers. Programs under the socket's lock may change them at the same time, and nothing here depends
+    // on two of them being of one time.
     let connection = unsafe { &*entry };
-    if connection.told != 0 && connection.actor.pid == 0 {
+    if connection.reported != 0 && connection.actor.pid == 0 {
         still_open(connection, sk, holder);
     }
     if connection.asked != 0 && u32::from(connection.asked) == pass() {
-        report(connection, sk, holder, holds::ASKED, fd);
+        report(connection, sk, holder, relation::ASKED, fd);
     }
     let is_unowned = connection.actor.pid == 0 && connection.holder.pid == 0;
     let has_no_role = connection.role == role::UNKNOWN && connection.established == 0;
     if is_unowned {
-        // SAFETY: as above; `connection` is not used any more. `holder` and `holder_kind` are the only members that are
-        // written here. A program under the lock writes them when the connection ends: it clears the pid, and it names
-        // the listener of a socket without a descriptor, which the iterator cannot find.
+        // SAFETY: as above; `connection` is not used any more. `holder` and `holder_kind` are the only
+        // members that are written here. A program under the lock writes them when the connection ends: it
+        // clears the pid, and it names the listener of a socket without a descriptor, which the iterator
+        // cannot find.
         unsafe {
             (&raw mut (*entry).holder).write(*holder);
             (&raw mut (*entry).holder_kind).write(holder::DESCRIPTOR);
@@ -80,8 +84,9 @@ fn known(entry: *mut Connection, sk: u64, holder: &Task, fd: u32) {
     } else if has_no_role {
         // It is older than the trace, and the first pass found it before its listener.
         let role = side(listener::exists(connection));
-        // SAFETY: as above; `connection` is not used any more. `role` is the only member that is written here. A
-        // program under the lock writes it when a socket connects or is created, and this one did so before the trace.
+        // SAFETY: as above; `connection` is not used any more. `role` is the only member that is written
+        // here. A program under the lock writes it when a socket connects or is created, and this one did so
+        // before the trace.
         unsafe { (&raw mut (*entry).role).write(role) };
     }
 }
@@ -94,10 +99,10 @@ fn older(sk: u64, state: u8, holder: &Task) {
     let entry = &raw mut *entry;
     let mut endpoints = Connection::NEW.endpoints;
     sock::endpoints(sk, None, &mut endpoints);
-    // SAFETY: a valid, aligned map value, which stays mapped until the program ends; all members are integers. `found`,
-    // `holder`, `holder_kind`, `endpoints`, `role`, `first_move` and the first state are written here. A program under
-    // the socket's lock that runs at the same time finds the entry and may write these members too: the same ends, or a
-    // later state, which is kept.
+    // SAFETY: a valid, aligned map value, which stays mapped until the program ends; all members are
+    // integers. `found`, `holder`, `holder_kind`, `endpoints`, `role`, `first_move` and the first state are
+    // written here. A program under the socket's lock that runs at the same time finds the entry and may
+    // write these members too: the same ends, or a later state, which is kept.
     let connection = unsafe {
         (&raw mut (*entry).found).write(1);
         (&raw mut (*entry).holder).write(*holder);
@@ -128,8 +133,8 @@ fn older(sk: u64, state: u8, holder: &Task) {
 /// How long after an end the user half waits to learn who else has the socket open, nanoseconds.
 const AWAITED: u64 = 1_000_000_000;
 
-/// The socket ended in softirq, and `holder` has it open. Reports the first holder that is found after the end, however
-/// late; soon after the end also the holder known from before, and the process that opened it.
+/// The socket ended in softirq, and `holder` has it open. Reports the first holder that is found after the
+/// end, however late; soon after the end also the holder known from before, and the process that opened it.
 #[inline(always)]
 fn still_open(connection: &Connection, sk: u64, holder: &Task) {
     let first = connection.holder.pid == 0;
@@ -138,13 +143,13 @@ fn still_open(connection: &Connection, sk: u64, holder: &Task) {
     if !(first || awaited && counts) {
         return;
     }
-    report(connection, sk, holder, holds::OPEN, 0);
+    report(connection, sk, holder, relation::OPEN, 0);
 }
 
 #[inline(always)]
-fn report(connection: &Connection, sk: u64, holder: &Task, holds: u32, fd: u32) {
+fn report(connection: &Connection, sk: u64, holder: &Task, relation: u32, fd: u32) {
     let header = Header { tag: tag::OWNER, version: VERSION, length: size_of::<Owner>() as u32 };
-    emit::owner(&Owner { header, sock: sk, born: connection.born, task: *holder, holds, fd });
+    emit::owner(&Owner { header, sock: sk, born: connection.born, task: *holder, relation, fd });
 }
 
 /// The number of the pass that reports holders.

@@ -9,4 +9,5 @@ mod netif_receive_skb;
 mod receive_reset;
 mod send_reset;
 mod set_state;
+mod signal_generate;
 mod ttl;

@@ -1,4 +1,5 @@
-//! `tcp:tcp_receive_reset`: `tcp_reset()` runs, because a RST came or because data came after this host had closed.
+//! `tcp:tcp_receive_reset`: `tcp_reset()` runs, because a RST came or because data came after this host had
+//! closed.
 
 use aya_ebpf::{
     macros::{btf_tracepoint, tracepoint},
@@ -56,8 +57,8 @@ fn received(sock: Sock<impl Object>, record: Option<&Record<'_>>) {
     reset.direction = direction::RECEIVED;
     reset.state = from;
     reset.answer = 0;
-    // tcp_rcv_state_process() calls tcp_reset() in these states for data after RCV_SHUTDOWN, and sends a RST next:
-    // the user half drops this record if one follows.
+    // tcp_rcv_state_process() calls tcp_reset() in these states for data after RCV_SHUTDOWN, and sends a RST
+    // next: the user half drops this record if one follows.
     reset.ambiguous = u8::from(
         may_be_shut
             && (from == state::FIN_WAIT1

@@ -1,5 +1,6 @@
-//! `tcp:tcp_send_reset`: this host sends a RST, of its own accord (then without a packet, and after it was sent) or in
-//! answer to a packet (then before). From 6.10 on also without a socket, and for one in TIME_WAIT.
+//! `tcp:tcp_send_reset`: this host sends a RST, of its own accord (then without a packet, and after it was
+//! sent) or in answer to a packet (then before). From 6.10 on also without a socket, and for one in
+//! TIME_WAIT.
 
 use aya_ebpf::{
     cty::c_void,

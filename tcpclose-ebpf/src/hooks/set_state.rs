@@ -1,5 +1,6 @@
-//! `sock:inet_sock_set_state`: a socket's state changes. It fires before `sk_state` is written, under the socket's lock.
-//! TIME_WAIT and request sockets never show here; FIN_WAIT2 goes to CLOSE when the small TIME_WAIT socket takes over.
+//! `sock:inet_sock_set_state`: a socket's state changes. It fires before `sk_state` is written, under the
+//! socket's lock. TIME_WAIT and request sockets never show here; FIN_WAIT2 goes to CLOSE when the small
+//! TIME_WAIT socket takes over.
 
 use aya_ebpf::{
     EbpfContext,
@@ -14,7 +15,9 @@ use tcpclose_common::{
 };
 
 use crate::{
+    acts,
     connection::{self, StackOf},
+    end,
     kernel::{Object, Typed},
     listener,
     maps::{LAST_CHANGE, global},
@@ -24,8 +27,9 @@ use crate::{
 
 /// `TP_PROTO(const struct sock *sk, const int oldstate, const int newstate)`.
 ///
-/// The kernel does not run a program on a CPU where it is running already (`__bpf_trace_run()`, since 6.1). A state change
-/// in a softirq that interrupts this program would be lost; its second copy, [`set_state_nested`], handles it.
+/// The kernel does not run a program on a CPU where it is running already (`__bpf_trace_run()`, since 6.1). A
+/// state change in a softirq that interrupts this program would be lost; its second copy,
+/// [`set_state_nested`], handles it.
 #[btf_tracepoint(function = "inet_sock_set_state")]
 #[inline(always)]
 pub fn set_state(ctx: BtfTracePointContext) -> i32 {
@@ -39,20 +43,22 @@ pub fn set_state(ctx: BtfTracePointContext) -> i32 {
     0
 }
 
-/// The second copy of [`set_state`], attached after it: does the work where the kernel skipped the first copy. If nothing
-/// else happened on this CPU in between, `LAST_CHANGE` shows that it was not skipped; otherwise the entry shows whether it
-/// was. The entry cannot change in between, because the socket is locked.
+/// The second copy of [`set_state`], attached after it: does the work where the kernel skipped the first
+/// copy. If nothing else happened on this CPU in between, `LAST_CHANGE` shows that it was not skipped;
+/// otherwise the entry shows whether it was. The entry cannot change in between, because the socket is
+/// locked.
 ///
-/// It has to be a program of its own and must not reach [`set_state`] by a tail call. Since 6.13 the kernel keeps the stack
-/// of a tracing program once per CPU, and only the guard that skips a running program keeps two runs from sharing it. A
-/// tail call passes that guard: it would overwrite the stack of the run that it interrupts.
+/// It has to be a program of its own and must not reach [`set_state`] by a tail call. Since 6.13 the kernel
+/// keeps the stack of a tracing program once per CPU, and only the guard that skips a running program keeps
+/// two runs from sharing it. A tail call passes that guard: it would overwrite the stack of the run that it
+/// interrupts.
 #[btf_tracepoint(function = "inet_sock_set_state")]
 #[inline(always)]
 pub fn set_state_nested(ctx: BtfTracePointContext) -> i32 {
     let Some((sock, old, new)) = change(&ctx) else { return 0 };
     if let Some(last) = LAST_CHANGE.get_ptr_mut(0) {
-        // SAFETY: as above. The note is used up, so that it never vouches for a later change of a socket at the same
-        // address: one that the kernel skipped.
+        // SAFETY: as above. The note is used up, so that it never vouches for a later change of a socket at
+        // the same address: one that the kernel skipped.
         unsafe {
             if *last == number(sock.address, new) {
                 *last = 0;
@@ -78,7 +84,8 @@ fn change(ctx: &BtfTracePointContext) -> Option<(Sock<Typed>, u8, u8)> {
     Some((sock, ctx.arg::<i32>(1) as u8, ctx.arg::<i32>(2) as u8))
 }
 
-/// A number for the change of a socket's state: kernel addresses leave room for the state in their lowest bits.
+/// A number for the change of a socket's state: kernel addresses leave room for the state in their lowest
+/// bits.
 #[inline(always)]
 fn number(address: u64, new: u8) -> u64 {
     address | u64::from(new & 0xf)
@@ -93,6 +100,14 @@ fn cookie(ctx: &BtfTracePointContext, new: u8) -> u64 {
     // The helper wants the pointer as the context holds it, before any arithmetic.
     // SAFETY: the loader has checked that this kernel has the helper for this kind of program.
     unsafe { bpf_get_socket_cookie(ctx.arg::<*mut core::ffi::c_void>(0)) }
+}
+
+/// Never attached. Whether the kernel accepts this program shows whether [`cookie`] may use the helper. To try
+/// that with [`set_state`] would take a kernel that refuses it (before 5.12) as long as loading all programs.
+#[btf_tracepoint(function = "inet_sock_set_state")]
+pub fn read_cookie(ctx: BtfTracePointContext) -> i32 {
+    // SAFETY: the helper has no precondition; the verifier refuses it where the kernel lacks it.
+    unsafe { bpf_get_socket_cookie(ctx.arg::<*mut core::ffi::c_void>(0)) as i32 }
 }
 
 #[tracepoint]
@@ -123,14 +138,15 @@ fn changed(
     // Not the socket's address: the verifier forbids to take a pointer to pieces, which printing does.
     debug!(ctx, "{} -> {} while process {} runs", old, new, bpf_get_current_pid_tgid() >> 32);
     let sk = sock.address;
-    // A repeated state comes from `close()` after `shutdown()`, and changes nothing. Listeners are no connections.
+    // Listeners are no connections.
     if old == new {
+        acts::repeated(ctx, sock, new);
         return;
     }
     if new == state::LISTEN {
         // In the context of listen(), like SYN_SENT in that of connect(). No stack: it opened no connection.
         let mut task = Task::NONE;
-        task::identify(&mut task);
+        task::meet(&mut task);
         listener::opened(sk, &task);
         return;
     }
@@ -140,7 +156,7 @@ fn changed(
     }
     let now = connection::now();
     if new == state::CLOSE {
-        connection::end(ctx, sock, old, now, cookie, StackOf::Actor, record);
+        end::report(ctx, sock, old, now, cookie, StackOf::Actor, record);
         return;
     }
     let born = old == state::CLOSE || old == state::LISTEN;

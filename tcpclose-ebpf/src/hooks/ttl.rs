@@ -1,12 +1,12 @@
-//! Times to live where fentry is available: three functions have both the socket and the packet as arguments, so that
-//! no other packet has to be read. All three run under the socket's lock.
+//! Times to live where fentry is available: three functions have both the socket and the packet as arguments,
+//! so that no other packet has to be read. All three run under the socket's lock.
 
 use aya_ebpf::{EbpfContext, macros::fentry, programs::FEntryContext};
 
 use crate::{connection, kernel::member, maps::global, packet};
 
-/// `void tcp_reset(struct sock *sk, struct sk_buff *skb)`, before the tracepoint inside it. The socket may be older
-/// than the trace.
+/// `void tcp_reset(struct sock *sk, struct sk_buff *skb)`, before the tracepoint inside it. The socket may be
+/// older than the trace.
 #[fentry(function = "tcp_reset")]
 pub fn reset_ttl(ctx: FEntryContext) -> i32 {
     let skb = argument(&ctx, global!(ARGUMENTS.reset_skb));
@@ -30,8 +30,8 @@ pub fn connect_ttl(ctx: FEntryContext) -> i32 {
     0
 }
 
-/// `tcp_child_process(struct sock *parent, struct sock *child, struct sk_buff *skb)`: the last ACK of the handshake
-/// arrived. With TCP Fast Open the SYN creates the child, and this function is not called.
+/// `tcp_child_process(struct sock *parent, struct sock *child, struct sk_buff *skb)`: the last ACK of the
+/// handshake arrived. With TCP Fast Open the SYN creates the child, and this function is not called.
 #[fentry(function = "tcp_child_process")]
 pub fn child_ttl(ctx: FEntryContext) -> i32 {
     established(argument(&ctx, global!(ARGUMENTS.child_sk)), argument(&ctx, global!(ARGUMENTS.child_skb)));

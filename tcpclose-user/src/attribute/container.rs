@@ -1,22 +1,24 @@
 //! Identifies the container of a process from the text of its `/proc/PID/cgroup`.
 //!
-//! Each container runtime creates a control group for each container and puts the container's id into the group's name.
-//! No standard says how. The patterns here are those of Docker, containerd, nerdctl, CRI-O, Podman, BuildKit, LXC,
-//! systemd-nspawn, Amazon ECS, Garden and Mesos, with systemd as the cgroup driver and with cgroupfs.
+//! Each container runtime creates a control group for each container and puts the container's id into the
+//! group's name. No standard says how. The patterns here are those of Docker, containerd, nerdctl, CRI-O,
+//! Podman, BuildKit, LXC, systemd-nspawn, Amazon ECS, Garden and Mesos, with systemd as the cgroup driver and
+//! with cgroupfs.
 
 /// The part before the id in the name of a control group: `docker-ID.scope`, `libpod-ID`.
 const RUNTIMES: [&str; 8] =
     ["docker", "cri-containerd", "crio", "libpod", "podman", "containerd", "nerdctl", "buildkit"];
 
-/// The id of the innermost container that a process is in, as its runtime prints it at full length; for LXC and
-/// systemd-nspawn, which have no ids, the container's name. `None` if the process is in no container, or if the
-/// container's control groups are not visible from this control group namespace (`0::/`).
+/// The id of the innermost container that a process is in, as its runtime prints it at full length; for LXC
+/// and systemd-nspawn, which have no ids, the container's name. `None` if the process is in no container, or
+/// if the container's control groups are not visible from this control group namespace (`0::/`).
 ///
 /// `cgroup` is the content of `/proc/PID/cgroup`: a line `number:controllers:path` for each hierarchy, with
 /// cgroup v1, v2 or both.
 pub fn id(cgroup: &str) -> Option<String> {
     let paths = || cgroup.lines().filter_map(|line| line.splitn(3, ':').nth(2).map(|path| (line, path)));
-    // On a hybrid system the runtime may use either; if both name a container, the unified hierarchy is right.
+    // On a hybrid system the runtime may use either; if both name a container, the unified hierarchy is
+    // right.
     let unified = paths().filter(|(line, _)| line.starts_with("0::"));
     let others = paths().filter(|(line, _)| !line.starts_with("0::"));
     unified.chain(others).find_map(|(_, path)| id_in(path)).map(str::to_owned)
@@ -25,7 +27,8 @@ pub fn id(cgroup: &str) -> Option<String> {
 /// The innermost container in one path.
 fn id_in(path: &str) -> Option<&str> {
     let segments: Vec<&str> = path.split('/').filter(|segment| !segment.is_empty()).collect();
-    // The monitor of a container in a pod: `/libpod_parent/POD/conmon`. The pod's id would be taken for a container's.
+    // The monitor of a container in a pod: `/libpod_parent/POD/conmon`. The pod's id would be taken for a
+    // container's.
     if segments.last() == Some(&"conmon") {
         return None;
     }
@@ -62,7 +65,8 @@ fn segment_id<'a>(segment: &'a str, above: &[&str]) -> Option<&'a str> {
     if above.contains(&"ecs") && is_fargate_id(segment) {
         return Some(segment);
     }
-    // An id of 64 digits is one wherever it is. A shorter one could be anything, unless a runtime's group is above it.
+    // An id of 64 digits is one wherever it is. A shorter one could be anything, unless a runtime's group is
+    // above it.
     let runtime_above = || {
         above.iter().any(|name| {
             RUNTIMES.contains(name) || name.starts_with("kubepods") || name.starts_with("libpod_parent")

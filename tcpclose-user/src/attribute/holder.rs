@@ -1,6 +1,6 @@
-//! Finds the processes that have a socket open, in `/proc/PID/fd`: for kernels on which the inventory cannot run, and for
-//! commands that load no program into the kernel. A scan takes from 3 ms (a hundred processes) to a second (a hundred
-//! thousand sockets).
+//! Finds the processes that have a socket open, in `/proc/PID/fd`: for kernels on which the inventory cannot
+//! run, and for commands that load no program into the kernel. A scan takes from 3 ms (a hundred processes)
+//! to a second (a hundred thousand sockets).
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -9,7 +9,7 @@ use procfs::{
     process::{self, FDTarget},
 };
 
-use crate::pace::Pace;
+use crate::{kernel::privilege, pace::Pace};
 
 /// How many sockets' holders are cached. When there are more, all are dropped and found again when needed.
 const MAX_HOLDERS: usize = 16_384;
@@ -23,14 +23,19 @@ pub struct Holder {
     pub comm: String,
     /// Its real user id.
     pub uid: Option<u32>,
-    /// When it started, in clock ticks since boot. If there are several holders, such as a parent and the children that
-    /// inherited its descriptors, the oldest is the owner.
+    /// When it started, in clock ticks since boot. If there are several holders, such as a parent and the
+    /// children that inherited its descriptors, the oldest is the owner.
     pub started: u64,
 }
 
 impl Holder {
-    /// Replaces `owner`, another holder of the same socket, if this one started earlier. Processes are listed by id, which
-    /// does not tell their age.
+    /// Its process id in the initial pid namespace; `None` where `/proc` shows those of another one.
+    pub fn host_pid(&self) -> Option<u32> {
+        privilege::in_initial_pid_namespace().then_some(self.pid)
+    }
+
+    /// Replaces `owner`, another holder of the same socket, if this one started earlier. Processes are listed
+    /// by id, which does not tell their age.
     pub fn replace_if_older(self: &Arc<Self>, owner: &mut Arc<Self>) {
         if self.started < owner.started {
             *owner = Arc::clone(self);
@@ -54,8 +59,9 @@ impl Listed {
     }
 }
 
-/// Lists every descriptor of every process, and calls `socket` for each that is a socket with the process, the descriptor
-/// and the socket's inode. Returns the number of processes whose descriptors this process may not list.
+/// Lists every descriptor of every process, and calls `socket` for each that is a socket with the process,
+/// the descriptor and the socket's inode. Returns the number of processes whose descriptors this process may
+/// not list.
 pub fn walk(mut socket: impl FnMut(&mut Listed, u32, u64)) -> usize {
     let mut refused = 0;
     let Ok(processes) = procfs::process::all_processes() else { return refused };
@@ -86,7 +92,8 @@ pub struct Holders {
 }
 
 impl Holders {
-    /// Finds the holders of the sockets with these inodes, in one scan. Returns for each whether a holder is known.
+    /// Finds the holders of the sockets with these inodes, in one scan. Returns for each whether a holder is
+    /// known.
     pub fn find(&mut self, inodes: &[u64]) -> Vec<bool> {
         let unknown: Vec<_> =
             inodes.iter().filter(|inode| !self.by_inode.contains_key(inode)).copied().collect();

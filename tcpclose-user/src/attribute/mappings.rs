@@ -1,8 +1,8 @@
 //! Executable mappings of a process, and the files behind them.
 //!
-//! A path does not identify a file: in this process's mount namespace it may lead elsewhere, or to a newer version by
-//! now, and a function name read from the wrong file would be false. A mapped file is therefore identified by what
-//! `stat` reports, and nothing is read from a file that was not compared with that.
+//! A path does not identify a file: in this process's mount namespace it may lead elsewhere, or to a newer
+//! version by now, and a function name read from the wrong file would be false. A mapped file is therefore
+//! identified by what `stat` reports, and nothing is read from a file that was not compared with that.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -12,8 +12,12 @@ use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
-/// How many executable mappings of one process are kept. The kernel allows 65530 of all kinds; in a process with
-/// thousands of executable ones, those are of code compiled at run time.
+use nix::sys::stat::{major, minor};
+
+use super::beneath;
+
+/// How many executable mappings of one process are kept. The kernel allows 65530 of all kinds; in a process
+/// with thousands of executable ones, those are of code compiled at run time.
 const MAX_MAPPINGS: usize = 4096;
 
 /// How many files are kept open, see [`Module`].
@@ -53,6 +57,16 @@ pub enum Backing {
     Anonymous,
 }
 
+impl Backing {
+    /// Identifies the file, if it is one that could be inspected.
+    pub(super) fn identity(&self) -> Option<Identity> {
+        match self {
+            Self::File { module, .. } => module.as_ref().map(|module| module.identity()),
+            Self::Vdso | Self::Anonymous => None,
+        }
+    }
+}
+
 /// Identifies one version of one file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Identity {
@@ -79,9 +93,9 @@ impl Identity {
     }
 
     /// Opens the file at `path` if it is this one.
-    fn open(&self, path: &Path) -> Option<File> {
-        // Checked before it is opened, because opening a device can have effects; and opened without blocking, in case it
-        // has become a pipe meanwhile.
+    pub(crate) fn open(&self, path: &Path) -> Option<File> {
+        // Checked before it is opened, because opening a device can have effects; and opened without
+        // blocking, in case it has become a pipe meanwhile.
         if Self::of(&fs::metadata(path).ok()?)? != *self {
             return None;
         }
@@ -93,10 +107,11 @@ impl Identity {
 
 /// A file that processes have mapped.
 ///
-/// If its path leads to it in this process's mount namespace, it is opened when it is needed. If not, because it was
-/// removed or is in another mount namespace, it is kept open from the start: the process, and its namespace with it, may
-/// be gone when the file is needed. At most 192 files are kept open; further ones can be read only while a process maps
-/// them. An open file keeps its file system busy, so it is closed some time after the process has exited.
+/// If its path leads to it in this process's mount namespace, it is opened when it is needed. If not, because
+/// it was removed or is in another mount namespace, it is kept open from the start: the process, and its
+/// namespace with it, may be gone when the file is needed. At most 192 files are kept open; further ones can
+/// be read only while a process maps them. An open file keeps its file system busy, so it is closed some time
+/// after the process has exited.
 #[derive(Debug)]
 pub struct Module {
     identity: Identity,
@@ -104,11 +119,18 @@ pub struct Module {
     held: Option<Held>,
 }
 
+/// A file that is kept open.
 #[derive(Debug)]
-struct Held {
+pub(super) struct Held {
     file: File,
     /// The number of references to it is the number of files that are kept open.
     _ticket: Arc<()>,
+}
+
+impl Held {
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
 }
 
 impl Module {
@@ -127,8 +149,8 @@ impl Module {
         self.host.as_deref()
     }
 
-    /// Opens it, through process `pid`, which maps it from `start` to `end`, if that still runs and there is no other way.
-    /// `None` if the file is not available any more as it was when it was first seen.
+    /// Opens it, through process `pid`, which maps it from `start` to `end`, if that still runs and there is
+    /// no other way. `None` if the file is not available any more as it was when it was first seen.
     pub fn open(&self, pid: u32, start: u64, end: u64) -> Option<File> {
         let held = || self.held.as_ref().and_then(|held| held.file.try_clone().ok());
         let host = || self.host.as_ref().and_then(|path| self.identity.open(path));
@@ -152,6 +174,11 @@ impl Modules {
         Arc::strong_count(&self.tickets) - 1
     }
 
+    /// Keeps a file open, unless too many are.
+    pub(super) fn hold(&self, file: File) -> Option<Held> {
+        (self.held() < MAX_HELD).then(|| Held { file, _ticket: self.tickets.clone() })
+    }
+
     /// The executable mappings of a process in the order of addresses, from the content of its
     /// `/proc/PID/maps`. `exe` is the path of its program.
     pub fn mappings(&mut self, pid: u32, maps: &[u8], exe: Option<&Path>) -> Vec<Mapping> {
@@ -169,6 +196,7 @@ impl Modules {
                         .entry((device.to_vec(), inode))
                         .or_insert_with(|| {
                             let map_file = map_file(pid, start, end);
+                            let inode = (device, inode);
                             self.module(pid, path, deleted, inode, &map_file, exe)
                         })
                         .clone();
@@ -186,24 +214,32 @@ impl Modules {
         pid: u32,
         path: &Path,
         deleted: bool,
-        inode: u64,
+        (device, inode): (&[u8], u64),
         map_file: &Path,
         exe: Option<&Path>,
     ) -> Option<Arc<Module>> {
-        // The link in map_files leads to the mapped file itself, whatever its path leads to by now; so does the link to
-        // the program. Following the former needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE. Without it the path is used,
-        // as the process sees it, if it leads to the inode that is mapped. Device numbers are not compared: those in
-        // `maps` are the file system's, which `stat` does not report on btrfs and overlayfs.
+        // The link in map_files leads to the mapped file itself, whatever its path leads to by now; so does
+        // the link to the program. Following the former needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE.
+        // Without it the path is used, as the process sees it, if it leads to the inode that is mapped.
+        // Device numbers are not compared: those in `maps` are the file system's, which `stat` does not
+        // report on btrfs and overlayfs. If the process has ended while it was examined, the path is used as
+        // it is here, and then they are compared.
         let exe_link = PathBuf::from(format!("/proc/{pid}/exe"));
-        let seen_path = below(&format!("/proc/{pid}/root"), path);
+        // A path in `maps` has no symbolic links.
+        let seen = (!deleted).then(|| beneath::open(pid, path).ok()).flatten();
+        let seen_path = seen.as_ref().map(beneath::path);
         let (link, metadata) = if let Ok(metadata) = fs::metadata(map_file) {
             (map_file, metadata)
         } else if let Some(metadata) = fs::metadata(&exe_link).ok().filter(|_| exe == Some(path)) {
             (exe_link.as_path(), metadata)
-        } else if let Some(metadata) =
-            fs::metadata(&seen_path).ok().filter(|it| !deleted && it.ino() == inode)
+        } else if let Some(seen_path) = &seen_path
+            && let Some(metadata) = fs::metadata(seen_path).ok().filter(|it| it.ino() == inode)
         {
             (seen_path.as_path(), metadata)
+        } else if let Some(metadata) = fs::metadata(path).ok().filter(|it| {
+            !deleted && it.ino() == inode && device_text(it.dev()).as_bytes() == device && !is_process(pid)
+        }) {
+            (path, metadata)
         } else {
             return None;
         };
@@ -213,10 +249,7 @@ impl Modules {
         }
         let here = fs::metadata(path).ok().and_then(|metadata| Identity::of(&metadata));
         let host = (here == Some(identity)).then(|| path.to_owned());
-        let held = (host.is_none() && self.held() < MAX_HELD)
-            .then(|| identity.open(link))
-            .flatten()
-            .map(|file| Held { file, _ticket: self.tickets.clone() });
+        let held = if host.is_none() { identity.open(link).and_then(|file| self.hold(file)) } else { None };
         let module = Arc::new(Module { identity, host, held });
         if self.known.len() >= self.prune_at {
             self.known.retain(|_, module| module.strong_count() > 0);
@@ -301,9 +334,19 @@ pub fn undeleted(path: &[u8]) -> (&Path, bool) {
     }
 }
 
+/// A device number as `/proc/PID/maps` has it.
+fn device_text(device: u64) -> String {
+    format!("{:02x}:{:02x}", major(device), minor(device))
+}
+
+/// Whether there is a process with this id.
+fn is_process(pid: u32) -> bool {
+    Path::new(&format!("/proc/{pid}")).exists()
+}
+
 /// An absolute path as seen from another root directory.
-fn below(root: &str, path: &Path) -> PathBuf {
-    Path::new(root).join(path.strip_prefix("/").unwrap_or(path))
+pub(crate) fn below(root: &Path, path: &Path) -> PathBuf {
+    root.join(path.strip_prefix("/").unwrap_or(path))
 }
 
 fn map_file(pid: u32, start: u64, end: u64) -> PathBuf {
@@ -346,7 +389,9 @@ mod tests {
     fn takes_paths_apart() {
         assert_eq!(unescape(b"/a\\012b\\0123\\01"), b"/a\nb\n3\\01");
         assert_eq!(undeleted(b"/a (deleted)"), (Path::new("/a"), true));
+        assert_eq!(device_text(nix::sys::stat::makedev(0xfe, 1)), "fe:01");
+        assert_eq!(device_text(nix::sys::stat::makedev(0x103, 0xabc)), "103:abc");
         assert_eq!(undeleted(b"/a"), (Path::new("/a"), false));
-        assert_eq!(below("/proc/1/root", Path::new("/a/b")), Path::new("/proc/1/root/a/b"));
+        assert_eq!(below(Path::new("/proc/1/root"), Path::new("/a/b")), Path::new("/proc/1/root/a/b"));
     }
 }

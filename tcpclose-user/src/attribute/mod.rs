@@ -1,25 +1,28 @@
 //! Endings → owners: whose socket it was, and how that is known.
 //!
-//! The order of trust: the task that acted on the socket in its own context; the task that connected or accepted it, if
-//! it still has it; the task that closed the descriptor after the end, or has it open; the process that listens where the
-//! connection was never accepted; and, for a socket older than the trace, the process that had its descriptor then. A
-//! task that merely ran on the CPU is never an owner.
+//! The order of trust: the task that acted on the socket in its own context; the task that connected or
+//! accepted it, if it still has it; the task that closed the descriptor after the end, or has it open; the
+//! process that listens where the connection was never accepted; and, for a socket older than the trace, the
+//! process that had its descriptor then. A task that merely ran on the CPU is never an owner.
 
+pub mod beneath;
 pub mod container;
 pub mod holder;
 pub mod mappings;
+pub mod perf_map;
 pub mod process;
+pub mod signals;
 pub mod watch;
 
 use std::collections::HashMap;
 
 use foldhash::fast::RandomState;
 
-use self::holder::Holder;
+use self::{holder::Holder, process::LocalPid};
 use crate::{
     event::{Attribution, Process, Shared},
     host::{Host, Program},
-    ingest::life::{Holder as Candidate, Life, Task},
+    ingest::life::{Claimant, Life, Task},
     tcp::Role,
 };
 
@@ -46,8 +49,8 @@ impl Claim<'_> {
 /// How many tasks are remembered. When there are more, all are forgotten, and the host is asked again.
 const MAX_TASKS: usize = 4096;
 
-/// Finds out whose socket it was. Remembers what it said about a task, because most connections of a host belong to few
-/// tasks.
+/// Finds out whose socket it was. Remembers what it said about a task, because most connections of a host
+/// belong to few tasks.
 #[derive(Default)]
 pub struct Attributor {
     tasks: HashMap<Key, Known, RandomState>,
@@ -61,7 +64,15 @@ struct Key {
     mm: u64,
     pid: u32,
     tid: Option<u32>,
+    did: Did,
     attribution: Attribution,
+}
+
+/// Whether a task acted on the socket, or only has it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Did {
+    Act,
+    Have,
 }
 
 /// How a task was described, and by what it had that may change.
@@ -72,8 +83,8 @@ struct Known {
 }
 
 impl Attributor {
-    /// The owner of a socket. `claim` is that of a process which was found after the fact; with `unheld`, a search of all
-    /// descriptors has shown that nobody has the socket open any more.
+    /// The owner of a socket. `claim` is that of a process which was found after the fact; with `unheld`, a
+    /// search of all descriptors has shown that nobody has the socket open any more.
     pub fn owner(
         &mut self,
         life: &Life,
@@ -85,7 +96,8 @@ impl Attributor {
             let attribution = if life.is_unaccepted() { Attribution::Listener } else { Attribution::Syscall };
             return Some(self.acted(actor, attribution, host));
         }
-        // The task that opened it, unless the descriptor turned out to be another process's by now, or nobody's.
+        // The task that opened it, unless the descriptor turned out to be another process's by now, or
+        // nobody's.
         if let Some(opener) = &life.opener
             && !unheld
             && claim.is_none_or(|claim| claim.pid() == opener.pid)
@@ -94,13 +106,13 @@ impl Attributor {
         }
         Some(match (claim, &life.holder) {
             (Some(Claim::Closed(task)), _) => self.acted(task, Attribution::Syscall, host),
-            (Some(Claim::Holds(task)), _) => self.acted(task, Attribution::Descriptors, host),
+            (Some(Claim::Holds(task)), _) => self.has(task, Attribution::Descriptors, host),
             (Some(Claim::Procfs(holder)), _) => {
                 listed(holder, Attribution::Procfs, host.program(holder.pid, 0)).into()
             }
-            (None, Some(Candidate::Listener(task))) => self.acted(task, Attribution::Listener, host),
-            (None, Some(Candidate::Descriptor(task))) if !unheld => {
-                self.acted(task, Attribution::Descriptors, host)
+            (None, Some(Claimant::Listener(task))) => self.has(task, Attribution::Listener, host),
+            (None, Some(Claimant::Descriptor(task))) if !unheld => {
+                self.has(task, Attribution::Descriptors, host)
             }
             (None, _) => {
                 let holder = host.holder(life.inode?)?;
@@ -114,31 +126,56 @@ impl Attributor {
         life.opener.as_ref().map(|opener| self.acted(opener, obtained(life), host))
     }
 
-    /// A process that is known from a task.
-    fn acted(&mut self, task: &Task, attribution: Attribution, host: &mut impl Host) -> Shared<Process> {
+    /// The process of a task that acted on the socket.
+    pub fn acted(&mut self, task: &Task, attribution: Attribution, host: &mut impl Host) -> Shared<Process> {
+        self.process(task, Did::Act, attribution, host)
+    }
+
+    /// The process of a task that has something to do with the socket, without having acted on it.
+    fn has(&mut self, task: &Task, attribution: Attribution, host: &mut impl Host) -> Shared<Process> {
+        self.process(task, Did::Have, attribution, host)
+    }
+
+    fn process(
+        &mut self,
+        task: &Task,
+        did: Did,
+        attribution: Attribution,
+        host: &mut impl Host,
+    ) -> Shared<Process> {
         let version = host.programs_version();
         if version != self.version || self.tasks.len() >= MAX_TASKS {
             self.tasks.clear();
             self.version = version;
         }
-        let key = Key { mm: task.mm, pid: task.pid, tid: task.tid, attribution };
+        let key = Key { mm: task.mm, pid: task.pid, tid: task.tid, did, attribution };
         if let Some(known) = self.tasks.get(&key)
             && (known.uid, known.comm) == (task.uid, task.comm)
         {
             return known.process.clone();
         }
-        let process = Shared::from(describe(task, attribution, host.program(task.pid, task.mm)));
+        let process = Shared::from(describe(task, did, attribution, host.program(task.pid, task.mm)));
         self.tasks.insert(key, Known { uid: task.uid, comm: task.comm, process: process.clone() });
         process
     }
 }
 
-fn describe(task: &Task, attribution: Attribution, program: Program) -> Process {
-    let Program { exe, container } = program;
+/// The process of a task. `thread` is reported only for one that acted.
+fn describe(task: &Task, did: Did, attribution: Attribution, program: Program) -> Process {
+    let Program { comm, exe, container, pid } = program;
+    let tid = match pid {
+        LocalPid::Same => task.tid,
+        // Only the id of the main thread is known here: it is that of the process.
+        LocalPid::Other(_) | LocalPid::None => pid.of(task.pid).filter(|_| task.tid == Some(task.pid)),
+    };
     Process {
-        pid: task.pid,
-        tid: task.tid,
-        comm: task.comm(),
+        pid: pid.of(task.pid),
+        host_pid: Some(task.pid),
+        tid,
+        // The main thread's own name is newer than what was read of the process: it may have been renamed
+        // since.
+        comm: comm.filter(|_| task.tid != Some(task.pid)).unwrap_or_else(|| task.comm()),
+        thread: Some(task.comm()).filter(|name| did == Did::Act && !name.is_empty()),
         exe,
         uid: Some(task.uid),
         container,
@@ -148,9 +185,18 @@ fn describe(task: &Task, attribution: Attribution, program: Program) -> Process 
 
 /// A process that was found through `/proc`.
 pub fn listed(holder: &Holder, attribution: Attribution, program: Program) -> Process {
-    let Program { exe, container } = program;
-    let comm = holder.comm.clone();
-    Process { pid: holder.pid, tid: None, comm, exe, uid: holder.uid, container, attribution }
+    let Program { comm, exe, container, pid: _ } = program;
+    Process {
+        pid: Some(holder.pid),
+        host_pid: holder.host_pid(),
+        tid: None,
+        comm: comm.unwrap_or_else(|| holder.comm.clone()),
+        thread: None,
+        exe,
+        uid: holder.uid,
+        container,
+        attribution,
+    }
 }
 
 /// How the opener of a connection obtained it.
@@ -171,7 +217,7 @@ mod tests {
 
     fn owner(life: &Life, claim: Option<Claim<'_>>, unheld: bool) -> Option<(u32, Attribution)> {
         let process = Attributor::default().owner(life, claim, unheld, &mut Recorded::default())?;
-        Some((process.pid, process.attribution))
+        Some((process.host_pid?, process.attribution))
     }
 
     #[test]
@@ -192,7 +238,7 @@ mod tests {
         assert!(owner(&mut host, b"comm", 1).is_same(&first), "described once");
         assert_eq!(owner(&mut host, b"name", 1).comm, "name", "the thread was renamed");
         assert_eq!(owner(&mut host, b"name", 2).tid, Some(2));
-        let program = Program { exe: Some("/bin/true".to_owned()), container: None };
+        let program = Program { exe: Some("/bin/true".to_owned()), ..Program::default() };
         host.learn(Question::Program { pid: 1, mm: 0 }, Answer::Program(program));
         assert_eq!(owner(&mut host, b"name", 2).exe.as_deref(), Some("/bin/true"), "known by now");
         for tid in 0..2 * u32::try_from(MAX_TASKS).unwrap() {
@@ -206,9 +252,9 @@ mod tests {
         let nobody = Life { id: SocketId { address: 1, born: 1 }, end: Some(END), ..unknown() };
         assert_eq!(owner(&nobody, None, false), None);
 
-        let listener = Life { holder: Some(Candidate::Listener(listens)), ..nobody.clone() };
+        let listener = Life { holder: Some(Claimant::Listener(listens)), ..nobody.clone() };
         assert_eq!(owner(&listener, None, false), Some((listens.pid, Attribution::Listener)));
-        let descriptor = Life { holder: Some(Candidate::Descriptor(held)), ..nobody.clone() };
+        let descriptor = Life { holder: Some(Claimant::Descriptor(held)), ..nobody.clone() };
         assert_eq!(owner(&descriptor, None, false), Some((held.pid, Attribution::Descriptors)));
         assert_eq!(owner(&descriptor, None, true), None, "it has passed the descriptor on");
 
@@ -228,7 +274,9 @@ mod tests {
         let had_descriptor = Life { inode: Some(9), ..actor.clone() };
         assert_eq!(owner(&had_descriptor, Some(by_heir), true), Some((acted.pid, Attribution::Syscall)));
         let end = End { error: Some(libc::ECONNABORTED), ..END };
-        let destroyed = Life { end: Some(end), ..had_descriptor };
+        let destroyed = Life { end: Some(end), actor: None, ..had_descriptor.clone() };
         assert_eq!(owner(&destroyed, None, false), Some((opened.pid, Attribution::Connect)));
+        let shut_down = Life { end: Some(end), ..had_descriptor };
+        assert_eq!(owner(&shut_down, None, false), Some((acted.pid, Attribution::Syscall)));
     }
 }

@@ -1,10 +1,10 @@
 //! What is known of processes, including those that have exited.
 //!
-//! A short-lived program has exited before the close of its connection is reported. What will be needed of its
-//! `/proc/PID` is therefore copied as soon as it first touches a socket: see [`Processes::notice`].
+//! A short-lived program has exited before the close of its connection is reported. What will be needed of
+//! its `/proc/PID` is therefore copied as soon as it first touches a socket: see [`Processes::notice`].
 
 use std::collections::HashMap;
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,7 +13,10 @@ use std::time::{Duration, Instant};
 
 use super::container;
 use super::mappings::{Backing, Mapping, Modules, undeleted};
-use crate::kernel::privilege;
+use super::perf_map::{self, LeftBehind};
+use serde::{Deserialize, Serialize};
+
+use crate::{kernel::privilege, pace::Pace};
 
 /// How many program images are kept.
 const MAX_IMAGES: usize = 4096;
@@ -21,22 +24,53 @@ const MAX_IMAGES: usize = 4096;
 /// How many mappings these may have in all. They take most of the memory, about 64 bytes each.
 const MAX_MAPPINGS: usize = 1 << 20;
 
-/// Shortest time after which a process's mappings are read again because a stack has an address outside them. Such
-/// addresses are common: following frame pointers through code that keeps none yields arbitrary numbers.
+/// Shortest time after which a process's name is read again, and its mappings because a stack has an address
+/// outside them. Such addresses are common: following frame pointers through code that keeps none yields
+/// arbitrary numbers.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// How long files stay open for a process that has exited.
 const KEEP_OPEN: Duration = Duration::from_mins(1);
 
+/// How many ids of another pid namespace are kept. When there are more, all are forgotten; a process whose id
+/// is not known any more is reported without one.
+const MAX_LOCAL_PIDS: usize = 32_768;
+
+/// The id of a process in the pid namespace of tcpclose.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LocalPid {
+    /// That of the initial pid namespace, in which tcpclose runs.
+    #[default]
+    Same,
+    /// This one.
+    Other(u32),
+    /// The process is not in this namespace, or its id there is not known.
+    None,
+}
+
+impl LocalPid {
+    /// The id here of the process with this id in the initial pid namespace.
+    pub fn of(self, pid: u32) -> Option<u32> {
+        match self {
+            Self::Same => Some(pid),
+            Self::Other(local) => Some(local),
+            Self::None => None,
+        }
+    }
+}
+
 /// A program image: what a process runs until its next exec. What could not be read is `None` or empty.
 #[derive(Clone, Debug, Default)]
 pub struct Image {
-    /// Process id in the initial pid namespace.
+    /// Process id in the pid namespace of this tool's `/proc`; 0 if it has none there.
     pub pid: u32,
     /// Address of its `mm_struct`; 0 if not known.
     pub mm: u64,
-    /// When the process started, in clock ticks since boot: distinguishes it from a later one with the same id.
+    /// When the process started, in clock ticks since boot: distinguishes it from a later one with the same
+    /// id.
     pub started: Option<u64>,
+    /// The program's name, which is that of its main thread.
+    pub comm: Option<String>,
     /// Path of the executable, as the process sees it.
     pub exe: Option<String>,
     /// Id of its container.
@@ -47,6 +81,8 @@ pub struct Image {
     pub uid: Option<u32>,
     /// Executable mappings in the order of addresses.
     pub mappings: Vec<Mapping>,
+    /// The perf map, for when the process has ended.
+    pub perf_map: LeftBehind,
 }
 
 impl Image {
@@ -56,13 +92,26 @@ impl Image {
         self.mappings.get(index).filter(|mapping| mapping.start <= address)
     }
 
-    /// Whether the process still runs, and is not another one with the same id. It may have called exec since.
+    /// Opens the perf map of the process. After the process has ended, it is the file that it has left
+    /// behind, unless another process has the same id by now.
+    pub fn open_perf_map(&self) -> Option<File> {
+        if self.is_running() {
+            return perf_map::open(self.pid, self.inner_pid?, self.uid);
+        }
+        if started(self.pid).is_some() {
+            return None;
+        }
+        self.perf_map.reopen(self.started, self.uid)
+    }
+
+    /// Whether the process still runs, and is not another one with the same id. It may have called exec
+    /// since.
     pub fn is_running(&self) -> bool {
         self.started.is_some() && self.started == started(self.pid)
     }
 
-    /// Whether the executable and the vDSO, which stay mapped for an image's whole life, have the same addresses in
-    /// `other`. If not, the process called exec for the same program between the two.
+    /// Whether the executable and the vDSO, which stay mapped for an image's whole life, have the same
+    /// addresses in `other`. If not, the process called exec for the same program between the two.
     fn has_layout_of(&self, other: &Self) -> bool {
         let is_lasting = |mapping: &&Mapping| match &mapping.backing {
             Backing::File { path, .. } => self.exe.as_deref() == path.to_str(),
@@ -74,9 +123,29 @@ impl Image {
         self.mappings.iter().filter(is_lasting).all(is_there)
     }
 
-    /// Whether files are kept open for it.
+    /// Whether the same is mapped in the same places, apart from what could not be identified.
+    fn has_mappings_of(&self, other: &Self) -> bool {
+        let of = |image: &Self| -> Vec<_> {
+            let place = |it: &Mapping| (it.start, it.end, it.offset, it.backing.identity());
+            image.mappings.iter().map(place).collect()
+        };
+        of(self) == of(other)
+    }
+
+    /// The program's name. The process may have been renamed since it was noticed, unless it has ended or
+    /// executes another program by now.
+    fn comm_now(&self) -> Option<String> {
+        let read = || {
+            let comm = fs::read_to_string(format!("/proc/{}/comm", self.pid)).ok()?;
+            let exe = fs::read_link(format!("/proc/{}/exe", self.pid)).ok()?;
+            let is_this = exe.to_str() == self.exe.as_deref() && self.is_running();
+            Some(comm.trim_end().to_owned()).filter(|comm| is_this && !comm.is_empty())
+        };
+        read().or_else(|| self.comm.clone())
+    }
+
     fn holds_files(&self) -> bool {
-        self.mappings.iter().any(|mapping| holds_file(&mapping.backing))
+        self.perf_map.is_held() || self.mappings.iter().any(|mapping| holds_file(&mapping.backing))
     }
 }
 
@@ -91,12 +160,16 @@ struct Entry {
     used: u64,
     /// When the mappings were last read again because a stack had an address outside them.
     asked: Option<Instant>,
+    /// The program's name, and when it was read.
+    comm: Option<(Option<String>, Instant)>,
     /// When the process was first found to have exited.
     gone: Option<Instant>,
+    /// Limits how often the mappings are read again.
+    pace: Pace,
 }
 
-/// The program images of processes. At most 4096 are kept, with at most a million mappings in all. Beyond that the least
-/// recently used are dropped; they are read again when needed if the process still runs.
+/// The program images of processes. At most 4096 are kept, with at most a million mappings in all. Beyond
+/// that the least recently used are dropped; they are read again when needed if the process still runs.
 #[derive(Debug, Default)]
 pub struct Processes {
     images: HashMap<(u32, u64), Entry>,
@@ -107,8 +180,9 @@ pub struct Processes {
     clock: u64,
     /// Counts the changes of `images`.
     version: Arc<AtomicU64>,
-    /// Whether ids come from another pid namespace than `/proc` shows, so that nothing can be looked up there.
-    are_elsewhere: bool,
+    /// The ids in `/proc` of processes with other ids in the kernel, if this is not the initial pid
+    /// namespace; 0 for a process that `/proc` does not show.
+    local_pids: Option<HashMap<u32, u32>>,
 }
 
 impl Processes {
@@ -117,31 +191,59 @@ impl Processes {
         Self::default()
     }
 
-    /// For the ids that the kernel half reports, those of the initial pid namespace. In any other one they lead nowhere in
-    /// `/proc`, or to another process, and nothing is read.
+    /// For the ids that the kernel half reports, those of the initial pid namespace. In any other one `/proc`
+    /// has other ids, which [`notice_as`](Self::notice_as) learns.
     pub fn of_kernel_half() -> Self {
-        Self { are_elsewhere: !privilege::in_initial_pid_namespace(), ..Self::default() }
+        let local_pids = (!privilege::in_initial_pid_namespace()).then(HashMap::new);
+        Self { local_pids, ..Self::default() }
     }
 
-    /// Copies what will be needed of a process. Call it when the process first touches a socket, and again after exec,
-    /// with the `mm` that the kernel half reported: a later read would find the next program, or nothing.
-    pub fn notice(&mut self, pid: u32, mm: u64) {
-        let image = self.take(pid, mm);
+    /// Like [`notice`](Self::notice), for a process with the id `local` in this pid namespace, or with none.
+    pub fn notice_as(&mut self, pid: u32, local: Option<u32>, mm: u64, comm: Option<String>) {
+        if let Some(known) = &mut self.local_pids {
+            if known.len() >= MAX_LOCAL_PIDS && !known.contains_key(&pid) {
+                known.clear();
+            }
+            known.insert(pid, local.unwrap_or(0));
+            self.version.fetch_add(1, Ordering::Release);
+        }
+        if mm != 0 {
+            self.notice(pid, mm, comm);
+        }
+    }
+
+    /// The id that process `pid` has in `/proc`.
+    pub fn local_pid(&self, pid: u32) -> LocalPid {
+        match &self.local_pids {
+            None => LocalPid::Same,
+            Some(known) => {
+                known.get(&pid).filter(|local| **local != 0).map_or(LocalPid::None, |it| LocalPid::Other(*it))
+            }
+        }
+    }
+
+    /// Copies what will be needed of a process. Call it when the process first touches a socket, and again
+    /// after exec, with the `mm` that the kernel half reported: a later read would find the next program, or
+    /// nothing.
+    pub fn notice(&mut self, pid: u32, mm: u64, comm: Option<String>) {
+        let mut image = self.take(pid, mm);
+        // What the kernel half read is this image's in any case.
+        image.comm = comm.or(image.comm);
         // A second notice that came too late.
         if image.started.is_none() && self.images.contains_key(&(pid, mm)) {
             return;
         }
-        self.insert(image);
+        self.insert(pid, image);
     }
 
-    /// The image that was noticed or, if there is none and the process still runs, its current one. With an `mm` of 0,
-    /// which a process has when it is about to exit, its latest.
+    /// The image that was noticed or, if there is none and the process still runs, its current one. With an
+    /// `mm` of 0, which a process has when it is about to exit, its latest.
     pub fn image(&mut self, pid: u32, mm: u64) -> Option<Arc<Image>> {
         let key = self.key(pid, mm);
         if !self.images.contains_key(&key) {
             let image = self.take(pid, key.1);
             image.started?;
-            self.insert(image);
+            self.insert(pid, image);
         }
         self.clock += 1;
         let entry = self.images.get_mut(&key)?;
@@ -149,9 +251,25 @@ impl Processes {
         Some(entry.image.clone())
     }
 
-    /// Like [`image`](Self::image), for the addresses `frames`. If one of them is in no known mapping, the mappings are
-    /// read again first, unless that was done within the last second: a library may have been loaded since, or the region
-    /// for code compiled at run time may have grown.
+    /// The name of the program that [`image`](Self::image) is, read again unless that was done within the
+    /// last second.
+    pub fn comm(&mut self, pid: u32, mm: u64, now: Instant) -> Option<String> {
+        let image = self.image(pid, mm)?;
+        let key = self.key(pid, mm);
+        let entry = self.images.get_mut(&key)?;
+        if let Some((comm, read)) = &entry.comm
+            && now.saturating_duration_since(*read) < ASK_AGAIN
+        {
+            return comm.clone();
+        }
+        let comm = image.comm_now();
+        entry.comm = Some((comm.clone(), now));
+        comm
+    }
+
+    /// Like [`image`](Self::image), for the addresses `frames`. If one of them is in no known mapping, the
+    /// mappings are read again first, unless that was done within the last second: a library may have been
+    /// loaded since, or the region for code compiled at run time may have grown.
     pub fn image_for(&mut self, pid: u32, mm: u64, frames: &[u64], now: Instant) -> Option<Arc<Image>> {
         let image = self.image(pid, mm)?;
         if frames.iter().all(|address| image.mapping(*address).is_some()) {
@@ -166,8 +284,19 @@ impl Processes {
         self.refresh(pid, mm)
     }
 
-    /// Reads the mappings again if the process still runs and has not called exec. Returns its image, the old one if
-    /// nothing was read.
+    /// Like [`image`](Self::image), with mappings that are read again unless that has just been done: a
+    /// library may have been unloaded, and another one loaded in its place.
+    pub fn current(&mut self, pid: u32, mm: u64) -> Option<Arc<Image>> {
+        let known = self.image(pid, mm)?;
+        let key = self.key(pid, mm);
+        let mut pace = self.images.get(&key)?.pace;
+        let read = pace.run(|| self.refresh(pid, mm)).flatten();
+        self.images.get_mut(&key)?.pace = pace;
+        Some(read.unwrap_or(known))
+    }
+
+    /// Reads the mappings again if the process still runs and has not called exec. Returns its image, the old
+    /// one if nothing was read or nothing has changed.
     pub fn refresh(&mut self, pid: u32, mm: u64) -> Option<Arc<Image>> {
         let key = self.key(pid, mm);
         let old = self.images.get(&key)?.image.clone();
@@ -176,8 +305,13 @@ impl Processes {
         if !is_latest || !old.is_running() {
             return Some(old);
         }
-        let new = self.take(pid, key.1);
-        if new.started != old.started || new.exe != old.exe || !old.has_layout_of(&new) {
+        let mut new = self.take(pid, key.1);
+        new.comm.clone_from(&old.comm);
+        if new.started != old.started
+            || new.exe != old.exe
+            || !old.has_layout_of(&new)
+            || old.has_mappings_of(&new)
+        {
             return Some(old);
         }
         let entry = self.images.get_mut(&key)?;
@@ -188,8 +322,8 @@ impl Processes {
         Some(image)
     }
 
-    /// Closes files that are kept open for processes that exited more than a minute ago. The rest of their images stays.
-    /// Call it every few seconds.
+    /// Closes files that are kept open for processes that exited more than a minute ago. The rest of their
+    /// images stays. Call it every few seconds.
     pub fn sweep(&mut self, now: Instant) {
         for entry in self.images.values_mut().filter(|entry| entry.image.holds_files()) {
             if entry.image.is_running() {
@@ -200,6 +334,7 @@ impl Processes {
                 continue;
             }
             let mut image = Image::clone(&entry.image);
+            image.perf_map.release();
             for mapping in &mut image.mappings {
                 if let Backing::File { module, .. } = &mut mapping.backing {
                     module.take_if(|module| module.is_held());
@@ -210,10 +345,10 @@ impl Processes {
     }
 
     fn take(&mut self, pid: u32, mm: u64) -> Image {
-        if self.are_elsewhere {
-            return Image { pid, mm, ..Image::default() };
+        match self.local_pid(pid).of(pid) {
+            Some(local) => take(&mut self.modules, local, mm),
+            None => Image { mm, ..Image::default() },
         }
-        take(&mut self.modules, pid, mm)
     }
 
     /// A number that is another one whenever something has changed that [`image`](Self::image) returns.
@@ -230,8 +365,8 @@ impl Processes {
         (pid, if mm == 0 { self.latest.get(&pid).copied().unwrap_or(0) } else { mm })
     }
 
-    fn insert(&mut self, image: Image) {
-        let key = (image.pid, image.mm);
+    fn insert(&mut self, pid: u32, image: Image) {
+        let key = (pid, image.mm);
         self.remove(key);
         while !self.images.is_empty()
             && (self.images.len() >= MAX_IMAGES || self.mappings + image.mappings.len() > MAX_MAPPINGS)
@@ -243,7 +378,17 @@ impl Processes {
         self.clock += 1;
         self.mappings += image.mappings.len();
         self.latest.insert(key.0, key.1);
-        self.images.insert(key, Entry { image: Arc::new(image), used: self.clock, asked: None, gone: None });
+        self.images.insert(
+            key,
+            Entry {
+                image: Arc::new(image),
+                used: self.clock,
+                asked: None,
+                comm: None,
+                gone: None,
+                pace: Pace::default(),
+            },
+        );
         self.version.fetch_add(1, Ordering::Release);
     }
 
@@ -270,25 +415,33 @@ fn take(modules: &mut Modules, pid: u32, mm: u64) -> Image {
     Image { pid, mm, started: started(pid), ..Image::default() }
 }
 
-/// Reads first what a process loses first when it exits: its memory, which may be gone within a tenth of a millisecond.
+/// Reads first what a process loses first when it exits: its memory, which may be gone within a tenth of a
+/// millisecond.
 fn read(modules: &mut Modules, pid: u32, mm: u64, exe: &[u8]) -> Image {
     let text = |name: &str| fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
     let maps = text("maps");
+    let comm = text("comm");
     let cgroup = text("cgroup");
     let status = text("status");
     let started = started(pid);
     let exe = undeleted(exe).0;
     let mappings = modules.mappings(pid, &maps, Some(exe));
     let status = String::from_utf8_lossy(&status);
+    let inner_pid = status_field(&status, "NStgid:").and_then(|ids| ids.last().copied());
+    let uid = status_field(&status, "Uid:").and_then(|ids| ids.get(1).copied());
+    let perf_map = LeftBehind::of(pid, inner_pid, uid, modules);
     Image {
         pid,
         mm,
         started,
+        comm: Some(String::from_utf8_lossy(comm.trim_ascii_end()).into_owned())
+            .filter(|comm| !comm.is_empty()),
         exe: Some(display(exe)),
         container: container::id(&String::from_utf8_lossy(&cgroup)),
-        inner_pid: status_field(&status, "NStgid:").and_then(|ids| ids.last().copied()),
-        uid: status_field(&status, "Uid:").and_then(|ids| ids.get(1).copied()),
+        inner_pid,
+        uid,
         mappings,
+        perf_map,
     }
 }
 
@@ -300,7 +453,8 @@ fn exe(pid: u32) -> Option<Vec<u8>> {
     Some(fs::read_link(format!("/proc/{pid}/exe")).ok()?.as_os_str().as_bytes().to_vec())
 }
 
-/// When a process started, in clock ticks since boot. `None` if there is no such process, or if it is a zombie.
+/// When a process started, in clock ticks since boot. `None` if there is no such process, or if it is a
+/// zombie.
 fn started(pid: u32) -> Option<u64> {
     started_in(&fs::read(format!("/proc/{pid}/stat")).ok()?)
 }
@@ -324,8 +478,8 @@ fn status_field(status: &str, name: &str) -> Option<Vec<u32>> {
     numbers.split_ascii_whitespace().map(|number| number.parse().ok()).collect()
 }
 
-/// Locks the known processes. A thread that panicked while it held the lock has left at worst an image that was read
-/// halfway.
+/// Locks the known processes. A thread that panicked while it held the lock has left at worst an image that
+/// was read halfway.
 pub fn lock(processes: &Mutex<Processes>) -> MutexGuard<'_, Processes> {
     processes.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -379,6 +533,21 @@ mod tests {
     }
 
     #[test]
+    fn names_are_read_again_after_a_second() {
+        let path = "/proc/self/comm";
+        let name = || fs::read_to_string(path).unwrap().trim_end().to_owned();
+        let before = name();
+        let (pid, now) = (std::process::id(), Instant::now());
+        let mut processes = Processes::default();
+        processes.notice(pid, 7, Some("before".to_owned()));
+        assert_eq!(processes.comm(pid, 7, now), Some(before.clone()), "it was renamed since it was noticed");
+        fs::write(path, "renamed").unwrap();
+        assert_eq!(processes.comm(pid, 7, now), Some(before.clone()));
+        assert_eq!(processes.comm(pid, 7, now + ASK_AGAIN), Some("renamed".to_owned()));
+        fs::write(path, before).unwrap();
+    }
+
+    #[test]
     fn knows_this_process() {
         let mut processes = Processes::new();
         let here = knows_this_process as fn() as usize as u64;
@@ -401,9 +570,9 @@ mod tests {
         let mut processes = Processes::new();
         let mut waiting = Waiting::start(Path::new("cat"));
         let pid = waiting.child.id();
-        processes.notice(pid, 1);
+        processes.notice(pid, 1, None);
         waiting.end();
-        processes.notice(pid, 1);
+        processes.notice(pid, 1, None);
         let image = processes.image(pid, 1).unwrap();
         assert!(image.exe.as_deref().is_some_and(|exe| exe.starts_with('/')), "{image:?}");
         assert!(image.mappings.len() > 1);
@@ -421,12 +590,12 @@ mod tests {
         waiting.end();
         let pid = waiting.child.id();
         assert!(processes.image(pid, 1).is_none());
-        processes.notice(pid, 1);
+        processes.notice(pid, 1, None);
         let image = processes.image_for(pid, 1, &[1, 2], Instant::now()).unwrap();
         assert_eq!((image.started, &image.exe, &image.container), (None, &None, &None));
         assert!(image.mappings.is_empty());
         for pid in [0, u32::MAX] {
-            processes.notice(pid, 0);
+            processes.notice(pid, 0, None);
             let image = processes.image_for(pid, 0, &[1], Instant::now());
             assert!(image.is_none_or(|image| image.exe.is_none()));
         }
@@ -434,12 +603,32 @@ mod tests {
 
     #[test]
     fn takes_nobody_for_another() {
-        let mut processes = Processes { are_elsewhere: true, ..Processes::default() };
-        processes.notice(own_pid(), 1);
+        let mut processes = Processes { local_pids: Some(HashMap::new()), ..Processes::default() };
+        processes.notice_as(own_pid(), None, 1, None);
         let image = processes.image_for(own_pid(), 1, &[1], Instant::now()).unwrap();
         assert_eq!((image.started, &image.exe, image.inner_pid), (None, &None, None));
         assert!(!image.is_running() && image.mappings.is_empty());
         assert!(processes.image(own_pid(), 2).is_none());
+        assert_eq!(processes.local_pid(own_pid()), LocalPid::None);
+    }
+
+    #[test]
+    fn looks_a_process_up_by_its_id_in_this_namespace() {
+        let mut processes = Processes { local_pids: Some(HashMap::new()), ..Processes::default() };
+        let in_kernel = own_pid() + 1;
+        processes.notice_as(in_kernel, Some(own_pid()), 1, None);
+        let image = processes.image(in_kernel, 1).unwrap();
+        assert_eq!(image.exe.as_deref(), std::env::current_exe().unwrap().to_str());
+        assert!(image.is_running());
+        assert_eq!(processes.local_pid(in_kernel), LocalPid::Other(own_pid()));
+        // The id now belongs to a process outside.
+        processes.notice_as(in_kernel, None, 2, None);
+        assert!(processes.image(in_kernel, 2).is_some_and(|image| image.exe.is_none()));
+        assert_eq!(processes.local_pid(in_kernel), LocalPid::None);
+        for pid in 0..2 * u32::try_from(MAX_LOCAL_PIDS).unwrap() {
+            processes.notice_as(pid, None, 0, None);
+        }
+        assert!(processes.local_pids.unwrap().len() <= MAX_LOCAL_PIDS);
     }
 
     #[test]
@@ -451,7 +640,7 @@ mod tests {
         let mut waiting = Waiting::start(&program);
         let pid = waiting.child.id();
         fs::remove_file(&program).unwrap();
-        processes.notice(pid, 1);
+        processes.notice(pid, 1, None);
         assert_eq!(processes.files_held(), 1);
         let image = processes.image(pid, 1).unwrap();
         assert_eq!(image.exe.as_deref(), program.to_str(), "without the kernel's mark");
@@ -474,7 +663,7 @@ mod tests {
         let mut processes = Processes::new();
         let mut waiting = Waiting::start(Path::new("cat"));
         let pid = waiting.child.id();
-        processes.notice(pid, 1);
+        processes.notice(pid, 1, None);
         let address = processes.image(pid, 1).unwrap().mappings[0].start;
         let forget = |processes: &mut Processes| {
             let entry = processes.images.get_mut(&(pid, 1)).unwrap();
@@ -501,7 +690,7 @@ mod tests {
             entry.image = moved.clone();
             assert!(Arc::ptr_eq(&processes.refresh(pid, 1).unwrap(), &moved));
         }
-        processes.notice(pid, 2);
+        processes.notice(pid, 2, None);
         forget(&mut processes);
         assert!(processes.refresh(pid, 1).unwrap().mappings.is_empty());
         waiting.end();
@@ -513,10 +702,10 @@ mod tests {
         let mut processes = Processes::new();
         let fake = |pid| Image { pid, mm: 1, started: Some(1), ..Image::default() };
         for pid in 0..u32::try_from(MAX_IMAGES).unwrap() {
-            processes.insert(fake(pid));
+            processes.insert(pid, fake(pid));
         }
         processes.image(0, 1).unwrap();
-        processes.insert(fake(1_000_000_000));
+        processes.insert(1_000_000_000, fake(1_000_000_000));
         assert_eq!(processes.images.len(), MAX_IMAGES);
         assert!(processes.images.contains_key(&(0, 1)));
         assert!(!processes.images.contains_key(&(1, 1)));
@@ -525,7 +714,7 @@ mod tests {
         let mapping = Mapping { start: 0, end: 1, offset: 0, base: 0, backing: Backing::Anonymous };
         for pid in 0..3 {
             let mappings = vec![mapping.clone(); MAX_MAPPINGS / 2];
-            processes.insert(Image { mappings, ..fake(pid) });
+            processes.insert(pid, Image { mappings, ..fake(pid) });
         }
         assert_eq!(processes.mappings, MAX_MAPPINGS);
         assert!(processes.images.contains_key(&(1, 1)) && processes.images.contains_key(&(2, 1)));

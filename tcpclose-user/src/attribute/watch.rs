@@ -1,7 +1,7 @@
 //! Reads what is needed of a process as soon as the kernel half first sees it.
 //!
-//! This runs in a thread of its own: a command such as curl exits a millisecond after it has closed its socket, and the
-//! main loop may need longer than that to symbolize the stack of another one.
+//! This runs in a thread of its own: a command such as curl exits a millisecond after it has closed its
+//! socket, and the main loop may need longer than that to symbolize the stack of another one.
 
 use std::{
     io,
@@ -21,7 +21,14 @@ use nix::{
 };
 
 use super::process::Processes;
-use crate::ingest::decode::{Record, decode};
+use crate::{
+    ingest::{
+        decode::{NewProcess, Record, decode},
+        life::name,
+    },
+    sandbox,
+    stacks::interpreters::{self, Interpreters},
+};
 
 /// Notices that could not be decoded.
 static UNDECODABLE: AtomicU64 = AtomicU64::new(0);
@@ -31,15 +38,27 @@ pub fn undecodable() -> u64 {
     UNDECODABLE.load(Ordering::Relaxed)
 }
 
-/// Starts the thread. It runs until this process exits.
+/// Starts the thread, which gives up what it does not need if it is to `restrict` itself. It runs until this
+/// process exits.
 ///
 /// # Errors
 /// The thread cannot be started.
-pub fn start(mut ring: RingBuf<MapData>, processes: Arc<Mutex<Processes>>) -> Result<()> {
+pub fn start(
+    mut ring: RingBuf<MapData>,
+    processes: Arc<Mutex<Processes>>,
+    interpreters: Option<interpreters::Shared>,
+    restrict: bool,
+) -> Result<()> {
     let watch = move || {
         hurry();
+        if restrict && let Err(error) = sandbox::enter() {
+            log::warn!("a thread goes on with all its privileges: {error:#}");
+        }
         loop {
-            drain(&mut ring, &processes);
+            let noticed = drain(&mut ring, &processes);
+            if let Some(interpreters) = &interpreters {
+                describe(&noticed, &processes, interpreters);
+            }
             let mut wanted = [PollFd::new(ring.as_fd(), PollFlags::POLLIN)];
             match poll(&mut wanted, PollTimeout::NONE) {
                 Ok(_) | Err(Errno::EINTR) => {}
@@ -54,8 +73,9 @@ pub fn start(mut ring: RingBuf<MapData>, processes: Arc<Mutex<Processes>>) -> Re
     Ok(())
 }
 
-/// Raises the priority of this thread: it races against processes that exit, and needs a fraction of a millisecond for
-/// each new one. Without the privilege (`CAP_SYS_NICE`) the priority stays, and the race is lost more often.
+/// Raises the priority of this thread: it races against processes that exit, and needs a fraction of a
+/// millisecond for each new one. Without the privilege (`CAP_SYS_NICE`) the priority stays, and the race is
+/// lost more often.
 fn hurry() {
     let priority = libc::sched_param { sched_priority: 1 };
     // SAFETY: the call reads one structure, which is there; 0 is the calling thread.
@@ -64,13 +84,33 @@ fn hurry() {
     }
 }
 
-fn drain(ring: &mut RingBuf<MapData>, processes: &Mutex<Processes>) {
+/// Returns the processes that were noticed, with their `mm_struct`.
+fn drain(ring: &mut RingBuf<MapData>, processes: &Mutex<Processes>) -> Vec<(u32, u64)> {
+    let mut noticed = Vec::new();
     while let Some(item) = ring.next() {
         match decode(&item) {
-            Ok(Record::Process(process)) => super::process::lock(processes).notice(process.pid, process.mm),
+            Ok(Record::Process(NewProcess { pid, local, mm, comm })) => {
+                let comm = Some(name(&comm)).filter(|comm| !comm.is_empty());
+                super::process::lock(processes).notice_as(pid, local, mm, comm);
+                if mm != 0 {
+                    noticed.push((pid, mm));
+                }
+            }
             Ok(_) | Err(_) => {
                 UNDECODABLE.fetch_add(1, Ordering::Relaxed);
             }
+        }
+    }
+    noticed
+}
+
+/// Describes interpreters of processes that were noticed, before these close a socket. It comes after all
+/// have been noticed, because others may be about to exit.
+fn describe(noticed: &[(u32, u64)], processes: &Mutex<Processes>, interpreters: &Mutex<Interpreters>) {
+    for (pid, mm) in noticed {
+        let Some(image) = super::process::lock(processes).image(*pid, *mm) else { continue };
+        if let Err(error) = interpreters::lock(interpreters).noticed(*pid, *mm, &image) {
+            log::debug!("{error:#}; it is tried again with the first stack of process {pid}");
         }
     }
 }

@@ -31,11 +31,10 @@ const NOT_FOUND: u8 = 127;
 const CANNOT_BE_RUN: u8 = 126;
 const OWN_FAILURE: u8 = 125;
 
-/// Starts the command. The kernel half already follows tcpclose itself, so it follows the command from its first
-/// instruction on.
+/// Starts the command. The kernel half already follows tcpclose itself, so it follows the command from its
+/// first instruction on.
 ///
-/// With JSON on the standard output, the command's output goes to the standard error, so that every line on the standard
-/// output is JSON.
+/// With lines for programs on the standard output, the command's output goes to the standard error.
 ///
 /// # Errors
 /// The command is not found or cannot be run, or there is no room for another process.
@@ -45,21 +44,21 @@ pub fn start(command: &[OsString], format: Format) -> Result<Child, NotStarted> 
     };
     let mut child = Command::new(program);
     child.args(args);
-    if format == Format::Json {
+    if format != Format::Text {
         child.stdout(io::stderr().as_fd().try_clone_to_owned().map_err(NotStarted)?);
     }
     child.spawn().map_err(NotStarted)
 }
 
-/// The exit status to end with in the command's place. If a signal killed it, that is 128 plus the signal's number, as in
-/// shells.
+/// The exit status to end with in the command's place. If a signal killed it, that is 128 plus the signal's
+/// number, as in shells.
 pub fn exit_code(status: ExitStatus) -> u8 {
     let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
     u8::try_from(code & 0xff).unwrap_or(1)
 }
 
-/// The exit status when tracing a command failed with this error: 127 if the command was not found, 126 if it is there
-/// and cannot be run, 125 for every failure of tcpclose itself.
+/// The exit status when tracing a command failed with this error: 127 if the command was not found, 126 if it
+/// is there and cannot be run, 125 for every failure of tcpclose itself.
 pub fn exit_code_of_failure(error: &anyhow::Error) -> u8 {
     let Some(NotStarted(error)) = error.downcast_ref() else { return OWN_FAILURE };
     match error.raw_os_error().map(Errno::from_raw) {

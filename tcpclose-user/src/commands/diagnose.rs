@@ -9,13 +9,13 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use crate::{
-    cli::DiagnoseArgs,
+    cli::{DiagnoseArgs, ReportFormat},
     diagnose::{
         Diagnosis,
         input::{Broken, Input},
         page,
         pictures::Pictures,
-        report,
+        report::{self, Seqs},
     },
     event::{Event, Finding},
     sink::{Format, Output, Palette, Written},
@@ -26,7 +26,7 @@ use crate::{
 /// # Errors
 /// A file cannot be opened or read, or the output cannot be written.
 pub fn diagnose(args: &DiagnoseArgs) -> Result<()> {
-    let mut input = Input::open(&args.files)?;
+    let mut input = Input::open(&args.files, args.html.is_some())?;
     let mut diagnosis = Diagnosis::new(input.names());
     let mut pictures = args.html.as_ref().map(|_| Pictures::default());
     input
@@ -43,8 +43,8 @@ pub fn diagnose(args: &DiagnoseArgs) -> Result<()> {
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
     match args.output {
-        Format::Text => write_report(&findings, &diagnosis)?,
-        Format::Json => {
+        ReportFormat::Text => write_report(&findings, &diagnosis)?,
+        ReportFormat::Json => {
             let mut output = Output::stdout(Format::Json, true);
             for finding in findings {
                 if output.write(Event::Finding(Box::new(finding)))? == Written::ReaderGone {
@@ -71,7 +71,7 @@ fn write_page(
 
 fn write_report(findings: &[Finding], diagnosis: &Diagnosis) -> Result<()> {
     let mut out = BufWriter::new(io::stdout().lock());
-    let written = report::write(&mut out, findings, diagnosis.totals(), Palette::of_stdout());
+    let written = report::write(&mut out, findings, diagnosis.totals(), Palette::of_stdout(), Seqs::Named);
     match written.and_then(|()| out.flush()) {
         // The reader has closed the pipe.
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),

@@ -103,7 +103,8 @@ mod tests {
 
     use super::*;
 
-    /// The options of a command that a user may give, as a list of the names that are typed: `-o`, `--output`.
+    /// The options of a command that a user may give, as a list of the names that are typed: `-o`,
+    /// `--output`.
     fn options(command: &Command) -> BTreeSet<String> {
         let of = |arg: &clap::Arg| {
             let short = arg.get_short().map(|name| format!("-{name}"));

@@ -12,9 +12,9 @@ use anyhow::{Context as _, Result};
 
 /// Writes this process's pid and a newline to `path`.
 ///
-/// A file, FIFO or device that exists is written into, as a shell's `>` would, and is never replaced. A new file has the
-/// pid in it from the moment it appears. Opening a FIFO waits for its reader, so that happens on a thread of its own:
-/// tracing goes on meanwhile, and an error there is only printed.
+/// A file, FIFO or device that exists is written into, as a shell's `>` would, and is never replaced. A new
+/// file has the pid in it from the moment it appears. Opening a FIFO waits for its reader, so that happens on
+/// a thread of its own: tracing goes on meanwhile, and an error there is only printed.
 ///
 /// # Errors
 /// The file cannot be created, opened or written.

@@ -7,7 +7,7 @@ use clap::Parser as _;
 
 use crate::{
     attribute::Attributor,
-    cli::{Cli, Command, ReplayArgs},
+    cli::{Cli, Command, Findings, ReplayArgs},
     correlate::Correlator,
     event::{Event, compose::Composer},
     filter::Filter,
@@ -21,6 +21,7 @@ use crate::{
     pipeline::{Pipeline, When},
     sink::{
         Output,
+        flamegraph::FlameGraph,
         report::{Going, Report},
     },
     stuck::{Descriptor, Found, FoundBy, age::Age},
@@ -34,12 +35,19 @@ pub fn replay(args: ReplayArgs) -> Result<ExitCode> {
     let path = args.file.display().to_string();
     let bytes = fs::read(&args.file).with_context(|| format!("cannot read {path}"))?;
     let output = |stacks| Output::stdout(args.output, stacks);
-    run(frames(bytes.into()), Filter::new(args.filter), args.count, output)
+    let flame_graph = args.flamegraph.as_deref().map(FlameGraph::create).transpose()?;
+    let with_findings = match args.findings {
+        Findings::Off => false,
+        Findings::AtEnd => true,
+        Findings::Every(_) => bail!("--findings with a time is for traces; needed: `end` or `off`"),
+    };
+    run(frames(bytes.into()), Filter::new(args.filter), args.count, with_findings, output, flame_graph)
         .with_context(|| format!("cannot replay {path}"))?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Runs the frames of a recording through the pipeline. `output` gets whether there are stacks.
+/// Runs the frames of a recording through the pipeline. `output` gets whether there are stacks; `flame_graph`
+/// is that of `--flamegraph`.
 ///
 /// # Errors
 /// The frames are not those of a recording, a record cannot be decoded, or the output cannot be written.
@@ -47,14 +55,20 @@ pub fn run(
     frames: Result<Vec<Frame>>,
     filter: Filter,
     count: Option<u64>,
+    with_findings: bool,
     output: impl FnOnce(bool) -> Output,
+    flame_graph: Option<FlameGraph>,
 ) -> Result<()> {
     let mut frames = frames?.into_iter().peekable();
     let Some(Frame::Step(start)) = frames.next() else { bail!("it is empty") };
     let Step::Start { reset_reasons, stacks, command, arguments } = *start else {
         bail!("it does not begin with the start of a trace");
     };
-    let report = Report::new(vec![original_filter(&arguments), filter], output(stacks), count);
+    let mut report = Report::new(vec![original_filter(&arguments), filter], output(stacks), count)
+        .with_flame_graph(flame_graph);
+    if with_findings {
+        report = report.with_findings();
+    }
     let mut replay = Replay { pipeline: pipeline(reset_reasons, report, command), inspected: None };
     while let Some(frame) = frames.next() {
         // What the host answered stands after the frame that led to the question.
@@ -73,8 +87,7 @@ pub fn run(
             break;
         }
     }
-    let _ = replay.pipeline.report.flush()?;
-    Ok(())
+    replay.pipeline.report.finish()
 }
 
 fn is_answer(frame: &Frame) -> bool {
@@ -184,7 +197,7 @@ mod tests {
     fn replayed(recording: &'static [u8], filter: Filter, count: Option<u64>) -> Result<Vec<Value>> {
         let written = Shared::default();
         let output = Output::to(Format::Json, written.clone(), Palette::PLAIN, true);
-        run(frames(Bytes::from_static(recording)), filter, count, |_| output)?;
+        run(frames(Bytes::from_static(recording)), filter, count, false, |_| output, None)?;
         let text = String::from_utf8(written.0.lock().unwrap().clone()).unwrap();
         Ok(text.lines().map(|line| serde_json::from_str(line).unwrap()).collect())
     }
@@ -238,7 +251,8 @@ mod tests {
             vec![Filter::default()],
             Output::to(Format::Json, io::sink(), Palette::PLAIN, true),
             None,
-        );
+        )
+        .with_findings();
         let mut replay = Replay { pipeline: pipeline(BTreeMap::new(), report, false), inspected: None };
         for frame in frames(Bytes::from_static(RECORDED)).unwrap() {
             match frame {
@@ -252,11 +266,13 @@ mod tests {
                 },
             }
         }
-        let all = |replay: &mut Replay| {
+        let mut now = 0;
+        let mut all = |replay: &mut Replay| {
             for record in &records {
                 let _ = replay.record(decode(record).unwrap()).unwrap();
             }
-            let _ = replay.pipeline.caught_up(u64::MAX, |_, inodes| vec![true; inodes.len()]).unwrap();
+            now += 1_000_000_000;
+            let _ = replay.pipeline.caught_up(now, |_, inodes| vec![true; inodes.len()]).unwrap();
         };
         // By then processes and stacks are known, and buffers have their size.
         (0..10).for_each(|_| all(&mut replay));

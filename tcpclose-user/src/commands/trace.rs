@@ -19,7 +19,8 @@ use tokio::{
 
 use super::{child, ready};
 use crate::{
-    cli::{AUTO_STACK_BYTES, CallGraph, Linger, TraceArgs, WhichStacks},
+    cli::{AUTO_STACK_BYTES, CallGraph, Findings, Linger, Netns, Sandbox, TraceArgs, WhichStacks},
+    failure::Failure,
     filter::Filter,
     ingest::{
         reader::poll,
@@ -29,10 +30,13 @@ use crate::{
         followed::Followed,
         handle::KernelHalf,
         loader::{self, Request},
+        privilege,
     },
     live::{Live, Options},
+    metrics, sandbox,
     sink::{
         Output,
+        flamegraph::FlameGraph,
         report::{Going, Report},
     },
     stacks::unwind,
@@ -51,45 +55,39 @@ const CHECK_PERIOD: Duration = Duration::from_millis(100);
 ///
 /// # Errors
 /// The kernel half cannot be loaded, the command cannot be run, or output cannot be written.
-pub async fn trace(args: TraceArgs) -> Result<ExitCode> {
+pub async fn trace(mut args: TraceArgs) -> Result<ExitCode> {
     // From here on signals end the tool cleanly, even while it starts.
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot catch SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot catch SIGTERM")?;
-    let filter = Filter::new(args.filter.clone());
-    let mut kernel = loader::load(&request(&args, &filter))?;
-    for loss in &kernel.losses {
-        eprintln!("tcpclose: {loss}");
-    }
-    let followed = follow(&mut kernel, &filter, &args.command)?;
-    let output = if args.summary {
-        Output::nowhere()
-    } else {
-        Output::stdout(args.output, args.stack != WhichStacks::None)
-    };
-    let recorder = match &args.record {
-        Some(path) => {
-            let recorder =
-                Recorder::create(path).with_context(|| format!("cannot create {}", path.display()))?;
-            Some((recorder, beginning(&kernel, &args)))
-        }
-        None => None,
-    };
-    let report = Report::new(vec![filter], output, args.count);
-    let options = Options { linger: args.linger, connections: args.connections, followed, recorder };
-    let mut live = Live::new(kernel, report, options)?;
+    let mut live = begin(&mut args)?;
     let mut logger = if args.debug { Some(poll(live.logger()?, Interest::READABLE)?) } else { None };
     let mut child = start_command(&args)?;
+    let metrics = match args.metrics {
+        Some(address) => Some(metrics::Server::bind(address, live.serve_metrics()).await?),
+        None => None,
+    };
+    live.find_older_stuck()?;
     if let Some(path) = &args.ready_file {
         ready::write(path)?;
     }
-    live.find_older_stuck()?;
     let mut sweep = tokio::time::interval(SWEEP_PERIOD);
     let mut stuck = live.stuck_period().map(tokio::time::interval);
     if let Some(stuck) = &mut stuck {
         stuck.set_missed_tick_behavior(MissedTickBehavior::Delay);
     }
+    let mut findings = match args.findings {
+        Findings::Every(time) => Some(tokio::time::interval_at(tokio::time::Instant::now() + time, time)),
+        Findings::Off | Findings::AtEnd => None,
+    };
     let started = Instant::now();
     let reader_gone = ReaderGone::watch();
+    // Everything that needs more has been started.
+    if args.sandbox == Sandbox::Auto
+        && let Err(error) = sandbox::enter()
+    {
+        eprintln!("tcpclose: goes on with all its privileges: {error:#}");
+    }
+    let _serving = metrics.map(|server| tokio::spawn(server.run()));
     let end = args.duration.map(|duration| tokio::time::Instant::now() + duration);
     let mut code = ExitCode::SUCCESS;
     let mut command_ended: Option<Instant> = None;
@@ -123,6 +121,11 @@ pub async fn trace(args: TraceArgs) -> Result<ExitCode> {
                     break;
                 }
             }
+            () = tick(&mut findings) => {
+                if live.report_findings()? == Going::Done {
+                    break;
+                }
+            }
         }
     }
     live.finish()?;
@@ -130,19 +133,62 @@ pub async fn trace(args: TraceArgs) -> Result<ExitCode> {
     Ok(code)
 }
 
+/// Loads the kernel half, and prepares everything that its records go through.
+fn begin(args: &mut TraceArgs) -> Result<Live> {
+    let is_contained = !privilege::in_initial_pid_namespace();
+    let chose_own_netns = is_contained && args.filter.socket.netns.is_empty();
+    if chose_own_netns {
+        args.filter.socket.netns.push(Netns::Own);
+    }
+    let filter = Filter::new(args.filter.clone());
+    let flame_graph = args.flamegraph.as_deref().map(FlameGraph::create).transpose()?;
+    let mut kernel = loader::load(&request(args, &filter))?;
+    if filter.is_about_namespaces() && !kernel.has_netns {
+        return Err(no_namespaces().into());
+    }
+    for loss in &kernel.losses {
+        eprintln!("tcpclose: {loss}");
+    }
+    if chose_own_netns {
+        eprintln!(
+            "tcpclose: in a separate pid namespace: tracing this network namespace alone; --netns host traces all of them"
+        );
+    }
+    let followed = follow(&mut kernel, &filter, &args.command)?;
+    let output = if args.summary {
+        Output::nowhere()
+    } else {
+        Output::stdout(args.output, args.stack != WhichStacks::None)
+    };
+    let recorder = recorder(&kernel, args)?;
+    let mut report = Report::new(vec![filter], output, args.count).with_flame_graph(flame_graph);
+    if args.findings != Findings::Off {
+        report = report.with_findings();
+    }
+    let options = Options {
+        linger: args.linger,
+        connections: args.connections,
+        followed,
+        recorder,
+        sandbox: args.sandbox == Sandbox::Auto,
+    };
+    Live::new(kernel, report, options)
+}
+
 /// What the kernel half is asked for.
 fn request(args: &TraceArgs, filter: &Filter) -> Request {
     let mut params = Params::NONE;
     filter.to_kernel(&mut params);
+    params.by_process *= u32::from(privilege::in_initial_pid_namespace());
     params.user_stack = u32::from(matches!(args.stack, WhichStacks::User | WhichStacks::Both));
     params.kernel_stack = u32::from(matches!(args.stack, WhichStacks::Kernel | WhichStacks::Both));
     if params.user_stack != 0 && args.call_graph != CallGraph::FramePointers {
-        params.registers = unwind::REGISTERS;
         (params.stack_bytes, params.recipes) = match args.call_graph {
             CallGraph::Dwarf(bytes) => (bytes, 0),
             CallGraph::Auto | CallGraph::FramePointers => (AUTO_STACK_BYTES, 1),
         };
     }
+    params.registers = unwind::REGISTERS;
     params.ttl = u32::from(args.ttl);
     params.stuck = u32::from(args.linger != Linger::Off);
     let follow_children = !args.command.is_empty();
@@ -156,6 +202,13 @@ fn request(args: &TraceArgs, filter: &Filter) -> Request {
     }
 }
 
+/// The recording of `--record`, if it is asked for, and what it begins with.
+fn recorder(kernel: &KernelHalf, args: &TraceArgs) -> Result<Option<(Recorder, Step)>> {
+    let Some(path) = &args.record else { return Ok(None) };
+    let recorder = Recorder::create(path).with_context(|| format!("cannot create {}", path.display()))?;
+    Ok(Some((recorder, beginning(kernel, args))))
+}
+
 /// What a recording begins with.
 fn beginning(kernel: &KernelHalf, args: &TraceArgs) -> Step {
     let arguments = std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned());
@@ -167,17 +220,34 @@ fn beginning(kernel: &KernelHalf, args: &TraceArgs) -> Step {
     }
 }
 
-/// Has the kernel half follow the processes that `--pid` names, and with `-- COMMAND` this process, whose only child the
-/// command will be. Returns the table of followed processes if there is a command.
+/// The failure of a trace of some network namespaces where they cannot be told apart.
+fn no_namespaces() -> Failure {
+    Failure {
+        failed: "cannot trace some network namespaces and not others".to_owned(),
+        found: "a kernel without BTF, whose programs cannot tell them apart".to_owned(),
+        needed: "BTF (CONFIG_DEBUG_INFO_BTF), or to trace all network namespaces of the host".to_owned(),
+        fix: "--btf FILE with the BTF of this kernel, or --netns host".to_owned(),
+    }
+}
+
+/// Has the kernel half follow the processes that `--pid` names, and with `-- COMMAND` this process, whose
+/// only child the command will be. Returns the table of followed processes if there is a command.
 fn follow(kernel: &mut KernelHalf, filter: &Filter, command: &[OsString]) -> Result<Option<Followed>> {
     let mut followed = Followed::new(kernel)?;
-    for pid in filter.pids() {
-        followed.add(*pid)?;
+    // Elsewhere these are not the ids that the kernel half knows, and the user half alone decides.
+    if privilege::in_initial_pid_namespace() {
+        for pid in filter.pids() {
+            followed.add(*pid)?;
+        }
     }
     if command.is_empty() {
         return Ok(None);
     }
-    followed.add(std::process::id())?;
+    let own = kernel.own_pid().context(
+        "cannot follow the command in a separate pid namespace: this kernel does not tell its ids outside; \
+         in a container use --pid host",
+    )?;
+    followed.add(own)?;
     Ok(Some(followed))
 }
 

@@ -1,9 +1,9 @@
-//! Chains: a process lost its connection to a server during a request, and then closed the connection to its own client
-//! without an answer.
+//! Chains: a process lost its connection to a server during a request, and then closed the connection to its
+//! own client without an answer.
 //!
-//! Two ends are linked if they belong to the same process, one was lost while a request was pending, and the process
-//! closed the other within [`REACTION`] while a request was pending there. Processes are linked by the connection
-//! between them, if both of its ends are known.
+//! Two ends are linked if they belong to the same process, one was lost while a request was pending, and the
+//! process closed the other within [`REACTION`] while a request was pending there. Processes are linked by
+//! the connection between them, if both of its ends are known.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
@@ -50,7 +50,8 @@ pub(crate) struct Chains {
     left: VecDeque<Link>,
 }
 
-/// A sequence of processes, each with the port that it serves, beginning with the one whose end caused the others.
+/// A sequence of processes, each with the port that it serves, beginning with the one whose end caused the
+/// others.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Route {
     /// The program at the beginning, if its end is known, and how it died.

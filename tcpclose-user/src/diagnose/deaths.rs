@@ -8,8 +8,9 @@ use crate::{
         marks::Marks,
         names::Who,
         services::Single,
+        statistics::TICKS_MS,
     },
-    event::Role,
+    event::{Role, Trigger},
 };
 
 /// The number of ended processes that are kept.
@@ -21,6 +22,7 @@ pub(crate) struct EndedProcess {
     pub(crate) who: Option<Who>,
     pub(crate) pid: u32,
     pub(crate) death: Death,
+    pub(crate) killer: Single<Who>,
     pub(crate) port: Single<u16>,
     /// The programs at the other ends.
     pub(crate) peer: Single<Who>,
@@ -57,17 +59,24 @@ impl Deaths {
             who: end.who,
             pid: end.pid,
             death,
+            killer: Single::None,
             port: Single::None,
             peer: Single::None,
             ends: Marks::default(),
             requests_lost: Marks::default(),
         });
+        if let Some(killer) = end.killer {
+            process.killer.add(killer);
+        }
         process.port.add(end.local.port());
         if let Some(who) = peer.and_then(|peer| peer.who) {
             process.peer.add(who);
         }
         process.ends.add(end.place, end.moved);
-        let was_waiting = |end: &End| end.waited_ms().is_some();
+        // One that exits by itself as soon as it has received data does what its client asked for, with
+        // PostgreSQL's Terminate or SMTP's QUIT, and its client closes without seeing that.
+        let least = if end.trigger == Some(Trigger::Exit) { TICKS_MS } else { 0.0 };
+        let was_waiting = |end: &End| end.waited_ms().is_some_and(|waited| waited >= least);
         if was_waiting(end) || peer.is_some_and(was_waiting) {
             process.requests_lost.add(end.place, end.moved);
         }

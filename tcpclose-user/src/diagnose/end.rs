@@ -1,14 +1,20 @@
 //! One end of a closed connection, in a fixed number of bytes.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use crate::{
     diagnose::{
         names::{Names, Who},
-        observation::{Observation, Path},
+        observation::{Observation, StatesSeen, to_nanoseconds},
     },
-    event::{Cause, ClosedBy, Ended, LastData, Role, Trigger},
+    event::{Cause, Close, ClosedBy, Ended, Endpoint, LastData, Role, SignalFrom, Trigger},
 };
+
+/// The shortest idle time that counts; shorter ones are pauses within an exchange or its end.
+pub(crate) const IDLE_MS: f64 = 500.0;
+
+/// The shortest wait for an answer that counts; shorter ones are races between an answer and an orderly end.
+pub(crate) const WAIT_MS: f64 = 50.0;
 
 /// The position of a line: the number of its file, and its own number.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -34,12 +40,11 @@ impl Death {
     const CRASHES: [&'static str; 7] =
         ["SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE", "SIGSYS", "SIGTRAP"];
 
-    fn of(observation: &Observation<'_>) -> Option<Self> {
-        match observation.trigger? {
+    fn of(trigger: Option<Trigger>, signal: Option<&str>, oom: bool) -> Option<Self> {
+        match trigger? {
             Trigger::Exit => Some(Self::Stopped),
             Trigger::Signal => {
-                let name = observation.signal.as_ref().map_or("", |name| name.0.as_ref());
-                let oom = observation.signal_from.is_some_and(|from| from.oom == Some(true));
+                let name = signal.unwrap_or_default();
                 let crash = Self::CRASHES.into_iter().find(|crash| *crash == name);
                 Some(match crash {
                     Some(crash) => Self::Crashed(crash),
@@ -64,7 +69,7 @@ impl Death {
 }
 
 /// An end whose addresses are known.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct End {
     pub(crate) place: Place,
     /// When it ended.
@@ -80,8 +85,11 @@ pub(crate) struct End {
     pub(crate) role: Option<Role>,
     pub(crate) closed_by: Option<ClosedBy>,
     pub(crate) ended: Option<Ended>,
-    pub(crate) acted: bool,
+    /// The first act of this side.
+    pub(crate) trigger: Option<Trigger>,
     pub(crate) death: Option<Death>,
+    /// The program that sent the signal of which the process died.
+    pub(crate) killer: Option<Who>,
     pub(crate) cause: Option<Cause>,
     pub(crate) idle_ms: Option<f64>,
     pub(crate) since_sent_ms: Option<f64>,
@@ -90,8 +98,35 @@ pub(crate) struct End {
     pub(crate) sent: u64,
     pub(crate) received: u64,
     pub(crate) unread: Option<u64>,
+    pub(crate) unacked: Option<u64>,
     pub(crate) close_wait_ms: Option<f64>,
-    pub(crate) path: Path,
+    pub(crate) path: StatesSeen,
+}
+
+/// The connections of a program to a service, or those of the service itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct ServiceKey {
+    pub(crate) who: Option<Who>,
+    pub(crate) is_server: bool,
+    /// The server's address, as its clients see it; all clients of a server are one group.
+    pub(crate) address: Option<IpAddr>,
+    pub(crate) port: u16,
+}
+
+impl ServiceKey {
+    pub(crate) fn of(end: &End) -> Option<Self> {
+        let (is_server, address, port) = match end.role? {
+            Role::Client => (false, Some(end.remote.ip()), end.remote.port()),
+            Role::Server => (true, None, end.local.port()),
+        };
+        Some(Self { who: end.who, is_server, address, port })
+    }
+}
+
+/// When the teardown began.
+fn moved(ended: i64, path: &StatesSeen) -> i64 {
+    let teardown = path.until_teardown_ms.map_or(0.0, |until| path.length_ms - until);
+    ended.saturating_sub(nanoseconds(teardown))
 }
 
 /// Milliseconds in nanoseconds.
@@ -101,17 +136,18 @@ pub(crate) fn nanoseconds(milliseconds: f64) -> i64 {
 }
 
 impl End {
-    /// `None` if an address is not known.
-    pub(crate) fn of(observation: &Observation<'_>, source: u16, names: &mut Names) -> Option<Self> {
+    /// Of a line. `None` if an address is not known.
+    pub(crate) fn of_line(observation: &Observation<'_>, source: u16, names: &mut Names) -> Option<Self> {
         let connection = &observation.connection;
         let (local, remote) = connection.local.zip(connection.remote)?;
-        let path = observation.states;
-        let teardown = path.until_teardown_ms.map_or(0.0, |until| path.length_ms - until);
         let process = observation.process.as_ref();
+        let signal = observation.signal.as_ref().map(|name| name.0.as_ref());
+        let from = observation.signal_from.as_ref();
+        let oom = from.is_some_and(|from| from.oom == Some(true));
         Some(Self {
             place: Place { source, seq: observation.seq },
             time: observation.time,
-            moved: observation.time.saturating_sub(nanoseconds(teardown)),
+            moved: moved(observation.time, &observation.states),
             who: process.map(|process| names.of(process)),
             pid: process.map_or(0, |process| process.pid),
             tid: process.and_then(|process| process.tid).unwrap_or_default(),
@@ -121,8 +157,9 @@ impl End {
             role: connection.role,
             closed_by: observation.closed_by,
             ended: observation.ended,
-            acted: observation.trigger.is_some(),
-            death: Death::of(observation),
+            trigger: observation.trigger,
+            death: Death::of(observation.trigger, signal, oom),
+            killer: from.and_then(|from| from.comm.as_ref()).map(|comm| names.of_comm(&comm.0)),
             cause: observation.cause,
             idle_ms: observation.idle_ms,
             since_sent_ms: observation.since_sent_ms,
@@ -131,9 +168,77 @@ impl End {
             sent: connection.bytes_sent.unwrap_or_default(),
             received: connection.bytes_received.unwrap_or_default(),
             unread: observation.unread_bytes,
+            unacked: observation.unacked_bytes,
             close_wait_ms: observation.close_wait_ms,
+            path: observation.states,
+        })
+    }
+
+    /// Of an event of this process, which will be the line `seq`. `None` if an address is not known.
+    pub(crate) fn of_event(close: &Close, seq: u64, names: &mut Names) -> Option<Self> {
+        let connection = &close.connection;
+        let (local, remote) = connection.local.zip(connection.remote)?;
+        let address = |end: Endpoint| SocketAddr::new(end.address, end.port);
+        let process = close.process.as_ref();
+        let (oom, killer) = match &close.signal_from {
+            Some(SignalFrom::Process { comm, .. }) => (false, Some(names.of_comm(comm))),
+            Some(SignalFrom::Kernel { oom }) => (*oom, None),
+            None => (false, None),
+        };
+        let time = to_nanoseconds(close.time.0);
+        let mut path = StatesSeen::default();
+        for step in &close.states {
+            path.add(step.state, step.at_ms);
+        }
+        Some(Self {
+            place: Place { source: 0, seq },
+            time,
+            moved: moved(time, &path),
+            who: process.map(|process| names.of_shared(process)),
+            pid: process.and_then(|process| process.pid).unwrap_or_default(),
+            tid: process.and_then(|process| process.tid).unwrap_or_default(),
+            netns: connection.netns.unwrap_or_default(),
+            local: address(local),
+            remote: address(remote),
+            role: connection.role,
+            closed_by: close.closed_by,
+            ended: close.ended,
+            trigger: close.trigger,
+            death: Death::of(close.trigger, close.signal.as_deref(), oom),
+            killer,
+            cause: close.cause,
+            idle_ms: close.idle_ms,
+            since_sent_ms: close.since_sent_ms,
+            since_received_ms: close.since_received_ms,
+            last_data: close.last_data,
+            sent: connection.bytes_sent.unwrap_or_default(),
+            received: connection.bytes_received.unwrap_or_default(),
+            unread: close.unread_bytes,
+            unacked: close.unacked_bytes,
+            close_wait_ms: close.close_wait_ms,
             path,
         })
+    }
+
+    /// Whether this end, like most, can be evidence of nothing: the connection ended in order, within a
+    /// fraction of a second after its last data, and no answer was pending. Such ends are only counted, which
+    /// keeps a diagnosis cheap. What is decisive looks the same from both ends, so that both are ordinary or
+    /// neither is, except at the bounds.
+    pub(crate) fn is_ordinary(&self) -> bool {
+        let client_closed = match self.role {
+            Some(Role::Client) => self.closed_here(),
+            Some(Role::Server) => self.closed_there(),
+            None => return false,
+        };
+        let is_short = |silence: Option<f64>| silence.is_none_or(|silence| silence < IDLE_MS);
+        self.cause.is_none()
+            && self.ended == Some(Ended::Fin)
+            && self.death.is_none()
+            && self.path.established
+            && is_short(self.idle_ms)
+            && is_short(self.since_sent_ms)
+            && is_short(self.since_received_ms)
+            && self.waited_ms().is_none_or(|wait| client_closed && wait < WAIT_MS)
     }
 
     /// Whether the teardown began with an act of this host's side.
@@ -145,9 +250,14 @@ impl End {
         self.closed_by == Some(ClosedBy::Peer)
     }
 
-    /// How long a request had been pending at this end when the teardown began; `None` if none was, which is inferred
-    /// from the direction of the last data. Data in both directions within one tick of the kernel's clock counts as an
-    /// answer.
+    /// The number of bytes that the server sent.
+    pub(crate) fn sent_by_server(&self) -> u64 {
+        if self.role == Some(Role::Server) { self.sent } else { self.received }
+    }
+
+    /// How long a request had been pending at this end when the teardown began; `None` if none was, which is
+    /// inferred from the direction of the last data. Data in both directions within one tick of the kernel's
+    /// clock counts as an answer.
     pub(crate) fn waited_ms(&self) -> Option<f64> {
         let (request, since) = match self.role? {
             Role::Client => (LastData::Sent, self.since_sent_ms),
@@ -167,11 +277,18 @@ impl End {
         }
     }
 
-    /// The silence before the last data that this end sent: the time since data was last received. `None` if the lines
-    /// do not distinguish the directions.
+    /// The silence before the last data that this end sent: the time since data was last received. `None` if
+    /// the lines do not distinguish the directions.
     pub(crate) fn silence_before_last_sent_ms(&self) -> Option<f64> {
         let (sent, received) = self.since_sent_ms.zip(self.since_received_ms)?;
         (self.last_data == Some(LastData::Sent)).then_some(received - sent)
+    }
+
+    /// How long a server kept its answer back after its client had shut down sending; `None` if it had sent
+    /// something before, because the time of what it sent later is not known.
+    pub(crate) fn half_closed_ms(&self) -> Option<f64> {
+        let answered_later = self.closed_there() && self.sent > 0 && self.since_sent_ms.is_none();
+        self.close_wait_ms.filter(|_| self.role == Some(Role::Server) && answered_later)
     }
 
     /// A socket that stays in `TIME_WAIT`, which holds the connection's ports.

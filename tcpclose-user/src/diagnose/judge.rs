@@ -1,7 +1,7 @@
 //! Turns the tables into findings: the threshold for each kind, its numbers, its sentence and its advice.
 //!
-//! The threshold is five connections, unless the kernel itself reports the fault (a process that crashed). If a finding
-//! is about a time, the times must also agree ([`Reservoir::regular`]).
+//! The threshold is five connections, unless the kernel itself reports the fault (a process that crashed). If
+//! a finding is about a time, the times must also agree ([`Reservoir::regular`]).
 
 use std::fmt::Write as _;
 
@@ -12,11 +12,11 @@ use crate::{
         Diagnosis,
         chains::{Chain, Route},
         deaths,
-        end::Death,
+        end::{Death, ServiceKey},
         leaks::Leak,
-        marks::{Marks, SECOND},
+        marks::{Marks, SECOND, Series},
         names::Who,
-        services::{Service, ServiceKey},
+        services::{Lived, Service, Single},
         statistics::{ENOUGH, Spread},
         time_wait::{self, Destination, Ports},
     },
@@ -68,6 +68,7 @@ impl Diagnosis {
             drafts.extend(self.unread(key, service));
             drafts.extend(self.overflow(key, service));
             drafts.extend(self.cut(key, service));
+            drafts.extend(self.half_closed_cut(key, service));
             drafts.extend(self.refused(key, service));
             drafts.extend(self.no_answer(key, service));
             drafts.extend(self.forged(key, service));
@@ -128,6 +129,15 @@ impl Diagnosis {
         server.map_or_else(|| at.clone(), |who| format!("{} at {at}", self.name(Some(who))))
     }
 
+    /// The name of the clients of a service.
+    fn client_name(&self, key: &ServiceKey, service: &Service) -> String {
+        match (key.is_server, service.peer.get()) {
+            (false, _) => self.name(key.who),
+            (true, Some(who)) => self.name(Some(who)),
+            (true, None) => "clients".to_owned(),
+        }
+    }
+
     fn draft(&self, kind: FindingKind, key: &ServiceKey, service: &Service, marks: &Marks) -> Draft {
         let peer = service.peer.get().map(|who| self.names.get(who).comm.clone());
         let remote = if key.is_server {
@@ -171,8 +181,7 @@ impl Diagnosis {
         let raced = service.raced.count;
         draft.confidence = confidence(spread.count, Some(&spread));
         if raced > 0 {
-            draft.marks.lines.splice(0..0, service.raced.lines.iter().copied().take(5));
-            draft.marks.lines.truncate(10);
+            draft.marks.put_first(&service.raced);
         } else {
             draft.class = 1;
         }
@@ -227,7 +236,8 @@ impl Diagnosis {
     fn gave_up(&self, key: &ServiceKey, service: &Service) -> Option<Draft> {
         let series = &service.gave_up;
         let spread = series.sample.spread().filter(|_| series.marks.count >= ENOUGH)?;
-        // A client that never receives anything may not expect an answer: logs and metrics are sent in one direction.
+        // A client that never receives anything may not expect an answer: logs and metrics are sent in one
+        // direction.
         if service.answered == 0 || self.is_seen_better(key, service, &spread) {
             return None;
         }
@@ -240,11 +250,7 @@ impl Diagnosis {
         draft.evidence.extend(times(if regular.is_some() { "timeout" } else { "wait" }, &spread));
         draft.evidence.push(("connections", service.ends.into()));
         let server = self.service_name(key, service);
-        let clients = match (key.is_server, service.peer.get()) {
-            (false, _) => self.name(key.who),
-            (true, Some(who)) => self.name(Some(who)),
-            (true, None) => "clients".to_owned(),
-        };
+        let clients = self.client_name(key, service);
         let median = human_millis(spread.median);
         let count = spread.count;
         if regular.is_some() {
@@ -276,8 +282,8 @@ impl Diagnosis {
         Some(draft)
     }
 
-    /// Whether other lines show the same with more facts: the server's end of these connections, or the client's own
-    /// client, which gave up first.
+    /// Whether other lines show the same with more facts: the server's end of these connections, or the
+    /// client's own client, which gave up first.
     fn is_seen_better(&self, key: &ServiceKey, service: &Service, spread: &Spread) -> bool {
         let client = if key.is_server { service.peer.get() } else { key.who };
         let in_the_wake = self.services.all.iter().any(|(other, front)| {
@@ -314,8 +320,8 @@ impl Diagnosis {
 
     fn unanswered(&self, key: &ServiceKey, service: &Service) -> Option<Draft> {
         let series = &service.unanswered;
-        // If a protocol ends with a message of the client, every connection ends like this. A chain already explains
-        // its own.
+        // If a protocol ends with a message of the client, every connection ends like this. A chain already
+        // explains its own.
         let is_rule = series.marks.count * 2 > service.ends;
         let is_explained = service.resets + service.closed_by_code >= series.marks.count;
         if series.marks.count < ENOUGH || is_rule && !is_explained || self.is_a_link(key) {
@@ -406,17 +412,12 @@ impl Diagnosis {
     }
 
     fn cut(&self, key: &ServiceKey, service: &Service) -> Option<Draft> {
-        let died = service.cut.sample.spread().filter(|died| died.count >= ENOUGH)?;
-        let lived = service.lived.spread().filter(|lived| lived.count >= ENOUGH)?;
-        // One bound must be above the other, apart from clock ticks; and the resets must not have occurred at the same
-        // time, as when the peer's host restarts.
-        if lived.most > died.least * 1.05 || service.cut.marks.seconds < ENOUGH {
-            return None;
-        }
+        let died = cut_after(&service.cut, service.lived)?;
+        let lived = service.lived;
         let mut draft = self.draft(FindingKind::IdleCut, key, service, &service.cut.marks);
         draft.evidence.extend([
             ("shortest_idle_that_died_ms", died.least.into()),
-            ("longest_idle_that_lived_ms", lived.most.into()),
+            ("longest_idle_that_lived_ms", lived.longest_ms.into()),
             ("lived_connections", lived.count.into()),
         ]);
         let (client, server) = (self.name(key.who), self.service_name(key, service));
@@ -425,11 +426,36 @@ impl Diagnosis {
              first after {}; none that was idle for up to {} did.",
             died.count,
             human_millis(died.least),
-            human_millis(lived.most)
+            human_millis(lived.longest_ms)
         );
         draft.advice = format!(
-            "Have {client} drop connections that were idle for {}, or turn on keepalives with a shorter TCP_KEEPIDLE.",
-            human_millis(lived.most)
+            "Have {client} drop connections before they have been idle for {}, or turn on keepalives with a shorter \
+             TCP_KEEPIDLE.",
+            human_millis(died.least)
+        );
+        Some(draft)
+    }
+
+    fn half_closed_cut(&self, key: &ServiceKey, service: &Service) -> Option<Draft> {
+        let died = cut_after(&service.half_closed_cut, service.half_closed_lived)?;
+        let lived = service.half_closed_lived;
+        let mut draft = self.draft(FindingKind::IdleCut, key, service, &service.half_closed_cut.marks);
+        draft.evidence.extend([
+            ("shortest_half_closed_that_died_ms", died.least.into()),
+            ("longest_half_closed_that_lived_ms", lived.longest_ms.into()),
+            ("lived_connections", lived.count.into()),
+        ]);
+        let (client, server) = (self.client_name(key, service), self.service_name(key, service));
+        draft.summary = format!(
+            "Something between {client} and {server} forgets connections whose client has shut down sending: the answer \
+             was never acknowledged on {} of them, the first after {}; none that waited for up to {} died.",
+            died.count,
+            human_millis(died.least),
+            human_millis(lived.longest_ms)
+        );
+        draft.advice = format!(
+            "Have {client} shut down sending only after the answer, or have the firewall keep half-closed connections \
+             longer than {server} takes (nf_conntrack_tcp_timeout_close_wait and _fin_wait in Linux)."
         );
         Some(draft)
     }
@@ -579,6 +605,10 @@ impl Diagnosis {
         }
         let name = self.name(who);
         let times = counted(processes.len() as u64, "time", "times");
+        let mut killer = Single::None;
+        processes.iter().filter_map(|process| process.killer.get()).for_each(|who| killer.add(who));
+        let killer = killer.get().map(|who| self.name(Some(who)));
+        let by = killer.as_ref().map(|killer| format!(" by {killer}")).unwrap_or_default();
         Some(Draft {
             kind: FindingKind::BackendDied,
             class: 3,
@@ -593,9 +623,10 @@ impl Diagnosis {
                 ("requests_lost", lost.count.into()),
                 ("connections", processes.iter().map(|process| process.ends.count).sum::<u64>().into()),
                 ("how", death.verb().into()),
+                ("killed_by", killer.clone().into()),
             ],
             summary: format!(
-                "{name} {} {times}, with {} unanswered.",
+                "{name} {}{by} {times}, with {} unanswered.",
                 death.verb(),
                 counted(lost.count, "request", "requests")
             ),
@@ -606,9 +637,10 @@ impl Diagnosis {
                 Death::Crashed(_) => {
                     format!("Look at the core dump of {name} (`coredumpctl info {}`).", one.pid)
                 }
-                Death::Killed => format!(
-                    "Find out who kills {name}: `signal_from` says so where it was seen, else the supervisor's log."
-                ),
+                Death::Killed => match killer {
+                    Some(killer) => format!("Find out why {killer} kills {name}."),
+                    None => format!("Find out who kills {name}: its supervisor's log may say so."),
+                },
                 Death::Stopped => format!("Have {name} answer what it has taken on before it exits."),
             },
             marks: lost,
@@ -652,6 +684,7 @@ impl Diagnosis {
             evidence: vec![
                 ("open_sockets", count.into()),
                 ("told_of_the_end", leak.told_of_end.into()),
+                ("opened_later", leak.opened_later.into()),
                 ("closed_after_all", leak.closed.into()),
                 ("per_minute", per_minute.into()),
                 ("longest_ms", leak.longest_ms.into()),
@@ -767,6 +800,14 @@ impl Diagnosis {
             ),
         })
     }
+}
+
+/// The silences after which connections died, if they are longer than those after which they lived.
+fn cut_after(cut: &Series, lived: Lived) -> Option<Spread> {
+    let died = cut.sample.spread().filter(|died| died.count >= ENOUGH && lived.count >= ENOUGH)?;
+    // One bound must be above the other, apart from clock ticks; and they must not have died at the same
+    // time, as when the peer's host restarts.
+    (lived.longest_ms <= died.least * 1.05 && cut.marks.seconds >= ENOUGH).then_some(died)
 }
 
 /// Whether the waits of a proxy for its server equal those of the proxy's own clients.

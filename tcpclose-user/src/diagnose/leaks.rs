@@ -1,6 +1,6 @@
 //! Sockets in `CLOSE_WAIT` that their programs do not close.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, net::SocketAddr};
 
 use serde::Deserialize;
 
@@ -9,7 +9,7 @@ use crate::{
         end::{Place, nanoseconds},
         marks::Marks,
         names::Who,
-        observation::{Observation, Text},
+        observation::{Observation, ProcessFields, Text},
         pairs::Key,
         statistics::ENOUGH,
     },
@@ -22,8 +22,8 @@ const PROCESSES: usize = 4_096;
 /// The number of places in the code that are distinguished per process.
 const OPENERS: usize = 64;
 
-/// The time after which a socket counts as leaked although its end of file has not been read: pools check their idle
-/// connections more often than this.
+/// The time after which a socket counts as leaked although its end of file has not been read: pools check
+/// their idle connections more often than this.
 const FORGOTTEN_MS: f64 = 300_000.0;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -36,6 +36,8 @@ pub(crate) struct ProcessKey {
 #[derive(Clone, Debug)]
 struct Socket {
     process: ProcessKey,
+    remote: Option<SocketAddr>,
+    opened: Option<i64>,
     since: i64,
     for_ms: f64,
     kind: LingeringKind,
@@ -62,6 +64,9 @@ pub(crate) struct Leak {
     pub(crate) key: ProcessKey,
     pub(crate) marks: Marks,
     pub(crate) told_of_end: u64,
+    /// Sockets that were opened towards an address when one from there was already in `CLOSE_WAIT`, and still
+    /// is.
+    pub(crate) opened_later: u64,
     pub(crate) closed: u64,
     /// The time from the first leaked socket to the last.
     pub(crate) first_since: i64,
@@ -96,15 +101,23 @@ impl Leaks {
             return;
         }
         let state = self.processes.entry(key).or_default();
-        let fd = observation.holders.iter().flatten().filter_map(|holder| holder.fd).max();
-        state.highest_fd = state.highest_fd.max(fd);
+        state.highest_fd = state.highest_fd.max(observation.highest_fd);
         if is_new
             && let Some(opener) = observation.opener.as_ref().and_then(|text| opener(text.get()))
             && (state.openers.len() < OPENERS || state.openers.contains_key(&opener))
         {
             *state.openers.entry(opener).or_default() += 1;
         }
-        self.open.insert(pair, Socket { process: key, since, for_ms, kind, place, time: observation.time });
+        let age = observation.connection.age_ms.map(nanoseconds);
+        let opened = age.map(|age| observation.time.saturating_sub(age));
+        let remote = observation.connection.remote;
+        let time = observation.time;
+        self.open.insert(pair, Socket { process: key, remote, opened, since, for_ms, kind, place, time });
+    }
+
+    /// Whether no socket is open that lingers.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.open.is_empty()
     }
 
     /// Records that a socket was closed.
@@ -121,6 +134,8 @@ impl Leaks {
         let mut leaks: HashMap<ProcessKey, Leak> = HashMap::new();
         let mut sockets: Vec<_> = self.open.values().collect();
         sockets.sort_unstable_by_key(|socket| (socket.since, socket.place.seq));
+        // The first of each process towards each address.
+        let mut oldest: HashMap<(ProcessKey, SocketAddr), i64> = HashMap::new();
         for socket in sockets {
             let leak = leaks.entry(socket.process).or_insert_with(|| {
                 let process = self.processes.get(&socket.process);
@@ -132,6 +147,7 @@ impl Leaks {
                     key: socket.process,
                     marks: Marks::default(),
                     told_of_end: 0,
+                    opened_later: 0,
                     closed: process.map_or(0, |process| process.closed),
                     first_since: socket.since,
                     last_since: socket.since,
@@ -142,6 +158,10 @@ impl Leaks {
             });
             leak.marks.add(socket.place, socket.time);
             leak.told_of_end += u64::from(socket.kind == LingeringKind::Leaked);
+            if let Some(remote) = socket.remote {
+                let oldest = *oldest.entry((socket.process, remote)).or_insert(socket.since);
+                leak.opened_later += u64::from(socket.opened.is_some_and(|opened| opened > oldest));
+            }
             leak.last_since = socket.since;
             leak.longest_ms = leak.longest_ms.max(socket.for_ms);
         }
@@ -153,37 +173,59 @@ impl Leaks {
 
 impl Leak {
     fn is_one(&self) -> bool {
-        // An idle connection in a healthy pool looks the same for a while. It is closed at its next use; until then the
-        // program has not read the end of file.
-        let is_sure = self.told_of_end > 0 || self.longest_ms >= FORGOTTEN_MS;
+        // An idle connection in a healthy pool looks the same for a while. It is closed at its next use;
+        // until then the program has not read the end of file. But a pool tries all that it has before it
+        // opens others.
+        let is_sure = self.told_of_end > 0 || self.opened_later >= ENOUGH || self.longest_ms >= FORGOTTEN_MS;
         self.marks.count >= ENOUGH && self.closed * 4 < self.marks.count && is_sure
     }
 }
 
-/// The innermost frame of the program itself, with the line if it is known.
+/// The innermost frame of the program's own code, with the line if it is known.
 fn opener(json: &str) -> Option<String> {
     #[derive(Deserialize)]
-    struct Opener<'a> {
+    struct OpenerFields<'a> {
         #[serde(borrow)]
-        stack: Option<Stack<'a>>,
+        process: Option<ProcessFields<'a>>,
+        #[serde(borrow)]
+        stack: Option<StackFields<'a>>,
     }
-    let opener: Opener<'_> = serde_json::from_str(json).ok()?;
+    let opener: OpenerFields<'_> = serde_json::from_str(json).ok()?;
     let frames = opener.stack?.user?;
-    let frame = frames.iter().find(|frame| !frame.is_of_libc() && frame.symbol.is_some());
-    frame.or(frames.first()).and_then(Frame::name)
+    let exe = opener.process.and_then(|process| process.exe);
+    let is_in_exe = |frame: &&FrameFields<'_>| frame.symbol.is_some() && frame.module_is(exe.as_ref());
+    let is_named = |frame: &&FrameFields<'_>| frame.symbol.is_some() && !frame.is_of_libc();
+    let own = own_java_frame(&frames).or_else(|| frames.iter().find(is_in_exe));
+    own.or_else(|| frames.iter().find(is_named)).or(frames.first()).and_then(FrameFields::name)
+}
+
+/// The innermost Java method in a package of the application: the one of the outermost method that is not the
+/// JDK's. A package is recognized by the first two parts of its name; what is between them and the JDK are
+/// libraries.
+fn own_java_frame<'a, 'b>(frames: &'b [FrameFields<'a>]) -> Option<&'b FrameFields<'a>> {
+    const JDK: [&str; 6] = ["java.", "javax.", "jdk.", "sun.", "com.sun.", "jakarta."];
+    let class = |frame: &'b FrameFields<'a>| {
+        frame.file.as_ref().filter(|file| file.0.ends_with(".java"))?;
+        let (method, _) = frame.symbol.as_ref()?.0.split_once('(')?;
+        let (class, _) = method.rsplit(' ').next()?.rsplit_once('.')?;
+        (!JDK.iter().any(|prefix| class.starts_with(prefix))).then_some(class)
+    };
+    let package = |class: &'b str| class.match_indices('.').nth(1).map_or(class, |(end, _)| &class[..end]);
+    let own = frames.iter().rev().find_map(class).map(package)?;
+    frames.iter().find(|frame| class(frame).map(package) == Some(own))
 }
 
 /// The names in a stack.
 #[derive(Deserialize)]
-pub(crate) struct Stack<'a> {
+pub(crate) struct StackFields<'a> {
     #[serde(borrow, default)]
-    pub(crate) user: Option<Vec<Frame<'a>>>,
+    pub(crate) user: Option<Vec<FrameFields<'a>>>,
     #[serde(borrow, default)]
-    pub(crate) kernel: Option<Vec<Frame<'a>>>,
+    pub(crate) kernel: Option<Vec<FrameFields<'a>>>,
 }
 
 #[derive(Deserialize)]
-pub(crate) struct Frame<'a> {
+pub(crate) struct FrameFields<'a> {
     #[serde(borrow, default)]
     pub(crate) symbol: Option<Text<'a>>,
     #[serde(borrow, default)]
@@ -194,7 +236,11 @@ pub(crate) struct Frame<'a> {
     pub(crate) line: Option<u32>,
 }
 
-impl Frame<'_> {
+impl FrameFields<'_> {
+    fn module_is(&self, exe: Option<&Text<'_>>) -> bool {
+        self.module.as_ref().zip(exe).is_some_and(|(module, exe)| module.0 == exe.0)
+    }
+
     fn is_of_libc(&self) -> bool {
         let module =
             self.module.as_ref().map_or("", |module| module.0.rsplit('/').next().unwrap_or_default());
@@ -208,5 +254,51 @@ impl Frame<'_> {
             (Some(file), Some(line)) => format!("{symbol} ({}:{line})", file.0),
             _ => symbol.to_owned(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn opened_in(exe: &str, frames: &[(&str, &str, Option<&str>)]) -> Option<String> {
+        let frames: Vec<_> = frames
+            .iter()
+            .map(
+                |(symbol, module, file)| json!({"symbol": symbol, "module": module, "file": file, "line": 7}),
+            )
+            .collect();
+        opener(
+            &json!({"process": {"pid": 1, "comm": "x", "exe": exe}, "stack": {"user": frames}}).to_string(),
+        )
+    }
+
+    #[test]
+    fn the_own_code_of_a_program_is_named() {
+        let connect = ("__connect", "/lib/libc.so.6", None);
+        let curl = ("Curl_connect", "/lib/libcurl.so.4", None);
+        let own = ("fetch", "/bin/app", Some("fetch.c"));
+        assert_eq!(opened_in("/bin/app", &[connect, curl, own]).as_deref(), Some("fetch (fetch.c:7)"));
+        assert_eq!(opened_in("/bin/other", &[connect, curl, own]).as_deref(), Some("Curl_connect"));
+        assert_eq!(opened_in("/bin/other", &[connect]).as_deref(), Some("__connect"));
+    }
+
+    #[test]
+    fn libraries_of_java_are_not_the_application() {
+        let jdk = ("void sun.nio.ch.Net.connect(int)", "", Some("Net.java"));
+        let library = ("void org.apache.http.Exec.execute(int)", "", Some("Exec.java"));
+        let own = ("int com.acme.shop.Prices.price(java.lang.String)", "", Some("Prices.java"));
+        let outer = ("void com.acme.jobs.Job.run()", "", Some("Job.java"));
+        let thread = ("void java.lang.Thread.run()", "", Some("Thread.java"));
+        assert_eq!(
+            opened_in("/usr/bin/java", &[jdk, library, own, outer, thread]).as_deref(),
+            Some("int com.acme.shop.Prices.price(java.lang.String) (Prices.java:7)")
+        );
+        assert_eq!(
+            opened_in("/usr/bin/java", &[jdk, thread]).as_deref(),
+            Some("void sun.nio.ch.Net.connect(int) (Net.java:7)")
+        );
     }
 }

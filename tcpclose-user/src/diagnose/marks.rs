@@ -29,6 +29,14 @@ impl Marks {
         }
     }
 
+    /// Names lines of `other` first, each line once: at most half as many as a finding names.
+    pub(crate) fn put_first(&mut self, other: &Self) {
+        let first: Vec<Place> = other.lines.iter().copied().take(LINES / 2).collect();
+        self.lines.retain(|place| !first.contains(place));
+        self.lines.splice(0..0, first);
+        self.lines.truncate(LINES);
+    }
+
     /// Adds those of `other`; lines of both are named.
     pub(crate) fn merge(&mut self, other: &Self) {
         if other.count == 0 {

@@ -1,10 +1,11 @@
 //! Finds faults that only many lines together show.
 //!
-//! A pure function from lines ([`observation`]) to findings ([`crate::event::Finding`]): each line is added to tables
-//! of bounded size ([`Diagnosis::add`]), from which findings are derived on request ([`Diagnosis::findings`]). The two
-//! ends of a connection are joined first ([`pairs`]). They are then grouped by program and service ([`services`]), by
-//! process that died ([`deaths`]), by destination ([`time_wait`]), by process that leaks sockets ([`leaks`]), and by
-//! cause and effect ([`chains`]). [`judge`] has the thresholds and the sentences.
+//! A pure function from lines ([`observation`]) to findings ([`crate::event::Finding`]): each line is added
+//! to tables of bounded size ([`Diagnosis::add`]), from which findings are derived on request
+//! ([`Diagnosis::findings`]). The two ends of a connection are joined first ([`pairs`]). They are then
+//! grouped by program and service ([`services`]), by process that died ([`deaths`]), by destination
+//! ([`time_wait`]), by process that leaks sockets ([`leaks`]), and by cause and effect ([`chains`],
+//! [`relays`]). [`judge`] has the thresholds and the sentences.
 //!
 //! The tables together never exceed 150 MiB; a few MiB is usual.
 
@@ -21,6 +22,7 @@ pub mod observation;
 pub mod page;
 mod pairs;
 pub mod pictures;
+mod relays;
 pub mod report;
 mod services;
 mod statistics;
@@ -35,11 +37,15 @@ use crate::{
         observation::{Line, Observation},
         pairs::Key,
     },
-    event::{Cause, Direction, Finding, LingeringKind, State},
+    event::{Cause, Direction, Event, Finding, LingeringKind, State},
 };
 
 /// The age after which an end is judged without its peer, in nanoseconds of the lines' own time.
 const WAITED: i64 = 60 * marks::SECOND;
+
+/// The number of services, and of ends that wait for their peers, that a trace keeps.
+const TRACED_SERVICES: usize = 1_024;
+const TRACED_PAIRS: usize = 8_192;
 
 /// Collects lines and derives findings from them.
 #[derive(Debug, Default)]
@@ -51,6 +57,7 @@ pub struct Diagnosis {
     leaks: leaks::Leaks,
     time_wait: time_wait::TimeWait,
     chains: chains::Chains,
+    relays: relays::Relays,
     /// The names of the files, by their numbers.
     sources: Vec<String>,
     latest: i64,
@@ -78,6 +85,15 @@ impl Diagnosis {
         Self { sources, ..Self::default() }
     }
 
+    /// Begins without lines, for the events of this process. Its tables are smaller than those for files, so
+    /// that a trace stays small on a host with many services; they never exceed 30 MiB.
+    pub fn of_trace() -> Self {
+        let mut diagnosis = Self::default();
+        diagnosis.services.most = TRACED_SERVICES;
+        diagnosis.pairs.most = TRACED_PAIRS;
+        diagnosis
+    }
+
     /// Adds a line of a file, given by its index in `sources`.
     pub fn add(&mut self, observation: &Observation<'_>, source: u16) {
         let Some(line) = observation.event else { return };
@@ -91,18 +107,48 @@ impl Diagnosis {
         }
     }
 
+    /// Adds an event of this process, which will be the line `seq`.
+    pub fn add_event(&mut self, event: &Event, seq: u64) {
+        match event {
+            Event::Close(close) => {
+                self.totals.lines += 1;
+                self.totals.ends += 1;
+                if let Some(end) = End::of_event(close, seq, &mut self.names) {
+                    self.end(end);
+                }
+            }
+            Event::Reset(reset) => self.add(&Observation { seq, ..Observation::from(&**reset) }, 0),
+            Event::Lingering(lingering) => {
+                self.add(&Observation { seq, ..Observation::from(&**lingering) }, 0);
+            }
+            Event::Lost(lost) => self.totals.lost += lost.count,
+            Event::Finding(_) => {}
+        }
+    }
+
     fn close(&mut self, observation: &Observation<'_>, source: u16) {
         self.totals.ends += 1;
-        let Some(end) = End::of(observation, source, &mut self.names) else { return };
-        if end.close_wait_ms.is_some() {
+        if let Some(end) = End::of_line(observation, source, &mut self.names) {
+            self.end(end);
+        }
+    }
+
+    #[expect(clippy::large_types_passed_by_value, reason = "it is kept")]
+    fn end(&mut self, end: End) {
+        self.latest = self.latest.max(end.time);
+        if end.close_wait_ms.is_some() && !self.leaks.is_empty() {
             self.leaks.closed(Key::of(&end));
         }
         self.time_wait.settle(&end);
-        let Self { pairs, services, deaths, chains, .. } = self;
+        if end.is_ordinary() {
+            return self.services.ordinary(&end);
+        }
+        let Self { pairs, services, deaths, chains, relays, .. } = self;
         pairs.add(end, |end, peer| {
             services.settle(end, peer);
             deaths.settle(end, peer);
             chains.settle(end, peer);
+            relays.settle(end);
         });
     }
 
@@ -135,16 +181,20 @@ impl Diagnosis {
         }
     }
 
-    /// The findings so far, the most costly first. An end whose peer has not been read counts only after a minute,
-    /// unless these are the `last` findings.
+    /// The findings so far, the most costly first. An end whose peer has not been read counts only after a
+    /// minute, unless these are the `last` findings.
     pub fn findings(&mut self, last: bool) -> Vec<Finding> {
         let until = if last { i64::MAX } else { self.latest.saturating_sub(WAITED) };
-        let Self { pairs, services, deaths, chains, .. } = self;
+        let Self { pairs, services, deaths, chains, relays, .. } = self;
         pairs.give_up_before(until, |end, peer| {
             services.settle(end, peer);
             deaths.settle(end, peer);
             chains.settle(end, peer);
+            relays.settle(end);
         });
+        for gave_up in relays.join() {
+            services.gave_up(&gave_up);
+        }
         self.judge().into_iter().map(|ranked| ranked.finding).collect()
     }
 

@@ -2,10 +2,18 @@
 
 use std::collections::HashMap;
 
-use crate::diagnose::observation::{Process, Text};
+use foldhash::fast::RandomState;
+
+use crate::{
+    diagnose::observation::{ProcessFields, Text},
+    event::{self, Shared},
+};
 
 /// The number of programs that are distinguished; further ones share one entry without a name.
 const MOST: usize = 16_384;
+
+/// The number of processes of events that are remembered; without room, all are forgotten.
+const SHARED: usize = 1_024;
 
 /// The index of a program in the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -26,18 +34,20 @@ pub(crate) struct Name {
 #[derive(Debug)]
 pub(crate) struct Names {
     all: Vec<Name>,
-    by_comm: HashMap<String, Vec<Who>>,
+    by_comm: HashMap<String, Vec<Who>, RandomState>,
+    /// Processes that events share, by their addresses, which remain theirs as long as they are kept here.
+    shared: HashMap<usize, (Shared<event::Process>, Who), RandomState>,
 }
 
 impl Default for Names {
     fn default() -> Self {
         let others = Name { comm: "(others)".to_owned(), ..Name::default() };
-        Self { all: vec![others], by_comm: HashMap::new() }
+        Self { all: vec![others], by_comm: HashMap::default(), shared: HashMap::default() }
     }
 }
 
 impl Names {
-    pub(crate) fn of(&mut self, process: &Process<'_>) -> Who {
+    pub(crate) fn of(&mut self, process: &ProcessFields<'_>) -> Who {
         let text = |text: &Option<Text<'_>>| text.as_ref().map(|text| text.0.as_ref().to_owned());
         let comm = process.comm.0.as_ref();
         let same = |who: &&Who| {
@@ -61,6 +71,24 @@ impl Names {
         who
     }
 
+    /// A program of which only the name is known.
+    pub(crate) fn of_comm(&mut self, comm: &str) -> Who {
+        self.of(&ProcessFields { pid: 0, tid: None, comm: Text(comm.into()), exe: None, container: None })
+    }
+
+    /// The program of an event's process.
+    pub(crate) fn of_shared(&mut self, process: &Shared<event::Process>) -> Who {
+        if let Some((_, who)) = self.shared.get(&process.address()) {
+            return *who;
+        }
+        let who = self.of(&ProcessFields::from(&**process));
+        if self.shared.len() >= SHARED {
+            self.shared.clear();
+        }
+        self.shared.insert(process.address(), (process.clone(), who));
+        who
+    }
+
     pub(crate) fn get(&self, who: Who) -> &Name {
         let index = usize::try_from(who.0).unwrap_or_default();
         self.all.get(index).unwrap_or(&self.all[0])
@@ -74,7 +102,7 @@ mod tests {
     #[test]
     fn the_same_program_has_one_place() {
         let mut names = Names::default();
-        let process = |comm: &'static str, exe: Option<&'static str>| Process {
+        let process = |comm: &'static str, exe: Option<&'static str>| ProcessFields {
             pid: 1,
             tid: None,
             comm: Text(comm.into()),
@@ -87,7 +115,7 @@ mod tests {
         assert_eq!(names.get(nginx).exe.as_deref(), Some("/usr/sbin/nginx"));
         for number in 0..MOST {
             let comm = number.to_string();
-            names.of(&Process { comm: Text(comm.into()), ..process("", None) });
+            names.of(&ProcessFields { comm: Text(comm.into()), ..process("", None) });
         }
         assert_eq!(names.all.len(), MOST);
         let other = names.of(&process("one more", None));

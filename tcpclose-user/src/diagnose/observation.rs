@@ -1,7 +1,7 @@
 //! One line of `-o json`, reduced to what a diagnosis needs.
 //!
-//! It relies only on the contract of the output: unknown fields are skipped, every field may be null or absent, and a
-//! value that a later version has added to a closed list is read as unknown.
+//! It relies only on the contract of the output: unknown fields are skipped, every field may be null or
+//! absent, and a value that a later version has added to a closed list is read as unknown.
 
 use std::{borrow::Cow, net::SocketAddr};
 
@@ -27,10 +27,10 @@ pub struct Observation<'a> {
     pub seq: u64,
     /// The connection, seen from the host that traced.
     #[serde(default)]
-    pub connection: Connection,
+    pub connection: ConnectionFields,
     /// The owner of the socket.
     #[serde(borrow, default)]
-    pub process: Option<Process<'a>>,
+    pub process: Option<ProcessFields<'a>>,
     /// `closed_by`.
     #[serde(default, deserialize_with = "lenient")]
     pub closed_by: Option<ClosedBy>,
@@ -44,8 +44,8 @@ pub struct Observation<'a> {
     #[serde(borrow, default)]
     pub signal: Option<Text<'a>>,
     /// `signal_from`.
-    #[serde(default)]
-    pub signal_from: Option<SignalFrom>,
+    #[serde(borrow, default)]
+    pub signal_from: Option<SignalFromFields<'a>>,
     /// `cause`.
     #[serde(default, deserialize_with = "lenient")]
     pub cause: Option<Cause>,
@@ -64,12 +64,15 @@ pub struct Observation<'a> {
     /// `unread_bytes`.
     #[serde(default)]
     pub unread_bytes: Option<u64>,
+    /// `unacked_bytes`.
+    #[serde(default)]
+    pub unacked_bytes: Option<u64>,
     /// `close_wait_ms`.
     #[serde(default)]
     pub close_wait_ms: Option<f64>,
     /// `states`, reduced.
     #[serde(default)]
-    pub states: Path,
+    pub states: StatesSeen,
     /// `stack`, as it was written.
     #[serde(borrow, default, deserialize_with = "raw")]
     pub stack: Option<Cow<'a, RawValue>>,
@@ -91,9 +94,9 @@ pub struct Observation<'a> {
     /// `for_ms`.
     #[serde(default)]
     pub for_ms: Option<f64>,
-    /// `holders`.
-    #[serde(default)]
-    pub holders: Option<Vec<Holder>>,
+    /// The highest descriptor in `holders`.
+    #[serde(default, rename = "holders", deserialize_with = "highest_fd")]
+    pub highest_fd: Option<u32>,
     /// `count` of a `lost` line.
     #[serde(default)]
     pub count: Option<u64>,
@@ -115,7 +118,7 @@ pub enum Line {
 
 /// A connection.
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
-pub struct Connection {
+pub struct ConnectionFields {
     /// This end.
     #[serde(default, deserialize_with = "endpoint")]
     pub local: Option<SocketAddr>,
@@ -139,11 +142,16 @@ pub struct Connection {
     pub bytes_received: Option<u64>,
 }
 
+/// A number, or 0 for null: a process that is not in the pid namespace of the trace has no id there.
+fn or_zero<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
 /// The owner of a socket.
 #[derive(Clone, Debug, Deserialize)]
-pub struct Process<'a> {
-    /// Process id.
-    #[serde(default)]
+pub struct ProcessFields<'a> {
+    /// Process id; 0 if there is none.
+    #[serde(default, deserialize_with = "or_zero")]
     pub pid: u32,
     /// Thread id.
     #[serde(default)]
@@ -163,26 +171,21 @@ pub struct Process<'a> {
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct Text<'a>(#[serde(borrow)] pub Cow<'a, str>);
 
-/// The sender of a signal; only the kernel's OOM killer is of interest here.
-#[derive(Clone, Copy, Debug, Deserialize)]
-pub struct SignalFrom {
+/// The sender of a signal: a process, or the kernel's OOM killer.
+#[derive(Clone, Debug, Deserialize)]
+pub struct SignalFromFields<'a> {
+    /// The program's name.
+    #[serde(borrow, default)]
+    pub comm: Option<Text<'a>>,
     /// Whether it was the OOM killer.
     #[serde(default)]
     pub oom: Option<bool>,
 }
 
-/// A process that holds a socket.
-#[derive(Clone, Copy, Debug, Deserialize)]
-pub struct Holder {
-    /// Its descriptor.
-    #[serde(default)]
-    pub fd: Option<u32>,
-}
-
 /// The facts that follow from the path of states.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
-pub struct Path {
+pub struct StatesSeen {
     /// The handshake was completed.
     pub established: bool,
     /// The peer's FIN came first.
@@ -197,7 +200,7 @@ pub struct Path {
     pub length_ms: f64,
 }
 
-impl Path {
+impl StatesSeen {
     /// Adds the next state.
     pub fn add(&mut self, state: State, at_ms: f64) {
         match state {
@@ -218,7 +221,7 @@ impl Path {
     }
 }
 
-impl<'de> Deserialize<'de> for Path {
+impl<'de> Deserialize<'de> for StatesSeen {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]
         struct Step {
@@ -229,18 +232,18 @@ impl<'de> Deserialize<'de> for Path {
         }
         struct Visitor;
         impl<'de> serde::de::Visitor<'de> for Visitor {
-            type Value = Path;
+            type Value = StatesSeen;
 
             fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 formatter.write_str("a list of states")
             }
 
-            fn visit_unit<E>(self) -> Result<Path, E> {
-                Ok(Path::default())
+            fn visit_unit<E>(self) -> Result<StatesSeen, E> {
+                Ok(StatesSeen::default())
             }
 
-            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut steps: A) -> Result<Path, A::Error> {
-                let mut path = Path::default();
+            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut steps: A) -> Result<StatesSeen, A::Error> {
+                let mut path = StatesSeen::default();
                 while let Some(step) = steps.next_element::<Step>()? {
                     if let Some(state) = step.state {
                         path.add(state, step.at_ms);
@@ -260,6 +263,16 @@ fn lenient<'de, D: Deserializer<'de>, T: DeserializeOwned>(deserializer: D) -> R
         let name: StrDeserializer<'_, serde::de::value::Error> = text.0.as_ref().into_deserializer();
         T::deserialize(name).ok()
     }))
+}
+
+fn highest_fd<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    #[derive(Deserialize)]
+    struct HolderFields {
+        #[serde(default)]
+        fd: Option<u32>,
+    }
+    let holders = Option::<Vec<HolderFields>>::deserialize(deserializer)?;
+    Ok(holders.iter().flatten().filter_map(|holder| holder.fd).max())
 }
 
 fn raw<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Cow<'de, RawValue>>, D::Error> {

@@ -1,6 +1,7 @@
 //! The page of `diagnose --html`: a single file without scripts that loads nothing.
 //!
-//! All text from outside is escaped ([`Escaped`]). In addition, a content security policy forbids scripts and loading.
+//! All text from outside is escaped ([`Escaped`]). In addition, a content security policy forbids scripts and
+//! loading.
 
 use std::fmt::Write as _;
 
@@ -198,7 +199,7 @@ fn begin(out: &mut impl Write, most: i64, timeline: &Timeline, length: usize) ->
     writeln!(
         out,
         "<svg viewBox=\"0 0 {WIDTH} {}\" role=\"img\"><text x=\"0\" y=\"12\">{most}</text><text x=\"0\" y=\"{HEIGHT}\">0</text>\
-         <text x=\"{LEFT}\" y=\"{}\">{}</text><text x=\"{WIDTH}\" y=\"{2}\" text-anchor=\"end\">{} UTC</text>\
+         <text x=\"{LEFT}\" y=\"{}\">{}</text><text x=\"{WIDTH}\" y=\"{1}\" text-anchor=\"end\">{} UTC</text>\
          <line x1=\"{LEFT}\" y1=\"{HEIGHT}\" x2=\"{WIDTH}\" y2=\"{HEIGHT}\" stroke=\"#888\"/>",
         HEIGHT + 22.0,
         HEIGHT + 16.0,

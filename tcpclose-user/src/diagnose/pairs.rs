@@ -1,20 +1,23 @@
 //! The two ends of a connection, joined by their addresses.
 //!
-//! An end waits until its peer is read, from the same file or another, so that both can be judged together; or until
-//! [`ROOM`] further ends have been read; or until it is a minute old when findings are requested. An end is judged
-//! alone if its peer was not traced, or if NAT changes the addresses between the two.
+//! An end waits until its peer is read, from the same file or another, so that both can be judged together;
+//! or until [`ROOM`] further ends have been read; or until it is a minute old when findings are requested. An
+//! end is judged alone if its peer was not traced, or if NAT changes the addresses between the two.
 
 use std::{
     collections::{HashMap, VecDeque},
     net::SocketAddr,
 };
 
+use foldhash::fast::RandomState;
+
 use crate::diagnose::end::End;
 
 /// The number of ends that may wait for their peers; 16 MiB.
 const ROOM: usize = 32_768;
 
-/// The local and remote address of the peer. Loopback addresses are unique only within a network namespace of one host.
+/// The local and remote address of the peer. Loopback addresses are unique only within a network namespace of
+/// one host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Key {
     local: SocketAddr,
@@ -48,17 +51,26 @@ fn plain(address: SocketAddr) -> SocketAddr {
 }
 
 /// Ends that wait for their peers.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Pairs {
-    waiting: HashMap<Key, End>,
+    /// The number of ends that may wait.
+    pub(crate) most: usize,
+    waiting: HashMap<Key, End, RandomState>,
     /// The ends in the order of arrival; some of them may have been joined since.
     order: VecDeque<(Key, i64)>,
     pub(crate) joined: u64,
     pub(crate) alone: u64,
 }
 
+impl Default for Pairs {
+    fn default() -> Self {
+        Self { most: ROOM, waiting: HashMap::default(), order: VecDeque::new(), joined: 0, alone: 0 }
+    }
+}
+
 impl Pairs {
-    /// Passes to `settle` what can be judged now: this end with its peer, or ends that have waited long enough.
+    /// Passes to `settle` what can be judged now: this end with its peer, or ends that have waited long
+    /// enough.
     #[expect(clippy::large_types_passed_by_value, reason = "it is kept")]
     pub(crate) fn add(&mut self, end: End, mut settle: impl FnMut(&End, Option<&End>)) {
         if let Some(peer) = self.waiting.remove(&Key::of_peer(&end)) {
@@ -74,7 +86,7 @@ impl Pairs {
             settle(&former, None);
         }
         self.order.push_back((key, end.time));
-        while self.waiting.len() > ROOM || self.order.len() > 2 * ROOM {
+        while self.waiting.len() > self.most || self.order.len() > 2 * self.most {
             self.give_up_oldest(&mut settle);
         }
     }

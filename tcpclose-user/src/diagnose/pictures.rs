@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use crate::{
     diagnose::{
         end::nanoseconds,
-        leaks::Stack,
+        leaks::StackFields,
         marks::SECOND,
         observation::{Line, Observation},
         time_wait::LASTS_SECONDS,
@@ -53,12 +53,17 @@ impl Default for Timeline {
 }
 
 impl Timeline {
-    /// Adds to the point of a time; times before the first point count there.
-    pub(crate) fn add(&mut self, time: i64, series: &str, by: i64) {
+    /// Fixes the first point in time; later calls have no effect.
+    fn begin(&mut self, time: i64) {
         if !self.begun {
             self.begun = true;
             self.start = time;
         }
+    }
+
+    /// Adds to the point of a time; times before the first point count there.
+    pub(crate) fn add(&mut self, time: i64, series: &str, by: i64) {
+        self.begin(time);
         let offset = time.saturating_sub(self.start).max(0);
         while offset / self.step >= POINTS_OF_TIME {
             self.step *= 2;
@@ -95,6 +100,12 @@ const STUCK: usize = 65_536;
 impl Pictures {
     /// Adds a line.
     pub fn add(&mut self, observation: &Observation<'_>) {
+        if observation.event.is_some() {
+            // One axis for all of them.
+            for timeline in [&mut self.ends, &mut self.close_wait, &mut self.time_wait] {
+                timeline.begin(observation.time);
+            }
+        }
         match observation.event {
             Some(Line::Close) => self.close(observation),
             Some(Line::Lingering) if observation.state == Some(State::CloseWait) => {
@@ -134,14 +145,16 @@ impl Pictures {
             // A change after the end of the trace is not drawn.
             self.time_wait.add(time.saturating_add(LASTS_SECONDS * SECOND), SOCKETS, -1);
         }
-        if let Some(stack) =
-            observation.stack.as_ref().and_then(|text| serde_json::from_str::<Stack<'_>>(text.get()).ok())
+        if let Some(stack) = observation
+            .stack
+            .as_ref()
+            .and_then(|text| serde_json::from_str::<StackFields<'_>>(text.get()).ok())
         {
             self.stack(observation, &stack);
         }
     }
 
-    fn stack(&mut self, observation: &Observation<'_>, stack: &Stack<'_>) {
+    fn stack(&mut self, observation: &Observation<'_>, stack: &StackFields<'_>) {
         let frames = stack.kernel.iter().flatten().chain(stack.user.iter().flatten());
         let mut names: Vec<String> =
             frames.take(FRAMES).map(|frame| frame.name().unwrap_or_else(|| "?".to_owned())).collect();

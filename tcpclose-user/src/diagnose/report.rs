@@ -16,8 +16,23 @@ const MOST: usize = 8;
 /// The width of the column with the number.
 const INDENT: usize = 3;
 
+/// Whether the lines that show a finding are named by their numbers, which only JSON lines have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seqs {
+    /// They are.
+    Named,
+    /// They are not.
+    Hidden,
+}
+
 /// Writes findings and the statistics of the input.
-pub fn write(out: &mut impl Write, findings: &[Finding], totals: Totals, palette: Palette) -> io::Result<()> {
+pub fn write(
+    out: &mut impl Write,
+    findings: &[Finding],
+    totals: Totals,
+    palette: Palette,
+    seqs: Seqs,
+) -> io::Result<()> {
     let Palette { alarm, header, dim, .. } = palette;
     if findings.is_empty() {
         writeln!(out, "{header}No findings{header:#} in {}.", read(totals))?;
@@ -33,7 +48,7 @@ pub fn write(out: &mut impl Write, findings: &[Finding], totals: Totals, palette
     for (number, finding) in findings.iter().take(MOST).enumerate() {
         let kind = finding.kind;
         let number = number + 1;
-        writeln!(out, "\n{number:>2} {alarm}{kind}{alarm:#} {dim}{}{dim:#}", span(finding))?;
+        writeln!(out, "\n{number:>2} {alarm}{kind}{alarm:#} {dim}{}{dim:#}", span(finding, seqs))?;
         paragraph(out, &escape(&finding.summary))?;
         paragraph(out, &format!("→ {}", escape(&finding.advice)))?;
     }
@@ -43,13 +58,9 @@ pub fn write(out: &mut impl Write, findings: &[Finding], totals: Totals, palette
     if !findings.is_empty() {
         writeln!(
             out,
-            "\n{dim}`tcpclose explain KIND` says how each is found. Both ends were joined by their addresses{dim:#}"
+            "\n{dim}`tcpclose explain KIND` says how each is found. Behind NAT the two ends of a connection have{dim:#}"
         )?;
-        writeln!(
-            out,
-            "{dim}for {} connections; behind NAT an end has another address and is judged alone.{dim:#}",
-            totals.joined
-        )?;
+        writeln!(out, "{dim}different addresses, and are judged apart.{dim:#}")?;
     }
     Ok(())
 }
@@ -62,17 +73,15 @@ fn read(totals: Totals) -> String {
     text
 }
 
-fn span(finding: &Finding) -> String {
+fn span(finding: &Finding, seqs: Seqs) -> String {
     let clock = |time: crate::event::Time| time.0.strftime("%H:%M:%S").to_string();
-    let lines: Vec<_> = finding.lines.iter().map(u64::to_string).collect();
-    format!(
-        "{} · {} to {} UTC · {} · seq {}",
-        finding.count,
-        clock(finding.first),
-        clock(finding.last),
-        finding.confidence,
-        lines.join(", ")
-    )
+    let (first, last) = (clock(finding.first), clock(finding.last));
+    let mut text = format!("{} · {first} to {last} UTC · {}", finding.count, finding.confidence);
+    if seqs == Seqs::Named {
+        let numbers: Vec<_> = finding.lines.iter().map(u64::to_string).collect();
+        let _ = write!(text, " · seq {}", numbers.join(", "));
+    }
+    text
 }
 
 fn paragraph(out: &mut impl Write, text: &str) -> io::Result<()> {

@@ -1,66 +1,49 @@
 //! Ends of connections, grouped by program, side and service.
 //!
-//! [`Services::settle`] adds an end to the series it belongs to; [`crate::diagnose::judge`] derives findings from them.
+//! [`Services::settle`] adds an end to the series it belongs to; [`crate::diagnose::judge`] derives findings
+//! from them.
 
 use std::{
     collections::{HashMap, VecDeque},
     net::{IpAddr, SocketAddr},
 };
 
+use foldhash::fast::RandomState;
+
 use crate::{
     diagnose::{
-        end::{End, Place},
+        end::{End, IDLE_MS, Place, ServiceKey, WAIT_MS},
         marks::{Marks, Series},
         names::Who,
         pairs::Key,
-        statistics::Reservoir,
+        relays::GaveUp,
     },
     event::{Cause, Ended, LastData, Role},
 };
 
-/// The number of services that are distinguished. Without room, those with the fewest and oldest marks are evicted.
+/// The number of services that are distinguished. Without room, those with the fewest and oldest marks are
+/// evicted.
 const MOST: usize = 8_192;
 
 /// The number of idle ends closed by a server that are kept, to match requests that arrive too late.
 const RECENT: usize = 8_192;
 
-/// The shortest idle time; shorter ones are pauses within an exchange or its end.
-const IDLE_MS: f64 = 500.0;
-
-/// The shortest wait for an answer; shorter ones are races between an answer and an orderly end.
-const WAIT_MS: f64 = 50.0;
-
-/// The shortest abandoned attempt; a shorter one may have lost a race against another address of the same name.
+/// The shortest abandoned attempt; a shorter one may have lost a race against another address of the same
+/// name.
 const ATTEMPT_MS: f64 = 500.0;
 
-/// The longest time before the peer's FIN at which data may have been sent and still have crossed with it, round trip
-/// included.
+/// The longest time before the peer's FIN at which data may have been sent and still have crossed with it,
+/// round trip included.
 const CROSSING_MS: f64 = 50.0;
+
+/// Bytes of a `close_notify`: of TLS 1.2 with `ChaCha20` and with AES-GCM, and of TLS 1.3 (RFC 8446, section
+/// 5.2).
+const FAREWELLS: [u64; 3] = [23, 31, 24];
 
 /// The shortest silence after which a device may have forgotten a connection.
 const CUT_MS: f64 = 1_000.0;
 
-/// The connections of a program to a service, or those of the service itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct ServiceKey {
-    pub(crate) who: Option<Who>,
-    pub(crate) is_server: bool,
-    /// The server's address, as its clients see it; all clients of a server are one group.
-    pub(crate) address: Option<IpAddr>,
-    pub(crate) port: u16,
-}
-
-impl ServiceKey {
-    fn of(end: &End) -> Option<Self> {
-        let (is_server, address, port) = match end.role? {
-            Role::Client => (false, Some(end.remote.ip()), end.remote.port()),
-            Role::Server => (true, None, end.local.port()),
-        };
-        Some(Self { who: end.who, is_server, address, port })
-    }
-}
-
-/// The facts about them.
+/// The facts about the connections of a program to a service, or about those of the service itself.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Service {
     /// The number of ends that were established, and of those on which the server sent data.
@@ -96,7 +79,24 @@ pub(crate) struct Service {
     /// Silences after which a connection was reset or not answered when it was used again.
     pub(crate) cut: Series,
     /// Silences after which a connection still worked.
-    pub(crate) lived: Reservoir,
+    pub(crate) lived: Lived,
+    /// Servers: the same for connections whose client had shut down sending.
+    pub(crate) half_closed_cut: Series,
+    pub(crate) half_closed_lived: Lived,
+}
+
+/// Silences that connections survived.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Lived {
+    pub(crate) count: u64,
+    pub(crate) longest_ms: f64,
+}
+
+impl Lived {
+    fn add(&mut self, silence_ms: f64) {
+        self.count += 1;
+        self.longest_ms = self.longest_ms.max(silence_ms);
+    }
 }
 
 /// A value that may be the same every time.
@@ -127,7 +127,14 @@ impl<T: Copy + PartialEq> Single<T> {
 
 impl Service {
     fn shown(&self) -> u64 {
-        let series = [&self.idle_by_peer, &self.gave_up, &self.unanswered, &self.no_answer, &self.cut];
+        let series = [
+            &self.idle_by_peer,
+            &self.gave_up,
+            &self.unanswered,
+            &self.no_answer,
+            &self.cut,
+            &self.half_closed_cut,
+        ];
         let marks =
             [&self.unread, &self.overflow, &self.unaccepted, &self.refused, &self.forged, &self.raced];
         series.iter().map(|series| series.marks.count).sum::<u64>()
@@ -135,18 +142,32 @@ impl Service {
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Services {
-    pub(crate) all: HashMap<ServiceKey, Service>,
+    /// The number of services that are kept.
+    pub(crate) most: usize,
+    pub(crate) all: HashMap<ServiceKey, Service, RandomState>,
     /// The number of services that were evicted.
     pub(crate) left_out: u64,
     idle_closed: HashMap<Key, ServiceKey>,
     idle_closed_order: VecDeque<Key>,
 }
 
+impl Default for Services {
+    fn default() -> Self {
+        Self {
+            most: MOST,
+            all: HashMap::default(),
+            left_out: 0,
+            idle_closed: HashMap::new(),
+            idle_closed_order: VecDeque::new(),
+        }
+    }
+}
+
 impl Services {
     fn get(&mut self, key: ServiceKey) -> &mut Service {
-        if self.all.len() >= MOST && !self.all.contains_key(&key) {
+        if self.all.len() >= self.most && !self.all.contains_key(&key) {
             let before = self.all.len();
             let mut shown: Vec<u64> = self.all.values().map(Service::shown).collect();
             let (_, middle, _) = shown.select_nth_unstable(before / 2);
@@ -158,15 +179,26 @@ impl Services {
         self.all.entry(key).or_default()
     }
 
+    /// Counts an end that is evidence of nothing ([`End::is_ordinary`]).
+    pub(crate) fn ordinary(&mut self, end: &End) {
+        let Some(key) = ServiceKey::of(end) else { return };
+        let service = self.get(key);
+        service.seen(end);
+        service.established(end);
+        service.half_closed(end);
+        if !key.is_server
+            && let Some(idle) = end.idle_after_answer_ms()
+        {
+            service.lived.add(idle);
+        }
+    }
+
     /// Adds an end, together with its peer if that is known.
     pub(crate) fn settle(&mut self, end: &End, peer: Option<&End>) {
         let Some(key) = ServiceKey::of(end) else { return };
         let place = end.place;
         let service = self.get(key);
-        service.remote.add(end.remote.ip());
-        if end.who.is_some() {
-            service.pid.add(end.pid);
-        }
+        service.seen(end);
         if let Some(who) = peer.and_then(|peer| peer.who) {
             service.peer.add(who);
         }
@@ -188,8 +220,7 @@ impl Services {
         if !end.path.established {
             return;
         }
-        service.ends += 1;
-        service.answered += u64::from(if key.is_server { end.sent > 0 } else { end.received > 0 });
+        service.established(end);
         if key.is_server {
             service.settle_server(end, peer);
             if end.closed_here() && end.idle_after_answer_ms().is_some_and(|idle| idle >= IDLE_MS) {
@@ -203,6 +234,11 @@ impl Services {
         }
     }
 
+    /// Adds a client that gave up, as its proxy shows.
+    pub(crate) fn gave_up(&mut self, gave_up: &GaveUp) {
+        self.get(gave_up.key).gave_up.add(gave_up.place, gave_up.moved, gave_up.waited_ms);
+    }
+
     fn remember(&mut self, end: &End, key: ServiceKey) {
         let pair = Key::of(end);
         self.idle_closed.insert(pair, key);
@@ -214,8 +250,8 @@ impl Services {
         }
     }
 
-    /// Adds a RST that answered data for a connection which the local side had closed. Its end may still wait for its
-    /// peer.
+    /// Adds a RST that answered data for a connection which the local side had closed. Its end may still wait
+    /// for its peer.
     pub(crate) fn too_late(&mut self, pair: Key, waiting: Option<&End>, place: Place, time: i64) {
         let waiting = waiting.filter(|end| {
             end.role == Some(Role::Server)
@@ -236,8 +272,35 @@ impl Services {
 }
 
 impl Service {
+    fn seen(&mut self, end: &End) {
+        self.remote.add(end.remote.ip());
+        if end.who.is_some() {
+            self.pid.add(end.pid);
+        }
+    }
+
+    fn established(&mut self, end: &End) {
+        self.ends += 1;
+        self.answered += u64::from(end.sent_by_server() > 0);
+    }
+
+    /// A client that has shut down sending says nothing more but that it has received the answer. If it does
+    /// not even say that, and sends no RST, what the server sent has not reached it, or its packets do not
+    /// reach the server.
+    fn half_closed(&mut self, end: &End) {
+        let Some(waited) = end.half_closed_ms() else { return };
+        match end.ended {
+            Some(Ended::Fin) => self.half_closed_lived.add(waited),
+            Some(Ended::Timeout) if waited >= CUT_MS && end.unacked == Some(end.sent) => {
+                self.half_closed_cut.add(end.place, end.time, waited);
+            }
+            _ => {}
+        }
+    }
+
     fn settle_server(&mut self, end: &End, peer: Option<&End>) {
         let place = end.place;
+        self.half_closed(end);
         if end.cause == Some(Cause::UnreadData) && end.closed_here() && end.sent > 0 && end.death.is_none() {
             self.unread.add(place, end.time);
             self.unread_bytes += end.unread.unwrap_or_default();
@@ -303,29 +366,46 @@ impl Service {
         if let Some(silence) =
             silence.filter(|silence| end.path.close_wait && crossing && *silence >= IDLE_MS)
         {
-            self.idle_by_peer.add(place, end.moved, silence);
-            self.raced.add(place, end.time);
-        } else if let Some(idle) = end.idle_after_answer_ms().filter(|_| end.path.close_wait) {
+            // A request that crossed with the FIN is answered with a RST. Without one the server has read
+            // what came, such as the farewell (TLS close_notify) of a client that drops an idle connection
+            // and waits for the server's.
+            if was_reset {
+                self.idle_by_peer.add(place, end.moved, silence);
+                self.lost_request(end);
+            }
+        } else if let Some(idle) =
+            // Some servers end idle connections with a RST, as MariaDB does.
+            end.idle_after_answer_ms().filter(|_| end.path.close_wait || was_reset)
+        {
             if end.ended == Some(Ended::Fin) {
                 self.lived.add(idle);
             }
             if idle >= IDLE_MS {
                 self.idle_by_peer.add(place, end.moved, idle);
                 // In CLOSE_WAIT only data causes a RST.
-                if was_reset {
-                    self.raced.add(place, end.time);
+                if was_reset && end.path.close_wait {
+                    self.lost_request(end);
                 }
             }
         } else if let Some(wait) = end.waited_ms().filter(|_| end.last_data == Some(LastData::Sent)) {
             self.unanswered.add(place, end.moved, wait);
             self.resets += u64::from(was_reset);
-            self.closed_by_code += u64::from(peer.is_some_and(|peer| peer.closed_here() && peer.acted));
+            self.closed_by_code +=
+                u64::from(peer.is_some_and(|peer| peer.closed_here() && peer.trigger.is_some()));
+        }
+    }
+
+    /// Counts the data that the RST answered as a request, unless it was a farewell, which programs also send
+    /// in answer to the other end's.
+    fn lost_request(&mut self, end: &End) {
+        if !end.unacked.is_some_and(|bytes| FAREWELLS.contains(&bytes)) {
+            self.raced.add(end.place, end.time);
         }
     }
 
     /// Whether the other end is not known to have ended the connection itself.
     fn cut_unless_ended(&mut self, end: &End, peer: Option<&End>, silence: f64) {
-        let ended_there = peer.is_some_and(|peer| peer.acted && peer.moved < end.moved);
+        let ended_there = peer.is_some_and(|peer| peer.trigger.is_some() && peer.moved < end.moved);
         if !ended_there {
             self.cut.add(end.place, end.time, silence);
         }

@@ -6,17 +6,18 @@ const ROOM: usize = 256;
 /// The smallest number of values that can show regularity.
 pub(crate) const ENOUGH: u64 = 5;
 
-/// The permitted distance of values from their median, as a fraction of it: the median distance is at most `DEVIATION`,
-/// and four of five values lie within `WITHIN`. Five exponentially distributed waits pass about once in a hundred
-/// cases.
+/// The permitted distance of values from their median, as a fraction of it: the median distance is at most
+/// `DEVIATION`, and four of five values lie within `WITHIN`. Five exponentially distributed waits pass about
+/// once in a hundred cases.
 const DEVIATION: f64 = 0.10;
 const WITHIN: f64 = 0.20;
 
-/// The kernel records the time of the last data in ticks of at most 10 ms, so differences of up to two ticks do not
-/// count.
-const TICKS_MS: f64 = 20.0;
+/// The kernel records the time of the last data in ticks of at most 10 ms, so differences of up to two ticks
+/// do not count.
+pub(crate) const TICKS_MS: f64 = 20.0;
 
-/// A uniform sample of a series (Vitter's algorithm R, with a fixed seed: the same lines give the same findings).
+/// A uniform sample of a series (Vitter's algorithm R, with a fixed seed: the same lines give the same
+/// findings).
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Reservoir {
     values: Vec<f32>,

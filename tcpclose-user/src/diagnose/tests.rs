@@ -156,18 +156,48 @@ fn keepalive_mismatch() {
 
 #[test]
 fn a_farewell_does_not_hide_the_silence() {
-    // A close_notify: data arrived just before the FIN, but this side had sent nothing for five seconds. Then a request
-    // that crossed with the FIN.
+    // A close_notify: data arrived just before the FIN, but this side had sent nothing for five seconds. Then
+    // a request that crossed with the FIN.
     let mut lines = many(6, |at, port| {
         let mut line = client(at, port, &closed_by_peer(0.0));
         merge(&mut line, &json!({"last_data": "sent", "since_sent_ms": 2.0, "since_received_ms": 5002.0}));
+        merge(&mut line, &json!({"ended": "reset_received", "cause": "peer_reset", "unacked_bytes": 180}));
         line
     });
     let finding = only(lines.clone(), FindingKind::KeepaliveMismatch);
     assert_near(number(&finding, "peer_timeout_ms"), 5000.0);
     assert_near(number(&finding, "raced_requests"), 6.0);
-    lines.truncate(4);
-    none(lines);
+    none(lines[..4].to_vec());
+    // The program answered the server's farewell with its own.
+    for line in &mut lines {
+        line["unacked_bytes"] = 24.into();
+    }
+    let finding = only(lines, FindingKind::KeepaliveMismatch);
+    assert_near(number(&finding, "raced_requests"), 0.0);
+}
+
+/// A pool of aiohttp drops an idle TLS connection: it sends a `close_notify` and waits, so that the server
+/// closes first.
+#[test]
+fn a_client_that_waits_for_the_answer_to_its_farewell() {
+    none(many(6, |at, port| {
+        let mut line = client(at, port, &closed_by_peer(0.0));
+        merge(&mut line, &json!({"last_data": "sent", "since_sent_ms": 0.0, "since_received_ms": 600.0}));
+        line
+    }));
+}
+
+#[test]
+fn a_server_that_resets_idle_connections() {
+    let mut reset = closed_by_peer(2000.0);
+    merge(&mut reset, &json!({"ended": "reset_received", "cause": "peer_reset", "last_data": null}));
+    reset["states"] = steps(&["ESTABLISHED", "CLOSE"]);
+    let finding = only(many(6, |at, port| client(at, port, &reset)), FindingKind::KeepaliveMismatch);
+    assert_near(number(&finding, "peer_timeout_ms"), 2000.0);
+    assert_near(number(&finding, "raced_requests"), 0.0);
+    // The RST came instead of an answer.
+    reset["last_data"] = "sent".into();
+    only(many(6, |at, port| client(at, port, &reset)), FindingKind::BackendDied);
 }
 
 #[test]
@@ -212,6 +242,37 @@ fn client_gave_up_at_its_timeout() {
     assert_near(number(&finding, "timeout_ms"), 3000.0);
     assert_eq!(finding.count, 6);
     assert_eq!(finding.lines, [1, 2, 3, 4, 5, 6]);
+}
+
+/// The two ends of a proxy whose client gave up after three seconds: the client's second request came in the
+/// same tick as the answer before it, so that its own end does not show that it waited.
+fn client_of_a_proxy_gave_up(at: f64, port: u16) -> [Value; 2] {
+    let front = json!({
+        "connection": {"local": {"port": 8080}}, "process": {"pid": 15, "tid": 15, "comm": "proxy", "exe": "/bin/proxy"},
+        "last_data": null, "idle_ms": 3000.0, "since_sent_ms": 3000.0, "since_received_ms": 3000.0,
+    });
+    let upstream = json!({
+        "connection": {"local": {"port": port + 10_000}}, "process": {"pid": 15, "tid": 15, "comm": "proxy", "exe": "/bin/proxy"},
+        "last_data": "sent", "idle_ms": 2999.0, "since_sent_ms": 2999.0, "since_received_ms": 3100.0,
+    });
+    [server(at, port, &front), client(at + 0.001, port, &upstream)]
+}
+
+#[test]
+fn a_client_of_a_proxy_gave_up_in_the_tick_of_its_first_answer() {
+    let mut lines: Vec<Value> =
+        (0..6).flat_map(|n: u16| client_of_a_proxy_gave_up(f64::from(n), 40_000 + n)).collect();
+    let finding = only(lines.clone(), FindingKind::ClientGaveUp);
+    assert_near(number(&finding, "timeout_ms"), 2999.0);
+    assert_near(number(&finding, "local_port"), 8080.0);
+    assert_near(number(&finding, "upstream_dropped"), 6.0);
+    // The proxy had answered after all, and had then been idle: the client only closed an idle connection.
+    for line in &mut lines {
+        if line["connection"]["role"] == "client" {
+            merge(line, &json!({"last_data": "received"}));
+        }
+    }
+    none(lines);
 }
 
 #[test]
@@ -274,6 +335,10 @@ fn a_server_that_crashes_is_a_finding_at_the_first_request_lost() {
     );
     let idle = json!({"closed_by": "local", "trigger": "signal", "signal": "SIGSEGV", "last_data": "sent"});
     none(vec![server(1.0, 40_000, &idle)]);
+    let mut killed = crash.clone();
+    merge(&mut killed, &json!({"signal": "SIGKILL", "signal_from": {"pid": 1, "comm": "monit", "uid": 0}}));
+    let finding = only(vec![server(1.0, 40_000, &killed)], FindingKind::BackendDied);
+    assert!(finding.summary.contains("was killed (SIGKILL) by monit"), "{}", finding.summary);
     let mut oom = crash;
     merge(&mut oom, &json!({"signal": "SIGKILL", "signal_from": {"oom": true}}));
     let finding = only(vec![server(1.0, 40_000, &oom)], FindingKind::BackendDied);
@@ -291,6 +356,34 @@ fn servers_that_close_before_they_answer() {
     let finding = only(lines, FindingKind::BackendDied);
     assert_near(number(&finding, "wait_ms"), 40.0);
     assert_near(number(&finding, "connections"), 26.0);
+}
+
+/// A server with a process for each connection, as PostgreSQL, which exits when its client says goodbye.
+#[test]
+fn processes_that_exit_when_they_are_asked_to() {
+    let exits = |after_ms: f64| {
+        many(20, |at, port| {
+            let exit = json!({
+                "closed_by": "local", "trigger": "exit", "last_data": "received", "since_received_ms": after_ms,
+                "process": {"pid": u32::from(port)},
+            });
+            server(at, port, &exit)
+        })
+    };
+    none(exits(0.0));
+    none(exits(4.0));
+    only(exits(500.0), FindingKind::BackendDied);
+}
+
+/// The signal ends a request however young it is.
+#[test]
+fn a_restart_loses_what_has_just_been_asked() {
+    let stopped = json!({
+        "closed_by": "local", "trigger": "signal", "signal": "SIGTERM", "last_data": "received",
+        "since_received_ms": 0.5,
+    });
+    let finding = only(many(20, |at, port| server(at / 100.0, port, &stopped)), FindingKind::Deploy);
+    assert_near(number(&finding, "requests_lost"), 20.0);
 }
 
 #[test]
@@ -344,7 +437,21 @@ fn leak() {
 fn no_leak_below_the_bar() {
     none(many(4, |at, port| lingering(at, port, "leaked")));
     // Idle connections of a pool, which it will drop at their next use.
-    none(many(9, |at, port| lingering(at, port, "unread")));
+    let old = json!({"connection": {"age_ms": 60_000.0}});
+    let mut pool = many(9, |at, port| lingering(at, port, "unread"));
+    for line in &mut pool {
+        merge(line, &old);
+    }
+    none(pool.clone());
+    // Five that were opened after the first had been closed by the peer, to the same address.
+    for line in &mut pool {
+        merge(line, &json!({"connection": {"age_ms": 10_100.0}}));
+    }
+    only(pool.clone(), FindingKind::Leak);
+    for (line, port) in pool.iter_mut().zip(1..) {
+        merge(line, &json!({"connection": {"remote": {"port": port}}}));
+    }
+    none(pool);
     let mut lines = many(9, |at, port| lingering(at, port, "leaked"));
     let mut closed = closed_by_peer(1.0);
     merge(&mut closed, &json!({"close_wait_ms": 15_000.0}));
@@ -426,6 +533,41 @@ fn idle_cut() {
     assert_near(number(&finding, "longest_idle_that_lived_ms"), 300_015.0);
     // One that lived longer: idle time is not the cause.
     lines.push(client(30.0, 60_000, &json!({"idle_ms": 400_000.0})));
+    none(lines);
+}
+
+#[test]
+fn idle_cut_of_half_closed_connections() {
+    let half_closed = |at: f64, port, waited: f64, fields: &Value| {
+        let mut line = server(
+            at,
+            port,
+            &json!({
+                "idle_ms": 0.0, "last_data": "received", "since_sent_ms": null, "since_received_ms": 0.0,
+                "unacked_bytes": 0, "close_wait_ms": waited,
+            }),
+        );
+        merge(&mut line, fields);
+        line
+    };
+    let timeout = json!({"ended": "timeout", "cause": "retransmit_timeout", "unacked_bytes": 200});
+    let cut = |at: f64, port| half_closed(at, port, 60_500.0 + at, &timeout);
+    let lived = |at: f64, port: u16| half_closed(at, 10_000 + port % 1_000, 40_000.0 + at, &json!({}));
+    let mut lines = many(6, cut);
+    none(lines.clone());
+    lines.extend(many(6, lived));
+    let finding = only(lines.clone(), FindingKind::IdleCut);
+    assert_eq!(finding.process.as_ref().expect("known").comm, "backend");
+    assert!((60_500.0..60_501.0).contains(&number(&finding, "shortest_half_closed_that_died_ms")));
+    let longest = number(&finding, "longest_half_closed_that_lived_ms");
+    assert!((40_000.0..60_000.0).contains(&longest), "{longest}");
+    // Some of the answer has arrived, so that the time of the silence is not known.
+    let partly = json!({"ended": "timeout", "cause": "retransmit_timeout", "unacked_bytes": 100});
+    let mut others = many(6, |at, port| half_closed(at, port, 60_500.0, &partly));
+    others.extend(many(6, lived));
+    none(others);
+    // One that lived longer.
+    lines.push(half_closed(30.0, 60_000, 90_000.0, &json!({})));
     none(lines);
 }
 

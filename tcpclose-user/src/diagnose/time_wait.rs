@@ -1,9 +1,11 @@
 //! The number of ports towards one service that are in `TIME_WAIT` at the same time.
 //!
-//! Linux keeps a connection in `TIME_WAIT` for 60 s (`TCP_TIMEWAIT_LEN`), which no sysctl changes, so the number at a
-//! given time is the number of connections that entered the state in the last 60 s.
+//! Linux keeps a connection in `TIME_WAIT` for 60 s (`TCP_TIMEWAIT_LEN`), which no sysctl changes, so the
+//! number at a given time is the number of connections that entered the state in the last 60 s.
 
 use std::{collections::HashMap, net::IpAddr};
+
+use foldhash::fast::RandomState;
 
 use crate::{
     diagnose::{
@@ -53,7 +55,7 @@ pub(crate) struct Ports {
 
 #[derive(Debug, Default)]
 pub(crate) struct TimeWait {
-    all: HashMap<Destination, Ports>,
+    all: HashMap<Destination, Ports, RandomState>,
 }
 
 fn slot(second: i64) -> usize {

@@ -1,15 +1,15 @@
-//! Endings and stuck sockets → events: puts facts and names into the words of the output contract. Pure: everything that
-//! has to be looked up has been looked up before.
+//! Endings and stuck sockets → events: puts facts and names into the words of the output contract. Pure:
+//! everything that has to be looked up has been looked up before.
 
 use std::collections::BTreeMap;
 
 use super::{
-    Close, Connection, Event, Holder, LastData, Lingering, Opener, Process, Reset, Shared, Stack, Step,
-    millis,
+    Act, Close, Connection, Event, Holder, LastData, Lingering, Opener, Process, Reset, Shared, SignalFrom,
+    Stack, Step, millis,
 };
 use crate::{
     correlate::Ending,
-    ingest::life::{self, Life, Path, Sample},
+    ingest::life::{self, LaterAct, Life, Path, Sample, Task},
     judge,
     kernel::{ResetReasons, clock::Clock},
     stuck::Stuck,
@@ -25,6 +25,23 @@ pub struct LookedUp {
     pub opener: Option<Opener>,
     /// Where this side acted.
     pub stack: Option<Stack>,
+    /// Who sent the signal that ended the process.
+    pub signal_from: Option<SignalFrom>,
+    /// What was done after the first act of this side, by which process, and where.
+    pub later_acts: Vec<(LaterAct, Option<u32>, Option<Stack>)>,
+    /// The processes that have the socket open.
+    pub holders: Vec<Holder>,
+    /// Who destroyed the socket from outside.
+    pub destroyed_by: Option<Shared<Process>>,
+}
+
+/// How long no data has gone over a connection.
+#[derive(Default)]
+struct Silence {
+    idle_ms: Option<f64>,
+    last_data: Option<LastData>,
+    since_sent_ms: Option<f64>,
+    since_received_ms: Option<f64>,
 }
 
 /// Composes events.
@@ -51,14 +68,29 @@ impl Composer {
         let composer = &*self;
         let life = &*ending.life;
         let of_close = looked_up.clone();
-        let resets = ending.resets.iter().map(move |reset| composer.reset(life, reset, looked_up.clone()));
+        let resets = ending.resets.iter().map(move |reset| {
+            let mut looked_up = looked_up.clone();
+            // The last act of this side is the one that sent a RST. Where system calls cannot be read, later
+            // acts are not seen: then the first one, which left the socket in a state of the teardown, need
+            // not be the last.
+            if let Some((_, _, stack)) = looked_up.later_acts.pop() {
+                looked_up.stack = stack;
+            } else if life.own_actor().is_some_and(|task| task.act == life::Act::Unknown)
+                && reset.state.is_some_and(has_sent_fin)
+            {
+                looked_up.stack = None;
+            }
+            composer.reset(life, reset, looked_up)
+        });
         let end = life.end.filter(|_| ending.is_end);
         resets.chain(end.map(move |end| composer.close(life, end.at, of_close)))
     }
 
     fn close(&self, life: &Life, ended: u64, looked_up: LookedUp) -> Event {
         let verdict = judge::of(life, &self.reasons);
-        let (idle_ms, last_data) = life.first_move.map_or((None, None), |first| self.idle(&first.sample));
+        let silence = life.first_move.map_or(Silence::default(), |first| self.silence(&first.sample));
+        // The owner, if this side acted.
+        let actor = looked_up.process.as_ref().and_then(|process| process.pid);
         Event::Close(Box::new(Close {
             time: self.clock.time(ended),
             seq: 0,
@@ -68,18 +100,25 @@ impl Composer {
             ended: verdict.ended,
             trigger: verdict.trigger,
             signal: verdict.signal,
+            signal_from: looked_up.signal_from,
+            destroyed_by: looked_up.destroyed_by,
             cause: verdict.cause,
-            idle_ms,
-            last_data,
+            idle_ms: silence.idle_ms,
+            last_data: silence.last_data,
+            since_sent_ms: silence.since_sent_ms,
+            since_received_ms: silence.since_received_ms,
+            unread_bytes: life.sample.unread.map(u64::from),
+            unacked_bytes: life.unacknowledged_payload().map(u64::from),
             close_wait_ms: life.path.time_in(State::CloseWait).map(millis),
             states: steps(&life.path),
+            acts: acts(life, actor, looked_up.stack.as_ref(), looked_up.later_acts),
             stack: looked_up.stack,
             opener: looked_up.opener,
         }))
     }
 
     fn reset(&self, life: &Life, reset: &life::Reset, looked_up: LookedUp) -> Event {
-        let (idle_ms, last_data) = self.idle(&life.sample);
+        let silence = self.silence(&life.sample);
         // This side did not act when a RST was received, or when the kernel answered a packet with one.
         let acted = reset.direction == Direction::Sent && !reset.answer;
         Event::Reset(Box::new(Reset {
@@ -91,8 +130,12 @@ impl Composer {
             reason: reset.reason.and_then(|number| self.shared_reasons.get(&number.into()).cloned()),
             cause: Some(judge::reset_cause(life, reset, &self.reasons)),
             state: reset.state,
-            idle_ms,
-            last_data,
+            idle_ms: silence.idle_ms,
+            last_data: silence.last_data,
+            since_sent_ms: silence.since_sent_ms,
+            since_received_ms: silence.since_received_ms,
+            unread_bytes: life.sample.unread.map(u64::from),
+            unacked_bytes: life.unacknowledged_payload().map(u64::from),
             ttl: reset.ttl,
             handshake_ttl: reset.handshake_ttl,
             stack: looked_up.stack.filter(|_| acted),
@@ -101,32 +144,28 @@ impl Composer {
     }
 
     /// The event of a socket that is stuck in a teardown state. `None` if its state is not known.
-    pub fn stuck(
-        &self,
-        stuck: &Stuck,
-        process: Option<Shared<Process>>,
-        opener: Option<Opener>,
-    ) -> Option<Event> {
-        let Stuck { life, inspected, age, descriptors } = stuck;
+    pub fn stuck(&self, stuck: &Stuck, looked_up: LookedUp) -> Option<Event> {
+        let Stuck { life, inspected, age, descriptors: _ } = stuck;
         let state = life.state?;
-        let holder = |descriptor: &crate::stuck::Descriptor| Holder {
-            pid: descriptor.holder.pid(),
-            comm: descriptor.holder.comm(),
-            fd: descriptor.fd,
-        };
+        let (trigger, signal) = judge::trigger(life.own_actor());
         Some(Event::Lingering(Box::new(Lingering {
             time: self.clock.time(*inspected),
             seq: 0,
             connection: self.connection(life, *inspected),
-            process,
+            process: looked_up.process,
             state,
             since: age.since.map(|since| self.clock.time(since)),
             for_ms: Some(millis(age.at_least)),
             for_ms_at_most: age.at_most.map(millis),
             unread_bytes: life.sample.unread.map(u64::from),
-            holders: Some(descriptors.iter().map(holder).collect()),
-            opener,
-            kind: judge::waits_for(state, life.inode.is_some(), life.sample.recv_queue),
+            unsent_bytes: life.send_queue.map(|queue| queue.unsent_payload(state).into()),
+            trigger,
+            signal,
+            signal_from: looked_up.signal_from,
+            stack: looked_up.stack,
+            holders: Some(looked_up.holders),
+            opener: looked_up.opener,
+            kind: judge::waits_for(state, life.inode.is_some(), life.sample.recv_queue, life.send_queue),
         })))
     }
 
@@ -149,12 +188,40 @@ impl Composer {
         }
     }
 
-    fn idle(&self, sample: &Sample) -> (Option<f64>, Option<LastData>) {
-        match judge::last_data(sample) {
-            Some((jiffies, way)) => (self.clock.jiffies_to_millis(jiffies), way),
-            None => (None, None),
+    fn silence(&self, sample: &Sample) -> Silence {
+        let millis = |jiffies: Option<u32>| jiffies.and_then(|jiffies| self.clock.jiffies_to_millis(jiffies));
+        let last = judge::last_data(sample);
+        Silence {
+            idle_ms: millis(last.map(|(jiffies, _)| jiffies)),
+            last_data: last.and_then(|(_, way)| way),
+            since_sent_ms: millis(sample.sent_ago),
+            since_received_ms: millis(sample.received_ago),
         }
     }
+}
+
+/// Whether a socket in this state has sent a FIN.
+fn has_sent_fin(state: State) -> bool {
+    matches!(state, State::FinWait1 | State::FinWait2 | State::Closing | State::LastAck)
+}
+
+/// What this side did, times relative to the first state.
+fn acts(
+    life: &Life,
+    pid: Option<u32>,
+    stack: Option<&Stack>,
+    later: Vec<(LaterAct, Option<u32>, Option<Stack>)>,
+) -> Vec<Act> {
+    let beginning = life.path.steps().first().map_or(0, |(_, at)| *at);
+    let act = |task: &Task, pid: Option<u32>, at: Option<u64>, stack: Option<Stack>| Act {
+        trigger: judge::trigger(Some(task)).0,
+        at_ms: at.map(|at| millis(at.saturating_sub(beginning))),
+        pid,
+        stack,
+    };
+    let first = life.own_actor().map(|task| act(task, pid, life.acted_at(), stack.cloned()));
+    let later = later.into_iter().map(|(later, pid, stack)| act(&later.task, pid, Some(later.at), stack));
+    first.into_iter().chain(later).collect()
 }
 
 /// The path of states, times relative to the first.

@@ -1,6 +1,8 @@
-//! The public model of the output: one struct for each kind of line, serialized with the fields in this order.
+//! The public model of the output: one struct for each kind of line, serialized with the fields in this
+//! order.
 //!
-//! Fields may be added, never renamed. A fact that is not known is `None` and becomes `null`; it is never left out.
+//! Fields may be added, never renamed. A fact that is not known is `None` and becomes `null`; it is never
+//! left out.
 
 pub mod compose;
 mod finding;
@@ -79,17 +81,34 @@ pub struct Close {
     pub trigger: Option<Trigger>,
     /// The signal that the process died of, with trigger `signal`.
     pub signal: Option<String>,
+    /// Who sent that signal; null if that was not seen, or if no process sent it, as for a fault.
+    pub signal_from: Option<SignalFrom>,
+    /// With `closed_by: admin`, the process that destroyed the socket from outside.
+    pub destroyed_by: Option<Shared<Process>>,
     /// Why; null for an orderly close.
     pub cause: Option<Cause>,
-    /// Milliseconds from the last data in either direction to the first step of the teardown; null if there was no
-    /// data.
+    /// Milliseconds from the last data in either direction to the first step of the teardown; null if there
+    /// was no data.
     pub idle_ms: Option<f64>,
     /// The direction of that data.
     pub last_data: Option<LastData>,
+    /// Milliseconds since payload was last sent when the first move of the teardown came; null if none ever
+    /// was. A retransmission counts as sent.
+    pub since_sent_ms: Option<f64>,
+    /// Milliseconds since payload was last received when the first move of the teardown came; null if none
+    /// ever was.
+    pub since_received_ms: Option<f64>,
+    /// Payload that was received and never read.
+    pub unread_bytes: Option<u64>,
+    /// Payload that was written and never acknowledged.
+    pub unacked_bytes: Option<u64>,
     /// Milliseconds spent in `CLOSE_WAIT`; null if it was never there.
     pub close_wait_ms: Option<f64>,
     /// The states that were seen, in order.
     pub states: Vec<Step>,
+    /// Every act of this side, in order: a `shutdown` and the `close` that followed it are two. What comes
+    /// after the end is not among them.
+    pub acts: Vec<Act>,
     /// Where in the code this host's side acted; null if it did not, or if stacks were not requested.
     pub stack: Option<Stack>,
     /// The connect or accept that made the connection; null if that was before tracing.
@@ -119,6 +138,14 @@ pub struct Reset {
     pub idle_ms: Option<f64>,
     /// The direction of that data.
     pub last_data: Option<LastData>,
+    /// Milliseconds since payload was last sent; null if none ever was. A retransmission counts as sent.
+    pub since_sent_ms: Option<f64>,
+    /// Milliseconds since payload was last received; null if none ever was.
+    pub since_received_ms: Option<f64>,
+    /// Payload that was received and never read.
+    pub unread_bytes: Option<u64>,
+    /// Payload that was written and never acknowledged.
+    pub unacked_bytes: Option<u64>,
     /// Time to live of the RST, received ones only.
     pub ttl: Option<u8>,
     /// Time to live of the connection's first packets.
@@ -146,11 +173,21 @@ pub struct Lingering {
     pub since: Option<Time>,
     /// The least time that it has been there, milliseconds.
     pub for_ms: Option<f64>,
-    /// The most time that it can have been there, milliseconds; the same where `since` is known, null where the kernel
-    /// gives no upper bound.
+    /// The most time that it can have been there, milliseconds; the same where `since` is known, null where
+    /// the kernel gives no upper bound.
     pub for_ms_at_most: Option<f64>,
     /// Bytes received that no process has read.
     pub unread_bytes: Option<u64>,
+    /// Bytes written that have not been sent, because the peer's window has no room for them.
+    pub unsent_bytes: Option<u64>,
+    /// What this side did last; null if it has not acted, or before tracing began.
+    pub trigger: Option<Trigger>,
+    /// The signal that the process died of, with trigger `signal`.
+    pub signal: Option<String>,
+    /// Who sent that signal.
+    pub signal_from: Option<SignalFrom>,
+    /// Where it did that.
+    pub stack: Option<Stack>,
     /// Every process that has it open; null if that cannot be looked up.
     pub holders: Option<Vec<Holder>>,
     /// The connect or accept that made the connection; null if that was before tracing.
@@ -162,8 +199,11 @@ pub struct Lingering {
 /// A process that has a socket open.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Holder {
-    /// Process id in the initial pid namespace.
-    pub pid: u32,
+    /// Process id, in the pid namespace of tcpclose; null if it has none there.
+    pub pid: Option<u32>,
+    /// Process id in the initial pid namespace; null if tcpclose runs in another one and the kernel did not
+    /// say.
+    pub host_pid: Option<u32>,
     /// Its name.
     pub comm: String,
     /// The descriptor.
@@ -216,12 +256,17 @@ pub struct Connection {
 /// The owner of a socket.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Process {
-    /// Process id in the initial pid namespace.
-    pub pid: u32,
-    /// Thread id.
+    /// Process id, in the pid namespace of tcpclose; null if it has none there.
+    pub pid: Option<u32>,
+    /// Process id in the initial pid namespace; null if tcpclose runs in another one and the kernel did not
+    /// say.
+    pub host_pid: Option<u32>,
+    /// Thread id, in the pid namespace of tcpclose.
     pub tid: Option<u32>,
-    /// The thread's name.
+    /// The program's name, which is that of its main thread; the same on all lines of a process.
     pub comm: String,
+    /// Name of the thread that acted; null if none did.
+    pub thread: Option<String>,
     /// Path of the program.
     pub exe: Option<String>,
     /// Real user id.
@@ -232,6 +277,18 @@ pub struct Process {
     pub attribution: Attribution,
 }
 
+impl Process {
+    /// Its id as text shows it: `-` if it has none in the pid namespace of tcpclose.
+    pub fn shown_pid(&self) -> String {
+        shown_pid(self.pid)
+    }
+}
+
+/// A process id as text shows it.
+pub fn shown_pid(pid: Option<u32>) -> String {
+    pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string())
+}
+
 /// A state and when it was entered.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Step {
@@ -239,6 +296,41 @@ pub struct Step {
     pub state: State,
     /// Milliseconds since the first one.
     pub at_ms: f64,
+}
+
+/// Something that this side did to end a connection.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Act {
+    /// What; null where the system call could not be read, or is no way to end a connection.
+    pub trigger: Option<Trigger>,
+    /// Milliseconds since the first of `states`; null if it was before tracing began.
+    pub at_ms: Option<f64>,
+    /// Which process did it, in the pid namespace of tcpclose; null if it has no id there.
+    pub pid: Option<u32>,
+    /// Where.
+    pub stack: Option<Stack>,
+}
+
+/// Who sent a signal.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum SignalFrom {
+    /// A process.
+    Process {
+        /// Process id, in the pid namespace of tcpclose; null if it has none there.
+        pid: Option<u32>,
+        /// Process id in the initial pid namespace.
+        host_pid: Option<u32>,
+        /// The program's name.
+        comm: String,
+        /// Real user id.
+        uid: u32,
+    },
+    /// The kernel itself.
+    Kernel {
+        /// Its OOM killer.
+        oom: bool,
+    },
 }
 
 /// Who made a connection.

@@ -11,12 +11,12 @@ use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::value::RawValue;
 
-/// The name of the newtype in which finished JSON is handed to a serializer. One that knows it copies the text
-/// ([`sink::serializer`](crate::sink::serializer)); for any other it means nothing.
+/// The name of the newtype in which finished JSON is handed to a serializer. One that knows it copies the
+/// text ([`sink::serializer`](crate::sink::serializer)); for any other it means nothing.
 pub const FINISHED: &str = "tcpclose::Finished";
 
-/// A value that many events have in common, such as a process, or the frames of a stack: programs have few places that
-/// open and close sockets.
+/// A value that many events have in common, such as a process, or the frames of a stack: programs have few
+/// places that open and close sockets.
 pub struct Shared<T>(Arc<Content<T>>);
 
 struct Content<T> {
@@ -86,7 +86,8 @@ impl<T: fmt::Debug> fmt::Debug for Shared<T> {
 }
 
 impl<T: Serialize> Serialize for Shared<T> {
-    /// JSON that was made before is copied. (Only serializers of JSON understand it, and nothing else is used here.)
+    /// JSON that was made before is copied. (Only serializers of JSON understand it, and nothing else is used
+    /// here.)
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self.0.json.get_or_init(|| serde_json::value::to_raw_value(&self.0.value).ok()) {
             Some(json) => serializer.serialize_newtype_struct(FINISHED, json),

@@ -42,6 +42,22 @@ pub struct Frame {
     pub truncated: Option<Truncated>,
 }
 
+impl Frame {
+    /// A frame of which the address alone is known.
+    pub fn nameless(address: u64) -> Self {
+        Self {
+            address: format!("{address:#x}"),
+            symbol: None,
+            module: None,
+            offset: None,
+            file: None,
+            line: None,
+            inlined: false,
+            truncated: None,
+        }
+    }
+}
+
 /// Why a stack ends before its outermost frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]

@@ -1,4 +1,5 @@
-//! The closed lists of values in the output. Their names in JSON, in text and on the command line are the same.
+//! The closed lists of values in the output. Their names in JSON, in text and on the command line are the
+//! same.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -179,6 +180,8 @@ pub enum LingeringKind {
     Unaccepted,
     /// The peer has not acknowledged the FIN.
     Unacked,
+    /// The FIN waits behind data for which the peer's receive window has no room; the peer answers.
+    PeerNotReading,
     /// This side shut down its half, and the peer has not closed.
     HalfClosed,
     /// The facts do not show any of these.
@@ -189,11 +192,11 @@ pub enum LingeringKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LostPlace {
-    /// Records for which the ring buffer had no room, that could not be decoded, or that were never written because the
-    /// kernel skipped a program that was already running.
+    /// Records for which the ring buffer had no room, that could not be decoded, or that were never written
+    /// because the kernel skipped a program that was already running.
     RingBuffer,
-    /// Sockets whose entry was evicted, or for which there was no room; and ends for which the kernel ran no program,
-    /// which are reported later with what is known.
+    /// Sockets whose entry was evicted, or for which there was no room; and ends for which the kernel ran no
+    /// program, which are reported later with what is known.
     Connections,
     /// Stacks for which there was no room.
     Stacks,

@@ -1,21 +1,26 @@
 //! Bytes of a ring buffer → records, in terms of the domain ([`life`](super::life)).
 //!
-//! Sentinels, tags and byte orders end here. There is no `unsafe` and no panic: input is either a whole record of
-//! this layout or an error that says what was found.
+//! Sentinels, tags and byte orders end here. There is no `unsafe` and no panic: input is either a whole
+//! record of this layout or an error that says what was found.
 
 use std::{borrow::Cow, fmt, net::Ipv6Addr};
 
 use tcpclose_common::{
     record::{
-        Address, Connection, Header, MAX_STEPS, Owner, Process, StackCopy, UNKNOWN_U32, UNKNOWN_U64, VERSION,
-        direction, first_move, holder, holds, reset_after, role, tag,
+        Act as WireAct, Address, Connection, Header, Interpreted, MAX_STEPS, Owner, Process, StackCopy,
+        UNKNOWN_U32, UNKNOWN_U64, VERSION, act, direction, first_move, holder, relation, reset_after, role,
+        tag,
     },
     tcp::{shutdown, sock_flag, task_flag},
 };
 use zerocopy::{FromBytes, Immutable, KnownLayout};
 
-use super::life::{
-    Act, End, Endpoints, FirstMove, Follows, Holder, Life, Path, Reset, Sample, Side, SocketId, Task,
+use super::{
+    abi,
+    life::{
+        Act, Claimant, End, Endpoints, FirstMove, Follows, LaterAct, Life, Path, Reset, Sample, SendQueue,
+        Side, SocketId, Task,
+    },
 };
 use crate::tcp::{Direction, Endpoint, Family, Role, State};
 
@@ -32,12 +37,16 @@ pub enum Record<'a> {
     StillOpen(SocketId, Task),
     /// A task has this descriptor of a socket whose holders were asked for.
     Descriptor(SocketId, Task, u32),
+    /// A task acted on a socket after this side had acted, or from outside.
+    Act(SocketId, LaterAct),
     /// A socket in a teardown state, as it is now.
     Stuck(Box<Life>),
     /// A process touched a socket for the first time.
     Process(NewProcess),
     /// A copy of a user stack, and its bytes.
     Stack(StackCopy, &'a [u8]),
+    /// The frames of an interpreter, for the copy of a stack that follows.
+    Interpreted(Box<Interpreted>),
 }
 
 /// A process, or a new program image of a known one, that touched a socket for the first time.
@@ -45,8 +54,12 @@ pub enum Record<'a> {
 pub struct NewProcess {
     /// Process id in the initial pid namespace.
     pub pid: u32,
-    /// Address of its `mm_struct`.
+    /// Process id in the pid namespace of tcpclose, if that is another one and the process is in it.
+    pub local: Option<u32>,
+    /// Address of its `mm_struct`; 0 if it has given that up.
     pub mm: u64,
+    /// The name of its main thread, padded with zeros; all zero if it could not be read.
+    pub comm: [u8; 16],
 }
 
 /// Why bytes are not a record.
@@ -113,17 +126,24 @@ pub fn decode(bytes: &[u8]) -> Result<Record<'_>, DecodeError> {
             Record::Reset(Box::new(life(&connection)?), reset(&connection).ok_or(unknown)?)
         }
         tag::OWNER => owner(&*whole(header, bytes)?)?,
+        tag::ACT => later_act(&*whole(header, bytes)?)?,
         tag::PROCESS => {
             let process = whole::<Process>(header, bytes)?;
-            Record::Process(NewProcess { pid: process.pid, mm: process.mm })
+            Record::Process(NewProcess {
+                pid: process.pid,
+                local: (process.local != 0).then_some(process.local),
+                mm: process.mm,
+                comm: process.comm,
+            })
         }
         tag::STACK => stack(header, bytes)?,
+        tag::INTERPRETED => Record::Interpreted(Box::new(whole::<Interpreted>(header, bytes)?.into_owned())),
         unknown => return Err(DecodeError::Tag(unknown)),
     })
 }
 
-/// A record that fills `bytes`, where it lies. One that is not aligned is copied: in a file, and where it reached over the
-/// end of the ring.
+/// A record that fills `bytes`, where it lies. One that is not aligned is copied: in a file, and where it
+/// reached over the end of the ring.
 fn whole<T>(header: Header, bytes: &[u8]) -> Result<Cow<'_, T>, DecodeError>
 where
     T: FromBytes + KnownLayout + Immutable + Clone,
@@ -164,8 +184,8 @@ fn life(connection: &Connection) -> Result<Life, DecodeError> {
         opener: task(&connection.opener),
         actor: task(&connection.actor),
         holder: match (connection.holder_kind, task(&connection.holder)) {
-            (holder::DESCRIPTOR, Some(task)) => Some(Holder::Descriptor(task)),
-            (holder::LISTENER, Some(task)) => Some(Holder::Listener(task)),
+            (holder::DESCRIPTOR, Some(task)) => Some(Claimant::Descriptor(task)),
+            (holder::LISTENER, Some(task)) => Some(Claimant::Listener(task)),
             _ => None,
         },
         first_move: (by.is_some() || moved.is_some()).then(|| FirstMove {
@@ -174,6 +194,7 @@ fn life(connection: &Connection) -> Result<Life, DecodeError> {
             sample: sample(&connection.at_move),
         }),
         sample: sample(&connection.at_end),
+        send_queue: send_queue(connection),
         jiffies: (connection.jiffies != 0 && read_at != 0).then_some((connection.jiffies, read_at)),
         end: if ended { Some(end(connection)?) } else { None },
         reset: reset(connection),
@@ -224,18 +245,39 @@ fn owner(owner: &Owner) -> Result<Record<'static>, DecodeError> {
     let unknown = |field, value| DecodeError::Value { field, value };
     let id = SocketId { address: owner.sock, born: owner.born };
     let task = task(&owner.task).ok_or(unknown("owner.task.pid", 0))?;
-    Ok(match owner.holds {
-        holds::CLOSED => Record::Closer(id, task),
-        holds::OPEN => Record::StillOpen(id, task),
-        holds::ASKED => Record::Descriptor(id, task, owner.fd),
-        value => return Err(unknown("owner.holds", value)),
+    Ok(match owner.relation {
+        relation::CLOSED => Record::Closer(id, task),
+        relation::OPEN => Record::StillOpen(id, task),
+        relation::ASKED => Record::Descriptor(id, task, owner.fd),
+        value => return Err(unknown("owner.relation", value)),
     })
+}
+
+fn later_act(record: &WireAct) -> Result<Record<'static>, DecodeError> {
+    let unknown = |field, value| DecodeError::Value { field, value };
+    let id = SocketId { address: record.sock, born: record.born };
+    let task = task(&record.task).ok_or(unknown("act.task.pid", 0))?;
+    let destroyed = match record.kind {
+        act::AGAIN => false,
+        act::DESTROYED => true,
+        value => return Err(unknown("act.kind", value)),
+    };
+    Ok(Record::Act(id, LaterAct { at: record.at, task, destroyed }))
+}
+
+/// What waits to be sent on a socket that was inspected.
+fn send_queue(connection: &Connection) -> Option<SendQueue> {
+    let (unsent, unacknowledged) = (known(connection.unsent)?, known(connection.at_end.unacknowledged)?);
+    // Without the socket's lock the two may be of different moments.
+    let in_flight = unacknowledged.saturating_sub(unsent);
+    Some(SendQueue { unsent, in_flight, probes: known(connection.probes)? })
 }
 
 /// A task; `None` for process id 0, which stands for nobody.
 fn task(task: &tcpclose_common::record::Task) -> Option<Task> {
     let act = if task.flags & task_flag::EXITING != 0 {
-        // wait(2): the low seven bits are the signal. PF_SIGNALED is also set on the siblings of an exit_group().
+        // wait(2): the low seven bits are the signal. PF_SIGNALED is also set on the siblings of an
+        // exit_group().
         match task.exit_code & 0x7f {
             0 => Act::Exit,
             signal => Act::Signal(signal),
@@ -245,7 +287,7 @@ fn task(task: &tcpclose_common::record::Task) -> Option<Task> {
     } else if task.syscall == -1 {
         Act::Unknown
     } else {
-        Act::Syscall(task.syscall.into())
+        Act::Syscall(abi::native(task.syscall))
     };
     (task.pid != 0).then(|| Task {
         pid: task.pid,
@@ -262,7 +304,8 @@ fn task(task: &tcpclose_common::record::Task) -> Option<Task> {
 fn sample(sample: &tcpclose_common::record::Sample) -> Sample {
     let bytes_sent = (sample.bytes_sent != UNKNOWN_U64).then_some(sample.bytes_sent);
     let bytes_received = (sample.bytes_received != UNKNOWN_U64).then_some(sample.bytes_received);
-    // The kernel sets both times when the connection is established, so they mean nothing before the first byte.
+    // The kernel sets both times when the connection is established, so they mean nothing before the first
+    // byte.
     let since = |bytes: Option<u64>, ago: u32| known(ago).filter(|_| bytes.is_some_and(|bytes| bytes != 0));
     Sample {
         bytes_sent,
@@ -345,7 +388,7 @@ mod tests {
             sock: 1,
             born: 2,
             task: WireTask { pid: 3, ..WireTask::NONE },
-            holds: holds::CLOSED,
+            relation: relation::CLOSED,
             fd: 0,
         }
     }
@@ -409,8 +452,8 @@ mod tests {
         let act = |flags, exit_code, syscall| {
             task(&WireTask { pid: 7, flags, exit_code, syscall, ..WireTask::NONE }).unwrap().act
         };
-        // What an exiting task slept in says nothing, and neither does PF_SIGNALED (0x400), which exit_group() sets on
-        // the threads that it wakes.
+        // What an exiting task slept in says nothing, and neither does PF_SIGNALED (0x400), which
+        // exit_group() sets on the threads that it wakes.
         assert_eq!(act(task_flag::EXITING, 0x300, 202), Act::Exit);
         assert_eq!(act(task_flag::EXITING | 0x400, 0x300, 202), Act::Exit);
         assert_eq!(act(task_flag::EXITING, 9, 3), Act::Signal(9));
@@ -487,17 +530,17 @@ mod tests {
 
     #[test]
     fn what_an_owner_has_to_do_with_the_socket() {
-        let with = |holds, pid| {
+        let with = |relation, pid| {
             let wire = wire_owner();
             let task = WireTask { pid, ..wire.task };
-            owner(&Owner { task, holds, fd: 9, ..wire })
+            owner(&Owner { task, relation, fd: 9, ..wire })
         };
         let id = SocketId { address: 1, born: 2 };
-        assert!(matches!(with(holds::CLOSED, 3), Ok(Record::Closer(socket, _)) if socket == id));
-        assert!(matches!(with(holds::OPEN, 3), Ok(Record::StillOpen(socket, _)) if socket == id));
-        assert!(matches!(with(holds::ASKED, 3), Ok(Record::Descriptor(socket, _, 9)) if socket == id));
-        assert!(matches!(with(77, 3), Err(DecodeError::Value { field: "owner.holds", value: 77 })));
-        assert!(matches!(with(holds::CLOSED, 0), Err(DecodeError::Value { field: "owner.task.pid", .. })));
+        assert!(matches!(with(relation::CLOSED, 3), Ok(Record::Closer(socket, _)) if socket == id));
+        assert!(matches!(with(relation::OPEN, 3), Ok(Record::StillOpen(socket, _)) if socket == id));
+        assert!(matches!(with(relation::ASKED, 3), Ok(Record::Descriptor(socket, _, 9)) if socket == id));
+        assert!(matches!(with(77, 3), Err(DecodeError::Value { field: "owner.relation", value: 77 })));
+        assert!(matches!(with(relation::CLOSED, 0), Err(DecodeError::Value { field: "owner.task.pid", .. })));
     }
 
     #[test]

@@ -1,6 +1,6 @@
-//! The domain model of an event: what the kernel half gathered about one end of a connection, with every fact that could
-//! not be read as `None` and every tag as an enum. [`decode`](super::decode) makes it of a wire record; nothing after
-//! it sees the wire format.
+//! The domain model of an event: what the kernel half gathered about one end of a connection, with every fact
+//! that could not be read as `None` and every tag as an enum. [`decode`](super::decode) makes it of a wire
+//! record; nothing after it sees the wire format.
 
 use tcpclose_common::record::MAX_STEPS;
 
@@ -17,7 +17,8 @@ pub struct Life {
     pub cookie: Option<u64>,
     /// Who opened the connection.
     pub role: Option<Role>,
-    /// When the handshake was completed, nanoseconds of `CLOCK_BOOTTIME`; `None` if never, or before the trace.
+    /// When the handshake was completed, nanoseconds of `CLOCK_BOOTTIME`; `None` if never, or before the
+    /// trace.
     pub established: Option<u64>,
     /// The states it went through.
     pub path: Path,
@@ -30,11 +31,13 @@ pub struct Life {
     /// The first task that acted on this side of the connection in its own context.
     pub actor: Option<Task>,
     /// A task with a claim to the socket though it neither opened it nor acted on it.
-    pub holder: Option<Holder>,
+    pub holder: Option<Claimant>,
     /// The first step of the teardown.
     pub first_move: Option<FirstMove>,
     /// The socket's counters when the record was written.
     pub sample: Sample,
+    /// What waits to be sent; `None` unless the socket was inspected.
+    pub send_queue: Option<SendQueue>,
     /// A moment at which `jiffies64` and `CLOCK_BOOTTIME`, in nanoseconds, were both read.
     pub jiffies: Option<(u64, u64)>,
     /// How it ended; `None` while it lives.
@@ -43,8 +46,8 @@ pub struct Life {
     pub reset: Option<Reset>,
 }
 
-/// A socket. The kernel reuses addresses within microseconds, so an address identifies a socket only together with the
-/// time at which its life began.
+/// A socket. The kernel reuses addresses within microseconds, so an address identifies a socket only together
+/// with the time at which its life began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SocketId {
     /// Address of the `struct sock`; 0 for a RST that concerned no socket.
@@ -86,7 +89,8 @@ pub struct Task {
     pub uid: u32,
     /// The thread's name, up to 15 bytes, padded with zeros.
     pub comm: [u8; 16],
-    /// Address of its `mm_struct`, which tells one program image from the next; 0 once the task has given it up.
+    /// Address of its `mm_struct`, which tells one program image from the next; 0 once the task has given it
+    /// up.
     pub mm: u64,
     /// What it was doing.
     pub act: Act,
@@ -98,7 +102,8 @@ pub struct Task {
 
 /// What a task was doing when it acted on a socket.
 ///
-/// The state of the task comes before the system call: a task that exits still shows the call that it slept in.
+/// The state of the task comes before the system call: a task that exits still shows the call that it slept
+/// in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Act {
     /// It ended by itself.
@@ -113,9 +118,31 @@ pub enum Act {
     Unknown,
 }
 
+/// What a task did to a socket after this side had acted for the first time, or from outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LaterAct {
+    /// When, nanoseconds of `CLOCK_BOOTTIME`.
+    pub at: u64,
+    /// Who.
+    pub task: Task,
+    /// It destroyed the socket from outside, as `ss -K` does.
+    pub destroyed: bool,
+}
+
+/// What waits to be sent on a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SendQueue {
+    /// Sequence numbers written and not sent yet; a FIN counts as one.
+    pub unsent: u32,
+    /// Sequence numbers sent and not acknowledged yet.
+    pub in_flight: u32,
+    /// Probes of the peer's window that it has not answered.
+    pub probes: u32,
+}
+
 /// A task with a claim to a socket, and how that is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Holder {
+pub enum Claimant {
     /// It had the socket open when all descriptors were last looked through.
     Descriptor(Task),
     /// It listens on the port by which the connection came in, and had not accepted it.
@@ -163,8 +190,8 @@ pub struct Sample {
     pub received_ago: Option<u32>,
     /// `TCP_USER_TIMEOUT`, milliseconds; `None` also if it is not set.
     pub user_timeout: Option<u32>,
-    /// Sequence numbers received that the application has not consumed: `unread`, plus one for a FIN that it was not
-    /// told about. `ss` shows this as Recv-Q.
+    /// Sequence numbers received that the application has not consumed: `unread`, plus one for a FIN that it
+    /// was not told about. `ss` shows this as Recv-Q.
     pub recv_queue: Option<u32>,
 }
 
@@ -212,7 +239,8 @@ pub struct Reset {
     pub state: Option<State>,
     /// It answered a packet; otherwise the kernel sent it of its own accord.
     pub answer: bool,
-    /// It was received in a state in which `tcp_reset()` also runs for late data, without any RST from the peer.
+    /// It was received in a state in which `tcp_reset()` also runs for late data, without any RST from the
+    /// peer.
     pub ambiguous: bool,
     /// TTL of a RST that was received.
     pub ttl: Option<u8>,
@@ -220,11 +248,26 @@ pub struct Reset {
     pub handshake_ttl: Option<u8>,
 }
 
+impl SendQueue {
+    /// Whether the peer's receive window is shut and the peer is there: everything that was sent is
+    /// acknowledged, so nothing but the window can hold the rest back, and each probe was answered. One may
+    /// be on its way.
+    pub fn is_shut_out(&self) -> bool {
+        self.unsent > 0 && self.in_flight == 0 && self.probes <= 1
+    }
+
+    /// Payload that was not sent yet, on a socket in `state`. A FIN is the last thing in the queue.
+    pub fn unsent_payload(&self, state: State) -> u32 {
+        let has_fin = matches!(state, State::FinWait1 | State::Closing | State::LastAck);
+        self.unsent.saturating_sub(u32::from(has_fin))
+    }
+}
+
 impl Life {
-    /// Whether the socket was destroyed from outside, as `ss -K` does. A connection in the accept queue of a listener
-    /// that is destroyed ends without an error: `tcp_abort()` stops the listener as `close()` does. But that happens
-    /// while a netlink message is sent, and no one closes a listener by sending something, unless it is killed while it
-    /// does.
+    /// Whether the socket was destroyed from outside, as `ss -K` does. A connection in the accept queue of a
+    /// listener that is destroyed ends without an error: `tcp_abort()` stops the listener as `close()` does.
+    /// But that happens while a netlink message is sent, and no one closes a listener by sending something,
+    /// unless it is killed while it does.
     pub fn is_destroyed(&self) -> bool {
         const SENDS: [libc::c_long; 5] =
             [libc::SYS_sendmsg, libc::SYS_sendmmsg, libc::SYS_sendto, libc::SYS_write, libc::SYS_writev];
@@ -239,14 +282,42 @@ impl Life {
             && self.end.is_some_and(|end| end.error == Some(0) && !end.locked && end.orphan == Some(false))
     }
 
-    /// The task that acted for this side. A task that destroyed the socket from outside did not.
+    /// The task that acted first for this side. A task that destroyed a listener from outside did not.
     pub fn own_actor(&self) -> Option<&Task> {
-        self.actor.as_ref().filter(|_| !self.is_destroyed())
+        self.actor.as_ref().filter(|_| !(self.is_unaccepted() && self.is_destroyed()))
+    }
+
+    /// When the first act of this side was, nanoseconds of `CLOCK_BOOTTIME`: it sent a FIN, or it ended the
+    /// connection at once. `None` if there was none, or if it was before the trace.
+    pub fn acted_at(&self) -> Option<u64> {
+        self.own_actor()?;
+        let is_fin = |state| matches!(state, State::FinWait1 | State::LastAck);
+        let steps = self.path.steps();
+        let seen_from = usize::from(self.path.began_before);
+        if let Some((_, at)) = steps.iter().skip(seen_from).find(|(state, _)| is_fin(*state)) {
+            return Some(*at);
+        }
+        let was_before = |state| is_fin(state) || matches!(state, State::FinWait2 | State::Closing);
+        if steps.first().is_some_and(|(state, _)| was_before(*state)) {
+            return None;
+        }
+        self.end.map(|end| end.at)
     }
 
     /// `sk_err` at the end; 0 if there was no error, `None` while it lives or if it could not be read.
     pub fn error(&self) -> Option<i32> {
         self.end.and_then(|end| end.error)
+    }
+
+    /// Payload written that the peer has not acknowledged. A SYN and a FIN take a sequence number each and
+    /// carry none.
+    pub fn unacknowledged_payload(&self) -> Option<u32> {
+        let unacknowledged = self.sample.unacknowledged?;
+        let flag = match self.state {
+            Some(State::SynSent | State::SynRecv | State::FinWait1 | State::Closing | State::LastAck) => 1,
+            _ => 0,
+        };
+        Some(unacknowledged.saturating_sub(flag))
     }
 
     /// Which side moved first.
@@ -276,8 +347,8 @@ impl Path {
         self.steps().iter().any(|(step, _)| *step == state)
     }
 
-    /// Nanoseconds between entering `state` and leaving it; `None` if it was never there, has not left it, or was there
-    /// before the trace.
+    /// Nanoseconds between entering `state` and leaving it; `None` if it was never there, has not left it, or
+    /// was there before the trace.
     pub fn time_in(&self, state: State) -> Option<u64> {
         let entered = self.steps().iter().position(|(step, _)| *step == state)?;
         let (_, left) = self.steps().get(entered + 1)?;
@@ -298,9 +369,14 @@ impl FromIterator<(State, u64)> for Path {
 impl Task {
     /// The thread's name.
     pub fn comm(&self) -> String {
-        let length = self.comm.iter().position(|byte| *byte == 0).unwrap_or(self.comm.len());
-        String::from_utf8_lossy(&self.comm[..length]).into_owned()
+        name(&self.comm)
     }
+}
+
+/// The name of a task, up to 15 bytes, padded with zeros.
+pub fn name(comm: &[u8; 16]) -> String {
+    let length = comm.iter().position(|byte| *byte == 0).unwrap_or(comm.len());
+    String::from_utf8_lossy(&comm[..length]).into_owned()
 }
 
 /// Lives, tasks and RSTs for tests, to be changed with the struct update syntax.
@@ -353,6 +429,7 @@ pub(crate) mod examples {
             holder: None,
             first_move: None,
             sample: Sample::default(),
+            send_queue: None,
             jiffies: None,
             end: None,
             reset: None,

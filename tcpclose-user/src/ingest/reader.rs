@@ -16,8 +16,8 @@ use tokio::{
 use super::ring::Ring;
 use crate::kernel::handle::KernelHalf;
 
-/// How long records may gather before they are read. The contract promises them within a quarter of a second, and the
-/// correlator may hold one back for a second read.
+/// How long records may gather before they are read. The contract promises them within a quarter of a second,
+/// and the correlator may hold one back for a second read.
 pub const GATHER: Duration = Duration::from_millis(100);
 
 /// Registers something that owns a descriptor with the runtime.
@@ -25,16 +25,17 @@ pub const GATHER: Duration = Duration::from_millis(100);
 /// # Errors
 /// It is of a kind that cannot be polled, such as a file.
 pub fn poll<T: AsFd + AsRawFd>(owner: T, interest: Interest) -> io::Result<AsyncFd<T>> {
-    // SAFETY: what is registered here (rings, aya's logger, an `OwnedFd`) owns one descriptor, gives the same one each
-    // time it is asked, and keeps it open until it is dropped, which takes it out of the runtime first.
+    // SAFETY: what is registered here (rings, aya's logger, an `OwnedFd`) owns one descriptor, gives the same
+    // one each time it is asked, and keeps it open until it is dropped, which takes it out of the runtime
+    // first.
     unsafe { AsyncFd::register_with_interest(owner, interest) }.map_err(|error| error.into_parts().1)
 }
 
 /// The ring of records.
 ///
-/// The reader tells the kernel half that it is about to sleep, and the next record wakes it. It then pauses while records
-/// gather without waking it; a second wake-up within the pause means that the ring is filling up. It sleeps once a read
-/// has found nothing.
+/// The reader tells the kernel half that it is about to sleep, and the next record wakes it. It then pauses
+/// while records gather without waking it; a second wake-up within the pause means that the ring is filling
+/// up. It sleeps once a read has found nothing.
 pub struct Records {
     ring: AsyncFd<Ring>,
     /// Set by the reader when it is about to sleep, cleared by the kernel half when it wakes it.
@@ -59,8 +60,8 @@ impl Records {
         Ok(records)
     }
 
-    /// Requests a wake-up at the next record. Call it before the ring is read, not after: a record that arrives between
-    /// the last read and this call would wake nobody.
+    /// Requests a wake-up at the next record. Call it before the ring is read, not after: a record that
+    /// arrives between the last read and this call would wake nobody.
     ///
     /// # Errors
     /// The kernel refuses to change the map.
@@ -68,7 +69,8 @@ impl Records {
         self.wakeup_requested.set(0, 1, 0).context("cannot request a wake-up from the kernel half")
     }
 
-    /// Waits until there is a batch worth reading. Safe to cancel: a pause that has begun continues with the next call.
+    /// Waits until there is a batch worth reading. Safe to cancel: a pause that has begun continues with the
+    /// next call.
     ///
     /// # Errors
     /// The ring cannot be polled any more.
@@ -101,9 +103,9 @@ impl Records {
 
     /// The next record, where it lies. One that was found is followed by one more read after a pause.
     ///
-    /// It may have arrived after the wake-up was requested. Its wake-up is then spent without effect: when the ring is
-    /// polled, it says that there is nothing to read (`ringbuf_map_poll_kern()` in `kernel/bpf/ringbuf.c`), and nothing
-    /// else would wake the reader.
+    /// It may have arrived after the wake-up was requested. Its wake-up is then spent without effect: when
+    /// the ring is polled, it says that there is nothing to read (`ringbuf_map_poll_kern()` in
+    /// `kernel/bpf/ringbuf.c`), and nothing else would wake the reader.
     pub fn next_record(&mut self) -> Option<&[u8]> {
         let record = self.ring.get_mut().next_record()?;
         self.due.get_or_insert_with(|| Instant::now() + GATHER);

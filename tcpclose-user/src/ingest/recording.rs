@@ -1,9 +1,9 @@
 //! Recordings (`--record FILE`): everything that the stages behind the ring were given, in order, so that
 //! `tcpclose replay FILE` makes the same lines of it without privilege.
 //!
-//! A file is [`MAGIC`] followed by frames. A frame is one byte that says what it is, the length of the rest as a
-//! little-endian u32, and the rest: a record as it was in the ring, or a [`Step`] as JSON. Answers of the host follow the
-//! record or step that asked for them.
+//! A file is [`MAGIC`] followed by frames. A frame is one byte that says what it is, the length of the rest
+//! as a little-endian u32, and the rest: a record as it was in the ring, or a [`Step`] as JSON. Answers of
+//! the host follow the record or step that asked for them.
 
 use std::{
     collections::BTreeMap,
@@ -45,8 +45,8 @@ pub enum Step {
         /// The command line, without the command that was traced.
         arguments: Vec<String>,
     },
-    /// The clocks were read: nanoseconds from `CLOCK_BOOTTIME` to the wall clock, and from `CLOCK_MONOTONIC` to
-    /// `CLOCK_BOOTTIME`.
+    /// The clocks were read: nanoseconds from `CLOCK_BOOTTIME` to the wall clock, and from `CLOCK_MONOTONIC`
+    /// to `CLOCK_BOOTTIME`.
     Clock {
         /// Wall clock minus `CLOCK_BOOTTIME`.
         wall_minus_boot: i64,
@@ -152,7 +152,8 @@ impl Recorder {
     }
 }
 
-/// Takes the frames out of a recording. A last frame that was cut short is left out: the tool may have been killed.
+/// Takes the frames out of a recording. A last frame that was cut short is left out: the tool may have been
+/// killed.
 ///
 /// # Errors
 /// The bytes are not a recording, or a frame makes no sense.

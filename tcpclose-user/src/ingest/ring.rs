@@ -1,8 +1,8 @@
 //! A BPF ring buffer, read where it lies.
 //!
-//! The pages of the data are mapped once. The kernel also offers them twice in a row, so that a record which reaches over
-//! the end is in one piece, but all of them count as memory of the process: 16 MiB for a ring of 8. Such a record, one in
-//! thousands, is put together in a buffer instead.
+//! The pages of the data are mapped once. The kernel also offers them twice in a row, so that a record which
+//! reaches over the end is in one piece, but all of them count as memory of the process: 16 MiB for a ring
+//! of 8. Such a record, one in thousands, is put together in a buffer instead.
 //!
 //! The layout and the rules are those of `kernel/bpf/ringbuf.c` and `tools/lib/bpf/ringbuf.c` of Linux.
 
@@ -24,8 +24,8 @@ const BUSY: u32 = 1 << 31;
 /// The record was given up; it is skipped.
 const DISCARDED: u32 = 1 << 30;
 
-/// After how many bytes the kernel is told that they are free. Telling it for each record would have its CPUs fetch the
-/// changed position for each record, too.
+/// After how many bytes the kernel is told that they are free. Telling it for each record would have its CPUs
+/// fetch the changed position for each record, too.
 const RELEASE_AFTER: usize = 64 << 10;
 
 /// The ring buffer of a map.
@@ -140,7 +140,8 @@ impl Memory {
         }
     }
 
-    /// Reads how far the kernel has come, after it was told how far this side has. Returns whether there is more.
+    /// Reads how far the kernel has come, after it was told how far this side has. Returns whether there is
+    /// more.
     fn look_again(&mut self) -> bool {
         self.release();
         self.reserved = self.reserved().load(Ordering::Acquire);
@@ -158,8 +159,8 @@ impl Memory {
     }
 
     fn consumed(&self) -> &AtomicUsize {
-        // SAFETY: the page is mapped for as long as `self` lives, begins with an aligned word, and the kernel and this side
-        // access that word by atomic operations alone.
+        // SAFETY: the page is mapped for as long as `self` lives, begins with an aligned word, and the kernel
+        // and this side access that word by atomic operations alone.
         unsafe { AtomicUsize::from_ptr(self.consumer.as_mut_ptr().cast()) }
     }
 
@@ -171,15 +172,16 @@ impl Memory {
     /// The length and the flags of the record at a position.
     fn header(&self, position: usize) -> u32 {
         let offset = position & (self.size - 1) & !(HEADER - 1);
-        // SAFETY: the data are mapped behind the first page for as long as `self` lives. The offset is below their size,
-        // which is a multiple of 8, and is itself one. The kernel writes the word by atomic operations.
+        // SAFETY: the data are mapped behind the first page for as long as `self` lives. The offset is below
+        // their size, which is a multiple of 8, and is itself one. The kernel writes the word by atomic
+        // operations.
         let header =
             unsafe { AtomicU32::from_ptr(self.producer.as_mut_ptr().add(self.page + offset).cast()) };
         header.load(Ordering::Acquire)
     }
 
-    /// The bytes of a record that the kernel has finished. They stay as they are until `self.position` is released, which
-    /// takes `&mut self`.
+    /// The bytes of a record that the kernel has finished. They stay as they are until `self.position` is
+    /// released, which takes `&mut self`.
     fn record(&mut self, start: usize, length: usize) -> &[u8] {
         let offset = start & (self.size - 1);
         let in_place = length.min(self.size - offset);
@@ -196,8 +198,8 @@ impl Memory {
 
     fn bytes(&self, offset: usize, length: usize) -> &[u8] {
         assert!(offset <= self.size && length <= self.size - offset, "within the ring");
-        // SAFETY: the range is within the data, which are mapped behind the first page for as long as `self` lives. The
-        // kernel does not write to a finished record before it is released.
+        // SAFETY: the range is within the data, which are mapped behind the first page for as long as `self`
+        // lives. The kernel does not write to a finished record before it is released.
         unsafe { std::slice::from_raw_parts(self.producer.as_ptr().add(self.page + offset), length) }
     }
 }

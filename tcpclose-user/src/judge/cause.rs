@@ -36,8 +36,8 @@ pub(super) fn of(life: &Life, reasons: &ResetReasons) -> Cause {
 
 /// Why `reset` was sent or received on `life`.
 ///
-/// The evidence of the socket comes first, because it is the same on every kernel. The kernel's own reason, which only
-/// newer kernels give and which is `TCP_STATE` for four different causes, comes second.
+/// The evidence of the socket comes first, because it is the same on every kernel. The kernel's own reason,
+/// which only newer kernels give and which is `TCP_STATE` for four different causes, comes second.
 pub fn reset_cause(life: &Life, reset: &Reset, reasons: &ResetReasons) -> Cause {
     if reset.direction == Direction::Received {
         return match reset.state {
@@ -80,12 +80,12 @@ pub fn reset_cause(life: &Life, reset: &Reset, reasons: &ResetReasons) -> Cause 
     }
 }
 
-/// Why the kernel reset a connection that no descriptor refers to any more. `None` if it is not shown to have done so, or
-/// if it merely answered a segment.
+/// Why the kernel reset a connection that no descriptor refers to any more. `None` if it is not shown to have
+/// done so, or if it merely answered a segment.
 ///
-/// In FIN_WAIT2 the socket only waits for the peer's FIN. A negative `TCP_LINGER2` ends that at once, or the timer does.
-/// In the states before it still has something to deliver, and the kernel gives that up only for want of memory: the
-/// timer that gives up because no answer came sets an error and sends no RST.
+/// In FIN_WAIT2 the socket only waits for the peer's FIN. A negative `TCP_LINGER2` ends that at once, or the
+/// timer does. In the states before it still has something to deliver, and the kernel gives that up only for
+/// want of memory: the timer that gives up because no answer came sets an error and sends no RST.
 fn orphan_cause(life: &Life, reset: &Reset) -> Option<Cause> {
     let end = life.end.filter(|end| end.error == Some(0) && end.orphan == Some(true))?;
     let own_accord = !reset.answer;
@@ -107,7 +107,8 @@ fn is_from_elsewhere(reset: &Reset) -> bool {
     matches!((reset.ttl, reset.handshake_ttl), (Some(ttl), Some(first)) if ttl.abs_diff(first) > SAME_ROUTE)
 }
 
-/// Why an application's own action ended in an abort instead of a FIN, in the order in which `__tcp_close()` decides.
+/// Why an application's own action ended in an abort instead of a FIN, in the order in which `__tcp_close()`
+/// decides.
 fn abort_cause(life: &Life) -> Cause {
     if life.is_unaccepted() {
         return Cause::ListenerClosed;

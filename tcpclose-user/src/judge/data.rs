@@ -4,8 +4,8 @@ use std::cmp::Ordering;
 
 use crate::{event::LastData, ingest::life::Sample};
 
-/// Jiffies since data last went either way, and which way it went. `None` if none ever did, or if that could not be
-/// read. Within one jiffy the two ways cannot be told apart, and no way is given.
+/// Jiffies since data last went either way, and which way it went. `None` if none ever did, or if that could
+/// not be read. Within one jiffy the two ways cannot be told apart, and no way is given.
 pub fn last_data(sample: &Sample) -> Option<(u32, Option<LastData>)> {
     match (sample.sent_ago, sample.received_ago) {
         (Some(sent), Some(received)) => Some(match sent.cmp(&received) {

@@ -61,8 +61,8 @@ fn ended(life: &Life) -> Option<Ended> {
             _ => None,
         },
         Some(libc::ETIMEDOUT) => Some(Ended::Timeout),
-        // Where the hook on received RSTs is missing, these errors show one. ECONNREFUSED may also come from an ICMP
-        // message.
+        // Where the hook on received RSTs is missing, these errors show one. ECONNREFUSED may also come from
+        // an ICMP message.
         Some(libc::ECONNRESET | libc::EPIPE) => Some(Ended::ResetReceived),
         // The timer that gives up reports the last ICMP error instead of ETIMEDOUT: tcp_write_err().
         Some(_) if life.sample.retransmits.is_some_and(|count| count > 0) => Some(Ended::Timeout),

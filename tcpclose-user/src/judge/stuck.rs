@@ -1,11 +1,21 @@
 //! What a socket waits for that stays in a teardown state.
 
-use crate::{event::LingeringKind, tcp::State};
+use crate::{event::LingeringKind, ingest::life::SendQueue, tcp::State};
 
-/// What a socket in `state` waits for. `recv_queue` is its Recv-Q as `ss` shows it, if that is known.
-pub fn waits_for(state: State, has_descriptor: bool, recv_queue: Option<u32>) -> LingeringKind {
+/// What a socket in `state` waits for. `recv_queue` is its Recv-Q as `ss` shows it, and `send_queue` what
+/// waits to be sent, if they are known.
+pub fn waits_for(
+    state: State,
+    has_descriptor: bool,
+    recv_queue: Option<u32>,
+    send_queue: Option<SendQueue>,
+) -> LingeringKind {
     match (state, recv_queue) {
-        (State::FinWait1 | State::Closing | State::LastAck, _) => LingeringKind::Unacked,
+        (State::FinWait1 | State::Closing | State::LastAck, _) => match send_queue {
+            Some(queue) if queue.is_shut_out() => LingeringKind::PeerNotReading,
+            Some(_) => LingeringKind::Unacked,
+            None => LingeringKind::Unknown,
+        },
         (State::FinWait2, _) => LingeringKind::HalfClosed,
         // A socket that was closed is in LAST_ACK; one in CLOSE_WAIT without a descriptor was never accepted.
         (State::CloseWait, Some(_)) if !has_descriptor => LingeringKind::Unaccepted,
@@ -13,5 +23,24 @@ pub fn waits_for(state: State, has_descriptor: bool, recv_queue: Option<u32>) ->
         (State::CloseWait, Some(0)) => LingeringKind::Leaked,
         (State::CloseWait, Some(_)) => LingeringKind::Unread,
         _ => LingeringKind::Unknown,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shut_window_and_a_lost_peer() {
+        let kind = |unsent, in_flight, probes| {
+            waits_for(State::FinWait1, true, Some(0), Some(SendQueue { unsent, in_flight, probes }))
+        };
+        assert_eq!(kind(1001, 0, 0), LingeringKind::PeerNotReading);
+        assert_eq!(kind(1001, 0, 1), LingeringKind::PeerNotReading, "a probe is on its way");
+        assert_eq!(kind(1, 0, 0), LingeringKind::PeerNotReading, "the FIN alone has no room either");
+        assert_eq!(kind(1001, 0, 5), LingeringKind::Unacked, "probes go unanswered");
+        assert_eq!(kind(1001, 10, 0), LingeringKind::Unacked, "what was sent is not acknowledged");
+        assert_eq!(kind(0, 1, 0), LingeringKind::Unacked);
+        assert_eq!(waits_for(State::LastAck, true, None, None), LingeringKind::Unknown);
     }
 }

@@ -30,14 +30,14 @@ fn syscall(number: i64) -> Option<Trigger> {
         libc::SYS_io_uring_setup | libc::SYS_io_uring_enter => Trigger::IoUring,
         // connect(AF_UNSPEC) is not a way to close a descriptor; the cause reports it.
         libc::SYS_connect => return None,
-        // close() itself, or the call that dropped the last reference: a recv() whose descriptor another thread closed
-        // meanwhile, the close of a unix socket that carried this one.
+        // close() itself, or the call that dropped the last reference: a recv() whose descriptor another
+        // thread closed meanwhile, the close of a unix socket that carried this one.
         _ => Trigger::Close,
     })
 }
 
-/// The first real-time signal as glibc and bash number it: the threading library keeps the first two of the kernel's for
-/// itself (`signal(7)`).
+/// The first real-time signal as glibc and bash number it: the threading library keeps the first two of the
+/// kernel's for itself (`signal(7)`).
 const SIGRTMIN: i32 = 34;
 
 /// The name of a signal. Real-time signals are counted from [`SIGRTMIN`].

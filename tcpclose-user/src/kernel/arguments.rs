@@ -1,5 +1,5 @@
-//! Where programs on kernel functions (fentry, fexit) find the arguments and the result, according to BTF. Functions gain
-//! and lose parameters from one kernel version to the next.
+//! Where programs on kernel functions (fentry, fexit) find the arguments and the result, according to BTF.
+//! Functions gain and lose parameters from one kernel version to the next.
 
 use std::collections::BTreeSet;
 
@@ -48,7 +48,8 @@ pub fn argument_offsets(btf: &Btf<'_>) -> ArgumentOffsets {
     offsets
 }
 
-/// Which argument of `function` its programs would not find, as the end of a sentence; `None` if they find all.
+/// Which argument of `function` its programs would not find, as the end of a sentence; `None` if they find
+/// all.
 pub fn missing(mut offsets: ArgumentOffsets, function: &str) -> Option<String> {
     let of_function = ROWS.iter().filter(|(_, name, _)| *name == function);
     let absent: Vec<_> = of_function.clone().filter(|(slot, ..)| *slot(&mut offsets) == ABSENT).collect();

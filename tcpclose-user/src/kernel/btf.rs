@@ -1,8 +1,8 @@
-//! Reads BTF, the kernel's own description of its types: where members lie, what enumerators are called, how many
-//! arguments a tracepoint has. The format: <https://docs.kernel.org/bpf/btf.html>.
+//! Reads BTF, the kernel's own description of its types: where members lie, what enumerators are called, how
+//! many arguments a tracepoint has. The format: <https://docs.kernel.org/bpf/btf.html>.
 //!
-//! No crate does: `btf` 0.5.1 needs 110 to 230 ms for a kernel's BTF, aya-obj 0.3 does not expose members, and `btf-rs` is
-//! LGPL. This reader takes 5 to 8 ms, and malformed input only ever yields an error.
+//! No crate does: `btf` 0.5.1 needs 110 to 230 ms for a kernel's BTF, aya-obj 0.3 does not expose members,
+//! and `btf-rs` is LGPL. This reader takes 5 to 8 ms, and malformed input only ever yields an error.
 
 use std::collections::{BTreeMap, HashMap};
 use std::{fmt, fs};
@@ -24,14 +24,16 @@ pub fn running_kernel() -> Result<Vec<u8>> {
 
 /// Size of a pointer in bytes, which BTF does not say. The kernels that tcpclose runs on are all 64-bit.
 const POINTER_SIZE: u64 = 8;
-/// The longest name in bytes; the kernel allows no more (`KSYM_NAME_LEN`). Without a limit, a string section without a
-/// NUL would be searched to its end for every name.
+/// The longest name in bytes; the kernel allows no more (`KSYM_NAME_LEN`). Without a limit, a string section
+/// without a NUL would be searched to its end for every name.
 const MAX_NAME: usize = 511;
-/// How many typedefs, qualifiers or array dimensions may be wrapped around a type, and how many anonymous structs
-/// around a member. The limit ends loops in broken BTF; the kernel's verifier has the same one (`MAX_RESOLVE_DEPTH`).
+/// How many typedefs, qualifiers or array dimensions may be wrapped around a type, and how many anonymous
+/// structs around a member. The limit ends loops in broken BTF; the kernel's verifier has the same one
+/// (`MAX_RESOLVE_DEPTH`).
 const MAX_DEPTH: usize = 32;
-/// How many members one lookup may visit; the largest kernel struct has a few hundred. Without this limit, a lookup in a
-/// struct whose anonymous members are the struct itself would hardly ever end, in spite of the limited depth.
+/// How many members one lookup may visit; the largest kernel struct has a few hundred. Without this limit, a
+/// lookup in a struct whose anonymous members are the struct itself would hardly ever end, in spite of the
+/// limited depth.
 const MAX_MEMBERS: u32 = 10_000;
 /// How many types of the same name a lookup considers.
 const MAX_NAMESAKES: usize = 16;
@@ -158,8 +160,9 @@ impl<'a> Btf<'a> {
         };
         let types = section("type", field(8)?, field(12)?)?;
         let strings = section("string", field(16)?, field(20)?)?;
-        // From Linux 7.1 on, BTF may describe how long the records of each kind are, for readers older than the kind:
-        // https://git.kernel.org/torvalds/c/222edc843c15 "btf: Add BTF kind layout encoding to UAPI".
+        // From Linux 7.1 on, BTF may describe how long the records of each kind are, for readers older than
+        // the kind: https://git.kernel.org/torvalds/c/222edc843c15 "btf: Add BTF kind layout encoding to
+        // UAPI".
         let layout = if field(4)? >= 32 { section("layout", field(24)?, field(28)?)? } else { &[] };
 
         let mut btf = Self { types, strings, starts: Vec::new(), names: HashMap::new() };
@@ -217,7 +220,8 @@ impl<'a> Btf<'a> {
         self.named(name).find(|ty| ty.is_composite() && ty.value > 0).map(|ty| ty.value.into())
     }
 
-    /// The enumerators of `enum name`, by value, with `prefix` removed from their names. Empty if there is no such enum.
+    /// The enumerators of `enum name`, by value, with `prefix` removed from their names. Empty if there is no
+    /// such enum.
     pub fn enum_values(&self, name: &str, prefix: &str) -> BTreeMap<i64, String> {
         let mut values = BTreeMap::new();
         for ty in self.named(name) {
@@ -245,8 +249,8 @@ impl<'a> Btf<'a> {
 
     /// The number of parameters of the function that a typedef points to.
     ///
-    /// For each tracepoint the kernel has such a typedef, `btf_trace_<name>`. Its first parameter, a `void *`, is internal
-    /// to tracing; raw tracepoint programs get the others.
+    /// For each tracepoint the kernel has such a typedef, `btf_trace_<name>`. Its first parameter, a
+    /// `void *`, is internal to tracing; raw tracepoint programs get the others.
     pub fn func_proto_params(&self, typedef: &str) -> Option<usize> {
         self.named(typedef).find_map(|ty| {
             let pointer =
@@ -257,9 +261,9 @@ impl<'a> Btf<'a> {
         })
     }
 
-    /// The names of the parameters of each of these functions. A function that the kernel does not have is not in the
-    /// result. Functions are half of all types and seldom looked up, so they are not indexed: this walks all types, which
-    /// takes about a millisecond.
+    /// The names of the parameters of each of these functions. A function that the kernel does not have is
+    /// not in the result. Functions are half of all types and seldom looked up, so they are not indexed: this
+    /// walks all types, which takes about a millisecond.
     pub fn func_params<'n>(&self, functions: &[&'n str]) -> HashMap<&'n str, Vec<&'a [u8]>> {
         let mut found = HashMap::new();
         for (nth, start) in self.starts.iter().enumerate() {
@@ -288,11 +292,11 @@ impl<'a> Btf<'a> {
         found
     }
 
-    /// BTF in which only typedefs and functions of these names have their names, each under its id. Every other type is a
-    /// nameless placeholder.
+    /// BTF in which only typedefs and functions of these names have their names, each under its id. Every
+    /// other type is a nameless placeholder.
     ///
-    /// Programs are attached by the id of a type. To find it, aya parses all of the kernel's BTF, which takes several times
-    /// as long, and 15 MB, with its types.
+    /// Programs are attached by the id of a type. To find it, aya parses all of the kernel's BTF, which takes
+    /// several times as long, and 15 MB, with its types.
     pub fn named_only(&self, names: &[String]) -> Vec<u8> {
         const FORWARD: u32 = (kind::FWD as u32) << 24;
         let mut strings = vec![0];
@@ -391,7 +395,8 @@ impl<'a> Btf<'a> {
             width = member.bits;
             ty = self.resolve(member.type_id).ok_or(Absent::NoMember)?;
         }
-        // Before Linux 5.0, BTF describes a bit field as an integer of few bits, and the struct has no widths.
+        // Before Linux 5.0, BTF describes a bit field as an integer of few bits, and the struct has no
+        // widths.
         if let (kind::INT, 0, Some(int)) = (ty.kind, width, u32_at(ty.tail, 0)) {
             let bits = u64::from(int & 0xff);
             if bits != u64::from(ty.value) * 8 {
@@ -443,14 +448,14 @@ impl Type<'_> {
     }
 }
 
-/// The kind of a type and the number of its elements. In Linux 7.2 both fields took over the unused bits next to them,
-/// which are zero before: `BTF_INFO_KIND` and `BTF_INFO_VLEN` of `include/uapi/linux/btf.h`.
+/// The kind of a type and the number of its elements. In Linux 7.2 both fields took over the unused bits next
+/// to them, which are zero before: `BTF_INFO_KIND` and `BTF_INFO_VLEN` of `include/uapi/linux/btf.h`.
 fn kind_and_count(info: u32) -> (u8, usize) {
     ((info >> 24 & 0x7f) as u8, index(info & 0x00ff_ffff))
 }
 
-/// The number of bytes that follow the twelve common bytes of a type: once, and for each element. `None` if the kind is
-/// unknown.
+/// The number of bytes that follow the twelve common bytes of a type: once, and for each element. `None` if
+/// the kind is unknown.
 fn tail_size(kind: u8, layout: &[u8]) -> Option<(usize, usize)> {
     Some(match kind {
         kind::INT | kind::VAR | kind::DECL_TAG => (4, 0),
@@ -561,7 +566,8 @@ mod tests {
     #[test]
     fn descends_into_anonymous_members() {
         let (_, v7_2) = FIXTURES[5];
-        // `bpftool btf dump`: sk_lock at bit 2560, in it two anonymous members, then `slock_owned` with `owned` at 0.
+        // `bpftool btf dump`: sk_lock at bit 2560, in it two anonymous members, then `slock_owned` with
+        // `owned` at 0.
         assert_eq!(place(v7_2, "sock.sk_lock.owned"), Ok((320, 4)));
         assert_eq!(place(v7_2, "sock.__sk_common.skc_num"), Ok((14, 2)));
         assert_eq!(place(v7_2, "sk_buff.dev"), Ok((16, 8)));

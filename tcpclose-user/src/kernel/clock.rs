@@ -33,20 +33,21 @@ impl Clock {
         clock
     }
 
-    /// Reads the clocks again, so that setting the wall clock, or a suspend, shifts only the times of later events.
+    /// Reads the clocks again, so that setting the wall clock, or a suspend, shifts only the times of later
+    /// events.
     pub fn synchronize(&mut self) {
         let boot = nanoseconds(ClockId::CLOCK_BOOTTIME);
         let wall_minus_boot = nanoseconds(ClockId::CLOCK_REALTIME) - boot;
-        // The two clocks are read one after the other, so every reading differs a little. Ignoring that keeps the wall time
-        // of a given moment the same on every line.
+        // The two clocks are read one after the other, so every reading differs a little. Ignoring that keeps
+        // the wall time of a given moment the same on every line.
         if (wall_minus_boot - self.wall_minus_boot).abs() > TOLERANCE {
             self.wall_minus_boot = wall_minus_boot;
         }
         self.suspended = boot - nanoseconds(ClockId::CLOCK_MONOTONIC);
     }
 
-    /// The clocks as they were read last, for a recording: nanoseconds from `CLOCK_BOOTTIME` to the wall clock, and from
-    /// `CLOCK_MONOTONIC` to `CLOCK_BOOTTIME`.
+    /// The clocks as they were read last, for a recording: nanoseconds from `CLOCK_BOOTTIME` to the wall
+    /// clock, and from `CLOCK_MONOTONIC` to `CLOCK_BOOTTIME`.
     pub fn offsets(&self) -> (i64, i64) {
         let narrow = |offset: i128| i64::try_from(offset).unwrap_or(i64::MAX);
         (narrow(self.wall_minus_boot), narrow(self.suspended))
@@ -65,7 +66,8 @@ impl Clock {
     /// The wall time of a moment in boot time (nanoseconds).
     pub fn time(&self, boot: u64) -> Time {
         let wall = i128::from(boot) + self.wall_minus_boot;
-        // Out of range only if the host's clock is centuries off. 64 bits are divided many times faster than 128.
+        // Out of range only if the host's clock is centuries off. 64 bits are divided many times faster
+        // than 128.
         let time = i64::try_from(wall).ok().and_then(|wall| {
             let nanosecond = i32::try_from(wall.rem_euclid(NANOSECONDS)).ok()?;
             Timestamp::new(wall.div_euclid(NANOSECONDS), nanosecond).ok()
@@ -78,7 +80,8 @@ impl Clock {
         Time(Timestamp::now())
     }
 
-    /// Learns how many jiffies a second has from a moment at which `jiffies64` and `CLOCK_BOOTTIME` were both read.
+    /// Learns how many jiffies a second has from a moment at which `jiffies64` and `CLOCK_BOOTTIME` were both
+    /// read.
     pub fn learn_hz(&mut self, jiffies64: u64, boot: u64) {
         self.hz.get_or_insert_with(|| hz(jiffies64, i128::from(boot) - self.suspended));
     }
@@ -101,8 +104,9 @@ fn nanoseconds(clock: ClockId) -> i128 {
         .map_or(0, |time| i128::from(time.tv_sec()) * 1_000_000_000 + i128::from(time.tv_nsec()))
 }
 
-/// Jiffies per second. Jiffies start at -300 seconds as a 32-bit number (`INITIAL_JIFFIES`, `include/linux/jiffies.h`), so
-/// one reading next to the monotonic clock is enough to tell the possible rates apart.
+/// Jiffies per second. Jiffies start at -300 seconds as a 32-bit number (`INITIAL_JIFFIES`,
+/// `include/linux/jiffies.h`), so one reading next to the monotonic clock is enough to tell the possible
+/// rates apart.
 fn hz(jiffies64: u64, monotonic: i128) -> u32 {
     let expected =
         |rate: u32| (1_i128 << 32) + i128::from(rate) * (monotonic - 300_000_000_000) / 1_000_000_000;

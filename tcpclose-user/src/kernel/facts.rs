@@ -1,5 +1,5 @@
-//! The table of facts: the fields of the output that depend on something other than a hook, and what that is. Fields that
-//! depend on hooks are in [`crate::kernel::hooks`].
+//! The table of facts: the fields of the output that depend on something other than a hook, and what that is.
+//! Fields that depend on hooks are in [`crate::kernel::hooks`].
 
 use tcpclose_common::offsets::{ABSENT, StructOffsets};
 
@@ -17,7 +17,8 @@ pub struct Fact {
 pub enum Source {
     /// Members of kernel structs, by their names in [`StructOffsets`].
     Members(&'static [&'static str]),
-    /// The registers with which a task entered the kernel, through `bpf_task_pt_regs` or through these members.
+    /// The registers with which a task entered the kernel, through `bpf_task_pt_regs` or through these
+    /// members.
     Registers(&'static [&'static str]),
     /// `bpf_get_socket_cookie`, which must be allowed in programs on typed tracepoints.
     CookieHelper,
@@ -43,11 +44,17 @@ pub const FACTS: &[Fact] = &[
     members("connection.rtt_us", &["tcp_srtt_us"]),
     members("idle_ms", &["tcp_lsndtime", "icsk_lrcvtime"]),
     members("last_data", &["tcp_lsndtime", "icsk_lrcvtime"]),
+    members("since_sent_ms", &["tcp_lsndtime", "tcp_bytes_sent", "tcp_bytes_retrans"]),
+    members("since_received_ms", &["icsk_lrcvtime", "tcp_bytes_received"]),
+    members("unread_bytes", &["tcp_rcv_nxt", "tcp_copied_seq", "sk_flags"]),
+    members("unacked_bytes", &["tcp_write_seq", "tcp_snd_una"]),
     Fact {
         field: "trigger",
         source: Source::Registers(&["pt_regs_syscall", "task_stack", "thread_size", "pt_regs_size"]),
     },
     members("signal", &["task_flags", "task_exit_code"]),
+    members("signal_from", &["task_tgid"]),
+    members("unsent_bytes", &["tcp_write_seq", "tcp_snd_nxt", "icsk_probes_out"]),
     members("cause", &["sk_err", "sk_flags", "sk_lingertime", "tcp_rcv_nxt", "tcp_copied_seq"]),
     Fact { field: "connection.cookie", source: Source::CookieHelper },
     Fact { field: "reason", source: Source::ResetReasons },
@@ -112,7 +119,8 @@ impl Source {
         };
         let if_not = |there: Option<bool>, why: &str| (there == Some(false)).then(|| why.to_owned());
         match self {
-            // The helper gives the registers. The offset of the system call's number in them still comes from BTF.
+            // The helper gives the registers. The offset of the system call's number in them still comes from
+            // BTF.
             Self::Registers([number, ..]) if here.registers_helper == Some(true) => lacks(&[number]),
             Self::Members(members) | Self::Registers(members) => lacks(members),
             Self::CookieHelper => if_not(here.cookie_helper, "the kernel does not let programs read it"),

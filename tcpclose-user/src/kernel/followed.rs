@@ -1,4 +1,5 @@
-//! The processes that `--pid` names, and those of `-- COMMAND`, as the kernel half keeps them. It adds their children.
+//! The processes that `--pid` names, and those of `-- COMMAND`, as the kernel half keeps them. It adds their
+//! children.
 
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, MapData};

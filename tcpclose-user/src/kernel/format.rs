@@ -1,5 +1,5 @@
-//! Reads the `format` files of tracefs, which describe the layout of a tracepoint's record. Layouts differ between
-//! kernels, and distributions backport changes, so the kernel's version says nothing about them.
+//! Reads the `format` files of tracefs, which describe the layout of a tracepoint's record. Layouts differ
+//! between kernels, and distributions backport changes, so the kernel's version says nothing about them.
 
 use std::collections::BTreeMap;
 
@@ -50,13 +50,14 @@ impl Format {
         Ok(Self { fields, print })
     }
 
-    /// The field of that name, if it has that size: a field of another size is not what its reader takes it for.
+    /// The field of that name, if it has that size: a field of another size is not what its reader takes it
+    /// for.
     pub fn field(&self, name: &str, size: u32) -> Option<&Field> {
         self.fields.iter().find(|field| field.name == name && field.size == size)
     }
 
-    /// The offsets for reading a record of one of the tracepoints in [`HOOKS`](crate::kernel::hooks::HOOKS). A field that
-    /// this tracepoint does not have, or has in another size, is [`ABSENT`].
+    /// The offsets for reading a record of one of the tracepoints in [`HOOKS`](crate::kernel::hooks::HOOKS).
+    /// A field that this tracepoint does not have, or has in another size, is [`ABSENT`].
     pub fn record_offsets(&self) -> RecordOffsets {
         let offset = |name, size| {
             let found = self.field(name, size).and_then(|field| u16::try_from(field.offset).ok());
@@ -85,10 +86,11 @@ impl Format {
         }
     }
 
-    /// The names of a field's values, from `__print_symbolic(REC->field, { 14, "TCP_STATE" }, …)` in the print format.
+    /// The names of a field's values, from `__print_symbolic(REC->field, { 14, "TCP_STATE" }, …)` in the
+    /// print format.
     ///
-    /// Values that are not numbers, such as the states of `tcp_send_reset`, are left out. Empty if the field is not printed
-    /// this way.
+    /// Values that are not numbers, such as the states of `tcp_send_reset`, are left out. Empty if the field
+    /// is not printed this way.
     pub fn value_names(&self, field: &str) -> BTreeMap<i64, String> {
         let start = format!("__print_symbolic(REC->{field},");
         let Some((_, mut rest)) = self.print.split_once(&start) else { return BTreeMap::new() };
@@ -107,8 +109,8 @@ impl Format {
 fn parse_field(text: &str) -> Option<Field> {
     let mut parts = text.split(';').map(str::trim);
     let declaration = parts.next()?;
-    // The brackets may contain spaces, as in `saddr[sizeof(struct sockaddr_in6)]`, and need not be at the end, as in
-    // `__data_loc char[] name`.
+    // The brackets may contain spaces, as in `saddr[sizeof(struct sockaddr_in6)]`, and need not be at the
+    // end, as in `__data_loc char[] name`.
     let name = match declaration.strip_suffix(']') {
         Some(array) => array.split_once('[')?.0,
         None => declaration,

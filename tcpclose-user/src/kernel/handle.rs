@@ -1,22 +1,26 @@
 //! The loaded kernel half: owns its programs, links and maps, and lends what other modules need of them.
 
-use std::{io, os::fd::RawFd};
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsFd as _, AsRawFd as _, RawFd},
+};
 
 use anyhow::{Context as _, Result};
 use aya::{
     Ebpf, RawTracePointRunOptions, TestRun as _,
-    maps::{Map, PerCpuArray},
-    programs::{Iter, RawTracePoint},
+    maps::{Array, Map, PerCpuArray},
+    programs::{Iter, Program, RawTracePoint},
 };
-use tcpclose_common::counters::Counters;
+use tcpclose_common::{counters::Counters, namespace::PidNamespace};
 
 use super::{
     ResetReasons,
     hooks::{Hook, Variant},
     privilege,
+    search::{self, Search},
     table::Table,
 };
-use crate::pace::Pace;
 
 /// Program that looks through all descriptors (`hooks/inventory.rs` of the kernel half).
 const INVENTORY: &str = "inventory";
@@ -37,6 +41,8 @@ pub struct KernelHalf {
     pub has_registers: bool,
     /// Whether it recognizes stacks by recipes.
     pub has_recipes: bool,
+    /// Whether programs can tell network namespaces apart.
+    pub has_netns: bool,
     /// The result of attaching each requested hook.
     pub hooks: Vec<Outcome>,
     /// What is lost on this kernel with these privileges, a sentence each.
@@ -45,8 +51,6 @@ pub struct KernelHalf {
     guarded: Vec<RawFd>,
     /// Whether the inventory can be run.
     has_inventory: bool,
-    /// Keeps the inventory from taking more than a tenth of a CPU.
-    pace: Pace,
 }
 
 /// The result of attaching a hook.
@@ -73,7 +77,8 @@ impl Outcome {
 }
 
 impl KernelHalf {
-    /// Takes over an object whose programs have been loaded and attached. `guarded` are descriptors of programs.
+    /// Takes over an object whose programs have been loaded and attached. `guarded` are descriptors of
+    /// programs.
     ///
     /// # Errors
     /// The object's table of sockets cannot be used.
@@ -86,11 +91,11 @@ impl KernelHalf {
             has_cookie: false,
             has_registers: false,
             has_recipes: false,
+            has_netns: false,
             hooks,
             losses: Vec::new(),
             guarded,
             has_inventory,
-            pace: Pace::default(),
         })
     }
 
@@ -124,41 +129,48 @@ impl KernelHalf {
         self.has_inventory
     }
 
-    /// Whether a search covers every process of the host. An iterator shows the processes of the pid namespace that it is
-    /// read in.
+    /// Whether a search covers every process of the host. An iterator shows the processes of the pid
+    /// namespace that it is read in.
     pub fn searches_whole_host(&self) -> bool {
         self.has_inventory && privilege::in_initial_pid_namespace()
     }
 
-    /// Records every TCP socket that is open now. Two passes, because the role of a connection depends on whether there is
-    /// a listener, whose process may come later in the order of processes.
+    /// Records every TCP socket that is open now. Two passes, because the role of a connection depends on
+    /// whether there is a listener, whose process may come later in the order of processes.
     pub fn find_older_sockets(&mut self) {
         for _ in 0..2 {
             self.search_descriptors();
         }
     }
 
-    /// Looks through all descriptors for the owners of sockets that ended without a known one. Returns whether it did: not
-    /// every time, if that takes long on this host. What is found is in the ring afterwards.
-    pub fn search_owners(&mut self) -> bool {
-        let mut pace = self.pace;
-        let searched = self.has_inventory && pace.run(|| self.search_descriptors()).is_some();
-        self.pace = pace;
-        searched
-    }
-
-    /// Looks through all descriptors. What the programs find is in the table of sockets and in the ring afterwards.
+    /// Looks through all descriptors, and returns when that is done. What the programs find is in the table
+    /// of sockets and in the ring afterwards.
     pub fn search_descriptors(&mut self) {
-        if self.has_inventory
-            && let Err(error) = run_iterator(&mut self.ebpf)
-        {
-            log::warn!("cannot look through all descriptors, will not try again: {error:#}");
-            self.has_inventory = false;
-        }
+        self.descriptors(search::run);
     }
 
-    /// Reads the socket at `address`, if it is still in a teardown state, into a record in the ring. The inventory pass
-    /// numbered `pass` will then report its holders. Returns whether the program could be run.
+    /// Starts to look through all descriptors. `None` if the kernel does not allow it. What the programs find
+    /// comes into the ring meanwhile.
+    pub fn start_search(&mut self) -> Option<Search> {
+        self.descriptors(Search::start)
+    }
+
+    fn descriptors<T>(&mut self, search: impl FnOnce(File) -> io::Result<T>) -> Option<T> {
+        if !self.has_inventory {
+            return None;
+        }
+        let result = open_iterator(&mut self.ebpf).and_then(|iterator| Ok(search(iterator)?));
+        result.map_err(|error| self.search_failed(&error)).ok()
+    }
+
+    /// No search will be tried again.
+    pub fn search_failed(&mut self, error: &anyhow::Error) {
+        log::warn!("cannot look through all descriptors, will not try again: {error:#}");
+        self.has_inventory = false;
+    }
+
+    /// Reads the socket at `address`, if it is still in a teardown state, into a record in the ring. The
+    /// inventory pass numbered `pass` will then report its holders. Returns whether the program could be run.
     pub fn inspect(&self, address: u64, pass: u16) -> bool {
         let result = self.run_inspect(address, pass);
         if let Err(error) = &result {
@@ -186,10 +198,30 @@ impl KernelHalf {
         cpus.iter().fold(Counters::default(), |sum, cpu| sum.plus(cpu))
     }
 
-    /// How many runs the kernel skipped of programs that have no second copy, because they were running on that CPU
-    /// already. Counted by kernels from 5.12 on; 0 before, where nothing keeps them from running.
+    /// Descriptors of the loaded programs.
+    pub fn programs(&self) -> Vec<RawFd> {
+        let fd = |(_, program): (_, &Program)| Some(program.fd().ok()?.as_fd().as_raw_fd());
+        self.ebpf.programs().filter_map(fd).collect()
+    }
+
+    /// How many runs the kernel skipped of programs that have no second copy, because they were running on
+    /// that CPU already. Counted by kernels from 5.12 on; 0 before, where nothing keeps them from running.
     pub fn skipped_runs(&self) -> u64 {
         self.guarded.iter().map(|fd| skipped_runs(*fd)).sum()
+    }
+
+    /// The process id of tcpclose in the initial pid namespace; `None` if it runs in another one and the
+    /// kernel does not tell.
+    pub fn own_pid(&mut self) -> Option<u32> {
+        if privilege::in_initial_pid_namespace() {
+            return Some(std::process::id());
+        }
+        // The program that looks through descriptors notes it.
+        self.search_descriptors();
+        let namespace =
+            self.ebpf.map("PID_NAMESPACE").and_then(|map| Array::<_, PidNamespace>::try_from(map).ok());
+        let own = namespace?.get(&0, 0).ok()?.own;
+        (own != 0).then_some(own)
     }
 
     /// The table of live sockets.
@@ -206,14 +238,12 @@ impl KernelHalf {
     }
 }
 
-/// Runs the iterator. Its program runs once for each descriptor while the iterator's file, which has no content, is read.
-fn run_iterator(ebpf: &mut Ebpf) -> Result<()> {
+/// The file of the iterator over all descriptors.
+fn open_iterator(ebpf: &mut Ebpf) -> Result<File> {
     let program: &mut Iter =
         ebpf.program_mut(INVENTORY).context("the object has no such program")?.try_into()?;
     let link = program.attach().context("cannot attach the iterator")?;
-    let mut file = program.take_link(link)?.into_file().context("cannot open the iterator")?;
-    io::copy(&mut file, &mut io::sink()).context("cannot run the iterator")?;
-    Ok(())
+    program.take_link(link)?.into_file().context("cannot open the iterator")
 }
 
 fn skipped_runs(program: RawFd) -> u64 {

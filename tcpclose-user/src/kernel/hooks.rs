@@ -1,12 +1,14 @@
-//! The table of hooks: each hook with its variants, and what is lost without it. The loader attaches what is in this
-//! table, and `tcpclose doctor` and docs/kernels.md are made from it. Hooks are described nowhere else.
+//! The table of hooks: each hook with its variants, and what is lost without it. The loader attaches what is
+//! in this table, and `tcpclose doctor` and docs/kernels.md are made from it. Hooks are described nowhere
+//! else.
 
 /// A hook: one thing to observe, in one of several ways.
 #[derive(Debug)]
 pub struct Hook {
     /// The tracepoint as perf writes it, or a word for what the variants have in common.
     pub name: &'static str,
-    /// The ways to observe it, the best first. The first one that the options permit and the kernel allows is used.
+    /// The ways to observe it, the best first. The first one that the options permit and the kernel allows is
+    /// used.
     pub variants: &'static [Variant],
     /// What happens if none of them works.
     pub need: Need,
@@ -31,13 +33,14 @@ pub struct Variant {
     pub worse: &'static str,
 }
 
-/// Kinds of programs. The attach point of a tracepoint is `group:name`; of the other kinds it is a function, or what is
-/// iterated over.
+/// Kinds of programs. The attach point of a tracepoint is `group:name`; of the other kinds it is a function,
+/// or what is iterated over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// BTF-typed raw tracepoint (`tp_btf`).
     TypedTracepoint,
-    /// Classic tracepoint, through tracefs and perf. The string names the global that receives the record's layout.
+    /// Classic tracepoint, through tracefs and perf. The string names the global that receives the record's
+    /// layout.
     ClassicTracepoint(&'static str),
     /// Classic tracepoint on the return of a system call.
     SystemCall,
@@ -47,7 +50,10 @@ pub enum Kind {
     FunctionReturn,
     /// Iterator, which tcpclose runs on demand.
     Iterator,
-    /// Raw tracepoint program that is attached to nothing. tcpclose runs it on demand, with `BPF_PROG_TEST_RUN`.
+    /// Raw tracepoint (`raw_tp`), whose arguments are plain numbers.
+    RawTracepoint,
+    /// Raw tracepoint program that is attached to nothing. tcpclose runs it on demand, with
+    /// `BPF_PROG_TEST_RUN`.
     TestRun,
     /// No program: the user half reads `/proc`.
     Procfs,
@@ -75,7 +81,8 @@ pub enum Need {
     Essential,
     /// Tracing works, and a warning at its start reports the loss.
     Useful,
-    /// Not every kernel allows it, and `doctor` reports that. If an option requests it by name, it has to work.
+    /// Not every kernel allows it, and `doctor` reports that. If an option requests it by name, it has to
+    /// work.
     Extra,
 }
 
@@ -87,9 +94,11 @@ pub enum AcceptHook {
     Auto,
     /// Use fexit on `inet_csk_accept()`, at no measurable cost; fail if the kernel refuses it.
     Fexit,
-    /// Use tracepoints on the return of accept and accept4, which slow every system call of the host by about 40 ns.
+    /// Use tracepoints on the return of accept and accept4, which slow every system call of the host by about
+    /// 40 ns.
     Syscall,
-    /// Use no hook: accepted sockets get their owners when those act on them, or by a lookup, and `opener` is null.
+    /// Use no hook: accepted sockets get their owners when those act on them, or by a lookup, and `opener` is
+    /// null.
     Off,
 }
 
@@ -102,6 +111,7 @@ impl Kind {
             Self::FunctionEntry => "fentry",
             Self::FunctionReturn => "fexit",
             Self::Iterator => "iter",
+            Self::RawTracepoint => "raw_tp",
             Self::TestRun => "test_run",
             Self::Procfs => "/proc",
         }
@@ -110,7 +120,7 @@ impl Kind {
     /// What it requires.
     pub fn needs(self) -> &'static str {
         match self {
-            Self::TypedTracepoint => "BTF, CAP_BPF, CAP_PERFMON",
+            Self::TypedTracepoint | Self::RawTracepoint => "BTF, CAP_BPF, CAP_PERFMON",
             Self::ClassicTracepoint(_) => {
                 "tracefs (mounted, or CAP_SYS_ADMIN to mount it), CAP_BPF, CAP_PERFMON"
             }
@@ -140,8 +150,8 @@ impl When {
     }
 }
 
-/// The drawback of classic tracepoints: on each CPU all of them share one guard against recursion (`bpf_prog_active` of
-/// `kernel/trace/bpf_trace.c`), while each typed one has its own.
+/// The drawback of classic tracepoints: on each CPU all of them share one guard against recursion
+/// (`bpf_prog_active` of `kernel/trace/bpf_trace.c`), while each typed one has its own.
 const SHARED_GUARD: &str =
     "events that occur while another classic program runs on the same CPU are skipped and counted";
 
@@ -157,8 +167,8 @@ const fn classic(
     Variant { kind: Kind::ClassicTracepoint(layout), programs, when, worse: SHARED_GUARD }
 }
 
-/// Every hook, in the order in which they are attached. The hook that starts tracking a connection comes last, so that
-/// those that end it are in place by then.
+/// Every hook, in the order in which they are attached. The hook that starts tracking a connection comes
+/// last, so that those that end it are in place by then.
 pub static HOOKS: &[Hook] = &[
     Hook {
         name: "tcp:tcp_destroy_sock",
@@ -278,6 +288,19 @@ pub static HOOKS: &[Hook] = &[
         fix: "--ttl, which hooks every packet that the host receives",
     },
     Hook {
+        name: "signals",
+        variants: &[Variant {
+            kind: Kind::RawTracepoint,
+            programs: &[("signal_generate", "signal:signal_generate"), ("mark_victim", "oom:mark_victim")],
+            when: When::Always,
+            worse: "",
+        }],
+        need: Need::Extra,
+        lost: "who sent the signal that a process died of, and whether it was the OOM killer",
+        null: &["signal_from"],
+        fix: "a kernel with these tracepoints and with BTF (CONFIG_DEBUG_INFO_BTF)",
+    },
+    Hook {
         name: "sched:sched_process_fork",
         variants: &[
             typed(&[("fork", "sched:sched_process_fork")], When::Command),
@@ -291,7 +314,8 @@ pub static HOOKS: &[Hook] = &[
     Hook {
         name: "sock:inet_sock_set_state",
         variants: &[
-            // The second program handles events that occur while the first one runs on the same CPU; it is attached after it.
+            // The second program handles events that occur while the first one runs on the same CPU; it is
+            // attached after it.
             typed(
                 &[
                     ("set_state", "sock:inet_sock_set_state"),

@@ -1,5 +1,5 @@
-//! Loads the kernel half: reads what the running kernel offers, passes that to the programs as read-only globals, and
-//! attaches each hook by the best variant that works.
+//! Loads the kernel half: reads what the running kernel offers, passes that to the programs as read-only
+//! globals, and attaches each hook by the best variant that works.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -19,7 +19,7 @@ use aya::{
     sys::{BpfHelper, is_helper_supported},
 };
 use tcpclose_common::{
-    offsets::{ABSENT, ArgumentOffsets, RecordOffsets, StructOffsets},
+    offsets::{ABSENT, ArgumentOffsets, IteratorOffsets, NamespaceOffsets, RecordOffsets, StructOffsets},
     params::Params,
     table,
 };
@@ -112,7 +112,8 @@ pub struct Request {
     pub btf: BtfSource,
     /// Level of the kernel half's own log, `None` for silence.
     pub log: Option<aya_log::Level>,
-    /// Try every variant, whether asked for or not, and continue where one fails: `doctor` reports, it does not trace.
+    /// Try every variant, whether asked for or not, and continue where one fails: `doctor` reports, it does
+    /// not trace.
     pub rehearsal: bool,
 }
 
@@ -169,7 +170,11 @@ struct Kernel {
     reset_reasons: BTreeMap<i64, String>,
     has_reset_reason: bool,
     arguments: ArgumentOffsets,
+    iterators: IteratorOffsets,
+    /// Absent in the initial pid namespace, where ids need no translation.
+    namespace: NamespaceOffsets,
     code_pages: u16,
+    thread_pointer: u16,
     losses: Vec<String>,
 }
 
@@ -186,7 +191,14 @@ impl Kernel {
                 reset_reasons: facts.reset_reasons,
                 has_reset_reason: facts.send_reset_has_reason.unwrap_or(false),
                 arguments: facts.arguments,
+                iterators: facts.iterators,
+                namespace: if privilege::in_initial_pid_namespace() {
+                    NamespaceOffsets::ABSENT
+                } else {
+                    facts.namespace
+                },
                 code_pages: facts.code_pages,
+                thread_pointer: facts.thread_pointer,
                 losses: Vec::new(),
             },
             Err(error) if matches!(source, BtfSource::File(_)) => return Err(error),
@@ -196,7 +208,10 @@ impl Kernel {
                 reset_reasons: BTreeMap::new(),
                 has_reset_reason: false,
                 arguments: ArgumentOffsets::ABSENT,
+                iterators: IteratorOffsets::ABSENT,
+                namespace: NamespaceOffsets::ABSENT,
                 code_pages: ABSENT,
+                thread_pointer: ABSENT,
                 losses: vec![format!(
                     "no BTF, so bytes, idle times, namespaces, triggers, causes and most owners are null: {error:#}"
                 )],
@@ -213,7 +228,11 @@ fn attach_targets() -> Vec<String> {
         Kind::TypedTracepoint => Some(format!("btf_trace_{}", point(at))),
         Kind::FunctionEntry | Kind::FunctionReturn => Some(String::from(at)),
         Kind::Iterator => Some(format!("bpf_iter_{at}")),
-        Kind::ClassicTracepoint(_) | Kind::SystemCall | Kind::TestRun | Kind::Procfs => None,
+        Kind::ClassicTracepoint(_)
+        | Kind::SystemCall
+        | Kind::RawTracepoint
+        | Kind::TestRun
+        | Kind::Procfs => None,
     };
     programs.filter_map(target).collect()
 }
@@ -248,6 +267,7 @@ pub fn load(request: &Request) -> Result<KernelHalf> {
     params.has_destroy = 1;
     params.buckets = table::buckets(request.connections);
     params.code_pages = kernel.code_pages;
+    params.thread_pointer = kernel.thread_pointer;
     if params.stack_bytes != 0 && !can_copy_stacks(&kernel.structs, &params) {
         params.stack_bytes = 0;
         params.recipes = 0;
@@ -256,7 +276,6 @@ pub fn load(request: &Request) -> Result<KernelHalf> {
 
     let mut refusal = anyhow!("no BTF");
     if kernel.btf.is_some() {
-        // Whether this kind of program may read a socket's cookie (5.12 and later) cannot be probed, only tried.
         for has_cookie_helper in [1, 0] {
             params.has_cookie_helper = has_cookie_helper;
             let object_loader = object_loader.take().unwrap_or_else(without_btf);
@@ -275,8 +294,7 @@ pub fn load(request: &Request) -> Result<KernelHalf> {
         let object_loader = object_loader.take().unwrap_or_else(without_btf);
         attach(object_loader, request, &kernel, &params, layouts, Some(&refusal))
     });
-    loaded.map_err(|error| {
-        let mut failure = Failure::from(error);
+    loaded.map_err(|mut failure| {
         failure.found = format!("{}; typed tracepoints: {refusal}", failure.found);
         if kernel.btf.is_none() {
             failure.needed.push_str("; with BTF (CONFIG_DEBUG_INFO_BTF) it would not be needed");
@@ -285,8 +303,8 @@ pub fn load(request: &Request) -> Result<KernelHalf> {
     })?
 }
 
-/// A loader that does not relocate by the kernel's BTF, which the programs do not need. A new one has parsed it already;
-/// that takes 20 ms, and cannot be prevented.
+/// A loader that does not relocate by the kernel's BTF, which the programs do not need. A new one has parsed
+/// it already; that takes 20 ms, and cannot be prevented.
 fn without_btf() -> EbpfLoader<'static> {
     let mut loader = EbpfLoader::new();
     loader.btf(None);
@@ -295,8 +313,8 @@ fn without_btf() -> EbpfLoader<'static> {
 
 /// Refuses a kernel that is locked down so far that programs may not read its memory, as all of ours do.
 ///
-/// This is not left to the verifier, because classic tracepoints would be tried next, and Linux 6.12 crashes when a
-/// tracefs that lockdown has kept empty is unmounted (in `tracefs_destroy_inode()`).
+/// This is not left to the verifier, because classic tracepoints would be tried next, and Linux 6.12 crashes
+/// when a tracefs that lockdown has kept empty is unmounted (in `tracefs_destroy_inode()`).
 fn may_read_kernel_memory() -> Result<(), Failure> {
     // The helper is then withheld: `bpf_tracing_func_proto()` in `kernel/trace/bpf_trace.c`.
     if is_helper_supported(ProgramType::TracePoint, BpfHelper::BPF_FUNC_probe_read_kernel).unwrap_or(true) {
@@ -347,11 +365,12 @@ impl Layouts {
     }
 }
 
-/// Size of the ring, bytes, where it also takes copies of all stacks: half of it holds 2,000 of 16 KiB between two reads.
+/// Size of the ring, bytes, where it also takes copies of all stacks: half of it holds 2,000 of 16 KiB
+/// between two reads.
 const RING_WITH_STACKS: u32 = 64 << 20;
 
-/// Size of the ring, bytes, where stacks are copied until they are recognized: a burst of 3,000 unknown ones finds room in
-/// half of it.
+/// Size of the ring, bytes, where stacks are copied until they are recognized: a burst of 3,000 unknown ones
+/// finds room in half of it.
 const RING_WITH_RECIPES: u32 = 32 << 20;
 
 /// Sets the globals and the sizes of maps, and creates the maps.
@@ -372,6 +391,8 @@ fn prepare(
         .verifier_log_level(VerifierLogLevel::STATS)
         .override_global("STRUCTS", &kernel.structs, true)
         .override_global("ARGUMENTS", &kernel.arguments, true)
+        .override_global("ITERATORS", &kernel.iterators, true)
+        .override_global("NAMESPACE", &kernel.namespace, true)
         .override_global("ACCEPT_SYSCALL_RESULT", &syscall_result, true)
         .override_global("PARAMS", params, true)
         .override_global(aya_log::LEVEL, &level, false)
@@ -390,12 +411,17 @@ fn prepare(
         loader.override_global(global, layout, true);
     }
     loader.load(OBJECT).context(
-        "the kernel refuses the maps (before 5.11 they count against RLIMIT_MEMLOCK; raise it with `ulimit -l unlimited`)",
+        if privilege::is_filtered() {
+            "the kernel refuses the maps (a filter of system calls is installed, which may forbid bpf(); in a container \
+             try --security-opt seccomp=unconfined)"
+        } else {
+            "the kernel refuses the maps (before 5.11 they count against RLIMIT_MEMLOCK; raise it with `ulimit -l unlimited`)"
+        },
     )
 }
 
-/// Attaches every hook that is asked for, each by the first variant that works. Either all tracepoints are typed, or
-/// all are classic; in the second case `untyped` is the reason why typed ones do not work.
+/// Attaches every hook that is asked for, each by the first variant that works. Either all tracepoints are
+/// typed, or all are classic; in the second case `untyped` is the reason why typed ones do not work.
 fn attach(
     loader: EbpfLoader<'static>,
     request: &Request,
@@ -405,6 +431,9 @@ fn attach(
     untyped: Option<&str>,
 ) -> Result<KernelHalf> {
     let mut ebpf = prepare(loader, request, kernel, params, &layouts)?;
+    if params.has_cookie_helper != 0 {
+        try_cookie_helper(&mut ebpf, kernel)?;
+    }
     let mut refused = if untyped.is_none() { load_ahead(&mut ebpf, request, kernel) } else { HashMap::new() };
     let mut losses = privilege::losses();
     losses.extend(kernel.losses.iter().cloned());
@@ -436,7 +465,7 @@ fn attach(
             }
         }
         if outcome.variant.is_none() && outcome.refused.is_empty() {
-            // It was not asked for.
+            // No option asks for it.
             continue;
         }
         let must = hook.need == Need::Essential || request.insists(hook);
@@ -470,8 +499,19 @@ fn attach(
     half.has_cookie = params.has_cookie_helper != 0;
     half.has_registers = params.has_pt_regs_helper != 0;
     half.has_recipes = params.recipes != 0;
+    half.has_netns = ![kernel.structs.sk_net, kernel.structs.net_inum].contains(&ABSENT);
     half.losses = losses;
     Ok(half)
+}
+
+/// Fails if the kernel does not let typed tracepoints read a socket's cookie (5.12 and later do), or does not
+/// let them attach at all. There is no other way to ask for the helpers of this kind of program.
+fn try_cookie_helper(ebpf: &mut Ebpf, kernel: &Kernel) -> Result<()> {
+    const NAME: &str = "read_cookie";
+    let program = ebpf.program_mut(NAME).with_context(|| format!("the object has no program {NAME}"))?;
+    let program = <&mut BtfTracePoint>::try_from(program)?;
+    program.load("inet_sock_set_state", kernel.btf.as_ref().context("no BTF")?)?;
+    Ok(program.unload()?)
 }
 
 /// Whether programs can find the current task's user stack, and know whether it has one.
@@ -482,8 +522,8 @@ fn can_copy_stacks(structs: &StructOffsets, params: &Params) -> bool {
         && (params.has_pt_regs_helper != 0 || is_known(&registers))
 }
 
-/// Loads the first variant of each hook, several programs at a time: the verifier takes most of the time to start. Returns
-/// the programs that the kernel refuses; [`start`] reports them in their turn.
+/// Loads the first variant of each hook, several programs at a time: the verifier takes most of the time to
+/// start. Returns the programs that the kernel refuses; [`start`] reports them in their turn.
 fn load_ahead(ebpf: &mut Ebpf, request: &Request, kernel: &Kernel) -> HashMap<&'static str, anyhow::Error> {
     let is_typed = |variant: &&Variant| !matches!(variant.kind, Kind::ClassicTracepoint(_));
     let first =
@@ -514,7 +554,8 @@ fn load_ahead(ebpf: &mut Ebpf, request: &Request, kernel: &Kernel) -> HashMap<&'
     })
 }
 
-/// How many threads load programs at most. There are about ten programs, and three of them take most of the time.
+/// How many threads load programs at most. There are about ten programs, and three of them take most of the
+/// time.
 const MAX_LOADERS: usize = 4;
 
 /// The name of a tracepoint, without its group.
@@ -537,14 +578,19 @@ fn load_program(program: &mut Program, kernel: &Kernel, kind: Kind, at: &str) ->
             <&mut FExit>::try_from(program)?.load(at, btf()?)?;
         }
         Kind::Iterator => <&mut Iter>::try_from(program)?.load(at, btf()?)?,
+        Kind::RawTracepoint => {
+            // The kernel does not need it, but the program finds nothing in the structures without it.
+            btf()?;
+            <&mut RawTracePoint>::try_from(program)?.load()?;
+        }
         Kind::TestRun => <&mut RawTracePoint>::try_from(program)?.load()?,
         Kind::Procfs => {}
     }
     Ok(())
 }
 
-/// Loads the programs of a variant, and attaches all but those that tcpclose runs itself. `refused` are those that were
-/// loaded ahead in vain.
+/// Loads the programs of a variant, and attaches all but those that tcpclose runs itself. `refused` are those
+/// that were loaded ahead in vain.
 fn start(
     ebpf: &mut Ebpf,
     kernel: &Kernel,
@@ -577,6 +623,9 @@ fn start(
             Kind::FunctionReturn => {
                 <&mut FExit>::try_from(program)?.attach()?;
             }
+            Kind::RawTracepoint => {
+                <&mut RawTracePoint>::try_from(program)?.attach(point(at))?;
+            }
             Kind::Iterator | Kind::TestRun | Kind::Procfs => {}
         }
     }
@@ -592,8 +641,8 @@ fn ensure_arguments(kernel: &Kernel, function: &str) -> Result<()> {
     }
 }
 
-/// An error in one line. The last line of the verifier's log has the reason for a refusal; `--debug` shows the whole
-/// log.
+/// An error in one line. The last line of the verifier's log has the reason for a refusal; `--debug` shows
+/// the whole log.
 fn brief(error: &anyhow::Error) -> String {
     let Some(ProgramError::LoadError { io_error, verifier_log }) = error.downcast_ref() else {
         return format!("{error:#}");
@@ -607,19 +656,30 @@ fn brief(error: &anyhow::Error) -> String {
     format!("the kernel refuses the program: {io_error}{reason}")
 }
 
-/// The beginnings of the lines with which the verifier's log ends in any case.
+/// How the lines begin that end every log of the verifier, whatever the reason.
 const VERIFIER_STATISTICS: [&str; 4] = ["processed ", "verification time ", "stack depth ", "max_states"];
 
-/// The kernel skips a program that is running on the same CPU already, and counts that with the program. It is a loss
-/// for a tracepoint's program, if no other one on the same tracepoint takes over.
+/// The kernel skips a program that is running on the same CPU already, and counts that with the program. It
+/// is a loss for a tracepoint's program, if no other one on the same tracepoint takes over.
+///
+/// A skipped run for a destroyed socket is none where the state changes have a second copy: one of the three
+/// sees the end. Should all be skipped, the entry stays, and the end is reported and counted when the address
+/// is used again.
 fn guarded(ebpf: &Ebpf, hooks: &[Outcome]) -> Vec<RawFd> {
-    let variants = hooks.iter().filter_map(|outcome| outcome.variant);
-    let alone = variants.filter(|variant| match variant.kind {
+    let variants = || hooks.iter().filter_map(|outcome| outcome.variant);
+    let is_single = |variant: &&Variant| match variant.kind {
         Kind::TypedTracepoint => variant.programs.len() == 1,
         Kind::ClassicTracepoint(_) => true,
         _ => false,
-    });
-    let programs = alone.flat_map(|variant| variant.programs);
+    };
+    let has_program =
+        |variant: &Variant, name: &str| variant.programs.iter().any(|(program, _)| *program == name);
+    let every_end_is_seen = variants().any(|variant| has_program(variant, "set_state_nested"));
+    let is_harmless = |variant: &&Variant| every_end_is_seen && has_program(variant, "destroy_sock");
+    let programs = variants()
+        .filter(is_single)
+        .filter(|variant| !is_harmless(variant))
+        .flat_map(|variant| variant.programs);
     programs.filter_map(|(name, _)| Some(ebpf.program(name)?.fd().ok()?.as_fd().as_raw_fd())).collect()
 }
 
@@ -631,12 +691,12 @@ fn syscall_result() -> Result<u16> {
         .find(|variant| variant.kind == Kind::SystemCall)
         .and_then(|variant| variant.programs.first())
         .context("no hook is on system calls")?;
-    let format = tracefs::with(|tracefs| tracefs.format(&at.replace(':', "/"))).map_err(Failure::from)??;
+    let format = tracefs::with(|tracefs| tracefs.format(&at.replace(':', "/")))??;
     let result = format.field("ret", 8).and_then(|field| field.offset.try_into().ok());
     result.with_context(|| format!("the record of {at} has no result of 8 bytes"))
 }
 
-/// The message when tracing makes no sense without a hook.
+/// The failure when a hook cannot be attached without which tracing makes no sense.
 fn unmet(outcome: &Outcome) -> Failure {
     let Outcome { hook, refused, .. } = outcome;
     let needs: BTreeSet<_> = refused.iter().map(|(variant, _)| variant.kind.needs()).collect();
@@ -648,8 +708,8 @@ fn unmet(outcome: &Outcome) -> Failure {
     }
 }
 
-/// Before 5.11, maps count against `RLIMIT_MEMLOCK`; later kernels charge the cgroup. A refusal is therefore no error
-/// by itself: if it matters, creating the maps fails with an error that reports it.
+/// Before 5.11, maps count against `RLIMIT_MEMLOCK`; later kernels charge the cgroup. A refusal is therefore
+/// no error by itself: if it matters, creating the maps fails with an error that reports it.
 fn raise_memlock_limit() {
     let unlimited = nix::sys::resource::RLIM_INFINITY;
     if let Err(error) =

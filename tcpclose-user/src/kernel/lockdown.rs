@@ -2,13 +2,14 @@
 
 use std::fs;
 
-/// The active mode: `none`, `integrity` or `confidentiality`. `None` if securityfs is not mounted or the kernel has no
-/// lockdown.
+/// The active mode: `none`, `integrity` or `confidentiality`. `None` if securityfs is not mounted or the
+/// kernel has no lockdown.
 pub fn mode() -> Option<String> {
     parse(&fs::read_to_string("/sys/kernel/security/lockdown").ok()?)
 }
 
-/// The file lists all modes, with the active one in brackets: `lockdown_read()` of `security/lockdown/lockdown.c`.
+/// The file lists all modes, with the active one in brackets: `lockdown_read()` of
+/// `security/lockdown/lockdown.c`.
 fn parse(modes: &str) -> Option<String> {
     let (_, rest) = modes.split_once('[')?;
     let (mode, _) = rest.split_once(']')?;

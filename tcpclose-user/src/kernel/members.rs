@@ -1,4 +1,5 @@
-//! Generates `fixtures/btf/members.c`, the C program by which bpftool knows what of a kernel's BTF the fixtures keep.
+//! Generates `fixtures/btf/members.c`, the C program by which bpftool knows what of a kernel's BTF the
+//! fixtures keep.
 
 use std::{collections::BTreeMap, env, fmt::Write as _, fs, path::Path};
 
@@ -38,8 +39,8 @@ enum Type {
     Bit,
 }
 
-/// The program. Its types are cut down to the members that are looked up; relocation goes by names, and by the kinds
-/// of types, not by sizes.
+/// The program. Its types are cut down to the members that are looked up; relocation goes by names, and by
+/// the kinds of types, not by sizes.
 fn members_c() -> String {
     let mut types = BTreeMap::new();
     for member in members() {

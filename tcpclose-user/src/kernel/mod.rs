@@ -1,5 +1,6 @@
-//! The running kernel: which hooks it offers and what it allows (`hooks`, `privilege`, `lockdown`), how its types and
-//! records are laid out (`btf`, `offsets`, `arguments`, `tracefs`, `format`), and the loaded programs (`loader`).
+//! The running kernel: which hooks it offers and what it allows (`hooks`, `privilege`, `lockdown`), how its
+//! types and records are laid out (`btf`, `offsets`, `arguments`, `tracefs`, `format`), and the loaded
+//! programs (`loader`).
 
 pub mod arguments;
 pub mod btf;
@@ -15,13 +16,14 @@ pub mod lockdown;
 mod members;
 pub mod offsets;
 pub mod privilege;
+pub mod search;
 pub mod table;
 pub mod tracefs;
 
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use tcpclose_common::offsets::{ABSENT, ArgumentOffsets, StructOffsets};
+use tcpclose_common::offsets::{ABSENT, ArgumentOffsets, IteratorOffsets, NamespaceOffsets, StructOffsets};
 
 use self::btf::Btf;
 use self::offsets::Missing;
@@ -44,16 +46,22 @@ pub struct TypeFacts {
     pub offsets: StructOffsets,
     /// The members that [`Self::offsets`] lacks, and why.
     pub missing: Vec<Missing>,
-    /// Names of `enum sk_rst_reason` without their common prefix, such as 11 `TCP_ABORT_ON_CLOSE`. Numbers above 10
-    /// differ between kernels. Empty before 6.10; `MAX` is the last.
+    /// Names of `enum sk_rst_reason` without their common prefix, such as 11 `TCP_ABORT_ON_CLOSE`. Numbers
+    /// above 10 differ between kernels. Empty before 6.10; `MAX` is the last.
     pub reset_reasons: BTreeMap<i64, String>,
-    /// Whether the third argument of a raw tracepoint program on `tcp_send_reset` is a reason, as from 6.10 on. `None` if
-    /// BTF does not describe the tracepoint.
+    /// Whether the third argument of a raw tracepoint program on `tcp_send_reset` is a reason, as from 6.10
+    /// on. `None` if BTF does not describe the tracepoint.
     pub send_reset_has_reason: Option<bool>,
     /// Offsets of the arguments of programs on kernel functions.
     pub arguments: ArgumentOffsets,
+    /// How to see that a task reads a BPF iterator.
+    pub iterators: IteratorOffsets,
+    /// Offsets of the members that hold the ids of processes in each pid namespace.
+    pub namespace: NamespaceOffsets,
     /// Offset of `mm_struct.exec_vm`, unsigned long; [`ABSENT`] if BTF does not describe it.
     pub code_pages: u16,
+    /// Offset of the user thread pointer, unsigned long, in `task_struct`; [`ABSENT`] as above.
+    pub thread_pointer: u16,
 }
 
 impl TypeFacts {
@@ -75,14 +83,25 @@ impl TypeFacts {
             // `void *`, sock, skb, and then the reason.
             send_reset_has_reason: btf.func_proto_params("btf_trace_tcp_send_reset").map(|count| count >= 4),
             arguments: arguments::argument_offsets(btf),
-            code_pages: btf
-                .member("mm_struct.exec_vm")
-                .ok()
-                .filter(|place| place.size == 8)
-                .and_then(|place| u16::try_from(place.offset).ok())
-                .unwrap_or(ABSENT),
+            iterators: offsets::iterator_offsets(btf),
+            namespace: offsets::namespace_offsets(btf),
+            code_pages: long(btf, "mm_struct.exec_vm"),
+            thread_pointer: long(btf, THREAD_POINTER),
         }
     }
+}
+
+/// The user thread pointer as the kernel last saved it. What a system call set is there at once.
+const THREAD_POINTER: &str = if cfg!(target_arch = "aarch64") {
+    "task_struct.thread.uw.tp_value"
+} else {
+    "task_struct.thread.fsbase"
+};
+
+/// The offset of a member of type unsigned long; [`ABSENT`] if BTF does not describe it.
+fn long(btf: &Btf<'_>, path: &str) -> u16 {
+    let place = btf.member(path).ok().filter(|place| place.size == 8);
+    place.and_then(|place| u16::try_from(place.offset).ok()).unwrap_or(ABSENT)
 }
 
 /// Reduced BTF of several kernels, with their names; see `fixtures/README.md`.

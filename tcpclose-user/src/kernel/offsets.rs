@@ -3,7 +3,7 @@
 use std::fmt;
 
 use nix::unistd::{SysconfVar, sysconf};
-use tcpclose_common::offsets::{ABSENT, StructOffsets};
+use tcpclose_common::offsets::{ABSENT, IteratorOffsets, NamespaceOffsets, StructOffsets};
 
 use super::btf::{Absent, Btf};
 
@@ -111,8 +111,8 @@ const MEMBERS: &[Row] = rows! {
     sk_lingertime = "sock.sk_lingertime", U64;
     sk_lock_owned = "sock.sk_lock.owned", U32;
     sk_socket = "sock.sk_socket", Pointer;
-    // `struct sock` is the first member of `inet_sock`, which is the first of `inet_connection_sock`, which is the first
-    // of `tcp_sock`:
+    // `struct sock` is the first member of `inet_sock`, which is the first of `inet_connection_sock`, which
+    // is the first of `tcp_sock`:
     // https://elixir.bootlin.com/linux/v6.12/source/include/linux/tcp.h
     icsk_lrcvtime = "inet_connection_sock.icsk_ack.lrcvtime", U32;
     icsk_user_timeout = "inet_connection_sock.icsk_user_timeout", U32;
@@ -126,6 +126,8 @@ const MEMBERS: &[Row] = rows! {
     tcp_copied_seq = "tcp_sock.copied_seq", U32;
     tcp_write_seq = "tcp_sock.write_seq", U32;
     tcp_snd_una = "tcp_sock.snd_una", U32;
+    tcp_snd_nxt = "tcp_sock.snd_nxt", U32;
+    icsk_probes_out = "inet_connection_sock.icsk_probes_out", U8;
     tcp_linger2 = "tcp_sock.linger2", U32;
     net_inum = "net.ns.inum", U32;
     skb_head = "sk_buff.head", Pointer;
@@ -135,6 +137,7 @@ const MEMBERS: &[Row] = rows! {
     dev_net = "net_device.nd_net.net", Pointer;
     task_pid = "task_struct.pid", U32;
     task_tgid = "task_struct.tgid", U32;
+    task_group_leader = "task_struct.group_leader", Pointer;
     task_comm = "task_struct.comm", Bytes(16);
     task_cred = "task_struct.real_cred", Pointer;
     cred_uid = "cred.uid", Struct(4);
@@ -166,8 +169,8 @@ const SYSCALL: [Member; 2] = [
 
 /// Looks up every field of [`StructOffsets`].
 ///
-/// A field that BTF has no member for, or one of another size than the programs read, stays [`ABSENT`] and is listed with
-/// the reason in the second result.
+/// A field that BTF has no member for, or one of another size than the programs read, stays [`ABSENT`] and is
+/// listed with the reason in the second result.
 pub fn struct_offsets(btf: &Btf<'_>) -> (StructOffsets, Vec<Missing>) {
     let mut offsets = StructOffsets::ABSENT;
     let mut missing = Vec::new();
@@ -200,30 +203,60 @@ pub fn struct_offsets(btf: &Btf<'_>) -> (StructOffsets, Vec<Missing>) {
     (offsets, missing)
 }
 
+/// Looks up every field of [`IteratorOffsets`]. If one is missing, all are.
+pub fn iterator_offsets(btf: &Btf<'_>) -> IteratorOffsets {
+    let offset = |path, shape| u16::try_from(offset(btf, Member { path, shape }).ok()?).ok();
+    let found = || {
+        Some(IteratorOffsets {
+            read: u16::try_from(libc::SYS_read).ok()?,
+            // On x86-64, and on arm64, where the register itself holds the result after the call.
+            argument: offset("pt_regs.di", Shape::U64).or_else(|| offset("pt_regs.orig_x0", Shape::U64))?,
+            file_op: offset("file.f_op", Shape::Pointer)?,
+        })
+    };
+    found().unwrap_or(IteratorOffsets::ABSENT)
+}
+
+/// Looks up every field of [`NamespaceOffsets`]. If one is missing, all are.
+pub fn namespace_offsets(btf: &Btf<'_>) -> NamespaceOffsets {
+    let offset = |path, shape| u16::try_from(offset(btf, Member { path, shape }).ok()?).ok();
+    let found = || {
+        Some(NamespaceOffsets {
+            thread_pid: offset("task_struct.thread_pid", Shape::Pointer)?,
+            pid_level: offset("pid.level", Shape::U32)?,
+            // An array of one element before 6.5, and of none since.
+            pid_numbers: u16::try_from(btf.member("pid.numbers").ok()?.offset).ok()?,
+        })
+    };
+    found().unwrap_or(NamespaceOffsets::ABSENT)
+}
+
 /// The offset of a member that has the expected size.
 fn offset(btf: &Btf<'_>, member: Member) -> Result<u64, Absent> {
     let (place, expected) = (btf.member(member.path)?, member.shape.size());
     if place.size == expected { Ok(place.offset) } else { Err(Absent::Size { found: place.size, expected }) }
 }
 
-/// The offset of the inode number from the socket. Both are allocated together, and `SOCK_INODE()` goes from one to the
-/// other: <https://elixir.bootlin.com/linux/v6.12/source/include/net/sock.h>
+/// The offset of the inode number from the socket. Both are allocated together, and `SOCK_INODE()` goes from
+/// one to the other: <https://elixir.bootlin.com/linux/v6.12/source/include/net/sock.h>
 fn socket_inode(btf: &Btf<'_>) -> Result<u64, Absent> {
     let inode = offset(btf, SOCKET_INODE)?;
     let socket = btf.member(SOCKET.path)?.offset;
     inode.checked_sub(socket).ok_or(Absent::NoMember)
 }
 
-/// The size of a kernel stack. Most BTF does not describe `union thread_union`, because the kernel only ever declares it.
-/// On x86 the interrupt stacks, which BTF describes, have the same size, `PAGE_SIZE << (2 + KASAN_STACK_ORDER)`:
+/// The size of a kernel stack. Most BTF does not describe `union thread_union`, because the kernel only ever
+/// declares it. On x86 the interrupt stacks, which BTF describes, have the same size,
+/// `PAGE_SIZE << (2 + KASAN_STACK_ORDER)`:
 /// <https://elixir.bootlin.com/linux/v6.12/source/arch/x86/include/asm/page_64_types.h>
 fn thread_size(btf: &Btf<'_>) -> Result<u64, Absent> {
     let described = btf.size_of("thread_union").or_else(|| btf.size_of("irq_stack"));
     described.or_else(|| thread_size_of_arm64(btf)).ok_or(Absent::NoType)
 }
 
-/// `1 << MIN_THREAD_SHIFT`, which is in no type of arm64. Stacks are larger with KASAN, and where pages are larger than
-/// this. The size only matters before 5.15, where the programs have to find a task's registers themselves:
+/// `1 << MIN_THREAD_SHIFT`, which is in no type of arm64. Stacks are larger with KASAN, and where pages are
+/// larger than this. The size only matters before 5.15, where the programs have to find a task's registers
+/// themselves:
 /// <https://elixir.bootlin.com/linux/v5.10/source/arch/arm64/include/asm/memory.h>
 fn thread_size_of_arm64(btf: &Btf<'_>) -> Option<u64> {
     const SIZE: u64 = 1 << 14;
@@ -241,10 +274,10 @@ mod tests {
     use super::*;
     use crate::kernel::FIXTURES;
 
-    /// The offsets in the fixtures, in their order. They were compared with what pahole 1.24 shows for the whole BTF of
-    /// each kernel (`pahole -E -C tcp_sock`), and for 6.18 also with what libbpf 1.1, running on it, put into relocations
-    /// of the same members.
-    const EXPECTED: [(&str, [u16; 6]); 60] = [
+    /// The offsets in the fixtures, in their order. They were compared with what pahole 1.24 shows for the
+    /// whole BTF of each kernel (`pahole -E -C tcp_sock`), and for 6.18 also with what libbpf 1.1, running on
+    /// it, put into relocations of the same members.
+    const EXPECTED: [(&str, [u16; 6]); 63] = [
         //                    5.10  6.1   6.12  arm64 6.18  7.2
         ("sk_family", [16, 16, 16, 16, 16, 16]),
         ("sk_state", [18, 18, 18, 18, 18, 18]),
@@ -253,7 +286,7 @@ mod tests {
         ("sk_v6_rcv_saddr", [72, 72, 72, 72, 72, 72]),
         ("sk_v6_daddr", [56, 56, 56, 56, 56, 56]),
         ("sk_num", [14, 14, 14, 14, 14, 14]),
-        ("sk_sport", [776, 804, 798, 798, 814, 830]),
+        ("sk_sport", [776, 804, 806, 806, 814, 830]),
         ("sk_dport", [12, 12, 12, 12, 12, 12]),
         ("sk_net", [48, 48, 48, 48, 48, 48]),
         ("sk_flags", [96, 96, 96, 96, 96, 96]),
@@ -265,8 +298,8 @@ mod tests {
         ("sk_lock_owned", [140, 156, 324, 324, 324, 320]),
         ("sk_socket", [640, 624, 288, 288, 288, 288]),
         ("socket_inode", [192, 192, 192, 192, 192, 192]),
-        ("icsk_lrcvtime", [1248, 1264, 1264, 1264, 1264, 1296]),
-        ("icsk_user_timeout", [1280, 1292, 1292, 1292, 1292, 1324]),
+        ("icsk_lrcvtime", [1248, 1264, 1312, 1312, 1264, 1296]),
+        ("icsk_user_timeout", [1280, 1292, 1340, 1340, 1292, 1324]),
         ("tcp_lsndtime", [1472, 1480, 1644, 1644, 1584, 1676]),
         ("tcp_bytes_received", [1400, 1408, 1784, 1784, 1752, 1864]),
         ("tcp_bytes_sent", [1440, 1448, 1608, 1608, 1544, 1616]),
@@ -274,9 +307,11 @@ mod tests {
         ("tcp_total_retrans", [2096, 2104, 2216, 2216, 2200, 2304]),
         ("tcp_srtt_us", [1624, 1632, 1728, 1728, 1680, 1784]),
         ("tcp_rcv_nxt", [1416, 1424, 1712, 1712, 1664, 1768]),
-        ("tcp_copied_seq", [1420, 1428, 1472, 1472, 1464, 1504]),
+        ("tcp_copied_seq", [1420, 1428, 1520, 1520, 1464, 1504]),
         ("tcp_write_seq", [1804, 1812, 1636, 1636, 1576, 1668]),
         ("tcp_snd_una", [1460, 1468, 1720, 1720, 1672, 1776]),
+        ("tcp_snd_nxt", [1428, 1436, 1716, 1716, 1668, 1772]),
+        ("icsk_probes_out", [1229, 1245, 1293, 1293, 1253, 1285]),
         ("tcp_linger2", [2112, 2120, 2244, 2244, 2228, 2332]),
         ("net_inum", [136, 144, 136, 136, 176, 280]),
         ("skb_head", [192, 200, 200, 200, 192, 200]),
@@ -286,6 +321,7 @@ mod tests {
         ("dev_net", [1264, 1272, 280, 280, 264, 264]),
         ("task_pid", [2232, 2416, 2432, 1376, 1264, 2808]),
         ("task_tgid", [2236, 2420, 2436, 1380, 1268, 2812]),
+        ("task_group_leader", [2296, 2480, 2496, 1440, 1328, 2872]),
         ("task_comm", [2736, 2976, 2976, 1920, 1752, 3344]),
         ("task_cred", [2712, 2952, 2952, 1896, 1728, 3320]),
         ("cred_uid", [8, 8, 8, 8, 8, 8]),

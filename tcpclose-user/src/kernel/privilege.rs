@@ -30,7 +30,8 @@ pub enum Need {
     Minor,
 }
 
-/// The capabilities that tcpclose makes use of. `CAP_SYS_ADMIN` includes the first two, as it does in the kernel.
+/// The capabilities that tcpclose makes use of. `CAP_SYS_ADMIN` includes the first two, as it does in the
+/// kernel.
 pub const PRIVILEGES: &[Privilege] = &[
     Privilege {
         capability: Capability::CAP_BPF,
@@ -94,8 +95,8 @@ impl Privilege {
 
 /// Makes every permitted capability effective.
 ///
-/// The binary in a container image has capabilities that are permitted and not effective, because the kernel refuses to
-/// execute a file with effective ones where the container lacks one of them.
+/// The binary in a container image has capabilities that are permitted and not effective, because the kernel
+/// refuses to execute a file with effective ones where the container lacks one of them.
 pub fn raise() {
     if let Ok(permitted) = caps::read(None, CapSet::Permitted) {
         // If it fails, `check` names what is missing.
@@ -109,12 +110,22 @@ pub fn has(capability: Capability) -> bool {
 }
 
 /// What is lost in a pid namespace whose `/proc` does not show the host's processes.
-pub const OUTSIDE: &str = "pids are the host's; /proc here does not show those processes, so `exe`, containers, symbols, \
-                           and owners known only from /proc are null";
+pub const OUTSIDE: &str =
+    "processes outside it have no `pid`, and their `exe`, container, and symbols are null";
 
 /// Whether pids here are those that the kernel half reports.
 pub fn in_initial_pid_namespace() -> bool {
     is_namespace("pid", PROC_PID_INIT_INO)
+}
+
+/// Whether a filter of system calls is installed for this process, as container engines do.
+pub fn is_filtered() -> bool {
+    fs::read_to_string("/proc/self/status").is_ok_and(|status| status.contains("\nSeccomp:\t2"))
+}
+
+/// Inode number of the network namespace that tcpclose runs in.
+pub fn own_netns() -> Option<u32> {
+    u32::try_from(fs::metadata("/proc/thread-self/ns/net").ok()?.ino()).ok()
 }
 
 /// Whether capabilities here are valid for the whole kernel.
@@ -122,8 +133,8 @@ pub fn in_initial_user_namespace() -> bool {
     is_namespace("user", PROC_USER_INIT_INO)
 }
 
-/// Inode numbers of the initial namespaces: `include/linux/proc_ns.h`, and since 6.18 part of the user interface
-/// (`include/uapi/linux/nsfs.h`).
+/// Inode numbers of the initial namespaces: `include/linux/proc_ns.h`, and since 6.18 part of the user
+/// interface (`include/uapi/linux/nsfs.h`).
 const PROC_PID_INIT_INO: u64 = 0xefff_fffc;
 const PROC_USER_INIT_INO: u64 = 0xefff_fffd;
 

@@ -60,8 +60,8 @@ impl Table {
     }
 
     /// The address of each socket in a teardown state, and when it came into the first one: nanoseconds of
-    /// `CLOCK_BOOTTIME`, or [`BEFORE_TRACE`](tcpclose_common::table::BEFORE_TRACE). A socket may appear twice: a walk
-    /// through a hash map restarts where the key that it had reached is gone.
+    /// `CLOCK_BOOTTIME`, or [`BEFORE_TRACE`](tcpclose_common::table::BEFORE_TRACE). A socket may appear
+    /// twice: a walk through a hash map restarts where the key that it had reached is gone.
     pub fn teardowns(&self) -> impl Iterator<Item = (u64, u64)> {
         let of_table = self.ways().filter(|way| way.since != 0 && way.address != 0);
         of_table.map(|way| (way.address, way.since)).chain(self.overflow_teardowns.iter().flatten())
@@ -73,8 +73,8 @@ impl Table {
         let count = self.buckets.len() / size_of::<Bucket>();
         (0..count * WAYS as usize).map(move |entry| {
             let (index, way) = (entry / WAYS as usize, entry % WAYS as usize);
-            // SAFETY: inside of the mapping, which lives as long as `self`, and aligned as a bucket is. Programs write the
-            // words while they are read here.
+            // SAFETY: inside of the mapping, which lives as long as `self`, and aligned as a bucket is.
+            // Programs write the words while they are read here.
             let (address, since) = unsafe {
                 let bucket = buckets.add(index);
                 let (address, since) = (&raw const (*bucket).addresses[way], &raw const (*bucket).since[way]);

@@ -1,12 +1,12 @@
 //! Finds tracefs, and mounts it for this process alone where it is not mounted.
 //!
-//! Tracefs describes the layout of tracepoint records, and aya reads a tracepoint's number from it, at the two usual
-//! mount points only. Not every machine has it mounted. Mounting it for everybody would change the host, so [`ensure`]
-//! mounts it in a new mount namespace, and [`with`] in one that ends with the work.
+//! Tracefs describes the layout of tracepoint records, and aya reads a tracepoint's number from it, at the
+//! two usual mount points only. Not every machine has it mounted. Mounting it for everybody would change the
+//! host, so [`ensure`] mounts it in a new mount namespace, and [`with`] in one that ends with the work.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::{fmt, fs, io, thread};
+use std::{fs, io, thread};
 
 use anyhow::Context as _;
 use nix::errno::Errno;
@@ -14,9 +14,10 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
 use super::format::Format;
+use crate::failure::Failure;
 
-/// The usual mount points: the one of its own since Linux 4.1, and the older one inside debugfs. aya 0.14 knows the same
-/// two.
+/// The usual mount points: the one of its own since Linux 4.1, and the older one inside debugfs. aya 0.14
+/// knows the same two.
 const PLACES: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
 
 /// A tracefs that can be read.
@@ -32,8 +33,8 @@ impl Tracefs {
         &self.root
     }
 
-    /// Whether [`ensure`] mounted it. In that case only the calling thread, and the threads and processes that it starts
-    /// afterwards, can see it.
+    /// Whether [`ensure`] mounted it. In that case only the calling thread, and the threads and processes
+    /// that it starts afterwards, can see it.
     pub fn mounted_here(&self) -> bool {
         self.mounted_here
     }
@@ -58,46 +59,26 @@ impl Tracefs {
     }
 }
 
-/// Why tracefs cannot be read.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Error {
-    /// What failed.
-    pub failed: String,
-    /// What was found.
-    pub found: String,
-    /// What was needed.
-    pub needed: String,
-    /// A command to run, or what else to do, before trying again.
-    pub fix: String,
-}
-
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { failed, found, needed, fix } = self;
-        write!(f, "{failed}\n  found:  {found}\n  needed: {needed}\n  fix:    {fix}")
-    }
-}
-
-impl std::error::Error for Error {}
-
 /// Finds a tracefs that is already mounted; `None` if there is none.
 ///
 /// # Errors
 /// Tracefs is mounted, but this user may not read it.
-pub fn find() -> Result<Option<Tracefs>, Error> {
+pub fn find() -> Result<Option<Tracefs>, Failure> {
     find_in(&PLACES)
 }
 
 /// Finds tracefs, or mounts it at `/sys/kernel/tracing` in a new mount namespace of the calling thread.
 ///
-/// The new namespace receives mounts and unmounts from the host and propagates none back. Only the calling thread moves
-/// into it, along with the threads and processes that it starts afterwards. So call this at the very start of the program,
-/// or in a thread of its own, as [`with`] does. `/proc/PID/root` of other processes is not affected. aya caches where
-/// tracefs is, even if it is nowhere, so this has to come before aya's first lookup.
+/// The new namespace receives mounts and unmounts from the host and propagates none back. Only the calling
+/// thread moves into it, along with the threads and processes that it starts afterwards. So call this at the
+/// very start of the program, or in a thread of its own, as [`with`] does. `/proc/PID/root` of other
+/// processes is not affected. aya caches where tracefs is, even if it is nowhere, so this has to come before
+/// aya's first lookup.
 ///
 /// # Errors
-/// Tracefs is mounted but may not be read, or it is not mounted and may not be: mounting requires `CAP_SYS_ADMIN`.
-pub fn ensure() -> Result<Tracefs, Error> {
+/// Tracefs is mounted but may not be read, or it is not mounted and may not be: mounting requires
+/// `CAP_SYS_ADMIN`.
+pub fn ensure() -> Result<Tracefs, Failure> {
     if let Some(tracefs) = find()? {
         return Ok(tracefs);
     }
@@ -110,15 +91,16 @@ pub fn ensure() -> Result<Tracefs, Error> {
     }
 }
 
-/// Calls `work` with a tracefs. If it has to be mounted first, `work` runs in a thread of its own and the mount ends when
-/// it returns. What `work` has opened and attached stays; no other thread, and no process started later, sees the mount.
+/// Calls `work` with a tracefs. If it has to be mounted first, `work` runs in a thread of its own and the
+/// mount ends when it returns. What `work` has opened and attached stays; no other thread, and no process
+/// started later, sees the mount.
 ///
 /// # Errors
 /// Those of [`ensure`], in which case `work` was not called.
 ///
 /// # Panics
 /// If `work` panics.
-pub fn with<T: Send>(work: impl FnOnce(&Tracefs) -> T + Send) -> Result<T, Error> {
+pub fn with<T: Send>(work: impl FnOnce(&Tracefs) -> T + Send) -> Result<T, Failure> {
     if let Some(tracefs) = find()? {
         return Ok(work(&tracefs));
     }
@@ -128,13 +110,14 @@ pub fn with<T: Send>(work: impl FnOnce(&Tracefs) -> T + Send) -> Result<T, Error
     })
 }
 
-fn find_in(places: &[&str]) -> Result<Option<Tracefs>, Error> {
+fn find_in(places: &[&str]) -> Result<Option<Tracefs>, Failure> {
     let mut denied = None;
     for place in places {
         // If nothing is mounted, the mount point exists but is empty.
         match fs::read_dir(Path::new(place).join("events")) {
             Ok(_) => return Ok(Some(Tracefs { root: place.into(), mounted_here: false })),
-            // In a debugfs that may not be entered the mount point is not visible, so nothing is known about it.
+            // In a debugfs that may not be entered the mount point is not visible, so nothing is known about
+            // it.
             Err(error) if error.kind() == ErrorKind::PermissionDenied && Path::new(place).exists() => {
                 denied.get_or_insert_with(|| cannot_read(place, &error));
             }
@@ -147,16 +130,16 @@ fn find_in(places: &[&str]) -> Result<Option<Tracefs>, Error> {
 fn mount_privately(place: &'static str) -> Result<(), (&'static str, Errno)> {
     let none = None::<&str>;
     unshare(CloneFlags::CLONE_NEWNS).map_err(|errno| ("make a mount namespace", errno))?;
-    // Slave, not private: file systems that are mounted later, such as those of new containers, have to be visible when
-    // the symbols of their programs are read.
+    // Slave, not private: file systems that are mounted later, such as those of new containers, have to be
+    // visible when the symbols of their programs are read.
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
         .map_err(|errno| ("keep mounts from the host", errno))?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("tracefs"), place, Some("tracefs"), flags, none).map_err(|errno| ("mount tracefs", errno))
 }
 
-fn cannot_read(place: &str, error: &io::Error) -> Error {
-    Error {
+fn cannot_read(place: &str, error: &io::Error) -> Failure {
+    Failure {
         failed: format!("cannot read the tracepoints in {place}"),
         found: format!("reading its events directory: {error}"),
         needed: "root, or a tracefs that one of this user's groups may read".to_owned(),
@@ -164,7 +147,7 @@ fn cannot_read(place: &str, error: &io::Error) -> Error {
     }
 }
 
-fn cannot_mount(place: &str, step: &str, errno: Errno) -> Error {
+fn cannot_mount(place: &str, step: &str, errno: Errno) -> Failure {
     let places = PLACES.join(" or ");
     let (needed, fix) = match errno {
         Errno::ENODEV => (
@@ -182,7 +165,7 @@ fn cannot_mount(place: &str, step: &str, errno: Errno) -> Error {
         ),
     };
     let failed = format!("cannot {step}: {}", errno.desc());
-    Error { failed, found: format!("no tracefs at {places}"), needed, fix }
+    Failure { failed, found: format!("no tracefs at {places}"), needed, fix }
 }
 
 #[cfg(test)]
@@ -221,7 +204,7 @@ mod tests {
             "cannot mount tracefs: Operation not permitted\n  \
              found:  no tracefs at /sys/kernel/tracing or /sys/kernel/debug/tracing\n  \
              needed: tracefs mounted at /sys/kernel/tracing, or CAP_SYS_ADMIN to mount it\n  \
-             fix:    sudo mount -t tracefs -o gid=$(id -g),mode=750 tracefs /sys/kernel/tracing"
+             try:    sudo mount -t tracefs -o gid=$(id -g),mode=750 tracefs /sys/kernel/tracing"
         );
     }
 

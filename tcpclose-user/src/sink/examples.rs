@@ -1,17 +1,29 @@
-//! Events as the tests need them. A field that is added to the output is null in all of them until an example sets it.
+//! Events as the tests need them. A field that is added to the output is null in all of them until an example
+//! sets it.
 
 use std::net::SocketAddr;
 
 use serde_json::json;
 
 use crate::event::{
-    Attribution, Cause, Close, ClosedBy, Connection, Direction, Ended, Endpoint, Event, Family, Frame,
-    Holder, LastData, Lingering, LingeringKind, Lost, LostPlace, Opener, Process, Reset, Role, Shared, Stack,
-    State, Step, Time, Trigger,
+    Act, Attribution, Cause, Close, ClosedBy, Connection, Direction, Ended, Endpoint, Event, Family, Frame,
+    Holder, LastData, Lingering, LingeringKind, Lost, LostPlace, Opener, Process, Reset, Role, Shared,
+    SignalFrom, Stack, State, Step, Time, Trigger,
 };
 
 pub(crate) fn all() -> Vec<Event> {
-    vec![orderly(), unread_data(), unknown_owner(), ipv6(), reset_sent(), injected(), lingering(), lost()]
+    vec![
+        orderly(),
+        unread_data(),
+        unknown_owner(),
+        ipv6(),
+        destroyed(),
+        reset_sent(),
+        injected(),
+        lingering(),
+        not_reading(),
+        lost(),
+    ]
 }
 
 /// nginx, whose client stopped waiting.
@@ -26,6 +38,10 @@ pub(crate) fn orderly() -> Event {
         trigger: Some(Trigger::Close),
         idle_ms: Some(350.25),
         last_data: Some(LastData::Received),
+        since_sent_ms: Some(1100.0),
+        since_received_ms: Some(350.25),
+        unread_bytes: Some(0),
+        unacked_bytes: Some(0),
         close_wait_ms: Some(1.5),
         states: vec![
             Step { state: State::Established, at_ms: 0.0 },
@@ -33,6 +49,7 @@ pub(crate) fn orderly() -> Event {
             Step { state: State::LastAck, at_ms: 1201.5 },
             Step { state: State::Close, at_ms: 1202.0 },
         ],
+        acts: vec![Act { trigger: Some(Trigger::Close), at_ms: Some(1201.5), pid: Some(4312), stack: None }],
         stack: Some(Stack { user: Some(vec![libc("close"), line()].into()), kernel: None }),
         opener: Some(Opener {
             process: Some(process(4311, "nginx", Attribution::Accept)),
@@ -51,8 +68,18 @@ pub(crate) fn unread_data() -> Event {
     close.ended = Some(Ended::ResetSent);
     close.trigger = Some(Trigger::Signal);
     close.signal = Some("SIGKILL".into());
+    close.signal_from =
+        Some(SignalFrom::Process { pid: Some(1), host_pid: Some(1), comm: "systemd".into(), uid: 0 });
+    close.acts = vec![
+        Act { trigger: Some(Trigger::Shutdown), at_ms: Some(850.0), pid: Some(4_194_303), stack: None },
+        Act { trigger: Some(Trigger::Signal), at_ms: Some(1201.5), pid: Some(4_194_303), stack: None },
+    ];
     close.cause = Some(Cause::UnreadData);
     close.last_data = Some(LastData::Sent);
+    close.since_sent_ms = Some(350.25);
+    close.since_received_ms = Some(60_350.0);
+    close.unread_bytes = Some(1_536_000);
+    close.unacked_bytes = Some(2_621_440);
     close.close_wait_ms = None;
     close.stack = Some(Stack {
         user: None,
@@ -70,7 +97,8 @@ pub(crate) fn unknown_owner() -> Event {
 /// An end of which only the time is known.
 fn unknown_close() -> Close {
     // Read from JSON, where an absent field is null, so that a new field need not be added here.
-    let line = json!({ "time": "2026-03-01T12:01:03Z", "seq": 1, "connection": {}, "states": [] });
+    let line =
+        json!({ "time": "2026-03-01T12:01:03Z", "seq": 1, "connection": {}, "states": [], "acts": [] });
     serde_json::from_value(line).expect("a close")
 }
 
@@ -83,6 +111,20 @@ pub(crate) fn ipv6() -> Event {
     close.closed_by = Some(ClosedBy::Kernel);
     close.ended = Some(Ended::Timeout);
     close.cause = Some(Cause::KeepaliveTimeout);
+    Event::Close(close)
+}
+
+/// `ss -K`, on a connection that a thread of a JVM opened.
+pub(crate) fn destroyed() -> Event {
+    let Event::Close(mut close) = unknown_owner() else { unreachable!() };
+    close.connection = connection("10.0.0.1:443", "10.0.0.2:51512");
+    let mut java = process(4312, "java", Attribution::Connect);
+    java.thread = Some("http-nio-8080-e".into());
+    close.process = Some(java);
+    close.closed_by = Some(ClosedBy::Admin);
+    close.ended = Some(Ended::Destroyed);
+    close.cause = Some(Cause::Destroyed);
+    close.destroyed_by = Some(process(977, "ss", Attribution::Syscall));
     Event::Close(close)
 }
 
@@ -110,6 +152,7 @@ pub(crate) fn injected() -> Event {
     reset.state = Some(State::Established);
     reset.idle_ms = Some(0.35);
     reset.last_data = Some(LastData::Sent);
+    reset.since_sent_ms = Some(0.35);
     reset.ttl = Some(249);
     reset.handshake_ttl = Some(57);
     reset.opener = Some(Opener {
@@ -133,13 +176,33 @@ pub(crate) fn lingering() -> Event {
         for_ms: Some(15_000.0),
         for_ms_at_most: Some(15_000.0),
         unread_bytes: Some(0),
+        unsent_bytes: Some(0),
+        trigger: None,
+        signal: None,
+        signal_from: None,
+        stack: None,
         holders: Some(vec![
-            Holder { pid: 4312, comm: "java".into(), fd: 7 },
-            Holder { pid: 4400, comm: "worker".into(), fd: 12 },
+            Holder { pid: Some(4312), host_pid: Some(4312), comm: "java".into(), fd: 7 },
+            Holder { pid: Some(4400), host_pid: Some(4400), comm: "worker".into(), fd: 12 },
         ]),
         opener: None,
         kind: LingeringKind::Leaked,
     }))
+}
+
+/// A process was killed while its peer did not read.
+pub(crate) fn not_reading() -> Event {
+    let Event::Lingering(mut lingering) = lingering() else { unreachable!() };
+    lingering.state = State::FinWait1;
+    lingering.unsent_bytes = Some(1_536_000);
+    lingering.kind = LingeringKind::PeerNotReading;
+    lingering.process = Some(process(4312, "redis-server", Attribution::Syscall));
+    lingering.holders = Some(Vec::new());
+    lingering.trigger = Some(Trigger::Signal);
+    lingering.signal = Some("SIGKILL".into());
+    lingering.signal_from = Some(SignalFrom::Kernel { oom: true });
+    lingering.stack = Some(Stack { user: None, kernel: Some(vec![kernel("do_exit", 0)].into()) });
+    Event::Lingering(lingering)
 }
 
 pub(crate) fn lost() -> Event {
@@ -174,9 +237,11 @@ fn connection(local: &str, remote: &str) -> Connection {
 
 pub(crate) fn process(pid: u32, comm: &str, attribution: Attribution) -> Shared<Process> {
     Shared::from(Process {
-        pid,
+        pid: Some(pid),
+        host_pid: Some(pid),
         tid: Some(pid),
         comm: comm.into(),
+        thread: None,
         exe: Some(format!("/usr/sbin/{comm}")),
         uid: Some(33),
         container: None,

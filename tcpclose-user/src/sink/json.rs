@@ -10,8 +10,8 @@ const GATHERED: usize = 256 << 10;
 
 /// Writes one JSON object a line.
 ///
-/// Lines are serialized into memory, which costs a third of what a `BufWriter` would: braces, commas and values come one by
-/// one.
+/// Lines are serialized into memory, which costs a third of what a `BufWriter` would: braces, commas and
+/// values come one by one.
 pub struct Json<W: Write> {
     writer: W,
     lines: Vec<u8>,

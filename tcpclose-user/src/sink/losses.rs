@@ -19,8 +19,8 @@ pub struct Losses {
     reported: BTreeMap<LostPlace, u64>,
     /// Entries that `OVERFLOW` has evicted.
     evicted: u64,
-    /// Keeps counts of these entries from taking more than a tenth of a CPU: with a million entries one takes most of a
-    /// second.
+    /// Keeps counts of these entries from taking more than a tenth of a CPU: with a million entries one takes
+    /// most of a second.
     pace: Pace,
 }
 
@@ -46,7 +46,8 @@ impl Losses {
         }
     }
 
-    /// A line for each place where more was lost than was reported. Evictions may be reported with a later call.
+    /// A line for each place where more was lost than was reported. Evictions may be reported with a later
+    /// call.
     pub fn news(&mut self, kernel: &KernelHalf, user: UserLosses) -> Vec<Lost> {
         let counters = kernel.counters();
         let mut pace = self.pace;
@@ -97,8 +98,8 @@ impl Losses {
         living > self.evicted + self.capacity.saturating_sub(free)
     }
 
-    /// Counts `OVERFLOW`: what was added, not removed, and is no longer there was evicted. `before` are the counters from
-    /// before that.
+    /// Counts `OVERFLOW`: what was added, not removed, and is no longer there was evicted. `before` are the
+    /// counters from before that.
     fn count_evictions(&mut self, kernel: &KernelHalf, before: &Counters) {
         let present = kernel.table().overflow();
         let removed = kernel.counters().overflow_removed;

@@ -10,6 +10,8 @@ use crate::event::Event;
 
 #[cfg(test)]
 pub(crate) mod examples;
+pub mod flamegraph;
+mod folded;
 mod json;
 pub mod losses;
 pub mod report;
@@ -17,12 +19,13 @@ mod serializer;
 pub mod summary;
 mod text;
 
+pub use folded::Folded;
 pub use json::Json;
 pub(crate) use text::{COLUMNS, bounds, cut, endpoint, escape, or_dash, width, wrap};
 pub use text::{Palette, Text, human_millis};
 
-/// The format in which events are written. A report (`list`, `doctor`) has a [`ReportFormat`](crate::cli::ReportFormat)
-/// of its own.
+/// The format in which events are written. A report (`list`, `doctor`) has a
+/// [`ReportFormat`](crate::cli::ReportFormat) of its own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
     /// One aligned line for each event, with further facts indented below it
@@ -30,6 +33,8 @@ pub enum Format {
     Text,
     /// One JSON object a line
     Json,
+    /// Closing stacks by count, when the trace ends: one folded stack a line, for flame graph tools
+    Folded,
 }
 
 impl Palette {
@@ -48,6 +53,10 @@ pub trait Sink {
     fn write(&mut self, event: &Event) -> io::Result<()>;
     /// Hands on all that was written.
     fn flush(&mut self) -> io::Result<()>;
+    /// Writes what is complete only at the end, and hands on all that was written. To be called once.
+    fn finish(&mut self) -> io::Result<()> {
+        self.flush()
+    }
 }
 
 /// Where only the summary is wanted.
@@ -76,6 +85,8 @@ pub enum Written {
 /// Numbers the lines and writes them.
 pub struct Output {
     sink: Box<dyn Sink + Send>,
+    /// Whether the findings at the end are lines among the others.
+    pub(super) takes_findings: bool,
     lines: u64,
     /// Lines that are in the sink's buffer.
     buffered: u64,
@@ -87,22 +98,31 @@ pub struct Output {
 impl Output {
     /// Writes to `sink`.
     pub fn new(sink: impl Sink + Send + 'static) -> Self {
-        Self { sink: Box::new(sink), lines: 0, buffered: 0, unwritten: 0, reader_gone: false }
+        Self {
+            sink: Box::new(sink),
+            takes_findings: false,
+            lines: 0,
+            buffered: 0,
+            unwritten: 0,
+            reader_gone: false,
+        }
     }
 
     /// Writes to `writer`, in colour only if `palette` has any. `details` is [`Text`]'s.
     pub fn to(format: Format, writer: impl Write + Send + 'static, palette: Palette, details: bool) -> Self {
         match format {
             Format::Text => Self::new(Text::new(writer, palette, details)),
-            Format::Json => Self::new(Json::new(writer)),
+            Format::Json => Self { takes_findings: true, ..Self::new(Json::new(writer)) },
+            Format::Folded => Self::new(Folded::new(writer)),
         }
     }
 
-    /// Writes to the standard output; in colour on a terminal, unless variables such as `NO_COLOR` disable it.
+    /// Writes to the standard output; in colour on a terminal, unless variables such as `NO_COLOR` disable
+    /// it.
     pub fn stdout(format: Format, details: bool) -> Self {
         let palette = Palette::of_stdout();
-        // A descriptor of its own where there is one to be had: `Stdout` looks for the last newline of what it is
-        // given, and writes the rest apart.
+        // A descriptor of its own where there is one to be had: `Stdout` looks for the last newline of what
+        // it is given, and writes the rest apart.
         match io::stdout().as_fd().try_clone_to_owned() {
             Ok(stdout) => Self::to(format, File::from(stdout), palette, details),
             Err(_) => Self::to(format, io::stdout(), palette, details),
@@ -134,10 +154,20 @@ impl Output {
 
     /// Hands on all that was written. To be called whenever there is nothing left to read.
     pub fn flush(&mut self) -> io::Result<Written> {
+        let result = if self.reader_gone { Ok(()) } else { self.sink.flush() };
+        self.handed_on(result)
+    }
+
+    /// Writes what is complete only at the end, and hands on all that was written. To be called once.
+    pub fn finish(&mut self) -> io::Result<Written> {
+        let result = if self.reader_gone { Ok(()) } else { self.sink.finish() };
+        self.handed_on(result)
+    }
+
+    fn handed_on(&mut self, result: io::Result<()>) -> io::Result<Written> {
         if self.reader_gone {
             return Ok(Written::ReaderGone);
         }
-        let result = self.sink.flush();
         let written = self.judge(result)?;
         if written == Written::Yes {
             self.buffered = 0;

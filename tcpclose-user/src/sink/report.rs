@@ -1,13 +1,20 @@
-//! The last stage: decides which events are reported, writes them, and counts them for the summary.
+//! The last stage: decides which events are reported, writes them, and gathers what the summary and the
+//! findings at the end say about all of them.
 
-use std::time::Duration;
+use std::{
+    collections::HashMap,
+    io::{self, Write as _},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
 
-use super::{Output, Written, human_millis, summary::Summary};
+use super::{Output, Palette, Written, flamegraph::FlameGraph, human_millis, summary::Summary};
 use crate::{
-    event::{Event, Lost, LostPlace},
+    diagnose::{self, Diagnosis},
+    event::{Event, Finding, Lost, LostPlace},
     filter::Filter,
+    metrics,
 };
 
 /// Whether to go on.
@@ -29,6 +36,32 @@ pub struct Report {
     left: Option<u64>,
     events: u64,
     summary: Summary,
+    /// With `--flamegraph`.
+    flame_graph: Option<FlameGraph>,
+    /// With `--metrics`.
+    metrics: Option<metrics::Shared>,
+    findings: Option<Box<Findings>>,
+}
+
+/// What the events so far show together.
+struct Findings {
+    diagnosis: Diagnosis,
+    /// How many connections each finding that was reported had then.
+    reported: HashMap<String, u64>,
+}
+
+impl Findings {
+    /// The findings that more connections show than when they were reported.
+    fn news(&mut self) -> Vec<Finding> {
+        let subject = |finding: &Finding| {
+            let Finding { kind, process, remote, evidence, .. } = finding;
+            format!("{:?}", (kind, process, remote, evidence.get("local_port")))
+        };
+        let all = self.diagnosis.findings(false);
+        let counts = all.iter().map(|finding| (subject(finding), finding.count)).collect();
+        let before = std::mem::replace(&mut self.reported, counts);
+        all.into_iter().filter(|finding| before.get(&subject(finding)) != Some(&finding.count)).collect()
+    }
 }
 
 /// How user stacks were taken.
@@ -45,7 +78,35 @@ pub struct StackCounts {
 impl Report {
     /// Writes to `output` what all `filters` let through, `count` events at most.
     pub fn new(filters: Vec<Filter>, output: Output, count: Option<u64>) -> Self {
-        Self { filters, output, left: count, events: 0, summary: Summary::default() }
+        Self {
+            filters,
+            output,
+            left: count,
+            events: 0,
+            summary: Summary::default(),
+            flame_graph: None,
+            metrics: None,
+            findings: None,
+        }
+    }
+
+    /// Has the events drawn as a flame graph, too.
+    #[must_use]
+    pub fn with_flame_graph(self, flame_graph: Option<FlameGraph>) -> Self {
+        Self { flame_graph, ..self }
+    }
+
+    /// Counts events in `metrics` too from now on.
+    pub fn count_in(&mut self, metrics: metrics::Shared) {
+        self.metrics = Some(metrics);
+    }
+
+    /// Also looks for what the events show together. At the end this is written among the other lines, or to
+    /// stderr if the output is not made of JSON lines.
+    #[must_use]
+    pub fn with_findings(self) -> Self {
+        let findings = Findings { diagnosis: Diagnosis::of_trace(), reported: HashMap::new() };
+        Self { findings: Some(Box::new(findings)), ..self }
     }
 
     /// Whether the count given with `--count` is reached.
@@ -63,11 +124,16 @@ impl Report {
     /// # Errors
     /// The output cannot be written.
     pub fn event(&mut self, event: Event) -> Result<Going> {
-        if !self.wants(&event) {
+        let is_wanted = self.wants(&event);
+        self.count(&event, is_wanted);
+        if !is_wanted {
             return Ok(Going::On);
         }
         self.summary.add(&event);
-        if self.output.write(event).context("cannot write to the standard output")? == Written::ReaderGone {
+        if let Some(flame_graph) = &mut self.flame_graph {
+            flame_graph.add(&event);
+        }
+        if self.write(event)? == Written::ReaderGone {
             return Ok(Going::Done);
         }
         self.events += 1;
@@ -84,12 +150,75 @@ impl Report {
         }
     }
 
+    /// Writes the findings that are new, or that more connections show than when they were written. They do
+    /// not count as events.
+    ///
+    /// # Errors
+    /// The output cannot be written.
+    pub fn new_findings(&mut self) -> Result<Going> {
+        let new = self.findings.as_mut().map(|findings| findings.news()).unwrap_or_default();
+        self.write_findings(new)?;
+        self.flush()
+    }
+
+    /// Writes all findings, when there will be no more events.
+    ///
+    /// # Errors
+    /// The output cannot be written.
+    fn last_findings(&mut self) -> Result<()> {
+        let Some(findings) = &mut self.findings else { return Ok(()) };
+        let all = findings.diagnosis.findings(true);
+        if self.output.takes_findings {
+            self.write_findings(all)?;
+            let _ = self.flush()?;
+        } else if !all.is_empty() {
+            let totals = findings.diagnosis.totals();
+            let mut text = Vec::new();
+            // As for the rest of the summary, it is no error that nobody reads it.
+            let _ = diagnose::report::write(
+                &mut text,
+                &all,
+                totals,
+                Palette::PLAIN,
+                diagnose::report::Seqs::Hidden,
+            )
+            .and_then(|()| io::stderr().write_all(&text));
+        }
+        Ok(())
+    }
+
+    fn write_findings(&mut self, findings: Vec<Finding>) -> Result<()> {
+        for finding in findings {
+            if self.write(Event::Finding(Box::new(finding)))? == Written::ReaderGone {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts an event in the metrics.
+    fn count(&self, event: &Event, is_wanted: bool) {
+        if let Some(metrics) = &self.metrics {
+            metrics::lock(metrics).add(event, is_wanted);
+        }
+    }
+
+    /// Writes an event, and has it diagnosed.
+    fn write(&mut self, event: Event) -> Result<Written> {
+        if let Some(findings) = &mut self.findings {
+            findings.diagnosis.add_event(&event, self.output.lines() + 1);
+        }
+        self.output.write(event).context("cannot write to the standard output")
+    }
+
     /// Writes a `lost` line. It does not count as an event, and no filter applies to it.
     ///
     /// # Errors
     /// The output cannot be written.
     pub fn lost(&mut self, lost: Lost) -> Result<()> {
-        let _ = self.output.write(Event::Lost(lost)).context("cannot write to the standard output")?;
+        let event = Event::Lost(lost);
+        self.count(&event, true);
+        let _ = self.write(event)?;
         Ok(())
     }
 
@@ -104,7 +233,18 @@ impl Report {
         }
     }
 
-    /// Writes the summary of a trace to stderr: how long it took, what it lost, and how user stacks were taken.
+    /// Writes what is complete only at the end. To be called once.
+    ///
+    /// # Errors
+    /// The output or the flame graph cannot be written.
+    pub fn finish(&mut self) -> Result<()> {
+        self.last_findings()?;
+        let _ = self.output.finish().context("cannot write to the standard output")?;
+        self.flame_graph.take().map_or(Ok(()), FlameGraph::finish)
+    }
+
+    /// Writes the summary of a trace to stderr: how long it took, what it lost, and how user stacks were
+    /// taken.
     pub fn summarize(&self, took: Duration, lost: &[(LostPlace, u64)], stacks: &StackCounts) {
         eprint!("{}", self.summary);
         if stacks.without_callers > 0 {

@@ -1,9 +1,9 @@
-//! A serializer of compact JSON that is made for lines of events: it appends to a `Vec`, writes field names as they are,
-//! and copies what was serialized before ([`Shared`](crate::event::Shared)).
+//! A serializer of compact JSON that is made for lines of events: it appends to a `Vec`, writes field names
+//! as they are, and copies what was serialized before ([`Shared`](crate::event::Shared)).
 //!
-//! `serde_json` looks at each byte of each field name for something to escape, which took half the time of an event.
-//! Names of fields and variants are therefore not escaped here: they are identifiers. Everything else is as `serde_json`
-//! writes it, byte by byte, and a test holds it to that.
+//! `serde_json` looks at each byte of each field name for something to escape, which took half the time of an
+//! event. Names of fields and variants are therefore not escaped here: they are identifiers. Everything else
+//! is as `serde_json` writes it, byte by byte, and a test holds it to that.
 
 use serde::{
     Serialize, Serializer,

@@ -1,5 +1,5 @@
-//! Events → the summary on stderr when the trace ends: how the connections of each process ended and at which place in
-//! its code, the most frequent first, and which sockets are still stuck.
+//! Events → the summary on stderr when the trace ends: how the connections of each process ended and at which
+//! place in its code, the most frequent first, and which sockets are still stuck.
 
 use std::{
     collections::HashMap,
@@ -12,7 +12,7 @@ use foldhash::fast::RandomState;
 use crate::{
     event::{
         Cause, Close, ClosedBy, Ended, Endpoint, Event, Frames, LingeringKind, Process, Role, Shared, Stack,
-        State,
+        State, shown_pid,
     },
     sink::{endpoint, escape, human_millis, or_dash},
 };
@@ -48,7 +48,7 @@ pub struct Summary {
 /// Ends that are counted together.
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct End {
-    process: Option<(u32, String)>,
+    process: Option<(Option<u32>, String)>,
     closed_by: Option<ClosedBy>,
     ended: Option<Ended>,
     cause: Option<Cause>,
@@ -76,7 +76,7 @@ struct Recent {
 /// Sockets that linger, counted together.
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct Stay {
-    process: Option<(u32, String)>,
+    process: Option<(Option<u32>, String)>,
     state: State,
     kind: LingeringKind,
     remote: Option<Endpoint>,
@@ -241,16 +241,16 @@ impl Display for Summary {
     }
 }
 
-/// Whether this end closed first, in order, and so left a `TIME_WAIT` behind: the small socket takes over from these
-/// states alone.
+/// Whether this end closed first, in order, and so left a `TIME_WAIT` behind: the small socket takes over
+/// from these states alone.
 fn leaves_time_wait(close: &Close) -> bool {
     let before = close.states.iter().rev().nth(1).map(|step| step.state);
     close.ended == Some(Ended::Fin) && matches!(before, Some(State::FinWait2 | State::Closing))
 }
 
-fn named(process: Option<&(u32, String)>) -> (String, String) {
+fn named(process: Option<&(Option<u32>, String)>) -> (String, String) {
     match process {
-        Some((pid, comm)) => (pid.to_string(), escape(comm).into_owned()),
+        Some((pid, comm)) => (shown_pid(*pid), escape(comm).into_owned()),
         None => ("-".to_owned(), "-".to_owned()),
     }
 }
@@ -357,7 +357,7 @@ mod tests {
         };
         for pid in (0_u32..).take(MAX_KINDS + 3) {
             let mut close = closes().expect("one has");
-            close.process.as_mut().expect("it has").pid = pid;
+            close.process.as_mut().expect("it has").pid = Some(pid);
             summary.add(&Event::Close(close));
         }
         assert_eq!((summary.ends.len(), summary.others), (MAX_KINDS, 3));

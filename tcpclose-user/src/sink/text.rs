@@ -1,8 +1,8 @@
 //! Text for a person in an outage.
 //!
-//! An event is one aligned line: when, what and why, which process, and which connection. Further facts stand below it,
-//! indented. At 100 columns nothing wraps for IPv4. Time, process and two endpoints leave room for one verdict: the cause,
-//! or, where there is none, who closed and how.
+//! An event is one aligned line: when, what and why, which process, and which connection. Further facts stand
+//! below it, indented. At 100 columns nothing wraps for IPv4. Time, process and two endpoints leave room for
+//! one verdict: the cause, or, where there is none, who closed and how.
 
 use std::borrow::Cow;
 use std::fmt::{self, Display, Write as _};
@@ -15,7 +15,7 @@ use jiff::tz::TimeZone;
 
 use crate::event::{
     Attribution, Cause, Close, ClosedBy, Connection, Ended, Endpoint, Event, Finding, Frame, LastData,
-    Lingering, Lost, Opener, Process, Reset, Stack, Time,
+    Lingering, Lost, Opener, Process, Reset, SignalFrom, Stack, Time, Trigger, shown_pid,
 };
 use crate::sink::Sink;
 
@@ -68,8 +68,8 @@ pub struct Text<W: Write> {
 }
 
 impl<W: Write> Text<W> {
-    /// Writes to `writer`, through a buffer, with times in the time zone of the system. Without `details` an event is
-    /// its one line and nothing else.
+    /// Writes to `writer`, through a buffer, with times in the time zone of the system. Without `details` an
+    /// event is its one line and nothing else.
     pub fn new(writer: W, palette: Palette, details: bool) -> Self {
         Self { details, ..Self::in_zone(writer, palette, TimeZone::system()) }
     }
@@ -150,16 +150,35 @@ impl Page<'_> {
         };
         self.head(close.time, &what, style, close.process.as_deref(), &close.connection);
 
-        match (&close.trigger, &close.signal) {
-            (Some(trigger), Some(signal)) => facts.add("trigger", format!("{trigger} {}", escape(signal))),
-            (trigger, _) => facts.add("trigger", or_dash(*trigger)),
+        facts.add(
+            "trigger",
+            or_dash(triggered(close.trigger, close.signal.as_deref(), close.signal_from.as_ref())),
+        );
+        let later = close.acts.get(1..).unwrap_or_default();
+        if let (Some(first), false) = (close.acts.first().and_then(|act| act.at_ms), later.is_empty()) {
+            for act in later {
+                let since = act.at_ms.map(|at| human_millis(at - first));
+                facts.add("then", format!("{} after {}", or_dash(act.trigger), or_dash(since)));
+            }
         }
-        facts.connection(&close.connection, close.idle_ms, close.last_data);
+        if let Some(process) = &close.destroyed_by {
+            facts.add("destroyed by", format!("{} {}", process.shown_pid(), escape(&process.comm)));
+        }
+        facts.add("age", or_dash(close.connection.age_ms.map(human_millis)));
+        facts.idle(close.idle_ms, close.since_sent_ms, close.since_received_ms);
         facts.add_some("close_wait", close.close_wait_ms.map(human_millis));
         facts.traffic(&close.connection);
+        facts.lost(close.unread_bytes, close.unacked_bytes);
         facts.process(close.process.as_deref());
         self.facts(facts);
         self.stack(close.stack.as_ref(), INDENT);
+        for act in later {
+            if let Some(stack) = act.stack.as_ref().filter(|stack| has_frames(stack)) {
+                let Palette { dim, .. } = self.palette;
+                self.line(format_args!("{:INDENT$}{dim}then {} at{dim:#}", "", or_dash(act.trigger)));
+                self.stack(Some(stack), 2 * INDENT);
+            }
+        }
         self.opener(close.opener.as_ref(), close.process.as_deref());
     }
 
@@ -176,7 +195,9 @@ impl Page<'_> {
 
         facts.add("reason", reset.reason.as_ref().map_or("-".into(), |reason| escape(reason)));
         facts.add("state", or_dash(reset.state));
-        facts.connection(&reset.connection, reset.idle_ms, reset.last_data);
+        facts.add("age", or_dash(reset.connection.age_ms.map(human_millis)));
+        facts.idle(reset.idle_ms, reset.since_sent_ms, reset.since_received_ms);
+        facts.lost(reset.unread_bytes, reset.unacked_bytes);
         facts.add_some("ttl", reset.ttl);
         facts.add_some("handshake_ttl", reset.handshake_ttl);
         facts.process(reset.process.as_deref());
@@ -194,14 +215,22 @@ impl Page<'_> {
         facts.add("state", lingering.state);
         facts.add("for", bounds(lingering.for_ms, lingering.for_ms_at_most));
         facts.add("unread", or_dash(lingering.unread_bytes.map(|bytes| format!("{bytes}B"))));
+        let unsent = lingering.unsent_bytes.filter(|bytes| *bytes > 0);
+        facts.add_some("unsent", unsent.map(|bytes| format!("{bytes}B")));
+        let (signal, from) = (lingering.signal.as_deref(), lingering.signal_from.as_ref());
+        facts.add_some("trigger", triggered(lingering.trigger, signal, from));
         facts.process(process);
         if lingering.holders.is_none() {
             facts.add("held by", "-");
         }
         for holder in lingering.holders.iter().flatten() {
-            facts.add("held by", format!("{} {} fd {}", holder.pid, escape(&holder.comm), holder.fd));
+            facts.add(
+                "held by",
+                format!("{} {} fd {}", shown_pid(holder.pid), escape(&holder.comm), holder.fd),
+            );
         }
         self.facts(facts);
+        self.stack(lingering.stack.as_ref(), INDENT);
         self.opener(lingering.opener.as_ref(), process);
     }
 
@@ -235,7 +264,7 @@ impl Page<'_> {
         let room = PROCESS.saturating_sub(what.len().saturating_sub(WHAT));
         let process = match process {
             Some(process) => {
-                let pid = format!("{:>5}", process.pid);
+                let pid = format!("{:>5}", process.shown_pid());
                 let comm = escape(&process.comm);
                 format!("{pid} {}", cut(&comm, room.saturating_sub(pid.len() + 1)))
             }
@@ -270,14 +299,13 @@ impl Page<'_> {
     fn opener(&mut self, opener: Option<&Opener>, owner: Option<&Process>) {
         let Palette { dim, .. } = self.palette;
         let Some(opener) = opener else { return };
-        let identity = |process: &Process| (process.pid, process.comm.clone());
+        let identity = |process: &Process| (process.host_pid.or(process.pid), process.comm.clone());
         let other =
             opener.process.as_deref().filter(|process| owner.map(identity) != Some(identity(process)));
-        let frames = |stack: &Stack| stack.user.iter().chain(&stack.kernel).any(|frames| !frames.is_empty());
-        let stack = opener.stack.as_ref().filter(|stack| frames(stack));
+        let stack = opener.stack.as_ref().filter(|stack| has_frames(stack));
         match other {
             Some(process) => {
-                let (pid, comm) = (process.pid, escape(&process.comm));
+                let (pid, comm) = (process.shown_pid(), escape(&process.comm));
                 self.line(format_args!("{:INDENT$}{dim}opened by {pid} {comm}{dim:#}", ""));
             }
             None if stack.is_some() => self.line(format_args!("{:INDENT$}{dim}opened at{dim:#}", "")),
@@ -319,11 +347,29 @@ impl Facts {
         }
     }
 
-    fn connection(&mut self, connection: &Connection, idle_ms: Option<f64>, last_data: Option<LastData>) {
-        self.add("age", or_dash(connection.age_ms.map(human_millis)));
-        match (idle_ms, last_data) {
-            (Some(idle), Some(way)) => self.add("idle", format!("{} since {way}", human_millis(idle))),
-            (idle, _) => self.add("idle", or_dash(idle.map(human_millis))),
+    /// The silence of both directions, the shorter one first: after a farewell, such as `close_notify` of
+    /// TLS, the longer one is the silence that matters. Within a tick of the kernel's clock the directions
+    /// cannot be told apart.
+    fn idle(&mut self, idle_ms: Option<f64>, sent_ms: Option<f64>, received_ms: Option<f64>) {
+        let since = |millis: f64, way: LastData| format!("{} since {way}", human_millis(millis));
+        let idle = match (sent_ms, received_ms) {
+            (Some(sent), Some(received)) if sent < received => {
+                format!("{}, {}", since(sent, LastData::Sent), since(received, LastData::Received))
+            }
+            (Some(sent), Some(received)) if received < sent => {
+                format!("{}, {}", since(received, LastData::Received), since(sent, LastData::Sent))
+            }
+            (Some(sent), None) => since(sent, LastData::Sent),
+            (None, Some(received)) => since(received, LastData::Received),
+            _ => or_dash(idle_ms.map(human_millis)),
+        };
+        self.add("idle", idle);
+    }
+
+    /// What was lost: received and never read, written and never acknowledged.
+    fn lost(&mut self, unread: Option<u64>, unacked: Option<u64>) {
+        for (name, bytes) in [("unread", unread), ("unacked", unacked)] {
+            self.add_some(name, bytes.filter(|bytes| *bytes > 0).map(|bytes| format!("{bytes}B")));
         }
     }
 
@@ -338,6 +384,8 @@ impl Facts {
 
     fn process(&mut self, process: Option<&Process>) {
         let Some(process) = process else { return };
+        let thread = process.thread.as_deref().filter(|thread| *thread != process.comm);
+        self.add_some("thread", thread.map(escape));
         // The others acted on this socket or obtained it themselves; these were only found to have it.
         if matches!(
             process.attribution,
@@ -349,6 +397,26 @@ impl Facts {
         let short = |id: &str| escape(id).chars().take(12).collect::<String>();
         self.add_some("container", process.container.as_deref().map(short));
     }
+}
+
+/// What this side did, as one value; `None` if it never acted.
+fn triggered(trigger: Option<Trigger>, signal: Option<&str>, from: Option<&SignalFrom>) -> Option<String> {
+    let mut text = trigger?.to_string();
+    if let Some(signal) = signal {
+        let _ = write!(text, " {}", escape(signal));
+    }
+    let _ = match from {
+        Some(SignalFrom::Process { pid, comm, .. }) => {
+            write!(text, " from {} {}", shown_pid(*pid), escape(comm))
+        }
+        Some(SignalFrom::Kernel { .. }) => write!(text, " from the OOM killer"),
+        None => Ok(()),
+    };
+    Some(text)
+}
+
+fn has_frames(stack: &Stack) -> bool {
+    stack.user.iter().chain(&stack.kernel).any(|frames| !frames.is_empty())
 }
 
 /// Lines of at most `room` columns, broken between words.
@@ -645,16 +713,7 @@ mod tests {
 
     #[test]
     fn frames_say_what_is_known() {
-        let bare = Frame {
-            address: "0x401000".into(),
-            symbol: None,
-            module: None,
-            offset: None,
-            file: None,
-            line: None,
-            inlined: false,
-            truncated: None,
-        };
+        let bare = Frame::nameless(0x40_1000);
         assert_eq!(frame_text(&bare), "0x401000");
         let module = Frame { module: Some("/opt/app/libx.so".into()), offset: Some(0x1234), ..bare.clone() };
         assert_eq!(frame_text(&module), "libx.so+0x1234");

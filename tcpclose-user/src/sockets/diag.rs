@@ -11,14 +11,17 @@ use netlink_packet_sock_diag::{
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_SOCK_DIAG};
 
 use super::entry::{Entry, Info, is_in_teardown};
-use crate::event::{Endpoint, State};
+use crate::{
+    event::{Endpoint, State},
+    ingest::life::SendQueue,
+};
 
-/// The kernel sends at most 32 KiB at a time (`netlink_dump()`, `net/netlink/af_netlink.c`), and more only if the reader
-/// has offered more before. The message about one socket takes about 500 bytes.
+/// The kernel sends at most 32 KiB at a time (`netlink_dump()`, `net/netlink/af_netlink.c`), and more only if
+/// the reader has offered more before. The message about one socket takes about 500 bytes.
 const BUFFER: usize = 32 * 1024;
 
-/// Calls `each` for every TCP socket: first for listeners, last for those in a teardown state. Only these come with
-/// `struct tcp_info`, because the kernel locks each socket to fill it in.
+/// Calls `each` for every TCP socket: first for listeners, last for those in a teardown state. Only these
+/// come with `struct tcp_info`, because the kernel locks each socket to fill it in.
 ///
 /// # Errors
 /// The kernel has no `sock_diag` (`CONFIG_INET_DIAG`), or its answer cannot be parsed.
@@ -148,6 +151,14 @@ fn entry(response: &InetResponse) -> Option<Entry> {
         remote: endpoint(Address::new(id.destination_address, id.destination_port)),
         inode: header.inode.into(),
         recv_queue: header.recv_queue,
+        send_queue: nlas.iter().find_map(|attribute| match attribute {
+            Nla::TcpInfo(info) => Some(SendQueue {
+                unsent: info.notsent_bytes,
+                in_flight: header.send_queue.saturating_sub(info.notsent_bytes),
+                probes: info.probes.into(),
+            }),
+            _ => None,
+        }),
         is_remnant: header.timer == Some(Timer::TimeWait),
         cookie: cookie(id.cookie),
         info,
@@ -159,7 +170,8 @@ pub fn endpoint(address: Address) -> Endpoint {
     Endpoint { address: address.ip().to_canonical(), port: address.port() }
 }
 
-/// Two 32-bit halves, the lower one first (`sock_diag_save_cookie()`, `net/core/sock_diag.c`). All ones mean none.
+/// Two 32-bit halves, the lower one first (`sock_diag_save_cookie()`, `net/core/sock_diag.c`). All ones mean
+/// none.
 fn cookie(bytes: [u8; 8]) -> Option<u64> {
     let half = |at: usize| u32::from_ne_bytes(std::array::from_fn(|index| bytes[at + index]));
     let (low, high) = (half(0), half(4));
@@ -214,8 +226,9 @@ mod tests {
         assert_eq!(dumped.len(), 3, "{dumped:?}");
         assert!(dumped.iter().all(|entry| entry.cookie.is_some()));
         assert!(dumped.iter().all(|entry| entry.is_in_teardown() == entry.info.is_some()));
+        assert!(dumped.iter().all(|entry| entry.info.is_some() == entry.send_queue.is_some()));
         for entry in dumped.iter_mut().chain(&mut read) {
-            (entry.cookie, entry.info) = (None, None);
+            (entry.cookie, entry.info, entry.send_queue) = (None, None, None);
         }
         dumped.sort_by_key(|entry| entry.state);
         read.sort_by_key(|entry| entry.state);

@@ -1,10 +1,11 @@
-//! One socket as the kernel lists it, and what follows from that alone: what keeps it in its state, and for how long it
-//! has been there.
+//! One socket as the kernel lists it, and what follows from that alone: what keeps it in its state, and for
+//! how long it has been there.
 
 use tcpclose_common::tcp::is_teardown;
 
 use crate::{
     event::{Endpoint, LingeringKind, State},
+    ingest::life::SendQueue,
     judge,
 };
 
@@ -21,8 +22,10 @@ pub struct Entry {
     pub inode: u64,
     /// Bytes received and not read, where a FIN counts as one (`Recv-Q` of `ss`).
     pub recv_queue: u32,
-    /// Whether only the small structure is left that the kernel keeps in `TIME_WAIT`, and for a closed socket in
-    /// `FIN_WAIT2`.
+    /// What waits to be sent, if that is known.
+    pub send_queue: Option<SendQueue>,
+    /// Whether only the small structure is left that the kernel keeps in `TIME_WAIT`, and for a closed socket
+    /// in `FIN_WAIT2`.
     pub is_remnant: bool,
     /// The kernel's socket cookie.
     pub cookie: Option<u64>,
@@ -30,7 +33,8 @@ pub struct Entry {
     pub info: Option<Info>,
 }
 
-/// The part of `struct tcp_info` that is used. Times are milliseconds before now, with the resolution of a jiffy.
+/// The part of `struct tcp_info` that is used. Times are milliseconds before now, with the resolution of a
+/// jiffy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Info {
     /// Time since data was last sent or retransmitted or, if none was, since the connection was established.
@@ -49,8 +53,8 @@ pub struct Info {
     pub rtt_us: u32,
 }
 
-/// The range within which the time lies that a socket has been in its state, in milliseconds. A bound that the kernel does
-/// not provide is `None`.
+/// The range within which the time lies that a socket has been in its state, in milliseconds. A bound that
+/// the kernel does not provide is `None`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct AgeRange {
     /// The lower bound.
@@ -59,7 +63,8 @@ pub struct AgeRange {
     pub at_most: Option<u32>,
 }
 
-/// The longest duration of a jiffy in milliseconds (`CONFIG_HZ=100`). Times made of jiffies are off by up to one jiffy.
+/// The longest duration of a jiffy in milliseconds (`CONFIG_HZ=100`). Times made of jiffies are off by up to
+/// one jiffy.
 const JIFFY: u32 = 10;
 
 impl Entry {
@@ -85,12 +90,12 @@ impl Entry {
 
     /// What keeps it in its state.
     pub fn kind(&self) -> LingeringKind {
-        judge::waits_for(self.state, self.inode != 0, Some(self.recv_queue))
+        judge::waits_for(self.state, self.inode != 0, Some(self.recv_queue), self.send_queue)
     }
 
-    /// How long it has been in its state. The kernel does not record that, but it records when other things last happened
-    /// that must have come before or after the change of state (`tcp_get_info()`, `net/ipv4/tcp.c`). If segments arrive out
-    /// of order, the bounds may be off by the time between them.
+    /// How long it has been in its state. The kernel does not record that, but it records when other things
+    /// last happened that must have come before or after the change of state (`tcp_get_info()`,
+    /// `net/ipv4/tcp.c`). If segments arrive out of order, the bounds may be off by the time between them.
     pub fn age(&self) -> AgeRange {
         const UNKNOWN: AgeRange = AgeRange { at_least: None, at_most: None };
         // A remnant has a timer but no times.
@@ -98,26 +103,29 @@ impl Entry {
         let at_least = |millis: u32| Some(millis.saturating_sub(JIFFY));
         let at_most = |millis: u32| Some(millis.saturating_add(JIFFY));
         match self.state {
-            // The peer's FIN led to this state. The FIN carried an ACK, and more ACKs may have come since. Data may have
-            // come with the FIN, but not after it.
+            // The peer's FIN led to this state. The FIN carried an ACK, and more ACKs may have come since.
+            // Data may have come with the FIN, but not after it.
             State::CloseWait | State::Closing => AgeRange {
                 at_least: at_least(info.last_ack_received),
                 at_most: at_most(info.last_data_received),
             },
-            // The ACK of our FIN led to this state. It acknowledged everything we had sent, so we sent nothing after it.
+            // The ACK of our FIN led to this state. It acknowledged everything we had sent, so we sent
+            // nothing after it.
             State::FinWait2 => {
                 AgeRange { at_least: at_least(info.last_ack_received), at_most: at_most(info.last_data_sent) }
             }
-            // Our close, which the kernel does not record, led to this state. The peer had closed before, so no data has
-            // come since.
+            // Our close, which the kernel does not record, led to this state. The peer had closed before, so
+            // no data has come since.
             State::LastAck => AgeRange { at_least: None, at_most: at_most(info.last_data_received) },
-            // Our close or shutdown led to this state. Data, ACKs and retransmissions may have come before or after it.
+            // Our close or shutdown led to this state. Data, ACKs and retransmissions may have come before or
+            // after it.
             _ => UNKNOWN,
         }
     }
 }
 
-/// Whether this is a teardown state in which a socket can get stuck. `TIME_WAIT` is not, because it ends by itself.
+/// Whether this is a teardown state in which a socket can get stuck. `TIME_WAIT` is not, because it ends by
+/// itself.
 pub fn is_in_teardown(state: State) -> bool {
     is_teardown(state as u8)
 }
@@ -134,6 +142,7 @@ pub(crate) mod tests {
             remote: end(443),
             inode,
             recv_queue,
+            send_queue: Some(SendQueue { unsent: 0, in_flight: 1, probes: 0 }),
             is_remnant: false,
             cookie: None,
             info: Some(Info {

@@ -1,8 +1,9 @@
-//! A scan of the host's TCP sockets in every network namespace, without a program in the kernel: which sockets are stuck
-//! in a teardown state, which processes hold them, and how many sockets are in every state.
+//! A scan of the host's TCP sockets in every network namespace, without a program in the kernel: which
+//! sockets are stuck in a teardown state, which processes hold them, and how many sockets are in every state.
 //!
-//! [`netns`] finds the namespaces. [`diag`] requests the sockets of each from the kernel; where that is not possible
-//! [`table`] reads them from `/proc`. A walk over all file descriptors ([`attribute::holder`]) finds their owners.
+//! [`netns`] finds the namespaces. [`diag`] requests the sockets of each from the kernel; where that is not
+//! possible [`table`] reads them from `/proc`. A walk over all file descriptors ([`attribute::holder`]) finds
+//! their owners.
 
 use std::{
     cmp::Reverse,
@@ -40,8 +41,8 @@ use netns::Namespace;
 /// How many stuck sockets are kept, about 300 bytes each. The rest is only counted.
 const MAX_STUCK: usize = 262_144;
 
-/// How many sockets with descriptors are kept, about 60 bytes each, to find their owners. The rest counts as without an
-/// owner.
+/// How many sockets with descriptors are kept, about 60 bytes each, to find their owners. The rest counts as
+/// without an owner.
 const MAX_OWNED: usize = 1_048_576;
 
 /// How many holders of stuck sockets are kept altogether, 16 bytes each.
@@ -73,8 +74,8 @@ pub struct Socket {
     pub role: Option<Role>,
     /// The process that owns it, and how that is known.
     pub owner: Option<(Arc<Holder>, Attribution)>,
-    /// The processes that have it open, each with its descriptor. Empty if it was closed or never accepted; `None` if it is
-    /// open and no holder was found.
+    /// The processes that have it open, each with its descriptor. Empty if it was closed or never accepted;
+    /// `None` if it is open and no holder was found.
     pub holders: Option<Vec<(Arc<Holder>, u32)>>,
 }
 
@@ -92,7 +93,8 @@ pub struct Tally {
 pub struct Unowned {
     /// Inode number of the namespace.
     pub netns: u32,
-    /// The number in each state: closed by their process, not accepted yet, or of a process that could not be read.
+    /// The number in each state: closed by their process, not accepted yet, or of a process that could not be
+    /// read.
     pub states: Counts,
     /// Those in `TIME_WAIT`, by where they led.
     pub time_wait: TimeWait,
@@ -105,8 +107,8 @@ pub struct Unowned {
 pub struct Gaps {
     /// Processes whose descriptors may not be read.
     pub processes: usize,
-    /// Namespaces that may not be entered, or where the kernel has no `sock_diag`: their sockets come without ages, bytes
-    /// and cookies.
+    /// Namespaces that may not be entered, or where the kernel has no `sock_diag`: their sockets come without
+    /// ages, bytes and cookies.
     pub tables: Vec<u32>,
     /// Namespaces whose sockets are not known, and why.
     pub namespaces: Vec<(u32, String)>,
@@ -151,7 +153,8 @@ impl Socket {
         let AgeRange { at_least, at_most } = self.entry.age();
         let holders = self.holders.as_ref().map(|holders| {
             let holder = |(holder, fd): &(Arc<Holder>, u32)| crate::event::Holder {
-                pid: holder.pid,
+                pid: Some(holder.pid),
+                host_pid: holder.host_pid(),
                 comm: holder.comm.clone(),
                 fd: *fd,
             };
@@ -180,6 +183,12 @@ impl Socket {
             for_ms: at_least.map(f64::from),
             for_ms_at_most: at_most.map(f64::from),
             unread_bytes: self.entry.unread_bytes().map(u64::from),
+            unsent_bytes: self.entry.send_queue.map(|queue| queue.unsent_payload(state).into()),
+            // What the kernel lists says nothing of what was done to the socket.
+            trigger: None,
+            signal: None,
+            signal_from: None,
+            stack: None,
             holders,
             opener: None,
             kind: self.kind(),
@@ -192,7 +201,8 @@ impl Socket {
     }
 }
 
-/// Scans all sockets once. Applies the filters of addresses, ports and namespaces, but not those of processes.
+/// Scans all sockets once. Applies the filters of addresses, ports and namespaces, but not those of
+/// processes.
 pub fn scan(filter: &Filter) -> Scan {
     let mut collector = Collector::new(filter);
     for namespace in netns::all() {
@@ -205,8 +215,8 @@ pub fn scan(filter: &Filter) -> Scan {
     collector.finish(at)
 }
 
-/// The sockets that are in a teardown state, without their owners, for the start of a trace. A namespace that may not be
-/// entered is left out.
+/// The sockets that are in a teardown state, without their owners, for the start of a trace. A namespace that
+/// may not be entered is left out.
 pub fn in_teardown() -> Vec<Socket> {
     let mut sockets = Vec::new();
     for namespace in netns::all() {
@@ -347,7 +357,8 @@ impl<'a> Collector<'a> {
         u32::try_from(self.stuck.len() - 1).ok()
     }
 
-    /// The inodes of the listeners for a local address: those on this very address or, if there are none, those on any.
+    /// The inodes of the listeners for a local address: those on this very address or, if there are none,
+    /// those on any.
     fn listener(&self, netns: u32, local: Endpoint) -> Option<Vec<u64>> {
         let there = self.listeners.get(&(netns, local.port))?;
         let those = |matches: &dyn Fn(&IpAddr) -> bool| -> Vec<u64> {
@@ -417,8 +428,8 @@ impl<'a> Collector<'a> {
         Scan { at, stuck: self.stuck, processes, namespaces: self.namespaces, gaps: self.gaps }
     }
 
-    /// The owner of the listener in whose accept queue a socket is. If several processes have listeners of their own on the
-    /// same port (`SO_REUSEPORT`), the queue is not known.
+    /// The owner of the listener in whose accept queue a socket is. If several processes have listeners of
+    /// their own on the same port (`SO_REUSEPORT`), the queue is not known.
     fn owner_of_listener(&self, socket: &Socket) -> Option<(Arc<Holder>, Attribution)> {
         let inodes = self.listener(socket.netns, socket.entry.local)?;
         let mut owners = inodes.iter().map(|inode| self.by_inode.get(inode)?.owner.as_ref());
@@ -455,7 +466,7 @@ mod tests {
         assert_eq!((socket.kind(), socket.role), (LingeringKind::Leaked, Some(Role::Server)));
         let line = socket.lingering(scan.at, &mut Processes::new());
         let process = line.process.unwrap();
-        assert_eq!((process.pid, process.attribution), (std::process::id(), Attribution::Procfs));
+        assert_eq!((process.pid, process.attribution), (Some(std::process::id()), Attribution::Procfs));
         let fd = u32::try_from(server.as_raw_fd()).unwrap();
         assert_eq!(line.holders.unwrap().iter().map(|holder| holder.fd).collect::<Vec<_>>(), [fd]);
         let [tally] = &scan.processes[..] else { panic!("{:?}", scan.processes) };

@@ -24,8 +24,9 @@ pub struct Namespace {
     is_ours: bool,
 }
 
-/// All namespaces that can be found: that of tcpclose, those of other processes, and those that a mount keeps alive
-/// (`ip netns`, container engines). A namespace that only a socket or a single thread keeps alive is not found.
+/// All namespaces that can be found: that of tcpclose, those of other processes, and those that a mount keeps
+/// alive (`ip netns`, container engines). A namespace that only a socket or a single thread keeps alive is
+/// not found.
 pub fn all() -> Vec<Namespace> {
     let mut found = HashMap::new();
     let mut add = |path: PathBuf, pid: Option<u32>, is_ours: bool| {
@@ -52,10 +53,12 @@ pub fn all() -> Vec<Namespace> {
 }
 
 impl Namespace {
-    /// Runs `work` inside the namespace. That takes a thread of its own, because entering a namespace moves the thread.
+    /// Runs `work` inside the namespace. That takes a thread of its own, because entering a namespace moves
+    /// the thread.
     ///
     /// # Errors
-    /// The namespace may not be entered, which requires `CAP_SYS_ADMIN`, or it has ended ([`io::ErrorKind::NotFound`]).
+    /// The namespace may not be entered, which requires `CAP_SYS_ADMIN`, or it has ended
+    /// ([`io::ErrorKind::NotFound`]).
     pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
         if self.is_ours {
             return Ok(work());

@@ -1,5 +1,5 @@
-//! Reads the TCP sockets of a network namespace from `/proc/PID/net/tcp` and `tcp6` of a process in it. This is for
-//! namespaces that may not be entered and kernels without `sock_diag`; these files have fewer facts.
+//! Reads the TCP sockets of a network namespace from `/proc/PID/net/tcp` and `tcp6` of a process in it. This
+//! is for namespaces that may not be entered and kernels without `sock_diag`; these files have fewer facts.
 
 use procfs::{ProcError, ProcResult, net::TcpNetEntry, process::Process};
 
@@ -33,6 +33,7 @@ fn entry(socket: &TcpNetEntry) -> Option<Entry> {
         remote: endpoint(socket.remote_address),
         inode: socket.inode,
         recv_queue: socket.rx_queue,
+        send_queue: None,
         is_remnant: socket.inode == 0 && matches!(state, State::TimeWait | State::FinWait2),
         cookie: None,
         info: None,

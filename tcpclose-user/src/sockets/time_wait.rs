@@ -5,7 +5,8 @@ use std::{collections::HashMap, net::IpAddr};
 use super::entry::Entry;
 use crate::event::Endpoint;
 
-/// How many destinations, and how many local ports, are counted separately in a namespace. The rest is counted together.
+/// How many destinations, and how many local ports, are counted separately in a namespace. The rest is
+/// counted together.
 const MAX_KEYS: usize = 32_768;
 
 /// The sockets in `TIME_WAIT` of one network namespace.
@@ -13,8 +14,8 @@ const MAX_KEYS: usize = 32_768;
 pub struct TimeWait {
     /// The number of all of them.
     pub total: u64,
-    /// Outgoing connections, by local address and destination. Each occupies a port that cannot be used for another
-    /// connection from that address to that destination.
+    /// Outgoing connections, by local address and destination. Each occupies a port that cannot be used for
+    /// another connection from that address to that destination.
     outgoing: HashMap<(IpAddr, Endpoint), u32>,
     /// Incoming connections, by local port. They occupy no port that could be used otherwise.
     incoming: HashMap<u16, u32>,

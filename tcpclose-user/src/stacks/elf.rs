@@ -38,12 +38,13 @@ impl Segments {
         segment.address.checked_add(offset - segment.offset)
     }
 
-    /// The load bias of an executable mapping of the file: what is added to a virtual address to get the address in
-    /// memory.
+    /// The load bias of an executable mapping of the file: what is added to a virtual address to get the
+    /// address in memory.
     pub fn bias(&self, mapping: &Mapping) -> Option<u64> {
         let end = mapping.offset.checked_add(mapping.end.checked_sub(mapping.start)?)?;
-        // A segment need not start at a page boundary, but its mapping does. The first page may therefore also contain the
-        // end of the segment before it, which linkers (lld) place at other addresses, and which is not executable.
+        // A segment need not start at a page boundary, but its mapping does. The first page may therefore
+        // also contain the end of the segment before it, which linkers (lld) place at other addresses, and
+        // which is not executable.
         let is_mapped = |segment: &&Segment| {
             segment.executable
                 && segment.offset < end

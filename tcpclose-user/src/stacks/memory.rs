@@ -42,8 +42,8 @@ impl<'a> StackMemory<'a> {
     }
 }
 
-/// The memory of a process, as the kernel shows it in `/proc/PID/mem`. It stays that of the program image that the
-/// process had when this was opened: after an exit or exec every read fails.
+/// The memory of a process, as the kernel shows it in `/proc/PID/mem`. It stays that of the program image
+/// that the process had when this was opened: after an exit or exec every read fails.
 pub struct ProcessMemory(File);
 
 impl ProcessMemory {

@@ -1,12 +1,13 @@
 //! Stack keys in records → stacks with names.
 //!
-//! The kernel half takes a stack in one of three ways. It recognizes one that was unwound here before, by its recipe
-//! ([`recipes`]). If there is none, it copies the stack's memory into the ring, and [`unwind`] follows that copy here.
-//! With `--call-graph fp` it follows frame pointers and keeps the addresses in a map, from which [`store`] reads them. Then
-//! [`symbolize`] turns addresses into functions, files and lines.
+//! The kernel half takes a stack in one of three ways. It recognizes one that was unwound here before, by its
+//! recipe ([`recipes`]). If there is none, it copies the stack's memory into the ring, and [`unwind`] follows
+//! that copy here. With `--call-graph fp` it follows frame pointers and keeps the addresses in a map, from
+//! which [`store`] reads them. Then [`symbolize`] turns addresses into functions, files and lines.
 
 pub mod elf;
 pub mod frame;
+pub mod interpreters;
 pub mod memory;
 pub mod recipes;
 pub mod runtimes;
@@ -21,7 +22,10 @@ use std::{
 };
 
 use foldhash::fast::RandomState;
-use tcpclose_common::{record::StackCopy, stack::MAX_FRAMES};
+use tcpclose_common::{
+    record::{Interpreted, StackCopy},
+    stack::MAX_FRAMES,
+};
 
 use nix::time::{ClockId, clock_gettime};
 
@@ -32,18 +36,20 @@ use self::{
     unwind::Unwinder,
 };
 use crate::{
-    attribute::{
-        self,
-        process::{Image, Processes},
-    },
+    attribute::process::{Image, Processes, lock},
     event::{self, Frame, Frames, Truncated},
 };
 
-/// How many named stacks are cached. When the cache is full, all are dropped and named again when next needed.
+/// How many named stacks are cached. When the cache is full, all are dropped and named again when next
+/// needed.
 const MAX_NAMED: usize = 4_096;
 
-/// How long a cached stack that lacks a name or ends early is used before it is named again. A just-in-time compiler
-/// may publish the name, or map the code, in the meantime.
+/// How many lists of interpreters' frames wait for the copies that they belong to. Each is followed by its
+/// copy, if that is not lost; when there are more, all are dropped.
+const MAX_LISTS: usize = 256;
+
+/// How long a cached stack that lacks a name or ends early is used before it is named again. A just-in-time
+/// compiler may publish the name, or map the code, in the meantime.
 const RETRY_AFTER: Duration = Duration::from_secs(10);
 
 /// A task and the keys of its stacks, as a record has them.
@@ -67,6 +73,10 @@ pub struct Stacks {
     processes: Arc<Mutex<Processes>>,
     /// With `--call-graph auto`.
     recipes: Option<RecipeMaps>,
+    /// With `--call-graph auto`.
+    interpreters: Option<interpreters::Shared>,
+    /// Frames of interpreters, by the key of the copy that they belong to.
+    lists: HashMap<u64, Interpreted, RandomState>,
     named: HashMap<(u32, u64, Unnamed), Named, RandomState>,
     without_callers: u64,
 }
@@ -88,26 +98,58 @@ struct Named {
 }
 
 impl Stacks {
-    /// Reads stacks from `store`, and names them with what `processes` knows of each process's program image. With `recipes`
-    /// the kernel half learns to recognize those that were copied.
-    pub fn new(store: Store, recipes: Option<RecipeMaps>, processes: Arc<Mutex<Processes>>) -> Self {
+    /// Reads stacks from `store`, and names them with what `processes` knows of each process's program image.
+    /// With `recipes` the kernel half learns to recognize those that were copied, and with `interpreters` to
+    /// list the frames of some.
+    pub fn new(
+        store: Store,
+        recipes: Option<RecipeMaps>,
+        interpreters: Option<interpreters::Shared>,
+        processes: Arc<Mutex<Processes>>,
+    ) -> Self {
         Self {
             store,
             recipes,
+            interpreters,
             unwinder: Unwinder::default(),
             symbolizer: Symbolizer::default(),
             processes,
+            lists: HashMap::default(),
             named: HashMap::default(),
             without_callers: 0,
         }
     }
 
-    /// Unwinds the copy of a stack's memory and keeps the frames under the copy's key. Call it as soon as the record is
-    /// read: the process may exit, and its mappings with it, at any moment.
+    /// Keeps the frames of an interpreter for the copy that they belong to.
+    pub fn interpreted(&mut self, list: Interpreted) {
+        if self.lists.len() >= MAX_LISTS {
+            self.lists.clear();
+        }
+        self.lists.insert(list.key, list);
+    }
+
+    /// Unwinds the copy of a stack's memory and keeps the frames under the copy's key. Call it as soon as the
+    /// record is read: the process may exit, and its mappings with it, at any moment.
     pub fn copied(&mut self, copy: &StackCopy, bytes: &[u8]) {
-        let Self { store, unwinder, recipes, processes, .. } = self;
+        let Self { store, unwinder, recipes, interpreters, processes, lists, named, .. } = self;
+        let process = (copy.pid, copy.mm);
+        let known = image(processes, process, &[]);
+        let current = lock(processes).current(copy.pid, copy.mm);
+        if known.zip(current).is_some_and(|(known, current)| !Arc::ptr_eq(&known, &current)) {
+            named.retain(|(pid, mm, _), _| (*pid, *mm) != process);
+            if let Some(Err(error)) = recipes.as_mut().map(|recipes| recipes.forget_process(process)) {
+                log::warn!("{error:#}; every stack will be copied");
+                *recipes = None;
+            }
+        }
+        let list = lists.remove(&copy.key);
         let image = |addresses: &[u64]| image(processes, (copy.pid, copy.mm), addresses);
-        let unwound = unwinder.unwind(copy, bytes, image);
+        let unwound = unwinder.unwind(copy, bytes, list.as_ref(), image);
+        if let (Some(interpreters), Some(interpreter)) = (interpreters, unwound.unlisted)
+            && let Err(error) = interpreters::lock(interpreters).describe(process, interpreter)
+        {
+            log::warn!("{error:#}; functions of the interpreter in process {} get no names", copy.pid);
+        }
         let is_needed = |key| recipes.as_ref().is_some_and(|recipes| recipes.leads_to(key));
         let key = store.keep(copy.key, unwound.stack, is_needed);
         if unwound.words.is_empty() {
@@ -132,7 +174,8 @@ impl Stacks {
         (user.is_some() || kernel.is_some()).then_some(event::Stack { user, kernel })
     }
 
-    /// Drops the frames kept under a key, though not at once: a RST of the same connection may still refer to them.
+    /// Drops the frames kept under a key, though not at once: a RST of the same connection may still refer to
+    /// them.
     pub fn release(&mut self, key: u64) {
         self.store.release(key);
     }
@@ -142,7 +185,8 @@ impl Stacks {
         self.store.lost()
     }
 
-    /// Number of stacks so far that consist of the innermost frame only, because the program keeps no frame pointers.
+    /// Number of stacks so far that consist of the innermost frame only, because the program keeps no frame
+    /// pointers.
     pub fn without_callers(&self) -> u64 {
         self.without_callers
     }
@@ -225,15 +269,15 @@ impl Stacks {
     }
 }
 
-/// What is known of the program image that process `pid` ran with the address space `mm`. Its mappings are read again
-/// if they lack one of `addresses`.
+/// What is known of the program image that process `pid` ran with the address space `mm`. Its mappings are
+/// read again if they lack one of `addresses`.
 fn image(processes: &Mutex<Processes>, (pid, mm): (u32, u64), addresses: &[u64]) -> Option<Arc<Image>> {
-    attribute::process::lock(processes).image_for(pid, mm, addresses, Instant::now())
+    lock(processes).image_for(pid, mm, addresses, Instant::now())
 }
 
-/// The leading frames that can be true, and why there are no more. The kernel follows frame pointers; in a function that
-/// keeps none it reads arbitrary data instead. An address outside every executable mapping is therefore not a frame, and
-/// neither is anything after it.
+/// The leading frames that can be true, and why there are no more. The kernel follows frame pointers; in a
+/// function that keeps none it reads arbitrary data instead. An address outside every executable mapping is
+/// therefore not a frame, and neither is anything after it.
 fn plausible<'a>(image: Option<&Image>, frames: &'a [u64]) -> (&'a [u64], Option<Truncated>) {
     let Some(image) = image.filter(|image| !image.mappings.is_empty()) else {
         // Without mappings only the instruction pointer is certain.

@@ -2,14 +2,16 @@
 //!
 //! Why a stack that a recipe matches is the one that was unwound:
 //!
-//! - All that its frames follow from is compared: the instruction pointer, and every word and register that unwinding
-//!   needed. Words may lie elsewhere only if an earlier one differs.
-//! - The unwind tables are those of the mappings, which change with exec and with mmap and munmap. The address of the
-//!   `mm_struct`, the process id and the number of mapped pages of code lead to the recipes. Memory of an `mm_struct` may
-//!   be used again, by the same process only after two calls of exec; the recipes of the first program are removed as soon
-//!   as the next one has a stack of its own. What remains is a library that is unmapped and another one with as many pages
-//!   that is mapped in its place between two stacks, with return addresses behind calls at the same addresses.
-//! - Code of a language runtime can be replaced in place. Recipes with such frames expire (see [`Runtime::lifetime`]).
+//! - All that its frames follow from is compared: the instruction pointer, and every word and register that
+//!   unwinding needed. Words may lie elsewhere only if an earlier one differs.
+//! - The unwind tables are those of the mappings, which change with exec and with mmap and munmap. The
+//!   address of the `mm_struct`, the process id and the number of mapped pages of code lead to the recipes.
+//!   Memory of an `mm_struct` may be used again, by the same process only after two calls of exec; the
+//!   recipes of the first program are removed as soon as the next one has a stack of its own. What remains is
+//!   a library that is unmapped and another one with as many pages that is mapped in its place between two
+//!   stacks, with return addresses behind calls at the same addresses.
+//! - Code of a language runtime can be replaced in place. Recipes with such frames expire (see
+//!   [`Runtime::lifetime`]).
 //!
 //! [`Runtime::lifetime`]: super::runtimes::Runtime::lifetime
 
@@ -21,7 +23,7 @@ use tcpclose_common::recipe::{Edge, MAX_RECIPES, Recipe, Target, Word, image};
 
 use crate::kernel::handle::KernelHalf;
 
-/// The maps of the kernel half that hold recipes.
+/// The maps of the kernel half that hold recipes, and what it takes to read the words of some.
 pub struct RecipeMaps {
     recipes: Array<MapData, Recipe>,
     edges: BpfHashMap<MapData, Edge, Target>,
@@ -46,7 +48,22 @@ impl RecipeMaps {
     /// # Errors
     /// The kernel refuses to change a map.
     pub fn learn(&mut self, start: Start, words: &[Word], stack: u64, until: u64) -> Result<()> {
-        for change in self.known.learn(start, words, stack, until) {
+        let changes = self.known.learn(start, words, stack, until);
+        self.apply(changes)
+    }
+
+    /// Has the kernel half recognize no stack of this process any more: something else is mapped where its
+    /// code was.
+    ///
+    /// # Errors
+    /// The kernel refuses to change a map.
+    pub fn forget_process(&mut self, (pid, mm): (u32, u64)) -> Result<()> {
+        let changes = self.known.forget_process((pid, mm));
+        self.apply(changes)
+    }
+
+    fn apply(&mut self, changes: Vec<Change>) -> Result<()> {
+        for change in changes {
             match change {
                 Change::Recipe(index, recipe) => self.recipes.set(index, *recipe, 0),
                 Change::Edge(edge, target) => self.edges.insert(edge, target, 0),
@@ -81,8 +98,8 @@ pub struct Start {
     pub ip: u64,
 }
 
-/// A change of the maps. They must be made in order: a recipe is complete before an edge leads to it, and is marked as out
-/// of use before another one takes its place.
+/// A change of the maps. They must be made in order: a recipe is complete before an edge leads to it, and is
+/// marked as out of use before another one takes its place.
 #[derive(Clone, Debug, PartialEq)]
 enum Change {
     Recipe(u32, Box<Recipe>),
@@ -90,7 +107,8 @@ enum Change {
     NoEdge(Edge),
 }
 
-/// Which recipes there are. When there is no room for another one, the tree that was longest without a hit is removed.
+/// Which recipes there are. When there is no room for another one, the tree that was longest without a hit is
+/// removed.
 #[derive(Debug, Default)]
 struct Recipes {
     trees: HashMap<Start, Tree>,
@@ -119,7 +137,8 @@ enum Walk {
     Found(u32),
     /// No recipe goes on here.
     Open(Edge),
-    /// A recipe names other places after the same words, so that something has changed that is not in the words.
+    /// A recipe names other places after the same words, so that something has changed that is not in the
+    /// words.
     Contradiction,
 }
 
@@ -214,6 +233,15 @@ impl Recipes {
         *self.stacks.entry(stack).or_default() += 1;
         self.tree_of.remove(&(start.pid, start.mm, older));
         self.forget(older);
+    }
+
+    fn forget_process(&mut self, process: (u32, u64)) -> Vec<Change> {
+        let mut changes = Vec::new();
+        let is_its = |start: &Start| (start.pid, start.mm) == process;
+        for start in self.trees.keys().filter(|it| is_its(it)).copied().collect::<Vec<_>>() {
+            self.remove(start, &mut changes);
+        }
+        changes
     }
 
     fn remove(&mut self, start: Start, changes: &mut Vec<Change>) {
@@ -371,6 +399,10 @@ mod tests {
             assert_eq!(kernel.find(another_process, &path(0)), Some(1));
         }
         assert_eq!(recipes.free.len(), 8);
+        kernel.apply(recipes.forget_process((START.pid, START.mm)));
+        assert_eq!(kernel.find(Start { code_pages: 10, ..START }, &path(1)), None);
+        assert_eq!(kernel.find(another_process, &path(0)), Some(1), "of another process");
+        assert_eq!(recipes.free.len(), 9);
     }
 
     #[test]

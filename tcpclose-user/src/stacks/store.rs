@@ -8,25 +8,25 @@ use std::{
 
 use aya::maps::{HashMap as BpfHashMap, MapData};
 use foldhash::fast::RandomState as Quick;
-use tcpclose_common::stack::Stack;
+use tcpclose_common::{recipe::KEY_BIT, stack::Stack};
 
 use crate::stacks::frame::UnwoundStack;
 
-/// How many stacks of the kernel half are cached: as many as its map holds. When there are more, all are dropped and read
-/// again.
+/// How many stacks of the kernel half are cached: as many as its map holds. When there are more, all are
+/// dropped and read again.
 const MAX_STACKS: usize = 8_192;
 
 /// How many released keys still lead to a stack: a RST may be reported after the end of its connection.
 const MAX_RELEASED: usize = 4_096;
 
-/// How many different stacks that were unwound here are kept. When there are more, the least recently used quarter of those
-/// that no recipe leads to is dropped.
+/// How many different stacks that were unwound here are kept. When there are more, the least recently used
+/// quarter of those that no recipe leads to is dropped.
 const MAX_UNWOUND: usize = 16_384;
 
 /// Reads stacks from the kernel half's map, and keeps those that were unwound here.
 ///
-/// A stack that was unwound has a key of its own, by which the kernel half reports it when it recognizes it. The key of a
-/// copy leads to that key.
+/// A stack that was unwound has a key of its own, by which the kernel half reports it when it recognizes it.
+/// The key of a copy leads to that key.
 pub struct Store {
     map: BpfHashMap<MapData, u64, Stack>,
     known: HashMap<u64, Arc<[u64]>, Quick>,
@@ -51,8 +51,8 @@ struct Unwound {
 }
 
 impl Store {
-    /// Reads from `map`, and keeps unwound stacks for this many connections, each with an opener and an actor. When there
-    /// are more, the oldest are dropped and counted as lost.
+    /// Reads from `map`, and keeps unwound stacks for this many connections, each with an opener and an
+    /// actor. When there are more, the oldest are dropped and counted as lost.
     pub fn new(map: BpfHashMap<MapData, u64, Stack>, connections: u32) -> Self {
         Self {
             map,
@@ -68,13 +68,13 @@ impl Store {
         }
     }
 
-    /// Keeps a stack that was unwound from the copy with this key. Returns the stack's own key. `is_needed` tells keys of
-    /// stacks that may be reported again.
+    /// Keeps a stack that was unwound from the copy with this key. Returns the stack's own key. `is_needed`
+    /// tells keys of stacks that may be reported again.
     pub fn keep(&mut self, copy: u64, stack: UnwoundStack, is_needed: impl Fn(u64) -> bool) -> u64 {
         // Two stacks share a key once in 2^64 pairs, and then the second gets the next one.
-        let mut key = self.hasher.hash_one(&stack).max(1);
+        let mut key = self.hasher.hash_one(&stack) | KEY_BIT;
         while self.unwound.get(&key).is_some_and(|known| known.stack != stack) {
-            key = key.wrapping_add(1).max(1);
+            key = key.wrapping_add(1) | KEY_BIT;
         }
         self.clock += 1;
         if !self.unwound.contains_key(&key) {
@@ -131,7 +131,8 @@ impl Store {
         self.unwound.get(&key).map(|unwound| unwound.stack.clone())
     }
 
-    /// The addresses of a stack in the kernel half's map, innermost first; `None` if none was taken, or if it was evicted.
+    /// The addresses of a stack in the kernel half's map, innermost first; `None` if none was taken, or if it
+    /// was evicted.
     pub fn frames(&mut self, key: u64) -> Option<Arc<[u64]>> {
         if key == 0 {
             return None;

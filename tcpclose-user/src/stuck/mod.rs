@@ -1,10 +1,11 @@
-//! Sockets that stay in a teardown state: finds those that are due for a report, and collects what the kernel half and
-//! `/proc` say about them and about the processes that have them open.
+//! Sockets that stay in a teardown state: finds those that are due for a report, and collects what the kernel
+//! half and `/proc` say about them and about the processes that have them open.
 //!
-//! The kernel half's table says which sockets are in such a state; most stay there for less than a millisecond. This
-//! module walks that table a few times within the limit, and has the sockets inspected that have been in such a state
-//! for longer. A walk reads the buckets, which are mapped into memory: its cost grows with the size of the table
-//! (`--connections`). That of the inspections grows with the number of sockets that are stuck.
+//! The kernel half's table says which sockets are in such a state; most stay there for less than a
+//! millisecond. This module walks that table a few times within the limit, and has the sockets inspected that
+//! have been in such a state for longer. A walk reads the buckets, which are mapped into memory: its cost
+//! grows with the size of the table (`--connections`). That of the inspections grows with the number of
+//! sockets that are stuck.
 
 pub mod age;
 pub mod older;
@@ -35,8 +36,8 @@ use crate::{
     kernel::{clock::Clock, handle::KernelHalf, table::Table},
 };
 
-/// How many sockets are inspected between two reads of the ring. Their records and those of their holders take a quarter
-/// of it.
+/// How many sockets are inspected between two reads of the ring. Their records and those of their holders
+/// take a quarter of it.
 pub const BATCH: usize = 4_096;
 
 /// How many holders of one socket are reported.
@@ -103,8 +104,8 @@ impl FoundBy {
 }
 
 impl Stuck {
-    /// The process that the socket most likely belongs to: of several holders the one that opened the connection,
-    /// otherwise the first.
+    /// The process that the socket most likely belongs to: of several holders the one that opened the
+    /// connection, otherwise the first.
     pub fn holder(&self) -> Option<&FoundBy> {
         let opener = self.life.opener.map(|opener| opener.pid);
         let holders = || self.descriptors.iter().map(|descriptor| &descriptor.holder);
@@ -115,8 +116,8 @@ impl Stuck {
 /// A socket of the kernel half's table.
 #[derive(Clone, Copy, Debug)]
 struct Entry {
-    /// The value in the table, which tells a socket from the next one at its address: when it entered its first teardown
-    /// state, nanoseconds of `CLOCK_BOOTTIME`, or [`BEFORE_TRACE`].
+    /// The value in the table, which tells a socket from the next one at its address: when it entered its
+    /// first teardown state, nanoseconds of `CLOCK_BOOTTIME`, or [`BEFORE_TRACE`].
     since: u64,
     /// When to inspect it next, nanoseconds of `CLOCK_BOOTTIME`.
     next: u64,
@@ -162,9 +163,9 @@ impl StuckSockets {
         })
     }
 
-    /// Asks the kernel which sockets are stuck when the trace begins, so that their age is known as far as the kernel
-    /// knows it. A thread does it: in each network namespace the kernel walks the sockets of the whole host, which takes
-    /// seconds on a host with many of both. Until it has answered, no socket is due.
+    /// Asks the kernel which sockets are stuck when the trace begins, so that their age is known as far as
+    /// the kernel knows it. A thread does it: in each network namespace the kernel walks the sockets of the
+    /// whole host, which takes seconds on a host with many of both. Until it has answered, no socket is due.
     ///
     /// # Errors
     /// The thread cannot be started.

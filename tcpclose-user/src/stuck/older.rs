@@ -1,7 +1,11 @@
-//! Sockets that were stuck before the trace began. The kernel keeps no time at which a state began, but `sock_diag` gives
-//! bounds for it (`sockets/entry.rs`).
+//! Sockets that were stuck before the trace began. The kernel keeps no time at which a state began, but
+//! `sock_diag` gives bounds for it (`sockets/entry.rs`).
 
-use std::collections::HashMap;
+use std::{
+    collections::HashMap,
+    sync::mpsc::{Receiver, Sender, channel},
+    thread,
+};
 
 use super::{age::Age, nanoseconds, now};
 use crate::{
@@ -16,20 +20,31 @@ type Identity = (u32, Endpoint, Endpoint);
 /// Sockets that were stuck before the trace and have descriptors, by which the inventory finds them.
 #[derive(Default)]
 pub struct Older {
-    /// When the kernel was asked, and when it had answered, nanoseconds of `CLOCK_BOOTTIME`. The ages are those of some
-    /// moment in between.
+    /// When the kernel was asked, and when it had answered, nanoseconds of `CLOCK_BOOTTIME`. The ages are
+    /// those of some moment in between.
     asked: u64,
     answered: u64,
     sockets: HashMap<Identity, (State, sockets::AgeRange)>,
 }
 
-/// Sockets that were stuck before the trace and have no descriptor. The kernel half knows nothing of them while they stay
-/// as they are, so the kernel is asked for its sockets again whenever one of these is due, and never when there are none.
+/// Sockets that were stuck before the trace and have no descriptor. The kernel half knows nothing of them
+/// while they stay as they are, so the kernel is asked for its sockets again whenever one of these is due,
+/// and never when there are none.
 #[derive(Default)]
 pub struct Orphans {
     waiting: HashMap<Identity, Waiting>,
     /// When to ask, nanoseconds of `CLOCK_BOOTTIME`.
     next: Option<u64>,
+    /// `None` as long as there are none.
+    asker: Option<Asker>,
+}
+
+/// A thread that asks the kernel for the sockets in a teardown state. It is started before the tool gives up
+/// its privileges (`sandbox.rs`), because the questions need them: it enters network namespaces. It reads
+/// nothing that a traced process has written.
+struct Asker {
+    questions: Sender<()>,
+    answers: Receiver<Vec<Socket>>,
 }
 
 /// A socket without a descriptor that is due for a report, and the least that its age can be, nanoseconds.
@@ -43,7 +58,8 @@ struct Waiting {
     next: u64,
 }
 
-/// Asks the kernel which sockets are stuck now. `limit` is the age from which on they are reported, nanoseconds.
+/// Asks the kernel which sockets are stuck now. `limit` is the age from which on they are reported,
+/// nanoseconds.
 pub fn find(limit: u64) -> (Older, Orphans) {
     let asked = now();
     let (orphans, held): (Vec<_>, Vec<_>) =
@@ -73,6 +89,24 @@ impl Older {
     }
 }
 
+impl Asker {
+    /// `None` if the thread cannot be started.
+    fn start() -> Option<Self> {
+        let (questions, asked) = channel();
+        let (answer, answers) = channel();
+        let work = move || while asked.recv().is_ok() && answer.send(sockets::in_teardown()).is_ok() {};
+        thread::Builder::new().name("orphans".to_owned()).spawn(work).ok()?;
+        Some(Self { questions, answers })
+    }
+
+    /// The sockets in a teardown state; none if the thread has panicked.
+    fn ask(&self) -> Vec<Socket> {
+        // If this fails, there is no answer either.
+        let _ = self.questions.send(());
+        self.answers.recv().unwrap_or_default()
+    }
+}
+
 impl Orphans {
     /// What there was when the trace began; `seen` is a moment after that.
     fn new(found: &[Socket], seen: u64, limit: u64) -> Self {
@@ -81,8 +115,8 @@ impl Orphans {
             (identity(socket), Waiting { state: socket.entry.state, seen, next })
         };
         let waiting: HashMap<_, _> = found.iter().map(waiting).collect();
-        let next = waiting.values().map(|orphan| orphan.next).min();
-        Self { waiting, next }
+        let next: Option<u64> = waiting.values().map(|orphan| orphan.next).min();
+        Self { waiting, next, asker: next.and_then(|_| Asker::start()) }
     }
 
     /// Leaves a socket to the kernel half, which has seen an event of it.
@@ -98,7 +132,7 @@ impl Orphans {
         if self.next.is_none_or(|next| next > asked) {
             return Vec::new();
         }
-        let found = sockets::in_teardown();
+        let found = self.asker.as_ref().map_or_else(sockets::in_teardown, Asker::ask);
         self.take_in(found, asked, now(), limit)
     }
 

@@ -37,11 +37,14 @@ const NOBODY: u32 = 65534;
 pub struct Launch {
     program: OsString,
     args: Vec<OsString>,
+    variables: Vec<(OsString, OsString)>,
     /// The steps that its process takes, in this order, before it executes the tool.
     steps: Vec<Step>,
     in_pid_namespace: bool,
     scratch: Scratch,
     most_lines: usize,
+    /// Where its lines go; to the tests if that is nowhere.
+    stdout: Option<File>,
 }
 
 /// A step that restricts what the tool may do or see.
@@ -90,10 +93,12 @@ impl Launch {
         Ok(Self {
             program,
             args: Vec::new(),
+            variables: Vec::new(),
             steps: Vec::new(),
             in_pid_namespace: false,
             scratch: Scratch::new()?,
             most_lines: usize::MAX,
+            stdout: None,
         })
     }
 
@@ -101,6 +106,13 @@ impl Launch {
     #[must_use]
     pub fn args<I: IntoIterator<Item: Into<OsString>>>(mut self, args: I) -> Self {
         self.args.extend(args.into_iter().map(Into::into));
+        self
+    }
+
+    /// Sets an environment variable.
+    #[must_use]
+    pub fn variable(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
+        self.variables.push((name.into(), value.into()));
         self
     }
 
@@ -143,6 +155,12 @@ impl Launch {
     pub fn head(mut self, lines: usize) -> Self {
         self.most_lines = lines;
         self
+    }
+
+    /// Makes the tool write its lines to a new file, which nobody else reads.
+    pub fn into_file(mut self, path: &Path) -> Result<Self> {
+        self.stdout = Some(File::create(path)?);
+        Ok(self)
     }
 
     /// Runs the tool as `nobody` with only these capabilities.
@@ -206,12 +224,14 @@ impl Launch {
 
     fn spawn_child(&mut self) -> Result<Child> {
         let mut command = Command::new(&self.program);
-        command.args(&self.args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.args(&self.args).envs(self.variables.iter().map(|(name, value)| (name, value)));
+        let stdout = self.stdout.take().map_or_else(Stdio::piped, Stdio::from);
+        command.stdin(Stdio::null()).stdout(stdout).stderr(Stdio::piped());
         let steps = mem::take(&mut self.steps);
         // SAFETY: a step only makes system calls and does not allocate.
         unsafe { command.pre_exec(move || steps.iter().try_for_each(Step::take)) };
-        // A copy of the tool cannot be started while a child that another thread has just forked still has the file open
-        // for writing, which lasts until that child's own exec.
+        // A copy of the tool cannot be started while a child that another thread has just forked still has
+        // the file open for writing, which lasts until that child's own exec.
         let deadline = Instant::now() + Duration::from_secs(10);
         let mut spawn = || loop {
             match command.spawn() {
@@ -235,7 +255,8 @@ impl Launch {
         })
     }
 
-    fn spawn(mut self) -> Result<Tool> {
+    /// Starts the tool, and does not wait until it is ready: the command that it starts does.
+    pub fn spawn(mut self) -> Result<Tool> {
         let child = self.spawn_child()?;
         Tool::of(child, self.most_lines, self.scratch)
     }
@@ -244,6 +265,8 @@ impl Launch {
 /// A capability by its number (`linux/capability.h`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Capability {
+    /// `CAP_SYS_PTRACE`.
+    SysPtrace = 19,
     /// `CAP_PERFMON`.
     Perfmon = 38,
     /// `CAP_BPF`.

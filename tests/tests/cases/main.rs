@@ -2,12 +2,21 @@
 //! responsible program, descriptor or code; `docs/cases.md` explains how to read it. The truth comes from the
 //! programs: from their logs, their answers and their descriptors.
 
+mod farewell;
+mod go;
+mod health_check;
 mod idle_client;
+mod memory;
 mod pool;
 mod proxy;
+mod upload;
+mod websocket;
 mod worker;
+mod worker_timeout;
 
 use std::{
+    io::Read,
+    net::{TcpListener, TcpStream},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -15,6 +24,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tcpclose_tests::{
+    PATIENCE,
     expect::{at_least, differences, shortened},
     netns::Namespace,
     program::Program,
@@ -38,7 +48,16 @@ macro_rules! cases {
 cases! {
     proxy::backend_closes_what_nginx_is_about_to_use
     proxy::client_gives_up
+    farewell::nginx_closes_an_idle_tls_connection
+    farewell::tls_client_gives_up
+    farewell::tls_client_closes_an_idle_connection
+    go::goroutines_of_a_stripped_program
+    health_check::haproxy_resets_its_health_checks
     idle_client::redis_closes_what_its_client_has_forgotten
+    memory::the_oom_killer_is_named
+    upload::node_refuses_an_upload
+    websocket::nginx_closes_a_silent_websocket
+    worker_timeout::gunicorn_aborts_a_slow_worker
     worker::leaking_worker_has_read_the_end
     worker::blocked_worker_has_not_read
     pool::pool_runs_dry_and_the_method_is_named
@@ -66,6 +85,19 @@ fn wait_for_line(tool: &Tool, which: &Value, rest: &Value) -> Result<Value> {
     let differences = differences(&line, rest);
     ensure!(differences.is_empty(), "{}\n  {}", shortened(&line), differences.join("\n  "));
     Ok(line)
+}
+
+/// The next connection, and the head of the HTTP request that came over it.
+fn requested(listener: &TcpListener) -> Result<(TcpStream, Vec<u8>)> {
+    let (mut stream, _) = listener.accept()?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut request = Vec::new();
+    while !request.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte)?;
+        request.push(byte[0]);
+    }
+    Ok((stream, request))
 }
 
 /// An end of a connection, by its local or remote port.

@@ -1,4 +1,5 @@
-//! The truth about a stack: gdb's backtrace, taken while the program is stopped in the system call that tcpclose reports.
+//! The truth about a stack: gdb's backtrace, taken while the program is stopped in the system call that
+//! tcpclose reports.
 
 use std::process::Command;
 
@@ -8,8 +9,11 @@ use tcpclose_tests::{expect::shortened, netns::Namespace, program::Program};
 
 pub(crate) const GDB: &str = "/usr/bin/gdb";
 
+/// The frame that the kernel makes for a signal handler.
+const SIGNAL: &str = "<signal handler called>";
+
 /// A frame of a backtrace.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Frame {
     /// The return address; `None` in an inlined function, and in the innermost frame.
     address: Option<u64>,
@@ -35,6 +39,7 @@ impl Gdb {
             "set print frame-arguments none",
             "set backtrace past-main on",
             "set backtrace past-entry on",
+            "handle SIGUSR1 nostop noprint pass",
             "catch syscall close",
             &condition,
             "echo attached\\n",
@@ -92,36 +97,74 @@ fn parse(address: &str) -> Option<u64> {
 pub(crate) struct Backtrace(Vec<Frame>);
 
 impl Backtrace {
-    /// Whether these reported frames are the same: all return addresses, the functions wherever both know them, and
-    /// the functions that are inlined.
+    /// Leaves out the frames of a function.
+    pub(crate) fn without(mut self, function: &str) -> Self {
+        self.0.retain(|frame| frame.function.as_deref() != Some(function));
+        self
+    }
+
+    /// Whether these reported frames are the same: all return addresses, the functions wherever both know
+    /// them, and the functions that are inlined.
     pub(crate) fn ensure_equals(&self, frames: &Value) -> Result<()> {
+        self.ensure_addresses(frames)?;
         let told = frames.as_array().context("no stack")?;
         let shown = || format!("tcpclose: {}\n{self:#?}", shortened(frames));
-        ensure!(told.iter().all(|frame| frame["truncated"].is_null()), "truncated\n{}", shown());
-        let addresses: Vec<_> = told
-            .iter()
-            .filter(|frame| frame["inlined"] == false)
-            .filter_map(|frame| parse(frame["address"].as_str()?))
-            .skip(1)
-            .collect();
-        let expected: Vec<_> = self.0.iter().skip(1).filter_map(|frame| frame.address).collect();
-        ensure!(
-            expected.len() > 1 && addresses == expected,
-            "{addresses:x?}, not {expected:x?}\n{}",
-            shown()
-        );
         ensure!(told.len() == self.0.len(), "{} frames, not {}\n{}", told.len(), self.0.len(), shown());
         // The innermost one is libc's, which has several names for `close`.
         for (told, expected) in told.iter().zip(&self.0).skip(1) {
             let (Some(name), Some(function)) = (told["symbol"].as_str(), &expected.function) else {
                 continue;
             };
+            if function == SIGNAL {
+                continue;
+            }
             ensure!(plain(name) == plain(function), "{name}, not {function}\n{}", shown());
         }
         Ok(())
     }
 
-    /// Whether gdb knows that this function is among the callers, and that this is its name in the reported frames.
+    /// Whether the return addresses of these reported frames are the same, and the last frame is the
+    /// outermost one.
+    pub(crate) fn ensure_addresses(&self, frames: &Value) -> Result<()> {
+        let told = frames.as_array().context("no stack")?;
+        let shown = || format!("tcpclose: {}\n{self:#?}", shortened(frames));
+        ensure!(told.iter().all(|frame| frame["truncated"].is_null()), "truncated\n{}", shown());
+        let is_inlined = |frame: &Value| frame["inlined"] == true;
+        let addresses = told.iter().filter(|frame| !is_inlined(frame));
+        let addresses: Vec<_> = addresses.filter_map(|frame| parse(frame["address"].as_str()?)).collect();
+        // gdb does not show where inlined functions, the innermost one, and signal handlers return to.
+        let of_signal = self.0.iter().filter(|frame| frame.function.as_deref() == Some(SIGNAL)).count();
+        let mut expected = self.0.iter().skip(1).filter_map(|frame| frame.address);
+        let mut missing = 0;
+        let mut next = expected.next();
+        for address in addresses.iter().skip(1) {
+            if Some(*address) == next {
+                next = expected.next();
+            } else {
+                missing += 1;
+            }
+        }
+        ensure!(addresses.len() > 2 && next.is_none() && missing == of_signal, "{addresses:x?}\n{}", shown());
+        Ok(())
+    }
+
+    /// Whether these reported frames are the innermost ones of the same stack, and the last of them says that
+    /// there are more.
+    pub(crate) fn ensure_begins_with(&self, frames: &Value) -> Result<()> {
+        let mut told = frames.as_array().context("no stack")?.clone();
+        let last = told.last_mut().context("no frames")?;
+        let why = last["truncated"].take();
+        ensure!(
+            !why.is_null() && told.len() < self.0.len(),
+            "not truncated\n{}\n{self:#?}",
+            shortened(frames)
+        );
+        let beginning = Self(self.0[..told.len()].to_vec());
+        beginning.ensure_equals(&told.into())
+    }
+
+    /// Whether gdb knows that this function is among the callers, and that this is its name in the reported
+    /// frames.
     pub(crate) fn ensure_names(&self, function: &str, frames: &Value) -> Result<()> {
         let is_it = |name: &str| plain(name) == function;
         let told = frames.as_array().context("no stack")?;
@@ -135,8 +178,9 @@ impl Backtrace {
     }
 }
 
-/// The last part of a name, without parameters, without types in angle brackets, and without what symbol tables add: the
-/// hash of a Rust function, and a version. Debuggers name what is in front of it in different ways.
+/// The last part of a name, without parameters, without types in angle brackets, and without what symbol
+/// tables add: the hash of a Rust function, and a version. Debuggers name what is in front of it in different
+/// ways.
 fn plain(name: &str) -> String {
     let mut depth = 0_usize;
     let mut bare = String::new();

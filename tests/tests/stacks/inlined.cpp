@@ -1,4 +1,5 @@
 // Closes a connection in a destructor that is inlined into the function that owns it.
+#include <cerrno>
 #include <arpa/inet.h>
 #include <cstdio>
 #include <cstdlib>
@@ -18,7 +19,13 @@ class Connection {
 
 __attribute__((noinline)) int serve(int fd) {
     Connection connection(fd);
-    return std::getchar();
+    int answer;
+    // A debugger that attaches may interrupt the call.
+    do {
+        std::clearerr(stdin);
+        answer = std::getchar();
+    } while (answer == EOF && errno == EINTR);
+    return answer;
 }
 } // namespace pool
 

@@ -29,8 +29,8 @@ pub(crate) struct Args {
     /// How long each phase of a round takes
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
     seconds: u32,
-    /// Options of tcpclose to measure side by side, with commas: `default`, a value of `--stack`, or `dwarf` for
-    /// `--call-graph dwarf`
+    /// Options of tcpclose to measure side by side, with commas: `default`, a value of `--stack`, or `dwarf`
+    /// for `--call-graph dwarf`
     #[arg(long, value_name = "WHICH", value_delimiter = ',', default_value = "default,none",
         value_parser = ["default", "none", "user", "kernel", "both", "dwarf"])]
     stack: Vec<String>,

@@ -6,6 +6,7 @@
 mod bed;
 mod blocked;
 mod compare;
+mod diagnose;
 mod established;
 mod lingering;
 mod open;
@@ -84,6 +85,8 @@ enum Measurement {
     Syscalls(syscalls::Args),
     /// Instructions that the tool needs for an event, counted by callgrind on replayed records
     Profile(profile::Args),
+    /// Time and memory that `tcpclose diagnose` takes for many lines
+    Diagnose(diagnose::Args),
 }
 
 /// The state that every measurement starts from.
@@ -133,6 +136,7 @@ pub(crate) fn bench(workspace: &Workspace, args: &Args) -> Result<()> {
         Some(Measurement::Established(args)) => established::measure(&mut bench, args),
         Some(Measurement::Syscalls(args)) => syscalls::measure(&mut bench, args),
         Some(Measurement::Profile(args)) => profile::measure(&mut bench, args),
+        Some(Measurement::Diagnose(args)) => diagnose::measure(&mut bench, args),
     }?;
     if let Some(path) = &common.json {
         write_json(path, &figures)?;
@@ -187,7 +191,9 @@ mod tests {
 
     #[test]
     fn common_options_may_follow_any_measurement() {
-        for words in ["", "open", "lingering", "soak", "blocked", "established", "syscalls", "profile"] {
+        for words in
+            ["", "open", "lingering", "soak", "blocked", "established", "syscalls", "profile", "diagnose"]
+        {
             assert!(words.is_empty() || Measurement::has_subcommand(words));
             let line = format!("bench {words} --tool /a,/b --json /c --load /d");
             let common = Cli::try_parse_from(line.split_whitespace()).unwrap().args.common;

@@ -46,7 +46,8 @@ pub(crate) fn measure(bench: &mut Bench, args: &Args) -> Result<Value> {
     let bed = &mut bench.bed;
     let mut rows = Vec::<Row>::new();
     for ends in [Ends::Rst, Ends::Fin] {
-        // Two recordings, so that the cost of starting is not counted: the second has ten times as many connections.
+        // Two recordings, so that the cost of starting is not counted: the second has ten times as many
+        // connections.
         let few = replay(bed, &tool, args.connections / 10, ends)?;
         let many = replay(bed, &tool, args.connections, ends)?;
         ensure!(many.events > few.events, "the longer recording has no more events than the shorter one");

@@ -30,9 +30,9 @@ const LIMIT: u64 = 12 << 20;
 const SHELLS: [(&str, &str); 3] =
     [("bash", "tcpclose.bash"), ("zsh", "_tcpclose"), ("fish", "tcpclose.fish")];
 
-/// Files of the repository that are released: the licences, and the README with what it refers to. The list of the
-/// Debian package is in `tcpclose-user/Cargo.toml`.
-const FILES: [&str; 14] = [
+/// Files of the repository that are released: the licences, and the README with what it refers to. The list
+/// of the Debian package is in `tcpclose-user/Cargo.toml`.
+const FILES: [&str; 15] = [
     "README.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
@@ -42,6 +42,7 @@ const FILES: [&str; 14] = [
     "LICENSE-MIT",
     "docs/architecture.md",
     "docs/cases.md",
+    "docs/field.md",
     "docs/guide.md",
     "docs/kernels.md",
     "docs/performance.md",

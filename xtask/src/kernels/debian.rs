@@ -1,6 +1,6 @@
-//! Debian's kernels of several releases, and the programs that machines of another platform need. apt finds and
-//! fetches them with package lists of its own, so that those of the system do not change, and checks signatures with
-//! Debian's keys.
+//! Debian's kernels of several releases, and the programs that machines of another platform need. apt finds
+//! and fetches them with package lists of its own, so that those of the system do not change, and checks
+//! signatures with Debian's keys.
 
 use std::{
     fs,
@@ -41,7 +41,8 @@ impl Kernel {
     }
 
     fn unpacked_in(folder: &Path) -> Result<Self> {
-        // Older packages have /lib/modules/RELEASE and /boot/vmlinuz-RELEASE, newer ones have both in one directory.
+        // Older packages have /lib/modules/RELEASE and /boot/vmlinuz-RELEASE, newer ones have both in one
+        // directory.
         let modules = ["lib/modules", "usr/lib/modules"].map(|place| folder.join(place));
         let mut releases = modules
             .iter()
@@ -59,8 +60,9 @@ impl Kernel {
     }
 }
 
-/// A directory in which Debian packages of a platform are unpacked, with all that they depend on. They belong to the
-/// suite of this system, as does the linker of programs for the platform. They are fetched once, like a kernel.
+/// A directory in which Debian packages of a platform are unpacked, with all that they depend on. They belong
+/// to the suite of this system, as does the linker of programs for the platform. They are fetched once, like
+/// a kernel.
 pub(crate) fn unpacked(platform: &Platform, packages: &[&str]) -> Result<PathBuf> {
     let folder = cache()?.join(platform.kernels).join("programs");
     complete(&folder, |partial| {
@@ -112,8 +114,9 @@ fn fetch_kernel(platform: &Platform, suite: &str, folder: &Path) -> Result<()> {
     apt.unpack("debs", folder)
 }
 
-/// Whether a package contains a part of a specific kernel, such as linux-image-6.1.0-50-cloud-amd64. Up to 7.1
-/// linux-image contains everything; later, linux-binary contains the kernel, and linux-modules the modules.
+/// Whether a package contains a part of a specific kernel, such as linux-image-6.1.0-50-cloud-amd64. Up to
+/// 7.1 linux-image contains everything; later, linux-binary contains the kernel, and linux-modules the
+/// modules.
 fn is_kernel(package: &str) -> bool {
     ["linux-image-", "linux-binary-", "linux-modules-"]
         .iter()

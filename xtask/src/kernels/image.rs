@@ -1,5 +1,5 @@
-//! The initial file system of a virtual machine. It contains the test programs and tcpclose, the commands that tests
-//! run, the libraries of all of them at their paths on this host, and the modules of one kernel.
+//! The initial file system of a virtual machine. It contains the test programs and tcpclose, the commands
+//! that tests run, the libraries of all of them at their paths on this host, and the modules of one kernel.
 
 use std::{
     collections::BTreeSet,
@@ -21,8 +21,8 @@ use crate::{command, platform::Platform};
 /// The commands that tests run.
 const COMMANDS: [&str; 4] = ["ip", "nft", "sh", "ss"];
 
-/// Variables of the programs there (`tests/src/lib.rs`, `tests/src/features.rs`). Two test threads: while one test
-/// waits for a timer, the other uses the processor.
+/// Variables of the programs there (`tests/src/lib.rs`, `tests/src/features.rs`). Two test threads: while one
+/// test waits for a timer, the other uses the processor.
 const VARIABLES: [(&str, &str); 5] = [
     ("PATH", "/usr/bin"),
     ("HOME", "/tmp"),
@@ -107,8 +107,8 @@ fn add_from_host<'a>(root: &Path, programs: impl Iterator<Item = &'a Path>) -> R
     Ok(())
 }
 
-/// Adds another platform's commands, and all libraries of their packages: only that platform's loader could list the
-/// libraries that each needs.
+/// Adds another platform's commands, and all libraries of their packages: only that platform's loader could
+/// list the libraries that each needs.
 fn add_from_packages(root: &Path, platform: &Platform) -> Result<()> {
     let packages = debian::unpacked(platform, &PACKAGES)?;
     for name in COMMANDS {
@@ -134,8 +134,8 @@ fn add_command(root: &Path, name: &str, program: &Path) -> Result<()> {
     copy_to(program, &root.join("usr/bin").join(name))
 }
 
-/// A machine's own part of the file system, packed: the list of its tests, and the modules of its kernel, which it
-/// loads in the order of their names.
+/// A machine's own part of the file system, packed: the list of its tests, and the modules of its kernel,
+/// which it loads in the order of their names.
 pub(crate) fn own(folder: &Path, kernel: &Kernel, tests: &str) -> Result<Vec<u8>> {
     let root = fresh(&folder.join(&kernel.release))?;
     let place = root.join("modules");
@@ -153,8 +153,8 @@ pub(crate) fn own(folder: &Path, kernel: &Kernel, tests: &str) -> Result<Vec<u8>
     pack(&root)
 }
 
-/// Adds a module, after the modules that it depends on. A module without a file is built in or does not exist; in the
-/// latter case the tests report the missing feature.
+/// Adds a module, after the modules that it depends on. A module without a file is built in or does not
+/// exist; in the latter case the tests report the missing feature.
 fn load(name: &str, files: &[PathBuf], loaded: &mut Vec<(String, Vec<u8>)>) -> Result<()> {
     if loaded.iter().any(|(other, _)| other == name) {
         return Ok(());
@@ -176,7 +176,8 @@ fn load(name: &str, files: &[PathBuf], loaded: &mut Vec<(String, Vec<u8>)>) -> R
     Ok(())
 }
 
-/// `nf_tables` for `…/nf_tables.ko.xz`. Names of modules have underscores, even if those of their files have hyphens.
+/// `nf_tables` for `…/nf_tables.ko.xz`. Names of modules have underscores, even if those of their files have
+/// hyphens.
 fn module_name(file: &Path) -> Option<String> {
     Some(file.file_name()?.to_str()?.split_once(".ko")?.0.replace('-', "_"))
 }

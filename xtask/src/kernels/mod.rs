@@ -54,8 +54,8 @@ struct Entry {
     name: &'static str,
     /// The Debian suite whose newest kernel it is.
     suite: &'static str,
-    /// Features that it may lack, by their names in `tests/src/features.rs`. If another feature is missing, a test
-    /// fails.
+    /// Features that it may lack, by their names in `tests/src/features.rs`. If another feature is missing, a
+    /// test fails.
     may_lack: &'static [&'static str],
     /// Further features that it may lack on arm64.
     arm64_may_lack: &'static [&'static str],
@@ -136,8 +136,8 @@ struct Machine<'a> {
 }
 
 impl Machine<'_> {
-    /// Boots a kernel, and reports the results of the tests there. When the time is over, no more programs are
-    /// started.
+    /// Boots a kernel, and reports the results of the tests there. When the time is over, no more programs
+    /// are started.
     fn test(
         &self,
         entry: &Entry,

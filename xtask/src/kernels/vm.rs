@@ -13,8 +13,8 @@ use anyhow::{Context, Result};
 use super::debian::Kernel;
 use crate::platform::Platform;
 
-/// A machine that prints nothing for so long is considered hung, and is stopped. Several times the duration of any
-/// test on an emulated processor of a busy host.
+/// A machine that prints nothing for so long is considered hung, and is stopped. Several times the duration
+/// of any test on an emulated processor of a busy host.
 const SILENCE: Duration = Duration::from_mins(5);
 
 /// Megabytes. The file system is in memory.
@@ -71,8 +71,8 @@ pub(crate) fn run(
         .arg(&kernel.vmlinuz)
         .arg("-initrd")
         .arg(&initrd)
-        // A kernel bug ends the machine. The kernel passes arguments that it does not know to pid 1 as variables.
-        // Detaching programs waits for a grace period of RCU, hence rcu_expedited.
+        // A kernel bug ends the machine. The kernel passes arguments that it does not know to pid 1 as
+        // variables. Detaching programs waits for a grace period of RCU, hence rcu_expedited.
         .arg("-append")
         .arg(format!(
             "console={first} RESULTS=/dev/{second} quiet oops=panic panic=-1 mitigations=off \
@@ -106,8 +106,8 @@ fn processor_time(pid: u32) -> Option<u64> {
     Some((next()? + next()?) / TICKS)
 }
 
-/// Whether KVM is usable. In a virtual machine whose processor lacks the extension, the device may exist and can be
-/// opened, but machines do not run with it.
+/// Whether KVM is usable. In a virtual machine whose processor lacks the extension, the device may exist and
+/// can be opened, but machines do not run with it.
 fn has_kvm() -> bool {
     let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     // Only x86 processors list the extension.

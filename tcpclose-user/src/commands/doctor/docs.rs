@@ -1,5 +1,5 @@
-//! Checks the tables in docs/kernels.md against the code. `UPDATE_DOCS=1 cargo test --package tcpclose-user doctor::docs`
-//! writes them.
+//! Checks the tables in docs/kernels.md against the code.
+//! `UPDATE_DOCS=1 cargo test --package tcpclose-user doctor::docs` writes them.
 
 use std::{env, fs, path::Path};
 

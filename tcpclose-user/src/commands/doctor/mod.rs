@@ -1,5 +1,6 @@
-//! `tcpclose doctor`: reports what this kernel and these privileges allow, line by line, and what to do about the rest.
-//! With the privilege to trace it attaches every hook for a moment; without, it reports what is known without trying.
+//! `tcpclose doctor`: reports what this kernel and these privileges allow, line by line, and what to do about
+//! the rest. With the privilege to trace it attaches every hook for a moment; without, it reports what is
+//! known without trying.
 
 #[cfg(test)]
 mod docs;
@@ -134,8 +135,8 @@ struct Report {
     null: Vec<Null>,
 }
 
-/// Prints the report. The exit status is 0 if tcpclose works in full, 1 if it works with restrictions, and 3 if it cannot
-/// trace; 2 is for usage errors.
+/// Prints the report. The exit status is 0 if tcpclose works in full, 1 if it works with restrictions, and 3
+/// if it cannot trace; 2 is for usage errors.
 ///
 /// # Errors
 /// The report cannot be written.
@@ -282,7 +283,8 @@ fn outlook(variant: &Variant, types: Option<&Btf<'_>>) -> String {
         Some(_) => "BTF does not have it",
     };
     let outlook = match variant.kind {
-        Kind::TypedTracepoint => {
+        Kind::RawTracepoint if types.is_none() => "known only by trying",
+        Kind::TypedTracepoint | Kind::RawTracepoint => {
             of_types(|types, point| types.func_proto_params(&format!("btf_trace_{point}")).is_some())
         }
         Kind::FunctionEntry | Kind::FunctionReturn => of_types(|types, function| {

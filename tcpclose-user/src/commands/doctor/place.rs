@@ -1,5 +1,5 @@
-//! The environment of this process: the kernel, mounts, limits and namespaces. Everything is read from files in `/proc`
-//! and `/sys` that every user may read.
+//! The environment of this process: the kernel, mounts, limits and namespaces. Everything is read from files
+//! in `/proc` and `/sys` that every user may read.
 
 use std::{
     fs,
@@ -14,6 +14,7 @@ use crate::{
     kernel::loader::BtfSource,
     kernel::privilege,
     kernel::{TypeFacts, btf, lockdown, tracefs},
+    sandbox,
 };
 
 /// All findings, in the order of the report.
@@ -28,6 +29,7 @@ pub(super) fn findings(source: &BtfSource, facts: Result<&TypeFacts, String>) ->
         cgroups(),
         pid_namespace(),
         user_namespace(),
+        sandbox(),
         kernel_symbols(),
     ]
 }
@@ -130,6 +132,16 @@ fn pid_namespace() -> Finding {
     Finding::new("pid namespace", Mark::Less, "a separate one")
         .lost(privilege::OUTSIDE)
         .fix("in a container: --pid host")
+}
+
+fn sandbox() -> Finding {
+    let actions = fs::read_to_string(sandbox::ACTIONS).unwrap_or_default();
+    if actions.split_whitespace().any(|action| action == "errno") {
+        let found = "a trace drops capabilities, sets no_new_privs and filters its system calls (--sandbox)";
+        return Finding::new("sandbox", Mark::Ok, found);
+    }
+    Finding::new("sandbox", Mark::Note, "no filters of system calls (CONFIG_SECCOMP_FILTER)")
+        .lost("a trace drops capabilities, and no system calls")
 }
 
 fn user_namespace() -> Finding {

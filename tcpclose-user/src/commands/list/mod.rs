@@ -1,5 +1,5 @@
-//! `tcpclose list`: the sockets that are in a teardown state now, and the number of sockets in every state. It loads no
-//! program into the kernel.
+//! `tcpclose list`: the sockets that are in a teardown state now, and the number of sockets in every state.
+//! It loads no program into the kernel.
 
 mod report;
 
@@ -22,7 +22,8 @@ use crate::{
 };
 use report::Report;
 
-/// Scans the sockets once, writes them to the standard output, and what could not be read to the standard error.
+/// Scans the sockets once, writes them to the standard output, and what could not be read to the standard
+/// error.
 ///
 /// # Errors
 /// The standard output cannot be written. A reader that has gone is none.
@@ -80,7 +81,8 @@ fn finish(written: io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// Drops the counts that the filters exclude. If any filter is about processes, that includes sockets without one.
+/// Drops the counts that the filters exclude. If any filter is about processes, that includes sockets without
+/// one.
 fn drop_filtered(scan: &mut Scan, filter: &Filter, processes: &mut Processes) {
     if filter.is_about_processes() {
         scan.processes.retain(|tally| {

@@ -8,7 +8,7 @@ use std::{
 
 use super::Towards;
 use crate::{
-    event::{Holder, Lingering, LingeringKind, Process, Shared, State},
+    event::{Holder, Lingering, LingeringKind, Process, Shared, State, shown_pid},
     sink::{COLUMNS, Palette, bounds, cut, endpoint, escape, or_dash, width},
     sockets::{Counts, Outgoing, Scan, Unowned},
 };
@@ -24,7 +24,8 @@ const MAX_DESTINATIONS: usize = 5;
 /// The percentage of ports in use from which on `connect()` may soon find none.
 const SCARCE: f64 = 80.0;
 
-/// The lingering sockets, grouped by process and remote end. They are added in the order of their age, oldest first.
+/// The lingering sockets, grouped by process and remote end. They are added in the order of their age, oldest
+/// first.
 #[derive(Default)]
 pub struct Report {
     groups: Vec<Group>,
@@ -51,7 +52,7 @@ impl Report {
         self.total += 1;
         let towards = Towards::of(&lingering);
         let netns = lingering.connection.netns;
-        let key = (lingering.process.as_ref().map(|process| process.pid), netns, towards);
+        let key = (lingering.process.as_ref().and_then(|process| process.pid), netns, towards);
         let place = match self.places.get(&key) {
             Some(place) => *place,
             None if self.groups.len() == MAX_GROUPS => {
@@ -99,8 +100,8 @@ impl Report {
             return page.line("No lingering sockets.");
         }
         page.header(&format!(
-            "{:<15} {:<10} {:<11} {:>9}  {:<21}  FD, OTHERS' PID/FD",
-            "LINGERING FOR", "STATE", "KIND", "UNREAD", "LOCAL"
+            "{:<15} {:<10} {:<16} {:>9}  {:<21}  FD, OTHERS' PID/FD",
+            "LINGERING FOR", "STATE", "KIND", "WAITING", "LOCAL"
         ))?;
         for group in &self.groups {
             group.write(page)?;
@@ -117,13 +118,13 @@ impl Report {
 
 impl Group {
     fn pid(&self) -> Option<u32> {
-        self.process.as_ref().map(|process| process.pid)
+        self.process.as_ref().and_then(|process| process.pid)
     }
 
     fn write<W: Write>(&self, page: &mut Page<W>) -> io::Result<()> {
         let total: u64 = self.kinds.values().sum();
         let mut title = match &self.process {
-            Some(process) => format!("{} {}", process.pid, escape(&process.comm)),
+            Some(process) => format!("{} {}", process.shown_pid(), escape(&process.comm)),
             None => "no process".to_owned(),
         };
         let _ = match self.towards {
@@ -183,11 +184,16 @@ impl<W: Write> Page<W> {
             _ => self.palette.peer,
         };
         let age = bounds(lingering.for_ms, lingering.for_ms_at_most);
-        let unread = or_dash(lingering.unread_bytes.map(|bytes| format!("{bytes}B")));
+        // What waits: to be sent, or to be read.
+        let waiting = match lingering.kind {
+            LingeringKind::PeerNotReading => lingering.unsent_bytes,
+            _ => lingering.unread_bytes,
+        };
+        let waiting = or_dash(waiting.map(|bytes| format!("{bytes}B")));
         let local = endpoint(lingering.connection.local);
         let (state, kind) = (lingering.state, lingering.kind);
-        let line = format!("  {age:<13} {state:<10} {style}{kind:<11}{style:#} {unread:>9}  {local:<21}  ");
-        let unstyled = format!("  {age:<13} {state:<10} {kind:<11} {unread:>9}  {local:<21}  ");
+        let line = format!("  {age:<13} {state:<10} {style}{kind:<16}{style:#} {waiting:>9}  {local:<21}  ");
+        let unstyled = format!("  {age:<13} {state:<10} {kind:<16} {waiting:>9}  {local:<21}  ");
         let room = COLUMNS.saturating_sub(width(&unstyled));
         let holders = holders(lingering.holders.as_deref(), owner);
         writeln!(self.writer, "{}", format!("{line}{}", cut(&holders, room)).trim_end())
@@ -305,9 +311,9 @@ fn share(namespace: &Unowned, outgoing: &Outgoing) -> Option<f64> {
 /// The descriptors of the owner, and `pid/descriptor` of the other holders.
 fn holders(holders: Option<&[Holder]>, owner: Option<u32>) -> String {
     let Some(holders) = holders else { return "-".to_owned() };
-    let (own, others): (Vec<_>, Vec<_>) = holders.iter().partition(|holder| Some(holder.pid) == owner);
+    let (own, others): (Vec<_>, Vec<_>) = holders.iter().partition(|holder| holder.pid == owner);
     let own = own.iter().map(|holder| holder.fd.to_string());
-    let others = others.iter().map(|holder| format!("{}/{}", holder.pid, holder.fd));
+    let others = others.iter().map(|holder| format!("{}/{}", shown_pid(holder.pid), holder.fd));
     own.chain(others).collect::<Vec<_>>().join(", ")
 }
 
@@ -369,7 +375,7 @@ mod tests {
 
     fn lingering(pid: u32, role: Option<Role>, remote_port: u16) -> Lingering {
         let Event::Lingering(mut lingering) = examples::lingering() else { unreachable!() };
-        lingering.process.as_mut().unwrap().pid = pid;
+        lingering.process.as_mut().unwrap().pid = Some(pid);
         lingering.connection.role = role;
         lingering.connection.remote.as_mut().unwrap().port = remote_port;
         *lingering

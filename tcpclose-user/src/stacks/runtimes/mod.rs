@@ -1,32 +1,37 @@
-//! Language runtimes: code that no file has unwind tables or symbols for, because it was compiled or interpreted at run
-//! time.
+//! Language runtimes: code that no file has unwind tables or symbols for, because it was compiled or
+//! interpreted at run time.
 //!
-//! To support another runtime, add a directory that implements [`Program`] and [`Runtime`] and a line to [`RUNTIMES`].
-//! The unwinder asks each runtime of a process about each frame:
+//! To support another runtime, add a directory that implements [`Program`] and [`Runtime`] and a line to
+//! [`RUNTIMES`]. The unwinder asks each runtime of a process about each frame:
 //!
-//! - A runtime whose code has no unwind tables, such as HotSpot or V8, owns the frames in its code, names them and finds
-//!   their callers.
-//! - An interpreter in C, such as CPython, owns the frames of its evaluation loop. It names the frames of the program
-//!   that the loop runs, and leaves it to the tables of its library to find the caller.
+//! - A runtime whose code has no unwind tables, such as HotSpot or V8, owns the frames in its code, names
+//!   them and finds their callers.
+//! - An interpreter in C, such as CPython, owns no frames: its loop has unwind tables. The kernel half lists
+//!   the frames of the program that the loop runs, and the runtime says which of the loop's frames they take
+//!   the place of.
 
 pub mod hotspot;
+pub mod python;
 
-use std::{sync::Arc, time::Duration};
+use std::{ops::Range, sync::Arc, time::Duration};
+
+use object::{Object as _, ObjectSymbol as _, ReadRef};
+use tcpclose_common::{interpreter::Interpreter, record::Interpreted};
 
 use super::memory::{ProcessMemory, StackMemory};
 use crate::event::Frame;
 
 /// All that are supported.
-const RUNTIMES: &[Recognize] = &[hotspot::recognize];
+const RUNTIMES: &[Recognize] = &[hotspot::recognize, python::recognize];
 
-/// Recognizes a runtime by the symbols of an executable or library. `symbol` looks up the address that a dynamic symbol
-/// has in the file.
-type Recognize = fn(symbol: &dyn Fn(&str) -> Option<u64>) -> Option<Box<dyn Program>>;
+/// Recognizes a runtime by the symbols of an executable or library. `symbol` looks up the addresses that a
+/// dynamic symbol has in the file.
+type Recognize = fn(symbol: &dyn Fn(&str) -> Option<Range<u64>>) -> Option<Box<dyn Program>>;
 
 /// An executable or library that contains a runtime.
-pub trait Program {
-    /// Attaches to the runtime in process `pid`, where the file is mapped with the load bias `bias`. `None` if it cannot
-    /// be read, has not been initialized yet, or is a version that is not supported.
+pub trait Program: Send {
+    /// Attaches to the runtime in process `pid`, where the file is mapped with the load bias `bias`. `None`
+    /// if it cannot be read, has not been initialized yet, or is a version that is not supported.
     fn attach(&self, pid: u32, memory: ProcessMemory, bias: u64) -> Option<Box<dyn Runtime>>;
 }
 
@@ -35,8 +40,8 @@ pub trait Program {
 /// The process runs on while it is read, and anyone may have written it. Return nothing rather than what is
 /// inconsistent, read a bounded amount, and never panic.
 ///
-/// Frames must depend on nothing but the registers, the words read through `stack`, and memory of the process that does
-/// not change while they are live, so that a stack that is found again need not be unwound again.
+/// Frames must depend on nothing but the registers, the words read through `stack`, and memory of the process
+/// that does not change while they are live, so that a stack that is found again need not be unwound again.
 pub trait Runtime {
     /// Called before each stack.
     fn begin_stack(&mut self) {}
@@ -44,24 +49,63 @@ pub trait Runtime {
     /// Whether the frame at this address is the runtime's. Called for every frame, so it must be cheap.
     fn owns(&self, address: u64) -> bool;
 
-    /// Names a frame that the runtime owns: several frames, innermost first, where functions are inlined or where an
-    /// interpreter runs several. If there is none, the frame is left to the symbolizer.
+    /// Names a frame that the runtime owns: several frames, innermost first, where functions are inlined or
+    /// where an interpreter runs several. If there is none, the frame is left to the symbolizer.
     ///
-    /// Words of the stack are to be read at addresses that follow from the frame pointer, or always at the same distance
-    /// from the stack pointer.
-    fn name(&mut self, frame: &Registers, stack: &StackMemory<'_>) -> Arc<[Arc<Frame>]>;
+    /// Words of the stack are to be read at addresses that follow from the frame pointer, or always at the
+    /// same distance from the stack pointer.
+    fn name(&mut self, _frame: &Registers, _stack: &StackMemory<'_>) -> Arc<[Arc<Frame>]> {
+        Arc::new([])
+    }
 
-    /// How long a stack with frames of this runtime is recognized by the words that were read of it, before it is unwound
-    /// again: the memory of code or of a method that is not live any more may be used for another one.
+    /// How long a stack with frames of this runtime is recognized by the words that were read of it, before
+    /// it is unwound again: the memory of code or of a method that is not live any more may be used for
+    /// another one.
     fn lifetime(&self) -> Duration {
         Duration::from_secs(1)
     }
 
     /// Finds the caller of a frame that the runtime owns.
     ///
-    /// It is called a second time with another frame pointer, to see whether the result depends on it, so it may have no
-    /// effect but on caches.
-    fn caller(&mut self, frame: &Registers, stack: &StackMemory<'_>) -> Caller;
+    /// It is called a second time with another frame pointer, to see whether the result depends on it, so it
+    /// may have no effect but on caches.
+    fn caller(&mut self, _frame: &Registers, _stack: &StackMemory<'_>) -> Caller {
+        Caller::ByTables
+    }
+
+    /// For an interpreter: where the kernel half finds its frames.
+    fn interpreter(&self) -> Option<Interpreter> {
+        None
+    }
+
+    /// Whether the address is in the interpreter's loop.
+    fn is_loop(&self, _address: u64) -> bool {
+        false
+    }
+
+    /// Names the frames that the kernel half has listed, in the order of the list.
+    fn interpreted(&mut self, _list: &Interpreted, _stack: &StackMemory<'_>) -> Vec<Run> {
+        Vec::new()
+    }
+}
+
+/// Frames that one call of an interpreter's loop runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// Where that call is.
+    pub at: At,
+    /// Innermost first.
+    pub frames: Vec<Arc<Frame>>,
+}
+
+/// Where a call of an interpreter's loop is on the stack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum At {
+    /// Its part of the stack has this address.
+    Stack(u64),
+    /// It is the next one, seen from the innermost frame. If there are several such runs, they belong to all
+    /// calls of the loop.
+    NextLoop,
 }
 
 /// The registers of a frame that unwinding needs.
@@ -69,8 +113,8 @@ pub trait Runtime {
 pub struct Registers {
     /// Instruction pointer of the innermost frame, return address in all others.
     pub pc: u64,
-    /// An address inside the instruction that the frame is at: of a call, `pc` may be the first address of the next
-    /// function.
+    /// An address inside the instruction that the frame is at: of a call, `pc` may be the first address of
+    /// the next function.
     pub inside: u64,
     /// Stack pointer.
     pub sp: u64,
@@ -97,6 +141,10 @@ pub enum Caller {
 }
 
 /// The runtimes that a file contains.
-pub fn recognize(symbol: &dyn Fn(&str) -> Option<u64>) -> Vec<Box<dyn Program>> {
-    RUNTIMES.iter().filter_map(|recognize| recognize(symbol)).collect()
+pub fn of<'data>(file: &object::File<'data, impl ReadRef<'data>>) -> Vec<Box<dyn Program>> {
+    let symbol = |name: &str| {
+        let symbol = file.dynamic_symbols().find(|symbol| symbol.name_bytes() == Ok(name.as_bytes()))?;
+        Some(symbol.address()..symbol.address().checked_add(symbol.size())?)
+    };
+    RUNTIMES.iter().filter_map(|recognize| recognize(&symbol)).collect()
 }

@@ -1,6 +1,6 @@
 //! The parts of an ELF file that decide whether its symbols can be read, and in reasonable time.
 
-use std::{fmt::Write as _, fs::File, path::PathBuf};
+use std::fs::File;
 
 use object::{Object, ObjectSection as _, ReadCache, SectionFlags, elf::SHF_COMPRESSED};
 
@@ -14,12 +14,24 @@ pub(super) struct Headers {
     pub(super) build_id: Option<Vec<u8>>,
     /// Bytes of symbol tables.
     pub(super) symbols: u64,
+    /// Bytes of `.symtab`, which is one of them; 0 if the file is stripped.
+    pub(super) symtab: u64,
     /// Bytes of `.debug_info`; 0 if there is none.
     pub(super) debug_info: u64,
     /// Whether a debug section is compressed.
     pub(super) compressed: bool,
     /// Whether it names another file with its debug information, or a part of it.
     pub(super) refers: bool,
+    /// The name of the file with its debug information, and the checksum of that file.
+    pub(super) debug_link: Option<(Vec<u8>, u32)>,
+    /// Where the compressed symbols of a stripped file are: offset, size and number of the section
+    /// `.gnu_debugdata`.
+    pub(super) debug_data: Option<(u64, u64, usize)>,
+    /// Where the table of a Go program's functions is: offset and size.
+    pub(super) go_table: Option<(u64, u64)>,
+    /// The virtual address of the section `.text`, and the one at which the program starts.
+    pub(super) text: u64,
+    pub(super) entry: u64,
 }
 
 impl Headers {
@@ -31,7 +43,15 @@ impl Headers {
             return None;
         }
         let build_id = file.build_id().ok().flatten().map(<[u8]>::to_vec);
-        let mut headers = Self { segments: Segments::read(&file), build_id, ..Self::default() };
+        let debug_link =
+            file.gnu_debuglink().ok().flatten().map(|(name, checksum)| (name.to_vec(), checksum));
+        let mut headers = Self {
+            segments: Segments::read(&file),
+            build_id,
+            debug_link,
+            entry: file.entry(),
+            ..Self::default()
+        };
         for section in file.sections() {
             let name = section.name_bytes().unwrap_or_default();
             let is_compressed = matches!(
@@ -41,24 +61,23 @@ impl Headers {
             headers.compressed |= is_compressed && name.starts_with(b".debug");
             match name {
                 b".debug_info" => headers.debug_info = section.size(),
-                b".symtab" | b".dynsym" => headers.symbols = headers.symbols.saturating_add(section.size()),
+                b".symtab" | b".dynsym" => {
+                    headers.symbols = headers.symbols.saturating_add(section.size());
+                    if name == b".symtab" {
+                        headers.symtab = section.size();
+                    }
+                }
+                b".gnu_debugdata" => {
+                    headers.debug_data =
+                        section.file_range().map(|(offset, size)| (offset, size, section.index().0));
+                }
+                b".text" => headers.text = section.address(),
+                b".gopclntab" | b".data.rel.ro.gopclntab" => headers.go_table = section.file_range(),
                 b".gnu_debuglink" | b".gnu_debugaltlink" | b".debug_sup" => headers.refers = true,
                 _ => {}
             }
         }
         Some(headers)
-    }
-
-    /// Where distributions install the debug information of this build.
-    pub(super) fn debug_file(&self) -> Option<PathBuf> {
-        let (first, rest) = self.build_id.as_deref().filter(|id| id.len() >= 8)?.split_first()?;
-        let mut path = format!("/usr/lib/debug/.build-id/{first:02x}/");
-        for byte in rest {
-            // Writing to a string does not fail.
-            let _ = write!(path, "{byte:02x}");
-        }
-        path.push_str(".debug");
-        Some(path.into())
     }
 }
 
@@ -94,13 +113,6 @@ mod tests {
         }
         fs::remove_file(path).unwrap();
         assert_eq!(Headers::read(&File::open("/proc/self/maps").unwrap()), None);
-    }
-
-    #[test]
-    fn finds_debug_files_by_build() {
-        let headers = Headers { build_id: Some((0xa0..0xb4).collect()), ..Headers::default() };
-        let expected = "/usr/lib/debug/.build-id/a0/a1a2a3a4a5a6a7a8a9aaabacadaeafb0b1b2b3.debug";
-        assert_eq!(headers.debug_file(), Some(expected.into()));
     }
 
     /// `file` calls it `BuildID[sha1]`; rustc has the linker give one.

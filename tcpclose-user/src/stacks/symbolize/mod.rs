@@ -1,22 +1,26 @@
 //! Turns the addresses of stacks into functions, files and lines.
 //!
-//! A wrong name is worse than none. A name is reported only if the symbol's size shows that the address is in it, if the
-//! file is the one that the process has mapped, and if reading it does not require trust in what the file says about
-//! anything but its own names.
+//! A wrong name is worse than none. A name is reported only if the symbol's size shows that the address is in
+//! it, if the file is the one that the process has mapped, and if reading it does not require trust in what
+//! the file says about anything but its own names.
 //!
-//! Costs, on two shared 3 GHz cores: the first address in a file takes 0.2 ms if there are only dynamic symbols, 5 ms for
-//! node's 110 000 symbols, and with debug information about 1 ms for each MB of `.debug_info`, ten times that if it is
-//! compressed. Further addresses take 10 µs, or 1 ms in a new compilation unit; cached ones less than 1 µs. Debug
-//! information that would take longer than 0.2 s is not read: there are then functions without lines.
+//! Costs, on two shared 3 GHz cores: the first address in a file takes 0.2 ms if there are only dynamic
+//! symbols, 5 ms for node's 110 000 symbols, and with debug information about 1 ms for each MB of
+//! `.debug_info`, ten times that if it is compressed. Further addresses take 10 µs, or 1 ms in a new
+//! compilation unit; cached ones less than 1 µs. Debug information that would take longer than 0.2 s is not
+//! read: there are then functions without lines.
 
+mod debug_file;
+mod go;
 mod headers;
 mod kernel;
+mod mini;
 pub mod perf;
 
 use std::collections::HashMap;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::{Arc, Weak};
@@ -30,6 +34,7 @@ use crate::attribute::process::Image;
 use crate::event::Frame;
 use crate::stacks::frame::{UnwoundFrame, UnwoundStack};
 
+use self::debug_file::{DebugFile, Places};
 use self::headers::Headers;
 use self::kernel::Kallsyms;
 use self::perf::PerfMap;
@@ -49,22 +54,40 @@ const MAX_SYMBOLS: u64 = 64 << 20;
 /// Largest `.debug_info` that is read, in bytes: 1 ms for each MB.
 const MAX_DEBUG_INFO: u64 = 128 << 20;
 
-/// Largest file with compressed debug information that is read, in bytes: decompressed it has 2.5 times the size, and
-/// takes 4 ms for each MB of that.
+/// Largest file with compressed debug information that is read, in bytes: decompressed it has 2.5 times the
+/// size, and takes 4 ms for each MB of that.
 const MAX_COMPRESSED: u64 = 16 << 20;
+
+/// The functions with which the stack of a goroutine begins, in Go's table and in symbol tables. They have no
+/// caller, and no unwind information that would say so.
+const FIRST_OF_GO: [&str; 2] = ["runtime.goexit", "runtime.goexit.abi0"];
 
 /// Longest name, in bytes; longer ones are cut.
 const MAX_NAME: usize = 2048;
 
-/// Symbolizes addresses, and caches the results. It cannot be shared between threads or moved to another one, because
-/// blazesym counts references without locks.
-#[derive(Debug, Default)]
+/// Symbolizes addresses, and caches the results. It cannot be shared between threads or moved to another one,
+/// because blazesym counts references without locks.
+#[derive(Debug)]
 pub struct Symbolizer {
+    debug_files: Places,
     files: HashMap<Identity, Symbols>,
     perf: HashMap<(u32, u64), (PerfMap, u64)>,
     vdso: Option<Vdso>,
     kernel: Option<Kallsyms>,
     clock: u64,
+}
+
+impl Default for Symbolizer {
+    fn default() -> Self {
+        Self {
+            debug_files: Places::of_environment(),
+            files: HashMap::new(),
+            perf: HashMap::new(),
+            vdso: None,
+            kernel: None,
+            clock: 0,
+        }
+    }
 }
 
 /// The symbols of one file.
@@ -74,14 +97,16 @@ struct Symbols {
     headers: Headers,
     /// Where to look, best first.
     sources: Vec<Source<'static>>,
+    /// Where to look if none of them has a name.
+    go: Option<go::Table>,
     known: HashMap<u64, Arc<[Piece]>>,
     /// Alive as long as a known process maps the file.
     module: Weak<Module>,
     used: u64,
     identity: Identity,
-    /// `sources` refer to these two by their descriptors.
+    /// `sources` refer to these by their descriptors.
     file: File,
-    _debug: Option<File>,
+    _others: Vec<File>,
 }
 
 /// The vDSO of this process: the kernel maps the same one into all.
@@ -93,8 +118,8 @@ struct Vdso {
     known: HashMap<u64, Arc<[Piece]>>,
 }
 
-/// A frame without what depends on the process. Several, innermost first, belong to one address if functions are inlined;
-/// the last is the function that was compiled.
+/// A frame without what depends on the process. Several, innermost first, belong to one address if functions
+/// are inlined; the last is the function that was compiled.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Piece {
     symbol: Option<String>,
@@ -103,6 +128,14 @@ struct Piece {
     file: Option<String>,
     line: Option<u32>,
     inlined: bool,
+}
+
+impl From<go::Place> for Piece {
+    fn from(place: go::Place) -> Self {
+        let (file, line) = place.line.unzip();
+        let symbol = Some(cut(&place.function));
+        Self { symbol, offset: Some(place.offset), file, line, inlined: false }
+    }
 }
 
 /// A stack that is being symbolized.
@@ -125,14 +158,14 @@ impl Symbolizer {
         Self::default()
     }
 
-    /// Symbolizes the frames of a user stack, innermost first; the first address is an instruction pointer, all others are
-    /// return addresses. Without an image, or if nothing is known, a frame has its address and nulls.
+    /// Symbolizes the frames of a user stack, innermost first; the first address is an instruction pointer,
+    /// all others are return addresses. Without an image, or if nothing is known, a frame has its address and
+    /// nulls.
     ///
-    /// There are more frames than addresses if functions are inlined: an inlined frame has the address of its caller and no
-    /// offset.
+    /// There are more frames than addresses if functions are inlined: an inlined frame has the address of its
+    /// caller and no offset.
     ///
-    /// The process may have exited. Functions that were compiled at run time are then known only if its perf map was read
-    /// while it ran.
+    /// The process may have exited.
     pub fn user(&mut self, image: Option<&Image>, frames: &[u64]) -> Vec<Frame> {
         let mut naming = Naming::of(image);
         for (index, address) in frames.iter().copied().enumerate() {
@@ -150,7 +183,9 @@ impl Symbolizer {
                 UnwoundFrame::Named(frame) => naming.named.push(Frame::clone(frame)),
             }
         }
-        if let Some(last) = naming.named.last_mut() {
+        if let Some(last) = naming.named.last_mut()
+            && last.symbol.as_deref().is_none_or(|symbol| !FIRST_OF_GO.contains(&symbol))
+        {
             last.truncated = stack.truncated;
         }
         naming.named
@@ -159,7 +194,7 @@ impl Symbolizer {
     fn code(&mut self, naming: &mut Naming<'_>, address: u64, target: u64) {
         let mapping = naming.image.and_then(|image| Some((image, image.mapping(target)?)));
         let Some((image, mapping)) = mapping else {
-            naming.named.push(unknown(address));
+            naming.named.push(Frame::nameless(address));
             return;
         };
         let module = match &mapping.backing {
@@ -197,21 +232,23 @@ impl Symbolizer {
         }));
     }
 
-    /// Symbolizes the frames of a kernel stack, as [`user`](Self::user) does. A function of the kernel itself has no
-    /// module, one of a loadable module has the module's name, and one of a BPF program has `bpf`. There are no files and
-    /// lines, and without `CAP_SYSLOG`, which `/proc/kallsyms` requires, no names.
+    /// Symbolizes the frames of a kernel stack, as [`user`](Self::user) does. A function of the kernel itself
+    /// has no module, one of a loadable module has the module's name, and one of a BPF program has `bpf`.
+    /// There are no files and lines, and without `CAP_SYSLOG`, which `/proc/kallsyms` requires, no names.
     ///
     /// The first call reads `/proc/kallsyms`, which takes about 0.1 s.
     pub fn kernel(&mut self, frames: &[u64]) -> Vec<Frame> {
         let kernel = self.kernel.get_or_insert_with(Kallsyms::read);
         kernel.update(frames);
         let name = |(index, address): (usize, &u64)| {
-            let Some(function) = kernel.find(target(index, *address)) else { return unknown(*address) };
+            let Some(function) = kernel.find(target(index, *address)) else {
+                return Frame::nameless(*address);
+            };
             Frame {
                 symbol: Some(cut(function.name)),
                 module: function.module.map(str::to_owned),
                 offset: address.checked_sub(function.start),
-                ..unknown(*address)
+                ..Frame::nameless(*address)
             }
         };
         frames.iter().enumerate().map(name).collect()
@@ -238,7 +275,11 @@ impl Symbolizer {
                 let oldest = self.files.iter().min_by_key(|(_, symbols)| symbols.used).map(|(key, _)| *key);
                 oldest.and_then(|oldest| self.files.remove(&oldest));
             }
-            self.files.insert(identity, Symbols::open(file, module));
+            let Backing::File { path, .. } = &mapping.backing else { return None };
+            let found = Symbols::open(file, module, |headers| {
+                debug_file(&self.debug_files, headers, image, module, path)
+            });
+            self.files.insert(identity, found);
         }
         let symbols = self.files.get_mut(&identity)?;
         symbols.used = self.clock;
@@ -279,16 +320,30 @@ impl Symbolizer {
 }
 
 impl Symbols {
-    fn open(file: File, module: &Arc<Module>) -> Self {
+    /// `debug_file` finds the separate debug file of the one with these headers.
+    fn open(
+        file: File,
+        module: &Arc<Module>,
+        debug_file: impl FnOnce(&Headers) -> Option<DebugFile>,
+    ) -> Self {
         let headers = Headers::read(&file).unwrap_or_default();
-        // Decompression is not bounded, and a few MB can become many GB: not for a file that anyone may have written.
+        // Decompression is not bounded, and a few MB can become many GB: not for a file that anyone may have
+        // written.
         let trusted = module.host_path().is_some() && is_roots(&file);
-        let mut sources = vec![];
-        let debug = separate(&headers).map(|(debug, with_lines)| {
-            sources.push(source(&debug, with_lines));
-            debug
-        });
-        if headers.symbols <= MAX_SYMBOLS {
+        let (mut sources, mut others) = (vec![], vec![]);
+        if headers.debug_info == 0
+            && let Some(DebugFile { file, with_lines }) = debug_file(&headers)
+        {
+            sources.push(source(&file, with_lines));
+            others.push(file);
+        }
+        if headers.symtab == 0 && headers.debug_data.is_some() {
+            let both = [mini::symbols(&file, &headers), mini::without(&file, &headers)];
+            for file in both.into_iter().flatten() {
+                sources.push(source(&file, false));
+                others.push(file);
+            }
+        } else if headers.symbols <= MAX_SYMBOLS {
             // blazesym opens files that this one names, and anyone may have written it.
             let with_lines = !headers.refers && has_cheap_lines(&headers, &file, trusted);
             if with_lines && sources.is_empty() {
@@ -298,6 +353,7 @@ impl Symbols {
         }
         Self {
             blazesym: builder().build(),
+            go: go::Table::read(&file, &headers),
             headers,
             sources,
             known: HashMap::new(),
@@ -305,16 +361,16 @@ impl Symbols {
             used: 0,
             identity: module.identity(),
             file,
-            _debug: debug,
+            _others: others,
         }
     }
 
     /// Symbolizes an offset in the file.
     fn find(&mut self, offset: u64) -> Option<Arc<[Piece]>> {
-        let Self { blazesym, headers, sources, known, identity, file, .. } = self;
+        let Self { blazesym, headers, sources, go, known, identity, file, .. } = self;
         remember(known, offset, || {
-            // blazesym maps it. If it was written to, names would be wrong; if it was truncated, reading would raise
-            // SIGBUS.
+            // blazesym maps it. If it was written to, names would be wrong; if it was truncated, reading
+            // would raise SIGBUS.
             if !identity.is(file) {
                 return None;
             }
@@ -325,16 +381,17 @@ impl Symbols {
                 // A line without a function is better than nothing, and a function is better than that.
                 found = Some(found.map_or_else(|| Arc::clone(&pieces), |known| completed(known, &pieces)));
                 if found.as_deref().and_then(<[Piece]>::last).is_some_and(|piece| piece.symbol.is_some()) {
-                    break;
+                    return found;
                 }
             }
-            found
+            let place = go.as_ref().and_then(|table| table.find(file, address));
+            place.map(|place| Arc::new([Piece::from(place)]) as Arc<[Piece]>).or(found)
         })
     }
 }
 
-/// These pieces with the name of the compiled function that `other` has, if they lack it. Debug information does not say
-/// how long a function is that the compiler has split, but the symbol table does.
+/// These pieces with the name of the compiled function that `other` has, if they lack it. Debug information
+/// does not say how long a function is that the compiler has split, but the symbol table does.
 fn completed(known: Arc<[Piece]>, other: &[Piece]) -> Arc<[Piece]> {
     match (known.last(), other.last()) {
         (Some(last), Some(named)) if last.symbol.is_none() && named.symbol.is_some() => {
@@ -361,13 +418,21 @@ fn builder() -> Builder {
     symbolize::Symbolizer::builder().enable_auto_reload(false).set_debug_dirs(Some(["/usr/lib/debug"]))
 }
 
-/// The separate debug file of a stripped one, where distributions install it, and whether lines are read from it.
-fn separate(headers: &Headers) -> Option<(File, bool)> {
-    let path = headers.debug_file().filter(|_| headers.debug_info == 0)?;
-    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).ok()?;
-    let found = Headers::read(&file).filter(|found| found.build_id == headers.build_id)?;
-    let is_cheap = has_cheap_lines(&found, &file, is_roots(&file));
-    (found.symbols <= MAX_SYMBOLS).then_some((file, is_cheap))
+/// The separate debug file of a stripped one.
+fn debug_file(
+    places: &Places,
+    headers: &Headers,
+    image: &Image,
+    module: &Module,
+    path: &Path,
+) -> Option<DebugFile> {
+    let of_host = places.find(headers, path, Path::new("/"));
+    // In another mount namespace, that of a container, debug files may be installed, too.
+    let seen = || {
+        let root = format!("/proc/{}/root", image.pid);
+        places.find(headers, path, Path::new(&root))
+    };
+    of_host.or_else(|| if module.host_path().is_none() { seen() } else { None })
 }
 
 fn has_cheap_lines(headers: &Headers, file: &File, trusted: bool) -> bool {
@@ -390,8 +455,8 @@ fn source(file: &File, with_lines: bool) -> Source<'static> {
 
 /// What blazesym finds; `None` if that is nothing, or if it fails.
 fn query(blazesym: &symbolize::Symbolizer, source: &Source<'_>, input: Input<u64>) -> Option<Arc<[Piece]>> {
-    // Anyone may have written the files that it reads, and it relies in some places on their being well formed. A panic
-    // leaves nothing half done in its caches: entries are inserted whole.
+    // Anyone may have written the files that it reads, and it relies in some places on their being well
+    // formed. A panic leaves nothing half done in its caches: entries are inserted whole.
     let result = catch_unwind(AssertUnwindSafe(|| blazesym.symbolize_single(source, input)));
     match result {
         Ok(Ok(Symbolized::Sym(symbol))) => pieces(&symbol),
@@ -445,7 +510,8 @@ fn remember(
     known.get(&key).filter(|pieces| !pieces.is_empty()).cloned()
 }
 
-/// The address to symbolize: a return address is behind the call, and may be the first of another line or function.
+/// The address to symbolize: a return address is behind the call, and may be the first of another line or
+/// function.
 fn target(index: usize, address: u64) -> u64 {
     if index == 0 { address } else { address.saturating_sub(1) }
 }
@@ -457,19 +523,6 @@ fn is_run_time_code(backing: &Backing) -> bool {
         Backing::File { path, .. } => {
             path.as_os_str().as_encoded_bytes().starts_with(b"/memfd:") || **path == *Path::new("/dev/zero")
         }
-    }
-}
-
-fn unknown(address: u64) -> Frame {
-    Frame {
-        address: hexadecimal(address),
-        symbol: None,
-        module: None,
-        offset: None,
-        file: None,
-        line: None,
-        inlined: false,
-        truncated: None,
     }
 }
 

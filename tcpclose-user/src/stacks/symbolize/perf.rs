@@ -1,12 +1,13 @@
-//! Names of functions that were compiled at run time, from the file in which a just-in-time compiler lists them for
-//! `perf`: `/tmp/perf-PID.map`, a line `START SIZE NAME` for each, numbers in hexadecimal. Most compilers append to it; the
-//! JVM writes a new one, with what exists at that time, whenever `jcmd` requests it.
+//! Names of functions that were compiled at run time, from the file in which a just-in-time compiler lists
+//! them for `perf`: `/tmp/perf-PID.map`, a line `START SIZE NAME` for each, numbers in hexadecimal. Most
+//! compilers append to it; the JVM writes a new one, with what exists at that time, whenever `jcmd` requests
+//! it.
 //!
 //! <https://git.kernel.org/pub/scm/linux/kernel/git/torvalds/linux.git/tree/tools/perf/Documentation/jit-interface.txt>
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::fs::File;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 
 use crate::attribute::process::Image;
 
@@ -30,9 +31,9 @@ pub struct PerfMap {
 }
 
 impl PerfMap {
-    /// Reads what the process has added since the last call. Once it has exited, nothing is read.
+    /// Reads what the process has added since the last call.
     pub fn update(&mut self, image: &Image) {
-        let Some(file) = open(image) else { return };
+        let Some(file) = image.open_perf_map() else { return };
         let Ok(metadata) = file.metadata() else { return };
         let identity = (metadata.dev(), metadata.ino());
         if identity != self.file || !self.is_start_of(&file) {
@@ -89,17 +90,6 @@ fn parse(line: &[u8]) -> Option<(u64, u64, String)> {
     let start = number(start)?;
     let end = start.checked_add(number(size)?)?;
     (start < end && !name.is_empty()).then(|| (start, end, name.to_owned()))
-}
-
-fn open(image: &Image) -> Option<File> {
-    let inner_pid = image.inner_pid.filter(|_| image.is_running())?;
-    let path = format!("/proc/{}/root/tmp/perf-{inner_pid}.map", image.pid);
-    // Anyone may write to /tmp: this could be a symbolic link, a pipe, or another user's file.
-    let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW | libc::O_NOCTTY;
-    let file = OpenOptions::new().read(true).custom_flags(flags).open(path).ok()?;
-    let metadata = file.metadata().ok()?;
-    let owned = metadata.uid() == 0 || Some(metadata.uid()) == image.uid;
-    (metadata.is_file() && owned).then_some(file)
 }
 
 #[cfg(test)]

@@ -129,10 +129,10 @@ fn names_functions_of_this_process() {
     assert!(!is_landmark(&frames[1]), "a return address belongs to the call before it");
     assert!(is_landmark(&frames[2]));
     assert_eq!(frames[2].offset, Some(1), "of the address that is reported");
-    assert_eq!(frames[3], unknown(8), "nothing is mapped there");
+    assert_eq!(frames[3], Frame::nameless(8), "nothing is mapped there");
     // The second time from memory.
     assert_eq!(symbolizer.user(Some(&image), &[here + 1, here, here + 1, 8]), frames);
-    assert_eq!(symbolizer.user(None, &[here, 9]), [unknown(here), unknown(9)]);
+    assert_eq!(symbolizer.user(None, &[here, 9]), [Frame::nameless(here), Frame::nameless(9)]);
 }
 
 #[test]
@@ -160,7 +160,7 @@ fn names_functions_of_a_process_that_has_ended() {
     let mut processes = Processes::new();
     let mut waiting = Waiting::start(&std::env::current_exe().unwrap());
     let pid = waiting.child.id();
-    processes.notice(pid, 1);
+    processes.notice(pid, 1, None);
     waiting.end();
     let image = processes.image(pid, 1).unwrap();
     assert!(!image.is_running());
@@ -181,11 +181,11 @@ fn never_reads_a_file_that_took_the_place_of_another() {
         let mut waiting = Waiting::start(&program);
         let pid = waiting.child.id();
         if !noticed_late {
-            processes.notice(pid, 1);
+            processes.notice(pid, 1, None);
         }
         fs::rename(&newer, &program).unwrap();
         if noticed_late {
-            processes.notice(pid, 1);
+            processes.notice(pid, 1, None);
         }
         waiting.end();
         let image = processes.image(pid, 1).unwrap();
@@ -216,7 +216,7 @@ fn never_reads_a_file_that_was_written_to() {
     let mut symbolizer = Symbolizer::new();
     let address = landmark_in(&image);
     assert!(is_landmark(&symbolizer.user(Some(&image), &[address])[0]));
-    OpenOptions::new().write(true).open(&program).unwrap().set_len(4096).unwrap();
+    File::options().write(true).open(&program).unwrap().set_len(4096).unwrap();
     assert!(is_landmark(&symbolizer.user(Some(&image), &[address])[0]), "known from before");
     assert_eq!(symbolizer.user(Some(&image), &[address + 1])[0].symbol, None);
     assert_eq!(Symbolizer::new().user(Some(&image), &[address])[0].symbol, None);
@@ -313,7 +313,7 @@ fn names_functions_of_the_kernel() {
             symbolizer.kernel(&[1, u64::MAX])
         }
     };
-    assert_eq!(frames, [unknown(1), unknown(u64::MAX)]);
+    assert_eq!(frames, [Frame::nameless(1), Frame::nameless(u64::MAX)]);
 }
 
 /// Says what blazesym finds at an address of a file.

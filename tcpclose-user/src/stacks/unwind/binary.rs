@@ -3,7 +3,7 @@
 use std::{collections::HashMap, fs::File, sync::Arc};
 
 use framehop::ExplicitModuleSectionInfo;
-use object::{Object, ObjectSection as _, ObjectSymbol as _, ReadCache, ReadRef};
+use object::{Object, ObjectSection as _, ReadCache, ReadRef};
 
 use crate::{
     attribute::{
@@ -79,12 +79,7 @@ impl Binary {
             debug_frame: table(&file, ".debug_frame"),
             ..ExplicitModuleSectionInfo::default()
         };
-        let address = |name: &str| {
-            let symbol = file.dynamic_symbols().find(|symbol| symbol.name_bytes() == Ok(name.as_bytes()))?;
-            Some(symbol.address())
-        };
-        let runtimes = runtimes::recognize(&address);
-        Some(Self { segments: Segments::read(&file), sections, runtimes })
+        Some(Self { segments: Segments::read(&file), sections, runtimes: runtimes::of(&file) })
     }
 
     /// Whether it says how to unwind its code.

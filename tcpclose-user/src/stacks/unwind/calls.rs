@@ -1,5 +1,5 @@
-//! Return addresses are behind calls. Where nothing else says what a word of the stack is, that tells a return address from
-//! other numbers.
+//! Return addresses are behind calls. Where nothing else says what a word of the stack is, that tells a
+//! return address from other numbers.
 
 use std::{cell::RefCell, collections::HashMap};
 
@@ -38,9 +38,11 @@ impl Calls {
     }
 }
 
-/// Whether these bytes may end with a call: `E8` with a displacement of four bytes, or `FF /2` with any operand.
+/// Whether these bytes may end with a call: `E8` with a displacement of four bytes, or `FF /2` with any
+/// operand.
 ///
-/// Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, CALL, and table 2-2 for the lengths.
+/// Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, CALL, and table 2-2 for the
+/// lengths.
 #[cfg(target_arch = "x86_64")]
 fn ends_with_call(code: [u8; LONGEST]) -> bool {
     let [.., opcode, _, _, _, _] = code;

@@ -1,9 +1,10 @@
-//! What the frames of a stack follow from: the registers and words that unwinding needed. Listed in the order in which they
-//! were needed, they are the recipe by which the kernel half recognizes the stack.
+//! What the frames of a stack follow from: the registers and words that unwinding needed. Listed in the order
+//! in which they were needed, they are the recipe by which the kernel half recognizes the stack.
 //!
-//! A word that was read is not always needed. The saved frame pointer of a function is read with its return address, and in
-//! a program without frame pointers it is any number; it matters only once another frame is found through it. Whether it
-//! does is found out by unwinding each frame a second time, with [`POISON`] for a frame pointer.
+//! A word that was read is not always needed. The saved frame pointer of a function is read with its return
+//! address, and in a program without frame pointers it is any number; it matters only once another frame is
+//! found through it. Whether it does is found out by unwinding each frame a second time, with [`POISON`] for
+//! a frame pointer.
 
 use std::time::Duration;
 
@@ -58,8 +59,8 @@ impl Inputs {
         self.add(Word { expected: lr, offset: 0, source: source::LINK_REGISTER });
     }
 
-    /// The frame whose frame pointer is `fp` led to `step` with `reads`, and with [`POISON`] instead to `poisoned` with
-    /// `poisoned_reads`.
+    /// The frame whose frame pointer is `fp` led to `step` with `reads`, and with [`POISON`] instead to
+    /// `poisoned` with `poisoned_reads`.
     pub(super) fn step(
         &mut self,
         fp: u64,
@@ -96,13 +97,23 @@ impl Inputs {
         }
     }
 
+    /// The interpreter's frames have this hash. Call it last.
+    pub(super) fn interpreter(&mut self, hash: u64) {
+        self.add(Word { expected: hash, offset: 0, source: source::INTERPRETER });
+    }
+
+    /// The frames follow from something that cannot be listed.
+    pub(super) fn give_up(&mut self) {
+        self.are_listed = false;
+    }
+
     /// The frames are certain for this long only.
     pub(super) fn expire_after(&mut self, lifetime: Duration) {
         self.lifetime = Some(self.lifetime.map_or(lifetime, |known| known.min(lifetime)));
     }
 
-    /// The words of a recipe and how long it holds, `None` for ever. There is no recipe if a word cannot be listed, or if
-    /// there are too many.
+    /// The words of a recipe and how long it holds, `None` for ever. There is no recipe if a word cannot be
+    /// listed, or if there are too many.
     pub(super) fn finish(self) -> Option<(Vec<Word>, Option<Duration>)> {
         (self.are_listed && !self.words.is_empty() && self.words.len() <= MAX_WORDS)
             .then_some((self.words, self.lifetime))
@@ -113,7 +124,8 @@ impl Inputs {
         self.words_of_caller(reads, caller, false);
     }
 
-    /// The words that a caller's registers were read from. With `is_kept` its frame pointer is that of the frame.
+    /// The words that a caller's registers were read from. With `is_kept` its frame pointer is that of the
+    /// frame.
     fn words_of_caller(&mut self, reads: &[Read], (pc, sp, fp): (u64, u64, u64), is_kept: bool) {
         let mut saved = None;
         for &(address, word) in reads {
@@ -185,7 +197,8 @@ mod tests {
     #[test]
     fn a_saved_frame_pointer_counts_once_a_frame_is_found_through_it() {
         let mut inputs = Inputs::new(SP);
-        // The system call wrapper: its return address is at the stack pointer, the frame pointer is its caller's.
+        // The system call wrapper: its return address is at the stack pointer, the frame pointer is its
+        // caller's.
         inputs.step(
             0x7100,
             (caller(1, 0x7008, 0x7100), &[(0x7000, 1)]),

@@ -1,10 +1,11 @@
-//! Copies of stacks → frames. Most programs are built without frame pointers, but all carry tables for exceptions
-//! (`.eh_frame`) that say where each function keeps its return address. Code that a language runtime compiled or
-//! interprets has neither: see [`runtimes`](super::runtimes).
+//! Copies of stacks → frames. Most programs are built without frame pointers, but all carry tables for
+//! exceptions (`.eh_frame`) that say where each function keeps its return address. Code that a language
+//! runtime compiled or interprets has neither: see [`runtimes`](super::runtimes).
 
 mod binary;
 mod calls;
 mod inputs;
+mod interpreted;
 mod process;
 
 use std::{
@@ -14,11 +15,18 @@ use std::{
     time::Duration,
 };
 
-use tcpclose_common::{params::Registers, recipe::Word, record::StackCopy, stack::MAX_FRAMES};
+use tcpclose_common::{
+    interpreter::Interpreter,
+    params::Registers,
+    recipe::Word,
+    record::{Interpreted, StackCopy},
+    stack::MAX_FRAMES,
+};
 
 use self::{
     binary::Binaries,
     inputs::Inputs,
+    interpreted::Spot,
     process::{Cursor, ProcessUnwinder},
 };
 use super::{
@@ -27,8 +35,8 @@ use super::{
 };
 use crate::{attribute::process::Image, event::Truncated};
 
-/// Offsets of the registers in `struct pt_regs`. It begins like `user_regs_struct`, which `ptrace` uses; the kernel itself
-/// converts between the two by offset.
+/// Offsets of the registers in `struct pt_regs`. It begins like `user_regs_struct`, which `ptrace` uses; the
+/// kernel itself converts between the two by offset.
 ///
 /// <https://elixir.bootlin.com/linux/v6.12/source/arch/x86/kernel/ptrace.c> (`pt_regs_access()`)
 /// <https://elixir.bootlin.com/linux/v6.12/source/arch/arm64/include/asm/ptrace.h> (`struct pt_regs`)
@@ -43,6 +51,12 @@ pub const REGISTERS: Registers = {
         sp: offset_of!(Shown, rsp) as u16,
         fp: offset_of!(Shown, rbp) as u16,
         lr: tcpclose_common::offsets::ABSENT,
+        // The selector of the code segment: `__USER32_CS`, whatever the privilege bits.
+        // https://elixir.bootlin.com/linux/v6.12/source/arch/x86/include/asm/segment.h
+        mode: offset_of!(Shown, cs) as u16,
+        mode_mask: 0xfff8,
+        mode_compat: 0x20,
+        argument: offset_of!(Shown, rbx) as u16,
     };
     #[cfg(target_arch = "aarch64")]
     let registers = Registers {
@@ -50,14 +64,23 @@ pub const REGISTERS: Registers = {
         sp: offset_of!(Shown, sp) as u16,
         fp: (offset_of!(Shown, regs) + 29 * 8) as u16,
         lr: (offset_of!(Shown, regs) + 30 * 8) as u16,
+        // `PSR_MODE32_BIT`:
+        // https://elixir.bootlin.com/linux/v6.12/source/arch/arm64/include/uapi/asm/ptrace.h
+        mode: offset_of!(Shown, pstate) as u16,
+        mode_mask: 0x10,
+        mode_compat: 0x10,
+        // arm32 has no `socketcall` in the table that the kernel uses (EABI).
+        argument: tcpclose_common::offsets::ABSENT,
     };
     registers
 };
 
-/// How many processes' tables are kept ready. When there are more, those of the least recently used one are dropped.
+/// How many processes' tables are kept ready. When there are more, those of the least recently used one are
+/// dropped.
 const MAX_PROCESSES: usize = 64;
 
-/// How long an incomplete stack is recognized before it is unwound again: what is missing may be there by then.
+/// How long an incomplete stack is recognized before it is unwound again: what is missing may be there by
+/// then.
 const INCOMPLETE: Duration = Duration::from_secs(10);
 
 /// Unwinds stacks, and caches what unwinding further stacks of the same processes and files needs.
@@ -73,27 +96,40 @@ pub struct Unwinder {
 pub struct Unwound {
     /// Its frames.
     pub stack: UnwoundStack,
-    /// The words that they follow from, in the order in which they were needed; empty if not all of them can be listed.
+    /// The words that they follow from, in the order in which they were needed; empty if not all of them can
+    /// be listed.
     pub words: Vec<Word>,
     /// For how long they do; `None` for as long as the mappings stay the same.
     pub lifetime: Option<Duration>,
+    /// An interpreter whose frames were not listed, because the kernel half does not know of it.
+    pub unlisted: Option<Interpreter>,
 }
 
 impl Unwinder {
-    /// Unwinds a copied stack. `image` returns what is known of the process, with mappings that include the given addresses
-    /// if the process has any there.
+    /// Unwinds a copied stack, to which the frames of an interpreter in `list` belong. `image` returns what
+    /// is known of the process, with mappings that include the given addresses if the process has any there.
     ///
-    /// The frames, innermost first, end where the stack or its copy does, after [`MAX_FRAMES`], or at an address without
-    /// code: no frame is reported that leads nowhere.
+    /// The frames, innermost first, end where the stack or its copy does, after [`MAX_FRAMES`], or at an
+    /// address without code: no frame is reported that leads nowhere.
     pub fn unwind(
         &mut self,
         copy: &StackCopy,
         bytes: &[u8],
+        list: Option<&Interpreted>,
         image: impl FnMut(&[u64]) -> Option<Arc<Image>>,
     ) -> Unwound {
         let (mut frames, mut inputs) = (Vec::new(), Inputs::new(copy.sp));
-        // Anyone may have written the files that the tables come from, and framehop does not promise not to panic.
-        let walk = AssertUnwindSafe(|| self.walk(copy, bytes, image, &mut frames, &mut inputs));
+        let (mut spots, mut unlisted) = (Vec::new(), None);
+        // Anyone may have written the files that the tables come from, and framehop does not promise not to
+        // panic.
+        let walk = AssertUnwindSafe(|| {
+            let stack = StackMemory::new(copy.start, bytes);
+            let end = self.walk(copy, &stack, image, &mut frames, &mut spots, &mut inputs);
+            if let Some(process) = self.processes.get_mut(&(copy.pid, copy.mm)) {
+                unlisted = process.interpreted(list, &stack, &spots, &mut inputs, &mut frames);
+            }
+            end
+        });
         let result = catch_unwind(walk);
         if result.is_err() {
             log::debug!("unwinding a stack of process {} panicked", copy.pid);
@@ -104,20 +140,25 @@ impl Unwinder {
             frames.push(UnwoundFrame::Address(copy.ip));
         }
         let is_done = result.is_ok();
-        let truncated = result.unwrap_or(Err(Truncated::NoUnwindInformation)).err();
+        let mut truncated = result.unwrap_or(Err(Truncated::NoUnwindInformation)).err();
         if truncated.is_some() {
             inputs.expire_after(INCOMPLETE);
         }
+        if frames.len() > MAX_FRAMES {
+            frames.truncate(MAX_FRAMES);
+            truncated = Some(Truncated::FrameLimit);
+        }
         let (words, lifetime) = inputs.finish().filter(|_| is_done).unwrap_or_default();
-        Unwound { stack: UnwoundStack { frames: frames.into(), truncated }, words, lifetime }
+        Unwound { stack: UnwoundStack { frames: frames.into(), truncated }, words, lifetime, unlisted }
     }
 
     fn walk(
         &mut self,
         copy: &StackCopy,
-        bytes: &[u8],
+        stack: &StackMemory<'_>,
         mut image: impl FnMut(&[u64]) -> Option<Arc<Image>>,
         frames: &mut Vec<UnwoundFrame>,
+        spots: &mut Vec<Spot>,
         inputs: &mut Inputs,
     ) -> Result<(), Truncated> {
         let key = (copy.pid, copy.mm);
@@ -125,7 +166,6 @@ impl Unwinder {
         if found.mappings.is_empty() {
             return Err(Truncated::NoMappings);
         }
-        let stack = StackMemory::new(copy.start, bytes);
         let mut process = self.process(key, found);
         let mut cursor = Cursor::innermost(copy, process.image());
         if cfg!(target_arch = "aarch64") {
@@ -133,11 +173,12 @@ impl Unwinder {
         }
         process.begin_stack();
         loop {
-            process.name(&cursor, &stack, inputs, frames);
+            spots.push(cursor.spot(frames.len()));
+            process.name(&cursor, stack, inputs, frames);
             if frames.len() >= MAX_FRAMES {
                 return Err(Truncated::FrameLimit);
             }
-            let Some(caller) = process.caller(&cursor, &stack, inputs)? else { return Ok(()) };
+            let Some(caller) = process.caller(&cursor, stack, inputs)? else { return Ok(()) };
             let address = caller.address();
             if process.image().mapping(address).is_none() {
                 // It may have been mapped since.
@@ -214,7 +255,8 @@ mod tests {
     /// The unwound functions, innermost first, up to this module's last.
     fn functions(taken: &Taken, frames: usize) -> Vec<String> {
         let image = Processes::new().image(taken.copy.pid, 1).unwrap();
-        let unwound = Unwinder::default().unwind(&taken.copy, &taken.bytes, |_| Some(Arc::clone(&image)));
+        let unwound =
+            Unwinder::default().unwind(&taken.copy, &taken.bytes, None, |_| Some(Arc::clone(&image)));
         let named = Symbolizer::new().unwound(Some(&image), &unwound.stack);
         let own = |symbol: String| symbol.rsplit_once("unwind::tests::").map(|(_, name)| name.to_owned());
         named
@@ -245,7 +287,7 @@ mod tests {
         copy.ip = 0x1234;
         let empty = Arc::new(Image::default());
         for image in [None, Some(empty)] {
-            let unwound = Unwinder::default().unwind(&copy, &[0; 64], |_| image.clone());
+            let unwound = Unwinder::default().unwind(&copy, &[0; 64], None, |_| image.clone());
             assert_eq!(unwound.stack.frames[..], [UnwoundFrame::Address(0x1234)]);
             assert_eq!(unwound.stack.truncated, Some(Truncated::NoMappings));
             assert_eq!(unwound.words, []);

@@ -1,17 +1,25 @@
 //! A process: the unwind tables of all that it has mapped, and its language runtimes.
 
-use std::{ops::Range, sync::Arc};
+use std::{
+    ops::Range,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use framehop::{
     CacheNative, FrameAddress, MayAllocateDuringUnwind, Module, UnwindRegsNative, Unwinder as _,
     UnwinderNative,
 };
-use tcpclose_common::record::StackCopy;
+use tcpclose_common::{
+    interpreter::Interpreter,
+    record::{Interpreted, StackCopy},
+};
 
 use super::{
     binary::Binaries,
     calls::Calls,
     inputs::{Inputs, POISON, Read, Step},
+    interpreted::{Spot, merge},
 };
 use crate::{
     attribute::{
@@ -26,6 +34,9 @@ use crate::{
     },
 };
 
+/// How long after an interpreter was described there may still be copies that were made before.
+const DESCRIBED_AFTER: Duration = Duration::from_secs(1);
+
 /// What it takes to unwind stacks of one process.
 pub(super) struct ProcessUnwinder {
     image: Arc<Image>,
@@ -36,6 +47,9 @@ pub(super) struct ProcessUnwinder {
     /// Each with the file that it was recognized in.
     runtimes: Vec<(Identity, Box<dyn Runtime>)>,
     calls: Calls,
+    /// When a stack without a list of the interpreter's frames first showed that the kernel half lacks a
+    /// description of the interpreter.
+    described: Option<Instant>,
     /// When it was last used, by the [`Unwinder`](super::Unwinder)'s clock.
     pub(super) used: u64,
 }
@@ -54,7 +68,8 @@ impl ProcessUnwinder {
     /// A process with these mappings. `older` is what the same program image had before it mapped more.
     pub(super) fn new(image: Arc<Image>, older: Option<Self>, binaries: &mut Binaries) -> Self {
         let mut tables = UnwinderNative::new();
-        let mut runtimes = older.map(|older| older.runtimes).unwrap_or_default();
+        let (mut runtimes, described) =
+            older.map_or_else(Default::default, |older| (older.runtimes, older.described));
         let mut with_tables = Vec::new();
         for mapping in &image.mappings {
             let Backing::File { module: Some(module), .. } = &mapping.backing else { continue };
@@ -75,7 +90,7 @@ impl ProcessUnwinder {
             tables.add_module(Module::new(path(mapping), range, bias, binary.sections.clone()));
         }
         let calls = Calls::of(image.pid);
-        Self { image, tables, with_tables, cache: CacheNative::new(), runtimes, calls, used: 0 }
+        Self { image, tables, with_tables, cache: CacheNative::new(), runtimes, calls, described, used: 0 }
     }
 
     pub(super) fn image(&self) -> &Arc<Image> {
@@ -110,6 +125,30 @@ impl ProcessUnwinder {
         }
     }
 
+    /// Puts the frames of an interpreter where its loop runs them. Returns the interpreter if it has no list
+    /// of them.
+    pub(super) fn interpreted(
+        &mut self,
+        list: Option<&Interpreted>,
+        stack: &StackMemory<'_>,
+        spots: &[Spot],
+        inputs: &mut Inputs,
+        frames: &mut Vec<UnwoundFrame>,
+    ) -> Option<Interpreter> {
+        let runtime = |(_, runtime): &mut (_, Box<dyn Runtime>)| runtime.interpreter().is_some();
+        let (_, runtime) = self.runtimes.iter_mut().find_map(|it| runtime(it).then_some(it))?;
+        if let Some(list) = list {
+            let runs = runtime.interpreted(list, stack);
+            merge(runs, spots, |address| runtime.is_loop(address), frames);
+            inputs.interpreter(list.hash);
+        } else if self.described.get_or_insert_with(Instant::now).elapsed() < DESCRIBED_AFTER {
+            // The next stack like this one has a list, unless the thread runs none of the program.
+            inputs.give_up();
+        }
+        inputs.expire_after(runtime.lifetime());
+        if list.is_none() { runtime.interpreter() } else { None }
+    }
+
     /// The caller of the frame at the cursor; `None` if it is the outermost.
     ///
     /// # Errors
@@ -120,8 +159,15 @@ impl ProcessUnwinder {
         stack: &StackMemory<'_>,
         inputs: &mut Inputs,
     ) -> Result<Option<Cursor>, Truncated> {
-        let (found_caller, reads) = self.attempt(cursor, stack);
+        let (mut found_caller, reads) = self.attempt(cursor, stack);
         let (other_caller, other_reads) = self.attempt(&cursor.poisoned(&self.image), stack);
+        // Where the tables of a file say nothing about an address, framehop takes a frame pointer of 0 for the
+        // end of the stack. Without tables for it, the register may hold anything.
+        if let (Ok(None), Ok(Some(_)) | Err(_)) = (&found_caller, &other_caller)
+            && self.has_tables(cursor.address())
+        {
+            found_caller = Err(Truncated::NoUnwindInformation);
+        }
         let (step, other) = (step(&found_caller), step(&other_caller));
         inputs.step(cursor.registers().fp, (step, &found(&reads)), (other, &found(&other_reads)));
         found_caller.map_err(|why| {
@@ -159,8 +205,8 @@ impl ProcessUnwinder {
         }
     }
 
-    /// The caller of a frame in code without unwind tables, such as code that was compiled at run time. A return address
-    /// counts only if it is behind a call, because the words might be anything.
+    /// The caller of a frame in code without unwind tables, such as code that was compiled at run time. A
+    /// return address counts only if it is behind a call, because the words might be anything.
     fn by_frame_pointer(
         &mut self,
         cursor: &Cursor,
@@ -221,6 +267,11 @@ impl Cursor {
         self.at.address_for_lookup()
     }
 
+    /// Its place in the stack, as the frame at `index` of the list.
+    pub(super) fn spot(&self, index: usize) -> Spot {
+        Spot { index, address: self.address(), sp: self.registers.sp() }
+    }
+
     fn registers(&self) -> Registers {
         let (sp, fp) = (self.registers.sp(), frame_pointer(&self.registers));
         Registers { pc: self.at.address(), inside: self.address(), sp, fp }
@@ -239,8 +290,8 @@ fn registers(_image: &Image, ip: u64, sp: u64, fp: u64, _lr: u64) -> UnwindRegsN
     UnwindRegsNative::new(ip, sp, fp)
 }
 
-/// Programs may sign return addresses, in the bits that no address of a process uses. How many those are depends on the
-/// kernel; what is mapped last, next to the stack, uses all others.
+/// Programs may sign return addresses, in the bits that no address of a process uses. How many those are
+/// depends on the kernel; what is mapped last, next to the stack, uses all others.
 #[cfg(target_arch = "aarch64")]
 fn registers(image: &Image, _ip: u64, sp: u64, fp: u64, lr: u64) -> UnwindRegsNative {
     let last = image.mappings.last().map_or(u64::MAX, |mapping| mapping.start);
@@ -303,16 +354,7 @@ mod tests {
 
         fn name(&mut self, frame: &Registers, _: &StackMemory<'_>) -> Arc<[Arc<Frame>]> {
             let named = |symbol: &str| {
-                Arc::new(Frame {
-                    address: format!("{:#x}", frame.pc),
-                    symbol: Some(symbol.to_owned()),
-                    module: None,
-                    offset: None,
-                    file: None,
-                    line: None,
-                    inlined: false,
-                    truncated: None,
-                })
+                Arc::new(Frame { symbol: Some(symbol.to_owned()), ..Frame::nameless(frame.pc) })
             };
             // An address that it owns but knows nothing of.
             if frame.inside < 0x1100 { Arc::new([]) } else { Arc::new([named("inner"), named("outer")]) }

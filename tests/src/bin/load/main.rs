@@ -1,7 +1,8 @@
 //! Load for the benchmark (`cargo xtask bench`), on loopback in the network namespace it is started in.
 //!
 //! - `load churn [--seconds N | --connections N] [--fin]` opens and closes connections as fast as it can.
-//! - `load open --connections N [--half-closed]` opens connections and holds them until its standard input ends.
+//! - `load open --connections N [--half-closed]` opens connections and holds them until its standard input
+//!   ends.
 //! - `load ping --seconds N` measures the round trip on one established connection.
 //! - `load bulk --seconds N` measures the throughput of one established connection.
 //!
@@ -69,8 +70,9 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// The address to connect to next. A connection needs a local port that no other connection to the same address and
-/// port has, so the number of destinations multiplies the number of connections that can exist at a time.
+/// The address to connect to next. A connection needs a local port that no other connection to the same
+/// address and port has, so the number of destinations multiplies the number of connections that can exist at
+/// a time.
 fn destination(index: u64) -> Ipv4Addr {
     let [low, high, ..] = index.to_le_bytes();
     Ipv4Addr::new(127, 0, high % 4, low % 250 + 1)

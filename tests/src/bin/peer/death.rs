@@ -12,7 +12,7 @@ use nix::{
     libc,
     sys::{
         prctl,
-        signal::{self, SigHandler, Signal},
+        signal::{self, SaFlags, SigAction, SigHandler, SigSet, Signal},
     },
     unistd::{ForkResult, fork, gettid, pause, pipe, read, write},
 };
@@ -25,6 +25,18 @@ pub(crate) fn raise(name: Signal) -> Result<()> {
     // SAFETY: the default action is no handler.
     unsafe { signal::signal(name, SigHandler::SigDfl) }?;
     Ok(signal::raise(name)?)
+}
+
+/// Handles a signal as a program that cleans up first: by sending it to itself, with the default action.
+pub(crate) fn send_on(name: Signal) -> Result<()> {
+    extern "C" fn handler(number: libc::c_int) {
+        // SAFETY: `raise()` may be called in a handler.
+        unsafe { libc::raise(number) };
+    }
+    let action = SigAction::new(SigHandler::Handler(handler), SaFlags::SA_RESETHAND, SigSet::empty());
+    // SAFETY: the handler calls nothing but `raise()`.
+    unsafe { signal::sigaction(name, &action) }?;
+    Ok(())
 }
 
 /// Closes the socket on a thread that has its own name.

@@ -1,6 +1,6 @@
 //! The process at one end of a test's connection. `peer NAME` sets its `comm` to that name and reads orders
-//! from standard input. It answers each with one line: `ok KEY=VALUE…` with the facts, or `error ERRNO
-//! KEY=VALUE…`.
+//! from standard input. It answers each with one line: `ok KEY=VALUE…` with the facts, or
+//! `error ERRNO KEY=VALUE…`.
 //!
 //! It holds at most one listener and one connection. It may have children, which execute the orders that
 //! begin with `in`. `peer once ADDRESS PORT CODE` reads no orders: it connects, closes and exits.
@@ -226,6 +226,7 @@ impl Peer {
             "exec" => return Err(Command::new(env::current_exe()?).arg(&self.name).exec().into()),
             "exit" => process::exit(words.next()?),
             "raise" => death::raise(words.next()?)?,
+            "send-on" => death::send_on(words.next()?)?,
             "burst" => return burst::connect_all(words.address()?, words.next()?),
             "close-many" => return burst::close_all(words.address()?, words.next()?),
             "serve" => return burst::serve(self.listener()?, words.next()?),
@@ -302,13 +303,15 @@ fn fast_connection(address: SocketAddr, protocol: libc::c_int, bytes: usize) -> 
 /// Sends until the send buffer is full.
 fn fill(mut socket: &TcpStream) -> Result<String> {
     socket.set_nonblocking(true)?;
+    let mut written = 0;
     let full = loop {
-        if let Err(error) = socket.write(&[b'x'; 16_384]) {
-            break error;
+        match socket.write(&[b'x'; 16_384]) {
+            Ok(bytes) => written += bytes,
+            Err(error) => break error,
         }
     };
     socket.set_nonblocking(false)?;
-    if full.kind() == io::ErrorKind::WouldBlock { Ok(String::new()) } else { Err(errno(full)) }
+    if full.kind() == io::ErrorKind::WouldBlock { Ok(format!("bytes={written}")) } else { Err(errno(full)) }
 }
 
 /// Waits until the descriptor has one of these events or an error, which `poll` always reports.

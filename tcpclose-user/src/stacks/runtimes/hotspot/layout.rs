@@ -14,7 +14,8 @@ pub(super) struct Symbols {
     types: Table<2>,
 }
 
-/// Addresses of variables that describe a table: its address, the size of its entries, and the offsets of their members.
+/// Addresses of variables that describe a table: its address, the size of its entries, and the offsets of
+/// their members.
 #[derive(Clone, Debug)]
 struct Table<const MEMBERS: usize> {
     first: u64,

@@ -96,7 +96,8 @@ impl Methods {
             let scope = memory.up_to(tables.data.checked_add(u64::from(next))?, SCOPE);
             let mut numbers = Numbers { bytes: &scope, compression: self.compression };
             let (sender, method, bytecode) = (numbers.next()?, numbers.next()?, numbers.next()?);
-            // Methods are numbered from 1. Bytecodes are numbered from -1, which is before the method begins, plus 1.
+            // Methods are numbered from 1. Bytecodes are numbered from -1, which is before the method begins,
+            // plus 1.
             let method = tables.metadata.checked_add(u64::from(method.checked_sub(1)?) * 8)?;
             let index = u64::from(bytecode).checked_sub(1);
             places.push(self.place(memory, layout, memory.u64(method)?, index)?);
@@ -144,8 +145,8 @@ impl Methods {
     }
 }
 
-/// The offset of the scope of the code before `pc`. The table must have exactly that address: if it has not, the memory
-/// has been reused meanwhile.
+/// The offset of the scope of the code before `pc`. The table must have exactly that address: if it has not,
+/// the memory has been reused meanwhile.
 fn scope(memory: &ProcessMemory, scopes: &Scopes, tables: &MethodTables, pc: u64) -> Option<u32> {
     let size = tables.places.end.checked_sub(tables.places.start).filter(|size| *size <= MAX_PLACES)?;
     let pc = pc.checked_sub(tables.code)?;

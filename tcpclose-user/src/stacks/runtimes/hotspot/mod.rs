@@ -1,11 +1,11 @@
-//! HotSpot, the virtual machine of OpenJDK. It needs no restart and no agent: `libjvm.so` exports tables of its own
-//! structures for debuggers. With these the code cache, the frames of compiled and interpreted methods, and their names
-//! and lines can be read from the process's memory.
+//! HotSpot, the virtual machine of OpenJDK. It needs no restart and no agent: `libjvm.so` exports tables of
+//! its own structures for debuggers. With these the code cache, the frames of compiled and interpreted
+//! methods, and their names and lines can be read from the process's memory.
 //!
 //! <https://github.com/openjdk/jdk/blob/jdk-17-ga/src/hotspot/share/runtime/vmStructs.hpp>
 //!
-//! The machine runs on while it is read. What is inconsistent is left out: a frame then has its address only, and the
-//! stack ends if its caller is not known.
+//! The machine runs on while it is read. What is inconsistent is left out: a frame then has its address only,
+//! and the stack ends if its caller is not known.
 
 mod code;
 mod layout;
@@ -13,6 +13,7 @@ mod method;
 
 use std::{
     collections::HashMap,
+    ops::Range,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -28,13 +29,15 @@ use crate::{
     stacks::memory::{ProcessMemory, StackMemory},
 };
 
-/// How long names are cached while the machine runs. The memory of a class that is unloaded is used for others.
+/// How long names are cached while the machine runs. The memory of a class that is unloaded is used for
+/// others.
 const CACHE_FOR: Duration = Duration::from_secs(1);
 
 /// How many are cached.
 const MAX_NAMES: usize = 8_192;
 
-/// The slots of an interpreted frame, in words from its frame pointer; the same on x86-64 and arm64, from JDK 9 on.
+/// The slots of an interpreted frame, in words from its frame pointer; the same on x86-64 and arm64, from JDK
+/// 9 on.
 ///
 /// <https://github.com/openjdk/jdk/blob/jdk-17-ga/src/hotspot/cpu/x86/frame_x86.hpp>
 mod interpreted {
@@ -44,8 +47,9 @@ mod interpreted {
 }
 
 /// Recognizes `libjvm.so`.
-pub fn recognize(symbol: &dyn Fn(&str) -> Option<u64>) -> Option<Box<dyn Program>> {
-    Symbols::find(symbol).map(|symbols| Box::new(Library(symbols)) as _)
+pub fn recognize(symbol: &dyn Fn(&str) -> Option<Range<u64>>) -> Option<Box<dyn Program>> {
+    Symbols::find(&|name| symbol(name).map(|range| range.start))
+        .map(|symbols| Box::new(Library(symbols)) as _)
 }
 
 /// A `libjvm.so`.
@@ -126,14 +130,11 @@ impl Vm {
             let outermost = found.len().saturating_sub(1);
             let frame = |(index, place): (usize, method::Place)| {
                 Arc::new(Frame {
-                    address: format!("{pc:#x}"),
                     symbol: place.symbol,
-                    module: None,
-                    offset: None,
                     file: place.file,
                     line: place.line,
                     inlined: index < outermost,
-                    truncated: None,
+                    ..Frame::nameless(pc)
                 })
             };
             found.into_iter().enumerate().map(frame).collect()

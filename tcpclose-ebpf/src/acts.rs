@@ -1,0 +1,82 @@
+//! What is done to a socket after this side has acted, or from outside. The first act of this side is in the
+//! socket's entry; these are reported as they happen, because they are rare.
+
+use aya_ebpf::EbpfContext;
+use tcpclose_common::{
+    record::{Connection, Task, act as kind},
+    tcp::{is_teardown, sock_flag, state},
+};
+
+use crate::{
+    connection::{self, StackOf},
+    emit, filter,
+    kernel::Object,
+    sock::{self, Sock},
+    stack, task,
+};
+
+/// `sock` stays in `state`. `__tcp_close()` sets the state of a socket again that was shut down before:
+/// `tcp_close_state()`.
+#[inline(always)]
+pub fn repeated(ctx: &impl EbpfContext, sock: Sock<impl Object>, state: u8) {
+    if is_teardown(state)
+        && sock::owned(sock.object) != Some(false)
+        && let Some(connection) = connection::find(sock.address)
+        && connection.reported == 0
+    {
+        if connection.actor.pid == 0 {
+            // What it did before was before the trace.
+            connection::acted(ctx, connection, StackOf::Actor);
+        } else {
+            note(ctx, connection, kind::AGAIN);
+        }
+    }
+}
+
+/// `connection` comes to its end, with `error`. If the current task destroys it from outside, that is
+/// reported. If some task acted on it before, its `close()` after a `shutdown()` may have aborted it: it
+/// finds data that was never read, or the socket may not wait in FIN_WAIT2. At an end in order the FIN was
+/// received, our own was acknowledged, or no descriptor is left.
+#[inline(always)]
+pub fn ended(ctx: &impl EbpfContext, connection: &mut Connection, error: i32) {
+    if connection.owned == 0 {
+        return;
+    }
+    let (from, flags) = (connection.last_state, connection.sock_flags);
+    let unanswered = (from == state::FIN_WAIT1 || from == state::LAST_ACK || from == state::CLOSING)
+        && connection.at_end.unacknowledged != 0;
+    let waits = from == state::FIN_WAIT2 && flags & sock_flag::DONE == 0;
+    let again =
+        error == 0 && flags & sock_flag::DEAD == 0 && connection.actor.pid != 0 && (unanswered || waits);
+    // One call: the program would have its code twice otherwise.
+    if error == ECONNABORTED || again {
+        note(ctx, connection, if again { kind::AGAIN } else { kind::DESTROYED });
+    }
+}
+
+/// `sk_err` of a socket that was destroyed from outside: `tcp_abort()`.
+const ECONNABORTED: i32 = 103;
+
+/// Reports what the current task does. It is written to the ring at once: kernels before 6.13 allow 512 bytes
+/// of stack for a program and the functions that it calls, of which this program uses most.
+#[inline(always)]
+fn note(ctx: &impl EbpfContext, connection: &mut Connection, what: u32) {
+    if task::is_nobody() || !filter::wants(connection) {
+        return;
+    }
+    let Some(mut entry) = emit::reserve_act() else { return };
+    // SAFETY: memory of the ring, aligned and mapped. An `Act` is made of integers, for which any bytes are
+    // valid.
+    let act = unsafe { &mut *entry.as_mut_ptr() };
+    act.sock = connection.sock;
+    act.born = connection.born;
+    act.at = connection::now();
+    act.kind = what;
+    act.reserved = 0;
+    act.task = Task::NONE;
+    task::meet(&mut act.task);
+    if what == kind::AGAIN {
+        stack::take(ctx, &mut act.task, true);
+    }
+    emit::submit_act(entry);
+}

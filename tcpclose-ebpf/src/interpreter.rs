@@ -1,0 +1,181 @@
+//! Lists the frames of interpreters (`tcpclose_common::interpreter`), while the thread that they belong to is
+//! the current one and cannot change them.
+
+use core::arch::asm;
+
+use aya_ebpf::{helpers::generated::bpf_probe_read_user, macros::map, maps::LruHashMap};
+use tcpclose_common::{
+    interpreter::{
+        ABSENT, FRAME_WORDS, IDENTITY_WORDS, Interpreter, MAX_INTERPRETED, MAX_INTERPRETERS, SEED, mix,
+    },
+    record::{Header, Interpreted, InterpretedFrame, STACK_STEP, VERSION, tag},
+};
+
+use crate::{
+    current::with_current,
+    emit,
+    kernel::member,
+    maps::{Slot, global},
+};
+
+/// Interpreters by the address of the `mm_struct` of their process.
+#[map]
+pub static INTERPRETERS: LruHashMap<u64, Interpreter> = LruHashMap::with_max_entries(MAX_INTERPRETERS, 0);
+
+/// Bytes of the words that tell a code object from others.
+const IDENTITY_BYTES: u32 = 8 * IDENTITY_WORDS as u32;
+
+/// How many bytes of a frame are read at most: less than 16 words.
+const MAX_BYTES: u32 = (8 * FRAME_WORDS as u32) | 7;
+
+/// A hash of the interpreter's frames that the current thread is in, a thread of process `pid` with the
+/// memory `mm`; 0 if it is in none, or if they cannot be read. With a `key` they are written to the ring as
+/// well, for the copy that has this key.
+///
+/// It calls global functions, for the reason that `recipe::recognized()` does.
+#[inline(always)]
+pub fn interpreted(pid: u64, mm: u64, key: u64) -> u64 {
+    match innermost(pid, mm) {
+        0 => 0,
+        frame => listed(mm, frame, key),
+    }
+}
+
+/// The address of the innermost frame; 0 if the current thread has none.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn innermost(pid: u64, mm: u64) -> u64 {
+    let Some(interpreter) = INTERPRETERS.get_ptr(mm) else { return 0 };
+    // SAFETY: a map value, which stays readable until the program ends. If the user half replaces it
+    // meanwhile, the frames are not found, or make no sense to the user half.
+    let interpreter = unsafe { &*interpreter };
+    if u64::from(interpreter.pid) != pid {
+        return 0;
+    }
+    let Some(state) = state(interpreter) else { return 0 };
+    let holder = if interpreter.call == ABSENT || interpreter.is_in_state != 0 {
+        state
+    } else {
+        word(state, interpreter.call).unwrap_or(0)
+    };
+    word(holder, interpreter.frame).unwrap_or(0)
+}
+
+/// The address of the current thread's state.
+#[inline(always)]
+fn state(interpreter: &Interpreter) -> Option<u64> {
+    let thread_pointer: u64 = with_current!(|current| member(current, global!(PARAMS.thread_pointer)))?;
+    word(thread_pointer, interpreter.state).filter(|state| *state != 0)
+}
+
+/// The hash of the frames from `frame` on, of a process with the memory `mm`; 0 if they cannot be read. With
+/// a `key` the list is written to the ring. Its bound is [`MAX_INTERPRETED`] frames, each a read of at most
+/// 120 bytes, and another one of 88 bytes of its code.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn listed(mm: u64, frame: u64, key: u64) -> u64 {
+    let Some(interpreter) = INTERPRETERS.get_ptr(mm) else { return 0 };
+    // SAFETY: as in `innermost()`.
+    let interpreter = unsafe { &*interpreter };
+    let Some(slot) = Slot::take() else { return 0 };
+    // SAFETY: the slot is ours, its members are plain integers.
+    let (window, list) = unsafe { (&raw mut (*slot.get()).window, &mut (*slot.get()).interpreted) };
+    let hash = walk(interpreter, frame, window, list);
+    if hash == 0 || key == 0 {
+        return hash;
+    }
+    list.header = Header { tag: tag::INTERPRETED, version: VERSION, length: size_of::<Interpreted>() as u32 };
+    list.key = key;
+    list.hash = hash;
+    list.call = if interpreter.call == ABSENT {
+        0
+    } else {
+        state(interpreter).and_then(|state| word(state, interpreter.call)).unwrap_or(0)
+    };
+    if emit::interpreted(list) { hash } else { 0 }
+}
+
+/// Goes from frame to frame and lists them, whether the list is asked for or not: the verifier examines one
+/// loop only. Returns the hash of the list.
+#[inline(always)]
+fn walk(
+    interpreter: &Interpreter,
+    innermost: u64,
+    window: *mut [u64; STACK_STEP / 8],
+    list: &mut Interpreted,
+) -> u64 {
+    // Older kernels follow a mask better than a comparison.
+    let bytes = interpreter.bytes & MAX_BYTES;
+    let mut hash = SEED;
+    let mut frame = innermost;
+    let mut index = 0;
+    while index < MAX_INTERPRETED {
+        if frame == 0 {
+            break;
+        }
+        // SAFETY: the window has room, and the helper checks the address itself.
+        if unsafe { bpf_probe_read_user(window.cast(), bytes, frame as *const _) } != 0 {
+            return 0;
+        }
+        // SAFETY: the window has more words than that.
+        let at = |place: u32| unsafe { (*window)[place as usize & 15] };
+        let code = at(interpreter.code) & Interpreter::CODE_MASK;
+        let instruction = at(interpreter.instruction);
+        let kind = at(interpreter.kind) & interpreter.kind_mask;
+        let previous = at(interpreter.previous);
+        let identity = identity(interpreter, code, window);
+        hash = mix(mix(mix(mix(hash, code), identity), instruction), kind);
+        list.frames[index] = InterpretedFrame { address: frame, code, instruction, kind, identity };
+        frame = previous;
+        index += 1;
+    }
+    list.count = index as u32;
+    list.is_cut = u32::from(frame != 0);
+    // The verifier does not learn the number: it would examine what follows once for each.
+    // SAFETY: it was just written.
+    let count = unsafe { (&raw const list.count).read_volatile() };
+    let hash = mix(hash, count.into());
+    if count == 0 { 0 } else { hash }
+}
+
+/// A hash of the words that tell a code object from others at the same address, with 0 for those that do not
+/// count; 0 if they cannot be read. They overwrite the window.
+#[inline(always)]
+fn identity(interpreter: &Interpreter, code: u64, window: *mut [u64; STACK_STEP / 8]) -> u64 {
+    let from = code.wrapping_add(u64::from(interpreter.identity));
+    // SAFETY: the window has room, and the helper checks the address itself.
+    if unsafe { bpf_probe_read_user(window.cast(), IDENTITY_BYTES, from as *const _) } != 0 {
+        return 0;
+    }
+    let mut hash = SEED;
+    let mut index = 0;
+    while index < IDENTITY_WORDS {
+        // SAFETY: the index is below the length of the window.
+        hash =
+            mix(hash, unsafe { (*window)[index] } & below(index as u64, interpreter.identity_words.into()));
+        index += 1;
+    }
+    hash
+}
+
+/// All bits if `index` is below `count`, else none. In assembly, because a branch would double the paths of
+/// each round.
+#[inline(always)]
+fn below(index: u64, count: u64) -> u64 {
+    let mut mask = index;
+    // SAFETY: operations on registers.
+    unsafe {
+        asm!("{0} -= {1}", "{0} s>>= 63", inout(reg) mask, in(reg) count, options(pure, nomem, nostack));
+    }
+    mask
+}
+
+/// The word so many bytes from an address of the current process.
+#[inline(always)]
+fn word(address: u64, offset: u32) -> Option<u64> {
+    let mut found = 0u64;
+    let from = address.wrapping_add(u64::from(offset));
+    // SAFETY: the helper checks the address itself.
+    let failed = unsafe { bpf_probe_read_user((&raw mut found).cast(), 8, from as *const _) };
+    if failed == 0 { Some(found) } else { None }
+}

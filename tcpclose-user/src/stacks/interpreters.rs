@@ -1,0 +1,133 @@
+//! Describes interpreters to the kernel half, which then lists their frames: see
+//! [`tcpclose_common::interpreter`].
+//!
+//! A process is described as soon as it is noticed if a file that it has mapped is called like an
+//! interpreter, so that even its first stack has the functions of the program. Other processes, such as
+//! servers that embed an interpreter, are described when a stack shows that they have one.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use anyhow::{Context as _, Result};
+use aya::maps::{HashMap as BpfHashMap, MapData};
+use object::ReadCache;
+use tcpclose_common::interpreter::Interpreter;
+
+use super::{
+    elf::Segments,
+    memory::ProcessMemory,
+    runtimes::{self, Program},
+};
+use crate::{
+    attribute::{
+        mappings::{Backing, Identity, Mapping},
+        process::Image,
+    },
+    kernel::handle::KernelHalf,
+};
+
+/// How many files are cached. When there are more, all are dropped and read again.
+const MAX_FILES: usize = 64;
+
+/// What the names of interpreters' files begin with.
+const NAMES: [&str; 2] = ["python", "libpython"];
+
+/// The map of the kernel half that describes interpreters, and the files that contain some.
+pub struct Interpreters {
+    /// By the address of their process's `mm_struct`.
+    described: BpfHashMap<MapData, u64, Interpreter>,
+    /// `None` for one that cannot be read.
+    files: HashMap<Identity, Option<Contents>>,
+}
+
+/// A file.
+struct Contents {
+    segments: Segments,
+    runtimes: Vec<Box<dyn Program>>,
+}
+
+/// Interpreters that two threads describe.
+pub type Shared = Arc<Mutex<Interpreters>>;
+
+/// Locks them, also after another thread has panicked: they are consistent between two calls.
+pub fn lock(interpreters: &Mutex<Interpreters>) -> MutexGuard<'_, Interpreters> {
+    interpreters.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Interpreters {
+    /// Takes the map out of the kernel half.
+    ///
+    /// # Errors
+    /// The object lacks it.
+    pub fn new(kernel: &mut KernelHalf) -> Result<Self> {
+        Ok(Self { described: kernel.take_map("INTERPRETERS")?, files: HashMap::new() })
+    }
+
+    /// Has the kernel half list the frames of the interpreter of process `pid`, with this `mm_struct`. The id
+    /// is that of the initial pid namespace.
+    ///
+    /// # Errors
+    /// The kernel refuses to change the map.
+    pub fn describe(&mut self, (pid, mm): (u32, u64), interpreter: Interpreter) -> Result<()> {
+        self.described
+            .insert(mm, Interpreter { pid, ..interpreter }, 0)
+            .context("cannot describe an interpreter to the kernel half")
+    }
+
+    /// Describes the interpreter of process `pid`, if the names of its files show that it has one.
+    ///
+    /// # Errors
+    /// Those of [`Self::describe`].
+    pub fn noticed(&mut self, pid: u32, mm: u64, image: &Image) -> Result<()> {
+        let found = image.mappings.iter().find_map(|mapping| self.interpreter(image, mapping));
+        found.map_or(Ok(()), |interpreter| self.describe((pid, mm), interpreter))
+    }
+
+    /// The interpreter in a mapped file.
+    fn interpreter(&mut self, image: &Image, mapping: &Mapping) -> Option<Interpreter> {
+        let Backing::File { path, module: Some(module), .. } = &mapping.backing else { return None };
+        if !is_named_like_one(path) {
+            return None;
+        }
+        let identity = module.identity();
+        if self.files.len() >= MAX_FILES && !self.files.contains_key(&identity) {
+            self.files.clear();
+        }
+        let read = || read(module.open(image.pid, mapping.start, mapping.end)?);
+        let Contents { segments, runtimes } = self.files.entry(identity).or_insert_with(read).as_ref()?;
+        let bias = segments.bias(mapping)?;
+        runtimes.iter().find_map(|program| {
+            program.attach(image.pid, ProcessMemory::open(image.pid)?, bias)?.interpreter()
+        })
+    }
+}
+
+fn is_named_like_one(path: &Path) -> bool {
+    let name = path.file_name().map(|name| name.to_string_lossy());
+    name.is_some_and(|name| NAMES.iter().any(|beginning| name.starts_with(beginning)))
+}
+
+fn read(file: File) -> Option<Contents> {
+    let cache = ReadCache::new(file);
+    let file = object::File::parse(&cache).ok().filter(object::Object::is_64)?;
+    Some(Contents { segments: Segments::read(&file), runtimes: runtimes::of(&file) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_of_interpreters_are_known_by_name() {
+        for path in ["/usr/bin/python3.11", "/opt/python", "/usr/lib/x86_64-linux-gnu/libpython3.13.so.1.0"] {
+            assert!(is_named_like_one(Path::new(path)), "{path}");
+        }
+        for path in ["/usr/lib/python3/dist-packages/a.so", "/usr/bin/ipython", "/"] {
+            assert!(!is_named_like_one(Path::new(path)), "{path}");
+        }
+    }
+}

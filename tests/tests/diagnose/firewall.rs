@@ -1,0 +1,174 @@
+//! Stateful firewalls that forget connections.
+
+use std::{
+    collections::VecDeque,
+    io::{Read, Write},
+    net::{Shutdown, TcpListener, TcpStream},
+    process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, ensure};
+use serde_json::Value;
+use tcpclose_tests::{PATIENCE, netns::Namespace, scratch::Scratch, servers::is_missing, tool::Launch};
+
+use super::{SEVERAL, findings_of_files, only, told};
+
+const NFT: &str = "/usr/sbin/nft";
+const PORT: u16 = 7000;
+const SERVER: &str = "10.77.0.2";
+
+/// A firewall that forgets a connection after two seconds without a packet, and resets what it does not know.
+const RULES: &str = "table inet filter {
+    chain input {
+        type filter hook input priority 0;
+        iif lo accept
+        meta l4proto tcp ct state invalid reject with tcp reset
+    }
+}";
+
+/// Two hosts, the second behind the firewall.
+fn hosts() -> Result<[Namespace; 2]> {
+    let hosts = Namespace::pair([&["10.77.0.1/24"], &["10.77.0.2/24"]])?;
+    let mut nft = Command::new(NFT);
+    hosts[1].enter(&mut nft)?;
+    let mut nft = nft.args(["-f", "-"]).stdin(Stdio::piped()).spawn()?;
+    if let Some(mut rules) = nft.stdin.take() {
+        rules.write_all(RULES.as_bytes())?;
+    }
+    ensure!(nft.wait()?.success(), "nft refuses the rules");
+    for (timeout, seconds) in [("established", "2"), ("close_wait", "2"), ("fin_wait", "2")] {
+        hosts[1].set_sysctl(&format!("net/netfilter/nf_conntrack_tcp_timeout_{timeout}"), seconds)?;
+    }
+    // A connection that it does not know is not picked up.
+    hosts[1].set_sysctl("net/netfilter/nf_conntrack_tcp_loose", "0")?;
+    Ok(hosts)
+}
+
+fn connect(host: &Namespace) -> Result<TcpStream> {
+    let stream = host.inside(|| Ok(TcpStream::connect((SERVER, PORT))?))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
+
+fn ask(stream: &mut TcpStream) -> std::io::Result<()> {
+    stream.write_all(b"ask\n")?;
+    stream.read_exact(&mut [0; 2])
+}
+
+/// Six connections are closed after a second, and six are used again after more than two.
+#[test]
+fn a_firewall_that_forgets_idle_connections() -> Result<()> {
+    if is_missing(&[NFT]) {
+        return Ok(());
+    }
+    let hosts = hosts()?;
+    let tool = Launch::new()?.trace(&hosts).args(["--linger", "off", "--stack", "none"]).start()?;
+    let listener = hosts[1].inside(|| Ok(TcpListener::bind((SERVER, PORT))?))?;
+    let server = thread::spawn(move || {
+        for connection in listener.incoming().take(2 * SEVERAL).flatten() {
+            thread::spawn(move || {
+                let mut connection = connection;
+                while connection.read_exact(&mut [0; 4]).is_ok() && connection.write_all(b"42").is_ok() {}
+            });
+        }
+    });
+    let mut waiting = Vec::new();
+    for _ in 0..SEVERAL {
+        let (mut short, mut long) = (connect(&hosts[0])?, connect(&hosts[0])?);
+        ask(&mut short)?;
+        ask(&mut long)?;
+        waiting.push((short, long, Instant::now()));
+        // A restart of the firewall would end them all at the same time.
+        thread::sleep(Duration::from_millis(1100));
+        // The firewall lets the FIN through.
+        let short = waiting.last().map(|(short, ..)| short);
+        short.map(|short| short.shutdown(Shutdown::Both)).transpose()?;
+    }
+    for (_, mut long, since) in waiting {
+        thread::sleep(Duration::from_secs(5).saturating_sub(since.elapsed()));
+        ensure!(ask(&mut long).is_err(), "the firewall has not forgotten it");
+        thread::sleep(Duration::from_millis(1100));
+    }
+    server.join().map_err(|_| anyhow::anyhow!("the server panicked"))?;
+    let is_end = |line: &&Value| line["event"] == "close" && line["connection"]["role"] == "client";
+    ensure!(tool.wait_until(|lines| lines.iter().filter(is_end).count() >= 2 * SEVERAL), "not all ended");
+    let ended = tool.stop()?;
+    let (own, lines): (Vec<_>, Vec<_>) = ended.lines.into_iter().partition(|line| line["event"] == "finding");
+    let finding = only(&own, "idle_cut")?;
+    ensure!(finding["count"] == SEVERAL && finding["remote"]["port"] == PORT, "{finding:#}");
+    let milliseconds = |name: &str| finding["evidence"][name].as_f64().unwrap_or_default();
+    let (died, lived) =
+        (milliseconds("shortest_idle_that_died_ms"), milliseconds("longest_idle_that_lived_ms"));
+    ensure!((900.0..2000.0).contains(&lived) && died > 2000.0, "{finding:#}");
+
+    // As if each host had been traced by itself.
+    let of = |host: &Namespace| -> Vec<Value> {
+        lines.iter().filter(|line| line["connection"]["netns"] == host.inode()).cloned().collect()
+    };
+    let apart = findings_of_files(&Scratch::new()?, &[&of(&hosts[0]), &of(&hosts[1])])?;
+    ensure!(told(&apart) == told(&own), "the files of both hosts have {apart:#?}");
+    Ok(())
+}
+
+/// Clients that have sent all of their request shut down sending. Six of them wait so long for the answer
+/// that the firewall forgets them: the client's kernel acknowledges the answer, but the firewall lets nothing
+/// through to the server. Six others get their answer at once.
+#[test]
+fn a_firewall_that_cuts_half_closed_connections() -> Result<()> {
+    if is_missing(&[NFT]) {
+        return Ok(());
+    }
+    let hosts = hosts()?;
+    // The server's kernel soon stops to send again what is not acknowledged.
+    hosts[1].set_sysctl("net/ipv4/tcp_orphan_retries", "1")?;
+    let tool = Launch::new()?.trace(&hosts).args(["--linger", "off", "--stack", "none"]).start()?;
+    let listener = hosts[1].inside(|| Ok(TcpListener::bind((SERVER, PORT))?))?;
+    let ask = || -> Result<(TcpStream, TcpStream)> {
+        let mut client = connect(&hosts[0])?;
+        let (mut connection, _) = listener.accept()?;
+        client.write_all(b"ask\n")?;
+        client.shutdown(Shutdown::Write)?;
+        connection.read_to_end(&mut Vec::new())?;
+        Ok((client, connection))
+    };
+    // They are apart in time, because a restart of the firewall would end them all at once.
+    let mut clients = Vec::new();
+    let mut waiting = VecDeque::new();
+    while clients.len() < SEVERAL || !waiting.is_empty() {
+        if clients.len() < SEVERAL {
+            let (mut client, mut connection) = ask()?;
+            connection.write_all(b"42")?;
+            drop(connection);
+            ensure!(client.read_to_end(&mut Vec::new())? == 2, "no answer");
+            let (client, connection) = ask()?;
+            clients.push(client);
+            waiting.push_back((connection, Instant::now()));
+        }
+        thread::sleep(Duration::from_millis(1100));
+        let is_forgotten = |(_, since): &mut (_, Instant)| since.elapsed() > Duration::from_secs(3);
+        while let Some((mut connection, _)) = waiting.pop_front_if(is_forgotten) {
+            connection.write_all(b"42")?;
+        }
+    }
+    let is_cut = |line: &&Value| line["event"] == "close" && line["ended"] == "timeout";
+    ensure!(tool.wait_until(|lines| lines.iter().filter(is_cut).count() >= SEVERAL), "not all ended");
+    drop(clients);
+    let ended = tool.stop()?;
+    let (own, lines): (Vec<_>, Vec<_>) = ended.lines.into_iter().partition(|line| line["event"] == "finding");
+    let finding = only(&own, "idle_cut")?;
+    ensure!(finding["count"] == SEVERAL && finding["evidence"]["local_port"] == PORT, "{finding:#}");
+    let milliseconds = |name: &str| finding["evidence"][name].as_f64().unwrap_or_default();
+    let died = milliseconds("shortest_half_closed_that_died_ms");
+    let lived = milliseconds("longest_half_closed_that_lived_ms");
+    ensure!(died > 2000.0 && lived < 2000.0, "{finding:#}");
+
+    // As if each host had been traced by itself.
+    let of = |host: &Namespace| -> Vec<Value> {
+        lines.iter().filter(|line| line["connection"]["netns"] == host.inode()).cloned().collect()
+    };
+    let apart = findings_of_files(&Scratch::new()?, &[&of(&hosts[0]), &of(&hosts[1])])?;
+    ensure!(told(&apart) == told(&own), "the files of both hosts have {apart:#?}");
+    Ok(())
+}

@@ -1,0 +1,79 @@
+//! The page of `diagnose --html`, opened in Chromium.
+
+use std::{fs, process::Command};
+
+use anyhow::{Context, Result, ensure};
+use tcpclose_tests::{
+    netns::run,
+    servers::{BACKEND_PORT, PYTHON, is_missing},
+    tool::Launch,
+};
+
+use super::{SEVERAL, Site, ask, json_lines, status};
+
+const CHROMIUM: &str = "/usr/bin/chromium";
+
+/// Chromium reads the page without a network, finds no error in it, and has all parts of it. With
+/// `TCPCLOSE_TESTS_SCREENSHOT=FILE` it also takes a picture.
+#[test]
+fn chromium_shows_the_page() -> Result<()> {
+    if is_missing(&[PYTHON, CHROMIUM]) {
+        return Ok(());
+    }
+    let site = Site::open_with(&["--stack", "user"])?;
+    let _app = site.app("1")?;
+    let mut clients = site.connect_several(BACKEND_PORT)?;
+    for client in &mut clients {
+        ask(client, "GET /")?;
+        ensure!(status(client)? == 200);
+    }
+    site.tool.wait_for("a socket in CLOSE_WAIT", |line| line["event"] == "lingering")?;
+    for _ in 0..SEVERAL {
+        ensure!(site.connect(1).is_err(), "something listens at port 1");
+    }
+    drop(clients);
+    let is_end = |line: &&serde_json::Value| line["event"] == "close";
+    ensure!(
+        site.tool.wait_until(|lines| lines.iter().filter(is_end).count() >= 3 * SEVERAL),
+        "not all ended"
+    );
+    let ended = site.tool.stop()?;
+    let (events, page) = (site.folder.path().join("events.jsonl"), site.folder.path().join("page.html"));
+    let text = json_lines(&ended.lines);
+    fs::write(&events, text)?;
+    let output =
+        Launch::new()?.args(["diagnose".as_ref(), "--html".as_ref(), page.as_os_str(), events.as_os_str()]);
+    ensure!(output.output()?.status.success(), "the page was not written");
+
+    let url = format!("file://{}", page.display());
+    let chromium = || {
+        let mut command = Command::new(CHROMIUM);
+        command.args(["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1100,2600"]);
+        command.arg(format!("--user-data-dir={}", site.folder.path().join("profile").display()));
+        site.namespace.enter(&mut command)?;
+        anyhow::Ok(command)
+    };
+    if let Some(file) = std::env::var_os("TCPCLOSE_TESTS_SCREENSHOT") {
+        let file = file.into_string().ok().context("the name of the file is not text")?;
+        run(chromium()?.arg(format!("--screenshot={file}")).arg(&url))?;
+    }
+    let dom = run(chromium()?.arg("--dump-dom").arg(&url))?;
+    for part in [
+        "<h3>refused</h3>",
+        "<h3>keepalive_mismatch</h3>",
+        "Ends of connections over time, by cause",
+        "Sockets in CLOSE_WAIT",
+        "Sockets in TIME_WAIT",
+        "Where programs closed",
+        "class=\"flames\"",
+    ] {
+        ensure!(dom.contains(part), "{part} is not in the page:\n{dom}");
+    }
+    // The axis of every diagram over time has two times.
+    let times = dom.matches(" UTC</text>").count();
+    ensure!(times == 3 && !dom.contains("<parsererror"), "{times} diagrams have an axis:\n{dom}");
+    for value in dom.split("y=\"").skip(1).filter_map(|rest| rest.split('"').next()) {
+        ensure!(value.parse::<f64>().is_ok(), "{value} is no coordinate");
+    }
+    Ok(())
+}

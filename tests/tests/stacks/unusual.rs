@@ -1,0 +1,249 @@
+//! Stacks of unusual shape: of signal handlers, on other memory than the thread's, among many mappings, of
+//! threads and coroutines that take turns, and in libraries that are unloaded at once.
+
+use std::{
+    io::Read as _,
+    net::TcpListener,
+    path::{Path, PathBuf},
+    process::Command,
+    thread,
+};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use tcpclose_tests::{
+    expect::shortened,
+    netns::{self, Namespace},
+    program::Program,
+    scratch::Scratch,
+    servers::is_missing,
+    tool::Launch,
+};
+
+use super::{GDB, PORT, compile, gdb, hangs_up_as, part};
+
+const GCC: &str = "/usr/bin/gcc";
+
+fn program(folder: &Scratch) -> Result<PathBuf> {
+    compile(GCC, &["-O2", "-g", "-fomit-frame-pointer"], "unusual.c", folder)
+}
+
+fn one(shape: &str) -> Result<Option<(gdb::Backtrace, Value)>> {
+    if is_missing(&[GDB, GCC]) {
+        return Ok(None);
+    }
+    let folder = Scratch::new()?;
+    hangs_up_as(&program(&folder)?, &[shape], Launch::new()?).map(Some)
+}
+
+/// The function that a signal handler returns to is not followed further, and the stack says so.
+#[test]
+fn signal_handler() -> Result<()> {
+    let Some((backtrace, frames)) = one("signal")? else { return Ok(()) };
+    for function in ["hang_up", "on_signal"] {
+        backtrace.ensure_names(function, &frames)?;
+    }
+    backtrace.ensure_begins_with(&frames)
+}
+
+/// The copy of the stack's memory has the handler's stack, and not the one that the signal has interrupted.
+#[test]
+fn signal_handler_with_a_stack_of_its_own() -> Result<()> {
+    let Some((backtrace, frames)) = one("altstack")? else { return Ok(()) };
+    for function in ["hang_up", "on_signal"] {
+        backtrace.ensure_names(function, &frames)?;
+    }
+    backtrace.ensure_begins_with(&frames)
+}
+
+/// It ends in a function of libc without unwind tables; gdb goes on to what it takes for frames, at address 0
+/// in the end.
+#[test]
+fn coroutine() -> Result<()> {
+    let Some((backtrace, frames)) = one("coroutine")? else { return Ok(()) };
+    for function in ["hang_up", "body"] {
+        backtrace.ensure_names(function, &frames)?;
+    }
+    backtrace.ensure_begins_with(&frames)
+}
+
+#[test]
+fn ten_thousand_mappings() -> Result<()> {
+    let Some((backtrace, frames)) = one("mappings")? else { return Ok(()) };
+    backtrace.ensure_equals(&frames)
+}
+
+/// As the code of a just-in-time compiler may be. More than are kept, but the files are.
+#[test]
+fn ten_thousand_mappings_of_code() -> Result<()> {
+    let Some((backtrace, frames)) = one("code")? else { return Ok(()) };
+    backtrace.ensure_equals(&frames)
+}
+
+/// A 32-bit program's stack is not followed: there is one frame, which says so, and none is invented.
+#[test]
+fn thirty_two_bits() -> Result<()> {
+    if is_missing(&[GDB, GCC, "/usr/lib32/libc.so.6"]) {
+        return Ok(());
+    }
+    let folder = Scratch::new()?;
+    let program = compile(GCC, &["-m32", "-O2", "-g"], "hang_up.c", &folder)?;
+    let namespace = Namespace::new()?;
+    let tool = Launch::new()?.trace([&namespace]).start()?;
+    let listener = namespace.inside(|| Ok(TcpListener::bind(("127.0.0.1", PORT))?))?;
+    let mut command = Command::new(program);
+    command.arg(PORT.to_string());
+    let mut program = Program::start(&namespace, command)?;
+    ensure!(program.line()? == "connected");
+    let _accepted = listener.accept()?;
+    program.tell("go")?;
+    let line =
+        super::told(&tool, &json!({"connection": {"role": "client"}, "process": {"pid": program.pid()}}))?;
+    let frames = line["stack"]["user"].as_array().context("no stack")?;
+    ensure!(line["trigger"] == "close" && frames.len() == 1, "{}", shortened(&line));
+    ensure!(
+        frames[0]["symbol"].is_null() && frames[0]["truncated"] == "no_unwind_information",
+        "{}",
+        frames[0]
+    );
+    Ok(())
+}
+
+/// A running program of the kind, whose connections are accepted.
+fn start(
+    folder: &Scratch,
+    namespace: &Namespace,
+    shape: &str,
+    libraries: &[(&str, &Path)],
+) -> Result<Program> {
+    for port in [PORT, PORT + 1] {
+        let listener = namespace.inside(|| Ok(TcpListener::bind(("127.0.0.1", port))?))?;
+        thread::spawn(move || {
+            // Each ends with a RST.
+            listener.incoming().flatten().for_each(|mut accepted| drop(accepted.read(&mut [0])));
+        });
+    }
+    let mut command = Command::new(program(folder)?);
+    command.args([&PORT.to_string(), shape, "orders"]).envs(libraries.iter().copied());
+    let program = Program::start(namespace, command)?;
+    ensure!(program.line()? == "connected");
+    Ok(program)
+}
+
+/// Whether this line is the end of a connection that the program has closed.
+fn is_close(line: &Value, program: &Program) -> bool {
+    line["event"] == "close"
+        && line["connection"]["role"] == "client"
+        && line["process"]["pid"] == program.pid()
+}
+
+/// The destination's port, and the names of the frames that have one.
+fn names(line: &Value) -> Result<(u16, Vec<String>)> {
+    let frames = line["stack"]["user"].as_array().with_context(|| shortened(line))?;
+    let names = frames.iter().filter_map(|frame| Some(frame["symbol"].as_str()?.to_owned())).collect();
+    let port = line["connection"]["remote"]["port"].as_u64().context("no port")?;
+    Ok((u16::try_from(port)?, names))
+}
+
+/// The function that closes connections to this port, and the one that does not.
+fn expected(port: u16) -> (&'static str, &'static str) {
+    if port == PORT { ("first", "second") } else { ("second", "first") }
+}
+
+fn ensure_each_is_its_own(shape: &str, outermost: &str) -> Result<()> {
+    const FEW: usize = 6;
+    const EACH: usize = 1_000;
+    if is_missing(&[GCC]) {
+        return Ok(());
+    }
+    let (folder, namespace) = (Scratch::new()?, Namespace::new()?);
+    let tool = Launch::new()?.trace([&namespace]).args(["--event", "close"]).start()?;
+    let mut program = start(&folder, &namespace, shape, &[])?;
+    // Only so many whole copies find room in the ring, if the tool gets no CPU meanwhile. After a first few
+    // closes the stacks are recognized.
+    for done in (0..FEW).step_by(2) {
+        ensure!(program.ask("go 1")? == "done");
+        let are_there =
+            tool.wait_until(|lines| lines.iter().filter(|line| is_close(line, &program)).count() == done + 2);
+        ensure!(are_there, "no lines for the closes after the first {done}");
+    }
+    ensure!(program.ask(&format!("go {EACH}"))? == "done");
+    let lines = tool.stop()?.lines;
+    let closes: Vec<_> = lines.iter().filter(|line| is_close(line, &program)).collect();
+    ensure!(closes.len() == FEW + 2 * EACH, "{} of {} closes", closes.len(), FEW + 2 * EACH);
+    for line in closes {
+        let (port, names) = names(line)?;
+        let (own, other) = expected(port);
+        let is_there = |name: &str| names.iter().any(|it| it == name);
+        let outermost = format!("{own}_{outermost}");
+        ensure!(
+            is_there("hang_up") && is_there(own) && is_there(&outermost) && !is_there(other),
+            "{port}: {names:?}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn two_threads() -> Result<()> {
+    ensure_each_is_its_own("threads", "thread")
+}
+
+#[test]
+fn coroutines_that_switch() -> Result<()> {
+    ensure_each_is_its_own("switching", "coroutine")
+}
+
+/// Each library is loaded where the one before was. What is known of the mappings must not outlive them, nor
+/// may the first one's stack be recognized without a new look at them.
+#[test]
+fn libraries_that_take_turns() -> Result<()> {
+    take_turns("libraries", |names, own| names.iter().any(|name| name == own))
+}
+
+/// Each library is gone before its mapping can be looked up.
+#[test]
+fn libraries_that_are_unloaded_at_once() -> Result<()> {
+    take_turns("unloaded", |_, _| true)
+}
+
+fn take_turns(shape: &str, is_good: impl Fn(&[String], &str) -> bool) -> Result<()> {
+    if is_missing(&[GCC]) {
+        return Ok(());
+    }
+    let folder = Scratch::new()?;
+    let library = |name: &str, more: &[&str]| {
+        let path = folder.path().join(format!("{name}.so"));
+        let mut compiler = Command::new(GCC);
+        compiler.args(["-O2", "-g", "-shared", "-fPIC", &format!("-DNAME={name}"), "-o"]).arg(&path);
+        netns::run(compiler.args(more).arg(part("library.c"))).map(|_| path)
+    };
+    let (first, second) = (library("first", &[])?, library("second", &["-DOTHER=other"])?);
+    let namespace = Namespace::new()?;
+    let tool = Launch::new()?.trace([&namespace]).args(["--event", "close"]).start()?;
+    let mut program = start(&folder, &namespace, shape, &[("A", &first), ("B", &second)])?;
+    let mut pages = Vec::new();
+    for turn in 1..=6 {
+        let answer = program.ask("go 1")?;
+        pages.push(
+            answer
+                .get(..answer.find(' ').unwrap_or(0))
+                .and_then(|it| it.get(..it.len() - 3))
+                .map(str::to_owned),
+        );
+        let lines = std::cell::RefCell::new(Vec::new());
+        let are_there = tool.wait_until(|lines_so_far| {
+            let closes = lines_so_far.iter().filter(|line| is_close(line, &program));
+            lines.replace(closes.cloned().collect());
+            lines.borrow().len() == turn
+        });
+        ensure!(are_there, "no line for turn {turn}");
+        let lines = lines.into_inner();
+        let (port, names) = names(lines.last().context("no line")?)?;
+        let (own, other) = expected(port);
+        ensure!(is_good(&names, own) && !names.iter().any(|name| name == other), "{turn}: {port}: {names:?}");
+    }
+    pages.dedup();
+    ensure!(pages.len() == 1, "the libraries were not loaded to the same place: {pages:?}");
+    Ok(())
+}
