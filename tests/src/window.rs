@@ -3,8 +3,8 @@
 //!
 //! A shared tool traces all namespaces and runs until the test program is over: it ends when the reader of
 //! its output is gone. A test sees the lines of its own namespaces and those that may be about them. A window
-//! can tell that its output is complete because the tool delays no line for longer than two reads of its ring
-//! buffer.
+//! can tell that its output is complete because the tool delays no line by more than a tenth of a second from
+//! the read of its ring buffer that found what the line is about.
 
 use std::{
     collections::BTreeMap,
@@ -12,6 +12,7 @@ use std::{
     net::{Ipv4Addr, TcpListener, TcpStream},
     os::unix::fs::MetadataExt as _,
     sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 use anyhow::Result;
@@ -24,9 +25,12 @@ use crate::{
     tool::{Ended, Launch, Tool, View},
 };
 
-/// Connections that are ended and reported, one after the other, before a window is closed. Each one means
-/// that the tool has read its ring buffer to the end once more; lines that this read releases may follow the
-/// one of the connection.
+/// How long the tool keeps an ending back at most, from the read that found it.
+const PATIENCE: Duration = Duration::from_millis(100);
+
+/// Connections that are ended and reported, one after the other, once that time is over and before a window is
+/// closed. The read that reports the first of them may have begun before, and lines that the read of the
+/// second one releases may follow that one's.
 const ROUNDS: usize = 3;
 
 /// The view that one test has of a shared tool.
@@ -74,6 +78,12 @@ impl Window {
     /// Waits until everything that has happened is reported, and returns the lines of the window.
     pub fn close(self) -> Result<Ended> {
         let everything = View { namespaces: None, ..self.view };
+        wait_for_own_end(&self.tool, &everything)?;
+        // All that had happened has been read.
+        let read = Instant::now();
+        while read.elapsed() < PATIENCE {
+            wait_for_own_end(&self.tool, &everything)?;
+        }
         for _ in 0..ROUNDS {
             wait_for_own_end(&self.tool, &everything)?;
         }

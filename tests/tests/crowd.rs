@@ -95,8 +95,50 @@ fn index(lines: &[Value]) -> Index<'_> {
 /// Out of this many ends, one may be reported wrongly because the kernel ran no BPF program for it.
 const ENDS_FOR_EACH_EXCUSED: usize = 10_000;
 
+/// How often that is seen is a matter of chance, and two crowds are unlikely to have bad luck both.
 #[test]
 fn every_end_is_reported_once_with_its_owner() -> Result<()> {
+    let first = trace_crowd()?;
+    if first.is_within_limit() {
+        return Ok(());
+    }
+    println!("{first}; once more");
+    let second = trace_crowd()?;
+    ensure!(second.is_within_limit(), "two crowds: {first}; and {second}");
+    Ok(())
+}
+
+/// The ends of a crowd, all of which were reported rightly but those that the kernel ran no BPF program for.
+struct Outcome {
+    ends: usize,
+    /// Complaints about ends that the kernel ran no BPF program for.
+    excused: BTreeMap<End, Vec<String>>,
+}
+
+impl Outcome {
+    fn allowed(&self) -> usize {
+        self.ends / ENDS_FOR_EACH_EXCUSED
+    }
+
+    fn is_within_limit(&self) -> bool {
+        self.excused.len() <= self.allowed()
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { ends, excused } = self;
+        write!(
+            f,
+            "{} of {ends} ends are wrong where the kernel ran no BPF program, and {} are allowed: {excused:#?}",
+            excused.len(),
+            self.allowed()
+        )
+    }
+}
+
+/// Traces a crowd, and compares every line with the claims of its processes.
+fn trace_crowd() -> Result<Outcome> {
     let bed = Bed::new(routes::loopback_ipv4())?;
     let trace = Trace::alone(&bed, &["--findings", "off"])?;
     let before = Counters::read(bed.namespace(Side::Client))?;
@@ -136,14 +178,8 @@ fn every_end_is_reported_once_with_its_owner() -> Result<()> {
     for reset in &hidden.resets {
         excused.entry(*reset).or_default().push("this RST may be missing".to_owned());
     }
-    let (ends, allowed) = (claims.len(), claims.len() / ENDS_FOR_EACH_EXCUSED);
-    println!("{ends} ends; the kernel ran no BPF program for {hidden:?}; excused: {excused:#?}");
-    ensure!(
-        excused.len() <= allowed,
-        "{} of {ends} ends, more than {allowed}, are wrong where the kernel ran no BPF program: {excused:#?}",
-        excused.len()
-    );
-    Ok(())
+    println!("{} ends; the kernel ran no BPF program for {hidden:?}", claims.len());
+    Ok(Outcome { ends: claims.len(), excused })
 }
 
 /// Compares the tool's lines with the claims of the processes.

@@ -92,6 +92,12 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
         .find(|file| file.is_file())
 }
 
+/// Whether this is a run of a CI system, as all of them set it: nobody reads messages, and the machine is
+/// thrown away.
+pub(crate) fn is_ci() -> bool {
+    env::var_os("CI").is_some_and(|value| !value.is_empty() && value != "false")
+}
+
 /// Whether this process is root.
 pub(crate) fn is_root() -> bool {
     // The owner of a process's directory in /proc is its effective user.

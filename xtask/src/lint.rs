@@ -1,6 +1,6 @@
 //! Format and lints.
 
-use std::{env, path::PathBuf, process::Command};
+use std::{path::PathBuf, process::Command};
 
 use anyhow::{Context, Result, bail};
 
@@ -111,7 +111,7 @@ fn kernel_half_driver(tools: &Tools) -> Option<PathBuf> {
 /// Reports a check that cannot be made. In CI that is a failure, because nobody reads a message there.
 fn missing(what: &str, fix: &str) -> Result<()> {
     let message = format!("{what}; install it with `{fix}`");
-    if env::var_os("CI").is_some_and(|value| !value.is_empty() && value != "false") {
+    if command::is_ci() {
         bail!(message);
     }
     say(&message);
