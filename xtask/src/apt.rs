@@ -101,11 +101,7 @@ pub(crate) fn install(packages: &[Package]) -> Result<bool> {
     installed.map(|()| true)
 }
 
-fn install_command<'a>(
-    apt_get: &'a mut Command,
-    packages: &[Package],
-    removal: Removal,
-) -> &'a mut Command {
+fn install_command<'a>(apt_get: &'a mut Command, packages: &[Package], removal: Removal) -> &'a mut Command {
     apt_get
         .args(["install", "--yes", "--quiet", "--no-install-recommends"])
         // Another apt-get, such as unattended-upgrades, may be at work.
