@@ -113,7 +113,12 @@ impl Trace {
     pub fn verify(self, bed: &Bed, expected: Vec<Value>) -> Result<()> {
         let expected = features::reportable(expected);
         let count = expected.len();
-        let ended = self.finish(bed, |lines| lines.len() >= count)?;
+        let mut ended = self.finish(bed, |lines| lines.len() >= count)?;
+        // On two processors a late segment may arrive when a socket is gone and its TIME_WAIT is not there yet
+        // (`tcp_time_wait()`). The kernel answers it with a RST, which it has counted.
+        if !expected.iter().any(|line| line["cause"] == "no_listener") {
+            ended.lines.retain(|line| !is_answer_without_socket(line));
+        }
         let mismatches = expect::mismatches(&ended.lines, &expected);
         ensure!(mismatches.is_empty(), "{mismatches}\n{ended}");
         Ok(())
@@ -222,6 +227,18 @@ fn fields_of(event: &str, expected: &Value) -> Result<Value> {
     let unknown = fields.keys().find(|field| !["close", "reset"].iter().any(|event| has_field(event, field)));
     ensure!(unknown.is_none(), "no event has the field {unknown:?}");
     Ok(fields.clone().into_iter().filter(|(field, _)| has_field(event, field)).collect())
+}
+
+/// Whether a line reports a RST that the host sent because a segment had no socket.
+pub fn is_answer_without_socket(line: &Value) -> bool {
+    let without_socket = json!({
+        "event": "reset",
+        "direction": "sent",
+        "cause": "no_listener",
+        "process": null,
+        "state": null,
+    });
+    expect::differences(line, &without_socket).is_empty()
 }
 
 /// Starts a tool that traces only this bed.

@@ -15,7 +15,7 @@ use tcpclose_tests::{
     crowd::{Claim, Kind, connections},
     expect::{but, differences, one_of},
     features::Feature,
-    scenario::{Trace, routes},
+    scenario::{Trace, is_answer_without_socket, routes},
     snmp::Counters,
     sockets::{self, TIME_WAIT},
 };
@@ -280,18 +280,6 @@ impl fmt::Display for Complaints {
         }
         Ok(())
     }
-}
-
-/// Whether a line reports a RST that the host sent because a segment had no socket.
-fn is_answer_without_socket(line: &Value) -> bool {
-    let without_socket = json!({
-        "event": "reset",
-        "direction": "sent",
-        "cause": "no_listener",
-        "process": null,
-        "state": null,
-    });
-    differences(line, &without_socket).is_empty()
 }
 
 /// Whether a line reports a RST that the host sent for a listener. All listeners belong to this process.
