@@ -2,15 +2,17 @@
 //! where tests are repeated. `cargo xtask test` lists the tests that passed at the second attempt.
 
 use std::{
-    env,
+    env, fs,
     io::{BufRead, BufReader, Write},
     process::{Command, ExitStatus, Stdio},
     thread,
+    time::Duration,
 };
 
 use anyhow::{Context, Result};
+use nix::unistd::{SysconfVar, sysconf};
 
-use crate::blind_spot::BlindSpot;
+use crate::{blind_spot::BlindSpot, window::PATIENCE};
 
 /// If more tests of a program fail, none is repeated, because something is broken.
 const MOST_REPEATED: usize = 5;
@@ -30,8 +32,14 @@ const NEVER_REPEATED: &str = "crowd";
 pub enum Excuse {
     /// The processor is emulated. It may be taken away for longer than the tool waits for a record.
     Emulation,
-    /// The end of a connection fell into the kernel's blind spot while the program ran.
-    BlindSpot(BlindSpot),
+    /// While the program ran, the end of a connection fell into the kernel's blind spot, or the hypervisor
+    /// took the processors away for as long as the tool waits for a record.
+    Host {
+        /// `None` without tracefs, where nothing is recorded.
+        blind_spot: Option<BlindSpot>,
+        /// How long the processors had been away before, all together.
+        stolen: Duration,
+    },
     /// There is no excuse.
     None,
 }
@@ -42,20 +50,37 @@ impl Excuse {
         if program == NEVER_REPEATED {
             return Self::None;
         }
-        // Without tracefs nothing is recorded, and no failure is excused.
-        BlindSpot::watch().map_or(Self::None, Self::BlindSpot)
+        Self::Host { blind_spot: BlindSpot::watch().ok(), stolen: stolen().unwrap_or_default() }
     }
 
     fn applies(&self) -> Result<Option<String>> {
         Ok(match self {
             Self::Emulation => Some("the processor is emulated".to_owned()),
-            Self::BlindSpot(blind_spot) => {
-                let hidden = blind_spot.hidden()?;
-                (hidden.events > 0).then(|| format!("the kernel ran no BPF program for {hidden:?}"))
+            Self::Host { blind_spot, stolen: before } => {
+                let hidden = blind_spot.as_ref().map(BlindSpot::hidden).transpose()?;
+                let stolen = stolen().unwrap_or_default().saturating_sub(*before);
+                if let Some(hidden) = hidden.filter(|hidden| hidden.events > 0) {
+                    Some(format!("the kernel ran no BPF program for {hidden:?}"))
+                } else {
+                    (stolen >= PATIENCE)
+                        .then(|| format!("the hypervisor took the processors away for {stolen:?}"))
+                }
             }
             Self::None => None,
         })
     }
+}
+
+/// How long the hypervisor has taken the processors away since this machine was started, all together.
+fn stolen() -> Option<Duration> {
+    let ticks = stolen_ticks(&fs::read_to_string("/proc/stat").ok()?)?;
+    let per_second = u64::try_from(sysconf(SysconfVar::CLK_TCK).ok()??).ok()?;
+    Some(Duration::from_millis(ticks * 1_000 / per_second))
+}
+
+/// The same in clock ticks: the eighth number in the first line of `/proc/stat`.
+fn stolen_ticks(statistics: &str) -> Option<u64> {
+    statistics.strip_prefix("cpu ")?.split_whitespace().nth(7)?.parse().ok()
 }
 
 /// Makes a test program run more tests concurrently than there are processors, unless the user has set a
@@ -116,7 +141,14 @@ fn run_once(
 mod tests {
     use std::process::Command;
 
-    use super::{Excuse, run};
+    use super::{Excuse, run, stolen_ticks};
+
+    #[test]
+    fn stolen_time_is_the_eighth_number_of_the_first_line() {
+        let statistics = "cpu  406488 215683 123318 60103 3052 0 1985 7098 9 0\ncpu0 1 2 3 4 5 6 7 8 9 0\n";
+        assert_eq!(stolen_ticks(statistics), Some(7_098));
+        assert_eq!(stolen_ticks("cpu  1 2 3"), None);
+    }
 
     /// Runs a program that fails only the first time, as `cargo test` would, and returns the arguments of
     /// each run.
