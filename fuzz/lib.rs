@@ -12,7 +12,7 @@ use std::{
     },
 };
 
-use tcpclose_user::attribute::{mappings::Modules, process::Image};
+use tcpclose_user::processes::{Image, mappings::Modules};
 
 /// Where [`mapped`] maps the file.
 pub const BASE: u64 = 0x10_0000;

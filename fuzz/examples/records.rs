@@ -6,7 +6,7 @@
 use std::{env, fs, path::PathBuf};
 
 use tcpclose_common::record::{Header, Owner, Process, StackCopy, relation, tag};
-use tcpclose_user::ingest::recording::{Frame, frames};
+use tcpclose_user::recording::{Frame, frames};
 use zerocopy::{FromBytes as _, FromZeros as _, IntoBytes as _};
 
 fn main() {

@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use tcpclose_user::attribute::container;
+use tcpclose_user::processes::container;
 
 fuzz_target!(|text: &str| {
     if let Some(id) = container::id(text) {

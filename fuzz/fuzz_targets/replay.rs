@@ -8,7 +8,7 @@ use libfuzzer_sys::fuzz_target;
 use tcpclose_user::{
     commands::replay,
     filter::Filter,
-    ingest::recording::frames,
+    recording::frames,
     sink::{Format, Output, Palette},
 };
 

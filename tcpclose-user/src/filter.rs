@@ -169,7 +169,7 @@ fn halves(bits: u128) -> [u64; 2] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sink::examples;
+    use crate::event::examples;
 
     fn kernel(args: SocketArgs) -> Params {
         let mut params = Params::NONE;

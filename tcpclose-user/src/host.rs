@@ -18,16 +18,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tcpclose_common::record::{Interpreted, StackCopy};
 
-use crate::{
-    attribute::{
-        holder::{Holder, Holders},
-        process::{LocalPid, Processes, lock},
-        signals::Signals,
-    },
-    event::{SignalFrom, Stack},
-    kernel::{followed::Followed, privilege},
-    stacks::{Stacks, TaskStacks},
-};
+use crate::{event::{SignalFrom, Stack}, kernel::{followed::Followed, privilege}, processes::{LocalPid, Processes, holder::{Holder, Holders}, lock, signals::Signals}, stacks::{Stacks, TaskStacks}};
 
 /// What is known about the program that a process runs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -6,8 +6,8 @@
 //! | [`correlate`](crate::correlate) | records | endings |
 //! | [`attribute`](crate::attribute) | endings | owners |
 //! | [`stacks`](crate::stacks) | stack keys | named stacks |
-//! | [`compose`](crate::event::compose), [`judge`](crate::judge) | all of these | events |
-//! | [`report`](crate::sink::report) | events | lines |
+//! | [`compose`](crate::compose), [`judge`](crate::judge) | all of these | events |
+//! | [`report`](crate::report) | events | lines |
 //!
 //! Sockets that stay in a teardown state come from [`stuck`](crate::stuck) and join at the third stage.
 //!
@@ -16,22 +16,7 @@
 
 use anyhow::Result;
 
-use crate::{
-    attribute::{Attributor, Claim},
-    correlate::{Correlator, Ending, LateOwner},
-    event::{
-        Attribution, Event, Holder, Opener, Process, Shared, SignalFrom, Stack,
-        compose::{Composer, LookedUp},
-    },
-    host::Host,
-    ingest::{
-        decode::Record,
-        life::{Act, LaterAct, Life, Task},
-    },
-    sink::report::{Going, Report},
-    stacks::TaskStacks,
-    stuck::{Descriptor, Found, FoundBy, Stuck},
-};
+use crate::{attribute::{Attributor, Claim}, compose::{Composer, LookedUp}, correlate::{Correlator, Ending, LateOwner}, event::{Attribution, Event, Holder, Opener, Process, Shared, SignalFrom, Stack}, host::Host, ingest::{decode::Record, life::{Act, LaterAct, Life, Task}}, report::{Going, Report}, stacks::TaskStacks, stuck::{Descriptor, Found, FoundBy, Stuck}};
 
 /// The stages behind the ring.
 pub struct Pipeline<H> {

@@ -18,29 +18,7 @@ use tokio::{
 };
 
 use super::{child, ready};
-use crate::{
-    cli::{AUTO_STACK_BYTES, CallGraph, Findings, Linger, Netns, Sandbox, TraceArgs, WhichStacks},
-    failure::Failure,
-    filter::Filter,
-    ingest::{
-        reader::poll,
-        recording::{Recorder, Step},
-    },
-    kernel::{
-        followed::Followed,
-        handle::KernelHalf,
-        loader::{self, Request},
-        privilege,
-    },
-    live::{Live, Options},
-    metrics, sandbox,
-    sink::{
-        Output,
-        flamegraph::FlameGraph,
-        report::{Going, Report},
-    },
-    stacks::unwind,
-};
+use crate::{cli::{AUTO_STACK_BYTES, CallGraph, Findings, Linger, Netns, Sandbox, TraceArgs, WhichStacks}, failure::Failure, filter::Filter, ingest::reader::poll, kernel::{followed::Followed, handle::KernelHalf, loader::{self, Request}, privilege}, live::{Live, Options}, metrics, recording::{Recorder, Step}, report::{Going, Report}, sandbox, sink::{Output, flamegraph::FlameGraph}, stacks::unwind};
 
 /// How long the connections of a command that has ended may take to end as well.
 const AFTER_COMMAND: Duration = Duration::from_secs(5);

@@ -318,7 +318,7 @@ fn endpoint<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<SocketA
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sink::examples;
+    use crate::event::examples;
 
     #[test]
     fn every_line_that_is_written_is_read() {

@@ -4,7 +4,8 @@
 //! Fields may be added, never renamed. A fact that is not known is `None` and becomes `null`; it is never
 //! left out.
 
-pub mod compose;
+#[cfg(test)]
+pub(crate) mod examples;
 mod finding;
 pub mod schema;
 mod shared;

@@ -28,7 +28,7 @@ mod tests {
     use serde_json::Value;
 
     use crate::event::schema::{pretty, schema};
-    use crate::sink::examples;
+    use crate::event::examples;
 
     /// Every schema that `node` holds for its property `key`, and whether it is always there.
     fn properties<'a>(root: &'a Value, node: &'a Value, key: &str) -> Vec<(&'a Value, bool)> {

@@ -5,5 +5,4 @@ mod abi;
 pub mod decode;
 pub mod life;
 pub mod reader;
-pub mod recording;
 pub mod ring;

@@ -270,7 +270,7 @@ fn run_time(program: RawFd) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sink::examples;
+    use crate::event::examples;
 
     fn metrics() -> Metrics {
         Metrics::new(Vec::new())

@@ -62,7 +62,7 @@ impl FlameGraph {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sink::examples;
+    use crate::event::examples;
 
     fn drawn(events: &[Event]) -> String {
         let folder = tempfile::tempdir().expect("a directory");

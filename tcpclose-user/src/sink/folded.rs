@@ -162,10 +162,7 @@ impl<W: Write> Sink for Folded<W> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        event::{Cause, Stack, Truncated},
-        sink::examples,
-    };
+    use crate::event::{Cause, Stack, Truncated, examples};
 
     fn folded(events: &[Event]) -> String {
         let mut written = Vec::new();

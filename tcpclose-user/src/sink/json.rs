@@ -56,7 +56,7 @@ mod tests {
 
     use super::GATHERED;
     use crate::event::Event;
-    use crate::sink::{Json, Sink, examples};
+    use crate::{event::examples, sink::{Json, Sink}};
 
     fn written(events: &[Event]) -> String {
         let mut bytes = Vec::new();

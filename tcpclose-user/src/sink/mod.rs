@@ -8,13 +8,10 @@ use anstream::{AutoStream, ColorChoice};
 
 use crate::event::Event;
 
-#[cfg(test)]
-pub(crate) mod examples;
 pub mod flamegraph;
 mod folded;
 mod json;
 pub mod losses;
-pub mod report;
 mod serializer;
 pub mod summary;
 mod text;
@@ -86,7 +83,7 @@ pub enum Written {
 pub struct Output {
     sink: Box<dyn Sink + Send>,
     /// Whether the findings at the end are lines among the others.
-    pub(super) takes_findings: bool,
+    pub(crate) takes_findings: bool,
     lines: u64,
     /// Lines that are in the sink's buffer.
     buffered: u64,
@@ -203,7 +200,7 @@ mod tests {
     use std::io::{self, ErrorKind, Write};
     use std::sync::{Arc, Mutex};
 
-    use crate::sink::{Format, Output, Palette, Written, examples};
+    use crate::{event::examples, sink::{Format, Output, Palette, Written}};
 
     /// What was written, and the error that the next write meets.
     #[derive(Clone, Default)]

@@ -322,7 +322,7 @@ mod tests {
     use std::{collections::BTreeMap, net::IpAddr};
 
     use super::*;
-    use crate::{event::Shared, sink::examples};
+    use crate::event::{Shared, examples};
 
     #[track_caller]
     fn assert_same(value: &impl Serialize) {

@@ -318,7 +318,7 @@ impl Display for Place {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{event::Lingering, sink::examples};
+    use crate::event::{Lingering, examples};
 
     #[test]
     fn counts_what_is_alike_together() {

@@ -558,7 +558,7 @@ mod tests {
 
     use crate::event::{Attribution, Cause, ClosedBy, Ended, Event, Frame, Trigger, Truncated};
     use crate::sink::text::{COLUMNS, Text, cut, escape, frame_text, human_millis, width};
-    use crate::sink::{Palette, Sink, examples};
+    use crate::{event::examples, sink::{Palette, Sink}};
 
     fn written(events: &[Event], palette: Palette) -> String {
         let mut bytes = Vec::new();

@@ -2,8 +2,7 @@
 //! sockets are stuck in a teardown state, which processes hold them, and how many sockets are in every state.
 //!
 //! [`netns`] finds the namespaces. [`diag`] requests the sockets of each from the kernel; where that is not
-//! possible [`table`] reads them from `/proc`. A walk over all file descriptors ([`attribute::holder`]) finds
-//! their owners.
+//! possible [`table`] reads them from `/proc`. A walk over all file descriptors ([`holder`]) finds their owners.
 
 use std::{
     cmp::Reverse,
@@ -22,20 +21,7 @@ pub mod time_wait;
 pub use entry::{AgeRange, Entry};
 pub use time_wait::{Outgoing, TimeWait};
 
-use crate::{
-    attribute::{
-        self,
-        holder::{self, Holder},
-        process::Processes,
-    },
-    event::{
-        Attribution, Connection, Endpoint, Family, Lingering, LingeringKind, Process, Role, Shared, State,
-        Time,
-    },
-    filter::Filter,
-    host::Program,
-    kernel::clock::Clock,
-};
+use crate::{attribute, event::{Attribution, Connection, Endpoint, Family, Lingering, LingeringKind, Process, Role, Shared, State, Time}, filter::Filter, host::Program, kernel::clock::Clock, processes::{Processes, holder::{self, Holder}}};
 use netns::Namespace;
 
 /// How many stuck sockets are kept, about 300 bytes each. The rest is only counted.

@@ -2,7 +2,7 @@
 
 use object::{Object as _, ObjectSegment as _, ReadRef, SegmentFlags, elf::PF_X};
 
-use crate::attribute::mappings::Mapping;
+use crate::processes::mappings::Mapping;
 
 /// The `PT_LOAD` segments of a file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -59,7 +59,7 @@ impl Segments {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attribute::mappings::Backing;
+    use crate::processes::mappings::Backing;
 
     #[test]
     fn addresses_and_biases() {

@@ -22,13 +22,7 @@ use super::{
     memory::ProcessMemory,
     runtimes::{self, Program},
 };
-use crate::{
-    attribute::{
-        mappings::{Backing, Identity, Mapping},
-        process::Image,
-    },
-    kernel::handle::KernelHalf,
-};
+use crate::{kernel::handle::KernelHalf, processes::{Image, mappings::{Backing, Identity, Mapping}}};
 
 /// How many files are cached. When there are more, all are dropped and read again.
 const MAX_FILES: usize = 64;

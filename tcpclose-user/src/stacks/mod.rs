@@ -35,10 +35,7 @@ use self::{
     symbolize::Symbolizer,
     unwind::Unwinder,
 };
-use crate::{
-    attribute::process::{Image, Processes, lock},
-    event::{self, Frame, Frames, Truncated},
-};
+use crate::{event::{self, Frame, Frames, Truncated}, processes::{Image, Processes, lock}};
 
 /// How many named stacks are cached. When the cache is full, all are dropped and named again when next
 /// needed.

@@ -26,15 +26,7 @@ use self::{
     age::Age,
     older::{Older, Orphan, Orphans},
 };
-use crate::{
-    attribute::{
-        Claim,
-        holder::{self, Holder},
-    },
-    cli::Linger,
-    ingest::life::{Life, SocketId, Task},
-    kernel::{clock::Clock, handle::KernelHalf, table::Table},
-};
+use crate::{attribute::Claim, cli::Linger, ingest::life::{Life, SocketId, Task}, kernel::{clock::Clock, handle::KernelHalf, table::Table}, processes::holder::{self, Holder}};
 
 /// How many sockets are inspected between two reads of the ring. Their records and those of their holders
 /// take a quarter of it.

@@ -30,6 +30,10 @@ mod tests {
         for kind in FindingKind::value_variants() {
             assert!(names().contains(&kind.to_string().as_str()), "{kind}");
         }
+        for (name, _) in PAGES {
+            let is_kind = FindingKind::value_variants().iter().any(|kind| kind.to_string() == *name);
+            assert!(is_kind, "{name}: a page of no kind");
+        }
     }
 
     #[test]

@@ -36,7 +36,7 @@ fn pages() -> impl Iterator<Item = &'static Page> {
 }
 
 /// The names of all pages.
-pub fn names() -> Vec<&'static str> {
+fn names() -> Vec<&'static str> {
     pages().chain(findings::PAGES).map(|(name, _)| *name).collect()
 }
 

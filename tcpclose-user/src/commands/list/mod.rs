@@ -11,15 +11,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::{
-    attribute::{self, process::Processes},
-    cli::{ListArgs, ReportFormat},
-    event::{Attribution, Endpoint, Event, Lingering, Role},
-    filter::Filter,
-    host::Program,
-    sink::{Format, Output, Palette, Written},
-    sockets::{self, Gaps, Scan, Socket},
-};
+use crate::{attribute, cli::{ListArgs, ReportFormat}, event::{Attribution, Endpoint, Event, Lingering, Role}, filter::Filter, host::Program, processes::Processes, sink::{Format, Output, Palette, Written}, sockets::{self, Gaps, Scan, Socket}};
 use report::Report;
 
 /// Scans the sockets once, writes them to the standard output, and what could not be read to the standard

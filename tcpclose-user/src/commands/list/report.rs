@@ -350,12 +350,7 @@ impl Wrapped {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        event::{Event, Role},
-        kernel::clock::Clock,
-        sink::examples,
-        sockets::Gaps,
-    };
+    use crate::{event::{Event, Role, examples}, kernel::clock::Clock, sockets::Gaps};
 
     fn nothing() -> Scan {
         Scan {

@@ -18,7 +18,7 @@ use std::{
 };
 
 use super::{MAX_SYMBOLS, has_cheap_lines, headers::Headers};
-use crate::attribute::mappings::{Identity, below};
+use crate::processes::mappings::{Identity, below};
 
 /// Where distributions install debug files.
 const INSTALLED: &str = "/usr/lib/debug";

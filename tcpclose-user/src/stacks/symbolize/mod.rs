@@ -29,8 +29,8 @@ use blazesym::symbolize::source::{Elf, Process, Source};
 use blazesym::symbolize::{self, CodeInfo, Input, Sym, Symbolized};
 use blazesym::{Pid, symbolize::Builder};
 
-use crate::attribute::mappings::{self, Backing, Identity, Mapping, Module};
-use crate::attribute::process::Image;
+use crate::processes::mappings::{self, Backing, Identity, Mapping, Module};
+use crate::processes::Image;
 use crate::event::Frame;
 use crate::stacks::frame::{UnwoundFrame, UnwoundStack};
 
@@ -255,7 +255,7 @@ impl Symbolizer {
     }
 
     /// Closes files that no known process maps. Call it after
-    /// [`Processes::sweep`](crate::attribute::process::Processes::sweep).
+    /// [`Processes::sweep`](crate::processes::Processes::sweep).
     pub fn sweep(&mut self) {
         self.files.retain(|_, symbols| symbols.module.strong_count() > 0);
     }

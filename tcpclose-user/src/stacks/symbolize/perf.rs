@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 
-use crate::attribute::process::Image;
+use crate::processes::Image;
 
 /// Bytes that are read of one file: more than node and the JVM write in days. The rest is ignored.
 const MAX_SIZE: u64 = 16 << 20;

@@ -4,7 +4,7 @@ use std::io::{Read as _, Write as _};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, Stdio};
 
-use crate::attribute::process::Processes;
+use crate::processes::Processes;
 
 /// Tells the test below that it is run as a process of its own.
 const WAIT: &str = "TCPCLOSE_TEST_WAIT";

@@ -5,16 +5,7 @@ use std::{collections::HashMap, fs::File, sync::Arc};
 use framehop::ExplicitModuleSectionInfo;
 use object::{Object, ObjectSection as _, ReadCache, ReadRef};
 
-use crate::{
-    attribute::{
-        mappings::{Backing, Identity, Mapping},
-        process::Image,
-    },
-    stacks::{
-        elf::Segments,
-        runtimes::{self, Program},
-    },
-};
+use crate::{processes::{Image, mappings::{Backing, Identity, Mapping}}, stacks::{elf::Segments, runtimes::{self, Program}}};
 
 /// Bytes of tables that are cached, of all files together. When they would become more, all are dropped.
 const MAX_TABLES: usize = 256 << 20;

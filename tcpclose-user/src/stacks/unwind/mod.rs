@@ -33,7 +33,7 @@ use super::{
     frame::{UnwoundFrame, UnwoundStack},
     memory::StackMemory,
 };
-use crate::{attribute::process::Image, event::Truncated};
+use crate::{event::Truncated, processes::Image};
 
 /// Offsets of the registers in `struct pt_regs`. It begins like `user_regs_struct`, which `ptrace` uses; the
 /// kernel itself converts between the two by offset.
@@ -215,10 +215,7 @@ mod tests {
     use zerocopy::FromZeros as _;
 
     use super::*;
-    use crate::{
-        attribute::process::Processes,
-        stacks::{memory::ProcessMemory, symbolize::Symbolizer},
-    };
+    use crate::{processes::Processes, stacks::{memory::ProcessMemory, symbolize::Symbolizer}};
 
     /// A copy of this thread's stack.
     struct Taken {

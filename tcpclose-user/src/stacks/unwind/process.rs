@@ -21,18 +21,7 @@ use super::{
     inputs::{Inputs, POISON, Read, Step},
     interpreted::{Spot, merge},
 };
-use crate::{
-    attribute::{
-        mappings::{Backing, Identity, Mapping},
-        process::Image,
-    },
-    event::Truncated,
-    stacks::{
-        frame::UnwoundFrame,
-        memory::{ProcessMemory, StackMemory},
-        runtimes::{Caller, Registers, Runtime},
-    },
-};
+use crate::{event::Truncated, processes::{Image, mappings::{Backing, Identity, Mapping}}, stacks::{frame::UnwoundFrame, memory::{ProcessMemory, StackMemory}, runtimes::{Caller, Registers, Runtime}}};
 
 /// How long after an interpreter was described there may still be copies that were made before.
 const DESCRIBED_AFTER: Duration = Duration::from_secs(1);

@@ -16,11 +16,7 @@ use anyhow::{Result, bail};
 use bytes::{Buf as _, Bytes};
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    attribute::holder::Holder,
-    event::{Lingering, Lost},
-    host::{Answer, Question},
-};
+use crate::{event::{Lingering, Lost}, host::{Answer, Question}, processes::holder::Holder};
 
 /// What a recording begins with; the number is the version of the format.
 const MAGIC: &[u8] = b"tcpclose recording 1\n";

@@ -20,8 +20,8 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 
-use super::process::Processes;
 use crate::{
+    processes::{self, Processes},
     ingest::{
         decode::{NewProcess, Record, decode},
         life::name,
@@ -91,7 +91,7 @@ fn drain(ring: &mut RingBuf<MapData>, processes: &Mutex<Processes>) -> Vec<(u32,
         match decode(&item) {
             Ok(Record::Process(NewProcess { pid, local, mm, comm })) => {
                 let comm = Some(name(&comm)).filter(|comm| !comm.is_empty());
-                super::process::lock(processes).notice_as(pid, local, mm, comm);
+                processes::lock(processes).notice_as(pid, local, mm, comm);
                 if mm != 0 {
                     noticed.push((pid, mm));
                 }
@@ -108,7 +108,7 @@ fn drain(ring: &mut RingBuf<MapData>, processes: &Mutex<Processes>) -> Vec<(u32,
 /// have been noticed, because others may be about to exit.
 fn describe(noticed: &[(u32, u64)], processes: &Mutex<Processes>, interpreters: &Mutex<Interpreters>) {
     for (pid, mm) in noticed {
-        let Some(image) = super::process::lock(processes).image(*pid, *mm) else { continue };
+        let Some(image) = processes::lock(processes).image(*pid, *mm) else { continue };
         if let Err(error) = interpreters::lock(interpreters).noticed(*pid, *mm, &image) {
             log::debug!("{error:#}; it is tried again with the first stack of process {pid}");
         }

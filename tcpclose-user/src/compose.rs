@@ -3,12 +3,12 @@
 
 use std::collections::BTreeMap;
 
-use super::{
-    Act, Close, Connection, Event, Holder, LastData, Lingering, Opener, Process, Reset, Shared, SignalFrom,
-    Stack, Step, millis,
-};
 use crate::{
     correlate::Ending,
+    event::{
+        Act, Close, Connection, Event, Holder, LastData, Lingering, Opener, Process, Reset, Shared, SignalFrom,
+        Stack, Step, millis,
+    },
     ingest::life::{self, LaterAct, Life, Path, Sample, Task},
     judge,
     kernel::{ResetReasons, clock::Clock},

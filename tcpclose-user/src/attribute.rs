@@ -5,24 +5,15 @@
 //! process that listens where the connection was never accepted; and, for a socket older than the trace, the
 //! process that had its descriptor then. A task that merely ran on the CPU is never an owner.
 
-pub mod beneath;
-pub mod container;
-pub mod holder;
-pub mod mappings;
-pub mod perf_map;
-pub mod process;
-pub mod signals;
-pub mod watch;
-
 use std::collections::HashMap;
 
 use foldhash::fast::RandomState;
 
-use self::{holder::Holder, process::LocalPid};
 use crate::{
     event::{Attribution, Process, Shared},
     host::{Host, Program},
     ingest::life::{Claimant, Life, Task},
+    processes::{LocalPid, holder::Holder},
     tcp::Role,
 };
 

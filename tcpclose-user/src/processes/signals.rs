@@ -4,7 +4,7 @@ use anyhow::Result;
 use aya::maps::{HashMap, MapData};
 use tcpclose_common::record::Signal;
 
-use super::process::LocalPid;
+use super::LocalPid;
 use crate::{event::SignalFrom, ingest::life::name, kernel::handle::KernelHalf};
 
 /// The kernel half's table of the last signal sent to each process that may have killed it.

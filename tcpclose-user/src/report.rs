@@ -9,12 +9,12 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::{Output, Palette, Written, flamegraph::FlameGraph, human_millis, summary::Summary};
 use crate::{
     diagnose::{self, Diagnosis},
     event::{Event, Finding, Lost, LostPlace},
     filter::Filter,
     metrics,
+    sink::{Output, Palette, Written, flamegraph::FlameGraph, human_millis, summary::Summary},
 };
 
 /// Whether to go on.

@@ -8,29 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::{
-    attribute::{Attributor, process::Processes, signals::Signals, watch},
-    cli::Linger,
-    correlate::Correlator,
-    event::{Event, Lingering, compose::Composer, millis},
-    host::Running,
-    ingest::{
-        decode::{Record, decode},
-        life::Life,
-        reader::{GATHER, Records},
-        recording::{Recorder, Step},
-    },
-    kernel::{clock::Clock, followed::Followed, handle::KernelHalf, privilege},
-    metrics::{self, Metrics},
-    pace::Pace,
-    pipeline::{Pipeline, When},
-    sink::{
-        losses::{Losses, UserLosses},
-        report::{Going, Report, StackCounts},
-    },
-    stacks::{Stacks, interpreters::Interpreters, recipes::RecipeMaps, store::Store},
-    stuck::{self, Descriptor, Found, FoundBy, StuckSockets, older::Orphan},
-};
+use crate::{attribute::Attributor, cli::Linger, compose::Composer, correlate::Correlator, event::{Event, Lingering, millis}, host::Running, ingest::{decode::{Record, decode}, life::Life, reader::{GATHER, Records}}, kernel::{clock::Clock, followed::Followed, handle::KernelHalf, privilege}, live::watch, metrics::{self, Metrics}, pace::Pace, pipeline::{Pipeline, When}, processes::{Processes, signals::Signals}, recording::{Recorder, Step}, report::{Going, Report, StackCounts}, sink::losses::{Losses, UserLosses}, stacks::{Stacks, interpreters::Interpreters, recipes::RecipeMaps, store::Store}, stuck::{self, Descriptor, Found, FoundBy, StuckSockets, older::Orphan}};
 
 /// What a trace is to do, beyond what the kernel half was asked for when it was loaded.
 pub struct Options {

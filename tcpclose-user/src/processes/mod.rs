@@ -3,6 +3,13 @@
 //! A short-lived program has exited before the close of its connection is reported. What will be needed of
 //! its `/proc/PID` is therefore copied as soon as it first touches a socket: see [`Processes::notice`].
 
+pub mod beneath;
+pub mod container;
+pub mod holder;
+pub mod mappings;
+pub mod perf_map;
+pub mod signals;
+
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt as _;
@@ -11,11 +18,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::container;
-use super::mappings::{Backing, Mapping, Modules, undeleted};
-use super::perf_map::{self, LeftBehind};
 use serde::{Deserialize, Serialize};
 
+use self::{
+    mappings::{Backing, Mapping, Modules, undeleted},
+    perf_map::LeftBehind,
+};
 use crate::{kernel::privilege, pace::Pace};
 
 /// How many program images are kept.
