@@ -1,4 +1,4 @@
-//! Format and lints.
+//! Format, lints, and the order of modules.
 
 use std::{env, path::PathBuf, process::Command};
 
@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use crate::{
     apt::{self, Package},
     command::{self, say},
-    ebpf,
+    ebpf, modules,
     tools::Tools,
     workspace::{Workspace, cargo_program},
 };
@@ -19,11 +19,18 @@ const DEBIAN_CLIPPY: Package =
 /// The fuzz targets, a workspace of their own.
 const FUZZ: &str = "fuzz/Cargo.toml";
 
-/// Checks the format and the lints of both halves and of the fuzz targets; a warning is an error.
+/// The crates whose modules must not use each other in a circle.
+const CRATES: [&str; 5] = ["tcpclose-user", "tcpclose-ebpf", "tcpclose-common", "xtask", "tests"];
+
+/// Checks the format, the lints and the order of modules of both halves, of the tests, and of the fuzz targets;
+/// a warning is an error.
 pub(crate) fn lint(workspace: &Workspace, tools: &Tools) -> Result<()> {
     let mut failed = Vec::new();
     let mut note = |result: Result<()>| failed.extend(result.err().map(|error| format!("{error:#}")));
     note(check_format(workspace));
+    for package in CRATES {
+        note(modules::check(&workspace.root.join(package)));
+    }
     note(lint_user_half(workspace));
     note(lint_fuzz_targets(workspace));
     note(lint_kernel_half(workspace, tools));

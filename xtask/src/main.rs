@@ -9,6 +9,7 @@ mod ebpf;
 mod kernels;
 mod linker;
 mod lint;
+mod modules;
 mod platform;
 mod report;
 mod run;
@@ -53,7 +54,7 @@ enum Task {
         #[arg(long, value_name = "TRIPLE", value_parser = Platform::parse)]
         target: Option<&'static Platform>,
     },
-    /// Check the format and the lints of both halves
+    /// Check the format, the lints and the order of modules
     #[command(alias = "clippy")]
     Lint,
     /// Measure what tracing costs, per connection
