@@ -6,7 +6,7 @@
 use std::{env, fs, path::PathBuf};
 
 use tcpclose_common::record::{Header, Owner, Process, StackCopy, relation, tag};
-use tcpclose_user::recording::{Frame, frames};
+use tcpclose_user::recording::{RecordingFrame, frames};
 use zerocopy::{FromBytes as _, FromZeros as _, IntoBytes as _};
 
 fn main() {
@@ -19,7 +19,7 @@ fn main() {
     let mut records: Vec<Vec<u8>> = frames(recorded.into())
         .expect("it is a recording")
         .into_iter()
-        .filter_map(|frame| if let Frame::Record(record) = frame { Some(record.to_vec()) } else { None })
+        .filter_map(|frame| if let RecordingFrame::Record(record) = frame { Some(record.to_vec()) } else { None })
         .collect();
     let of_kind = |kind: u16| {
         let has_kind =

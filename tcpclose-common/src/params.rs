@@ -18,7 +18,7 @@ pub struct Range {
 /// Places of registers in `struct pt_regs`, bytes; [`ABSENT`] where there is none.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Registers {
+pub struct RegisterOffsets {
     /// Instruction pointer.
     pub ip: u16,
     /// Stack pointer.
@@ -37,7 +37,7 @@ pub struct Registers {
     pub argument: u16,
 }
 
-impl Registers {
+impl RegisterOffsets {
     /// Nothing known.
     pub const ABSENT: Self = Self {
         ip: ABSENT,
@@ -98,7 +98,7 @@ pub struct Params {
     /// Buckets of the table of sockets.
     pub buckets: u32,
     /// Where a task's `struct pt_regs` has its user registers.
-    pub registers: Registers,
+    pub registers: RegisterOffsets,
     /// Offset of `exec_vm`, unsigned long, in `struct mm_struct`: how many pages of code are mapped.
     pub code_pages: u16,
     /// Offset of the user thread pointer, unsigned long, in `struct task_struct`.
@@ -132,7 +132,7 @@ impl Params {
         has_destroy: 0,
         stack_bytes: 0,
         buckets: 0,
-        registers: Registers::ABSENT,
+        registers: RegisterOffsets::ABSENT,
         code_pages: ABSENT,
         thread_pointer: ABSENT,
         recipes: 0,

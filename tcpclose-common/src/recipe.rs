@@ -105,7 +105,7 @@ pub const fn image(pid: u32, code_pages: u64) -> u64 {
 /// A value of the map `RECIPE_EDGES`: the recipe that goes on from there.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Target {
+pub struct EdgeTarget {
     /// Its serial number.
     pub serial: u64,
     /// Its place in `RECIPES`.
@@ -123,4 +123,4 @@ unsafe impl aya::Pod for Recipe {}
 unsafe impl aya::Pod for Edge {}
 // SAFETY: as above.
 #[cfg(feature = "user")]
-unsafe impl aya::Pod for Target {}
+unsafe impl aya::Pod for EdgeTarget {}

@@ -1,6 +1,6 @@
 //! The records that the programs write and the user half reads.
 //!
-//! A [`Connection`] is at once the value that gathers a socket's facts while it lives and, copied whole, the
+//! A [`ConnectionRecord`] is at once the value that gathers a socket's facts while it lives and, copied whole, the
 //! body of the record written when it ends ([`tag::CLOSE`]) or when a RST is sent or received
 //! ([`tag::RESET`]). A fact that could not be read is [`UNKNOWN_U64`] or [`UNKNOWN_U32`], never 0.
 
@@ -16,19 +16,19 @@ pub const UNKNOWN_U32: u32 = u32::MAX;
 
 /// What a record is.
 pub mod tag {
-    /// One end of a connection is over: a [`super::Connection`].
+    /// One end of a connection is over: a [`super::ConnectionRecord`].
     pub const CLOSE: u16 = 1;
-    /// A RST was sent or received: a [`super::Connection`] whose `reset` says which.
+    /// A RST was sent or received: a [`super::ConnectionRecord`] whose `reset` says which.
     pub const RESET: u16 = 2;
-    /// A task that owns a socket which ended in softirq: an [`super::Owner`].
+    /// A task that owns a socket which ended in softirq: an [`super::OwnerRecord`].
     pub const OWNER: u16 = 3;
-    /// A process touched a socket for the first time: a [`super::Process`], in the `PROCESSES` ring.
+    /// A process touched a socket for the first time: a [`super::ProcessRecord`], in the `PROCESSES` ring.
     pub const PROCESS: u16 = 4;
-    /// A socket is still in a teardown state: a [`super::Connection`] as it is now.
+    /// A socket is still in a teardown state: a [`super::ConnectionRecord`] as it is now.
     pub const STUCK: u16 = 5;
     /// A copy of a user stack: a [`super::StackCopy`] followed by [`super::StackCopy::bytes`] bytes.
     pub const STACK: u16 = 6;
-    /// A task acted on a socket after another act, or destroyed it from outside: a [`super::Act`].
+    /// A task acted on a socket after another act, or destroyed it from outside: a [`super::ActRecord`].
     pub const ACT: u16 = 7;
     /// The frames of an interpreter, ahead of the copy of the stack that they belong to: a
     /// [`super::Interpreted`].
@@ -65,7 +65,7 @@ pub mod holder {
     pub const LISTENER: u32 = 2;
 }
 
-/// The relation of an [`Owner`] to the socket.
+/// The relation of an [`OwnerRecord`] to the socket.
 pub mod relation {
     /// It closed its descriptor.
     pub const CLOSED: u32 = 0;
@@ -75,7 +75,7 @@ pub mod relation {
     pub const ASKED: u32 = 2;
 }
 
-/// What an [`Act`] was.
+/// What an [`ActRecord`] was.
 pub mod act {
     /// This side acted again: it closed what it had shut down.
     pub const AGAIN: u32 = 0;
@@ -83,7 +83,7 @@ pub mod act {
     pub const DESTROYED: u32 = 1;
 }
 
-/// What [`Task::syscall`] holds besides the number of the system call.
+/// What [`RawTask::syscall`] holds besides the number of the system call.
 pub mod syscall {
     /// The number is one of the table for 32-bit programs (i386, arm32). Numbers have 10 bits, and bit 30 is
     /// that of x32 programs (`__X32_SYSCALL_BIT`), which the kernel leaves in the number.
@@ -152,7 +152,7 @@ pub const fn mapped(address: u32) -> Address {
 
 layout! {
     /// Both ends of a connection, seen from this host.
-    Endpoints (48) {
+    RawEndpoints (48) {
         /// This end.
         local: Address,
         /// The other end; all zero when unknown.
@@ -174,7 +174,7 @@ layout! {
 
 layout! {
     /// A task that acted on a socket in its own context. `pid` 0 means that there was none.
-    Task (64) {
+    RawTask (64) {
         /// Process id in the initial namespace (the kernel's tgid).
         pid: u32,
         /// Thread id.
@@ -200,7 +200,7 @@ layout! {
 
 layout! {
     /// What the kernel counts for a socket, at one moment.
-    Sample (48) {
+    RawSample (48) {
         /// Payload sent, each byte once.
         bytes_sent: u64,
         /// Payload received, each byte once.
@@ -227,7 +227,7 @@ layout! {
 
 layout! {
     /// A RST.
-    Reset (24) {
+    RawReset (24) {
         /// When, nanoseconds of `CLOCK_BOOTTIME`; 0 when there was none.
         at: u64,
         /// `enum sk_rst_reason` of the running kernel, or [`UNKNOWN_U32`].
@@ -255,7 +255,7 @@ pub const MAX_STEPS: usize = 10;
 
 layout! {
     /// One end of a connection.
-    Connection (568) {
+    ConnectionRecord (568) {
         /// Filled when it is written to the ring.
         header: Header,
         /// The socket's address, an identity while it lives. Never shown.
@@ -276,20 +276,20 @@ layout! {
         /// Inode number of the socket, or 0 when it has no descriptor.
         inode: u64,
         /// Both ends.
-        endpoints: Endpoints,
+        endpoints: RawEndpoints,
         /// The task that called `connect()`, or that accepted it.
-        opener: Task,
+        opener: RawTask,
         /// The task that acted first on this side: close, shutdown, exit, …
-        actor: Task,
+        actor: RawTask,
         /// The task that has it open, or would have accepted it; only filled when neither of the two above is
         /// known.
-        holder: Task,
+        holder: RawTask,
         /// Counters at the first move; all unknown before.
-        at_move: Sample,
+        at_move: RawSample,
         /// Counters at the end.
-        at_end: Sample,
+        at_end: RawSample,
         /// The RST that ended it, or that this record reports.
-        reset: Reset,
+        reset: RawReset,
         /// When each of `states` was entered.
         times: [u64; MAX_STEPS],
         /// The states, `steps` of them.
@@ -336,15 +336,15 @@ layout! {
 layout! {
     /// The task that closed, or has open, the descriptor of a socket that ended in softirq without a known
     /// owner, or that is stuck in a teardown state.
-    Owner (96) {
+    OwnerRecord (96) {
         /// What every record begins with.
         header: Header,
-        /// [`Connection::sock`] of the socket.
+        /// [`ConnectionRecord::sock`] of the socket.
         sock: u64,
-        /// [`Connection::born`] of the socket.
+        /// [`ConnectionRecord::born`] of the socket.
         born: u64,
         /// The task.
-        task: Task,
+        task: RawTask,
         /// One of [`relation`].
         relation: u32,
         /// The descriptor, with [`relation::ASKED`].
@@ -354,17 +354,17 @@ layout! {
 
 layout! {
     /// What a task does to a socket after this side has acted before, or from outside.
-    Act (104) {
+    ActRecord (104) {
         /// What every record begins with.
         header: Header,
-        /// [`Connection::sock`] of the socket.
+        /// [`ConnectionRecord::sock`] of the socket.
         sock: u64,
-        /// [`Connection::born`] of the socket.
+        /// [`ConnectionRecord::born`] of the socket.
         born: u64,
         /// When, nanoseconds of `CLOCK_BOOTTIME`.
         at: u64,
         /// The task.
-        task: Task,
+        task: RawTask,
         /// One of [`act`].
         kind: u32,
         /// Always 0.
@@ -393,7 +393,7 @@ layout! {
 layout! {
     /// A process that touches a socket for the first time in this trace, or the first time since its last
     /// `exec()`.
-    Process (40) {
+    ProcessRecord (40) {
         /// What every record begins with.
         header: Header,
         /// Process id in the initial namespace.
@@ -421,7 +421,7 @@ layout! {
     StackCopy (80) {
         /// What every record begins with; its length counts the bytes too.
         header: Header,
-        /// The value of [`Task::user_stack`] that refers to it.
+        /// The value of [`RawTask::user_stack`] that refers to it.
         key: u64,
         /// Process id in the initial namespace.
         pid: u32,
@@ -482,7 +482,7 @@ layout! {
     }
 }
 
-impl Task {
+impl RawTask {
     /// Nobody.
     pub const NONE: Self = Self {
         pid: 0,
@@ -498,7 +498,7 @@ impl Task {
     };
 }
 
-impl Sample {
+impl RawSample {
     /// Nothing readable.
     pub const UNKNOWN: Self = Self {
         bytes_sent: UNKNOWN_U64,
@@ -514,7 +514,7 @@ impl Sample {
     };
 }
 
-impl Connection {
+impl ConnectionRecord {
     /// A life about which nothing is known yet. It becomes the `TEMPLATE` that new entries are copied from.
     #[expect(clippy::cast_possible_truncation, reason = "a record has a few hundred bytes")]
     pub const NEW: Self = Self {
@@ -527,7 +527,7 @@ impl Connection {
         jiffies: 0,
         cookie: 0,
         inode: 0,
-        endpoints: Endpoints {
+        endpoints: RawEndpoints {
             local: [0; 4],
             remote: [0; 4],
             family: 0,
@@ -537,12 +537,12 @@ impl Connection {
             netns: UNKNOWN_U32,
             reserved2: 0,
         },
-        opener: Task::NONE,
-        actor: Task::NONE,
-        holder: Task::NONE,
-        at_move: Sample::UNKNOWN,
-        at_end: Sample::UNKNOWN,
-        reset: Reset {
+        opener: RawTask::NONE,
+        actor: RawTask::NONE,
+        holder: RawTask::NONE,
+        at_move: RawSample::UNKNOWN,
+        at_end: RawSample::UNKNOWN,
+        reset: RawReset {
             at: 0,
             reason: UNKNOWN_U32,
             direction: direction::NONE,
@@ -577,7 +577,7 @@ impl Connection {
 
 // SAFETY: `repr(C)`; zerocopy's `IntoBytes` has proved that there is no padding.
 #[cfg(feature = "user")]
-unsafe impl aya::Pod for Connection {}
+unsafe impl aya::Pod for ConnectionRecord {}
 
 // SAFETY: as above.
 #[cfg(feature = "user")]

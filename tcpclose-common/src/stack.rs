@@ -7,7 +7,7 @@ pub const MAX_FRAMES: usize = 127;
 /// A value of the `STACKS` map.
 #[repr(C)]
 #[derive(Clone, Copy)]
-pub struct Stack {
+pub struct StackTrace {
     /// How many of `frames` are filled.
     pub count: u64,
     /// Return addresses, innermost first.
@@ -16,4 +16,4 @@ pub struct Stack {
 
 // SAFETY: `repr(C)`, 64-bit integers only: no padding, and any bytes are valid.
 #[cfg(feature = "user")]
-unsafe impl aya::Pod for Stack {}
+unsafe impl aya::Pod for StackTrace {}

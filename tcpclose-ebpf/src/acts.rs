@@ -3,7 +3,7 @@
 
 use aya_ebpf::EbpfContext;
 use tcpclose_common::{
-    record::{Connection, Task, act as kind},
+    record::{ConnectionRecord, RawTask, act as kind},
     tcp::{is_teardown, sock_flag, state},
 };
 
@@ -38,7 +38,7 @@ pub fn repeated(ctx: &impl EbpfContext, sock: Sock<impl Object>, state: u8) {
 /// finds data that was never read, or the socket may not wait in FIN_WAIT2. At an end in order the FIN was
 /// received, our own was acknowledged, or no descriptor is left.
 #[inline(always)]
-pub fn ended(ctx: &impl EbpfContext, connection: &mut Connection, error: i32) {
+pub fn ended(ctx: &impl EbpfContext, connection: &mut ConnectionRecord, error: i32) {
     if connection.owned == 0 {
         return;
     }
@@ -60,12 +60,12 @@ const ECONNABORTED: i32 = 103;
 /// Reports what the current task does. It is written to the ring at once: kernels before 6.13 allow 512 bytes
 /// of stack for a program and the functions that it calls, of which this program uses most.
 #[inline(always)]
-fn note(ctx: &impl EbpfContext, connection: &mut Connection, what: u32) {
+fn note(ctx: &impl EbpfContext, connection: &mut ConnectionRecord, what: u32) {
     if task::is_nobody() || !filter::wants(connection) {
         return;
     }
     let Some(mut entry) = emit::reserve_act() else { return };
-    // SAFETY: memory of the ring, aligned and mapped. An `Act` is made of integers, for which any bytes are
+    // SAFETY: memory of the ring, aligned and mapped. An `ActRecord` is made of integers, for which any bytes are
     // valid.
     let act = unsafe { &mut *entry.as_mut_ptr() };
     act.sock = connection.sock;
@@ -73,7 +73,7 @@ fn note(ctx: &impl EbpfContext, connection: &mut Connection, what: u32) {
     act.at = connection::now();
     act.kind = what;
     act.reserved = 0;
-    act.task = Task::NONE;
+    act.task = RawTask::NONE;
     task::meet(&mut act.task);
     if what == kind::AGAIN {
         stack::take(ctx, &mut act.task, true);

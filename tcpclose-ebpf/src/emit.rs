@@ -4,7 +4,7 @@ use aya_ebpf::bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEU
 use aya_ebpf::helpers::generated::bpf_probe_read_user;
 use aya_ebpf::maps::ring_buf::RingBufEntry;
 use tcpclose_common::record::{
-    Act, Connection, Header, Interpreted, Owner, STACK_STEP, StackCopy, VERSION, tag,
+    ActRecord, ConnectionRecord, Header, Interpreted, OwnerRecord, STACK_STEP, StackCopy, VERSION, tag,
 };
 
 use crate::{
@@ -14,19 +14,19 @@ use crate::{
 
 /// Writes a connection as a record with this tag, unless the filters exclude it.
 #[inline(always)]
-pub fn connection(connection: &mut Connection, tag: u16) {
+pub fn connection(connection: &mut ConnectionRecord, tag: u16) {
     if !filter::wants(connection) {
         count!(filtered);
         return;
     }
-    connection.header = Header { tag, version: VERSION, length: size_of::<Connection>() as u32 };
-    written(RECORDS.output::<Connection>(&*connection, wake()));
+    connection.header = Header { tag, version: VERSION, length: size_of::<ConnectionRecord>() as u32 };
+    written(RECORDS.output::<ConnectionRecord>(&*connection, wake()));
 }
 
-/// Room in the ring for an `Act`, for [`submit_act`]; none if the ring is full.
+/// Room in the ring for an `ActRecord`, for [`submit_act`]; none if the ring is full.
 #[inline(always)]
-pub fn reserve_act() -> Option<RingBufEntry<Act>> {
-    let entry = RECORDS.reserve::<Act>(0);
+pub fn reserve_act() -> Option<RingBufEntry<ActRecord>> {
+    let entry = RECORDS.reserve::<ActRecord>(0);
     if entry.is_none() {
         count!(records_lost);
     }
@@ -35,8 +35,8 @@ pub fn reserve_act() -> Option<RingBufEntry<Act>> {
 
 /// Writes that a task acted on a socket.
 #[inline(always)]
-pub fn submit_act(mut entry: RingBufEntry<Act>) {
-    let header = Header { tag: tag::ACT, version: VERSION, length: size_of::<Act>() as u32 };
+pub fn submit_act(mut entry: RingBufEntry<ActRecord>) {
+    let header = Header { tag: tag::ACT, version: VERSION, length: size_of::<ActRecord>() as u32 };
     // SAFETY: memory of the ring, aligned and mapped.
     unsafe { (&raw mut (*entry.as_mut_ptr()).header).write(header) };
     entry.submit(wake());
@@ -45,8 +45,8 @@ pub fn submit_act(mut entry: RingBufEntry<Act>) {
 
 /// Writes who closed a socket that had ended before, or who has a socket open.
 #[inline(always)]
-pub fn owner(owner: &Owner) {
-    written(RECORDS.output::<Owner>(owner, wake()));
+pub fn owner(owner: &OwnerRecord) {
+    written(RECORDS.output::<OwnerRecord>(owner, wake()));
 }
 
 /// How much of a stack is copied, bytes, when the ring is filled to an eighth and stacks are recognized by

@@ -13,7 +13,7 @@ use crate::{
     kernel::Object,
     listener,
     maps::global,
-    sock::{self, Record, Sock},
+    sock::{self, TracepointRecord, Sock},
 };
 
 /// Notes the end in the socket's entry, and writes the record.
@@ -25,7 +25,7 @@ pub fn report(
     now: u64,
     cookie: u64,
     stack_of: StackOf,
-    record: Option<&Record<'_>>,
+    record: Option<&TracepointRecord<'_>>,
 ) {
     let Some(connection) = find_or_begin(sock.address, now) else {
         return;

@@ -11,8 +11,8 @@ use tcpclose_common::{
     namespace::PidNamespace,
     offsets::{ABSENT, ArgumentOffsets, IteratorOffsets, NamespaceOffsets, RecordOffsets, StructOffsets},
     params::Params,
-    record::{Address, Connection, Interpreted, STACK_STEP, Signal, Task},
-    stack::Stack,
+    record::{Address, ConnectionRecord, Interpreted, STACK_STEP, Signal, RawTask},
+    stack::StackTrace,
     table::{Bucket, WAYS, buckets, overflow},
 };
 
@@ -56,11 +56,11 @@ pub static NAMESPACE: Global<NamespaceOffsets> = Global::new(NamespaceOffsets::A
 pub static ACCEPT_SYSCALL_RESULT: Global<u16> = Global::new(ABSENT);
 
 /// What a new entry of the table is copied from: half a kilobyte is too much for the stack of a program.
-static TEMPLATE: Global<Connection> = Global::new(Connection::NEW);
+static TEMPLATE: Global<ConnectionRecord> = Global::new(ConnectionRecord::NEW);
 
-/// Address of [`Connection::NEW`] in read-only data.
+/// Address of [`ConnectionRecord::NEW`] in read-only data.
 #[inline(always)]
-pub fn template() -> *const Connection {
+pub fn template() -> *const ConnectionRecord {
     (&raw const TEMPLATE).cast()
 }
 
@@ -127,12 +127,12 @@ pub static BUCKETS: Array<Bucket> = Array::with_max_entries(buckets(CONNECTIONS)
 
 /// Entries of the table.
 #[map]
-pub static ENTRIES: Array<Connection> = Array::with_max_entries(buckets(CONNECTIONS) * WAYS, 0);
+pub static ENTRIES: Array<ConnectionRecord> = Array::with_max_entries(buckets(CONNECTIONS) * WAYS, 0);
 
 /// Live sockets whose bucket was full, by address. LRU: when it is full, the socket that was longest without
 /// an event gives way, and the user half sees from the counters that it did. A quarter of the table's size.
 #[map]
-pub static OVERFLOW: LruHashMap<u64, Connection> = LruHashMap::with_max_entries(overflow(CONNECTIONS), 0);
+pub static OVERFLOW: LruHashMap<u64, ConnectionRecord> = LruHashMap::with_max_entries(overflow(CONNECTIONS), 0);
 
 /// 1 once `OVERFLOW` has had an entry: before that, nobody needs to search it.
 #[map]
@@ -144,7 +144,7 @@ const CONNECTIONS: u32 = 65_536;
 /// Stacks by the hash of their frames. A program has few places that open and close sockets, so each stack is
 /// kept once; 8 MiB. When it is full, the one longest unused gives way.
 #[map]
-pub static STACKS: LruHashMap<u64, Stack> = LruHashMap::with_max_entries(8_192, 0);
+pub static STACKS: LruHashMap<u64, StackTrace> = LruHashMap::with_max_entries(8_192, 0);
 
 /// Room to take a stack in, and to build the record of a RST without a connection: [`SLOTS`] a CPU, because a
 /// program may be interrupted by another one on the same CPU.
@@ -159,8 +159,8 @@ pub const SLOTS: u32 = 4;
 pub struct Scratch {
     /// 1 while a program works with it.
     pub busy: u64,
-    pub stack: Stack,
-    pub connection: Connection,
+    pub stack: StackTrace,
+    pub connection: ConnectionRecord,
     /// The part of a user stack that is compared with a recipe.
     pub window: [u64; STACK_STEP / 8],
     /// The frames of an interpreter.
@@ -191,7 +191,7 @@ pub static LISTENERS: LruHashMap<u64, Listener> = LruHashMap::with_max_entries(1
 #[derive(Clone, Copy)]
 pub struct Listener {
     pub sock: u64,
-    pub task: Task,
+    pub task: RawTask,
     /// 1 if several processes listen there (`SO_REUSEPORT`), so that none of them can be named.
     pub shared: u32,
     /// 1 if it listens no more. What it had not accepted ends after that, and was to be its own.
@@ -229,7 +229,7 @@ pub struct Ttls {
 #[map]
 pub static TEARDOWNS: HashMap<u64, u64> = HashMap::with_max_entries(overflow(CONNECTIONS), 0);
 
-/// The inventory pass that is to tell of the holders of sockets that `asked` for it ([`Connection::asked`]).
+/// The inventory pass that is to tell of the holders of sockets that `asked` for it ([`ConnectionRecord::asked`]).
 #[map]
 pub static ASKED: Array<u32> = Array::with_max_entries(1, 0);
 

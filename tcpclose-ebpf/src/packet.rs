@@ -2,7 +2,7 @@
 //! remote end for a RST without a socket or of a listener; and times to live.
 
 use tcpclose_common::{
-    record::{Address, Endpoints, UNKNOWN_U32, mapped},
+    record::{Address, RawEndpoints, UNKNOWN_U32, mapped},
     tcp::{AF_INET, AF_INET6},
 };
 
@@ -14,7 +14,7 @@ use crate::{
 /// Fills in both ends as the packet's receiver sees them (its destination is the local end), and the network
 /// namespace of the device that received it. Changes nothing if the packet cannot be read.
 #[inline(always)]
-pub fn endpoints(skb: u64, to: &mut Endpoints) {
+pub fn endpoints(skb: u64, to: &mut RawEndpoints) {
     // Each result is tested before the next read. If all are read first, LLVM's code also reads what a failed
     // read left uninitialized, and kernels before 6.3 refuse that.
     let Some(head) = member::<u64>(skb, global!(STRUCTS.skb_head)) else { return };

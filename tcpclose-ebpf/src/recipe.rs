@@ -7,7 +7,7 @@ use aya_ebpf::{
     maps::{Array, HashMap},
 };
 use tcpclose_common::{
-    recipe::{Edge, KEY_BIT, MAX_EDGES, MAX_RECIPES, MAX_WORDS, PLACE_BITS, Recipe, Target, image, source},
+    recipe::{Edge, KEY_BIT, MAX_EDGES, MAX_RECIPES, MAX_WORDS, PLACE_BITS, Recipe, EdgeTarget, image, source},
     record::STACK_STEP,
 };
 
@@ -24,7 +24,7 @@ pub static RECIPES: Array<Recipe> = Array::with_max_entries(MAX_RECIPES, 0);
 
 /// Which recipe to go on with. Not LRU: an edge that is missing would make a whole tree unreachable.
 #[map]
-pub static RECIPE_EDGES: HashMap<Edge, Target> = HashMap::with_max_entries(MAX_EDGES, 0);
+pub static RECIPE_EDGES: HashMap<Edge, EdgeTarget> = HashMap::with_max_entries(MAX_EDGES, 0);
 
 /// How long a stack is recognized after its recipe has expired, while one copy of it is on its way to the
 /// user half.
@@ -35,7 +35,7 @@ const PLACE_MASK: u64 = (1 << PLACE_BITS) - 1;
 
 /// What the current task entered the kernel with.
 #[derive(Clone, Copy)]
-pub struct Entry {
+pub struct KernelEntry {
     /// Process id.
     pub pid: u32,
     /// Address of its `mm_struct`.
@@ -48,7 +48,7 @@ pub struct Entry {
     pub lr: u64,
 }
 
-impl Entry {
+impl KernelEntry {
     /// What the current task, of process `pid` with the memory `mm`, entered the kernel with; `None` if that
     /// cannot be read.
     #[inline(always)]
@@ -90,7 +90,7 @@ pub fn recognized(pid: u64, mm: u64) -> u64 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn matched(pid: u64, mm: u64) -> u64 {
-    match Entry::of_current(pid as u32, mm) {
+    match KernelEntry::of_current(pid as u32, mm) {
         Some(entry) => find(&entry),
         None => 0,
     }
@@ -99,7 +99,7 @@ extern "C" fn matched(pid: u64, mm: u64) -> u64 {
 /// The same for a task that entered the kernel with `entry`. Its bound is that of the loop, one round for
 /// each word of a recipe: 128 comparisons, and as many reads of 1 KiB and look-ups of edges at worst.
 #[inline(always)]
-fn find(entry: &Entry) -> u64 {
+fn find(entry: &KernelEntry) -> u64 {
     if !entry.sp.is_multiple_of(8) {
         return 0;
     }
@@ -163,7 +163,7 @@ fn find(entry: &Entry) -> u64 {
 /// What [`matched`] returns for a recipe whose last word is the hash of the interpreter's frames, if the
 /// words before agree.
 #[inline(always)]
-fn undecided(target: &Target) -> u64 {
+fn undecided(target: &EdgeTarget) -> u64 {
     target.serial << PLACE_BITS | target.index & PLACE_MASK
 }
 
@@ -171,7 +171,7 @@ fn undecided(target: &Target) -> u64 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn decided(undecided: u64, hash: u64) -> u64 {
-    let mut target = Target { serial: undecided >> PLACE_BITS, index: undecided & PLACE_MASK };
+    let mut target = EdgeTarget { serial: undecided >> PLACE_BITS, index: undecided & PLACE_MASK };
     let Some(mut recipe) = RECIPES.get_ptr_mut(target.index as u32) else { return 0 };
     // SAFETY: a map value.
     let last = unsafe { (*recipe).count }.wrapping_sub(1);
@@ -192,7 +192,7 @@ extern "C" fn decided(undecided: u64, hash: u64) -> u64 {
 /// The key of the stack that a recipe leads to, all of whose words agree; 0 if it has expired or been
 /// replaced.
 #[inline(always)]
-fn stack(target: &Target, recipe: *mut Recipe) -> u64 {
+fn stack(target: &EdgeTarget, recipe: *mut Recipe) -> u64 {
     // SAFETY: a map value.
     let (until, stack) = unsafe { ((*recipe).until, (*recipe).stack) };
     if until != 0 {
@@ -211,7 +211,7 @@ fn stack(target: &Target, recipe: *mut Recipe) -> u64 {
 
 /// The recipe that an edge leads to.
 #[inline(always)]
-fn follow(edge: &Edge) -> Option<(Target, *mut Recipe)> {
+fn follow(edge: &Edge) -> Option<(EdgeTarget, *mut Recipe)> {
     let target = RECIPE_EDGES.get_ptr(edge)?;
     // SAFETY: a map value; the user half never changes one, it only adds and removes edges.
     let target = unsafe { *target };

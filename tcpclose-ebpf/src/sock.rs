@@ -3,7 +3,7 @@
 use aya_ebpf::programs::TracePointContext;
 use tcpclose_common::{
     offsets::{ABSENT, RecordOffsets},
-    record::{Address, Endpoints, Sample, UNKNOWN_U32, UNKNOWN_U64, mapped},
+    record::{Address, RawEndpoints, RawSample, UNKNOWN_U32, UNKNOWN_U64, mapped},
     tcp::{AF_INET, AF_INET6, IPPROTO_TCP, sock_flag, state},
 };
 
@@ -14,13 +14,13 @@ use crate::{
 
 /// A classic tracepoint's record: where a kernel without BTF tells a socket's addresses.
 #[derive(Clone, Copy)]
-pub struct Record<'a> {
+pub struct TracepointRecord<'a> {
     pub ctx: &'a TracePointContext,
     /// Where its members are.
     pub layout: RecordOffsets,
 }
 
-impl Record<'_> {
+impl TracepointRecord<'_> {
     /// Reads a member; `None` if this kernel's record has none such.
     #[inline(always)]
     pub fn get<T: Copy>(&self, offset: u16) -> Option<T> {
@@ -61,7 +61,7 @@ pub struct Sock<O> {
 /// record. What is there already stays where nothing better is found: a failed connect has lost its ports by
 /// the time it ends.
 #[inline(always)]
-pub fn endpoints(sk: impl Object, record: Option<&Record<'_>>, to: &mut Endpoints) {
+pub fn endpoints(sk: impl Object, record: Option<&TracepointRecord<'_>>, to: &mut RawEndpoints) {
     if to.local_port != 0 && to.remote_port != 0 {
         // Known since it was established, or since the SYN of a socket that was bound; they do not change any
         // more.
@@ -111,7 +111,7 @@ pub fn endpoints(sk: impl Object, record: Option<&Record<'_>>, to: &mut Endpoint
 
 /// Both shapes of record (see [`RecordOffsets`]).
 #[inline(always)]
-fn endpoints_of_record(record: &Record<'_>, to: &mut Endpoints) {
+fn endpoints_of_record(record: &TracepointRecord<'_>, to: &mut RawEndpoints) {
     let layout = record.layout;
     if let Some(family) = record.get::<u16>(layout.family) {
         to.family = family;
@@ -138,7 +138,7 @@ fn endpoints_of_record(record: &Record<'_>, to: &mut Endpoints) {
 /// `struct sockaddr_in` and `struct sockaddr_in6`: family, port in network order, then the address at 4 or
 /// at 8.
 #[inline(always)]
-fn sockaddr(record: &Record<'_>, at: u16, family: &mut u16, address: &mut Address, port: &mut u16) {
+fn sockaddr(record: &TracepointRecord<'_>, at: u16, family: &mut u16, address: &mut Address, port: &mut u16) {
     if at == ABSENT {
         return;
     }
@@ -191,7 +191,7 @@ pub fn cookie(sk: impl Object) -> u64 {
 
 /// Whether `sk` still has these ends; `None` where that can not be read.
 #[inline(always)]
-pub fn has_ends(sk: impl Object, ends: &Endpoints) -> Option<bool> {
+pub fn has_ends(sk: impl Object, ends: &RawEndpoints) -> Option<bool> {
     let local: u16 = member(sk, global!(STRUCTS.sk_num))?;
     let remote: u16 = member(sk, global!(STRUCTS.sk_dport))?;
     Some(local == ends.local_port && u16::from_be(remote) == ends.remote_port)
@@ -199,7 +199,7 @@ pub fn has_ends(sk: impl Object, ends: &Endpoints) -> Option<bool> {
 
 /// What the kernel counts for this socket, now.
 #[inline(always)]
-pub fn sample(sk: impl Object, jiffies: u64, to: &mut Sample) {
+pub fn sample(sk: impl Object, jiffies: u64, to: &mut RawSample) {
     // SOCK_DONE says that the FIN was received. It takes a sequence number, which bytes_received and rcv_nxt
     // count.
     let fin = u32::from(flags(sk).is_some_and(|flags| flags & sock_flag::DONE != 0));

@@ -8,21 +8,21 @@ use aya_ebpf::{
     helpers::{bpf_get_prandom_u32, generated::bpf_get_stack},
 };
 use tcpclose_common::{
-    record::{Header, STACK_STEP, StackCopy, Task, VERSION, tag},
-    stack::{MAX_FRAMES, Stack},
+    record::{Header, STACK_STEP, StackCopy, RawTask, VERSION, tag},
+    stack::{MAX_FRAMES, StackTrace},
     tcp::task_flag,
 };
 
 use crate::{
     emit, interpreter,
     maps::{STACKS, Slot, count, global},
-    recipe::{self, Entry},
+    recipe::{self, KernelEntry},
 };
 
 /// Takes the requested stacks of the current task, which is `task`. `is_wanted` says whether they are worth a
 /// copy.
 #[inline(always)]
-pub fn take(ctx: &impl EbpfContext, task: &mut Task, is_wanted: bool) {
+pub fn take(ctx: &impl EbpfContext, task: &mut RawTask, is_wanted: bool) {
     if global!(PARAMS.user_stack) != 0 {
         task.user_stack = user(ctx, task, is_wanted);
     }
@@ -37,7 +37,7 @@ pub fn take(ctx: &impl EbpfContext, task: &mut Task, is_wanted: bool) {
 /// With recipes, frame pointers are never followed here: that leaves out the caller of a function that keeps
 /// none, such as `close()`.
 #[inline(always)]
-fn user(ctx: &impl EbpfContext, task: &Task, is_wanted: bool) -> u64 {
+fn user(ctx: &impl EbpfContext, task: &RawTask, is_wanted: bool) -> u64 {
     let has_recipes = global!(PARAMS.recipes) != 0;
     if global!(PARAMS.stack_bytes) != 0 && (is_wanted || has_recipes) {
         let key = whole(task, is_wanted);
@@ -51,7 +51,7 @@ fn user(ctx: &impl EbpfContext, task: &Task, is_wanted: bool) -> u64 {
 /// The key of the current task's user stack if the user half knows it already; else that of a copy, if it is
 /// wanted.
 #[inline(always)]
-fn whole(task: &Task, is_wanted: bool) -> u64 {
+fn whole(task: &RawTask, is_wanted: bool) -> u64 {
     // Kernel threads that work for a process use its memory, but have no stack of their own there.
     if task.mm == 0 || task.flags & (task_flag::KTHREAD | task_flag::IO_WORKER) != 0 {
         return 0;
@@ -96,7 +96,7 @@ fn kernel(ctx: &impl EbpfContext) -> u64 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn copied(pid: u64, mm: u64, key: u64) -> u64 {
-    let Some(entry) = Entry::of_current(pid as u32, mm) else { return 0 };
+    let Some(entry) = KernelEntry::of_current(pid as u32, mm) else { return 0 };
     let copy = StackCopy {
         header: Header { tag: tag::STACK, version: VERSION, length: 0 },
         key,
@@ -155,7 +155,7 @@ fn collect(ctx: &impl EbpfContext, flags: u64) -> u64 {
 
 /// Stores the first `count` frames in `STACKS`, and returns their key; 0 if that fails, which is counted.
 #[inline(always)]
-fn stored(stack: &mut Stack, count: u64) -> u64 {
+fn stored(stack: &mut StackTrace, count: u64) -> u64 {
     stack.count = count;
     let key = hash(stack, count);
     if STACKS.get_ptr(key).is_some() {
@@ -172,7 +172,7 @@ fn stored(stack: &mut Stack, count: u64) -> u64 {
 /// A 64-bit hash of the first `count` frames, never 0. Multiplication by an odd constant and a fold after
 /// each frame: two different stacks share a key about once in 2^64 pairs.
 #[inline(always)]
-fn hash(stack: &Stack, count: u64) -> u64 {
+fn hash(stack: &StackTrace, count: u64) -> u64 {
     let mut hash = count ^ 0x9e37_79b9_7f4a_7c15;
     let mut index = 0;
     while index < MAX_FRAMES {

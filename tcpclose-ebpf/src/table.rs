@@ -7,7 +7,7 @@
 use core::{arch::asm, ptr};
 
 use tcpclose_common::{
-    record::Connection,
+    record::ConnectionRecord,
     table::{Bucket, WAYS},
 };
 
@@ -15,14 +15,14 @@ use crate::maps::{BUCKETS, ENTRIES, HAS_OVERFLOW, OVERFLOW, TEARDOWNS, count, gl
 
 /// A bucket and its number.
 #[derive(Clone, Copy)]
-struct Place {
+struct NumberedBucket {
     bucket: *mut Bucket,
     index: u32,
 }
 
 /// The entry of the socket at `address`; null if it has none.
 #[inline(always)]
-pub fn find(address: u64) -> *mut Connection {
+pub fn find(address: u64) -> *mut ConnectionRecord {
     if let Some(place) = place(address)
         && let Some(way) = way_of(place, address)
     {
@@ -34,7 +34,7 @@ pub fn find(address: u64) -> *mut Connection {
 /// Makes a new entry for the socket at `address`, equal to the template. If it has one, `renew` makes that
 /// one new. Null if it has one that is to stay, or if there is no room, which is counted.
 #[inline(always)]
-pub fn add(address: u64, renew: bool) -> *mut Connection {
+pub fn add(address: u64, renew: bool) -> *mut ConnectionRecord {
     let Some(place) = place(address) else { return ptr::null_mut() };
     let is_in_overflow = has_overflow() && OVERFLOW.get_ptr(address).is_some();
     if !is_in_overflow {
@@ -58,7 +58,7 @@ const FULL: u64 = 0x101;
 /// the compiler would merge the cases into one register with the entry's address, and the verifier forbids
 /// arithmetic on that.
 #[inline(always)]
-fn add_to_bucket(place: Place, address: u64, renew: bool) -> u64 {
+fn add_to_bucket(place: NumberedBucket, address: u64, renew: bool) -> u64 {
     // SAFETY: a valid, aligned map value. Several programs may work on one bucket at once. Of those that add
     // a socket, the one that finds its own claim alone goes on, and the others leave the bucket; a program
     // that removes a socket writes to the way of that socket only. An address is written last, so that
@@ -89,7 +89,7 @@ fn add_to_bucket(place: Place, address: u64, renew: bool) -> u64 {
 }
 
 #[inline(always)]
-fn add_to_overflow(address: u64, renew: bool, exists: bool) -> *mut Connection {
+fn add_to_overflow(address: u64, renew: bool, exists: bool) -> *mut ConnectionRecord {
     if exists && !renew {
         return ptr::null_mut();
     }
@@ -153,19 +153,19 @@ pub fn teardown_over(address: u64) {
 
 /// The bucket for `address`.
 #[inline(always)]
-fn place(address: u64) -> Option<Place> {
+fn place(address: u64) -> Option<NumberedBucket> {
     // Multiplication by 2^64 divided by the golden ratio spreads addresses, which differ in their middle
     // bits, over the upper half; its product with the number of buckets has the bucket's number in its upper
     // half.
     let spread = address.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
     let index = ((spread * u64::from(global!(PARAMS.buckets))) >> 32) as u32;
-    BUCKETS.get_ptr_mut(index).map(|bucket| Place { bucket, index })
+    BUCKETS.get_ptr_mut(index).map(|bucket| NumberedBucket { bucket, index })
 }
 
 /// The way of the bucket that has `address`. The verifier does not learn which: it would go through the rest
 /// of the program once for each.
 #[inline(always)]
-fn way_of(place: Place, address: u64) -> Option<u64> {
+fn way_of(place: NumberedBucket, address: u64) -> Option<u64> {
     let mut way = 0;
     while way < WAYS as usize {
         // SAFETY: a valid, aligned map value.
@@ -180,27 +180,27 @@ fn way_of(place: Place, address: u64) -> Option<u64> {
 /// `way` as a number that neither the compiler nor the verifier knows: the number of claims never reaches
 /// 2^60.
 #[inline(always)]
-fn unknown(place: Place, way: u64) -> u64 {
+fn unknown(place: NumberedBucket, way: u64) -> u64 {
     // SAFETY: a valid, aligned map value.
     way + (unsafe { ptr::read_volatile(&raw const (*place.bucket).claims) } >> 60)
 }
 
 /// The entry of a way.
 #[inline(always)]
-fn entry(place: Place, way: u64) -> *mut Connection {
+fn entry(place: NumberedBucket, way: u64) -> *mut ConnectionRecord {
     ENTRIES.get_ptr_mut(place.index * WAYS + way as u32).unwrap_or(ptr::null_mut())
 }
 
 /// The address in a way.
 #[inline(always)]
-fn address_at(place: Place, way: u64) -> *mut u64 {
+fn address_at(place: NumberedBucket, way: u64) -> *mut u64 {
     // SAFETY: inside of the bucket, a valid map value.
     unsafe { (&raw mut (*place.bucket).addresses[0]).add(bounded(way)) }
 }
 
 /// The time in a way.
 #[inline(always)]
-fn since_at(place: Place, way: u64) -> *mut u64 {
+fn since_at(place: NumberedBucket, way: u64) -> *mut u64 {
     // SAFETY: inside of the bucket, a valid map value.
     unsafe { (&raw mut (*place.bucket).since[0]).add(bounded(way)) }
 }
@@ -227,7 +227,7 @@ fn has_overflow() -> bool {
 
 /// Copies the template: a load and a store for each word.
 #[inline(always)]
-fn initialise(entry: *mut Connection) {
+fn initialise(entry: *mut ConnectionRecord) {
     // SAFETY: both are valid, and the template is not in the table.
     unsafe { ptr::copy_nonoverlapping(template(), entry, 1) };
 }

@@ -11,9 +11,9 @@ use foldhash::fast::RandomState;
 
 use crate::{
     event::{Attribution, Process, Shared},
-    host::{Host, Program},
+    host::{Host, ProgramInfo},
     ingest::life::{Claimant, Life, Task},
-    processes::{LocalPid, holder::Holder},
+    processes::{LocalPid, holder::ProcfsHolder},
     tcp::Role,
 };
 
@@ -25,7 +25,7 @@ pub enum Claim<'a> {
     /// It has the socket open, as the iterator over all descriptors has shown.
     Holds(&'a Task),
     /// It has the socket open, as `/proc` has shown.
-    Procfs(&'a Holder),
+    Procfs(&'a ProcfsHolder),
 }
 
 impl Claim<'_> {
@@ -44,14 +44,14 @@ const MAX_TASKS: usize = 4096;
 /// belong to few tasks.
 #[derive(Default)]
 pub struct Attributor {
-    tasks: HashMap<Key, Known, RandomState>,
+    tasks: HashMap<TaskKey, Known, RandomState>,
     /// [`Host::programs_version`] when `tasks` were described.
     version: u64,
 }
 
 /// Which task, and what it has to do with the socket.
 #[derive(PartialEq, Eq, Hash)]
-struct Key {
+struct TaskKey {
     mm: u64,
     pid: u32,
     tid: Option<u32>,
@@ -139,7 +139,7 @@ impl Attributor {
             self.tasks.clear();
             self.version = version;
         }
-        let key = Key { mm: task.mm, pid: task.pid, tid: task.tid, did, attribution };
+        let key = TaskKey { mm: task.mm, pid: task.pid, tid: task.tid, did, attribution };
         if let Some(known) = self.tasks.get(&key)
             && (known.uid, known.comm) == (task.uid, task.comm)
         {
@@ -152,8 +152,8 @@ impl Attributor {
 }
 
 /// The process of a task. `thread` is reported only for one that acted.
-fn describe(task: &Task, did: Did, attribution: Attribution, program: Program) -> Process {
-    let Program { comm, exe, container, pid } = program;
+fn describe(task: &Task, did: Did, attribution: Attribution, program: ProgramInfo) -> Process {
+    let ProgramInfo { comm, exe, container, pid } = program;
     let tid = match pid {
         LocalPid::Same => task.tid,
         // Only the id of the main thread is known here: it is that of the process.
@@ -175,8 +175,8 @@ fn describe(task: &Task, did: Did, attribution: Attribution, program: Program) -
 }
 
 /// A process that was found through `/proc`.
-pub fn listed(holder: &Holder, attribution: Attribution, program: Program) -> Process {
-    let Program { comm, exe, container, pid: _ } = program;
+pub fn listed(holder: &ProcfsHolder, attribution: Attribution, program: ProgramInfo) -> Process {
+    let ProgramInfo { comm, exe, container, pid: _ } = program;
     Process {
         pid: Some(holder.pid),
         host_pid: holder.host_pid(),
@@ -201,7 +201,7 @@ mod tests {
     use crate::{
         host::{Answer, Question, Recorded},
         ingest::life::{
-            Act, End, SocketId,
+            Activity, SocketEnd, SocketId,
             examples::{END, task, unknown},
         },
     };
@@ -214,7 +214,7 @@ mod tests {
     #[test]
     fn what_is_remembered_of_a_task_is_what_it_is_now() {
         let life = |comm: &[u8; 4], tid| {
-            let mut task = Task { tid: Some(tid), ..task(1, Act::Unknown) };
+            let mut task = Task { tid: Some(tid), ..task(1, Activity::Unknown) };
             task.comm[..4].copy_from_slice(comm);
             Life { end: Some(END), actor: Some(task), inode: Some(9), ..unknown() }
         };
@@ -229,7 +229,7 @@ mod tests {
         assert!(owner(&mut host, b"comm", 1).is_same(&first), "described once");
         assert_eq!(owner(&mut host, b"name", 1).comm, "name", "the thread was renamed");
         assert_eq!(owner(&mut host, b"name", 2).tid, Some(2));
-        let program = Program { exe: Some("/bin/true".to_owned()), ..Program::default() };
+        let program = ProgramInfo { exe: Some("/bin/true".to_owned()), ..ProgramInfo::default() };
         host.learn(Question::Program { pid: 1, mm: 0 }, Answer::Program(program));
         assert_eq!(owner(&mut host, b"name", 2).exe.as_deref(), Some("/bin/true"), "known by now");
         for tid in 0..2 * u32::try_from(MAX_TASKS).unwrap() {
@@ -239,7 +239,7 @@ mod tests {
 
     #[test]
     fn the_order_of_trust() {
-        let [acted, opened, held, listens] = [1, 2, 3, 4].map(|pid| task(pid, Act::Unknown));
+        let [acted, opened, held, listens] = [1, 2, 3, 4].map(|pid| task(pid, Activity::Unknown));
         let nobody = Life { id: SocketId { address: 1, born: 1 }, end: Some(END), ..unknown() };
         assert_eq!(owner(&nobody, None, false), None);
 
@@ -264,7 +264,7 @@ mod tests {
         assert_eq!(owner(&actor, Some(by_heir), true), Some((acted.pid, Attribution::Listener)));
         let had_descriptor = Life { inode: Some(9), ..actor.clone() };
         assert_eq!(owner(&had_descriptor, Some(by_heir), true), Some((acted.pid, Attribution::Syscall)));
-        let end = End { error: Some(libc::ECONNABORTED), ..END };
+        let end = SocketEnd { error: Some(libc::ECONNABORTED), ..END };
         let destroyed = Life { end: Some(end), actor: None, ..had_descriptor.clone() };
         assert_eq!(owner(&destroyed, None, false), Some((opened.pid, Attribution::Connect)));
         let shut_down = Life { end: Some(end), ..had_descriptor };

@@ -75,7 +75,7 @@ impl Composer {
             // not be the last.
             if let Some((_, _, stack)) = looked_up.later_acts.pop() {
                 looked_up.stack = stack;
-            } else if life.own_actor().is_some_and(|task| task.act == life::Act::Unknown)
+            } else if life.own_actor().is_some_and(|task| task.act == life::Activity::Unknown)
                 && reset.state.is_some_and(has_sent_fin)
             {
                 looked_up.stack = None;
@@ -117,7 +117,7 @@ impl Composer {
         }))
     }
 
-    fn reset(&self, life: &Life, reset: &life::Reset, looked_up: LookedUp) -> Event {
+    fn reset(&self, life: &Life, reset: &life::Rst, looked_up: LookedUp) -> Event {
         let silence = self.silence(&life.sample);
         // This side did not act when a RST was received, or when the kernel answered a packet with one.
         let acted = reset.direction == Direction::Sent && !reset.answer;

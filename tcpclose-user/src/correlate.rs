@@ -12,7 +12,7 @@ use std::collections::{HashMap, VecDeque};
 use foldhash::fast::RandomState;
 
 use crate::{
-    ingest::life::{End, Follows, LaterAct, Life, Reset, SocketId, Task},
+    ingest::life::{SocketEnd, Follows, LaterAct, Life, Rst, SocketId, Task},
     tcp::{Direction, State},
 };
 
@@ -46,7 +46,7 @@ pub struct Ending {
     /// Whether this is its end; otherwise only RSTs are reported, which ended nothing.
     pub is_end: bool,
     /// Its RSTs, in order.
-    pub resets: Vec<Reset>,
+    pub resets: Vec<Rst>,
     /// A task that closed its descriptor after the end, or still has it open.
     pub late_owner: Option<LateOwner>,
     /// All descriptors were looked through since its end, and none refers to it: its former owner has passed
@@ -75,11 +75,11 @@ impl LateOwner {
 }
 
 impl Ending {
-    fn end(life: Box<Life>, resets: Vec<Reset>) -> Self {
+    fn end(life: Box<Life>, resets: Vec<Rst>) -> Self {
         Self { life, is_end: true, resets, late_owner: None, unheld: false, later_acts: Vec::new() }
     }
 
-    fn reset_alone(life: Box<Life>, reset: Reset) -> Self {
+    fn reset_alone(life: Box<Life>, reset: Rst) -> Self {
         Self {
             life,
             is_end: false,
@@ -101,7 +101,7 @@ impl Ending {
     }
 }
 
-struct Waiting {
+struct WaitingEnding {
     ending: Ending,
     /// The `now` of the first [`caught_up`](Correlator::caught_up) that found it.
     since: Option<u64>,
@@ -111,7 +111,7 @@ struct Waiting {
 #[derive(Default)]
 pub struct Correlator {
     /// In order of arrival; `None` where an ending has left.
-    waiting: VecDeque<Option<Waiting>>,
+    waiting: VecDeque<Option<WaitingEnding>>,
     /// Arrival number of the first place of `waiting`.
     first: u64,
     /// How many endings wait.
@@ -126,7 +126,7 @@ pub struct Correlator {
 
 impl Correlator {
     /// Takes in a RST. Returns the ending that it completes, if any.
-    pub fn reset(&mut self, life: Box<Life>, reset: Reset) -> Option<Ending> {
+    pub fn reset(&mut self, life: Box<Life>, reset: Rst) -> Option<Ending> {
         let of_own_accord = !reset.answer && life.end.is_none() && !life.path.steps().is_empty();
         if reset.direction == Direction::Received || of_own_accord {
             // Its CLOSE follows at once: tcp_reset(), tcp_abort() and the keepalive timer report the RST
@@ -147,7 +147,7 @@ impl Correlator {
         end.reset_follows = None;
         // The record of the RST no longer knows the state before CLOSE.
         let state = if reset.state == Some(State::Close) { *before } else { reset.state };
-        let mut reset = Reset { state, ..reset };
+        let mut reset = Rst { state, ..reset };
         if answers_late_data {
             // Nothing was received but data, which this RST answers: it is one RST, and one line.
             ending.resets.clear();
@@ -276,7 +276,7 @@ impl Correlator {
     }
 
     /// The ending that this RST belongs to, if one waits for it.
-    fn awaiting_reset(&self, life: &Life, reset: &Reset) -> Option<(u64, End)> {
+    fn awaiting_reset(&self, life: &Life, reset: &Rst) -> Option<(u64, SocketEnd)> {
         let &arrival = self.by_address.get(&life.id.address)?;
         let ending = &self.get(arrival)?.ending;
         let follows = ending.reset_follows()?;
@@ -303,7 +303,7 @@ impl Correlator {
     /// Holds `ending` back. Returns the oldest instead when there is no more room.
     fn wait(&mut self, ending: Ending) -> Option<Ending> {
         self.by_address.insert(ending.life.id.address, self.arrivals());
-        self.waiting.push_back(Some(Waiting { ending, since: None }));
+        self.waiting.push_back(Some(WaitingEnding { ending, since: None }));
         self.count += 1;
         // The first place is never empty: `take` sees to that.
         if self.count > MAX_WAITING { self.take(self.first) } else { None }
@@ -313,18 +313,18 @@ impl Correlator {
         usize::try_from(arrival.checked_sub(self.first)?).ok()
     }
 
-    fn get(&self, arrival: u64) -> Option<&Waiting> {
+    fn get(&self, arrival: u64) -> Option<&WaitingEnding> {
         self.waiting.get(self.place(arrival)?)?.as_ref()
     }
 
-    fn get_mut(&mut self, arrival: u64) -> Option<&mut Waiting> {
+    fn get_mut(&mut self, arrival: u64) -> Option<&mut WaitingEnding> {
         let place = self.place(arrival)?;
         self.waiting.get_mut(place)?.as_mut()
     }
 
     fn take(&mut self, arrival: u64) -> Option<Ending> {
         let place = self.place(arrival)?;
-        let Waiting { ending, .. } = self.waiting.get_mut(place)?.take()?;
+        let WaitingEnding { ending, .. } = self.waiting.get_mut(place)?.take()?;
         self.count -= 1;
         let address = ending.life.id.address;
         if self.by_address.get(&address) == Some(&arrival) {
@@ -341,7 +341,7 @@ impl Correlator {
 #[cfg(test)]
 mod tests {
     use crate::ingest::life::{
-        Act,
+        Activity,
         examples::{END, RESET, task, unknown},
     };
 
@@ -352,21 +352,21 @@ mod tests {
     fn live(born: u64) -> Box<Life> {
         Box::new(Life {
             id: SocketId { born, ..ID },
-            actor: Some(task(7, Act::Syscall(libc::SYS_close))),
+            actor: Some(task(7, Activity::Syscall(libc::SYS_close))),
             ..unknown()
         })
     }
 
-    fn closed(born: u64, end: End) -> Box<Life> {
+    fn closed(born: u64, end: SocketEnd) -> Box<Life> {
         Box::new(Life { end: Some(end), ..*live(born) })
     }
 
     fn ended(follows: Option<Follows>) -> Box<Life> {
-        closed(1, End { reset_follows: follows, ..END })
+        closed(1, SocketEnd { reset_follows: follows, ..END })
     }
 
-    fn received(at: u64) -> Reset {
-        Reset { at, direction: Direction::Received, answer: false, state: Some(State::Established), ..RESET }
+    fn received(at: u64) -> Rst {
+        Rst { at, direction: Direction::Received, answer: false, state: Some(State::Established), ..RESET }
     }
 
     const LATER: u64 = END.at + PATIENCE;
@@ -397,9 +397,9 @@ mod tests {
     fn a_reset_sent_before_the_end_is_reported_with_it() {
         let mut correlator = Correlator::default();
         let path = [(State::SynSent, 1), (State::Established, 2)].into_iter().collect();
-        let sent = Reset { answer: false, ..RESET };
+        let sent = Rst { answer: false, ..RESET };
         assert_eq!(correlator.reset(Box::new(Life { path, ..*live(1) }), sent), None);
-        let destroyed = closed(1, End { error: Some(libc::ECONNABORTED), ..END });
+        let destroyed = closed(1, SocketEnd { error: Some(libc::ECONNABORTED), ..END });
         let ending = correlator.close(destroyed.clone()).unwrap();
         assert_eq!((ending.resets, ending.life), (vec![sent], destroyed), "`ss -K`, as only the end shows");
     }
@@ -420,7 +420,7 @@ mod tests {
     fn an_abort_waits_for_its_reset() {
         let mut correlator = Correlator::default();
         assert_eq!(correlator.close(ended(Some(Follows::InSyscall))), None);
-        let sent = Reset { at: 12, answer: false, ..RESET };
+        let sent = Rst { at: 12, answer: false, ..RESET };
         let ending = correlator.reset(ended(None), sent).unwrap();
         assert!(ending.is_end);
         assert_eq!((ending.life.reset, ending.resets), (Some(sent), vec![sent]));
@@ -439,7 +439,7 @@ mod tests {
         assert_eq!(reported[0].resets, []);
         // A reset much later is another one.
         correlator.close(ended(Some(Follows::InSyscall)));
-        let later = Reset { at: END.at + RESET_WITHIN + 1, answer: false, ..RESET };
+        let later = Rst { at: END.at + RESET_WITHIN + 1, answer: false, ..RESET };
         assert!(!correlator.reset(ended(None), later).unwrap().is_end);
     }
 
@@ -449,19 +449,19 @@ mod tests {
         correlator.close(ended(Some(Follows::InSyscall)));
         let path = [(State::SynRecv, 11)].into_iter().collect();
         let next = Box::new(Life { path, ..*live(11) });
-        assert!(!correlator.reset(next, Reset { at: 12, ..RESET }).unwrap().is_end);
+        assert!(!correlator.reset(next, Rst { at: 12, ..RESET }).unwrap().is_end);
         assert!(correlator.is_waiting());
     }
 
     #[test]
     fn only_an_answer_shows_late_data() {
-        let answer = Reset { at: 12, ..RESET };
-        let own_accord = Reset { answer: false, ..answer };
+        let answer = Rst { at: 12, ..RESET };
+        let own_accord = Rst { answer: false, ..answer };
         for (sent, no_fin_wait2, late_data) in
             [(own_accord, false, false), (answer, false, true), (answer, true, false)]
         {
             let mut correlator = Correlator::default();
-            let end = End { reset_follows: Some(Follows::InSoftirq), no_fin_wait2, ..END };
+            let end = SocketEnd { reset_follows: Some(Follows::InSoftirq), no_fin_wait2, ..END };
             assert_eq!(correlator.close(closed(1, end)), None);
             let ending = correlator.reset(closed(1, end), sent).unwrap();
             assert_eq!(ending.life.reset.unwrap().ambiguous, late_data, "{sent:?} {no_fin_wait2}");
@@ -473,7 +473,7 @@ mod tests {
         let mut correlator = Correlator::default();
         let before = Life { state: Some(State::CloseWait), ..*ended(Some(Follows::InSyscall)) };
         correlator.close(Box::new(before));
-        let sent = Reset { at: 12, answer: false, state: Some(State::Close), ..RESET };
+        let sent = Rst { at: 12, answer: false, state: Some(State::Close), ..RESET };
         let ending = correlator.reset(ended(None), sent).unwrap();
         assert_eq!(ending.resets[0].state, Some(State::CloseWait));
     }
@@ -481,12 +481,12 @@ mod tests {
     #[test]
     fn late_data_is_one_reset_and_it_was_sent() {
         let mut correlator = Correlator::default();
-        let taken_for_received = Reset { ambiguous: true, ..received(9) };
+        let taken_for_received = Rst { ambiguous: true, ..received(9) };
         assert_eq!(correlator.reset(live(1), taken_for_received), None);
         assert_eq!(correlator.close(ended(Some(Follows::InSoftirq))), None);
         // The orphan's entry is gone by now: the record knows the address alone.
         let orphan = Box::new(Life { actor: None, ..*live(11) });
-        let sent = Reset { at: 11, state: Some(State::Close), ..RESET };
+        let sent = Rst { at: 11, state: Some(State::Close), ..RESET };
         let ending = correlator.reset(orphan, sent).unwrap();
         let reset = ending.life.reset.unwrap();
         assert_eq!((reset.direction, reset.ambiguous), (Direction::Sent, true));
@@ -496,7 +496,7 @@ mod tests {
     #[test]
     fn an_ambiguous_reset_without_an_answer_was_received() {
         let mut correlator = Correlator::default();
-        let reset = Reset { ambiguous: true, ..received(9) };
+        let reset = Rst { ambiguous: true, ..received(9) };
         correlator.reset(live(1), reset);
         let end = Life { reset: Some(reset), ..*ended(Some(Follows::InSyscall)) };
         correlator.close(Box::new(end));
@@ -526,7 +526,7 @@ mod tests {
     fn the_owner_closes_later() {
         let mut correlator = Correlator::default();
         assert_eq!(correlator.close(ownerless(ID.address)), None);
-        let task = task(5, Act::Syscall(libc::SYS_close));
+        let task = task(5, Activity::Syscall(libc::SYS_close));
         assert_eq!(
             correlator.closer(SocketId { born: 2, ..ID }, task),
             None,
@@ -538,7 +538,7 @@ mod tests {
 
     #[test]
     fn of_several_holders_the_opener_is_the_owner() {
-        let (opener, heir, other) = (task(5, Act::Unknown), task(6, Act::Unknown), task(8, Act::Unknown));
+        let (opener, heir, other) = (task(5, Activity::Unknown), task(6, Activity::Unknown), task(8, Activity::Unknown));
         for (holders, owner) in [([heir, other], heir), ([heir, opener], opener), ([opener, heir], opener)] {
             let mut correlator = Correlator::default();
             let end = Life { opener: Some(opener), ..*ownerless(ID.address) };
@@ -598,7 +598,7 @@ mod tests {
         assert_eq!(oldest.life.id.address, 1);
         // Places that were left in the middle do not count.
         let last = SocketId { address: MAX_WAITING as u64, ..ID };
-        assert!(correlator.closer(last, task(5, Act::Unknown)).is_some());
+        assert!(correlator.closer(last, task(5, Activity::Unknown)).is_some());
         assert_eq!(correlator.close(ownerless(MAX_WAITING as u64 + 2)), None);
     }
 }

@@ -18,11 +18,11 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tcpclose_common::record::{Interpreted, StackCopy};
 
-use crate::{event::{SignalFrom, Stack}, kernel::{followed::Followed, privilege}, processes::{LocalPid, Processes, holder::{Holder, Holders}, lock, signals::Signals}, stacks::{Stacks, TaskStacks}};
+use crate::{event::{SignalFrom, Stack}, kernel::{followed::Followed, privilege}, processes::{LocalPid, Processes, holder::{ProcfsHolder, Holders}, lock, signals::Signals}, stacks::{Stacks, TaskStacks}};
 
 /// What is known about the program that a process runs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Program {
+pub struct ProgramInfo {
     /// Its name, which is that of its main thread.
     #[serde(default)]
     pub comm: Option<String>,
@@ -35,7 +35,7 @@ pub struct Program {
     pub pid: LocalPid,
 }
 
-impl Program {
+impl ProgramInfo {
     /// What `processes` knows, or can find out, about the program of a process.
     pub fn of(processes: &mut Processes, pid: u32, mm: u64) -> Self {
         let comm = processes.comm(pid, mm, Instant::now());
@@ -50,11 +50,11 @@ impl Program {
 pub trait Host {
     /// The program of process `pid`. `mm` is the address of its `mm_struct`, which identifies the program
     /// image; with 0 its latest is meant.
-    fn program(&mut self, pid: u32, mm: u64) -> Program;
+    fn program(&mut self, pid: u32, mm: u64) -> ProgramInfo;
     /// Another number whenever [`Self::program`] may answer otherwise than before.
     fn programs_version(&self) -> u64;
     /// The process that has the socket with this inode number open, if it was looked up before.
-    fn holder(&mut self, inode: u64) -> Option<Arc<Holder>>;
+    fn holder(&mut self, inode: u64) -> Option<Arc<ProcfsHolder>>;
     /// The named stacks of a task.
     fn stack(&mut self, task: &TaskStacks) -> Option<Stack>;
     /// Whether this process belongs to the command that is traced.
@@ -94,9 +94,9 @@ pub enum Question {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Answer {
     /// To [`Question::Program`].
-    Program(Program),
+    Program(ProgramInfo),
     /// To [`Question::Holder`].
-    Holder(Option<Holder>),
+    Holder(Option<ProcfsHolder>),
     /// To [`Question::Stack`].
     Stack(Option<Stack>),
     /// To [`Question::IsFollowed`].
@@ -120,11 +120,11 @@ pub struct Running {
     /// Who sent signals.
     signals: Signals,
     /// With `--record`: the answers that are still to be kept.
-    kept: Option<Kept>,
+    kept: Option<KeptAnswers>,
 }
 
 #[derive(Default)]
-struct Kept {
+struct KeptAnswers {
     hasher: RandomState,
     /// A hash of the last answer to each question.
     last: HashMap<Question, u64>,
@@ -149,7 +149,7 @@ impl Running {
             stacks,
             followed,
             signals,
-            kept: keep.then(Kept::default),
+            kept: keep.then(KeptAnswers::default),
         }
     }
 
@@ -201,7 +201,7 @@ impl Running {
     }
 }
 
-impl Kept {
+impl KeptAnswers {
     fn add(&mut self, question: Question, answer: Answer) {
         // An answer that cannot be written as JSON cannot be kept either.
         let Ok(text) = serde_json::to_string(&answer) else { return };
@@ -216,8 +216,8 @@ impl Kept {
 }
 
 impl Host for Running {
-    fn program(&mut self, pid: u32, mm: u64) -> Program {
-        let program = Program::of(&mut lock(&self.processes), pid, mm);
+    fn program(&mut self, pid: u32, mm: u64) -> ProgramInfo {
+        let program = ProgramInfo::of(&mut lock(&self.processes), pid, mm);
         self.keep(|| Question::Program { pid, mm }, || Answer::Program(program.clone()));
         program
     }
@@ -226,7 +226,7 @@ impl Host for Running {
         self.programs_version.load(Ordering::Acquire)
     }
 
-    fn holder(&mut self, inode: u64) -> Option<Arc<Holder>> {
+    fn holder(&mut self, inode: u64) -> Option<Arc<ProcfsHolder>> {
         let holder = self.holders.of(inode);
         self.keep(|| Question::Holder(inode), || Answer::Holder(holder.as_deref().cloned()));
         holder
@@ -271,10 +271,10 @@ impl Recorded {
 }
 
 impl Host for Recorded {
-    fn program(&mut self, pid: u32, mm: u64) -> Program {
+    fn program(&mut self, pid: u32, mm: u64) -> ProgramInfo {
         match self.answers.get(&Question::Program { pid, mm }) {
             Some(Answer::Program(program)) => program.clone(),
-            _ => Program::default(),
+            _ => ProgramInfo::default(),
         }
     }
 
@@ -282,7 +282,7 @@ impl Host for Recorded {
         self.programs_version
     }
 
-    fn holder(&mut self, inode: u64) -> Option<Arc<Holder>> {
+    fn holder(&mut self, inode: u64) -> Option<Arc<ProcfsHolder>> {
         match self.answers.get(&Question::Holder(inode)) {
             Some(Answer::Holder(holder)) => holder.clone().map(Arc::new),
             _ => None,

@@ -16,7 +16,7 @@
 
 use anyhow::Result;
 
-use crate::{attribute::{Attributor, Claim}, compose::{Composer, LookedUp}, correlate::{Correlator, Ending, LateOwner}, event::{Attribution, Event, Holder, Opener, Process, Shared, SignalFrom, Stack}, host::Host, ingest::{decode::Record, life::{Act, LaterAct, Life, Task}}, report::{Going, Report}, stacks::TaskStacks, stuck::{Descriptor, Found, FoundBy, Stuck}};
+use crate::{attribute::{Attributor, Claim}, compose::{Composer, LookedUp}, correlate::{Correlator, Ending, LateOwner}, event::{Attribution, Event, Holder, Opener, Process, Shared, SignalFrom, Stack}, host::Host, ingest::{decode::Record, life::{Activity, LaterAct, Life, Task}}, report::{Going, Report}, stacks::TaskStacks, stuck::{Descriptor, Found, FoundBy, Stuck}};
 
 /// The stages behind the ring.
 pub struct Pipeline<H> {
@@ -38,7 +38,7 @@ pub struct Pipeline<H> {
 
 /// When the reported sockets are stuck.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum When {
+pub enum StuckPhase {
     /// While the trace runs: an event each.
     Now,
     /// When the trace ends: they are counted in the summary.
@@ -133,7 +133,7 @@ impl<H: Host> Pipeline<H> {
     ///
     /// # Errors
     /// The output cannot be written.
-    pub fn stuck(&mut self, when: When) -> Result<Going> {
+    pub fn stuck(&mut self, when: StuckPhase) -> Result<Going> {
         for mut stuck in self.found.take() {
             // What this side did last says more about a socket that still waits than what it did first.
             if let Some(last) = self.correlator.later_acts(stuck.life.id).last() {
@@ -141,12 +141,12 @@ impl<H: Host> Pipeline<H> {
             }
             let Some(event) = self.stuck_event(&stuck) else { continue };
             match when {
-                When::Now => {
+                StuckPhase::Now => {
                     if self.event(event)? == Going::Done {
                         return Ok(Going::Done);
                     }
                 }
-                When::AtEnd => {
+                StuckPhase::AtEnd => {
                     if is_wanted(&mut self.host, self.command_only, &event) {
                         self.report.still_stuck(&event);
                     }
@@ -201,7 +201,7 @@ impl<H: Host> Pipeline<H> {
     /// Who sent the signal of which a task died.
     fn signal_from(&mut self, task: Option<&Task>) -> Option<SignalFrom> {
         match task?.act {
-            Act::Signal(number) => self.host.signal_from(task?.pid, number),
+            Activity::Signal(number) => self.host.signal_from(task?.pid, number),
             _ => None,
         }
     }
@@ -230,7 +230,7 @@ fn is_wanted(host: &mut impl Host, command_only: bool, event: &Event) -> bool {
 fn keys(task: &Task) -> TaskStacks {
     // A worker of io_uring has no user stack. Kernels before 6.15 follow what its registers happen to hold,
     // because it borrows the process's memory: get_perf_callchain() in kernel/events/callchain.c.
-    let user = task.user_stack.filter(|_| task.act != Act::IoWorker).unwrap_or(0);
+    let user = task.user_stack.filter(|_| task.act != Activity::IoWorker).unwrap_or(0);
     let kernel = task.kernel_stack.unwrap_or(0);
     TaskStacks { pid: task.pid, mm: task.mm, user, kernel }
 }

@@ -2,7 +2,7 @@
 //! `tcpclose replay FILE` makes the same lines of it without privilege.
 //!
 //! A file is [`MAGIC`] followed by frames. A frame is one byte that says what it is, the length of the rest
-//! as a little-endian u32, and the rest: a record as it was in the ring, or a [`Step`] as JSON. Answers of
+//! as a little-endian u32, and the rest: a record as it was in the ring, or a [`RecordedStep`] as JSON. Answers of
 //! the host follow the record or step that asked for them.
 
 use std::{
@@ -16,7 +16,7 @@ use anyhow::{Result, bail};
 use bytes::{Buf as _, Bytes};
 use serde::{Deserialize, Serialize};
 
-use crate::{event::{Lingering, Lost}, host::{Answer, Question}, processes::holder::Holder};
+use crate::{event::{Lingering, Lost}, host::{Answer, Question}, processes::holder::ProcfsHolder};
 
 /// What a recording begins with; the number is the version of the format.
 const MAGIC: &[u8] = b"tcpclose recording 1\n";
@@ -29,7 +29,7 @@ const MAX_FRAME: usize = 16 << 20;
 
 /// What happened between two records.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub enum Step {
+pub enum RecordedStep {
     /// The trace began.
     Start {
         /// Names of the kernel's reset reasons, by number.
@@ -69,7 +69,7 @@ pub enum Step {
         /// The descriptor.
         fd: u32,
         /// The process.
-        holder: Holder,
+        holder: ProcfsHolder,
     },
     /// All descriptors were looked through after this many endings had arrived.
     Searched(u64),
@@ -95,11 +95,11 @@ pub enum Step {
 
 /// A frame of a recording.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Frame {
+pub enum RecordingFrame {
     /// A record of the kernel half.
     Record(Bytes),
     /// What happened between two records.
-    Step(Box<Step>),
+    Step(Box<RecordedStep>),
 }
 
 /// Writes a recording.
@@ -128,7 +128,7 @@ impl Recorder {
     ///
     /// # Errors
     /// It cannot be written.
-    pub fn step(&mut self, step: &Step) -> io::Result<()> {
+    pub fn step(&mut self, step: &RecordedStep) -> io::Result<()> {
         self.frame(STEP, &serde_json::to_vec(step)?)
     }
 
@@ -153,7 +153,7 @@ impl Recorder {
 ///
 /// # Errors
 /// The bytes are not a recording, or a frame makes no sense.
-pub fn frames(mut recording: Bytes) -> Result<Vec<Frame>> {
+pub fn frames(mut recording: Bytes) -> Result<Vec<RecordingFrame>> {
     if !recording.starts_with(MAGIC) {
         bail!("not a recording of this version of tcpclose (`tcpclose --record FILE` makes one)");
     }
@@ -170,8 +170,8 @@ pub fn frames(mut recording: Bytes) -> Result<Vec<Frame>> {
         }
         let bytes = recording.split_to(length);
         frames.push(match kind {
-            RECORD => Frame::Record(bytes),
-            STEP => Frame::Step(serde_json::from_slice(&bytes)?),
+            RECORD => RecordingFrame::Record(bytes),
+            STEP => RecordingFrame::Step(serde_json::from_slice(&bytes)?),
             unknown => bail!("frame {} is of the unknown kind {unknown}", frames.len()),
         });
     }
@@ -186,7 +186,7 @@ mod tests {
     fn frames_are_read_as_they_were_written() {
         let path = std::env::temp_dir().join(format!("tcpclose-recording-{}", std::process::id()));
         let mut recorder = Recorder::create(&path).unwrap();
-        let step = Step::CaughtUp { now: u64::MAX, found: vec![true, false] };
+        let step = RecordedStep::CaughtUp { now: u64::MAX, found: vec![true, false] };
         recorder.record(b"one").unwrap();
         recorder.step(&step).unwrap();
         recorder.record(b"").unwrap();
@@ -194,9 +194,9 @@ mod tests {
         let mut bytes = std::fs::read(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
         let expected = [
-            Frame::Record(Bytes::from_static(b"one")),
-            Frame::Step(Box::new(step)),
-            Frame::Record(Bytes::new()),
+            RecordingFrame::Record(Bytes::from_static(b"one")),
+            RecordingFrame::Step(Box::new(step)),
+            RecordingFrame::Record(Bytes::new()),
         ];
         assert_eq!(frames(Bytes::copy_from_slice(&bytes)).unwrap(), expected);
         bytes.pop();

@@ -39,18 +39,18 @@ pub struct Report {
     /// With `--flamegraph`.
     flame_graph: Option<FlameGraph>,
     /// With `--metrics`.
-    metrics: Option<metrics::Shared>,
-    findings: Option<Box<Findings>>,
+    metrics: Option<metrics::SharedMetrics>,
+    findings: Option<Box<RunningDiagnosis>>,
 }
 
 /// What the events so far show together.
-struct Findings {
+struct RunningDiagnosis {
     diagnosis: Diagnosis,
     /// How many connections each finding that was reported had then.
     reported: HashMap<String, u64>,
 }
 
-impl Findings {
+impl RunningDiagnosis {
     /// The findings that more connections show than when they were reported.
     fn news(&mut self) -> Vec<Finding> {
         let subject = |finding: &Finding| {
@@ -97,7 +97,7 @@ impl Report {
     }
 
     /// Counts events in `metrics` too from now on.
-    pub fn count_in(&mut self, metrics: metrics::Shared) {
+    pub fn count_in(&mut self, metrics: metrics::SharedMetrics) {
         self.metrics = Some(metrics);
     }
 
@@ -105,7 +105,7 @@ impl Report {
     /// stderr if the output is not made of JSON lines.
     #[must_use]
     pub fn with_findings(self) -> Self {
-        let findings = Findings { diagnosis: Diagnosis::of_trace(), reported: HashMap::new() };
+        let findings = RunningDiagnosis { diagnosis: Diagnosis::of_trace(), reported: HashMap::new() };
         Self { findings: Some(Box::new(findings)), ..self }
     }
 

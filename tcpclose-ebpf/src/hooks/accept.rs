@@ -8,7 +8,7 @@ use aya_ebpf::{
     macros::{fexit, tracepoint},
     programs::{FExitContext, TracePointContext},
 };
-use tcpclose_common::record::{Task, role};
+use tcpclose_common::record::{RawTask, role};
 
 use crate::{connection, current, filter, kernel::member, maps::global, sock, stack, task};
 
@@ -69,7 +69,7 @@ fn accepted(ctx: &impl EbpfContext, sk: u64) {
     if role != role::SERVER || opener != 0 {
         return;
     }
-    let mut task = Task::NONE;
+    let mut task = RawTask::NONE;
     task::meet(&mut task);
     // SAFETY: as above. `opener` is the only member that is written here, and no other program writes that of
     // a server's socket; the two copies of this program for one accept() run one after the other. The pid is
@@ -77,7 +77,7 @@ fn accepted(ctx: &impl EbpfContext, sk: u64) {
     // one.
     let connection = unsafe {
         let opener = &raw mut (*entry).opener;
-        opener.write(Task { pid: 0, ..task });
+        opener.write(RawTask { pid: 0, ..task });
         compiler_fence(Ordering::SeqCst);
         (&raw mut (*opener).pid).write(task.pid);
         &*entry

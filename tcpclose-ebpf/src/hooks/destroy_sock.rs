@@ -5,14 +5,14 @@ use aya_ebpf::{
     macros::{btf_tracepoint, tracepoint},
     programs::{BtfTracePointContext, TracePointContext},
 };
-use tcpclose_common::record::{Header, Owner, Task, VERSION, relation, tag};
+use tcpclose_common::record::{Header, OwnerRecord, RawTask, VERSION, relation, tag};
 
 use crate::{
     connection::{self, StackOf},
     emit, end,
     kernel::{Object, Typed},
     maps::global,
-    sock::{Record, Sock},
+    sock::{TracepointRecord, Sock},
     task,
 };
 
@@ -27,7 +27,7 @@ pub fn destroy_sock(ctx: BtfTracePointContext) -> i32 {
 
 #[tracepoint]
 pub fn destroy_sock_classic(ctx: TracePointContext) -> i32 {
-    let record = Record { ctx: &ctx, layout: global!(DESTROY_SOCK_RECORD) };
+    let record = TracepointRecord { ctx: &ctx, layout: global!(DESTROY_SOCK_RECORD) };
     if let Some(sk) = record.get::<u64>(record.layout.skaddr) {
         destroyed(&ctx, Sock { address: sk, object: sk });
     }
@@ -49,11 +49,11 @@ fn destroyed(ctx: &impl EbpfContext, sock: Sock<impl Object>) {
     // and not always the one that opened the socket: only the last close destroys a socket in CLOSE
     // (inet_csk_destroy_sock() under __tcp_close()).
     if connection.reported != 0 && connection.inode != 0 && connection.actor.pid == 0 && !task::is_nobody() {
-        let mut owner = Owner {
-            header: Header { tag: tag::OWNER, version: VERSION, length: size_of::<Owner>() as u32 },
+        let mut owner = OwnerRecord {
+            header: Header { tag: tag::OWNER, version: VERSION, length: size_of::<OwnerRecord>() as u32 },
             sock: sk,
             born: connection.born,
-            task: Task::NONE,
+            task: RawTask::NONE,
             relation: relation::CLOSED,
             fd: 0,
         };

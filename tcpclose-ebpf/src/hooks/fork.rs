@@ -9,7 +9,7 @@ use aya_ebpf::{
 use crate::{
     kernel::member,
     maps::{FOLLOWED, global},
-    sock::Record,
+    sock::TracepointRecord,
 };
 
 /// `TP_PROTO(struct task_struct *parent, struct task_struct *child)`.
@@ -23,7 +23,7 @@ pub fn fork(ctx: BtfTracePointContext) -> i32 {
 
 #[tracepoint]
 pub fn fork_classic(ctx: TracePointContext) -> i32 {
-    let record = Record { ctx: &ctx, layout: global!(FORK_RECORD) };
+    let record = TracepointRecord { ctx: &ctx, layout: global!(FORK_RECORD) };
     if let Some(child) = record.get::<u32>(record.layout.child_pid) {
         forked(child);
     }

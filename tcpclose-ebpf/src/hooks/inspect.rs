@@ -6,7 +6,7 @@ use aya_ebpf::{
     helpers::generated::bpf_probe_read_kernel, macros::raw_tracepoint, programs::RawTracePointContext,
 };
 use tcpclose_common::{
-    record::{Connection, role, tag},
+    record::{ConnectionRecord, role, tag},
     tcp::is_teardown,
 };
 
@@ -35,11 +35,11 @@ pub fn inspect(ctx: RawTracePointContext) -> i32 {
         return 0;
     };
     // A copy, because the socket lives on and its entry may change.
-    // SAFETY: the slot is ours, and both sides are a whole `Connection`, of which all members are integers. A
+    // SAFETY: the slot is ours, and both sides are a whole `ConnectionRecord`, of which all members are integers. A
     // program under the socket's lock may change the entry during the copy.
     let connection = unsafe {
         let connection = &raw mut (*slot.get()).connection;
-        bpf_probe_read_kernel(connection.cast(), size_of::<Connection>() as u32, entry.cast_const().cast());
+        bpf_probe_read_kernel(connection.cast(), size_of::<ConnectionRecord>() as u32, entry.cast_const().cast());
         &mut *connection
     };
     if connection.reported != 0 || connection.sock != sk {

@@ -4,7 +4,7 @@
 
 use aya_ebpf::cty::c_void;
 use tcpclose_common::{
-    record::{Connection, Header, Owner, Task, VERSION, first_move, holder, relation, role, tag},
+    record::{ConnectionRecord, Header, OwnerRecord, RawTask, VERSION, first_move, holder, relation, role, tag},
     table::BEFORE_TRACE,
     tcp::{is_teardown, state},
 };
@@ -39,7 +39,7 @@ extern "C" fn inventory(ctx: *mut c_void) -> i32 {
 #[inline(always)]
 fn held(sk: u64, task: u64, fd: u32) {
     let Some(state) = sock::state(sk) else { return };
-    let mut holder = Task::NONE;
+    let mut holder = RawTask::NONE;
     describe(task, &mut holder);
     if namespace::is_other() {
         task::notice(&holder, || task);
@@ -59,7 +59,7 @@ fn held(sk: u64, task: u64, fd: u32) {
 /// `holder` has the socket of `entry` open. The socket's lock is not held, so every write goes through a raw
 /// pointer.
 #[inline(always)]
-fn known(entry: *mut Connection, sk: u64, holder: &Task, fd: u32) {
+fn known(entry: *mut ConnectionRecord, sk: u64, holder: &RawTask, fd: u32) {
     // SAFETY: a valid, aligned map value, which stays mapped until the program ends. All members are
     // integers. Programs under the socket's lock may change them at the same time, and nothing here depends
     // on two of them being of one time.
@@ -93,11 +93,11 @@ fn known(entry: *mut Connection, sk: u64, holder: &Task, fd: u32) {
 
 /// Adds a socket that is older than the trace, and that `holder` has open.
 #[inline(always)]
-fn older(sk: u64, state: u8, holder: &Task) {
+fn older(sk: u64, state: u8, holder: &RawTask) {
     let now = connection::now();
     let Some(entry) = connection::add(sk, now) else { return };
     let entry = &raw mut *entry;
-    let mut endpoints = Connection::NEW.endpoints;
+    let mut endpoints = ConnectionRecord::NEW.endpoints;
     sock::endpoints(sk, None, &mut endpoints);
     // SAFETY: a valid, aligned map value, which stays mapped until the program ends; all members are
     // integers. `found`, `holder`, `holder_kind`, `endpoints`, `role`, `first_move` and the first state are
@@ -136,7 +136,7 @@ const AWAITED: u64 = 1_000_000_000;
 /// The socket ended in softirq, and `holder` has it open. Reports the first holder that is found after the
 /// end, however late; soon after the end also the holder known from before, and the process that opened it.
 #[inline(always)]
-fn still_open(connection: &Connection, sk: u64, holder: &Task) {
+fn still_open(connection: &ConnectionRecord, sk: u64, holder: &RawTask) {
     let first = connection.holder.pid == 0;
     let awaited = connection::now().wrapping_sub(connection.ended) < AWAITED;
     let counts = holder.pid == connection.holder.pid || holder.pid == connection.opener.pid;
@@ -147,9 +147,9 @@ fn still_open(connection: &Connection, sk: u64, holder: &Task) {
 }
 
 #[inline(always)]
-fn report(connection: &Connection, sk: u64, holder: &Task, relation: u32, fd: u32) {
-    let header = Header { tag: tag::OWNER, version: VERSION, length: size_of::<Owner>() as u32 };
-    emit::owner(&Owner { header, sock: sk, born: connection.born, task: *holder, relation, fd });
+fn report(connection: &ConnectionRecord, sk: u64, holder: &RawTask, relation: u32, fd: u32) {
+    let header = Header { tag: tag::OWNER, version: VERSION, length: size_of::<OwnerRecord>() as u32 };
+    emit::owner(&OwnerRecord { header, sock: sk, born: connection.born, task: *holder, relation, fd });
 }
 
 /// The number of the pass that reports holders.
@@ -169,7 +169,7 @@ fn side(listens: bool) -> u8 {
 
 /// Fills in what is known of a task that does not run on this CPU.
 #[inline(always)]
-fn describe(task: u64, to: &mut Task) {
+fn describe(task: u64, to: &mut RawTask) {
     to.pid = member(task, global!(STRUCTS.task_tgid)).unwrap_or(0);
     to.tid = member(task, global!(STRUCTS.task_pid)).unwrap_or(0);
     to.comm = member(task, global!(STRUCTS.task_comm)).unwrap_or([0; 16]);

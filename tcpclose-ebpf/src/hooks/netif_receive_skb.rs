@@ -9,7 +9,7 @@ use aya_ebpf::{
     programs::{BtfTracePointContext, TracePointContext},
 };
 
-use crate::{maps::global, sock::Record, ttl};
+use crate::{maps::global, sock::TracepointRecord, ttl};
 
 /// `TP_PROTO(struct sk_buff *skb)`.
 #[btf_tracepoint(function = "netif_receive_skb")]
@@ -20,7 +20,7 @@ pub fn receive_skb(ctx: BtfTracePointContext) -> i32 {
 
 #[tracepoint]
 pub fn receive_skb_classic(ctx: TracePointContext) -> i32 {
-    let record = Record { ctx: &ctx, layout: global!(RECEIVE_SKB_RECORD) };
+    let record = TracepointRecord { ctx: &ctx, layout: global!(RECEIVE_SKB_RECORD) };
     if let Some(skb) = record.get::<u64>(record.layout.skbaddr) {
         ttl::seen(skb);
     }

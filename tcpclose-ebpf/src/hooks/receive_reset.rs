@@ -15,7 +15,7 @@ use crate::{
     connection, emit,
     kernel::{Object, Typed},
     maps::global,
-    sock::{self, Record, Sock},
+    sock::{self, TracepointRecord, Sock},
     ttl,
 };
 
@@ -30,7 +30,7 @@ pub fn receive_reset(ctx: BtfTracePointContext) -> i32 {
 
 #[tracepoint]
 pub fn receive_reset_classic(ctx: TracePointContext) -> i32 {
-    let record = Record { ctx: &ctx, layout: global!(RECEIVE_RESET_RECORD) };
+    let record = TracepointRecord { ctx: &ctx, layout: global!(RECEIVE_RESET_RECORD) };
     if let Some(sk) = record.get::<u64>(record.layout.skaddr) {
         received(Sock { address: sk, object: sk }, Some(&record));
     }
@@ -38,7 +38,7 @@ pub fn receive_reset_classic(ctx: TracePointContext) -> i32 {
 }
 
 #[inline(always)]
-fn received(sock: Sock<impl Object>, record: Option<&Record<'_>>) {
+fn received(sock: Sock<impl Object>, record: Option<&TracepointRecord<'_>>) {
     let now = connection::now();
     let sk = sock.object;
     let Some(connection) = connection::find_or_begin(sock.address, now) else {

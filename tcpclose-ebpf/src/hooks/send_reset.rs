@@ -9,7 +9,7 @@ use aya_ebpf::{
     programs::{BtfTracePointContext, TracePointContext},
 };
 use tcpclose_common::{
-    record::{Connection, UNKNOWN_U32, direction, tag},
+    record::{ConnectionRecord, UNKNOWN_U32, direction, tag},
     tcp::state,
 };
 
@@ -19,7 +19,7 @@ use crate::{
     listener,
     maps::{Slot, count, global, template},
     packet,
-    sock::{self, Record, Sock},
+    sock::{self, TracepointRecord, Sock},
 };
 
 /// `TP_PROTO(const struct sock *sk, const struct sk_buff *skb__nullable)`, from 6.10 on also
@@ -43,7 +43,7 @@ pub fn send_reset(ctx: BtfTracePointContext) -> i32 {
 
 #[tracepoint]
 pub fn send_reset_classic(ctx: TracePointContext) -> i32 {
-    let record = Record { ctx: &ctx, layout: global!(SEND_RESET_RECORD) };
+    let record = TracepointRecord { ctx: &ctx, layout: global!(SEND_RESET_RECORD) };
     let layout = record.layout;
     let sk = record.get::<u64>(layout.skaddr).unwrap_or(0);
     let skb = record.get::<u64>(layout.skbaddr).unwrap_or(0);
@@ -53,7 +53,7 @@ pub fn send_reset_classic(ctx: TracePointContext) -> i32 {
 }
 
 #[inline(always)]
-fn sent(sock: Sock<impl Object>, skb: u64, reason: u32, record: Option<&Record<'_>>) {
+fn sent(sock: Sock<impl Object>, skb: u64, reason: u32, record: Option<&TracepointRecord<'_>>) {
     let now = connection::now();
     let sk = sock.address;
     // 0 where there is none, and where it cannot be read.
@@ -70,10 +70,10 @@ fn sent(sock: Sock<impl Object>, skb: u64, reason: u32, record: Option<&Record<'
         count!(records_lost);
         return;
     };
-    // SAFETY: the slot is ours, and both sides are a whole `Connection`.
+    // SAFETY: the slot is ours, and both sides are a whole `ConnectionRecord`.
     let connection = unsafe {
         let connection = &raw mut (*slot.get()).connection;
-        bpf_probe_read_kernel(connection.cast(), size_of::<Connection>() as u32, template().cast());
+        bpf_probe_read_kernel(connection.cast(), size_of::<ConnectionRecord>() as u32, template().cast());
         &mut *connection
     };
     connection.sock = sk;
@@ -83,13 +83,13 @@ fn sent(sock: Sock<impl Object>, skb: u64, reason: u32, record: Option<&Record<'
 
 #[inline(always)]
 fn tell(
-    connection: &mut Connection,
+    connection: &mut ConnectionRecord,
     sock: Sock<impl Object>,
     skb: u64,
     state: u8,
     reason: u32,
     now: u64,
-    record: Option<&Record<'_>>,
+    record: Option<&TracepointRecord<'_>>,
 ) {
     let reset = &mut connection.reset;
     reset.at = now;

@@ -10,7 +10,7 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 use tcpclose_common::{
-    record::{Task, first_move, role},
+    record::{RawTask, first_move, role},
     tcp::{IPPROTO_TCP, state},
 };
 
@@ -21,7 +21,7 @@ use crate::{
     kernel::{Object, Typed},
     listener,
     maps::{LAST_CHANGE, global},
-    sock::{self, Record, Sock},
+    sock::{self, TracepointRecord, Sock},
     task, ttl,
 };
 
@@ -113,7 +113,7 @@ pub fn read_cookie(ctx: BtfTracePointContext) -> i32 {
 #[tracepoint]
 #[inline(always)]
 pub fn set_state_classic(ctx: TracePointContext) -> i32 {
-    let record = Record { ctx: &ctx, layout: global!(SET_STATE_RECORD) };
+    let record = TracepointRecord { ctx: &ctx, layout: global!(SET_STATE_RECORD) };
     let layout = record.layout;
     let Some(protocol) = record.get::<u16>(layout.protocol) else { return 0 };
     let Some(sk) = record.get::<u64>(layout.skaddr) else { return 0 };
@@ -133,7 +133,7 @@ fn changed(
     old: u8,
     new: u8,
     cookie: u64,
-    record: Option<&Record<'_>>,
+    record: Option<&TracepointRecord<'_>>,
 ) {
     // Not the socket's address: the verifier forbids to take a pointer to pieces, which printing does.
     debug!(ctx, "{} -> {} while process {} runs", old, new, bpf_get_current_pid_tgid() >> 32);
@@ -145,7 +145,7 @@ fn changed(
     }
     if new == state::LISTEN {
         // In the context of listen(), like SYN_SENT in that of connect(). No stack: it opened no connection.
-        let mut task = Task::NONE;
+        let mut task = RawTask::NONE;
         task::meet(&mut task);
         listener::opened(sk, &task);
         return;

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fs, process::ExitCode, sync::Arc};
 use anyhow::{Context as _, Result, bail};
 use clap::Parser as _;
 
-use crate::{attribute::Attributor, cli::{Cli, Command, Findings, ReplayArgs}, compose::Composer, correlate::Correlator, event::Event, filter::Filter, host::Recorded, ingest::{decode::{Record, decode}, life::SocketId}, kernel::ResetReasons, pipeline::{Pipeline, When}, recording::{Frame, Step, frames}, report::{Going, Report}, sink::{Output, flamegraph::FlameGraph}, stuck::{Descriptor, Found, FoundBy, age::Age}};
+use crate::{attribute::Attributor, cli::{Cli, Command, Findings, ReplayArgs}, compose::Composer, correlate::Correlator, event::Event, filter::Filter, host::Recorded, ingest::{decode::{Record, decode}, life::SocketId}, kernel::ResetReasons, pipeline::{Pipeline, StuckPhase}, recording::{RecordingFrame, RecordedStep, frames}, report::{Going, Report}, sink::{Output, flamegraph::FlameGraph}, stuck::{Descriptor, Found, FoundBy, age::Age}};
 
 /// Makes the lines of a recording again.
 ///
@@ -32,7 +32,7 @@ pub fn replay(args: ReplayArgs) -> Result<ExitCode> {
 /// # Errors
 /// The frames are not those of a recording, a record cannot be decoded, or the output cannot be written.
 pub fn run(
-    frames: Result<Vec<Frame>>,
+    frames: Result<Vec<RecordingFrame>>,
     filter: Filter,
     count: Option<u64>,
     with_findings: bool,
@@ -40,8 +40,8 @@ pub fn run(
     flame_graph: Option<FlameGraph>,
 ) -> Result<()> {
     let mut frames = frames?.into_iter().peekable();
-    let Some(Frame::Step(start)) = frames.next() else { bail!("it is empty") };
-    let Step::Start { reset_reasons, stacks, command, arguments } = *start else {
+    let Some(RecordingFrame::Step(start)) = frames.next() else { bail!("it is empty") };
+    let RecordedStep::Start { reset_reasons, stacks, command, arguments } = *start else {
         bail!("it does not begin with the start of a trace");
     };
     let mut report = Report::new(vec![original_filter(&arguments), filter], output(stacks), count)
@@ -53,15 +53,15 @@ pub fn run(
     while let Some(frame) = frames.next() {
         // What the host answered stands after the frame that led to the question.
         while let Some(answer) = frames.next_if(is_answer) {
-            if let Frame::Step(step) = answer
-                && let Step::Answer(question, answer) = *step
+            if let RecordingFrame::Step(step) = answer
+                && let RecordedStep::Answer(question, answer) = *step
             {
                 replay.pipeline.host.learn(question, answer);
             }
         }
         let going = match frame {
-            Frame::Record(bytes) => replay.record(decode(&bytes)?)?,
-            Frame::Step(step) => replay.step(*step)?,
+            RecordingFrame::Record(bytes) => replay.record(decode(&bytes)?)?,
+            RecordingFrame::Step(step) => replay.step(*step)?,
         };
         if going == Going::Done {
             break;
@@ -70,8 +70,8 @@ pub fn run(
     replay.pipeline.report.finish()
 }
 
-fn is_answer(frame: &Frame) -> bool {
-    matches!(frame, Frame::Step(step) if matches!(**step, Step::Answer(..)))
+fn is_answer(frame: &RecordingFrame) -> bool {
+    matches!(frame, RecordingFrame::Step(step) if matches!(**step, RecordedStep::Answer(..)))
 }
 
 /// The filters of the trace that was recorded. The kernel half has applied only those that it can decide.
@@ -115,27 +115,27 @@ impl Replay {
         }
     }
 
-    fn step(&mut self, step: Step) -> Result<Going> {
+    fn step(&mut self, step: RecordedStep) -> Result<Going> {
         match step {
             // Answers have been taken in, and a second start means nothing.
-            Step::Start { .. } | Step::Answer(..) => {}
-            Step::Clock { wall_minus_boot, suspended } => {
+            RecordedStep::Start { .. } | RecordedStep::Answer(..) => {}
+            RecordedStep::Clock { wall_minus_boot, suspended } => {
                 self.pipeline.composer.clock.set_offsets((wall_minus_boot, suspended));
             }
-            Step::Inspected { at, since, at_least, at_most } => {
+            RecordedStep::Inspected { at, since, at_least, at_most } => {
                 self.inspected = Some((at, Age { since, at_least, at_most }));
             }
-            Step::Descriptor { address, born, fd, holder } => {
+            RecordedStep::Descriptor { address, born, fd, holder } => {
                 let descriptor = Descriptor { fd, holder: FoundBy::Procfs(Arc::new(holder)) };
                 self.pipeline.found.descriptor(SocketId { address, born }, descriptor);
             }
-            Step::Searched(arrivals) => self.pipeline.correlator.searched(arrivals),
-            Step::CaughtUp { now, found } => return self.pipeline.caught_up(now, |_, _| found),
-            Step::Stuck { at_end } => {
-                return self.pipeline.stuck(if at_end { When::AtEnd } else { When::Now });
+            RecordedStep::Searched(arrivals) => self.pipeline.correlator.searched(arrivals),
+            RecordedStep::CaughtUp { now, found } => return self.pipeline.caught_up(now, |_, _| found),
+            RecordedStep::Stuck { at_end } => {
+                return self.pipeline.stuck(if at_end { StuckPhase::AtEnd } else { StuckPhase::Now });
             }
-            Step::Orphan(lingering) => return self.pipeline.event(Event::Lingering(lingering)),
-            Step::Lost(lost) => self.pipeline.report.lost(lost)?,
+            RecordedStep::Orphan(lingering) => return self.pipeline.event(Event::Lingering(lingering)),
+            RecordedStep::Lost(lost) => self.pipeline.report.lost(lost)?,
         }
         Ok(Going::On)
     }
@@ -162,9 +162,9 @@ mod tests {
 
     /// Memory that can be read while it is written to.
     #[derive(Clone, Default)]
-    struct Shared(Arc<Mutex<Vec<u8>>>);
+    struct SharedBuffer(Arc<Mutex<Vec<u8>>>);
 
-    impl io::Write for Shared {
+    impl io::Write for SharedBuffer {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
             self.0.lock().unwrap().write(bytes)
         }
@@ -175,7 +175,7 @@ mod tests {
     }
 
     fn replayed(recording: &'static [u8], filter: Filter, count: Option<u64>) -> Result<Vec<Value>> {
-        let written = Shared::default();
+        let written = SharedBuffer::default();
         let output = Output::to(Format::Json, written.clone(), Palette::PLAIN, true);
         run(frames(Bytes::from_static(recording)), filter, count, false, |_| output, None)?;
         let text = String::from_utf8(written.0.lock().unwrap().clone()).unwrap();
@@ -236,10 +236,10 @@ mod tests {
         let mut replay = Replay { pipeline: pipeline(BTreeMap::new(), report, false), inspected: None };
         for frame in frames(Bytes::from_static(RECORDED)).unwrap() {
             match frame {
-                Frame::Record(bytes) => records.push(bytes),
-                Frame::Step(step) => match *step {
-                    Step::Answer(question, answer) => replay.pipeline.host.learn(question, answer),
-                    step @ Step::Clock { .. } => {
+                RecordingFrame::Record(bytes) => records.push(bytes),
+                RecordingFrame::Step(step) => match *step {
+                    RecordedStep::Answer(question, answer) => replay.pipeline.host.learn(question, answer),
+                    step @ RecordedStep::Clock { .. } => {
                         let _ = replay.step(step).unwrap();
                     }
                     _ => {}

@@ -18,7 +18,7 @@ use tokio::{
 };
 
 use super::{child, ready};
-use crate::{cli::{AUTO_STACK_BYTES, CallGraph, Findings, Linger, Netns, Sandbox, TraceArgs, WhichStacks}, failure::Failure, filter::Filter, ingest::reader::poll, kernel::{followed::Followed, handle::KernelHalf, loader::{self, Request}, privilege}, live::{Live, Options}, metrics, recording::{Recorder, Step}, report::{Going, Report}, sandbox, sink::{Output, flamegraph::FlameGraph}, stacks::unwind};
+use crate::{cli::{AUTO_STACK_BYTES, CallGraph, Findings, Linger, Netns, Sandbox, TraceArgs, WhichStacks}, failure::Failure, filter::Filter, ingest::reader::poll, kernel::{followed::Followed, handle::KernelHalf, loader::{self, Request}, privilege}, live::{Live, Options}, metrics, recording::{Recorder, RecordedStep}, report::{Going, Report}, sandbox, sink::{Output, flamegraph::FlameGraph}, stacks::unwind};
 
 /// How long the connections of a command that has ended may take to end as well.
 const AFTER_COMMAND: Duration = Duration::from_secs(5);
@@ -181,16 +181,16 @@ fn request(args: &TraceArgs, filter: &Filter) -> Request {
 }
 
 /// The recording of `--record`, if it is asked for, and what it begins with.
-fn recorder(kernel: &KernelHalf, args: &TraceArgs) -> Result<Option<(Recorder, Step)>> {
+fn recorder(kernel: &KernelHalf, args: &TraceArgs) -> Result<Option<(Recorder, RecordedStep)>> {
     let Some(path) = &args.record else { return Ok(None) };
     let recorder = Recorder::create(path).with_context(|| format!("cannot create {}", path.display()))?;
     Ok(Some((recorder, beginning(kernel, args))))
 }
 
 /// What a recording begins with.
-fn beginning(kernel: &KernelHalf, args: &TraceArgs) -> Step {
+fn beginning(kernel: &KernelHalf, args: &TraceArgs) -> RecordedStep {
     let arguments = std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned());
-    Step::Start {
+    RecordedStep::Start {
         reset_reasons: kernel.reset_reasons.0.clone(),
         stacks: args.stack != WhichStacks::None,
         command: !args.command.is_empty(),

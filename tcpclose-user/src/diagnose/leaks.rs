@@ -34,7 +34,7 @@ pub(crate) struct ProcessKey {
 }
 
 #[derive(Clone, Debug)]
-struct Socket {
+struct LeakedSocket {
     process: ProcessKey,
     remote: Option<SocketAddr>,
     opened: Option<i64>,
@@ -47,7 +47,7 @@ struct Socket {
 
 #[derive(Debug, Default)]
 pub(crate) struct Leaks {
-    open: HashMap<Key, Socket>,
+    open: HashMap<Key, LeakedSocket>,
     processes: HashMap<ProcessKey, Holdings>,
 }
 
@@ -112,7 +112,7 @@ impl Leaks {
         let opened = age.map(|age| observation.time.saturating_sub(age));
         let remote = observation.connection.remote;
         let time = observation.time;
-        self.open.insert(pair, Socket { process: key, remote, opened, since, for_ms, kind, place, time });
+        self.open.insert(pair, LeakedSocket { process: key, remote, opened, since, for_ms, kind, place, time });
     }
 
     /// Whether no socket is open that lingers.

@@ -55,7 +55,7 @@ pub struct Diagnosis {
     services: services::Services,
     deaths: deaths::Deaths,
     leaks: leaks::Leaks,
-    time_wait: time_wait::TimeWait,
+    time_wait: time_wait::TimeWaitPorts,
     chains: chains::Chains,
     relays: relays::Relays,
     /// The names of the files, by their numbers.

@@ -41,9 +41,9 @@ pub struct Life {
     /// A moment at which `jiffies64` and `CLOCK_BOOTTIME`, in nanoseconds, were both read.
     pub jiffies: Option<(u64, u64)>,
     /// How it ended; `None` while it lives.
-    pub end: Option<End>,
+    pub end: Option<SocketEnd>,
     /// The RST that ended it, if one did.
-    pub reset: Option<Reset>,
+    pub reset: Option<Rst>,
 }
 
 /// A socket. The kernel reuses addresses within microseconds, so an address identifies a socket only together
@@ -93,7 +93,7 @@ pub struct Task {
     /// up.
     pub mm: u64,
     /// What it was doing.
-    pub act: Act,
+    pub act: Activity,
     /// Key of its user stack; `None` if none was taken.
     pub user_stack: Option<u64>,
     /// Key of its kernel stack.
@@ -105,7 +105,7 @@ pub struct Task {
 /// The state of the task comes before the system call: a task that exits still shows the call that it slept
 /// in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Act {
+pub enum Activity {
     /// It ended by itself.
     Exit,
     /// It was ended by this signal.
@@ -198,7 +198,7 @@ pub struct Sample {
 /// How a socket came to CLOSE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::struct_excessive_bools, reason = "the kernel's flags are independent of each other")]
-pub struct End {
+pub struct SocketEnd {
     /// When, nanoseconds of `CLOCK_BOOTTIME`.
     pub at: u64,
     /// `sk_err`: 0 if there was no error; `None` if it could not be read.
@@ -228,7 +228,7 @@ pub enum Follows {
 
 /// A RST.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Reset {
+pub struct Rst {
     /// When, nanoseconds of `CLOCK_BOOTTIME`.
     pub at: u64,
     /// Which way it went.
@@ -271,7 +271,7 @@ impl Life {
     pub fn is_destroyed(&self) -> bool {
         const SENDS: [libc::c_long; 5] =
             [libc::SYS_sendmsg, libc::SYS_sendmmsg, libc::SYS_sendto, libc::SYS_write, libc::SYS_writev];
-        let sends = |task: Task| matches!(task.act, Act::Syscall(number) if SENDS.contains(&number));
+        let sends = |task: Task| matches!(task.act, Activity::Syscall(number) if SENDS.contains(&number));
         self.error() == Some(libc::ECONNABORTED) || self.is_unaccepted() && self.actor.is_some_and(sends)
     }
 
@@ -385,12 +385,12 @@ pub(crate) mod examples {
     use super::*;
 
     /// A task in this system call.
-    pub(crate) fn task(pid: u32, act: Act) -> Task {
+    pub(crate) fn task(pid: u32, act: Activity) -> Task {
         Task { pid, tid: Some(pid), uid: 0, comm: [0; 16], mm: 0, act, user_stack: None, kernel_stack: None }
     }
 
     /// A RST that answered a packet; nothing else is known about it.
-    pub(crate) const RESET: Reset = Reset {
+    pub(crate) const RESET: Rst = Rst {
         at: 9,
         direction: Direction::Sent,
         reason: None,
@@ -402,7 +402,7 @@ pub(crate) mod examples {
     };
 
     /// An end without an error, of a socket that a descriptor refers to.
-    pub(crate) const END: End = End {
+    pub(crate) const END: SocketEnd = SocketEnd {
         at: 10,
         error: Some(0),
         shut_down: false,

@@ -214,12 +214,12 @@ mod tests {
     const SIZE: u64 = 4096;
 
     /// What the kernel does, in a file that is laid out as a ring buffer is.
-    struct Kernel {
+    struct KernelSide {
         file: File,
         reserved: u64,
     }
 
-    impl Kernel {
+    impl KernelSide {
         fn new() -> Self {
             let file = tempfile::tempfile().unwrap();
             file.set_len(2 * PAGE + SIZE).unwrap();
@@ -266,7 +266,7 @@ mod tests {
         if !is_possible() {
             return;
         }
-        let mut kernel = Kernel::new();
+        let mut kernel = KernelSide::new();
         let mut ring = Memory::new(kernel.file.as_raw_fd(), 4096).unwrap();
         assert_eq!(ring.next_record(), None);
         // Several times around, with lengths that make records reach over the end at different places.
@@ -288,7 +288,7 @@ mod tests {
         if !is_possible() {
             return;
         }
-        let mut kernel = Kernel::new();
+        let mut kernel = KernelSide::new();
         let mut ring = Memory::new(kernel.file.as_raw_fd(), 4096).unwrap();
         kernel.write(b"one", 0);
         let busy = kernel.write(b"two", BUSY);
@@ -307,7 +307,7 @@ mod tests {
         if !is_possible() {
             return;
         }
-        let mut kernel = Kernel::new();
+        let mut kernel = KernelSide::new();
         let mut ring = Memory::new(kernel.file.as_raw_fd(), 4096).unwrap();
         let position = kernel.write(b"one", 0);
         kernel.header(position, 4096, 0);

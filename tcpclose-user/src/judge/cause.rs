@@ -2,7 +2,7 @@
 
 use crate::{
     event::Cause,
-    ingest::life::{Act, Life, Reset, Side},
+    ingest::life::{Activity, Life, Rst, Side},
     kernel::ResetReasons,
     tcp::{Direction, State},
 };
@@ -38,7 +38,7 @@ pub(super) fn of(life: &Life, reasons: &ResetReasons) -> Cause {
 ///
 /// The evidence of the socket comes first, because it is the same on every kernel. The kernel's own reason,
 /// which only newer kernels give and which is `TCP_STATE` for four different causes, comes second.
-pub fn reset_cause(life: &Life, reset: &Reset, reasons: &ResetReasons) -> Cause {
+pub fn reset_cause(life: &Life, reset: &Rst, reasons: &ResetReasons) -> Cause {
     if reset.direction == Direction::Received {
         return match reset.state {
             Some(State::SynSent) => Cause::Refused,
@@ -86,7 +86,7 @@ pub fn reset_cause(life: &Life, reset: &Reset, reasons: &ResetReasons) -> Cause 
 /// In FIN_WAIT2 the socket only waits for the peer's FIN. A negative `TCP_LINGER2` ends that at once, or the
 /// timer does. In the states before it still has something to deliver, and the kernel gives that up only for
 /// want of memory: the timer that gives up because no answer came sets an error and sends no RST.
-fn orphan_cause(life: &Life, reset: &Reset) -> Option<Cause> {
+fn orphan_cause(life: &Life, reset: &Rst) -> Option<Cause> {
     let end = life.end.filter(|end| end.error == Some(0) && end.orphan == Some(true))?;
     let own_accord = !reset.answer;
     match life.state? {
@@ -103,7 +103,7 @@ fn orphan_cause(life: &Life, reset: &Reset) -> Option<Cause> {
 const SAME_ROUTE: u8 = 2;
 
 /// Whether a RST took another route than the connection's first packet, as one does that a middlebox forged.
-fn is_from_elsewhere(reset: &Reset) -> bool {
+fn is_from_elsewhere(reset: &Rst) -> bool {
     matches!((reset.ttl, reset.handshake_ttl), (Some(ttl), Some(first)) if ttl.abs_diff(first) > SAME_ROUTE)
 }
 
@@ -113,7 +113,7 @@ fn abort_cause(life: &Life) -> Cause {
     if life.is_unaccepted() {
         return Cause::ListenerClosed;
     }
-    let connects = life.actor.is_some_and(|actor| actor.act == Act::Syscall(libc::SYS_connect));
+    let connects = life.actor.is_some_and(|actor| actor.act == Activity::Syscall(libc::SYS_connect));
     let end = life.end;
     if connects && !end.is_some_and(|end| end.shut_down) {
         return Cause::Disconnect;

@@ -17,9 +17,9 @@ enum What {
 }
 
 /// A row of the table: the field of [`ArgumentOffsets`], the function, and the value that the field locates.
-type Row = (fn(&mut ArgumentOffsets) -> &mut u16, &'static str, What);
+type ArgumentRow = (fn(&mut ArgumentOffsets) -> &mut u16, &'static str, What);
 
-const ROWS: &[Row] = &[
+const ROWS: &[ArgumentRow] = &[
     (|offsets| &mut offsets.accept_result, "inet_csk_accept", What::Result),
     (|offsets| &mut offsets.reset_sk, "tcp_reset", What::Parameter("sk")),
     (|offsets| &mut offsets.reset_skb, "tcp_reset", What::Parameter("skb")),

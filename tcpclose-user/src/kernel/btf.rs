@@ -74,14 +74,14 @@ pub struct Btf<'a> {
 
 /// Where a member lies; see [`Btf::member`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct MemberLocation {
     /// Offset in bytes from the start of the outermost struct.
     pub offset: u64,
     /// Size of the member in bytes.
     pub size: u64,
 }
 
-/// Why a member has no [`Place`].
+/// Why a member has no [`MemberLocation`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Absent {
     /// This kernel has no struct or union of that name.
@@ -115,7 +115,7 @@ impl fmt::Display for Absent {
 
 /// One type record.
 #[derive(Clone, Copy)]
-struct Type<'a> {
+struct TypeRecord<'a> {
     kind: u8,
     flag: bool,
     /// The number of elements in `tail`: members, enumerators, parameters.
@@ -127,7 +127,7 @@ struct Type<'a> {
 }
 
 /// A member of a struct or union. Its bit offset counts from the start of the type that was searched.
-struct Member<'a> {
+struct BtfMember<'a> {
     name: &'a [u8],
     type_id: u32,
     bit: u64,
@@ -199,7 +199,7 @@ impl<'a> Btf<'a> {
     ///
     /// # Errors
     /// The type or the member does not exist, or the member is not made of whole bytes.
-    pub fn member(&self, path: &str) -> Result<Place, Absent> {
+    pub fn member(&self, path: &str) -> Result<MemberLocation, Absent> {
         let (root, members) = path.split_once('.').unwrap_or((path, ""));
         let mut why = Absent::NoType;
         for ty in self.named(root) {
@@ -326,7 +326,7 @@ impl<'a> Btf<'a> {
         bytes
     }
 
-    fn named(&self, name: &str) -> impl Iterator<Item = Type<'a>> {
+    fn named(&self, name: &str) -> impl Iterator<Item = TypeRecord<'a>> {
         self.names
             .get(name.as_bytes())
             .into_iter()
@@ -335,14 +335,14 @@ impl<'a> Btf<'a> {
             .filter_map(|&id| self.get(id))
     }
 
-    fn get(&self, id: u32) -> Option<Type<'a>> {
+    fn get(&self, id: u32) -> Option<TypeRecord<'a>> {
         let nth = index(id).checked_sub(1)?;
         let start = index(*self.starts.get(nth)?);
         let end = self.starts.get(nth + 1).map_or(self.types.len(), |&next| index(next));
         let record = self.types.get(start..end)?;
         let info = u32_at(record, 4)?;
         let (kind, count) = kind_and_count(info);
-        Some(Type { kind, flag: info >> 31 == 1, count, value: u32_at(record, 8)?, tail: record.get(12..)? })
+        Some(TypeRecord { kind, flag: info >> 31 == 1, count, value: u32_at(record, 8)?, tail: record.get(12..)? })
     }
 
     /// The string at `offset`; empty if there is none, or if it is longer than [`MAX_NAME`].
@@ -353,7 +353,7 @@ impl<'a> Btf<'a> {
     }
 
     /// Type `id` without the typedefs and qualifiers around it.
-    fn resolve(&self, mut id: u32) -> Option<Type<'a>> {
+    fn resolve(&self, mut id: u32) -> Option<TypeRecord<'a>> {
         for _ in 0..MAX_DEPTH {
             let ty = self.get(id)?;
             match ty.kind {
@@ -366,7 +366,7 @@ impl<'a> Btf<'a> {
         None
     }
 
-    fn size(&self, mut ty: Type<'a>) -> Option<u64> {
+    fn size(&self, mut ty: TypeRecord<'a>) -> Option<u64> {
         let mut elements = 1u64;
         for _ in 0..MAX_DEPTH {
             match ty.kind {
@@ -384,7 +384,7 @@ impl<'a> Btf<'a> {
         None
     }
 
-    fn member_of(&self, mut ty: Type<'a>, path: &str) -> Result<Place, Absent> {
+    fn member_of(&self, mut ty: TypeRecord<'a>, path: &str) -> Result<MemberLocation, Absent> {
         let mut bit = 0;
         let mut width = 0;
         for name in path.split('.') {
@@ -408,11 +408,11 @@ impl<'a> Btf<'a> {
             return Err(Absent::BitField);
         }
         let size = if width > 0 { width / 8 } else { self.size(ty).ok_or(Absent::NoMember)? };
-        Ok(Place { offset: bit / 8, size })
+        Ok(MemberLocation { offset: bit / 8, size })
     }
 
     /// Finds a member of `ty` or of an anonymous struct or union inside it.
-    fn find(&self, ty: Type<'a>, name: &[u8], depth: usize, budget: &mut u32) -> Option<Member<'a>> {
+    fn find(&self, ty: TypeRecord<'a>, name: &[u8], depth: usize, budget: &mut u32) -> Option<BtfMember<'a>> {
         if !ty.is_composite() || name.is_empty() {
             return None;
         }
@@ -427,22 +427,22 @@ impl<'a> Btf<'a> {
                 && let Some(inner) = self.resolve(member.type_id)
                 && let Some(found) = self.find(inner, name, depth, budget)
             {
-                return Some(Member { bit: member.bit + found.bit, ..found });
+                return Some(BtfMember { bit: member.bit + found.bit, ..found });
             }
         }
         None
     }
 
-    fn read_member(&self, element: &[u8], has_widths: bool) -> Option<Member<'a>> {
+    fn read_member(&self, element: &[u8], has_widths: bool) -> Option<BtfMember<'a>> {
         let name = self.string(u32_at(element, 0)?);
         let type_id = u32_at(element, 4)?;
         let at = u32_at(element, 8)?;
         let (bit, bits) = if has_widths { (at & 0x00ff_ffff, at >> 24) } else { (at, 0) };
-        Some(Member { name, type_id, bit: bit.into(), bits: bits.into() })
+        Some(BtfMember { name, type_id, bit: bit.into(), bits: bits.into() })
     }
 }
 
-impl Type<'_> {
+impl TypeRecord<'_> {
     fn is_composite(&self) -> bool {
         matches!(self.kind, kind::STRUCT | kind::UNION)
     }

@@ -19,7 +19,7 @@ use super::{
     hooks::{Hook, Variant},
     privilege,
     search::{self, Search},
-    table::Table,
+    table::ConnectionTable,
 };
 
 /// Program that looks through all descriptors (`hooks/inventory.rs` of the kernel half).
@@ -32,7 +32,7 @@ const INSPECT: &str = "inspect";
 #[expect(clippy::struct_excessive_bools, reason = "each says that the kernel offers something else")]
 pub struct KernelHalf {
     ebpf: Ebpf,
-    table: Table,
+    table: ConnectionTable,
     /// Names of `enum sk_rst_reason`; empty on kernels without.
     pub reset_reasons: ResetReasons,
     /// Whether the kernel lets these programs read a socket's cookie.
@@ -85,7 +85,7 @@ impl KernelHalf {
     pub(super) fn new(mut ebpf: Ebpf, hooks: Vec<Outcome>, guarded: Vec<RawFd>) -> Result<Self> {
         let has_inventory = hooks.iter().any(|outcome| outcome.has(INVENTORY));
         Ok(Self {
-            table: Table::new(&mut ebpf)?,
+            table: ConnectionTable::new(&mut ebpf)?,
             ebpf,
             reset_reasons: ResetReasons::default(),
             has_cookie: false,
@@ -225,7 +225,7 @@ impl KernelHalf {
     }
 
     /// The table of live sockets.
-    pub fn table(&self) -> &Table {
+    pub fn table(&self) -> &ConnectionTable {
         &self.table
     }
 

@@ -29,7 +29,7 @@ use crate::{
     kernel::{
         ResetReasons, TypeFacts, arguments, btf,
         handle::{KernelHalf, Outcome},
-        hooks::{AcceptHook, HOOKS, Hook, Kind, Need, Variant, When},
+        hooks::{AcceptHook, HOOKS, Hook, Kind, HookNeed, Variant, When},
         lockdown, privilege, tracefs,
     },
 };
@@ -42,7 +42,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tc
 pub enum BtfSource {
     /// The running kernel, if it has them.
     #[default]
-    Kernel,
+    RunningKernel,
     /// A file of raw BTF, for a kernel built without.
     File(PathBuf),
     /// None: only tracefs is used.
@@ -163,7 +163,7 @@ impl Request {
 }
 
 /// What is known about the running kernel before anything is loaded.
-struct Kernel {
+struct RunningKernel {
     structs: StructOffsets,
     /// For attaching by type; `None` where that is not possible.
     btf: Option<Btf>,
@@ -178,7 +178,7 @@ struct Kernel {
     losses: Vec<String>,
 }
 
-impl Kernel {
+impl RunningKernel {
     fn read(source: &BtfSource) -> Result<Self> {
         let targets = |btf: &btf::Btf<'_>| {
             let bytes = btf.named_only(&attach_targets());
@@ -256,7 +256,7 @@ pub fn load(request: &Request) -> Result<KernelHalf> {
     raise_memlock_limit();
     let (kernel, object_loader) = thread::scope(|scope| {
         let object_loader = scope.spawn(without_btf);
-        (Kernel::read(&request.btf), object_loader.join().unwrap_or_else(|_| without_btf()))
+        (RunningKernel::read(&request.btf), object_loader.join().unwrap_or_else(|_| without_btf()))
     });
     let (kernel, mut object_loader) = (kernel?, Some(object_loader));
     let mut params = request.params;
@@ -377,7 +377,7 @@ const RING_WITH_RECIPES: u32 = 32 << 20;
 fn prepare(
     loader: EbpfLoader<'static>,
     request: &Request,
-    kernel: &Kernel,
+    kernel: &RunningKernel,
     params: &Params,
     layouts: &Layouts,
 ) -> Result<Ebpf> {
@@ -425,7 +425,7 @@ fn prepare(
 fn attach(
     loader: EbpfLoader<'static>,
     request: &Request,
-    kernel: &Kernel,
+    kernel: &RunningKernel,
     params: &Params,
     layouts: Layouts,
     untyped: Option<&str>,
@@ -468,15 +468,15 @@ fn attach(
             // No option asks for it.
             continue;
         }
-        let must = hook.need == Need::Essential || request.insists(hook);
+        let must = hook.need == HookNeed::Essential || request.insists(hook);
         let lost = match outcome.variant {
             Some(variant) => variant.worse.to_owned(),
             // Classic tracepoints may work where typed ones do not.
-            None if untyped.is_none() && (must || hook.need == Need::Useful) => {
+            None if untyped.is_none() && (must || hook.need == HookNeed::Useful) => {
                 bail!("{} cannot be traced: {}", hook.name, outcome.why());
             }
             None if must => return Err(unmet(&outcome).into()),
-            None if hook.need == Need::Useful => {
+            None if hook.need == HookNeed::Useful => {
                 format!("the hook {} does not work; lost without it: {}", hook.name, hook.lost)
             }
             None => String::new(),
@@ -506,7 +506,7 @@ fn attach(
 
 /// Fails if the kernel does not let typed tracepoints read a socket's cookie (5.12 and later do), or does not
 /// let them attach at all. There is no other way to ask for the helpers of this kind of program.
-fn try_cookie_helper(ebpf: &mut Ebpf, kernel: &Kernel) -> Result<()> {
+fn try_cookie_helper(ebpf: &mut Ebpf, kernel: &RunningKernel) -> Result<()> {
     const NAME: &str = "read_cookie";
     let program = ebpf.program_mut(NAME).with_context(|| format!("the object has no program {NAME}"))?;
     let program = <&mut BtfTracePoint>::try_from(program)?;
@@ -524,7 +524,7 @@ fn can_copy_stacks(structs: &StructOffsets, params: &Params) -> bool {
 
 /// Loads the first variant of each hook, several programs at a time: the verifier takes most of the time to
 /// start. Returns the programs that the kernel refuses; [`start`] reports them in their turn.
-fn load_ahead(ebpf: &mut Ebpf, request: &Request, kernel: &Kernel) -> HashMap<&'static str, anyhow::Error> {
+fn load_ahead(ebpf: &mut Ebpf, request: &Request, kernel: &RunningKernel) -> HashMap<&'static str, anyhow::Error> {
     let is_typed = |variant: &&Variant| !matches!(variant.kind, Kind::ClassicTracepoint(_));
     let first =
         |hook: &'static Hook| hook.variants.iter().filter(is_typed).find(|variant| request.allows(variant));
@@ -564,7 +564,7 @@ fn point(at: &str) -> &str {
 }
 
 /// Loads a program that is to be attached to `at`.
-fn load_program(program: &mut Program, kernel: &Kernel, kind: Kind, at: &str) -> Result<()> {
+fn load_program(program: &mut Program, kernel: &RunningKernel, kind: Kind, at: &str) -> Result<()> {
     let btf = || kernel.btf.as_ref().context("no BTF");
     match kind {
         Kind::TypedTracepoint => <&mut BtfTracePoint>::try_from(program)?.load(point(at), btf()?)?,
@@ -593,7 +593,7 @@ fn load_program(program: &mut Program, kernel: &Kernel, kind: Kind, at: &str) ->
 /// that were loaded ahead in vain.
 fn start(
     ebpf: &mut Ebpf,
-    kernel: &Kernel,
+    kernel: &RunningKernel,
     variant: &Variant,
     refused: &mut HashMap<&'static str, anyhow::Error>,
 ) -> Result<()> {
@@ -633,7 +633,7 @@ fn start(
 }
 
 /// Refuses a function that lacks an argument which its program needs.
-fn ensure_arguments(kernel: &Kernel, function: &str) -> Result<()> {
+fn ensure_arguments(kernel: &RunningKernel, function: &str) -> Result<()> {
     ensure!(kernel.btf.is_some(), "no BTF");
     match arguments::missing(kernel.arguments, function) {
         Some(missing) => bail!("{missing}"),

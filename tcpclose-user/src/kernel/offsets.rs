@@ -72,7 +72,7 @@ pub fn members() -> impl Iterator<Item = Member> {
 }
 
 /// One row of the table of members.
-struct Row {
+struct MemberRow {
     /// The name of the field of [`StructOffsets`], and how to reach it.
     field: &'static str,
     slot: fn(&mut StructOffsets) -> &mut u16,
@@ -83,7 +83,7 @@ macro_rules! rows {
     ($($field:ident = $path:literal, $shape:expr;)*) => {{
         #[allow(clippy::enum_glob_use, reason = "the rows are a table of shapes")]
         use Shape::*;
-        &[$(Row {
+        &[$(MemberRow {
             field: stringify!($field),
             slot: |offsets| &mut offsets.$field,
             member: Member { path: $path, shape: $shape },
@@ -92,7 +92,7 @@ macro_rules! rows {
 }
 
 /// The members whose offset is the field of [`StructOffsets`] as it is. The others are below.
-const MEMBERS: &[Row] = rows! {
+const MEMBERS: &[MemberRow] = rows! {
     sk_family = "sock.__sk_common.skc_family", U16;
     sk_state = "sock.__sk_common.skc_state", U8;
     sk_rcv_saddr = "sock.__sk_common.skc_rcv_saddr", U32;
@@ -185,7 +185,7 @@ pub fn struct_offsets(btf: &Btf<'_>) -> (StructOffsets, Vec<Missing>) {
         }
     };
 
-    for Row { field, slot, member } in MEMBERS {
+    for MemberRow { field, slot, member } in MEMBERS {
         put(field, slot(&mut offsets), member.path, offset(btf, *member));
     }
     put("socket_inode", &mut offsets.socket_inode, SOCKET_INODE.path, socket_inode(btf));

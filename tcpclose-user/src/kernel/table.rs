@@ -9,19 +9,19 @@ use aya::{
 };
 use memmap2::{MmapOptions, MmapRaw};
 use tcpclose_common::{
-    record::Connection,
+    record::ConnectionRecord,
     table::{Bucket, WAYS},
 };
 
 /// The table. Its buckets are mapped into memory, so that a walk takes no system calls.
-pub struct Table {
+pub struct ConnectionTable {
     buckets: MmapRaw,
-    entries: Array<MapData, Connection>,
-    overflow: HashMap<MapData, u64, Connection>,
+    entries: Array<MapData, ConnectionRecord>,
+    overflow: HashMap<MapData, u64, ConnectionRecord>,
     overflow_teardowns: HashMap<MapData, u64, u64>,
 }
 
-impl Table {
+impl ConnectionTable {
     /// Takes the maps out of the object.
     ///
     /// # Errors
@@ -52,7 +52,7 @@ impl Table {
     }
 
     /// Whether there is an entry that satisfies `is_wanted`.
-    pub fn any(&self, is_wanted: impl Fn(&Connection) -> bool) -> bool {
+    pub fn any(&self, is_wanted: impl Fn(&ConnectionRecord) -> bool) -> bool {
         let of_table = self.ways().filter(|way| way.address != 0);
         let mut entries = of_table.filter_map(|way| self.entries.get(&way.entry, 0).ok());
         entries.any(|entry| is_wanted(&entry))

@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
-use super::format::Format;
+use super::format::TracepointFormat;
 use crate::failure::Failure;
 
 /// The usual mount points: the one of its own since Linux 4.1, and the older one inside debugfs. aya 0.14
@@ -48,10 +48,10 @@ impl Tracefs {
     ///
     /// # Errors
     /// The kernel has no such tracepoint, or its file cannot be read or parsed.
-    pub fn format(&self, event: &str) -> anyhow::Result<Format> {
+    pub fn format(&self, event: &str) -> anyhow::Result<TracepointFormat> {
         let path = self.event(event).join("format");
         let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        Format::parse(&text).with_context(|| format!("cannot parse {}", path.display()))
+        TracepointFormat::parse(&text).with_context(|| format!("cannot parse {}", path.display()))
     }
 
     fn event(&self, event: &str) -> PathBuf {
@@ -189,7 +189,7 @@ mod tests {
         assert!(!tracefs.mounted_here());
         assert!(tracefs.has_event("tcp/tcp_send_reset"));
         assert!(!tracefs.has_event("tcp/tcp_no_such_event"));
-        assert_eq!(tracefs.format("tcp/tcp_send_reset").unwrap(), Format::parse(format).unwrap());
+        assert_eq!(tracefs.format("tcp/tcp_send_reset").unwrap(), TracepointFormat::parse(format).unwrap());
         let error = tracefs.format("tcp/tcp_no_such_event").unwrap_err().to_string();
         assert!(error.ends_with("events/tcp/tcp_no_such_event/format"), "{error}");
 

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::{attribute::Attributor, cli::Linger, compose::Composer, correlate::Correlator, event::{Event, Lingering, millis}, host::Running, ingest::{decode::{Record, decode}, life::Life, reader::{GATHER, Records}}, kernel::{clock::Clock, followed::Followed, handle::KernelHalf, privilege}, live::watch, metrics::{self, Metrics}, pace::Pace, pipeline::{Pipeline, When}, processes::{Processes, signals::Signals}, recording::{Recorder, Step}, report::{Going, Report, StackCounts}, sink::losses::{Losses, UserLosses}, stacks::{Stacks, interpreters::Interpreters, recipes::RecipeMaps, store::Store}, stuck::{self, Descriptor, Found, FoundBy, StuckSockets, older::Orphan}};
+use crate::{attribute::Attributor, cli::Linger, compose::Composer, correlate::Correlator, event::{Event, Lingering, millis}, host::Running, ingest::{decode::{Record, decode}, life::Life, reader::{GATHER, Records}}, kernel::{clock::Clock, followed::Followed, handle::KernelHalf, privilege}, live::watch, metrics::{self, Metrics}, pace::Pace, pipeline::{Pipeline, StuckPhase}, processes::{Processes, signals::Signals}, recording::{Recorder, RecordedStep}, report::{Going, Report, StackCounts}, sink::losses::{Losses, UserLosses}, stacks::{Stacks, interpreters::Interpreters, recipes::RecipeMaps, store::Store}, stuck::{self, Descriptor, Found, FoundBy, StuckSockets, older::Orphan}};
 
 /// What a trace is to do, beyond what the kernel half was asked for when it was loaded.
 pub struct Options {
@@ -21,7 +21,7 @@ pub struct Options {
     /// Whether threads give up what they do not need.
     pub sandbox: bool,
     /// With `--record`, and what the recording begins with.
-    pub recorder: Option<(Recorder, Step)>,
+    pub recorder: Option<(Recorder, RecordedStep)>,
 }
 
 /// How often the ring is read while descriptors are looked through.
@@ -102,7 +102,7 @@ impl Live {
     }
 
     /// Counts for `--metrics` from now on, and returns what is counted.
-    pub fn serve_metrics(&mut self) -> metrics::Shared {
+    pub fn serve_metrics(&mut self) -> metrics::SharedMetrics {
         let metrics = Arc::new(Mutex::new(Metrics::new(self.kernel.programs())));
         self.pipeline.report.count_in(Arc::clone(&metrics));
         metrics
@@ -152,7 +152,7 @@ impl Live {
             }
             self.owners_pace.took(self.search_time);
             if self.kernel.searches_whole_host() {
-                self.keep(|| Step::Searched(arrivals))?;
+                self.keep(|| RecordedStep::Searched(arrivals))?;
                 self.pipeline.correlator.searched(arrivals);
             }
             // On a busy host a search may have waited long for a CPU. What has arrived meanwhile waits from now
@@ -172,7 +172,7 @@ impl Live {
             }
             found
         })?;
-        self.keep(|| Step::CaughtUp { now, found: recorded })?;
+        self.keep(|| RecordedStep::CaughtUp { now, found: recorded })?;
         if going == Going::Done {
             return self.done();
         }
@@ -257,7 +257,7 @@ impl Live {
         }
         if let Some(recorder) = &mut self.recorder {
             let stuck::age::Age { since, at_least, at_most } = age;
-            recorder.step(&Step::Inspected { at, since, at_least, at_most }).context(UNWRITTEN)?;
+            recorder.step(&RecordedStep::Inspected { at, since, at_least, at_most }).context(UNWRITTEN)?;
             recorder.record(record).context(UNWRITTEN)?;
         }
         self.pipeline.found.socket(life, at, age);
@@ -283,12 +283,12 @@ impl Live {
     fn report_due(&mut self) -> Result<Going> {
         self.synchronize()?;
         let due = self.stuck.due(self.kernel.table(), Clock::boot_now());
-        if self.inspect(&due, When::Now)? == Going::Done {
+        if self.inspect(&due, StuckPhase::Now)? == Going::Done {
             return Ok(Going::Done);
         }
         for orphan in self.stuck.due_orphans() {
             let lingering = Box::new(self.orphan(&orphan));
-            self.keep(|| Step::Orphan(lingering.clone()))?;
+            self.keep(|| RecordedStep::Orphan(lingering.clone()))?;
             if self.pipeline.event(Event::Lingering(lingering))? == Going::Done {
                 return self.done();
             }
@@ -297,7 +297,7 @@ impl Live {
     }
 
     /// Inspects sockets in a teardown state and reports those that are stuck.
-    fn inspect(&mut self, addresses: &[u64], when: When) -> Result<Going> {
+    fn inspect(&mut self, addresses: &[u64], when: StuckPhase) -> Result<Going> {
         for addresses in addresses.chunks(stuck::BATCH) {
             // Earlier records must not fill the ring.
             if self.drain()? == Going::Done {
@@ -316,7 +316,7 @@ impl Live {
                 return Ok(Going::Done);
             }
             let going = self.pipeline.stuck(when)?;
-            self.keep(|| Step::Stuck { at_end: when == When::AtEnd })?;
+            self.keep(|| RecordedStep::Stuck { at_end: when == StuckPhase::AtEnd })?;
             if going == Going::Done {
                 return self.done();
             }
@@ -335,7 +335,7 @@ impl Live {
         }
         for (id, fd, holder) in self.pipeline.found.look_up_holders() {
             let step =
-                || Step::Descriptor { address: id.address, born: id.born, fd, holder: (*holder).clone() };
+                || RecordedStep::Descriptor { address: id.address, born: id.born, fd, holder: (*holder).clone() };
             self.keep(step)?;
             self.pipeline.found.descriptor(id, Descriptor { fd, holder: FoundBy::Procfs(holder) });
         }
@@ -376,7 +376,7 @@ impl Live {
             return Ok(());
         }
         let addresses = self.stuck.all(self.kernel.table());
-        if self.inspect(&addresses, When::AtEnd)? == Going::Done {
+        if self.inspect(&addresses, StuckPhase::AtEnd)? == Going::Done {
             return Ok(());
         }
         while self.read()? == Going::On && self.pipeline.correlator.is_waiting() {
@@ -400,7 +400,7 @@ impl Live {
 
     fn report_losses(&mut self) -> Result<()> {
         for lost in self.losses.news(&self.kernel, self.user_losses()) {
-            self.keep(|| Step::Lost(lost.clone()))?;
+            self.keep(|| RecordedStep::Lost(lost.clone()))?;
             self.pipeline.report.lost(lost)?;
         }
         Ok(())
@@ -419,11 +419,11 @@ impl Live {
         let clock = &mut self.pipeline.composer.clock;
         clock.synchronize();
         let (wall_minus_boot, suspended) = clock.offsets();
-        self.keep(|| Step::Clock { wall_minus_boot, suspended })
+        self.keep(|| RecordedStep::Clock { wall_minus_boot, suspended })
     }
 
     /// Adds a step to the recording, if there is one, and the answers that the step needed.
-    fn keep(&mut self, step: impl FnOnce() -> Step) -> Result<()> {
+    fn keep(&mut self, step: impl FnOnce() -> RecordedStep) -> Result<()> {
         if let Some(recorder) = &mut self.recorder {
             recorder.step(&step()).context(UNWRITTEN)?;
             self.keep_answers()?;
@@ -434,7 +434,7 @@ impl Live {
     fn keep_answers(&mut self) -> Result<()> {
         if let Some(recorder) = &mut self.recorder {
             for (question, answer) in self.pipeline.host.fresh_answers() {
-                recorder.step(&Step::Answer(question, answer)).context(UNWRITTEN)?;
+                recorder.step(&RecordedStep::Answer(question, answer)).context(UNWRITTEN)?;
             }
         }
         Ok(())

@@ -46,7 +46,7 @@ pub fn undecodable() -> u64 {
 pub fn start(
     mut ring: RingBuf<MapData>,
     processes: Arc<Mutex<Processes>>,
-    interpreters: Option<interpreters::Shared>,
+    interpreters: Option<interpreters::SharedInterpreters>,
     restrict: bool,
 ) -> Result<()> {
     let watch = move || {

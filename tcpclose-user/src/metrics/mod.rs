@@ -94,7 +94,7 @@ pub struct Metrics {
 }
 
 /// The metrics of a trace, shared with the server that hands them out.
-pub type Shared = Arc<Mutex<Metrics>>;
+pub type SharedMetrics = Arc<Mutex<Metrics>>;
 
 impl Metrics {
     /// Nothing counted yet. `programs` are descriptors of the loaded BPF programs, whose running time is
@@ -223,7 +223,7 @@ fn key(connection: &Connection) -> SocketKey {
 }
 
 /// Locks the metrics. A thread that panicked while it held the lock has left at worst an event half counted.
-pub fn lock(metrics: &Shared) -> std::sync::MutexGuard<'_, Metrics> {
+pub fn lock(metrics: &SharedMetrics) -> std::sync::MutexGuard<'_, Metrics> {
     metrics.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

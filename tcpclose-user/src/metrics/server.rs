@@ -19,7 +19,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Shared, lock};
+use super::{SharedMetrics, lock};
 
 /// How many connections are served at the same time; more wait until one of them ends.
 const MAX_CONNECTIONS: usize = 16;
@@ -36,7 +36,7 @@ const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset
 /// A socket that listens for those who collect metrics.
 pub struct Server {
     listener: TcpListener,
-    metrics: Shared,
+    metrics: SharedMetrics,
     room: Arc<Semaphore>,
 }
 
@@ -45,7 +45,7 @@ impl Server {
     ///
     /// # Errors
     /// The address cannot be used.
-    pub async fn bind(address: SocketAddr, metrics: Shared) -> Result<Self> {
+    pub async fn bind(address: SocketAddr, metrics: SharedMetrics) -> Result<Self> {
         let listener = TcpListener::bind(address)
             .await
             .with_context(|| format!("cannot serve metrics at {address} (--metrics)"))?;
@@ -70,7 +70,7 @@ impl Server {
     }
 }
 
-async fn serve(stream: TcpStream, metrics: Shared, _permit: OwnedSemaphorePermit) {
+async fn serve(stream: TcpStream, metrics: SharedMetrics, _permit: OwnedSemaphorePermit) {
     let answer = |request: Request<Incoming>| {
         let response = respond(request.method(), request.uri().path(), &metrics);
         async { Ok::<_, Infallible>(response) }
@@ -86,7 +86,7 @@ async fn serve(stream: TcpStream, metrics: Shared, _permit: OwnedSemaphorePermit
     }
 }
 
-fn respond(method: &Method, path: &str, metrics: &Shared) -> Response<Full<Bytes>> {
+fn respond(method: &Method, path: &str, metrics: &SharedMetrics) -> Response<Full<Bytes>> {
     let (status, kind, body) = match path {
         _ if !matches!(*method, Method::GET | Method::HEAD) => {
             (StatusCode::METHOD_NOT_ALLOWED, "text/plain", "only GET\n".to_owned())

@@ -59,7 +59,7 @@ pub enum Backing {
 
 impl Backing {
     /// Identifies the file, if it is one that could be inspected.
-    pub(super) fn identity(&self) -> Option<Identity> {
+    pub(super) fn identity(&self) -> Option<FileIdentity> {
         match self {
             Self::File { module, .. } => module.as_ref().map(|module| module.identity()),
             Self::Vdso | Self::Anonymous => None,
@@ -69,14 +69,14 @@ impl Backing {
 
 /// Identifies one version of one file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Identity {
+pub struct FileIdentity {
     device: u64,
     inode: u64,
     size: u64,
     modified: (i64, i64),
 }
 
-impl Identity {
+impl FileIdentity {
     /// `None` for what is not a regular file: only those are ever opened.
     pub(crate) fn of(metadata: &Metadata) -> Option<Self> {
         metadata.is_file().then(|| Self {
@@ -114,7 +114,7 @@ impl Identity {
 /// after the process has exited.
 #[derive(Debug)]
 pub struct Module {
-    identity: Identity,
+    identity: FileIdentity,
     host: Option<PathBuf>,
     held: Option<Held>,
 }
@@ -135,7 +135,7 @@ impl Held {
 
 impl Module {
     /// Identifies the file.
-    pub fn identity(&self) -> Identity {
+    pub fn identity(&self) -> FileIdentity {
         self.identity
     }
 
@@ -163,7 +163,7 @@ impl Module {
 /// All files that some mapping refers to.
 #[derive(Debug, Default)]
 pub struct Modules {
-    known: HashMap<Identity, Weak<Module>>,
+    known: HashMap<FileIdentity, Weak<Module>>,
     prune_at: usize,
     tickets: Arc<()>,
 }
@@ -243,11 +243,11 @@ impl Modules {
         } else {
             return None;
         };
-        let identity = Identity::of(&metadata)?;
+        let identity = FileIdentity::of(&metadata)?;
         if let Some(module) = self.known.get(&identity).and_then(Weak::upgrade) {
             return Some(module);
         }
-        let here = fs::metadata(path).ok().and_then(|metadata| Identity::of(&metadata));
+        let here = fs::metadata(path).ok().and_then(|metadata| FileIdentity::of(&metadata));
         let host = (here == Some(identity)).then(|| path.to_owned());
         let held = if host.is_none() { identity.open(link).and_then(|file| self.hold(file)) } else { None };
         let module = Arc::new(Module { identity, host, held });

@@ -162,7 +162,7 @@ fn holds_file(backing: &Backing) -> bool {
 }
 
 #[derive(Debug)]
-struct Entry {
+struct KnownImage {
     image: Arc<Image>,
     /// When it was last used, by [`Processes::clock`].
     used: u64,
@@ -180,7 +180,7 @@ struct Entry {
 /// that the least recently used are dropped; they are read again when needed if the process still runs.
 #[derive(Debug, Default)]
 pub struct Processes {
-    images: HashMap<(u32, u64), Entry>,
+    images: HashMap<(u32, u64), KnownImage>,
     /// The latest image of each process, by its `mm`.
     latest: HashMap<u32, u64>,
     modules: Modules,
@@ -388,7 +388,7 @@ impl Processes {
         self.latest.insert(key.0, key.1);
         self.images.insert(
             key,
-            Entry {
+            KnownImage {
                 image: Arc::new(image),
                 used: self.clock,
                 asked: None,
@@ -502,12 +502,12 @@ mod tests {
     use std::process::{Child, ChildStdin, Command, Stdio};
 
     /// A program that waits until its standard input is closed.
-    struct Waiting {
+    struct WaitingProgram {
         child: Child,
         stdin: Option<ChildStdin>,
     }
 
-    impl Waiting {
+    impl WaitingProgram {
         fn start(program: &Path) -> Self {
             let mut child =
                 Command::new(program).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
@@ -524,7 +524,7 @@ mod tests {
         }
     }
 
-    impl Drop for Waiting {
+    impl Drop for WaitingProgram {
         fn drop(&mut self) {
             self.end();
         }
@@ -576,7 +576,7 @@ mod tests {
     #[test]
     fn remembers_a_process_that_has_ended() {
         let mut processes = Processes::new();
-        let mut waiting = Waiting::start(Path::new("cat"));
+        let mut waiting = WaitingProgram::start(Path::new("cat"));
         let pid = waiting.child.id();
         processes.notice(pid, 1, None);
         waiting.end();
@@ -594,7 +594,7 @@ mod tests {
     #[test]
     fn makes_do_without_the_process() {
         let mut processes = Processes::new();
-        let mut waiting = Waiting::start(Path::new("cat"));
+        let mut waiting = WaitingProgram::start(Path::new("cat"));
         waiting.end();
         let pid = waiting.child.id();
         assert!(processes.image(pid, 1).is_none());
@@ -645,7 +645,7 @@ mod tests {
         let program = directory.join("program");
         fs::copy("/bin/cat", &program).unwrap();
         let mut processes = Processes::new();
-        let mut waiting = Waiting::start(&program);
+        let mut waiting = WaitingProgram::start(&program);
         let pid = waiting.child.id();
         fs::remove_file(&program).unwrap();
         processes.notice(pid, 1, None);
@@ -669,7 +669,7 @@ mod tests {
     #[test]
     fn reads_mappings_again_when_one_is_missing() {
         let mut processes = Processes::new();
-        let mut waiting = Waiting::start(Path::new("cat"));
+        let mut waiting = WaitingProgram::start(Path::new("cat"));
         let pid = waiting.child.id();
         processes.notice(pid, 1, None);
         let address = processes.image(pid, 1).unwrap().mappings[0].start;

@@ -128,19 +128,19 @@ fn append(folded: &mut String, name: &str) {
 }
 
 /// Writes closing stacks by count when the trace ends.
-pub struct Folded<W: Write> {
+pub struct FoldedSink<W: Write> {
     writer: W,
     stacks: ClosingStacks,
 }
 
-impl<W: Write> Folded<W> {
+impl<W: Write> FoldedSink<W> {
     /// Writes to `writer`.
     pub fn new(writer: W) -> Self {
         Self { writer, stacks: ClosingStacks::default() }
     }
 }
 
-impl<W: Write> Sink for Folded<W> {
+impl<W: Write> Sink for FoldedSink<W> {
     fn write(&mut self, event: &Event) -> io::Result<()> {
         self.stacks.add(event);
         Ok(())
@@ -166,7 +166,7 @@ mod tests {
 
     fn folded(events: &[Event]) -> String {
         let mut written = Vec::new();
-        let mut sink = Folded::new(&mut written);
+        let mut sink = FoldedSink::new(&mut written);
         for event in events {
             sink.write(event).expect("memory");
             sink.flush().expect("memory");

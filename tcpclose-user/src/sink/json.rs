@@ -12,12 +12,12 @@ const GATHERED: usize = 256 << 10;
 ///
 /// Lines are serialized into memory, which costs a third of what a `BufWriter` would: braces, commas and
 /// values come one by one.
-pub struct Json<W: Write> {
+pub struct JsonSink<W: Write> {
     writer: W,
     lines: Vec<u8>,
 }
 
-impl<W: Write> Json<W> {
+impl<W: Write> JsonSink<W> {
     /// Writes to `writer`, through a buffer of its own.
     pub fn new(writer: W) -> Self {
         Self { writer, lines: Vec::new() }
@@ -31,7 +31,7 @@ impl<W: Write> Json<W> {
     }
 }
 
-impl<W: Write> Sink for Json<W> {
+impl<W: Write> Sink for JsonSink<W> {
     fn write(&mut self, event: &Event) -> io::Result<()> {
         let complete = self.lines.len();
         if let Err(error) = serializer::append(&mut self.lines, event) {
@@ -56,11 +56,11 @@ mod tests {
 
     use super::GATHERED;
     use crate::event::Event;
-    use crate::{event::examples, sink::{Json, Sink}};
+    use crate::{event::examples, sink::{JsonSink, Sink}};
 
     fn written(events: &[Event]) -> String {
         let mut bytes = Vec::new();
-        let mut sink = Json::new(&mut bytes);
+        let mut sink = JsonSink::new(&mut bytes);
         for event in events {
             sink.write(event).expect("memory");
         }
@@ -101,8 +101,8 @@ mod tests {
     #[test]
     fn a_burst_is_written_in_large_pieces() {
         /// How long the pieces are.
-        struct Pieces(Vec<usize>);
-        impl Write for Pieces {
+        struct PieceLengths(Vec<usize>);
+        impl Write for PieceLengths {
             fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
                 self.0.push(bytes.len());
                 Ok(bytes.len())
@@ -112,8 +112,8 @@ mod tests {
                 Ok(())
             }
         }
-        let mut pieces = Pieces(Vec::new());
-        let mut sink = Json::new(&mut pieces);
+        let mut pieces = PieceLengths(Vec::new());
+        let mut sink = JsonSink::new(&mut pieces);
         for _ in 0..1_000 {
             sink.write(&examples::orderly()).expect("memory");
         }

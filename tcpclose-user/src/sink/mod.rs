@@ -16,10 +16,10 @@ mod serializer;
 pub mod summary;
 mod text;
 
-pub use folded::Folded;
-pub use json::Json;
+pub use folded::FoldedSink;
+pub use json::JsonSink;
 pub(crate) use text::{COLUMNS, bounds, cut, endpoint, escape, or_dash, width, wrap};
-pub use text::{Palette, Text, human_millis};
+pub use text::{Palette, TextSink, human_millis};
 
 /// The format in which events are written. A report (`list`, `doctor`) has a
 /// [`ReportFormat`](crate::cli::ReportFormat) of its own.
@@ -105,12 +105,12 @@ impl Output {
         }
     }
 
-    /// Writes to `writer`, in colour only if `palette` has any. `details` is [`Text`]'s.
+    /// Writes to `writer`, in colour only if `palette` has any. `details` is [`TextSink`]'s.
     pub fn to(format: Format, writer: impl Write + Send + 'static, palette: Palette, details: bool) -> Self {
         match format {
-            Format::Text => Self::new(Text::new(writer, palette, details)),
-            Format::Json => Self { takes_findings: true, ..Self::new(Json::new(writer)) },
-            Format::Folded => Self::new(Folded::new(writer)),
+            Format::Text => Self::new(TextSink::new(writer, palette, details)),
+            Format::Json => Self { takes_findings: true, ..Self::new(JsonSink::new(writer)) },
+            Format::Folded => Self::new(FoldedSink::new(writer)),
         }
     }
 

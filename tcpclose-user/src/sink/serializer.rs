@@ -18,11 +18,11 @@ use crate::event::FINISHED;
 /// # Errors
 /// Those of `serde_json`: a key of a map is no string, or the value refuses to be serialized.
 pub fn append(out: &mut Vec<u8>, value: &impl Serialize) -> Result<(), Error> {
-    value.serialize(Json { out, is_finished: false })
+    value.serialize(JsonSerializer { out, is_finished: false })
 }
 
 /// Serializes one value.
-struct Json<'a> {
+struct JsonSerializer<'a> {
     out: &'a mut Vec<u8>,
     /// The value is JSON already.
     is_finished: bool,
@@ -37,7 +37,7 @@ struct Compound<'a> {
     is_finished: bool,
 }
 
-impl<'a> Json<'a> {
+impl<'a> JsonSerializer<'a> {
     /// A leaf that `serde_json` does not treat by the byte.
     #[inline]
     fn leaf(self, value: &impl Serialize) -> Result<(), Error> {
@@ -71,7 +71,7 @@ fn field_name(out: &mut Vec<u8>, name: &str) {
 impl Compound<'_> {
     #[inline]
     fn value(&mut self, value: &(impl Serialize + ?Sized)) -> Result<(), Error> {
-        value.serialize(Json { out: self.out, is_finished: false })?;
+        value.serialize(JsonSerializer { out: self.out, is_finished: false })?;
         self.out.push(b',');
         Ok(())
     }
@@ -80,7 +80,7 @@ impl Compound<'_> {
     #[expect(clippy::inline_always, reason = "see `field_name`")]
     fn field(&mut self, name: &str, value: &(impl Serialize + ?Sized)) -> Result<(), Error> {
         if self.is_finished {
-            return value.serialize(Json { out: self.out, is_finished: true });
+            return value.serialize(JsonSerializer { out: self.out, is_finished: true });
         }
         field_name(self.out, name);
         self.value(value)
@@ -104,7 +104,7 @@ macro_rules! leaves {
     };
 }
 
-impl<'a> Serializer for Json<'a> {
+impl<'a> Serializer for JsonSerializer<'a> {
     type Ok = ();
     type Error = Error;
     type SerializeSeq = Compound<'a>;
@@ -178,7 +178,7 @@ impl<'a> Serializer for Json<'a> {
         value: &T,
     ) -> Result<(), Error> {
         let is_finished = self.is_finished || name == FINISHED;
-        value.serialize(Json { is_finished, ..self })
+        value.serialize(JsonSerializer { is_finished, ..self })
     }
 
     fn serialize_newtype_variant<T: Serialize + ?Sized>(
@@ -299,7 +299,7 @@ impl ser::SerializeMap for Compound<'_> {
 
     fn serialize_key<T: Serialize + ?Sized>(&mut self, key: &T) -> Result<(), Error> {
         let start = self.out.len();
-        key.serialize(Json { out: self.out, is_finished: false })?;
+        key.serialize(JsonSerializer { out: self.out, is_finished: false })?;
         if self.out.get(start) != Some(&b'"') {
             return Err(Error::custom("a key of a map is not a string"));
         }

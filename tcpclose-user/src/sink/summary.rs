@@ -20,7 +20,7 @@ use crate::{
 /// How many kinds of end are counted separately. Ends of further kinds are counted together.
 const MAX_KINDS: usize = 4_096;
 
-/// How many ends are remembered by [`Identity`]. When there are more, all are forgotten.
+/// How many ends are remembered by [`EndIdentity`]. When there are more, all are forgotten.
 const MAX_RECENT: usize = 1_024;
 
 /// How many rows of each table are shown.
@@ -36,10 +36,10 @@ const COLUMNS: usize = 100;
 #[derive(Default)]
 pub struct Summary {
     /// Places in `counts`.
-    ends: HashMap<End, usize>,
+    ends: HashMap<EndGroup, usize>,
     counts: Vec<Count>,
     /// The same places, by what is quick to compare.
-    recent: HashMap<Identity, Recent, RandomState>,
+    recent: HashMap<EndIdentity, Recent, RandomState>,
     lingering: HashMap<Stay, Count>,
     /// Events of kinds for which there was no room.
     others: u64,
@@ -47,17 +47,17 @@ pub struct Summary {
 
 /// Ends that are counted together.
 #[derive(Clone, PartialEq, Eq, Hash)]
-struct End {
+struct EndGroup {
     process: Option<(Option<u32>, String)>,
     closed_by: Option<ClosedBy>,
     ended: Option<Ended>,
     cause: Option<Cause>,
-    place: Place,
+    place: CallSite,
 }
 
 /// An end by the addresses of what it shares with others, which are compared sooner than names.
 #[derive(PartialEq, Eq, Hash)]
-struct Identity {
+struct EndIdentity {
     process: Option<usize>,
     frames: Option<usize>,
     closed_by: Option<ClosedBy>,
@@ -65,12 +65,12 @@ struct Identity {
     cause: Option<Cause>,
 }
 
-/// Ends with one [`Identity`].
+/// Ends with one [`EndIdentity`].
 struct Recent {
     /// Their place in `counts`.
     place: usize,
     /// Kept, so that the addresses stay theirs.
-    _kept: (Option<Shared<Process>>, Place),
+    _kept: (Option<Shared<Process>>, CallSite),
 }
 
 /// Sockets that linger, counted together.
@@ -80,12 +80,12 @@ struct Stay {
     state: State,
     kind: LingeringKind,
     remote: Option<Endpoint>,
-    place: Place,
+    place: CallSite,
 }
 
 /// Where in a program something was done, and what that was.
 #[derive(Clone, Default)]
-struct Place(Option<(&'static str, Frames)>);
+struct CallSite(Option<(&'static str, Frames)>);
 
 #[derive(Clone, Copy, Default)]
 struct Count {
@@ -112,8 +112,8 @@ impl Summary {
     /// The place in `counts` of ends of this kind; `None` if there is no room for another kind.
     fn place(&mut self, close: &Close) -> Option<usize> {
         let Close { closed_by, ended, cause, .. } = *close;
-        let (what, frames) = Place::frames_of(close).unzip();
-        let identity = Identity {
+        let (what, frames) = CallSite::frames_of(close).unzip();
+        let identity = EndIdentity {
             process: close.process.as_ref().map(Shared::address),
             frames: frames.map(Shared::address),
             closed_by,
@@ -123,9 +123,9 @@ impl Summary {
         if let Some(recent) = self.recent.get(&identity) {
             return Some(recent.place);
         }
-        let place_in_code = Place(what.zip(frames.cloned()));
+        let place_in_code = CallSite(what.zip(frames.cloned()));
         let process = close.process.as_ref().map(|process| (process.pid, process.comm.clone()));
-        let end = End { process, closed_by, ended, cause, place: place_in_code.clone() };
+        let end = EndGroup { process, closed_by, ended, cause, place: place_in_code.clone() };
         let place = match self.ends.get(&end) {
             Some(place) => *place,
             None if self.ends.len() >= MAX_KINDS => return None,
@@ -152,7 +152,7 @@ impl Summary {
             kind: lingering.kind,
             // Of a client; a server's remotes are all different.
             remote: lingering.connection.remote.filter(|_| lingering.connection.role == Some(Role::Client)),
-            place: Place::of("opened at", opener).unwrap_or_default(),
+            place: CallSite::of("opened at", opener).unwrap_or_default(),
         };
         if self.lingering.len() >= MAX_KINDS && !self.lingering.contains_key(&stay) {
             self.others += 1;
@@ -265,7 +265,7 @@ fn frames(stack: Option<&Stack>) -> Option<&Frames> {
     stack.user.as_ref().or(stack.kernel.as_ref()).filter(|frames| !frames.is_empty())
 }
 
-impl Place {
+impl CallSite {
     fn of(what: &'static str, stack: Option<&Stack>) -> Option<Self> {
         Some(Self(Some((what, frames(stack)?.clone()))))
     }
@@ -285,22 +285,22 @@ impl Place {
     }
 }
 
-impl PartialEq for Place {
+impl PartialEq for CallSite {
     fn eq(&self, other: &Self) -> bool {
         self.frames().eq(other.frames())
     }
 }
 
-impl Eq for Place {}
+impl Eq for CallSite {}
 
-impl Hash for Place {
+impl Hash for CallSite {
     fn hash<H: Hasher>(&self, state: &mut H) {
         self.frames().for_each(|frame| frame.hash(state));
     }
 }
 
 /// A line of its own: innermost function first, `<` for "called by".
-impl Display for Place {
+impl Display for CallSite {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Some((what, _)) = &self.0 else { return Ok(()) };
         let mut line = format!("{:>25} {what} ", "");

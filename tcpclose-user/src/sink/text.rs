@@ -58,7 +58,7 @@ impl Palette {
 }
 
 /// Writes text.
-pub struct Text<W: Write> {
+pub struct TextSink<W: Write> {
     writer: BufWriter<W>,
     palette: Palette,
     zone: TimeZone,
@@ -67,7 +67,7 @@ pub struct Text<W: Write> {
     header_due: bool,
 }
 
-impl<W: Write> Text<W> {
+impl<W: Write> TextSink<W> {
     /// Writes to `writer`, through a buffer, with times in the time zone of the system. Without `details` an
     /// event is its one line and nothing else.
     pub fn new(writer: W, palette: Palette, details: bool) -> Self {
@@ -101,10 +101,10 @@ impl<W: Write> Text<W> {
     }
 }
 
-impl<W: Write> Sink for Text<W> {
+impl<W: Write> Sink for TextSink<W> {
     fn write(&mut self, event: &Event) -> io::Result<()> {
         self.write_header()?;
-        let mut page = Page { text: String::new(), palette: self.palette, zone: &self.zone };
+        let mut page = EventLines { text: String::new(), palette: self.palette, zone: &self.zone };
         match event {
             Event::Close(close) => page.close(close),
             Event::Reset(reset) => page.reset(reset),
@@ -124,13 +124,13 @@ impl<W: Write> Sink for Text<W> {
 }
 
 /// The lines of one event.
-struct Page<'a> {
+struct EventLines<'a> {
     text: String,
     palette: Palette,
     zone: &'a TimeZone,
 }
 
-impl Page<'_> {
+impl EventLines<'_> {
     fn close(&mut self, close: &Close) {
         let style = match (close.ended, close.closed_by) {
             (Some(Ended::ResetSent | Ended::ResetReceived | Ended::Timeout), _) => self.palette.alarm,
@@ -557,12 +557,12 @@ mod tests {
     use jiff::tz::TimeZone;
 
     use crate::event::{Attribution, Cause, ClosedBy, Ended, Event, Frame, Trigger, Truncated};
-    use crate::sink::text::{COLUMNS, Text, cut, escape, frame_text, human_millis, width};
+    use crate::sink::text::{COLUMNS, TextSink, cut, escape, frame_text, human_millis, width};
     use crate::{event::examples, sink::{Palette, Sink}};
 
     fn written(events: &[Event], palette: Palette) -> String {
         let mut bytes = Vec::new();
-        let mut sink = Text::in_zone(&mut bytes, palette, TimeZone::UTC);
+        let mut sink = TextSink::in_zone(&mut bytes, palette, TimeZone::UTC);
         for event in events {
             sink.write(event).expect("memory");
         }
@@ -592,7 +592,7 @@ mod tests {
     fn times_are_in_the_given_zone() {
         let mut bytes = Vec::new();
         let zone = TimeZone::fixed(jiff::tz::offset(2));
-        let mut sink = Text::in_zone(&mut bytes, Palette::PLAIN, zone);
+        let mut sink = TextSink::in_zone(&mut bytes, Palette::PLAIN, zone);
         sink.write(&examples::orderly()).expect("memory");
         sink.flush().expect("memory");
         drop(sink);

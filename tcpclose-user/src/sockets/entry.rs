@@ -11,7 +11,7 @@ use crate::{
 
 /// One socket as the kernel lists it.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Entry {
+pub struct ListedSocket {
     /// Its state. For a [remnant](Self::is_remnant), the state in which that is.
     pub state: State,
     /// The local end.
@@ -67,7 +67,7 @@ pub struct AgeRange {
 /// one jiffy.
 const JIFFY: u32 = 10;
 
-impl Entry {
+impl ListedSocket {
     /// Whether it is in a teardown state; see [`is_in_teardown`].
     pub fn is_in_teardown(&self) -> bool {
         is_in_teardown(self.state)
@@ -134,9 +134,9 @@ pub fn is_in_teardown(state: State) -> bool {
 pub(crate) mod tests {
     use super::*;
 
-    pub(crate) fn entry(state: State, inode: u64, recv_queue: u32) -> Entry {
+    pub(crate) fn entry(state: State, inode: u64, recv_queue: u32) -> ListedSocket {
         let end = |port| Endpoint { address: [10, 0, 0, 1].into(), port };
-        Entry {
+        ListedSocket {
             state,
             local: end(40_000),
             remote: end(443),
@@ -184,7 +184,7 @@ pub(crate) mod tests {
         assert_eq!(age(State::FinWait2), between(Some(2_990), Some(5_010)));
         assert_eq!(age(State::LastAck), between(None, Some(4_010)));
         assert_eq!(age(State::FinWait1), between(None, None));
-        let remnant = Entry { info: None, is_remnant: true, ..entry(State::FinWait2, 0, 0) };
+        let remnant = ListedSocket { info: None, is_remnant: true, ..entry(State::FinWait2, 0, 0) };
         assert_eq!(remnant.age(), between(None, None));
         assert_eq!(remnant.unread_bytes(), None);
     }

@@ -18,10 +18,10 @@ pub mod netns;
 pub mod table;
 pub mod time_wait;
 
-pub use entry::{AgeRange, Entry};
+pub use entry::{AgeRange, ListedSocket};
 pub use time_wait::{Outgoing, TimeWait};
 
-use crate::{attribute, event::{Attribution, Connection, Endpoint, Family, Lingering, LingeringKind, Process, Role, Shared, State, Time}, filter::Filter, host::Program, kernel::clock::Clock, processes::{Processes, holder::{self, Holder}}};
+use crate::{attribute, event::{Attribution, Connection, Endpoint, Family, Lingering, LingeringKind, Process, Role, Shared, State, Time}, filter::Filter, host::ProgramInfo, kernel::clock::Clock, processes::{Processes, holder::{self, ProcfsHolder}}};
 use netns::Namespace;
 
 /// How many stuck sockets are kept, about 300 bytes each. The rest is only counted.
@@ -53,23 +53,23 @@ pub struct Scan {
 #[derive(Clone, Debug)]
 pub struct Socket {
     /// What the kernel reports of it.
-    pub entry: Entry,
+    pub entry: ListedSocket,
     /// Inode number of its network namespace.
     pub netns: u32,
     /// Server if there is a listener for its local address, or if it has not been accepted yet; else unknown.
     pub role: Option<Role>,
     /// The process that owns it, and how that is known.
-    pub owner: Option<(Arc<Holder>, Attribution)>,
+    pub owner: Option<(Arc<ProcfsHolder>, Attribution)>,
     /// The processes that have it open, each with its descriptor. Empty if it was closed or never accepted;
     /// `None` if it is open and no holder was found.
-    pub holders: Option<Vec<(Arc<Holder>, u32)>>,
+    pub holders: Option<Vec<(Arc<ProcfsHolder>, u32)>>,
 }
 
 /// The number of sockets in each state that a process owns.
 #[derive(Clone, Debug)]
 pub struct Tally {
     /// The process.
-    pub process: Arc<Holder>,
+    pub process: Arc<ProcfsHolder>,
     /// The counts. A socket that several processes have open counts for the oldest of them.
     pub states: Counts,
 }
@@ -135,10 +135,10 @@ impl Socket {
 
     /// Its `lingering` event; `at` is when it was listed.
     pub fn lingering(&self, at: Time, processes: &mut Processes) -> Lingering {
-        let Entry { state, local, remote, cookie, info, .. } = self.entry;
+        let ListedSocket { state, local, remote, cookie, info, .. } = self.entry;
         let AgeRange { at_least, at_most } = self.entry.age();
         let holders = self.holders.as_ref().map(|holders| {
-            let holder = |(holder, fd): &(Arc<Holder>, u32)| crate::event::Holder {
+            let holder = |(holder, fd): &(Arc<ProcfsHolder>, u32)| crate::event::ProcfsHolder {
                 pid: Some(holder.pid),
                 host_pid: holder.host_pid(),
                 comm: holder.comm.clone(),
@@ -183,7 +183,7 @@ impl Socket {
 
     fn process(&self, processes: &mut Processes) -> Option<Process> {
         let (holder, attribution) = self.owner.as_ref()?;
-        Some(attribute::listed(holder, *attribution, Program::of(processes, holder.pid, 0)))
+        Some(attribute::listed(holder, *attribution, ProgramInfo::of(processes, holder.pid, 0)))
     }
 }
 
@@ -233,7 +233,7 @@ struct Owned {
     stuck: Option<u32>,
     /// Whether it passed the filter. A listener is kept in any case, for the sockets in its accept queue.
     passed: bool,
-    owner: Option<Arc<Holder>>,
+    owner: Option<Arc<ProcfsHolder>>,
 }
 
 /// A scan in progress.
@@ -297,7 +297,7 @@ impl<'a> Collector<'a> {
         (self.here().states, self.here().time_wait) = Default::default();
     }
 
-    fn add(&mut self, netns: u32, entry: Entry) {
+    fn add(&mut self, netns: u32, entry: ListedSocket) {
         if entry.state == State::Listen {
             let at = (entry.local.address, entry.inode);
             self.listeners.entry((netns, entry.local.port)).or_default().push(at);
@@ -326,7 +326,7 @@ impl<'a> Collector<'a> {
     }
 
     /// Adds a socket in a teardown state. Returns its index in `stuck`, or `None` if there is no room.
-    fn add_stuck(&mut self, netns: u32, entry: Entry) -> Option<u32> {
+    fn add_stuck(&mut self, netns: u32, entry: ListedSocket) -> Option<u32> {
         if self.stuck.len() >= MAX_STUCK {
             self.gaps.stuck += 1;
             return None;
@@ -416,11 +416,11 @@ impl<'a> Collector<'a> {
 
     /// The owner of the listener in whose accept queue a socket is. If several processes have listeners of
     /// their own on the same port (`SO_REUSEPORT`), the queue is not known.
-    fn owner_of_listener(&self, socket: &Socket) -> Option<(Arc<Holder>, Attribution)> {
+    fn owner_of_listener(&self, socket: &Socket) -> Option<(Arc<ProcfsHolder>, Attribution)> {
         let inodes = self.listener(socket.netns, socket.entry.local)?;
         let mut owners = inodes.iter().map(|inode| self.by_inode.get(inode)?.owner.as_ref());
         let first = owners.next()??;
-        let is_first = |owner: Option<&Arc<Holder>>| owner.is_some_and(|owner| owner.pid == first.pid);
+        let is_first = |owner: Option<&Arc<ProcfsHolder>>| owner.is_some_and(|owner| owner.pid == first.pid);
         owners.all(is_first).then(|| (Arc::clone(first), Attribution::Listener))
     }
 }
@@ -471,7 +471,7 @@ mod tests {
     fn the_nearest_listener() {
         let filter = Filter::default();
         let mut all = scan_of_one_namespace(&filter);
-        let listener = |local, inode| Entry { local, ..entry::tests::entry(State::Listen, inode, 0) };
+        let listener = |local, inode| ListedSocket { local, ..entry::tests::entry(State::Listen, inode, 0) };
         all.add(1, listener(end([0, 0, 0, 0], 80), 10));
         all.add(1, listener(end([10, 0, 0, 1], 80), 11));
         assert_eq!(all.listener(1, end([10, 0, 0, 1], 80)), Some(vec![11]));
@@ -488,12 +488,12 @@ mod tests {
     fn no_guess_between_two_listeners() {
         let filter = Filter::default();
         let mut all = scan_of_one_namespace(&filter);
-        let waiting = Entry { local: end([10, 0, 0, 1], 80), ..entry::tests::entry(State::CloseWait, 0, 1) };
-        let holder = |pid| Arc::new(Holder { pid, comm: "x".into(), uid: None, started: 0 });
+        let waiting = ListedSocket { local: end([10, 0, 0, 1], 80), ..entry::tests::entry(State::CloseWait, 0, 1) };
+        let holder = |pid| Arc::new(ProcfsHolder { pid, comm: "x".into(), uid: None, started: 0 });
         for (inode, pid, knows) in [(10, 5, true), (11, 5, true), (12, 6, false)] {
             all.add(
                 1,
-                Entry { local: end([0, 0, 0, 0], 80), ..entry::tests::entry(State::Listen, inode, 0) },
+                ListedSocket { local: end([0, 0, 0, 0], 80), ..entry::tests::entry(State::Listen, inode, 0) },
             );
             all.by_inode.get_mut(&inode).unwrap().owner = Some(holder(pid));
             all.stuck.clear();

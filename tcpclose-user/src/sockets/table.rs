@@ -3,14 +3,14 @@
 
 use procfs::{ProcError, ProcResult, net::TcpNetEntry, process::Process};
 
-use super::{diag::endpoint, entry::Entry};
+use super::{diag::endpoint, entry::ListedSocket};
 use crate::event::State;
 
 /// Calls `each` for every TCP socket, listeners first.
 ///
 /// # Errors
 /// The process has ended, or this user may not read it.
-pub fn read(pid: u32, mut each: impl FnMut(Entry)) -> ProcResult<()> {
+pub fn read(pid: u32, mut each: impl FnMut(ListedSocket)) -> ProcResult<()> {
     let process = Process::new(i32::try_from(pid).map_err(|_| ProcError::NotFound(None))?)?;
     let mut sockets = process.tcp()?;
     match process.tcp6() {
@@ -25,9 +25,9 @@ pub fn read(pid: u32, mut each: impl FnMut(Entry)) -> ProcResult<()> {
     Ok(())
 }
 
-fn entry(socket: &TcpNetEntry) -> Option<Entry> {
+fn entry(socket: &TcpNetEntry) -> Option<ListedSocket> {
     let state = State::from_kernel(socket.state.to_u8())?;
-    Some(Entry {
+    Some(ListedSocket {
         state,
         local: endpoint(socket.local_address),
         remote: endpoint(socket.remote_address),

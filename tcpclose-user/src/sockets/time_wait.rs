@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, net::IpAddr};
 
-use super::entry::Entry;
+use super::entry::ListedSocket;
 use crate::event::Endpoint;
 
 /// How many destinations, and how many local ports, are counted separately in a namespace. The rest is
@@ -36,7 +36,7 @@ pub struct Outgoing {
 
 impl TimeWait {
     /// Counts a socket; `incoming` if this host had accepted the connection.
-    pub fn add(&mut self, entry: &Entry, incoming: bool) {
+    pub fn add(&mut self, entry: &ListedSocket, incoming: bool) {
         self.total += 1;
         let counted = if incoming {
             count(&mut self.incoming, entry.local.port)

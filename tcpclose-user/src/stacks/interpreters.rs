@@ -20,9 +20,9 @@ use tcpclose_common::interpreter::Interpreter;
 use super::{
     elf::Segments,
     memory::ProcessMemory,
-    runtimes::{self, Program},
+    runtimes::{self, RuntimeBinary},
 };
-use crate::{kernel::handle::KernelHalf, processes::{Image, mappings::{Backing, Identity, Mapping}}};
+use crate::{kernel::handle::KernelHalf, processes::{Image, mappings::{Backing, FileIdentity, Mapping}}};
 
 /// How many files are cached. When there are more, all are dropped and read again.
 const MAX_FILES: usize = 64;
@@ -35,17 +35,17 @@ pub struct Interpreters {
     /// By the address of their process's `mm_struct`.
     described: BpfHashMap<MapData, u64, Interpreter>,
     /// `None` for one that cannot be read.
-    files: HashMap<Identity, Option<Contents>>,
+    files: HashMap<FileIdentity, Option<Contents>>,
 }
 
 /// A file.
 struct Contents {
     segments: Segments,
-    runtimes: Vec<Box<dyn Program>>,
+    runtimes: Vec<Box<dyn RuntimeBinary>>,
 }
 
 /// Interpreters that two threads describe.
-pub type Shared = Arc<Mutex<Interpreters>>;
+pub type SharedInterpreters = Arc<Mutex<Interpreters>>;
 
 /// Locks them, also after another thread has panicked: they are consistent between two calls.
 pub fn lock(interpreters: &Mutex<Interpreters>) -> MutexGuard<'_, Interpreters> {

@@ -19,14 +19,14 @@ use std::collections::HashMap;
 
 use anyhow::{Context as _, Result};
 use aya::maps::{Array, HashMap as BpfHashMap, MapData};
-use tcpclose_common::recipe::{Edge, MAX_RECIPES, Recipe, Target, Word, image};
+use tcpclose_common::recipe::{Edge, MAX_RECIPES, Recipe, EdgeTarget, Word, image};
 
 use crate::kernel::handle::KernelHalf;
 
 /// The maps of the kernel half that hold recipes, and what it takes to read the words of some.
 pub struct RecipeMaps {
     recipes: Array<MapData, Recipe>,
-    edges: BpfHashMap<MapData, Edge, Target>,
+    edges: BpfHashMap<MapData, Edge, EdgeTarget>,
     known: Recipes,
 }
 
@@ -103,7 +103,7 @@ pub struct Start {
 #[derive(Clone, Debug, PartialEq)]
 enum Change {
     Recipe(u32, Box<Recipe>),
-    Edge(Edge, Target),
+    Edge(Edge, EdgeTarget),
     NoEdge(Edge),
 }
 
@@ -114,7 +114,7 @@ struct Recipes {
     trees: HashMap<Start, Tree>,
     /// By their place in the map.
     places: HashMap<u32, Box<Recipe>>,
-    edges: HashMap<Edge, Target>,
+    edges: HashMap<Edge, EdgeTarget>,
     /// How many recipes lead to a stack.
     stacks: HashMap<u64, u32>,
     /// The tree with a stack of a process.
@@ -184,7 +184,7 @@ impl Recipes {
         let mut recipe =
             Box::new(Recipe { serial: self.serial, stack, until, count: words.len() as u64, ..Recipe::NONE });
         recipe.words[..words.len()].copy_from_slice(words);
-        let target = Target { serial: self.serial, index: index.into() };
+        let target = EdgeTarget { serial: self.serial, index: index.into() };
         changes.push(Change::Recipe(index, recipe.clone()));
         changes.push(Change::Edge(place, target));
         self.places.insert(index, recipe);
@@ -296,12 +296,12 @@ mod tests {
 
     /// What the kernel half has in its maps.
     #[derive(Default)]
-    struct Kernel {
+    struct KernelMaps {
         recipes: HashMap<u32, Recipe>,
-        edges: HashMap<Edge, Target>,
+        edges: HashMap<Edge, EdgeTarget>,
     }
 
-    impl Kernel {
+    impl KernelMaps {
         fn apply(&mut self, changes: Vec<Change>) {
             for change in changes {
                 match change {
@@ -362,7 +362,7 @@ mod tests {
 
     #[test]
     fn finds_each_of_many_stacks() {
-        let (mut recipes, mut kernel) = (Recipes::new(1000), Kernel::default());
+        let (mut recipes, mut kernel) = (Recipes::new(1000), KernelMaps::default());
         for number in 0..729 {
             assert_eq!(kernel.find(START, &path(number)), None, "{number}");
             kernel.apply(recipes.learn(START, &path(number), 1 + number, 0));
@@ -384,7 +384,7 @@ mod tests {
 
     #[test]
     fn another_image_of_the_process_takes_the_place() {
-        let (mut recipes, mut kernel) = (Recipes::new(10), Kernel::default());
+        let (mut recipes, mut kernel) = (Recipes::new(10), KernelMaps::default());
         let another_place = Start { ip: 0x1001, ..START };
         let another_process = Start { pid: 8, ..START };
         for start in [START, another_place, another_process] {
@@ -407,7 +407,7 @@ mod tests {
 
     #[test]
     fn the_longest_unused_tree_gives_way() {
-        let (mut recipes, mut kernel) = (Recipes::new(6), Kernel::default());
+        let (mut recipes, mut kernel) = (Recipes::new(6), KernelMaps::default());
         let starts = [1, 2, 3].map(|ip| Start { ip, ..START });
         for (number, start) in starts.into_iter().enumerate() {
             let stack = 10 * number as u64;
@@ -431,7 +431,7 @@ mod tests {
 
     #[test]
     fn the_last_word_counts() {
-        let (mut recipes, mut kernel) = (Recipes::new(10), Kernel::default());
+        let (mut recipes, mut kernel) = (Recipes::new(10), KernelMaps::default());
         kernel.apply(recipes.learn(START, &path(0), 1, 5));
         kernel.apply(recipes.learn(START, &path(1), 2, 5));
         // The same stack, unwound again: it has another name by now, and holds for longer.

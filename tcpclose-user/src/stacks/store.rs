@@ -8,7 +8,7 @@ use std::{
 
 use aya::maps::{HashMap as BpfHashMap, MapData};
 use foldhash::fast::RandomState as Quick;
-use tcpclose_common::{recipe::KEY_BIT, stack::Stack};
+use tcpclose_common::{recipe::KEY_BIT, stack::StackTrace};
 
 use crate::stacks::frame::UnwoundStack;
 
@@ -28,10 +28,10 @@ const MAX_UNWOUND: usize = 16_384;
 /// A stack that was unwound has a key of its own, by which the kernel half reports it when it recognizes it.
 /// The key of a copy leads to that key.
 pub struct Store {
-    map: BpfHashMap<MapData, u64, Stack>,
+    map: BpfHashMap<MapData, u64, StackTrace>,
     known: HashMap<u64, Arc<[u64]>, Quick>,
     /// Programs have few places that open and close sockets.
-    unwound: HashMap<u64, Unwound, Quick>,
+    unwound: HashMap<u64, CachedStack, Quick>,
     hasher: RandomState,
     clock: u64,
     copies: HashMap<u64, u64, Quick>,
@@ -44,7 +44,7 @@ pub struct Store {
     lost: u64,
 }
 
-struct Unwound {
+struct CachedStack {
     stack: UnwoundStack,
     /// When it was last used, by the store's clock.
     used: u64,
@@ -53,7 +53,7 @@ struct Unwound {
 impl Store {
     /// Reads from `map`, and keeps unwound stacks for this many connections, each with an opener and an
     /// actor. When there are more, the oldest are dropped and counted as lost.
-    pub fn new(map: BpfHashMap<MapData, u64, Stack>, connections: u32) -> Self {
+    pub fn new(map: BpfHashMap<MapData, u64, StackTrace>, connections: u32) -> Self {
         Self {
             map,
             known: HashMap::default(),
@@ -80,7 +80,7 @@ impl Store {
         if !self.unwound.contains_key(&key) {
             self.make_room(is_needed);
         }
-        self.unwound.entry(key).or_insert(Unwound { stack, used: 0 }).used = self.clock;
+        self.unwound.entry(key).or_insert(CachedStack { stack, used: 0 }).used = self.clock;
         while self.copies.len() >= self.capacity {
             let Some(oldest) = self.order.pop_front() else { break };
             self.lost += u64::from(self.copies.remove(&oldest).is_some());

@@ -26,7 +26,7 @@ use self::{
     age::Age,
     older::{Older, Orphan, Orphans},
 };
-use crate::{attribute::Claim, cli::Linger, ingest::life::{Life, SocketId, Task}, kernel::{clock::Clock, handle::KernelHalf, table::Table}, processes::holder::{self, Holder}};
+use crate::{attribute::Claim, cli::Linger, ingest::life::{Life, SocketId, Task}, kernel::{clock::Clock, handle::KernelHalf, table::ConnectionTable}, processes::holder::{self, ProcfsHolder}};
 
 /// How many sockets are inspected between two reads of the ring. Their records and those of their holders
 /// take a quarter of it.
@@ -66,7 +66,7 @@ pub enum FoundBy {
     /// The iterator over all descriptors.
     Iterator(Task),
     /// `/proc/PID/fd`.
-    Procfs(Arc<Holder>),
+    Procfs(Arc<ProcfsHolder>),
 }
 
 impl FoundBy {
@@ -107,7 +107,7 @@ impl Stuck {
 
 /// A socket of the kernel half's table.
 #[derive(Clone, Copy, Debug)]
-struct Entry {
+struct WatchedSocket {
     /// The value in the table, which tells a socket from the next one at its address: when it entered its
     /// first teardown state, nanoseconds of `CLOCK_BOOTTIME`, or [`BEFORE_TRACE`].
     since: u64,
@@ -121,7 +121,7 @@ pub struct StuckSockets {
     limit: Option<u64>,
     requested_pass: Array<MapData, u32>,
     /// The sockets of the table at the last walk: never more than it has room for.
-    entries: HashMap<u64, Entry, RandomState>,
+    entries: HashMap<u64, WatchedSocket, RandomState>,
     /// Number of the inventory pass that will report holders; 0 if none was requested yet.
     pass: u16,
     /// The thread that asks the kernel for the sockets that were stuck before the trace.
@@ -190,7 +190,7 @@ impl StuckSockets {
     }
 
     /// The addresses of the sockets to inspect now.
-    pub fn due(&mut self, table: &Table, now: u64) -> Vec<u64> {
+    pub fn due(&mut self, table: &ConnectionTable, now: u64) -> Vec<u64> {
         if self.asking.as_ref().is_some_and(|thread| !thread.is_finished()) {
             return Vec::new();
         }
@@ -198,7 +198,7 @@ impl StuckSockets {
         self.older_than(table, now)
     }
 
-    fn older_than(&mut self, table: &Table, now: u64) -> Vec<u64> {
+    fn older_than(&mut self, table: &ConnectionTable, now: u64) -> Vec<u64> {
         let Some(limit) = self.limit else { return Vec::new() };
         let mut present = HashMap::with_capacity_and_hasher(self.entries.len(), RandomState::default());
         let mut due = Vec::new();
@@ -207,7 +207,7 @@ impl StuckSockets {
             let first = since.saturating_add(if since == BEFORE_TRACE { 0 } else { limit });
             let next = known.map_or(first, |known| known.next);
             // A walk restarts where the key that it had reached is gone, and then sees sockets twice.
-            if present.insert(address, Entry { since, next }).is_none() && next <= now {
+            if present.insert(address, WatchedSocket { since, next }).is_none() && next <= now {
                 due.push(address);
             }
         }
@@ -216,7 +216,7 @@ impl StuckSockets {
     }
 
     /// The addresses of all sockets of the table, for the last inspection when the trace ends.
-    pub fn all(&mut self, table: &Table) -> Vec<u64> {
+    pub fn all(&mut self, table: &ConnectionTable) -> Vec<u64> {
         self.take_older();
         // As after `due()`: no address twice, and no more than the table has room for.
         self.older_than(table, u64::MAX)
@@ -279,7 +279,7 @@ impl Found {
     }
 
     /// Looks the holders up in `/proc`, where the iterator cannot be run. Returns what was found.
-    pub fn look_up_holders(&self) -> Vec<(SocketId, u32, Arc<Holder>)> {
+    pub fn look_up_holders(&self) -> Vec<(SocketId, u32, Arc<ProcfsHolder>)> {
         let by_inode = self.0.values().filter_map(|stuck| Some((stuck.life.inode?, stuck.life.id)));
         let wanted: HashMap<u64, SocketId> = by_inode.collect();
         let mut found = Vec::new();

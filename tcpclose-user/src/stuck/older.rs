@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// A socket, by network namespace and endpoints.
-type Identity = (u32, Endpoint, Endpoint);
+type SocketKey = (u32, Endpoint, Endpoint);
 
 /// Sockets that were stuck before the trace and have descriptors, by which the inventory finds them.
 #[derive(Default)]
@@ -24,7 +24,7 @@ pub struct Older {
     /// those of some moment in between.
     asked: u64,
     answered: u64,
-    sockets: HashMap<Identity, (State, sockets::AgeRange)>,
+    sockets: HashMap<SocketKey, (State, sockets::AgeRange)>,
 }
 
 /// Sockets that were stuck before the trace and have no descriptor. The kernel half knows nothing of them
@@ -32,7 +32,7 @@ pub struct Older {
 /// and never when there are none.
 #[derive(Default)]
 pub struct Orphans {
-    waiting: HashMap<Identity, Waiting>,
+    waiting: HashMap<SocketKey, WaitingOrphan>,
     /// When to ask, nanoseconds of `CLOCK_BOOTTIME`.
     next: Option<u64>,
     /// `None` as long as there are none.
@@ -52,7 +52,7 @@ pub type Orphan = (Socket, u64);
 
 /// How an orphan was when it was first seen, and when to report it; times in nanoseconds of `CLOCK_BOOTTIME`.
 #[derive(Clone, Copy)]
-struct Waiting {
+struct WaitingOrphan {
     state: State,
     seen: u64,
     next: u64,
@@ -112,7 +112,7 @@ impl Orphans {
     fn new(found: &[Socket], seen: u64, limit: u64) -> Self {
         let waiting = |socket: &Socket| {
             let next = seen.saturating_add(limit.saturating_sub(least_age(socket)));
-            (identity(socket), Waiting { state: socket.entry.state, seen, next })
+            (identity(socket), WaitingOrphan { state: socket.entry.state, seen, next })
         };
         let waiting: HashMap<_, _> = found.iter().map(waiting).collect();
         let next: Option<u64> = waiting.values().map(|orphan| orphan.next).min();
@@ -144,7 +144,7 @@ impl Orphans {
             let (identity, state) = (identity(&socket), socket.entry.state);
             let Some(mut orphan) = self.waiting.get(&identity).copied() else { continue };
             if orphan.state != state {
-                orphan = Waiting { state, seen, next: seen };
+                orphan = WaitingOrphan { state, seen, next: seen };
             }
             let at_least = least_age(&socket).max(asked.saturating_sub(orphan.seen));
             if orphan.next <= asked && at_least >= limit {
@@ -168,11 +168,11 @@ fn least_age(socket: &Socket) -> u64 {
     socket.entry.age().at_least.map_or(0, nanoseconds)
 }
 
-fn identity(socket: &Socket) -> Identity {
+fn identity(socket: &Socket) -> SocketKey {
     (socket.netns, socket.entry.local, socket.entry.remote)
 }
 
-fn identity_of(endpoints: &Endpoints) -> Option<Identity> {
+fn identity_of(endpoints: &Endpoints) -> Option<SocketKey> {
     Some((endpoints.netns?, endpoints.local?, endpoints.remote?))
 }
 

@@ -11,8 +11,8 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::{attribute, cli::{ListArgs, ReportFormat}, event::{Attribution, Endpoint, Event, Lingering, Role}, filter::Filter, host::Program, processes::Processes, sink::{Format, Output, Palette, Written}, sockets::{self, Gaps, Scan, Socket}};
-use report::Report;
+use crate::{attribute, cli::{ListArgs, ReportFormat}, event::{Attribution, Endpoint, Event, Lingering, Role}, filter::Filter, host::ProgramInfo, processes::Processes, sink::{Format, Output, Palette, Written}, sockets::{self, Gaps, Scan, Socket}};
+use report::ListReport;
 
 /// Scans the sockets once, writes them to the standard output, and what could not be read to the standard
 /// error.
@@ -33,7 +33,7 @@ pub fn list(args: ListArgs) -> Result<()> {
     match output {
         ReportFormat::Json => write_lines(lines),
         ReportFormat::Text => {
-            let mut report = Report::default();
+            let mut report = ListReport::default();
             for line in lines {
                 if let Event::Lingering(lingering) = line {
                     report.add(*lingering);
@@ -81,7 +81,7 @@ fn drop_filtered(scan: &mut Scan, filter: &Filter, processes: &mut Processes) {
             let process = attribute::listed(
                 &tally.process,
                 Attribution::Procfs,
-                Program::of(processes, tally.process.pid, 0),
+                ProgramInfo::of(processes, tally.process.pid, 0),
             );
             filter.wants_process(Some(&process))
         });

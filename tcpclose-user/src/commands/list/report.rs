@@ -27,16 +27,16 @@ const SCARCE: f64 = 80.0;
 /// The lingering sockets, grouped by process and remote end. They are added in the order of their age, oldest
 /// first.
 #[derive(Default)]
-pub struct Report {
+pub struct ListReport {
     groups: Vec<Group>,
-    places: HashMap<Key, usize>,
+    places: HashMap<GroupKey, usize>,
     total: u64,
     /// Sockets in groups beyond [`MAX_GROUPS`].
     others: u64,
 }
 
 /// The pid of the process, the network namespace, the remote end.
-type Key = (Option<u32>, Option<u32>, Option<Towards>);
+type GroupKey = (Option<u32>, Option<u32>, Option<Towards>);
 
 struct Group {
     process: Option<Shared<Process>>,
@@ -46,7 +46,7 @@ struct Group {
     kinds: BTreeMap<(State, LingeringKind), u64>,
 }
 
-impl Report {
+impl ListReport {
     /// Adds a socket, which must not be older than those added before.
     pub fn add(&mut self, lingering: Lingering) {
         self.total += 1;
@@ -88,14 +88,14 @@ impl Report {
             ranks.entry(group.pid()).or_insert(next);
         }
         self.groups.sort_by_key(|group| ranks.get(&group.pid()).copied());
-        let mut page = Page { writer: BufWriter::new(writer), palette };
+        let mut page = ReportPage { writer: BufWriter::new(writer), palette };
         self.lingering(&mut page)?;
         page.states(scan)?;
         page.time_wait(&scan.namespaces)?;
         page.writer.flush()
     }
 
-    fn lingering<W: Write>(&self, page: &mut Page<W>) -> io::Result<()> {
+    fn lingering<W: Write>(&self, page: &mut ReportPage<W>) -> io::Result<()> {
         if self.total == 0 {
             return page.line("No lingering sockets.");
         }
@@ -121,7 +121,7 @@ impl Group {
         self.process.as_ref().and_then(|process| process.pid)
     }
 
-    fn write<W: Write>(&self, page: &mut Page<W>) -> io::Result<()> {
+    fn write<W: Write>(&self, page: &mut ReportPage<W>) -> io::Result<()> {
         let total: u64 = self.kinds.values().sum();
         let mut title = match &self.process {
             Some(process) => format!("{} {}", process.shown_pid(), escape(&process.comm)),
@@ -157,12 +157,12 @@ impl Group {
     }
 }
 
-struct Page<W: Write> {
+struct ReportPage<W: Write> {
     writer: BufWriter<W>,
     palette: Palette,
 }
 
-impl<W: Write> Page<W> {
+impl<W: Write> ReportPage<W> {
     fn line(&mut self, text: &str) -> io::Result<()> {
         writeln!(self.writer, "{text}")
     }
@@ -362,7 +362,7 @@ mod tests {
         }
     }
 
-    fn written(report: Report, palette: Palette) -> String {
+    fn written(report: ListReport, palette: Palette) -> String {
         let mut bytes = Vec::new();
         report.write(&mut bytes, palette, &nothing()).unwrap();
         String::from_utf8(bytes).unwrap()
@@ -378,7 +378,7 @@ mod tests {
 
     #[test]
     fn grouped_by_process_and_remote() {
-        let mut report = Report::default();
+        let mut report = ListReport::default();
         for (pid, role, remote_port) in [
             (1, Some(Role::Client), 443),
             (2, Some(Role::Client), 443),
@@ -406,7 +406,7 @@ mod tests {
 
     #[test]
     fn bounded_and_as_wide_as_a_terminal() {
-        let mut report = Report::default();
+        let mut report = ListReport::default();
         for number in 0..15 {
             report.add(lingering(1, Some(Role::Server), 50_000 + number));
         }
@@ -425,7 +425,7 @@ mod tests {
         let mut evil = lingering(1, None, 1);
         evil.process.as_mut().unwrap().comm = "\x1b[2J\nfake".into();
         evil.process.as_mut().unwrap().container = Some("\x1b[2J".into());
-        let mut report = Report::default();
+        let mut report = ListReport::default();
         report.add(evil);
         let text = written(report, Palette::PLAIN);
         assert!(!text.contains('\x1b') && !text.lines().any(|line| line.starts_with("fake")), "{text}");

@@ -1,7 +1,7 @@
 //! Language runtimes: code that no file has unwind tables or symbols for, because it was compiled or
 //! interpreted at run time.
 //!
-//! To support another runtime, add a directory that implements [`Program`] and [`Runtime`] and a line to
+//! To support another runtime, add a directory that implements [`RuntimeBinary`] and [`Runtime`] and a line to
 //! [`RUNTIMES`]. The unwinder asks each runtime of a process about each frame:
 //!
 //! - A runtime whose code has no unwind tables, such as HotSpot or V8, owns the frames in its code, names
@@ -26,10 +26,10 @@ const RUNTIMES: &[Recognize] = &[hotspot::recognize, python::recognize];
 
 /// Recognizes a runtime by the symbols of an executable or library. `symbol` looks up the addresses that a
 /// dynamic symbol has in the file.
-type Recognize = fn(symbol: &dyn Fn(&str) -> Option<Range<u64>>) -> Option<Box<dyn Program>>;
+type Recognize = fn(symbol: &dyn Fn(&str) -> Option<Range<u64>>) -> Option<Box<dyn RuntimeBinary>>;
 
 /// An executable or library that contains a runtime.
-pub trait Program: Send {
+pub trait RuntimeBinary: Send {
     /// Attaches to the runtime in process `pid`, where the file is mapped with the load bias `bias`. `None`
     /// if it cannot be read, has not been initialized yet, or is a version that is not supported.
     fn attach(&self, pid: u32, memory: ProcessMemory, bias: u64) -> Option<Box<dyn Runtime>>;
@@ -141,7 +141,7 @@ pub enum Caller {
 }
 
 /// The runtimes that a file contains.
-pub fn of<'data>(file: &object::File<'data, impl ReadRef<'data>>) -> Vec<Box<dyn Program>> {
+pub fn of<'data>(file: &object::File<'data, impl ReadRef<'data>>) -> Vec<Box<dyn RuntimeBinary>> {
     let symbol = |name: &str| {
         let symbol = file.dynamic_symbols().find(|symbol| symbol.name_bytes() == Ok(name.as_bytes()))?;
         Some(symbol.address()..symbol.address().checked_add(symbol.size())?)

@@ -18,7 +18,7 @@ use std::{
 };
 
 use super::{MAX_SYMBOLS, has_cheap_lines, headers::Headers};
-use crate::processes::mappings::{Identity, below};
+use crate::processes::mappings::{FileIdentity, below};
 
 /// Where distributions install debug files.
 const INSTALLED: &str = "/usr/lib/debug";
@@ -88,7 +88,7 @@ impl Places {
     /// Opens a debug file if it is that of the program with these headers, and can be read in reasonable
     /// time.
     fn open(&self, headers: &Headers, path: &Path) -> Option<DebugFile> {
-        let file = Identity::of(&fs::metadata(path).ok()?)?.open(path)?;
+        let file = FileIdentity::of(&fs::metadata(path).ok()?)?.open(path)?;
         let found = Headers::read(&file)?;
         let is_its = match (&headers.build_id, &headers.debug_link) {
             (Some(id), _) => found.build_id.as_ref() == Some(id),

@@ -25,7 +25,7 @@ const NOT_INLINED: i32 = -1;
 
 /// The table of one file.
 #[derive(Debug)]
-pub(super) struct Table {
+pub(super) struct GoTable {
     /// Where it is in the file.
     start: u64,
     end: u64,
@@ -46,7 +46,7 @@ pub(super) struct Table {
 
 /// What is known of an address.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct GoLocation {
     pub(super) function: String,
     /// From the function's start to the address.
     pub(super) offset: u64,
@@ -54,7 +54,7 @@ pub(super) struct Place {
     pub(super) line: Option<(String, u32)>,
 }
 
-impl Table {
+impl GoTable {
     /// `None` if the file has none of a known format, or if it is not known which addresses it is about.
     pub(super) fn read(file: &File, headers: &Headers) -> Option<Self> {
         let (start, size) = headers.go_table?;
@@ -97,7 +97,7 @@ impl Table {
     }
 
     /// The function at a virtual address.
-    pub(super) fn find(&self, file: &File, address: u64) -> Option<Place> {
+    pub(super) fn find(&self, file: &File, address: u64) -> Option<GoLocation> {
         let wanted = u32::try_from(address.checked_sub(self.text)?).ok()?;
         let entry = |index: u64| self.number(file, self.entries.checked_add(index.checked_mul(8)?)?);
         // The last entry is the end of the last function.
@@ -128,7 +128,7 @@ impl Table {
             let path = self.text_at(file, self.files.checked_add(path.into())?)?;
             Some((path, u32::try_from(value(field(6)?)?).ok()?))
         };
-        Some(Place { function: name, offset: offset.into(), line: line() })
+        Some(GoLocation { function: name, offset: offset.into(), line: line() })
     }
 
     /// What a table of values by program counter has for an offset in its function.
@@ -240,16 +240,16 @@ mod tests {
         table
     }
 
-    fn read(table: &[u8], text: u64, entry: u64) -> Option<(Table, File)> {
+    fn read(table: &[u8], text: u64, entry: u64) -> Option<(GoTable, File)> {
         let mut file = File::from(memfd_create("table", MFdFlags::MFD_CLOEXEC).unwrap());
         file.write_all(table).unwrap();
         let go_table = Some((0, table.len() as u64));
         let headers = Headers { go_table, text, entry, ..Headers::default() };
-        Some((Table::read(&file, &headers)?, file))
+        Some((GoTable::read(&file, &headers)?, file))
     }
 
-    fn place(function: &str, offset: u64, line: Option<u32>) -> Place {
-        Place { function: function.to_owned(), offset, line: line.map(|line| ("main.go".to_owned(), line)) }
+    fn place(function: &str, offset: u64, line: Option<u32>) -> GoLocation {
+        GoLocation { function: function.to_owned(), offset, line: line.map(|line| ("main.go".to_owned(), line)) }
     }
 
     #[test]

@@ -29,7 +29,7 @@ use blazesym::symbolize::source::{Elf, Process, Source};
 use blazesym::symbolize::{self, CodeInfo, Input, Sym, Symbolized};
 use blazesym::{Pid, symbolize::Builder};
 
-use crate::processes::mappings::{self, Backing, Identity, Mapping, Module};
+use crate::processes::mappings::{self, Backing, FileIdentity, Mapping, Module};
 use crate::processes::Image;
 use crate::event::Frame;
 use crate::stacks::frame::{UnwoundFrame, UnwoundStack};
@@ -70,7 +70,7 @@ const MAX_NAME: usize = 2048;
 #[derive(Debug)]
 pub struct Symbolizer {
     debug_files: Places,
-    files: HashMap<Identity, Symbols>,
+    files: HashMap<FileIdentity, FileSymbols>,
     perf: HashMap<(u32, u64), (PerfMap, u64)>,
     vdso: Option<Vdso>,
     kernel: Option<Kallsyms>,
@@ -92,18 +92,18 @@ impl Default for Symbolizer {
 
 /// The symbols of one file.
 #[derive(Debug)]
-struct Symbols {
+struct FileSymbols {
     blazesym: symbolize::Symbolizer,
     headers: Headers,
     /// Where to look, best first.
     sources: Vec<Source<'static>>,
     /// Where to look if none of them has a name.
-    go: Option<go::Table>,
+    go: Option<go::GoTable>,
     known: HashMap<u64, Arc<[Piece]>>,
     /// Alive as long as a known process maps the file.
     module: Weak<Module>,
     used: u64,
-    identity: Identity,
+    identity: FileIdentity,
     /// `sources` refer to these by their descriptors.
     file: File,
     _others: Vec<File>,
@@ -276,7 +276,7 @@ impl Symbolizer {
                 oldest.and_then(|oldest| self.files.remove(&oldest));
             }
             let Backing::File { path, .. } = &mapping.backing else { return None };
-            let found = Symbols::open(file, module, |headers| {
+            let found = FileSymbols::open(file, module, |headers| {
                 debug_file(&self.debug_files, headers, image, module, path)
             });
             self.files.insert(identity, found);
@@ -319,7 +319,7 @@ impl Symbolizer {
     }
 }
 
-impl Symbols {
+impl FileSymbols {
     /// `debug_file` finds the separate debug file of the one with these headers.
     fn open(
         file: File,
@@ -353,7 +353,7 @@ impl Symbols {
         }
         Self {
             blazesym: builder().build(),
-            go: go::Table::read(&file, &headers),
+            go: go::GoTable::read(&file, &headers),
             headers,
             sources,
             known: HashMap::new(),

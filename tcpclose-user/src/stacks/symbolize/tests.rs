@@ -54,12 +54,12 @@ fn is_landmark(frame: &Frame) -> bool {
 }
 
 /// This test program again, in a process that waits.
-struct Waiting {
+struct WaitingTest {
     child: Child,
     stdin: Option<ChildStdin>,
 }
 
-impl Waiting {
+impl WaitingTest {
     fn start(program: &Path) -> Self {
         let path = module_path!();
         let test = format!("{}::waits_to_be_told", path.split_once("::").unwrap().1);
@@ -87,7 +87,7 @@ impl Waiting {
     }
 }
 
-impl Drop for Waiting {
+impl Drop for WaitingTest {
     fn drop(&mut self) {
         self.end();
     }
@@ -158,7 +158,7 @@ fn tells_merged_functions_apart() {
 #[test]
 fn names_functions_of_a_process_that_has_ended() {
     let mut processes = Processes::new();
-    let mut waiting = Waiting::start(&std::env::current_exe().unwrap());
+    let mut waiting = WaitingTest::start(&std::env::current_exe().unwrap());
     let pid = waiting.child.id();
     processes.notice(pid, 1, None);
     waiting.end();
@@ -178,7 +178,7 @@ fn never_reads_a_file_that_took_the_place_of_another() {
         fs::copy(&original, &program).unwrap();
         fs::copy(&original, &newer).unwrap();
         let mut processes = Processes::new();
-        let mut waiting = Waiting::start(&program);
+        let mut waiting = WaitingTest::start(&program);
         let pid = waiting.child.id();
         if !noticed_late {
             processes.notice(pid, 1, None);
@@ -210,7 +210,7 @@ fn never_reads_a_file_that_was_written_to() {
     let program = directory.join("program");
     fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
     let mut processes = Processes::new();
-    let mut waiting = Waiting::start(&program);
+    let mut waiting = WaitingTest::start(&program);
     let image = processes.image(waiting.child.id(), 1).unwrap();
     waiting.end();
     let mut symbolizer = Symbolizer::new();
@@ -229,7 +229,7 @@ fn reads_a_removed_file_while_it_runs() {
     let program = directory.join("program");
     fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
     let mut processes = Processes::new();
-    let waiting = Waiting::start(&program);
+    let waiting = WaitingTest::start(&program);
     fs::remove_dir_all(directory).unwrap();
     let image = processes.image(waiting.child.id(), 1).unwrap();
     let mut symbolizer = Symbolizer::new();

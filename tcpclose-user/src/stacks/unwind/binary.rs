@@ -5,7 +5,7 @@ use std::{collections::HashMap, fs::File, sync::Arc};
 use framehop::ExplicitModuleSectionInfo;
 use object::{Object, ObjectSection as _, ReadCache, ReadRef};
 
-use crate::{processes::{Image, mappings::{Backing, Identity, Mapping}}, stacks::{elf::Segments, runtimes::{self, Program}}};
+use crate::{processes::{Image, mappings::{Backing, FileIdentity, Mapping}}, stacks::{elf::Segments, runtimes::{self, RuntimeBinary}}};
 
 /// Bytes of tables that are cached, of all files together. When they would become more, all are dropped.
 const MAX_TABLES: usize = 256 << 20;
@@ -19,7 +19,7 @@ const MAX_FILES: usize = 1024;
 /// A cache of executables and libraries.
 #[derive(Default)]
 pub struct Binaries {
-    known: HashMap<Identity, Option<Arc<Binary>>>,
+    known: HashMap<FileIdentity, Option<Arc<Binary>>>,
     tables: usize,
 }
 
@@ -27,7 +27,7 @@ pub struct Binaries {
 pub struct Binary {
     pub(super) segments: Segments,
     pub(super) sections: ExplicitModuleSectionInfo<Arc<[u8]>>,
-    pub(super) runtimes: Vec<Box<dyn Program>>,
+    pub(super) runtimes: Vec<Box<dyn RuntimeBinary>>,
 }
 
 impl Binaries {

@@ -15,7 +15,7 @@ pub(super) const POISON: u64 = 0x5afe_0000_0000_0008;
 
 /// What unwinding one frame led to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Step {
+pub(super) enum UnwindStep {
     /// The caller's registers.
     Caller { pc: u64, sp: u64, fp: u64 },
     /// There is no caller.
@@ -64,10 +64,10 @@ impl Inputs {
     pub(super) fn step(
         &mut self,
         fp: u64,
-        (step, reads): (Step, &[Read]),
-        (poisoned, poisoned_reads): (Step, &[Read]),
+        (step, reads): (UnwindStep, &[Read]),
+        (poisoned, poisoned_reads): (UnwindStep, &[Read]),
     ) {
-        let Step::Caller { pc, sp, fp: saved } = step else {
+        let UnwindStep::Caller { pc, sp, fp: saved } = step else {
             if step != poisoned {
                 self.frame_pointer(fp, false);
             }
@@ -76,7 +76,7 @@ impl Inputs {
             }
             return;
         };
-        let Step::Caller { pc: other_pc, sp: other_sp, fp: other_saved } = poisoned else {
+        let UnwindStep::Caller { pc: other_pc, sp: other_sp, fp: other_saved } = poisoned else {
             return self.found_by_frame_pointer(fp, reads, (pc, sp, saved));
         };
         let places = |reads: &[Read]| reads.iter().map(|(address, _)| *address).collect::<Vec<_>>();
@@ -186,8 +186,8 @@ mod tests {
         Word { expected, offset, source }
     }
 
-    fn caller(pc: u64, sp: u64, fp: u64) -> Step {
-        Step::Caller { pc, sp, fp }
+    fn caller(pc: u64, sp: u64, fp: u64) -> UnwindStep {
+        UnwindStep::Caller { pc, sp, fp }
     }
 
     fn words(inputs: Inputs) -> Vec<Word> {
@@ -210,9 +210,9 @@ mod tests {
         let before = words(Inputs { words: inputs.words.clone(), ..Inputs::new(SP) });
         assert_eq!(before, [word(source::MEMORY, 0, 1), word(source::MEMORY, 0x20, 2)]);
         // The function that keeps one.
-        inputs.step(0x7100, (caller(3, 0x7110, 0), &[(0x7100, 0), (0x7108, 3)]), (Step::Failed, &[]));
+        inputs.step(0x7100, (caller(3, 0x7110, 0), &[(0x7100, 0), (0x7108, 3)]), (UnwindStep::Failed, &[]));
         // Its caller ends the stack whatever its frame pointer is.
-        inputs.step(0, (Step::Outermost, &[]), (Step::Outermost, &[]));
+        inputs.step(0, (UnwindStep::Outermost, &[]), (UnwindStep::Outermost, &[]));
         assert_eq!(
             words(inputs),
             [
@@ -227,9 +227,9 @@ mod tests {
     #[test]
     fn the_register_and_the_value_that_ends_a_stack_count() {
         let mut inputs = Inputs::new(SP);
-        inputs.step(0x7010, (caller(1, 0x7020, 0), &[(0x7010, 0), (0x7018, 1)]), (Step::Failed, &[]));
+        inputs.step(0x7010, (caller(1, 0x7020, 0), &[(0x7010, 0), (0x7018, 1)]), (UnwindStep::Failed, &[]));
         // A chain of frame pointers that ends with 0.
-        inputs.step(0, (Step::Outermost, &[]), (Step::Failed, &[]));
+        inputs.step(0, (UnwindStep::Outermost, &[]), (UnwindStep::Failed, &[]));
         assert_eq!(
             words(inputs),
             [
@@ -240,7 +240,7 @@ mod tests {
         );
         let mut inputs = Inputs::new(SP);
         inputs.link_register(9);
-        inputs.step(0, (Step::Outermost, &[]), (Step::Failed, &[]));
+        inputs.step(0, (UnwindStep::Outermost, &[]), (UnwindStep::Failed, &[]));
         assert_eq!(
             words(inputs),
             [word(source::LINK_REGISTER, 0, 9), word(source::FRAME_POINTER_VALUE, 0, 0)]
@@ -276,7 +276,7 @@ mod tests {
         inputs.link_register(1);
         assert!(inputs.finish().is_none(), "words that are not aligned");
         let mut far = Inputs::new(SP);
-        far.step(0, (Step::Failed, &[(1 << 40, 0)]), (Step::Failed, &[]));
+        far.step(0, (UnwindStep::Failed, &[(1 << 40, 0)]), (UnwindStep::Failed, &[]));
         assert!(far.finish().is_none());
         // The frame pointer was computed, not read.
         let mut inputs = Inputs::new(SP);
@@ -285,11 +285,11 @@ mod tests {
             (caller(1, 0x7020, 0x7040), &[(0x7018, 1)]),
             (caller(1, 0x7020, 0x7041), &[(0x7018, 1)]),
         );
-        inputs.step(0x7040, (caller(2, 0x7050, 0), &[(0x7048, 2)]), (Step::Failed, &[]));
+        inputs.step(0x7040, (caller(2, 0x7050, 0), &[(0x7048, 2)]), (UnwindStep::Failed, &[]));
         assert!(inputs.finish().is_none());
         let mut long = Inputs::new(SP);
         for index in 0..=MAX_WORDS as u64 {
-            long.step(0, (Step::Failed, &[(SP + 8 * index, index)]), (Step::Failed, &[]));
+            long.step(0, (UnwindStep::Failed, &[(SP + 8 * index, index)]), (UnwindStep::Failed, &[]));
         }
         assert!(long.finish().is_none());
     }

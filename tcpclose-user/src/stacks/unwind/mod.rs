@@ -17,7 +17,7 @@ use std::{
 
 use tcpclose_common::{
     interpreter::Interpreter,
-    params::Registers,
+    params::RegisterOffsets,
     recipe::Word,
     record::{Interpreted, StackCopy},
     stack::MAX_FRAMES,
@@ -41,12 +41,12 @@ use crate::{event::Truncated, processes::Image};
 /// <https://elixir.bootlin.com/linux/v6.12/source/arch/x86/kernel/ptrace.c> (`pt_regs_access()`)
 /// <https://elixir.bootlin.com/linux/v6.12/source/arch/arm64/include/asm/ptrace.h> (`struct pt_regs`)
 #[expect(clippy::cast_possible_truncation, reason = "the structures have some 300 bytes")]
-pub const REGISTERS: Registers = {
+pub const REGISTERS: RegisterOffsets = {
     use std::mem::offset_of;
 
     use libc::user_regs_struct as Shown;
     #[cfg(target_arch = "x86_64")]
-    let registers = Registers {
+    let registers = RegisterOffsets {
         ip: offset_of!(Shown, rip) as u16,
         sp: offset_of!(Shown, rsp) as u16,
         fp: offset_of!(Shown, rbp) as u16,
@@ -59,7 +59,7 @@ pub const REGISTERS: Registers = {
         argument: offset_of!(Shown, rbx) as u16,
     };
     #[cfg(target_arch = "aarch64")]
-    let registers = Registers {
+    let registers = RegisterOffsets {
         ip: offset_of!(Shown, pc) as u16,
         sp: offset_of!(Shown, sp) as u16,
         fp: (offset_of!(Shown, regs) + 29 * 8) as u16,

@@ -18,10 +18,10 @@ use tcpclose_common::{
 use super::{
     binary::Binaries,
     calls::Calls,
-    inputs::{Inputs, POISON, Read, Step},
+    inputs::{Inputs, POISON, Read, UnwindStep},
     interpreted::{Spot, merge},
 };
-use crate::{event::Truncated, processes::{Image, mappings::{Backing, Identity, Mapping}}, stacks::{frame::UnwoundFrame, memory::{ProcessMemory, StackMemory}, runtimes::{Caller, Registers, Runtime}}};
+use crate::{event::Truncated, processes::{Image, mappings::{Backing, FileIdentity, Mapping}}, stacks::{frame::UnwoundFrame, memory::{ProcessMemory, StackMemory}, runtimes::{Caller, Registers, Runtime}}};
 
 /// How long after an interpreter was described there may still be copies that were made before.
 const DESCRIBED_AFTER: Duration = Duration::from_secs(1);
@@ -34,7 +34,7 @@ pub(super) struct ProcessUnwinder {
     with_tables: Vec<Range<u64>>,
     cache: CacheNative<MayAllocateDuringUnwind>,
     /// Each with the file that it was recognized in.
-    runtimes: Vec<(Identity, Box<dyn Runtime>)>,
+    runtimes: Vec<(FileIdentity, Box<dyn Runtime>)>,
     calls: Calls,
     /// When a stack without a list of the interpreter's frames first showed that the kernel half lacks a
     /// description of the interpreter.
@@ -289,14 +289,14 @@ fn registers(image: &Image, _ip: u64, sp: u64, fp: u64, lr: u64) -> UnwindRegsNa
 }
 
 /// What a caller means to the inputs of a stack.
-fn step(caller: &Result<Option<Cursor>, Truncated>) -> Step {
+fn step(caller: &Result<Option<Cursor>, Truncated>) -> UnwindStep {
     match caller {
         Ok(Some(cursor)) => {
             let Registers { pc, sp, fp, .. } = cursor.registers();
-            Step::Caller { pc, sp, fp }
+            UnwindStep::Caller { pc, sp, fp }
         }
-        Ok(None) => Step::Outermost,
-        Err(_) => Step::Failed,
+        Ok(None) => UnwindStep::Outermost,
+        Err(_) => UnwindStep::Failed,
     }
 }
 
@@ -366,7 +366,7 @@ mod tests {
         let mut process = ProcessUnwinder::new(Arc::default(), None, &mut Binaries::default());
         let at = |pc| Caller::At { pc, sp: 0x9100, fp: 0x9200 };
         let metadata = std::fs::metadata("/proc/self/exe").unwrap();
-        let identity = Identity::of(&metadata).unwrap();
+        let identity = FileIdentity::of(&metadata).unwrap();
         let runtime = Fake(vec![Caller::Unknown, Caller::ByTables, at(0), at(0x5001)]);
         process.runtimes.push((identity, Box::new(runtime)));
         let bytes = 7u64.to_ne_bytes();

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::layout::Layout;
+use super::layout::HotspotLayout;
 use crate::stacks::memory::ProcessMemory;
 
 /// JDK 9 to 25 have up to three.
@@ -39,7 +39,7 @@ pub(super) struct Blob {
 
 impl CodeCache {
     /// Reads it. It grows while the machine runs.
-    pub(super) fn read(memory: &ProcessMemory, layout: &Layout) -> Option<Self> {
+    pub(super) fn read(memory: &ProcessMemory, layout: &HotspotLayout) -> Option<Self> {
         let bounds = (memory.u64(layout.low_bound)?, memory.u64(layout.high_bound)?);
         let array = memory.u64(layout.heaps)?;
         let count = memory.u32(array.checked_add(layout.array_length)?)?;
@@ -75,7 +75,7 @@ impl CodeCache {
     }
 
     /// The piece of code at an address. See `CodeHeap::find_block_for()`.
-    pub(super) fn blob(&self, memory: &ProcessMemory, layout: &Layout, address: u64) -> Option<Blob> {
+    pub(super) fn blob(&self, memory: &ProcessMemory, layout: &HotspotLayout, address: u64) -> Option<Blob> {
         let heap = self.heap(address)?;
         let mut segment = (address - heap.low) >> heap.shift;
         let mut back = memory.u8(heap.segments.checked_add(segment)?)?;

@@ -2,7 +2,7 @@
 
 use super::{
     code::Blob,
-    layout::{Layout, MethodTables, Scopes, SourceFile},
+    layout::{HotspotLayout, MethodTables, Scopes, SourceFile},
 };
 use crate::stacks::memory::ProcessMemory;
 
@@ -26,7 +26,7 @@ const HAS_LINES: u16 = 1;
 
 /// A place in a program.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct MethodLocation {
     pub(super) symbol: Option<String>,
     pub(super) file: Option<String>,
     pub(super) line: Option<u32>,
@@ -47,7 +47,7 @@ enum Compression {
 }
 
 impl Methods {
-    pub(super) fn new(layout: &Layout) -> Self {
+    pub(super) fn new(layout: &HotspotLayout) -> Self {
         Self { compression: if layout.version < 20 { Compression::Any } else { Compression::NoZero } }
     }
 
@@ -55,9 +55,9 @@ impl Methods {
     pub(super) fn interpreted(
         &self,
         memory: &ProcessMemory,
-        layout: &Layout,
+        layout: &HotspotLayout,
         (method, bytecode): (u64, u64),
-    ) -> Option<Place> {
+    ) -> Option<MethodLocation> {
         let code = memory.u64(method.checked_add(layout.method_const)?)?.checked_add(layout.const_size)?;
         self.place(memory, layout, method, bytecode.checked_sub(code))
     }
@@ -66,10 +66,10 @@ impl Methods {
     pub(super) fn compiled(
         &self,
         memory: &ProcessMemory,
-        layout: &Layout,
+        layout: &HotspotLayout,
         blob: &Blob,
         pc: u64,
-    ) -> Vec<Place> {
+    ) -> Vec<MethodLocation> {
         let found = layout.scopes.as_ref().and_then(|scopes| {
             if blob.name.starts_with("native") {
                 let method = memory.u64(blob.address.checked_add(scopes.method)?)?;
@@ -83,11 +83,11 @@ impl Methods {
     fn inlined(
         &self,
         memory: &ProcessMemory,
-        layout: &Layout,
+        layout: &HotspotLayout,
         scopes: &Scopes,
         blob: &Blob,
         pc: u64,
-    ) -> Option<Vec<Place>> {
+    ) -> Option<Vec<MethodLocation>> {
         let tables = scopes.of(memory, blob.address)?;
         let mut places = Vec::new();
         let mut next = scope(memory, scopes, &tables, pc)?;
@@ -110,10 +110,10 @@ impl Methods {
     fn place(
         &self,
         memory: &ProcessMemory,
-        layout: &Layout,
+        layout: &HotspotLayout,
         method: u64,
         index: Option<u64>,
-    ) -> Option<Place> {
+    ) -> Option<MethodLocation> {
         let constant = memory.u64(method.checked_add(layout.method_const)?)?;
         let at = |offset: u64| constant.checked_add(offset);
         let pool = memory.u64(at(layout.const_constants)?)?;
@@ -141,7 +141,7 @@ impl Methods {
             let table = memory.up_to(at(table)?, usize::try_from(length).ok()?);
             line(&table, self.compression, u32::try_from(index).ok()?)
         });
-        Some(Place { symbol: Some(external(&class_name, &name, &signature)?), file, line })
+        Some(MethodLocation { symbol: Some(external(&class_name, &name, &signature)?), file, line })
     }
 }
 
@@ -161,7 +161,7 @@ fn scope(memory: &ProcessMemory, scopes: &Scopes, tables: &MethodTables, pc: u64
     number(place, scopes.place_scope)
 }
 
-fn symbol(memory: &ProcessMemory, layout: &Layout, address: u64) -> Option<String> {
+fn symbol(memory: &ProcessMemory, layout: &HotspotLayout, address: u64) -> Option<String> {
     let length =
         memory.u16(address.checked_add(layout.symbol_length)?).filter(|length| *length <= MAX_NAME)?;
     let mut bytes = vec![0; usize::from(length)];

@@ -20,10 +20,10 @@ use std::{
 
 use self::{
     code::{Blob, CodeCache},
-    layout::{Layout, Symbols},
+    layout::{HotspotLayout, HotspotSymbols},
     method::Methods,
 };
-use super::{Caller, Program, Registers, Runtime};
+use super::{Caller, RuntimeBinary, Registers, Runtime};
 use crate::{
     event::Frame,
     stacks::memory::{ProcessMemory, StackMemory},
@@ -47,15 +47,15 @@ mod interpreted {
 }
 
 /// Recognizes `libjvm.so`.
-pub fn recognize(symbol: &dyn Fn(&str) -> Option<Range<u64>>) -> Option<Box<dyn Program>> {
-    Symbols::find(&|name| symbol(name).map(|range| range.start))
-        .map(|symbols| Box::new(Library(symbols)) as _)
+pub fn recognize(symbol: &dyn Fn(&str) -> Option<Range<u64>>) -> Option<Box<dyn RuntimeBinary>> {
+    HotspotSymbols::find(&|name| symbol(name).map(|range| range.start))
+        .map(|symbols| Box::new(HotspotLibrary(symbols)) as _)
 }
 
 /// A `libjvm.so`.
-struct Library(Symbols);
+struct HotspotLibrary(HotspotSymbols);
 
-impl Program for Library {
+impl RuntimeBinary for HotspotLibrary {
     fn attach(&self, pid: u32, memory: ProcessMemory, bias: u64) -> Option<Box<dyn Runtime>> {
         Vm::open(pid, memory, bias, &self.0).map(|vm| Box::new(vm) as _)
     }
@@ -64,7 +64,7 @@ impl Program for Library {
 /// A running virtual machine.
 struct Vm {
     memory: ProcessMemory,
-    layout: Layout,
+    layout: HotspotLayout,
     code: CodeCache,
     methods: Methods,
     /// The pieces of code at addresses of frames.
@@ -85,8 +85,8 @@ struct Position {
 
 impl Vm {
     /// `None` if it cannot be read, or is of a version whose structures are not known.
-    fn open(pid: u32, memory: ProcessMemory, bias: u64, symbols: &Symbols) -> Option<Self> {
-        let layout = match Layout::read(&memory, bias, symbols) {
+    fn open(pid: u32, memory: ProcessMemory, bias: u64, symbols: &HotspotSymbols) -> Option<Self> {
+        let layout = match HotspotLayout::read(&memory, bias, symbols) {
             Ok(layout) => layout,
             Err(missing) => {
                 log::debug!(
@@ -125,10 +125,10 @@ impl Vm {
             } else if blob.is_method() {
                 methods.compiled(memory, layout, blob, pc)
             } else {
-                vec![method::Place { symbol: Some(blob.name.to_string()), ..method::Place::default() }]
+                vec![method::MethodLocation { symbol: Some(blob.name.to_string()), ..method::MethodLocation::default() }]
             };
             let outermost = found.len().saturating_sub(1);
-            let frame = |(index, place): (usize, method::Place)| {
+            let frame = |(index, place): (usize, method::MethodLocation)| {
                 Arc::new(Frame {
                     symbol: place.symbol,
                     file: place.file,

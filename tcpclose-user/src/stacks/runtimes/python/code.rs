@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use tcpclose_common::interpreter::{IDENTITY_WORDS, SEED, mix};
 
 use super::{
-    layout::{Frames, Layout, Words},
+    layout::{FrameStorage, PythonLayout, Words},
     lines,
 };
 use crate::stacks::memory::ProcessMemory;
@@ -22,7 +22,7 @@ const MAX_NAME: u64 = 1_024;
 /// A code object as the event had it: its address, and a hash of what tells it from others at the same
 /// address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Key {
+pub(super) struct CodeKey {
     pub(super) address: u64,
     pub(super) identity: u64,
 }
@@ -41,7 +41,7 @@ struct Code {
 
 /// A function, and where in it a frame is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct FunctionLocation {
     pub(super) symbol: String,
     pub(super) file: Option<String>,
     pub(super) line: Option<u32>,
@@ -49,16 +49,16 @@ pub(super) struct Place {
 
 /// The code objects of a process.
 #[derive(Default)]
-pub(super) struct Codes(HashMap<Key, Option<Code>>);
+pub(super) struct Codes(HashMap<CodeKey, Option<Code>>);
 
 impl Codes {
     /// Names the function of a frame. `None` if the code object is another one by now, or cannot be read.
     pub(super) fn place(
         &mut self,
-        (memory, layout, code_type): (&ProcessMemory, &Layout, u64),
-        key: Key,
+        (memory, layout, code_type): (&ProcessMemory, &PythonLayout, u64),
+        key: CodeKey,
         instruction: u64,
-    ) -> Option<Place> {
+    ) -> Option<FunctionLocation> {
         if self.0.len() >= MAX_CODE && !self.0.contains_key(&key) {
             self.0.clear();
         }
@@ -66,7 +66,7 @@ impl Codes {
         let code = code.as_ref()?;
         let offset = code.offset(layout, instruction)?;
         let line = lines::line(layout.lines, &code.table, code.first_line, offset);
-        Some(Place { symbol: code.name.clone()?, file: code.file.clone(), line })
+        Some(FunctionLocation { symbol: code.name.clone()?, file: code.file.clone(), line })
     }
 
     /// Drops what was found to be missing, to look for it again.
@@ -76,7 +76,7 @@ impl Codes {
 }
 
 impl Code {
-    fn read(memory: &ProcessMemory, layout: &Layout, code_type: u64, key: Key) -> Option<Self> {
+    fn read(memory: &ProcessMemory, layout: &PythonLayout, code_type: u64, key: CodeKey) -> Option<Self> {
         let is_it = || {
             let the_type = memory.u64(key.address.checked_add(OBJECT_TYPE)?)?;
             let is_live = is_live(memory.u64(key.address)?);
@@ -86,8 +86,8 @@ impl Code {
         is_it()?;
         let word = |offset: u64| memory.u64(key.address.checked_add(offset)?);
         let (start, size) = match layout.frames {
-            Frames::Single(_) => (0, memory.u64(word(layout.code.instructions)?.checked_add(OBJECT_SIZE)?)?),
-            Frames::Marked | Frames::Entered => {
+            FrameStorage::Single(_) => (0, memory.u64(word(layout.code.instructions)?.checked_add(OBJECT_SIZE)?)?),
+            FrameStorage::Marked | FrameStorage::Entered => {
                 (key.address.checked_add(layout.code.instructions)?, word(OBJECT_SIZE)?.checked_mul(2)?)
             }
         };
@@ -109,11 +109,11 @@ impl Code {
 
     /// Bytes of instructions before the one that a frame is at; `None` if the code object has no such
     /// instruction.
-    fn offset(&self, layout: &Layout, instruction: u64) -> Option<u64> {
+    fn offset(&self, layout: &PythonLayout, instruction: u64) -> Option<u64> {
         let offset = match layout.frames {
             // The other half of the word is another member.
-            Frames::Single(unit) => (instruction & 0xffff_ffff).checked_mul(unit)?,
-            Frames::Marked | Frames::Entered => instruction.checked_sub(self.start)?,
+            FrameStorage::Single(unit) => (instruction & 0xffff_ffff).checked_mul(unit)?,
+            FrameStorage::Marked | FrameStorage::Entered => instruction.checked_sub(self.start)?,
         };
         (offset < self.size && offset.is_multiple_of(2)).then_some(offset)
     }
@@ -125,7 +125,7 @@ fn is_constant(file: &str) -> bool {
 }
 
 /// The hash of what tells a code object from others, as the kernel half makes it.
-fn identity(memory: &ProcessMemory, layout: &Layout, address: u64) -> Option<u64> {
+fn identity(memory: &ProcessMemory, layout: &PythonLayout, address: u64) -> Option<u64> {
     let Words { start, end } = layout.code.identity;
     let mut bytes = [0; 8 * IDENTITY_WORDS];
     let counting = bytes.get_mut(..usize::try_from(end.checked_sub(start)?).ok()?)?;
@@ -151,7 +151,7 @@ const STRING_STATE: u64 = 32;
 const BYTES_DATA: u64 = 32;
 
 /// The text of a string object; `None` if it is not one of the common, compact kind.
-fn string(memory: &ProcessMemory, layout: &Layout, address: u64) -> Option<String> {
+fn string(memory: &ProcessMemory, layout: &PythonLayout, address: u64) -> Option<String> {
     let length = memory.u64(address.checked_add(STRING_LENGTH)?)?;
     let length = usize::try_from(length.min(MAX_NAME)).ok()?;
     let state = memory.u32(address.checked_add(STRING_STATE)?)? >> layout.kind_shift;

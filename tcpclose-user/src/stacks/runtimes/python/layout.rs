@@ -24,7 +24,7 @@ const CONTROL_BLOCK: Range<usize> = 0x100..0x900;
 pub(super) const OWNED_BY_C_STACK: u64 = 3;
 
 /// The symbols that say where to begin.
-pub(super) struct Symbols {
+pub(super) struct PythonSymbols {
     pub(super) runtime: u64,
     pub(super) code_type: u64,
     pub(super) evaluate: Range<u64>,
@@ -39,7 +39,7 @@ enum Version {
     At(u64),
 }
 
-impl Symbols {
+impl PythonSymbols {
     /// Looks them up; `None` for any file but one that contains CPython 3.9 or later.
     pub(super) fn find(symbol: &dyn Fn(&str) -> Option<Range<u64>>) -> Option<Self> {
         let address = |name| symbol(name).map(|range| range.start);
@@ -59,7 +59,7 @@ impl Symbols {
 
 /// How frames are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Frames {
+pub(super) enum FrameStorage {
     /// One for each call of `_PyEval_EvalFrameDefault()`, with the index of the instruction in units of so
     /// many bytes.
     Single(u64),
@@ -82,7 +82,7 @@ pub(super) struct Call {
 
 /// How line numbers are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Lines {
+pub(super) enum LineTable {
     /// `co_lnotab`, up to 3.9.
     Increments,
     /// `co_linetable` of 3.10.
@@ -118,7 +118,7 @@ pub(super) struct CodeLayout {
 
 /// What there is to know of a version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Layout {
+pub(super) struct PythonLayout {
     /// Of `interpreters.head` in the runtime; of `threads.head` and `next` in an interpreter.
     interpreters: u64,
     threads: u64,
@@ -134,8 +134,8 @@ pub(super) struct Layout {
     previous: u64,
     /// A byte; `None` if there is only one kind.
     kind: Option<u64>,
-    pub(super) frames: Frames,
-    pub(super) lines: Lines,
+    pub(super) frames: FrameStorage,
+    pub(super) lines: LineTable,
     pub(super) code: CodeLayout,
     /// Sizes of `PyASCIIObject` and of `PyCompactUnicodeObject`, which the characters follow.
     pub(super) ascii: u64,
@@ -146,7 +146,7 @@ pub(super) struct Layout {
 }
 
 /// The structures of 3.9, from which those of the next versions differ.
-const V3_9: Layout = Layout {
+const V3_9: PythonLayout = PythonLayout {
     interpreters: 32,
     threads: 8,
     next_interpreter: 0,
@@ -158,8 +158,8 @@ const V3_9: Layout = Layout {
     instruction: 104,
     previous: 24,
     kind: None,
-    frames: Frames::Single(1),
-    lines: Lines::Increments,
+    frames: FrameStorage::Single(1),
+    lines: LineTable::Increments,
     code: CodeLayout {
         file: 104,
         name: 112,
@@ -174,15 +174,15 @@ const V3_9: Layout = Layout {
     kind_shift: 2,
 };
 
-const V3_10: Layout = Layout {
+const V3_10: PythonLayout = PythonLayout {
     call: Some(Call { innermost: 48, previous: 8, frame: None }),
     instruction: 96,
-    frames: Frames::Single(2),
-    lines: Lines::Ranges,
+    frames: FrameStorage::Single(2),
+    lines: LineTable::Ranges,
     ..V3_9
 };
 
-const V3_11: Layout = Layout {
+const V3_11: PythonLayout = PythonLayout {
     interpreters: 40,
     threads: 16,
     thread_id: 152,
@@ -191,8 +191,8 @@ const V3_11: Layout = Layout {
     instruction: 56,
     previous: 48,
     kind: Some(68),
-    frames: Frames::Marked,
-    lines: Lines::Locations,
+    frames: FrameStorage::Marked,
+    lines: LineTable::Locations,
     code: CodeLayout {
         file: 112,
         name: 128,
@@ -205,14 +205,14 @@ const V3_11: Layout = Layout {
     ..V3_9
 };
 
-const V3_12: Layout = Layout {
+const V3_12: PythonLayout = PythonLayout {
     threads: 72,
     thread_id: 136,
     call: Some(Call { innermost: 56, previous: 8, frame: Some(0) }),
     frame_code: 0,
     previous: 8,
     kind: Some(70),
-    frames: Frames::Entered,
+    frames: FrameStorage::Entered,
     code: CodeLayout {
         first_line: 68,
         identity: Words { start: 64, end: 144 },
@@ -241,12 +241,12 @@ const V3_13: Structures = Structures { interpreter: 6, thread: 19, frame: 28, co
 
 const V3_14: Structures = Structures { interpreter: 6, thread: 22, frame: 31, code: 39 };
 
-impl Layout {
+impl PythonLayout {
     /// That of the interpreter whose file has these symbols, and is mapped with the load bias `bias`.
     ///
     /// # Errors
     /// What is not known of it.
-    pub(super) fn read(memory: &ProcessMemory, bias: u64, symbols: &Symbols) -> Result<Self, String> {
+    pub(super) fn read(memory: &ProcessMemory, bias: u64, symbols: &PythonSymbols) -> Result<Self, String> {
         let address = match symbols.version {
             Version::V3_9 => return Ok(V3_9),
             Version::V3_10 => return Ok(V3_10),

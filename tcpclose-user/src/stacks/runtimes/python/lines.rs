@@ -1,14 +1,14 @@
 //! Tables of code objects → lines. An offset counts bytes of instructions; a table is damaged or of another
 //! code object if it does not reach that far, and there is no line then.
 
-use super::layout::Lines;
+use super::layout::LineTable;
 
 /// The line of the instruction at an offset, in a function that begins at the line `first`.
-pub(super) fn line(kind: Lines, table: &[u8], first: i32, offset: u64) -> Option<u32> {
+pub(super) fn line(kind: LineTable, table: &[u8], first: i32, offset: u64) -> Option<u32> {
     let found = match kind {
-        Lines::Increments => increments(table, first, offset),
-        Lines::Ranges => ranges(table, first, offset),
-        Lines::Locations => locations(table, first, offset),
+        LineTable::Increments => increments(table, first, offset),
+        LineTable::Ranges => ranges(table, first, offset),
+        LineTable::Locations => locations(table, first, offset),
     };
     found.and_then(|line| u32::try_from(line).ok())
 }
@@ -92,7 +92,7 @@ mod tests {
     use super::*;
 
     /// The lines of these offsets in a function that begins at line 1.
-    fn lines<const N: usize>(kind: Lines, table: &[u8], offsets: [u64; N]) -> [Option<u32>; N] {
+    fn lines<const N: usize>(kind: LineTable, table: &[u8], offsets: [u64; N]) -> [Option<u32>; N] {
         offsets.map(|offset| line(kind, table, 1, offset))
     }
 
@@ -100,21 +100,21 @@ mod tests {
     fn increments_go_both_ways() {
         let table = [0, 1, 2, 1, 4, 0xff, 4, 3];
         assert_eq!(
-            lines(Lines::Increments, &table, [0, 2, 4, 6, 8, 10, 12]),
+            lines(LineTable::Increments, &table, [0, 2, 4, 6, 8, 10, 12]),
             [2, 3, 3, 2, 2, 5, 5].map(Some)
         );
-        assert_eq!(line(Lines::Increments, &[], 7, 4), Some(7), "a function of one line");
-        assert_eq!(line(Lines::Increments, &[0, 0x80, 2, 0], 7, 4), None, "a line before the first");
+        assert_eq!(line(LineTable::Increments, &[], 7, 4), Some(7), "a function of one line");
+        assert_eq!(line(LineTable::Increments, &[0, 0x80, 2, 0], 7, 4), None, "a line before the first");
     }
 
     #[test]
     fn ranges_may_have_no_line() {
         let table = [2, 1, 4, 1, 2, 0x80, 0, 5, 4, 0xff];
         assert_eq!(
-            lines(Lines::Ranges, &table, [0, 2, 4, 6, 8, 10, 12]),
+            lines(LineTable::Ranges, &table, [0, 2, 4, 6, 8, 10, 12]),
             [Some(2), Some(3), Some(3), None, Some(7), Some(7), None]
         );
-        assert_eq!(line(Lines::Ranges, &table[..1], 1, 0), None, "cut short");
+        assert_eq!(line(LineTable::Ranges, &table[..1], 1, 0), None, "cut short");
     }
 
     #[test]
@@ -142,10 +142,10 @@ mod tests {
             1,
             1,
         ];
-        let found = [0, 2, 4, 6, 8, 10, 12].map(|offset| line(Lines::Locations, &table, 5, offset));
+        let found = [0, 2, 4, 6, 8, 10, 12].map(|offset| line(LineTable::Locations, &table, 5, offset));
         assert_eq!(found, [Some(5), Some(6), Some(6), Some(6), Some(3), None, Some(103)]);
-        assert_eq!(line(Lines::Locations, &table, 5, 14), None, "behind the last one");
-        assert_eq!(line(Lines::Locations, &[0x80 | 14 << 3, 0x7f], 5, 0), None, "cut short");
-        assert_eq!(line(Lines::Locations, &[1, 2, 3], 5, 0), None, "no beginning");
+        assert_eq!(line(LineTable::Locations, &table, 5, 14), None, "behind the last one");
+        assert_eq!(line(LineTable::Locations, &[0x80 | 14 << 3, 0x7f], 5, 0), None, "cut short");
+        assert_eq!(line(LineTable::Locations, &[1, 2, 3], 5, 0), None, "no beginning");
     }
 }

@@ -24,10 +24,10 @@ use tcpclose_common::{
 };
 
 use self::{
-    code::{Codes, Key, Place},
-    layout::{Frames, Layout, OWNED_BY_C_STACK, Symbols},
+    code::{Codes, CodeKey, FunctionLocation},
+    layout::{FrameStorage, PythonLayout, OWNED_BY_C_STACK, PythonSymbols},
 };
-use super::{At, Program, Run, Runtime};
+use super::{At, RuntimeBinary, Run, Runtime};
 use crate::{
     event::Frame,
     stacks::memory::{ProcessMemory, StackMemory},
@@ -41,16 +41,16 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 const LIFETIME: Duration = Duration::from_secs(10);
 
 /// Recognizes an executable or library that contains CPython.
-pub fn recognize(symbol: &dyn Fn(&str) -> Option<Range<u64>>) -> Option<Box<dyn Program>> {
-    Symbols::find(symbol).map(|symbols| Box::new(Library(symbols)) as _)
+pub fn recognize(symbol: &dyn Fn(&str) -> Option<Range<u64>>) -> Option<Box<dyn RuntimeBinary>> {
+    PythonSymbols::find(symbol).map(|symbols| Box::new(PythonLibrary(symbols)) as _)
 }
 
 /// `libpython3.so`, or an interpreter that contains it.
-struct Library(Symbols);
+struct PythonLibrary(PythonSymbols);
 
-impl Program for Library {
+impl RuntimeBinary for PythonLibrary {
     fn attach(&self, pid: u32, memory: ProcessMemory, bias: u64) -> Option<Box<dyn Runtime>> {
-        let layout = match Layout::read(&memory, bias, &self.0) {
+        let layout = match PythonLayout::read(&memory, bias, &self.0) {
             Ok(layout) => layout,
             Err(why) => {
                 log::debug!("process {pid}: no names of Python functions: {why}");
@@ -78,7 +78,7 @@ impl Program for Library {
 /// A running interpreter.
 struct Python {
     memory: ProcessMemory,
-    layout: Layout,
+    layout: PythonLayout,
     interpreter: Interpreter,
     /// Address of the type of code objects.
     code_type: u64,
@@ -90,16 +90,16 @@ struct Python {
 
 impl Python {
     fn frame(&mut self, listed: &InterpretedFrame) -> Arc<Frame> {
-        let key = Key { address: listed.code, identity: listed.identity };
+        let key = CodeKey { address: listed.code, identity: listed.identity };
         let process = (&self.memory, &self.layout, self.code_type);
         let place = self.codes.place(process, key, listed.instruction);
         let (symbol, file, line) = match place {
-            Some(Place { symbol, file, line }) => (Some(symbol), file, line),
+            Some(FunctionLocation { symbol, file, line }) => (Some(symbol), file, line),
             None => (None, None, None),
         };
         let address = match self.layout.frames {
-            Frames::Single(_) => listed.code,
-            Frames::Marked | Frames::Entered => listed.instruction,
+            FrameStorage::Single(_) => listed.code,
+            FrameStorage::Marked | FrameStorage::Entered => listed.instruction,
         };
         Arc::new(Frame { symbol, file, line, ..Frame::nameless(address) })
     }
@@ -133,14 +133,14 @@ impl Runtime for Python {
         let mut call = list.call;
         for listed in list.frames.iter().take(usize::try_from(list.count).unwrap_or(usize::MAX)) {
             let kind = self.layout.kind(listed.kind);
-            let is_entry = self.layout.frames == Frames::Entered && kind >= OWNED_BY_C_STACK;
+            let is_entry = self.layout.frames == FrameStorage::Entered && kind >= OWNED_BY_C_STACK;
             if !is_entry {
                 frames.push(self.frame(listed));
             }
             let is_last = match self.layout.frames {
-                Frames::Single(_) => true,
-                Frames::Marked => kind != 0,
-                Frames::Entered => is_entry,
+                FrameStorage::Single(_) => true,
+                FrameStorage::Marked => kind != 0,
+                FrameStorage::Entered => is_entry,
             };
             if !is_last {
                 continue;
