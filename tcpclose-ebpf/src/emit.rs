@@ -49,26 +49,45 @@ pub fn owner(owner: &OwnerRecord) {
     written(RECORDS.output::<OwnerRecord>(owner, wake()));
 }
 
+/// How full the ring is, bytes.
+struct Usage {
+    used: u64,
+    size: u64,
+}
+
+impl Usage {
+    #[inline(always)]
+    fn now() -> Self {
+        let size = RECORDS.query(u64::from(BPF_RB_RING_SIZE));
+        Self { used: RECORDS.query(u64::from(BPF_RB_AVAIL_DATA)), size }
+    }
+
+    /// Whether stacks may be written: they get half of the ring, so that no stack costs an event.
+    #[inline(always)]
+    fn has_room_for_stacks(&self) -> bool {
+        self.used <= self.size / 2
+    }
+}
+
 /// How much of a stack is copied, bytes, when the ring is filled to an eighth and stacks are recognized by
 /// recipes.
 const CROWDED_STACK_BYTES: usize = 4 << 10;
 
-/// Writes `copy`, followed by the current task's memory from `copy.start` on. `false` if the ring is half
-/// full: the other half is for events.
+/// Writes `copy`, followed by the current task's memory from `copy.start` on. Returns `false` if the ring has no
+/// room for stacks.
 ///
 /// With recipes a copy is rare, and wakes the reader: until it has been unwound, every other event with the
 /// same stack is followed by a copy too.
 #[inline(always)]
 pub fn stack(mut copy: StackCopy) -> bool {
-    let half = RECORDS.query(u64::from(BPF_RB_RING_SIZE)) / 2;
-    let used = RECORDS.query(u64::from(BPF_RB_AVAIL_DATA));
-    if used > half {
+    let usage = Usage::now();
+    if !usage.has_room_for_stacks() {
         return false;
     }
     // A burst of events whose stacks are not known yet fills the ring with copies of the same stack. Most
     // stacks need no more than this.
     let asked = global!(PARAMS.stack_bytes) as usize;
-    let is_crowded = global!(PARAMS.recipes) != 0 && used > half / 4;
+    let is_crowded = global!(PARAMS.recipes) != 0 && usage.used > usage.size / 8;
     let most = if is_crowded && asked > CROWDED_STACK_BYTES { CROWDED_STACK_BYTES } else { asked };
     let length = size_of::<StackCopy>() + most;
     let Some(mut entry) = RECORDS.reserve_bytes(length, 0) else { return false };
@@ -96,11 +115,11 @@ pub fn stack(mut copy: StackCopy) -> bool {
     true
 }
 
-/// Writes the frames of an interpreter, ahead of the copy of their stack. `false` if there will be no copy.
+/// Writes the frames of an interpreter, ahead of the copy of their stack. Returns `false` if the ring has no room
+/// for them, and therefore none for the copy.
 #[inline(always)]
 pub fn interpreted(list: &Interpreted) -> bool {
-    let half = RECORDS.query(u64::from(BPF_RB_RING_SIZE)) / 2;
-    if RECORDS.query(u64::from(BPF_RB_AVAIL_DATA)) > half {
+    if !Usage::now().has_room_for_stacks() {
         return false;
     }
     RECORDS.output::<Interpreted>(list, u64::from(BPF_RB_NO_WAKEUP)).is_ok()
@@ -117,11 +136,11 @@ fn written(result: Result<(), i32>) {
 
 /// Whether to wake the reader for the record that is being written.
 ///
-/// The reader sets `READER` when it is about to sleep; the next record clears it and wakes the reader, which
-/// then waits a tenth of a second before it reads. So a busy host wakes it ten times a second and an idle one
-/// never. In between, only a ring that is filled to a quarter wakes it. The ring's own rule (no flags: wake
-/// whenever everything before was read) would wake a reader that keeps up for every record, and that is
-/// nearly all that tracing costs.
+/// The reader sets `READER` before it sleeps. The next record clears it and wakes the reader, which then waits a
+/// tenth of a second before it reads: a busy host wakes it ten times a second, and an idle one never. In
+/// between, only a ring that is filled to a quarter wakes it. The ring's own rule (without flags, a record wakes
+/// the reader if everything before it was read) would wake a reader that keeps up for every record, which would
+/// be nearly all of the cost of tracing.
 #[inline(always)]
 fn wake() -> u64 {
     let force = u64::from(BPF_RB_FORCE_WAKEUP);
@@ -140,10 +159,10 @@ fn wake() -> u64 {
         Some(counters) if unsafe { (*counters).records_written } % QUERY_INTERVAL == 0 => {}
         _ => return wait,
     }
-    let quarter = RECORDS.query(u64::from(BPF_RB_RING_SIZE)) / 4;
-    if RECORDS.query(u64::from(BPF_RB_AVAIL_DATA)) >= quarter { force } else { wait }
+    let usage = Usage::now();
+    if usage.used >= usage.size / 4 { force } else { wait }
 }
 
-/// After how many records of a CPU the ring is asked how full it is, which costs two calls of a helper. It
-/// has room for many times as many.
+/// The number of records of a CPU between two checks of how full the ring is, which cost two calls of a helper.
+/// The ring has room for many times as many records.
 const QUERY_INTERVAL: u64 = 64;

@@ -211,14 +211,22 @@ impl Report {
         self.output.write(event).context("cannot write to the standard output")
     }
 
-    /// Writes a `lost` line. It does not count as an event, and no filter applies to it.
+    /// Whether nobody reads the output any more, as far as is known.
+    pub fn is_reader_gone(&self) -> bool {
+        self.output.is_reader_gone()
+    }
+
+    /// Writes a `lost` line. It does not count as an event, and no filter applies to it. When nobody reads the
+    /// output any more, the line is not one of those that are lost with it: the summary has the same count.
     ///
     /// # Errors
     /// The output cannot be written.
     pub fn lost(&mut self, lost: Lost) -> Result<()> {
         let event = Event::Lost(lost);
         self.count(&event, true);
-        let _ = self.write(event)?;
+        if !self.is_reader_gone() {
+            let _ = self.write(event)?;
+        }
         Ok(())
     }
 

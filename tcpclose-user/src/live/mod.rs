@@ -368,6 +368,11 @@ impl Live {
     /// Those of [`Self::read`], and the flame graph cannot be written.
     pub fn finish(&mut self) -> Result<()> {
         self.read_rest()?;
+        if self.pipeline.report.is_reader_gone() {
+            // A recording is to contain what the output has lost.
+            self.report_losses()?;
+            let _ = self.flush()?;
+        }
         self.pipeline.report.finish()
     }
 

@@ -172,6 +172,11 @@ impl Output {
         Ok(written)
     }
 
+    /// Whether the other end of the pipe was found to be closed.
+    pub fn is_reader_gone(&self) -> bool {
+        self.reader_gone
+    }
+
     /// How many lines could not be written because nobody reads any more.
     pub fn unwritten(&self) -> u64 {
         self.unwritten

@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// A socket, by network namespace and endpoints.
-type SocketKey = (u32, Endpoint, Endpoint);
+type SocketAddresses = (u32, Endpoint, Endpoint);
 
 /// Sockets that were stuck before the trace and have descriptors, by which the inventory finds them.
 #[derive(Default)]
@@ -24,7 +24,7 @@ pub struct Older {
     /// those of some moment in between.
     asked: u64,
     answered: u64,
-    sockets: HashMap<SocketKey, (State, sockets::AgeRange)>,
+    sockets: HashMap<SocketAddresses, (State, sockets::AgeRange)>,
 }
 
 /// Sockets that were stuck before the trace and have no descriptor. The kernel half knows nothing of them
@@ -32,7 +32,7 @@ pub struct Older {
 /// and never when there are none.
 #[derive(Default)]
 pub struct Orphans {
-    waiting: HashMap<SocketKey, WaitingOrphan>,
+    waiting: HashMap<SocketAddresses, WaitingOrphan>,
     /// When to ask, nanoseconds of `CLOCK_BOOTTIME`.
     next: Option<u64>,
     /// `None` as long as there are none.
@@ -168,11 +168,11 @@ fn least_age(socket: &Socket) -> u64 {
     socket.entry.age().at_least.map_or(0, nanoseconds)
 }
 
-fn identity(socket: &Socket) -> SocketKey {
+fn identity(socket: &Socket) -> SocketAddresses {
     (socket.netns, socket.entry.local, socket.entry.remote)
 }
 
-fn identity_of(endpoints: &Endpoints) -> Option<SocketKey> {
+fn identity_of(endpoints: &Endpoints) -> Option<SocketAddresses> {
     Some((endpoints.netns?, endpoints.local?, endpoints.remote?))
 }
 
