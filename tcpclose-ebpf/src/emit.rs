@@ -23,7 +23,7 @@ pub fn connection(connection: &mut ConnectionRecord, tag: u16) {
     written(RECORDS.output::<ConnectionRecord>(&*connection, wake()));
 }
 
-/// Room in the ring for an `ActRecord`, for [`submit_act`]; none if the ring is full.
+/// Reserves room in the ring for an `ActRecord`, for [`submit_act`]; `None` if the ring is full.
 #[inline(always)]
 pub fn reserve_act() -> Option<RingBufEntry<ActRecord>> {
     let entry = RECORDS.reserve::<ActRecord>(0);
@@ -43,7 +43,7 @@ pub fn submit_act(mut entry: RingBufEntry<ActRecord>) {
     count!(records_written);
 }
 
-/// Writes who closed a socket that had ended before, or who has a socket open.
+/// Writes which task closed a socket that had ended before, or which one has a socket open.
 #[inline(always)]
 pub fn owner(owner: &OwnerRecord) {
     written(RECORDS.output::<OwnerRecord>(owner, wake()));
@@ -69,8 +69,8 @@ impl Usage {
     }
 }
 
-/// How much of a stack is copied, bytes, when the ring is filled to an eighth and stacks are recognized by
-/// recipes.
+/// The largest copy of a stack, bytes, when stacks are recognized by recipes and an eighth of the ring is in
+/// use.
 const CROWDED_STACK_BYTES: usize = 4 << 10;
 
 /// Writes `copy`, followed by the current task's memory from `copy.start` on. Returns `false` if the ring has no

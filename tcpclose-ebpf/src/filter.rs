@@ -1,5 +1,5 @@
-//! The part of the user's filters that the kernel half can decide. It may pass too much, but never too
-//! little: the user half applies all filters again, with everything that it knows.
+//! The part of the user's filters that the kernel half can decide. It may let too much pass, but never too
+//! little: the user half applies all filters again, with all that is known.
 
 use tcpclose_common::{
     params::MAX_FILTER_VALUES,
@@ -8,8 +8,8 @@ use tcpclose_common::{
 
 use crate::maps::{FOLLOWED, global};
 
-/// Whether the filters pass this connection. The function is not inlined: it has several callers, and copies
-/// of it were half of the program and a fifth of the verifier's work.
+/// Whether the filters let this connection pass. The function is not inlined: it has several callers, and its
+/// copies would make up half of the program and a fifth of the verifier's work.
 #[inline(never)]
 pub fn wants(connection: &ConnectionRecord) -> bool {
     let ends = &connection.endpoints;
@@ -75,7 +75,8 @@ fn in_range(address: &Address) -> bool {
 #[inline(always)]
 fn is_followed(connection: &ConnectionRecord) -> bool {
     let (opener, actor) = (connection.opener.pid, connection.actor.pid);
-    // The holder does not count: it may not be the owner, and the user half decides once the owner is known.
+    // The holder does not count, because it may not be the owner. The user half decides once the owner is
+    // known.
     (opener == 0 && actor == 0)
         || (opener != 0 && FOLLOWED.get_ptr(opener).is_some())
         || (actor != 0 && FOLLOWED.get_ptr(actor).is_some())

@@ -1,4 +1,4 @@
-//! Listening sockets and their processes, which own the connections that are never accepted.
+//! Listening sockets and their processes, which are the owners of connections that are never accepted.
 
 use core::ptr;
 
@@ -45,7 +45,7 @@ pub fn opened(sk: u64, task: &RawTask) {
             listener.shared = u32::from(other.shared != 0 || other.task.pid != task.pid);
         }
     }
-    // Without room, connections that are never accepted here have no owner.
+    // Without room, connections that are never accepted by this listener have no owner.
     let _ = LISTENERS.insert(key, &listener, 0);
 }
 
@@ -78,8 +78,8 @@ pub fn exists(connection: &ConnectionRecord) -> bool {
     }
 }
 
-/// Notes the process that would have accepted this connection as its holder. Its listener may have just been
-/// closed: the kernel closes a listener before the connections in its queue (`inet_csk_listen_stop()`).
+/// Records the process that would have accepted this connection as its holder. Its listener may have just
+/// been closed: the kernel closes a listener before the connections in its queue (`inet_csk_listen_stop()`).
 #[inline(always)]
 pub fn name(connection: &mut ConnectionRecord) {
     let ends = &connection.endpoints;

@@ -1,4 +1,4 @@
-//! Times to live where fentry is not available: they are read from packets and kept until a hook on the
+//! Times to live where fentry is not available: they are read from packets, and kept until a hook on the
 //! socket needs them.
 
 use tcpclose_common::record::{Address, RawEndpoints, UNKNOWN_U32, mapped};

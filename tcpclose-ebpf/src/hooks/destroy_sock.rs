@@ -41,12 +41,13 @@ fn destroyed(ctx: &impl EbpfContext, sock: Sock<impl Object>) {
         return;
     };
     if connection.reported == 0 && connection.steps != 0 {
-        // The kernel skipped the program on state changes and its second copy. The time of the end is now.
+        // The kernel skipped both copies of the program on state changes, so the current time is taken for
+        // that of the end.
         let from = connection::last_state(connection);
         end::report(ctx, sock, from, connection::now(), 0, StackOf::Nobody, None);
     }
     // It ended in softirq while a descriptor was open. The task that closes the descriptor now is the owner,
-    // and not always the one that opened the socket: only the last close destroys a socket in CLOSE
+    // which need not be the one that opened the socket: only the last close destroys a socket in CLOSE
     // (inet_csk_destroy_sock() under __tcp_close()).
     if connection.reported != 0 && connection.inode != 0 && connection.actor.pid == 0 && !task::is_nobody() {
         let mut owner = OwnerRecord {

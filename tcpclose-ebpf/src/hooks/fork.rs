@@ -30,7 +30,7 @@ pub fn fork_classic(ctx: TracePointContext) -> i32 {
     0
 }
 
-/// `child` is a thread id. A new thread of an old process gets an entry as well, which does no harm: no
+/// `child` is a thread id. A new thread of an existing process gets an entry too, which is harmless: no
 /// process can have this id while the thread lives.
 #[inline(always)]
 fn forked(child: u32) {
@@ -38,7 +38,7 @@ fn forked(child: u32) {
     if FOLLOWED.get_ptr(parent).is_some() {
         let _ = FOLLOWED.insert(child, 1, 0);
     } else {
-        // The id may have belonged to a followed process that is gone.
+        // The id may have belonged to a followed process that has exited.
         let _ = FOLLOWED.remove(child);
     }
 }

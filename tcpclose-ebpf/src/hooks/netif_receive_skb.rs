@@ -1,5 +1,5 @@
-//! `net:netif_receive_skb`: a packet was received. Attached only with `--ttl`, and only where `ttl.rs` cannot
-//! be: it runs for every packet, although it reads no more than the flags of nearly all of them.
+//! `net:netif_receive_skb`: a packet was received. Attached only with `--ttl`, and only where the programs of
+//! `ttl.rs` cannot be: it runs for every packet, although it reads only the flags of nearly all of them.
 //!
 //! The times to live of a connection's first packet and of a RST stay in `TTLS` until a hook on the socket
 //! reads them.

@@ -1,6 +1,6 @@
-//! `tcp:tcp_send_reset`: this host sends a RST, of its own accord (then without a packet, and after it was
-//! sent) or in answer to a packet (then before). From 6.10 on also without a socket, and for one in
-//! TIME_WAIT.
+//! `tcp:tcp_send_reset`: this host sends a RST. If it does so unprompted, there is no packet, and the
+//! tracepoint follows the RST; if it answers a packet, the tracepoint precedes the RST. From 6.10 on it is
+//! also called without a socket, and for one in TIME_WAIT.
 
 use aya_ebpf::{
     cty::c_void,
@@ -35,7 +35,7 @@ pub fn send_reset(ctx: BtfTracePointContext) -> i32 {
     let address = Typed::new(pointer as *const c_void).address();
     match Typed::tcp_sock(pointer) {
         Some(tcp) => sent(Sock { address, object: tcp }, skb, reason, None),
-        // A small socket for a request or for TIME_WAIT.
+        // The socket is a small one, for a request or for TIME_WAIT.
         None => sent(Sock { address, object: address }, skb, reason, None),
     }
     0
@@ -56,16 +56,16 @@ pub fn send_reset_classic(ctx: TracePointContext) -> i32 {
 fn sent(sock: Sock<impl Object>, skb: u64, reason: u32, record: Option<&TracepointRecord<'_>>) {
     let now = connection::now();
     let sk = sock.address;
-    // 0 where there is none, and where it cannot be read.
+    // 0 if there is none, or if it cannot be read.
     let state = if sk == 0 { 0 } else { sock::state(sock.object).unwrap_or(0) };
     let full = sk != 0 && state != state::TIME_WAIT && state != state::NEW_SYN_RECV && state != state::LISTEN;
     if let (true, Some(connection)) = (full, connection::find(sk)) {
-        // Without BTF the last change of state tells as much.
+        // Without BTF the last state change shows it.
         let state = if state == 0 { connection::last_state(connection) } else { state };
         tell(connection, sock, skb, state, reason, now, record);
         return;
     }
-    // No connection: the record is built in a slot of its own.
+    // There is no connection, so the record is built in a slot of `SCRATCH`.
     let Some(slot) = Slot::take() else {
         count!(records_lost);
         return;
@@ -95,7 +95,7 @@ fn tell(
     reset.at = now;
     reset.reason = reason;
     reset.direction = direction::SENT;
-    // What it was in before it was aborted says more than CLOSE.
+    // The state before the abort says more than CLOSE.
     reset.state = if state == state::CLOSE && connection.ended != 0 { connection.last_state } else { state };
     reset.answer = u8::from(skb != 0);
     if connection.ended == 0 {
