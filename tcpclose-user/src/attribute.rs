@@ -3,7 +3,7 @@
 //! The order of trust: the task that acted on the socket in its own context; the task that connected or
 //! accepted it, if it still has it; the task that closed the descriptor after the end, or has it open; the
 //! process that listens where the connection was never accepted; and, for a socket older than the trace, the
-//! process that had its descriptor then. A task that merely ran on the CPU is never an owner.
+//! process that had its descriptor then. A task that merely happened to run on the CPU is never an owner.
 
 use std::collections::HashMap;
 
@@ -17,7 +17,7 @@ use crate::{
     tcp::Role,
 };
 
-/// What a process has to do with a socket that it was not seen to act on.
+/// The relation of a process to a socket, if the process was not seen to act on it.
 #[derive(Clone, Copy, Debug)]
 pub enum Claim<'a> {
     /// It closed the descriptor of a socket that had already ended.
@@ -40,7 +40,7 @@ impl Claim<'_> {
 /// How many tasks are remembered. When there are more, all are forgotten, and the host is asked again.
 const MAX_TASKS: usize = 4096;
 
-/// Finds out whose socket it was. Remembers what it said about a task, because most connections of a host
+/// Finds the owner of a socket. It caches the description of a task, because most connections of a host
 /// belong to few tasks.
 #[derive(Default)]
 pub struct Attributor {
@@ -49,7 +49,7 @@ pub struct Attributor {
     version: u64,
 }
 
-/// Which task, and what it has to do with the socket.
+/// A task, and its relation to the socket.
 #[derive(PartialEq, Eq, Hash)]
 struct TaskKey {
     mm: u64,
@@ -66,7 +66,7 @@ enum Did {
     Have,
 }
 
-/// How a task was described, and by what it had that may change.
+/// The description of a task, and the values that it was made from and that may change.
 struct Known {
     uid: u32,
     comm: [u8; 16],
@@ -74,8 +74,8 @@ struct Known {
 }
 
 impl Attributor {
-    /// The owner of a socket. `claim` is that of a process which was found after the fact; with `unheld`, a
-    /// search of all descriptors has shown that nobody has the socket open any more.
+    /// The owner of a socket. `claim` is that of a process that was found after the end. With `unheld`, a
+    /// search of all descriptors has shown that no process has the socket open any more.
     pub fn owner(
         &mut self,
         life: &Life,
@@ -87,8 +87,8 @@ impl Attributor {
             let attribution = if life.is_unaccepted() { Attribution::Listener } else { Attribution::Syscall };
             return Some(self.acted(actor, attribution, host));
         }
-        // The task that opened it, unless the descriptor turned out to be another process's by now, or
-        // nobody's.
+        // The task that opened it, unless it was found that another process or none has the descriptor by
+        // now.
         if let Some(opener) = &life.opener
             && !unheld
             && claim.is_none_or(|claim| claim.pid() == opener.pid)
@@ -122,7 +122,7 @@ impl Attributor {
         self.process(task, Did::Act, attribution, host)
     }
 
-    /// The process of a task that has something to do with the socket, without having acted on it.
+    /// The process of a task that has or listens for the socket, without having acted on it.
     fn has(&mut self, task: &Task, attribution: Attribution, host: &mut impl Host) -> Shared<Process> {
         self.process(task, Did::Have, attribution, host)
     }
@@ -156,15 +156,15 @@ fn describe(task: &Task, did: Did, attribution: Attribution, program: ProgramInf
     let ProgramInfo { comm, exe, container, pid } = program;
     let tid = match pid {
         LocalPid::Same => task.tid,
-        // Only the id of the main thread is known here: it is that of the process.
+        // Only the id of the main thread is known here, because it equals that of the process.
         LocalPid::Other(_) | LocalPid::None => pid.of(task.pid).filter(|_| task.tid == Some(task.pid)),
     };
     Process {
         pid: pid.of(task.pid),
         host_pid: Some(task.pid),
         tid,
-        // The main thread's own name is newer than what was read of the process: it may have been renamed
-        // since.
+        // The name in the record is that of the main thread itself, and newer than the one that was read: the
+        // thread may have been renamed since.
         comm: comm.filter(|_| task.tid != Some(task.pid)).unwrap_or_else(|| task.comm()),
         thread: Some(task.comm()).filter(|name| did == Did::Act && !name.is_empty()),
         exe,

@@ -1,5 +1,5 @@
-//! Records → endings. What belongs to one end of a connection is joined, and held back no longer than that
-//! takes.
+//! Records → endings. Facts that belong to one end of a connection are joined, and held back no longer than
+//! necessary.
 //!
 //! The kernel half writes a record when a socket reaches CLOSE and one for each RST. Three facts arrive after
 //! the event that they belong to: the RST of an application's abort (`__tcp_close()` changes the state
@@ -19,14 +19,14 @@ use crate::{
 /// The number of endings that may wait at once. When there are more, the oldest is reported as it is.
 const MAX_WAITING: usize = 65_536;
 
-/// Of how many live sockets further acts are remembered, and how many of each. Of further sockets, the oldest
-/// is forgotten.
+/// The number of live sockets whose further acts are remembered, and the number of acts for each. When there
+/// are more sockets, the oldest is forgotten.
 const MAX_ACTED: usize = 16_384;
 const MAX_ACTS: usize = 8;
 
 /// How much later than the end its RST may come, nanoseconds. The kernel is not preempted between the two,
-/// but the CPU of a virtual machine may be descheduled there. A longer gap means another life at the same
-/// address.
+/// but the CPU of a virtual machine may be descheduled there. A longer gap means that another socket has the
+/// same address.
 const RESET_WITHIN: u64 = 1_000_000_000;
 
 /// How long after an end in softirq the same softirq has certainly sent its RST, nanoseconds.
@@ -34,8 +34,8 @@ const SOFTIRQ_IS_OVER: u64 = 5_000_000;
 
 /// How long an ending waits for its RST, and for its owner, nanoseconds after the first read that found it.
 /// With a read of the ring each tenth of a second, this stays within the quarter of a second that the output
-/// contract allows. The number of reads is no measure: a ring that fills quickly is read many times in a
-/// moment.
+/// contract allows. The number of reads is not used, because a ring that fills quickly is read many times in
+/// a moment.
 const PATIENCE: u64 = 100_000_000;
 
 /// Everything that is known about what happened to one end of a connection.
@@ -49,10 +49,10 @@ pub struct Ending {
     pub resets: Vec<Rst>,
     /// A task that closed its descriptor after the end, or still has it open.
     pub late_owner: Option<LateOwner>,
-    /// All descriptors were looked through since its end, and none refers to it: its former owner has passed
-    /// it on.
+    /// A search of all descriptors since its end has found none that refers to it: its former owner has
+    /// passed it on.
     pub unheld: bool,
-    /// What was done to it after the first act of this side, in order.
+    /// The acts on it after the first act of this side, in order.
     pub later_acts: Vec<LaterAct>,
 }
 
@@ -112,15 +112,15 @@ struct WaitingEnding {
 pub struct Correlator {
     /// In order of arrival; `None` where an ending has left.
     waiting: VecDeque<Option<WaitingEnding>>,
-    /// Arrival number of the first place of `waiting`.
+    /// Arrival number of the first element of `waiting`.
     first: u64,
-    /// How many endings wait.
+    /// The number of endings that wait.
     count: usize,
     /// Socket address → arrival number of its latest ending.
     by_address: HashMap<u64, u64, RandomState>,
-    /// What was done to live sockets after the first act of this side.
+    /// The acts on live sockets after the first act of this side.
     later_acts: HashMap<SocketId, Vec<LaterAct>, RandomState>,
-    /// These sockets in the order in which they came; some may have ended since.
+    /// These sockets in the order of arrival; some may have ended since.
     acted: VecDeque<SocketId>,
 }
 
@@ -136,8 +136,7 @@ impl Correlator {
         let Some((arrival, end)) = self.awaiting_reset(&life, &reset) else {
             return Some(Ending::reset_alone(life, reset));
         };
-        // A RST of the kernel's own accord is also sent for a closed socket that is not to wait:
-        // __tcp_close().
+        // __tcp_close() also sends a RST unprompted for a closed socket that must not wait.
         let answers_late_data =
             end.reset_follows == Some(Follows::InSoftirq) && reset.answer && !end.no_fin_wait2;
         let mut ending = self.take(arrival)?;
@@ -145,11 +144,11 @@ impl Correlator {
             return Some(ending);
         };
         end.reset_follows = None;
-        // The record of the RST no longer knows the state before CLOSE.
+        // The record of the RST no longer contains the state before CLOSE.
         let state = if reset.state == Some(State::Close) { *before } else { reset.state };
         let mut reset = Rst { state, ..reset };
         if answers_late_data {
-            // Nothing was received but data, which this RST answers: it is one RST, and one line.
+            // What was received was data, which this RST answers. There is one RST, and one line.
             ending.resets.clear();
             reset.ambiguous = true;
         }
@@ -173,7 +172,7 @@ impl Correlator {
         self.complete_or_wait(Ending { later_acts, ..Ending::end(life, resets) })
     }
 
-    /// Takes in what was done to a socket that has not ended.
+    /// Takes in an act on a socket that has not ended.
     pub fn act(&mut self, id: SocketId, act: LaterAct) {
         let acts = self.later_acts.entry(id).or_default();
         if acts.is_empty() {
@@ -189,7 +188,7 @@ impl Correlator {
         }
     }
 
-    /// What was done to a socket, which has not ended, after the first act of this side.
+    /// The acts on a socket that has not ended, after the first act of this side.
     pub fn later_acts(&self, id: SocketId) -> &[LaterAct] {
         self.later_acts.get(&id).map_or(&[], Vec::as_slice)
     }
@@ -219,8 +218,8 @@ impl Correlator {
         self.first + self.waiting.len() as u64
     }
 
-    /// All descriptors were looked through after the first `arrivals` endings had arrived, and the results
-    /// were read.
+    /// A search of all descriptors began after the first `arrivals` endings had arrived, and its results were
+    /// read.
     pub fn searched(&mut self, arrivals: u64) {
         let count = usize::try_from(arrivals.saturating_sub(self.first)).unwrap_or(usize::MAX);
         for waiting in self.waiting.iter_mut().take(count).flatten() {
@@ -229,8 +228,8 @@ impl Correlator {
     }
 
     /// The ring was read to its end; `now` (`CLOCK_BOOTTIME`, nanoseconds) was read before that.
-    /// `find_owners` is asked for the owners of all endings that lack one at once, by inode number, and says
-    /// which it knows. Returns the endings that are complete or have waited long enough.
+    /// `find_owners` looks up the owners of all endings that lack one, by inode number, and returns for each
+    /// whether it was found. Returns the endings that are complete or have waited long enough.
     pub fn caught_up(&mut self, now: u64, find_owners: impl FnOnce(&[u64]) -> Vec<bool>) -> Vec<Ending> {
         let lacking = self.waiting.iter().flatten().filter(|waiting| waiting.ending.lacks_owner());
         let inodes: Vec<u64> = lacking.filter_map(|waiting| waiting.ending.life.inode).collect();
@@ -244,7 +243,8 @@ impl Correlator {
             let complete = waiting.ending.is_end
                 && match waiting.ending.reset_follows() {
                     None => owned,
-                    // A softirq that began that long ago is over, and its RST would have been in the ring.
+                    // A softirq that began that long ago has ended, and the record of its RST would be in the
+                    // ring.
                     Some(Follows::InSoftirq) => {
                         let ended = waiting.ending.life.end.map_or(0, |end| end.at);
                         owned && now.saturating_sub(ended) > SOFTIRQ_IS_OVER
@@ -268,23 +268,23 @@ impl Correlator {
         self.count > 0
     }
 
-    /// The ending of this life, if it waits.
+    /// The waiting ending of this life, if there is one.
     fn ended(&self, id: SocketId) -> Option<u64> {
         let &arrival = self.by_address.get(&id.address)?;
         let ending = &self.get(arrival)?.ending;
         (ending.is_end && ending.life.id == id).then_some(arrival)
     }
 
-    /// The ending that this RST belongs to, if one waits for it.
+    /// The waiting ending that this RST belongs to, if there is one.
     fn awaiting_reset(&self, life: &Life, reset: &Rst) -> Option<(u64, SocketEnd)> {
         let &arrival = self.by_address.get(&life.id.address)?;
         let ending = &self.get(arrival)?.ending;
         let follows = ending.reset_follows()?;
         let end = ending.life.end?;
         let in_time = reset.at >= end.at && reset.at - end.at <= RESET_WITHIN;
-        // Addresses are reused within microseconds, lives are not. Only an orphan that aborts on late data
-        // has lost its entry by the time the RST is sent; the record then knows no states but that of the
-        // socket.
+        // Addresses are reused within microseconds, so the time of birth has to match too. Only an orphan
+        // that aborts on late data has lost its entry by the time the RST is sent; the record then contains
+        // no states except that of the socket.
         let orphaned = follows == Follows::InSoftirq
             && life.path.steps().is_empty()
             && reset.state == Some(State::Close)
@@ -305,7 +305,7 @@ impl Correlator {
         self.by_address.insert(ending.life.id.address, self.arrivals());
         self.waiting.push_back(Some(WaitingEnding { ending, since: None }));
         self.count += 1;
-        // The first place is never empty: `take` sees to that.
+        // The first element is never empty, which `take` ensures.
         if self.count > MAX_WAITING { self.take(self.first) } else { None }
     }
 
@@ -437,7 +437,7 @@ mod tests {
         let reported = correlator.caught_up(LATER, nobody);
         assert_eq!(reported.len(), 1);
         assert_eq!(reported[0].resets, []);
-        // A reset much later is another one.
+        // A much later RST belongs to another socket.
         correlator.close(ended(Some(Follows::InSyscall)));
         let later = Rst { at: END.at + RESET_WITHIN + 1, answer: false, ..RESET };
         assert!(!correlator.reset(ended(None), later).unwrap().is_end);
@@ -484,7 +484,7 @@ mod tests {
         let taken_for_received = Rst { ambiguous: true, ..received(9) };
         assert_eq!(correlator.reset(live(1), taken_for_received), None);
         assert_eq!(correlator.close(ended(Some(Follows::InSoftirq))), None);
-        // The orphan's entry is gone by now: the record knows the address alone.
+        // The orphan has lost its entry by now, so the record contains only the address.
         let orphan = Box::new(Life { actor: None, ..*live(11) });
         let sent = Rst { at: 11, state: Some(State::Close), ..RESET };
         let ending = correlator.reset(orphan, sent).unwrap();
@@ -596,7 +596,7 @@ mod tests {
         }
         let oldest = correlator.close(ownerless(MAX_WAITING as u64 + 1)).unwrap();
         assert_eq!(oldest.life.id.address, 1);
-        // Places that were left in the middle do not count.
+        // Empty elements in the middle do not count.
         let last = SocketId { address: MAX_WAITING as u64, ..ID };
         assert!(correlator.closer(last, task(5, Activity::Unknown)).is_some());
         assert_eq!(correlator.close(ownerless(MAX_WAITING as u64 + 2)), None);

@@ -11,8 +11,8 @@
 //!
 //! Sockets that stay in a teardown state come from [`stuck`](crate::stuck) and join at the third stage.
 //!
-//! A trace feeds it ([`live`](crate::live)), or a recording ([`replay`](crate::commands::replay)). What is
-//! neither in a record nor known by now it asks its [`Host`].
+//! A trace feeds it ([`live`](crate::live)), or a recording ([`replay`](crate::commands::replay)). It asks
+//! its [`Host`] for facts that are not in a record.
 
 use anyhow::Result;
 
@@ -20,11 +20,11 @@ use crate::{attribute::{Attributor, Claim}, compose::{Composer, LookedUp}, corre
 
 /// The stages behind the ring.
 pub struct Pipeline<H> {
-    /// Who answers what records do not say.
+    /// Answers what records do not contain.
     pub host: H,
     /// Joins records into endings.
     pub correlator: Correlator,
-    /// Finds out whose socket it was.
+    /// Finds the owners of sockets.
     pub attributor: Attributor,
     /// Makes events.
     pub composer: Composer,
@@ -46,10 +46,10 @@ pub enum StuckPhase {
 }
 
 impl<H: Host> Pipeline<H> {
-    /// Hands a record to the stage that it is for, and reports the ending that it completes.
+    /// Passes a record to its stage, and reports the ending that it completes.
     ///
-    /// Copies of stacks, notices of processes and sockets that were inspected are for whoever feeds the
-    /// pipeline.
+    /// The module that feeds the pipeline handles copies of stacks, notices of processes, and inspected
+    /// sockets itself.
     ///
     /// # Errors
     /// The output cannot be written.
@@ -78,8 +78,8 @@ impl<H: Host> Pipeline<H> {
         }
     }
 
-    /// The ring was read to its end, and `now` was before that: reports the endings that have waited long
-    /// enough. `find_owners` is that of [`Correlator::caught_up`].
+    /// To be called when the ring was read to its end; `now` was read before that. Reports the endings that
+    /// have waited long enough. `find_owners` is that of [`Correlator::caught_up`].
     ///
     /// # Errors
     /// The output cannot be written.
@@ -135,7 +135,7 @@ impl<H: Host> Pipeline<H> {
     /// The output cannot be written.
     pub fn stuck(&mut self, when: StuckPhase) -> Result<Going> {
         for mut stuck in self.found.take() {
-            // What this side did last says more about a socket that still waits than what it did first.
+            // For a socket that still waits, the last act of this side says more than the first one.
             if let Some(last) = self.correlator.later_acts(stuck.life.id).last() {
                 stuck.life.actor = Some(last.task);
             }
@@ -179,12 +179,12 @@ impl<H: Host> Pipeline<H> {
         Holder { pid, host_pid, comm: descriptor.holder.comm(), fd: descriptor.fd }
     }
 
-    /// The process id of a task where tcpclose runs.
+    /// The process id of a task in the pid namespace of tcpclose.
     fn local_pid(&mut self, task: &Task) -> Option<u32> {
         self.host.program(task.pid, task.mm).pid.of(task.pid)
     }
 
-    /// Reports an event, unless it is none of the command's.
+    /// Reports an event, unless only those of the command are reported and it belongs to another process.
     ///
     /// # Errors
     /// The output cannot be written.
@@ -198,7 +198,7 @@ impl<H: Host> Pipeline<H> {
         Some(Opener { process: Some(process), stack: self.stack(life.opener.as_ref()) })
     }
 
-    /// Who sent the signal of which a task died.
+    /// Who sent the signal that ended a task.
     fn signal_from(&mut self, task: Option<&Task>) -> Option<SignalFrom> {
         match task?.act {
             Activity::Signal(number) => self.host.signal_from(task?.pid, number),
@@ -206,8 +206,8 @@ impl<H: Host> Pipeline<H> {
         }
     }
 
-    /// The process that destroyed the socket from outside. In the accept queue of a listener that is
-    /// destroyed, it is the task that acted.
+    /// The process that destroyed the socket from outside. If the socket was in the accept queue of a
+    /// listener that was destroyed, that is the task that acted.
     fn destroyed_by(&mut self, ending: &Ending) -> Option<Shared<Process>> {
         let outsider = ending.life.actor.filter(|_| ending.life.own_actor().is_none());
         let seen = ending.later_acts.iter().find(|act| act.destroyed).map(|act| act.task);
@@ -228,7 +228,7 @@ fn is_wanted(host: &mut impl Host, command_only: bool, event: &Event) -> bool {
 
 /// The keys of a task's stacks.
 fn keys(task: &Task) -> TaskStacks {
-    // A worker of io_uring has no user stack. Kernels before 6.15 follow what its registers happen to hold,
+    // A worker of io_uring has no user stack. Kernels before 6.15 follow whatever its registers contain,
     // because it borrows the process's memory: get_perf_callchain() in kernel/events/callchain.c.
     let user = task.user_stack.filter(|_| task.act != Activity::IoWorker).unwrap_or(0);
     let kernel = task.kernel_stack.unwrap_or(0);

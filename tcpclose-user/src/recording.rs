@@ -1,5 +1,5 @@
-//! Recordings (`--record FILE`): everything that the stages behind the ring were given, in order, so that
-//! `tcpclose replay FILE` makes the same lines of it without privilege.
+//! Recordings (`--record FILE`): all input of the stages behind the ring, in order, so that `tcpclose replay
+//! FILE` writes the same lines without privileges.
 //!
 //! A file is [`MAGIC`] followed by frames. A frame is one byte that says what it is, the length of the rest
 //! as a little-endian u32, and the rest: a record as it was in the ring, or a [`RecordedStep`] as JSON. Answers of
@@ -18,13 +18,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::{event::{Lingering, Lost}, host::{Answer, Question}, processes::holder::ProcfsHolder};
 
-/// What a recording begins with; the number is the version of the format.
+/// The first bytes of a recording; the number is the version of the format.
 const MAGIC: &[u8] = b"tcpclose recording 1\n";
 
 const RECORD: u8 = b'R';
 const STEP: u8 = b'S';
 
-/// The longest frame, bytes: longer than any record, and than any stack's names.
+/// The longest frame, bytes: longer than any record, and than the names of any stack.
 const MAX_FRAME: usize = 16 << 20;
 
 /// What happened between two records.
@@ -55,9 +55,9 @@ pub enum RecordedStep {
         at: u64,
         /// When it entered its state.
         since: Option<u64>,
-        /// The least age.
+        /// Its age at least.
         at_least: u64,
-        /// The most.
+        /// Its age at most.
         at_most: Option<u64>,
     },
     /// `/proc` showed a descriptor of an inspected socket.
@@ -71,13 +71,13 @@ pub enum RecordedStep {
         /// The process.
         holder: ProcfsHolder,
     },
-    /// All descriptors were looked through after this many endings had arrived.
+    /// All descriptors were searched after this many endings had arrived.
     Searched(u64),
     /// The ring was read to its end.
     CaughtUp {
         /// `CLOCK_BOOTTIME` before that, nanoseconds.
         now: u64,
-        /// For each ending that lacked an owner, whether `/proc` gave one.
+        /// For each ending that lacked an owner, whether one was found in `/proc`.
         found: Vec<bool>,
     },
     /// The sockets that were inspected since the last such step were reported.
@@ -139,7 +139,7 @@ impl Recorder {
         self.0.write_all(bytes)
     }
 
-    /// Hands what was written to the kernel.
+    /// Passes everything that was written to the kernel.
     ///
     /// # Errors
     /// It cannot be written.
@@ -148,11 +148,11 @@ impl Recorder {
     }
 }
 
-/// Takes the frames out of a recording. A last frame that was cut short is left out: the tool may have been
+/// Splits a recording into frames. A last frame that is incomplete is left out: the tool may have been
 /// killed.
 ///
 /// # Errors
-/// The bytes are not a recording, or a frame makes no sense.
+/// The bytes are not a recording, or a frame is invalid.
 pub fn frames(mut recording: Bytes) -> Result<Vec<RecordingFrame>> {
     if !recording.starts_with(MAGIC) {
         bail!("not a recording of this version of tcpclose (`tcpclose --record FILE` makes one)");

@@ -1,5 +1,5 @@
-//! The last stage: decides which events are reported, writes them, and gathers what the summary and the
-//! findings at the end say about all of them.
+//! The last stage: decides which events are reported, writes them, and collects what the summary and the
+//! findings need.
 
 use std::{
     collections::HashMap,
@@ -43,15 +43,15 @@ pub struct Report {
     findings: Option<Box<RunningDiagnosis>>,
 }
 
-/// What the events so far show together.
+/// The diagnosis of the events so far.
 struct RunningDiagnosis {
     diagnosis: Diagnosis,
-    /// How many connections each finding that was reported had then.
+    /// The number of connections of each finding when it was reported.
     reported: HashMap<String, u64>,
 }
 
 impl RunningDiagnosis {
-    /// The findings that more connections show than when they were reported.
+    /// The findings that are new, or that more connections show than when they were reported.
     fn news(&mut self) -> Vec<Finding> {
         let subject = |finding: &Finding| {
             let Finding { kind, process, remote, evidence, .. } = finding;
@@ -71,12 +71,12 @@ pub struct StackCounts {
     pub copied: u64,
     /// Recognized in the kernel half, so that they were not copied.
     pub recognized: u64,
-    /// Followed by frame pointers no further than the innermost frame.
+    /// Followed by frame pointers, and found to end at the innermost frame.
     pub without_callers: u64,
 }
 
 impl Report {
-    /// Writes to `output` what all `filters` let through, `count` events at most.
+    /// Writes the events that all `filters` let through to `output`, at most `count` of them.
     pub fn new(filters: Vec<Filter>, output: Output, count: Option<u64>) -> Self {
         Self {
             filters,
@@ -90,19 +90,19 @@ impl Report {
         }
     }
 
-    /// Has the events drawn as a flame graph, too.
+    /// Also draws the events as a flame graph.
     #[must_use]
     pub fn with_flame_graph(self, flame_graph: Option<FlameGraph>) -> Self {
         Self { flame_graph, ..self }
     }
 
-    /// Counts events in `metrics` too from now on.
+    /// Begins to count events in `metrics`.
     pub fn count_in(&mut self, metrics: metrics::SharedMetrics) {
         self.metrics = Some(metrics);
     }
 
-    /// Also looks for what the events show together. At the end this is written among the other lines, or to
-    /// stderr if the output is not made of JSON lines.
+    /// Also diagnoses the events. The findings are written at the end, among the other lines or, if the
+    /// output is not JSON lines, to stderr.
     #[must_use]
     pub fn with_findings(self) -> Self {
         let findings = RunningDiagnosis { diagnosis: Diagnosis::of_trace(), reported: HashMap::new() };
@@ -174,7 +174,7 @@ impl Report {
         } else if !all.is_empty() {
             let totals = findings.diagnosis.totals();
             let mut text = Vec::new();
-            // As for the rest of the summary, it is no error that nobody reads it.
+            // As with the rest of the summary, it is not an error if nobody reads it.
             let _ = diagnose::report::write(
                 &mut text,
                 &all,
@@ -203,7 +203,7 @@ impl Report {
         }
     }
 
-    /// Writes an event, and has it diagnosed.
+    /// Writes an event, and adds it to the diagnosis.
     fn write(&mut self, event: Event) -> Result<Written> {
         if let Some(findings) = &mut self.findings {
             findings.diagnosis.add_event(&event, self.output.lines() + 1);
@@ -216,8 +216,9 @@ impl Report {
         self.output.is_reader_gone()
     }
 
-    /// Writes a `lost` line. It does not count as an event, and no filter applies to it. When nobody reads the
-    /// output any more, the line is not one of those that are lost with it: the summary has the same count.
+    /// Writes a `lost` line. It does not count as an event, and no filter applies to it. Once nobody reads
+    /// the output any more, the line is not written, and does not count as lost: the summary contains the
+    /// same count.
     ///
     /// # Errors
     /// The output cannot be written.
@@ -230,7 +231,7 @@ impl Report {
         Ok(())
     }
 
-    /// Hands on all that was written.
+    /// Flushes the output.
     ///
     /// # Errors
     /// The output cannot be written.

@@ -1,4 +1,5 @@
-//! `tcpclose replay FILE`: makes the lines of a recording again, without privilege and without the kernel.
+//! `tcpclose replay FILE`: writes the lines of a recorded trace again, without privileges and without the
+//! kernel half.
 
 use std::{collections::BTreeMap, fs, process::ExitCode, sync::Arc};
 
@@ -26,8 +27,8 @@ pub fn replay(args: ReplayArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Runs the frames of a recording through the pipeline. `output` gets whether there are stacks; `flame_graph`
-/// is that of `--flamegraph`.
+/// Runs the frames of a recording through the pipeline. `output` creates the output, depending on whether
+/// there are stacks; `flame_graph` is that of `--flamegraph`.
 ///
 /// # Errors
 /// The frames are not those of a recording, a record cannot be decoded, or the output cannot be written.
@@ -51,7 +52,7 @@ pub fn run(
     }
     let mut replay = Replay { pipeline: pipeline(reset_reasons, report, command), inspected: None };
     while let Some(frame) = frames.next() {
-        // What the host answered stands after the frame that led to the question.
+        // The host's answers follow the frame that led to the questions.
         while let Some(answer) = frames.next_if(is_answer) {
             if let RecordingFrame::Step(step) = answer
                 && let RecordedStep::Answer(question, answer) = *step
@@ -74,13 +75,13 @@ fn is_answer(frame: &RecordingFrame) -> bool {
     matches!(frame, RecordingFrame::Step(step) if matches!(**step, RecordedStep::Answer(..)))
 }
 
-/// The filters of the trace that was recorded. The kernel half has applied only those that it can decide.
+/// The filters of the recorded trace. The kernel half has applied only those that it can decide.
 fn original_filter(arguments: &[String]) -> Filter {
     let line = std::iter::once("tcpclose").chain(arguments.iter().map(String::as_str));
     match Cli::try_parse_from(line) {
         Ok(Cli { command: Some(Command::Trace(args)), .. }) => Filter::new(args.filter),
         Ok(cli) => Filter::new(cli.trace.filter),
-        // Recorded by a version with other options.
+        // The trace was recorded by a version with other options.
         Err(_) => Filter::default(),
     }
 }
@@ -100,7 +101,7 @@ fn pipeline(reset_reasons: BTreeMap<i64, String>, report: Report, command_only: 
 /// A recording that is being replayed.
 struct Replay {
     pipeline: Pipeline<Recorded>,
-    /// When the next socket was inspected, and its age then.
+    /// When the next socket was inspected, and its age at that time.
     inspected: Option<(u64, Age)>,
 }
 
@@ -117,7 +118,7 @@ impl Replay {
 
     fn step(&mut self, step: RecordedStep) -> Result<Going> {
         match step {
-            // Answers have been taken in, and a second start means nothing.
+            // Answers have been added to the host already. A second start has no meaning.
             RecordedStep::Start { .. } | RecordedStep::Answer(..) => {}
             RecordedStep::Clock { wall_minus_boot, suspended } => {
                 self.pipeline.composer.clock.set_offsets((wall_minus_boot, suspended));
@@ -157,7 +158,7 @@ mod tests {
 
     /// Recorded on a 6.18 kernel while `fixtures/records/provoke.py` ran.
     const RECORDED: &[u8] = include_bytes!("../../fixtures/records/6.18-amd64.bin");
-    /// What that script did, in the words of [`describe`].
+    /// The acts of that script, as [`describe`] writes them.
     const EXPECTED: &str = include_str!("../../fixtures/records/6.18-amd64.txt");
 
     /// Memory that can be read while it is written to.
@@ -254,11 +255,12 @@ mod tests {
             now += 1_000_000_000;
             let _ = replay.pipeline.caught_up(now, |_, inodes| vec![true; inodes.len()]).unwrap();
         };
-        // By then processes and stacks are known, and buffers have their size.
+        // From here on, processes and stacks are known, and buffers have their final size.
         (0..10).for_each(|_| all(&mut replay));
         let count = crate::allocations::during(|| all(&mut replay));
         let records = records.len() as u64;
-        // The life, the event and its states; the RSTs of an ending, and what waits.
+        // These are the life, the event and its states, the RSTs of an ending, and the queue of waiting
+        // endings.
         assert!(count <= 6 * records, "{count} allocations for {records} records");
         assert!(count >= records, "{count} allocations are too few to be all");
     }

@@ -1,4 +1,4 @@
-//! `tcpclose trace`: loads the kernel half, then waits for whatever comes next until the trace ends.
+//! `tcpclose trace`: loads the kernel half, then handles whatever happens next until the trace ends.
 
 use std::{
     ffi::OsString,
@@ -20,10 +20,10 @@ use tokio::{
 use super::{child, ready};
 use crate::{cli::{AUTO_STACK_BYTES, CallGraph, Findings, Linger, Netns, Sandbox, TraceArgs, WhichStacks}, failure::Failure, filter::Filter, ingest::reader::poll, kernel::{followed::Followed, handle::KernelHalf, loader::{self, Request}, privilege}, live::{Live, Options}, metrics, recording::{Recorder, RecordedStep}, report::{Going, Report}, sandbox, sink::{Output, flamegraph::FlameGraph}, stacks::unwind};
 
-/// How long the connections of a command that has ended may take to end as well.
+/// How long to wait for the connections of a command that has ended.
 const AFTER_COMMAND: Duration = Duration::from_secs(5);
 
-/// How often files are closed that were held open for programs that have ended.
+/// How often to close files that were kept open for programs that have ended.
 const SWEEP_PERIOD: Duration = Duration::from_secs(10);
 
 /// How often to check for connections of a command that has ended.
@@ -34,7 +34,7 @@ const CHECK_PERIOD: Duration = Duration::from_millis(100);
 /// # Errors
 /// The kernel half cannot be loaded, the command cannot be run, or output cannot be written.
 pub async fn trace(mut args: TraceArgs) -> Result<ExitCode> {
-    // From here on signals end the tool cleanly, even while it starts.
+    // From here on, signals end the tool in an orderly way, even while it starts.
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot catch SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot catch SIGTERM")?;
     let mut live = begin(&mut args)?;
@@ -59,7 +59,7 @@ pub async fn trace(mut args: TraceArgs) -> Result<ExitCode> {
     };
     let started = Instant::now();
     let reader_gone = ReaderGone::watch();
-    // Everything that needs more has been started.
+    // Everything that needs further privileges has been started.
     if args.sandbox == Sandbox::Auto
         && let Err(error) = sandbox::enter()
     {
@@ -111,7 +111,7 @@ pub async fn trace(mut args: TraceArgs) -> Result<ExitCode> {
     Ok(code)
 }
 
-/// Loads the kernel half, and prepares everything that its records go through.
+/// Loads the kernel half, and prepares everything that processes its records.
 fn begin(args: &mut TraceArgs) -> Result<Live> {
     let is_contained = !privilege::in_initial_pid_namespace();
     let chose_own_netns = is_contained && args.filter.socket.netns.is_empty();
@@ -153,7 +153,7 @@ fn begin(args: &mut TraceArgs) -> Result<Live> {
     Live::new(kernel, report, options)
 }
 
-/// What the kernel half is asked for.
+/// The configuration of the kernel half.
 fn request(args: &TraceArgs, filter: &Filter) -> Request {
     let mut params = Params::NONE;
     filter.to_kernel(&mut params);
@@ -180,14 +180,14 @@ fn request(args: &TraceArgs, filter: &Filter) -> Request {
     }
 }
 
-/// The recording of `--record`, if it is asked for, and what it begins with.
+/// With `--record`: the recording, and its first step.
 fn recorder(kernel: &KernelHalf, args: &TraceArgs) -> Result<Option<(Recorder, RecordedStep)>> {
     let Some(path) = &args.record else { return Ok(None) };
     let recorder = Recorder::create(path).with_context(|| format!("cannot create {}", path.display()))?;
     Ok(Some((recorder, beginning(kernel, args))))
 }
 
-/// What a recording begins with.
+/// The first step of a recording.
 fn beginning(kernel: &KernelHalf, args: &TraceArgs) -> RecordedStep {
     let arguments = std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned());
     RecordedStep::Start {
@@ -198,7 +198,8 @@ fn beginning(kernel: &KernelHalf, args: &TraceArgs) -> RecordedStep {
     }
 }
 
-/// The failure of a trace of some network namespaces where they cannot be told apart.
+/// The failure of a trace that is limited to network namespaces, on a kernel where the programs cannot
+/// distinguish them.
 fn no_namespaces() -> Failure {
     Failure {
         failed: "cannot trace some network namespaces and not others".to_owned(),
@@ -208,11 +209,11 @@ fn no_namespaces() -> Failure {
     }
 }
 
-/// Has the kernel half follow the processes that `--pid` names, and with `-- COMMAND` this process, whose
-/// only child the command will be. Returns the table of followed processes if there is a command.
+/// Makes the kernel half follow the processes of `--pid` and, with `-- COMMAND`, this process, whose only
+/// child will be the command. Returns the table of followed processes if there is a command.
 fn follow(kernel: &mut KernelHalf, filter: &Filter, command: &[OsString]) -> Result<Option<Followed>> {
     let mut followed = Followed::new(kernel)?;
-    // Elsewhere these are not the ids that the kernel half knows, and the user half alone decides.
+    // In another pid namespace, the kernel half does not know these ids, and the user half alone decides.
     if privilege::in_initial_pid_namespace() {
         for pid in filter.pids() {
             followed.add(*pid)?;
@@ -236,12 +237,12 @@ fn start_command(args: &TraceArgs) -> Result<Option<Child>> {
     child.map(Some).with_context(|| format!("cannot run {}", program.to_string_lossy()))
 }
 
-/// Sees that the other end of a pipe on the standard output is closed, though nothing is being written.
+/// Detects that the other end of a pipe on the standard output was closed, even while nothing is written.
 struct ReaderGone(Option<AsyncFd<OwnedFd>>);
 
 impl ReaderGone {
     fn watch() -> Self {
-        // A file cannot be polled, and needs not be.
+        // A file cannot be polled, and need not be.
         let stdout = io::stdout().as_fd().try_clone_to_owned();
         Self(stdout.and_then(|stdout| poll(stdout, Interest::ERROR)).ok())
     }

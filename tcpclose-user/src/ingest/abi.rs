@@ -3,8 +3,8 @@
 
 use tcpclose_common::record::syscall::{COMPAT, SOCKETCALL_SHIFT};
 
-/// The number in the native table of the system call that `number` stands for ([`RawTask::syscall`]). Only calls
-/// that mean something here are translated; others keep a number that the native table does not have.
+/// The number in the native table of the system call that `number` stands for ([`RawTask::syscall`]). Only
+/// calls that are relevant here are translated; others get a number that the native table does not have.
 ///
 /// [`RawTask::syscall`]: tcpclose_common::record::RawTask::syscall
 pub(super) fn native(number: i32) -> i64 {

@@ -1,7 +1,7 @@
 //! Bytes of a ring buffer → records, in terms of the domain ([`life`](super::life)).
 //!
-//! Sentinels, tags and byte orders end here. There is no `unsafe` and no panic: input is either a whole
-//! record of this layout or an error that says what was found.
+//! Sentinels, tags and byte orders end here. There is no `unsafe`, and no input causes a panic: it is either
+//! a whole record of this layout, or an error that says what was found.
 
 use std::{borrow::Cow, fmt, net::Ipv6Addr};
 
@@ -56,7 +56,7 @@ pub struct NewProcess {
     pub pid: u32,
     /// Process id in the pid namespace of tcpclose, if that is another one and the process is in it.
     pub local: Option<u32>,
-    /// Address of its `mm_struct`; 0 if it has given that up.
+    /// Address of its `mm_struct`; 0 if it has released it.
     pub mm: u64,
     /// The name of its main thread, padded with zeros; all zero if it could not be read.
     pub comm: [u8; 16],
@@ -71,7 +71,7 @@ pub enum DecodeError {
     Version(u16),
     /// Their tag is unknown.
     Tag(u16),
-    /// Their length is not that of their tag, or not the one in their header.
+    /// Their length does not match their tag, or the length in their header.
     Length {
         /// The tag.
         tag: u16,
@@ -142,8 +142,8 @@ pub fn decode(bytes: &[u8]) -> Result<Record<'_>, DecodeError> {
     })
 }
 
-/// A record that fills `bytes`, where it lies. One that is not aligned is copied: in a file, and where it
-/// reached over the end of the ring.
+/// The record that fills `bytes`, in place if it is aligned. It is copied if not, as in a file, or if it
+/// extended beyond the end of the ring.
 fn whole<T>(header: Header, bytes: &[u8]) -> Result<Cow<'_, T>, DecodeError>
 where
     T: FromBytes + KnownLayout + Immutable + Clone,
@@ -166,7 +166,8 @@ fn life(connection: &ConnectionRecord) -> Result<Life, DecodeError> {
         first_move::PEER => Some(Side::Peer),
         _ => None,
     };
-    // The jiffies were read with the sample: at the end, or, before it, when the RST went.
+    // The jiffies were read with the sample: at the end or, if it has not ended, when the RST was sent or
+    // received.
     let read_at = if ended { connection.ended } else { connection.reset.at };
     Ok(Life {
         id: SocketId { address: connection.sock, born: connection.born },
@@ -268,12 +269,12 @@ fn later_act(record: &ActRecord) -> Result<Record<'static>, DecodeError> {
 /// What waits to be sent on a socket that was inspected.
 fn send_queue(connection: &ConnectionRecord) -> Option<SendQueue> {
     let (unsent, unacknowledged) = (known(connection.unsent)?, known(connection.at_end.unacknowledged)?);
-    // Without the socket's lock the two may be of different moments.
+    // Without the socket's lock, the two may have been read at different moments.
     let in_flight = unacknowledged.saturating_sub(unsent);
     Some(SendQueue { unsent, in_flight, probes: known(connection.probes)? })
 }
 
-/// A task; `None` for process id 0, which stands for nobody.
+/// A task; `None` for process id 0, which stands for no task.
 fn task(task: &tcpclose_common::record::RawTask) -> Option<Task> {
     let act = if task.flags & task_flag::EXITING != 0 {
         // wait(2): the low seven bits are the signal. PF_SIGNALED is also set on the siblings of an
@@ -356,7 +357,7 @@ fn known(value: u32) -> Option<u32> {
     (value != UNKNOWN_U32).then_some(value)
 }
 
-/// The stack's bytes take the rest of the record, or a part of it.
+/// The bytes of the stack fill the rest of the record or a part of it.
 fn stack(header: Header, bytes: &[u8]) -> Result<Record<'_>, DecodeError> {
     let (found, expected) = (bytes.len(), usize::try_from(header.length).unwrap_or(usize::MAX));
     let wrong = DecodeError::Length { tag: header.tag, found, expected };
@@ -452,7 +453,7 @@ mod tests {
         let act = |flags, exit_code, syscall| {
             task(&RawTask { pid: 7, flags, exit_code, syscall, ..RawTask::NONE }).unwrap().act
         };
-        // What an exiting task slept in says nothing, and neither does PF_SIGNALED (0x400), which
+        // The system call in which an exiting task slept is meaningless, and so is PF_SIGNALED (0x400), which
         // exit_group() sets on the threads that it wakes.
         assert_eq!(act(task_flag::EXITING, 0x300, 202), Activity::Exit);
         assert_eq!(act(task_flag::EXITING | 0x400, 0x300, 202), Activity::Exit);

@@ -1,5 +1,4 @@
-//! From the ring buffer to the correlator: records are read, decoded into the domain model, and, with
-//! `--record`, kept.
+//! From the ring buffer to the correlator: records are read, and decoded into the domain model.
 
 mod abi;
 pub mod decode;

@@ -1,4 +1,5 @@
-//! Who ended a connection, how and why, from the facts of its life. Pure: no lookups, no state.
+//! Concludes who ended a connection, how and why, from the facts of its life. It is pure: it looks nothing
+//! up, and has no state.
 
 pub mod cause;
 mod data;
@@ -32,7 +33,7 @@ pub struct Verdict {
     pub cause: Option<Cause>,
 }
 
-/// Says who ended `life`, how and why.
+/// Concludes who ended `life`, how and why.
 pub fn of(life: &Life, reasons: &ResetReasons) -> Verdict {
     let ended = ended(life);
     let (trigger, signal) = trigger(life.own_actor());
@@ -61,8 +62,8 @@ fn ended(life: &Life) -> Option<Ended> {
             _ => None,
         },
         Some(libc::ETIMEDOUT) => Some(Ended::Timeout),
-        // Where the hook on received RSTs is missing, these errors show one. ECONNREFUSED may also come from
-        // an ICMP message.
+        // If the hook on received RSTs is missing, these errors show that one was received. ECONNREFUSED may
+        // also come from an ICMP message.
         Some(libc::ECONNRESET | libc::EPIPE) => Some(Ended::ResetReceived),
         // The timer that gives up reports the last ICMP error instead of ETIMEDOUT: tcp_write_err().
         Some(_) if life.sample.retransmits.is_some_and(|count| count > 0) => Some(Ended::Timeout),
@@ -142,7 +143,7 @@ mod tests {
         Life { first_move: Some(first), state: Some(from), ..life }
     }
 
-    /// A RST that the kernel sent of its own accord.
+    /// A RST that the kernel sent unprompted.
     fn sent(reason: u32, state: State, life: Life) -> Life {
         let reset = Rst { reason: Some(reason), state: Some(state), answer: false, ..RESET };
         Life { reset: Some(reset), ..life }
@@ -159,7 +160,7 @@ mod tests {
     }
 
     fn reasons() -> ResetReasons {
-        // As 6.12 to 7.1 number them.
+        // The numbers of 6.12 to 7.1.
         ResetReasons(
             [
                 (1, "NO_SOCKET"),
@@ -270,7 +271,7 @@ mod tests {
         }
     }
 
-    /// What the kernel gives up after `close()`, from the socket alone.
+    /// What the kernel abandons after `close()`, judged by the socket alone.
     #[test]
     fn orphans() {
         use State::{Closing, FinWait1, FinWait2, LastAck};
@@ -334,7 +335,7 @@ mod tests {
             (Some(State::Listen), 6, Cause::InvalidSegment),
             (Some(State::TimeWait), 9, Cause::Timewait),
             (Some(State::FinWait2), 8, Cause::DataAfterClose),
-            // A reason that this build has never heard of.
+            // A reason that this build does not know.
             (Some(State::Established), 77, Cause::InvalidSegment),
         ] {
             let reset = Rst { reason: Some(reason), state, ..RESET };

@@ -30,8 +30,9 @@ fn syscall(number: i64) -> Option<Trigger> {
         libc::SYS_io_uring_setup | libc::SYS_io_uring_enter => Trigger::IoUring,
         // connect(AF_UNSPEC) is not a way to close a descriptor; the cause reports it.
         libc::SYS_connect => return None,
-        // close() itself, or the call that dropped the last reference: a recv() whose descriptor another
-        // thread closed meanwhile, the close of a unix socket that carried this one.
+        // It is close() itself, or the call that dropped the last reference: a recv() whose descriptor
+        // another thread has closed meanwhile, or the close of a unix socket whose messages contained this
+        // one.
         _ => Trigger::Close,
     })
 }

@@ -48,7 +48,7 @@ pub fn argument_offsets(btf: &Btf<'_>) -> ArgumentOffsets {
     offsets
 }
 
-/// Which argument of `function` its programs would not find, as the end of a sentence; `None` if they find
+/// The argument of `function` that its programs cannot find, as the end of a sentence; `None` if they find
 /// all.
 pub fn missing(mut offsets: ArgumentOffsets, function: &str) -> Option<String> {
     let of_function = ROWS.iter().filter(|(_, name, _)| *name == function);

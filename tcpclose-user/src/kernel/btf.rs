@@ -1,8 +1,8 @@
 //! Reads BTF, the kernel's own description of its types: where members lie, what enumerators are called, how
 //! many arguments a tracepoint has. The format: <https://docs.kernel.org/bpf/btf.html>.
 //!
-//! No crate does: `btf` 0.5.1 needs 110 to 230 ms for a kernel's BTF, aya-obj 0.3 does not expose members,
-//! and `btf-rs` is LGPL. This reader takes 5 to 8 ms, and malformed input only ever yields an error.
+//! No crate is suitable: `btf` 0.5.1 needs 110 to 230 ms for a kernel's BTF, aya-obj 0.3 does not expose
+//! members, and `btf-rs` is LGPL. This reader takes 5 to 8 ms, and malformed input always yields an error.
 
 use std::collections::{BTreeMap, HashMap};
 use std::{fmt, fs};
@@ -22,7 +22,7 @@ pub fn running_kernel() -> Result<Vec<u8>> {
     })
 }
 
-/// Size of a pointer in bytes, which BTF does not say. The kernels that tcpclose runs on are all 64-bit.
+/// Size of a pointer in bytes, which BTF does not contain. The kernels that tcpclose runs on are all 64-bit.
 const POINTER_SIZE: u64 = 8;
 /// The longest name in bytes; the kernel allows no more (`KSYM_NAME_LEN`). Without a limit, a string section
 /// without a NUL would be searched to its end for every name.
@@ -32,8 +32,8 @@ const MAX_NAME: usize = 511;
 /// (`MAX_RESOLVE_DEPTH`).
 const MAX_DEPTH: usize = 32;
 /// How many members one lookup may visit; the largest kernel struct has a few hundred. Without this limit, a
-/// lookup in a struct whose anonymous members are the struct itself would hardly ever end, in spite of the
-/// limited depth.
+/// lookup in a struct whose anonymous members are the struct itself would take practically forever, in spite
+/// of the limited depth.
 const MAX_MEMBERS: u32 = 10_000;
 /// How many types of the same name a lookup considers.
 const MAX_NAMESAKES: usize = 16;
@@ -86,7 +86,7 @@ pub struct MemberLocation {
 pub enum Absent {
     /// This kernel has no struct or union of that name.
     NoType,
-    /// The type is there, the member is not.
+    /// The kernel has the type, but not the member.
     NoMember,
     /// The member is a bit field that does not begin and end at a byte.
     BitField,
@@ -139,7 +139,7 @@ impl<'a> Btf<'a> {
     /// Indexes raw BTF such as the bytes of [`VMLINUX`].
     ///
     /// # Errors
-    /// Says where the bytes stop being BTF.
+    /// The bytes are not valid BTF; the error says where.
     pub fn parse(bytes: &'a [u8]) -> Result<Self> {
         let magic = bytes.first_chunk().context("BTF is shorter than its magic number")?;
         match magic {
@@ -352,7 +352,7 @@ impl<'a> Btf<'a> {
         end.map_or(&[], |end| &rest[..end])
     }
 
-    /// Type `id` without the typedefs and qualifiers around it.
+    /// Type `id`, without the typedefs and qualifiers around it.
     fn resolve(&self, mut id: u32) -> Option<TypeRecord<'a>> {
         for _ in 0..MAX_DEPTH {
             let ty = self.get(id)?;
@@ -448,8 +448,9 @@ impl TypeRecord<'_> {
     }
 }
 
-/// The kind of a type and the number of its elements. In Linux 7.2 both fields took over the unused bits next
-/// to them, which are zero before: `BTF_INFO_KIND` and `BTF_INFO_VLEN` of `include/uapi/linux/btf.h`.
+/// The kind of a type and the number of its elements. In Linux 7.2 both fields were extended into the unused
+/// bits next to them, which are zero before: `BTF_INFO_KIND` and `BTF_INFO_VLEN` of
+/// `include/uapi/linux/btf.h`.
 fn kind_and_count(info: u32) -> (u8, usize) {
     ((info >> 24 & 0x7f) as u8, index(info & 0x00ff_ffff))
 }
@@ -553,7 +554,7 @@ mod tests {
         Btf::parse(bytes).unwrap_err().to_string()
     }
 
-    /// Everything that is ever asked, on bytes that may be anything.
+    /// Every lookup that tcpclose makes, on arbitrary bytes.
     fn ask_everything(bytes: &[u8]) {
         if TypeFacts::parse(bytes).is_ok() {
             let btf = Btf::parse(bytes).unwrap();
@@ -773,7 +774,7 @@ mod tests {
             let (_, good) = FIXTURES[round % FIXTURES.len()];
             let mut bytes = good.to_vec();
             for _ in 0..=random(8) {
-                // Half of them in the types, where they do the most harm.
+                // Half of them are in the types, where they do the most harm.
                 let at = if random(2) == 0 { random(bytes.len()) } else { 24 + random(1200) };
                 bytes[at] = u8::try_from(random(256)).unwrap();
             }

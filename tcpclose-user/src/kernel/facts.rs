@@ -1,18 +1,18 @@
-//! The table of facts: the fields of the output that depend on something other than a hook, and what that is.
-//! Fields that depend on hooks are in [`crate::kernel::hooks`].
+//! The table of facts: the fields of the output that do not depend on a hook, and what each of them depends
+//! on. Fields that depend on hooks are in [`crate::kernel::hooks`].
 
 use tcpclose_common::offsets::{ABSENT, StructOffsets};
 
-/// A field of the output that is null, for some events or for all, where its source is missing.
+/// A field of the output that is null, for some events or for all, if its source is missing.
 #[derive(Debug)]
 pub struct Fact {
     /// Its name; `outer.inner` for a field of an object.
     pub field: &'static str,
-    /// Where it comes from.
+    /// Its source.
     pub source: FactSource,
 }
 
-/// Where a fact comes from.
+/// The source of a fact.
 #[derive(Clone, Copy, Debug)]
 pub enum FactSource {
     /// Members of kernel structs, by their names in [`StructOffsets`].
@@ -94,7 +94,7 @@ impl FactSource {
         }
     }
 
-    /// What to do where it is missing.
+    /// What to do if it is missing.
     pub fn fix(self) -> &'static str {
         match self {
             Self::Members(_) | Self::Registers(_) => {
@@ -119,8 +119,8 @@ impl FactSource {
         };
         let if_not = |there: Option<bool>, why: &str| (there == Some(false)).then(|| why.to_owned());
         match self {
-            // The helper gives the registers. The offset of the system call's number in them still comes from
-            // BTF.
+            // The helper returns the registers. The offset of the system call's number in them still comes
+            // from BTF.
             Self::Registers([number, ..]) if here.registers_helper == Some(true) => lacks(&[number]),
             Self::Members(members) | Self::Registers(members) => lacks(members),
             Self::CookieHelper => if_not(here.cookie_helper, "the kernel does not let programs read it"),

@@ -1,5 +1,5 @@
 //! Reads the `format` files of tracefs, which describe the layout of a tracepoint's record. Layouts differ
-//! between kernels, and distributions backport changes, so the kernel's version says nothing about them.
+//! between kernels, and distributions backport changes, so they cannot be derived from the kernel's version.
 
 use std::collections::BTreeMap;
 
@@ -50,8 +50,8 @@ impl TracepointFormat {
         Ok(Self { fields, print })
     }
 
-    /// The field of that name, if it has that size: a field of another size is not what its reader takes it
-    /// for.
+    /// The field of that name, if it has that size: a field of another size has another meaning than its
+    /// reader expects.
     pub fn field(&self, name: &str, size: u32) -> Option<&Field> {
         self.fields.iter().find(|field| field.name == name && field.size == size)
     }

@@ -1,11 +1,11 @@
 //! The table of hooks: each hook with its variants, and what is lost without it. The loader attaches what is
-//! in this table, and `tcpclose doctor` and docs/kernels.md are made from it. Hooks are described nowhere
-//! else.
+//! in this table, and `tcpclose doctor` and docs/kernels.md are made from it. Hooks are not described
+//! anywhere else.
 
 /// A hook: one thing to observe, in one of several ways.
 #[derive(Debug)]
 pub struct Hook {
-    /// The tracepoint as perf writes it, or a word for what the variants have in common.
+    /// The tracepoint as perf writes it, or a name for what the variants have in common.
     pub name: &'static str,
     /// The ways to observe it, the best first. The first one that the options permit and the kernel allows is
     /// used.
@@ -168,7 +168,7 @@ const fn classic(
 }
 
 /// Every hook, in the order in which they are attached. The hook that starts tracking a connection comes
-/// last, so that those that end it are in place by then.
+/// last, so that the hooks on its end are attached by then.
 pub static HOOKS: &[Hook] = &[
     Hook {
         name: "tcp:tcp_destroy_sock",
@@ -314,8 +314,8 @@ pub static HOOKS: &[Hook] = &[
     Hook {
         name: "sock:inet_sock_set_state",
         variants: &[
-            // The second program handles events that occur while the first one runs on the same CPU; it is
-            // attached after it.
+            // The second program is attached after the first one, and handles events that occur while the
+            // first one runs on the same CPU.
             typed(
                 &[
                     ("set_state", "sock:inet_sock_set_state"),

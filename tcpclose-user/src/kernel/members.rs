@@ -1,4 +1,4 @@
-//! Generates `fixtures/btf/members.c`, the C program by which bpftool knows what of a kernel's BTF the
+//! Generates `fixtures/btf/members.c`, the C program that tells bpftool which parts of a kernel's BTF the
 //! fixtures keep.
 
 use std::{collections::BTreeMap, env, fmt::Write as _, fs, path::Path};
@@ -8,7 +8,7 @@ use super::offsets::{Shape, members};
 /// A bit field, for the test `other_sizes_are_missing`.
 const BIT_FIELD: &str = "sock.sk_kern_sock";
 
-/// What is needed besides members: sizes of types, the tracepoints' prototypes, and the reasons for a RST.
+/// Needed besides members: sizes of types, the tracepoints' prototypes, and the reasons for a RST.
 const DECLARATIONS: &str = "\
 enum sk_rst_reason { SK_RST_REASON_NOT_SPECIFIED };
 union thread_union { unsigned long stack[1]; };
@@ -39,8 +39,8 @@ enum TypeTree {
     Bit,
 }
 
-/// The program. Its types are cut down to the members that are looked up; relocation goes by names, and by
-/// the kinds of types, not by sizes.
+/// The program. Its types are reduced to the members that are looked up; relocation matches names and kinds
+/// of types, not sizes.
 fn members_c() -> String {
     let mut types = BTreeMap::new();
     for member in members() {

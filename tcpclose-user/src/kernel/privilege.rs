@@ -6,7 +6,7 @@ use caps::{CapSet, Capability};
 
 use crate::failure::Failure;
 
-/// A capability (`capabilities(7)`) that tcpclose makes use of.
+/// A capability (`capabilities(7)`) that tcpclose uses.
 #[derive(Debug)]
 pub struct Privilege {
     /// The capability.
@@ -30,8 +30,7 @@ pub enum CapabilityNeed {
     Minor,
 }
 
-/// The capabilities that tcpclose makes use of. `CAP_SYS_ADMIN` includes the first two, as it does in the
-/// kernel.
+/// The capabilities that tcpclose uses. `CAP_SYS_ADMIN` includes the first two, as it does in the kernel.
 pub const PRIVILEGES: &[Privilege] = &[
     Privilege {
         capability: Capability::CAP_BPF,
@@ -96,7 +95,7 @@ impl Privilege {
 /// Makes every permitted capability effective.
 ///
 /// The binary in a container image has capabilities that are permitted and not effective, because the kernel
-/// refuses to execute a file with effective ones where the container lacks one of them.
+/// refuses to execute a file with effective capabilities if the container lacks one of them.
 pub fn raise() {
     if let Ok(permitted) = caps::read(None, CapSet::Permitted) {
         // If it fails, `check` names what is missing.

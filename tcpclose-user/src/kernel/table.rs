@@ -1,4 +1,4 @@
-//! The kernel half's table of live sockets (`table.rs` there), as it is at the moment.
+//! The kernel half's table of live sockets (`table.rs` there), in its current state.
 
 use std::os::fd::{AsFd as _, AsRawFd as _};
 
@@ -22,7 +22,7 @@ pub struct ConnectionTable {
 }
 
 impl ConnectionTable {
-    /// Takes the maps out of the object.
+    /// Takes the maps from the object.
     ///
     /// # Errors
     /// The object has no such maps, or the buckets cannot be mapped.
@@ -59,9 +59,9 @@ impl ConnectionTable {
             || self.overflow.iter().flatten().any(|(_, entry)| is_wanted(&entry))
     }
 
-    /// The address of each socket in a teardown state, and when it came into the first one: nanoseconds of
+    /// The address of each socket in a teardown state, and when it entered the first one: nanoseconds of
     /// `CLOCK_BOOTTIME`, or [`BEFORE_TRACE`](tcpclose_common::table::BEFORE_TRACE). A socket may appear
-    /// twice: a walk through a hash map restarts where the key that it had reached is gone.
+    /// twice: a walk through a hash map restarts if the key that it had reached was removed.
     pub fn teardowns(&self) -> impl Iterator<Item = (u64, u64)> {
         let of_table = self.ways().filter(|way| way.since != 0 && way.address != 0);
         of_table.map(|way| (way.address, way.since)).chain(self.overflow_teardowns.iter().flatten())
@@ -85,7 +85,7 @@ impl ConnectionTable {
     }
 }
 
-/// A way of a bucket.
+/// A socket's place in a bucket.
 struct Way {
     /// Number of its entry.
     entry: u32,

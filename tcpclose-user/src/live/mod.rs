@@ -1,5 +1,5 @@
-//! Feeds the pipeline from the loaded kernel half: reads the ring, has descriptors searched and sockets
-//! inspected, counts what is lost, and keeps all of it with `--record`.
+//! Feeds the pipeline from the loaded kernel half: reads the ring, starts searches of descriptors and
+//! inspections of sockets, counts losses and, with `--record`, records all of it.
 
 use std::{
     sync::{Arc, Mutex},
@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result};
 
 use crate::{attribute::Attributor, cli::Linger, compose::Composer, correlate::Correlator, event::{Event, Lingering, millis}, host::Running, ingest::{decode::{Record, decode}, life::Life, reader::{GATHER, Records}}, kernel::{clock::Clock, followed::Followed, handle::KernelHalf, privilege}, live::watch, metrics::{self, Metrics}, pace::Pace, pipeline::{Pipeline, StuckPhase}, processes::{Processes, signals::Signals}, recording::{Recorder, RecordedStep}, report::{Going, Report, StackCounts}, sink::losses::{Losses, UserLosses}, stacks::{Stacks, interpreters::Interpreters, recipes::RecipeMaps, store::Store}, stuck::{self, Descriptor, Found, FoundBy, StuckSockets, older::Orphan}};
 
-/// What a trace is to do, beyond what the kernel half was asked for when it was loaded.
+/// The options of a trace, apart from those with which the kernel half was loaded.
 pub struct Options {
     /// The age from which sockets in a teardown state are reported.
     pub linger: Linger,
@@ -18,13 +18,13 @@ pub struct Options {
     pub connections: u32,
     /// With `-- COMMAND`: its processes.
     pub followed: Option<Followed>,
-    /// Whether threads give up what they do not need.
+    /// Whether threads give up the privileges that they do not need.
     pub sandbox: bool,
-    /// With `--record`, and what the recording begins with.
+    /// With `--record`: the recording, and its first step.
     pub recorder: Option<(Recorder, RecordedStep)>,
 }
 
-/// How often the ring is read while descriptors are looked through.
+/// How often the ring is read during a search of descriptors.
 const SEARCH_STEP: Duration = Duration::from_millis(10);
 
 /// A trace that runs.
@@ -47,7 +47,7 @@ pub struct Live {
 
 impl Live {
     /// Takes the maps that it needs, begins to watch for new processes, and finds the open sockets that are
-    /// older than the trace. Must be called in a tokio runtime.
+    /// older than the trace. It must be called in a tokio runtime.
     ///
     /// # Errors
     /// The object lacks a map, a thread cannot be started, or the recording cannot be written.
@@ -101,7 +101,7 @@ impl Live {
         self.kernel.logger()
     }
 
-    /// Counts for `--metrics` from now on, and returns what is counted.
+    /// Begins to count for `--metrics`, and returns the metrics.
     pub fn serve_metrics(&mut self) -> metrics::SharedMetrics {
         let metrics = Arc::new(Mutex::new(Metrics::new(self.kernel.programs())));
         self.pipeline.report.count_in(Arc::clone(&metrics));
@@ -116,7 +116,7 @@ impl Live {
         self.ring.ready().await
     }
 
-    /// Asks which sockets were stuck before the trace. Call it once the trace is ready.
+    /// Starts to look for sockets that were stuck before the trace. Call it once the trace is ready.
     ///
     /// # Errors
     /// A thread cannot be started.
@@ -155,8 +155,8 @@ impl Live {
                 self.keep(|| RecordedStep::Searched(arrivals))?;
                 self.pipeline.correlator.searched(arrivals);
             }
-            // On a busy host a search may have waited long for a CPU. What has arrived meanwhile waits from now
-            // on for the next one.
+            // On a busy host, the search may have waited long for a CPU. For endings that have arrived
+            // meanwhile, the wait for an owner begins now.
             now = Clock::boot_now();
             if self.drain()? == Going::Done {
                 return Ok(Going::Done);
@@ -183,7 +183,7 @@ impl Live {
         self.flush()
     }
 
-    /// Looks through all descriptors, and reads the ring until that is done. Endings that need no owner are
+    /// Searches all descriptors, and reads the ring until that is done. Endings that need no owner are
     /// reported meanwhile.
     fn search_descriptors(&mut self) -> Result<Going> {
         let Some(search) = self.kernel.start_search() else { return Ok(Going::On) };
@@ -208,8 +208,8 @@ impl Live {
 
     /// Reads the ring to its end.
     fn drain(&mut self) -> Result<Going> {
-        // Each time, because what the inventory and the inspections write clears the request, and would be
-        // the only thing to wake the reader.
+        // The wake-up is requested each time, because records of the inventory and of inspections clear the
+        // request, and no later record would wake the reader.
         self.ring.request_wakeup()?;
         while let Some(bytes) = self.ring.next_record() {
             let record = match decode(bytes) {
@@ -227,7 +227,7 @@ impl Live {
                 }
                 Record::Stack(copy, stack) => {
                     self.pipeline.host.stack_copied(&copy, stack);
-                    // A recording holds the named frames instead.
+                    // A recording contains the named frames instead.
                     continue;
                 }
                 Record::Stuck(life) => {
@@ -248,7 +248,7 @@ impl Live {
         Ok(Going::On)
     }
 
-    /// Takes in a socket that was inspected.
+    /// Handles a socket that was inspected.
     fn inspected(&mut self, life: Box<Life>, record: &[u8]) -> Result<()> {
         let at = Clock::boot_now();
         let age = self.stuck.inspected(&life, at);
@@ -299,11 +299,11 @@ impl Live {
     /// Inspects sockets in a teardown state and reports those that are stuck.
     fn inspect(&mut self, addresses: &[u64], when: StuckPhase) -> Result<Going> {
         for addresses in addresses.chunks(stuck::BATCH) {
-            // Earlier records must not fill the ring.
+            // The ring must not be full of earlier records.
             if self.drain()? == Going::Done {
                 return Ok(Going::Done);
             }
-            // Results left over from a failed inspection are out of date.
+            // Results that are left from a failed inspection are out of date.
             self.pipeline.found = Found::default();
             let pass = self.stuck.begin()?;
             if !addresses.iter().all(|address| self.kernel.inspect(*address, pass)) {
@@ -330,7 +330,7 @@ impl Live {
             return self.search_descriptors();
         }
         if !privilege::in_initial_pid_namespace() {
-            // The ids in `/proc` are others than those of the kernel half.
+            // The ids in `/proc` are not those of the kernel half.
             return Ok(Going::On);
         }
         for (id, fd, holder) in self.pipeline.found.look_up_holders() {
@@ -361,8 +361,8 @@ impl Live {
         self.pipeline.report.new_findings()
     }
 
-    /// Reads what is left in the ring and reports what was held back, what all events together show, and what
-    /// is complete only now; sockets that are still stuck go to the summary.
+    /// Reads the rest of the ring, and reports what was held back, the findings, and output that is complete
+    /// only at the end. Sockets that are still stuck are counted in the summary.
     ///
     /// # Errors
     /// Those of [`Self::read`], and the flame graph cannot be written.
@@ -385,7 +385,7 @@ impl Live {
             return Ok(());
         }
         while self.read()? == Going::On && self.pipeline.correlator.is_waiting() {
-            // What is held back is reported with the second read.
+            // Endings that are held back are reported with the second read.
             std::thread::sleep(GATHER / 10);
         }
         Ok(())

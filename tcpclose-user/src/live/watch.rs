@@ -1,4 +1,4 @@
-//! Reads what is needed of a process as soon as the kernel half first sees it.
+//! Reads the facts about a process as soon as the kernel half reports it for the first time.
 //!
 //! This runs in a thread of its own: a command such as curl exits a millisecond after it has closed its
 //! socket, and the main loop may need longer than that to symbolize the stack of another one.
@@ -38,7 +38,7 @@ pub fn undecodable() -> u64 {
     UNDECODABLE.load(Ordering::Relaxed)
 }
 
-/// Starts the thread, which gives up what it does not need if it is to `restrict` itself. It runs until this
+/// Starts the thread. With `restrict`, it gives up the privileges that it does not need. It runs until this
 /// process exits.
 ///
 /// # Errors
@@ -78,7 +78,7 @@ pub fn start(
 /// lost more often.
 fn hurry() {
     let priority = libc::sched_param { sched_priority: 1 };
-    // SAFETY: the call reads one structure, which is there; 0 is the calling thread.
+    // SAFETY: the call reads one structure, which is valid; 0 is the calling thread.
     if unsafe { libc::sched_setscheduler(0, libc::SCHED_RR, &raw const priority) } != 0 {
         log::debug!("cannot raise a thread's priority: {}", io::Error::last_os_error());
     }

@@ -29,13 +29,13 @@ pub struct ProcfsHolder {
 }
 
 impl ProcfsHolder {
-    /// Its process id in the initial pid namespace; `None` where `/proc` shows those of another one.
+    /// Its process id in the initial pid namespace; `None` if `/proc` shows the ids of another one.
     pub fn host_pid(&self) -> Option<u32> {
         privilege::in_initial_pid_namespace().then_some(self.pid)
     }
 
     /// Replaces `owner`, another holder of the same socket, if this one started earlier. Processes are listed
-    /// by id, which does not tell their age.
+    /// by id, which does not show their age.
     pub fn replace_if_older(self: &Arc<Self>, owner: &mut Arc<Self>) {
         if self.started < owner.started {
             *owner = Arc::clone(self);
@@ -69,7 +69,7 @@ pub fn walk(mut socket: impl FnMut(&mut Listed, u32, u64)) -> usize {
         let descriptors = match process.fd() {
             Ok(descriptors) => descriptors,
             Err(error) => {
-                // On any other error the process has exited meanwhile.
+                // Any other error means that the process has exited meanwhile.
                 refused += usize::from(matches!(error, ProcError::PermissionDenied(_)));
                 continue;
             }
@@ -117,7 +117,7 @@ impl Holders {
         inodes.iter().map(|inode| self.by_inode.contains_key(inode)).collect()
     }
 
-    /// The holder of a socket that was looked for, and found.
+    /// The holder of a socket, if [`find`](Self::find) has found it.
     pub fn of(&self, inode: u64) -> Option<Arc<ProcfsHolder>> {
         if inode == 0 { None } else { self.by_inode.get(&inode).cloned() }
     }

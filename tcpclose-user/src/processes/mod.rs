@@ -1,7 +1,8 @@
-//! What is known of processes, including those that have exited.
+//! What is known about processes, including those that have exited.
 //!
-//! A short-lived program has exited before the close of its connection is reported. What will be needed of
-//! its `/proc/PID` is therefore copied as soon as it first touches a socket: see [`Processes::notice`].
+//! A short-lived program has exited before the close of its connection is reported. The facts in its
+//! `/proc/PID` that will be needed are therefore copied as soon as it first touches a socket: see
+//! [`Processes::notice`].
 
 pub mod beneath;
 pub mod container;
@@ -26,15 +27,15 @@ use self::{
 };
 use crate::{kernel::privilege, pace::Pace};
 
-/// How many program images are kept.
+/// The number of program images that are kept.
 const MAX_IMAGES: usize = 4096;
 
-/// How many mappings these may have in all. They take most of the memory, about 64 bytes each.
+/// The number of mappings of all these images together. They take most of the memory, about 64 bytes each.
 const MAX_MAPPINGS: usize = 1 << 20;
 
-/// Shortest time after which a process's name is read again, and its mappings because a stack has an address
-/// outside them. Such addresses are common: following frame pointers through code that keeps none yields
-/// arbitrary numbers.
+/// The shortest time between two reads of a process's name, and between two reads of its mappings because a
+/// stack has an address outside them. Such addresses are common: following frame pointers through code that
+/// keeps none yields arbitrary addresses.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// How long files stay open for a process that has exited.
@@ -57,7 +58,7 @@ pub enum LocalPid {
 }
 
 impl LocalPid {
-    /// The id here of the process with this id in the initial pid namespace.
+    /// The id in tcpclose's namespace of the process with this id in the initial pid namespace.
     pub fn of(self, pid: u32) -> Option<u32> {
         match self {
             Self::Same => Some(pid),
@@ -89,7 +90,7 @@ pub struct Image {
     pub uid: Option<u32>,
     /// Executable mappings in the order of addresses.
     pub mappings: Vec<Mapping>,
-    /// The perf map, for when the process has ended.
+    /// The perf map, which is needed when the process has ended.
     pub perf_map: LeftBehind,
 }
 
@@ -131,7 +132,8 @@ impl Image {
         self.mappings.iter().filter(is_lasting).all(is_there)
     }
 
-    /// Whether the same is mapped in the same places, apart from what could not be identified.
+    /// Whether both have the same mappings at the same addresses, apart from files that could not be
+    /// identified.
     fn has_mappings_of(&self, other: &Self) -> bool {
         let of = |image: &Self| -> Vec<_> {
             let place = |it: &Mapping| (it.start, it.end, it.offset, it.backing.identity());
@@ -194,13 +196,13 @@ pub struct Processes {
 }
 
 impl Processes {
-    /// Knows none yet.
+    /// Makes an empty collection.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// For the ids that the kernel half reports, those of the initial pid namespace. In any other one `/proc`
-    /// has other ids, which [`notice_as`](Self::notice_as) learns.
+    /// Makes an empty collection for the ids that the kernel half reports, which are those of the initial pid
+    /// namespace. In any other namespace, `/proc` has other ids, which [`notice_as`](Self::notice_as) adds.
     pub fn of_kernel_half() -> Self {
         let local_pids = (!privilege::in_initial_pid_namespace()).then(HashMap::new);
         Self { local_pids, ..Self::default() }
@@ -230,14 +232,14 @@ impl Processes {
         }
     }
 
-    /// Copies what will be needed of a process. Call it when the process first touches a socket, and again
-    /// after exec, with the `mm` that the kernel half reported: a later read would find the next program, or
-    /// nothing.
+    /// Copies the facts about a process that will be needed. Call it when the process first touches a socket,
+    /// and again after exec, with the `mm` that the kernel half reported: a later read would find the next
+    /// program, or nothing.
     pub fn notice(&mut self, pid: u32, mm: u64, comm: Option<String>) {
         let mut image = self.take(pid, mm);
-        // What the kernel half read is this image's in any case.
+        // The name that the kernel half has read is this image's in any case.
         image.comm = comm.or(image.comm);
-        // A second notice that came too late.
+        // This is a second notice, and it came too late.
         if image.started.is_none() && self.images.contains_key(&(pid, mm)) {
             return;
         }
@@ -259,8 +261,8 @@ impl Processes {
         Some(entry.image.clone())
     }
 
-    /// The name of the program that [`image`](Self::image) is, read again unless that was done within the
-    /// last second.
+    /// The name of the program of [`image`](Self::image), read again unless that was done within the last
+    /// second.
     pub fn comm(&mut self, pid: u32, mm: u64, now: Instant) -> Option<String> {
         let image = self.image(pid, mm)?;
         let key = self.key(pid, mm);
@@ -359,7 +361,7 @@ impl Processes {
         }
     }
 
-    /// A number that is another one whenever something has changed that [`image`](Self::image) returns.
+    /// A number that changes whenever the results of [`image`](Self::image) have changed.
     pub fn version(&self) -> Arc<AtomicU64> {
         Arc::clone(&self.version)
     }
@@ -415,7 +417,7 @@ fn take(modules: &mut Modules, pid: u32, mm: u64) -> Image {
     for _ in 0..3 {
         let Some(before) = exe(pid) else { break };
         let image = read(modules, pid, mm, &before);
-        // If it exited meanwhile, all that was read was its own.
+        // If it has exited meanwhile, everything that was read belonged to it.
         if exe(pid).is_none_or(|after| after == before) {
             return image;
         }
@@ -423,7 +425,7 @@ fn take(modules: &mut Modules, pid: u32, mm: u64) -> Image {
     Image { pid, mm, started: started(pid), ..Image::default() }
 }
 
-/// Reads first what a process loses first when it exits: its memory, which may be gone within a tenth of a
+/// The memory is read first, because an exiting process loses it first, sometimes within a tenth of a
 /// millisecond.
 fn read(modules: &mut Modules, pid: u32, mm: u64, exe: &[u8]) -> Image {
     let text = |name: &str| fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
@@ -472,7 +474,7 @@ fn started_in(stat: &[u8]) -> Option<u64> {
     // The thread's name is in parentheses, and may contain parentheses and spaces itself.
     let name_end = stat.iter().rposition(|byte| *byte == b')')?;
     let mut fields = str::from_utf8(stat.get(name_end + 1..)?).ok()?.split_ascii_whitespace();
-    // The third field of the line; below, the twenty-second.
+    // This is the third field of the line; the one below is the twenty-second.
     let state = fields.next()?;
     if matches!(state, "Z" | "X" | "x") {
         return None;
@@ -486,8 +488,8 @@ fn status_field(status: &str, name: &str) -> Option<Vec<u32>> {
     numbers.split_ascii_whitespace().map(|number| number.parse().ok()).collect()
 }
 
-/// Locks the known processes. A thread that panicked while it held the lock has left at worst an image that
-/// was read halfway.
+/// Locks the known processes. A thread that panicked while it held the lock has at worst left an incomplete
+/// image.
 pub fn lock(processes: &Mutex<Processes>) -> MutexGuard<'_, Processes> {
     processes.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -512,7 +514,7 @@ mod tests {
             let mut child =
                 Command::new(program).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
             let mut stdin = child.stdin.take().unwrap();
-            // Once it answers, exec is over and its libraries are loaded.
+            // Once it answers, exec has finished and its libraries are loaded.
             std::io::Write::write_all(&mut stdin, b"!").unwrap();
             child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
             Self { child, stdin: Some(stdin) }
@@ -585,7 +587,7 @@ mod tests {
         assert!(image.exe.as_deref().is_some_and(|exe| exe.starts_with('/')), "{image:?}");
         assert!(image.mappings.len() > 1);
         assert!(!image.is_running());
-        // Without an address space, which an exiting process has given up, the latest image is meant.
+        // An exiting process has no address space any more, so its latest image is meant.
         assert!(Arc::ptr_eq(&image, &processes.image(pid, 0).unwrap()));
         // There is no other image of a process that has exited.
         assert!(processes.image(pid, 2).is_none());

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use crate::event::Event;
 use crate::sink::{Sink, serializer};
 
-/// How many bytes gather before they are written. A burst of events then costs few system calls.
+/// The number of bytes that gather before they are written, so that a burst of events costs few system calls.
 const GATHERED: usize = 256 << 10;
 
 /// Writes one JSON object a line.
@@ -25,7 +25,7 @@ impl<W: Write> JsonSink<W> {
 
     fn write_lines(&mut self) -> io::Result<()> {
         let result = self.writer.write_all(&self.lines);
-        // After an error it is not known what was written; the same bytes must not be written again.
+        // After an error, it is not known how much was written, and no byte may be written twice.
         self.lines.clear();
         result
     }

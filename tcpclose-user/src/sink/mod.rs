@@ -1,4 +1,4 @@
-//! Where events go: text for people, JSON lines for programs.
+//! The outputs of events: text for people, JSON lines and other formats for programs.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
@@ -35,7 +35,8 @@ pub enum Format {
 }
 
 impl Palette {
-    /// For the standard output: colours on a terminal, unless variables such as `NO_COLOR` disable them.
+    /// The palette for the standard output: colours on a terminal, unless variables such as `NO_COLOR`
+    /// disable them.
     pub fn of_stdout() -> Self {
         match AutoStream::choice(&io::stdout()) {
             ColorChoice::Never => Self::PLAIN,
@@ -48,15 +49,15 @@ impl Palette {
 pub trait Sink {
     /// Writes one event. It may stay in a buffer until [`Sink::flush`].
     fn write(&mut self, event: &Event) -> io::Result<()>;
-    /// Hands on all that was written.
+    /// Passes on everything that was written.
     fn flush(&mut self) -> io::Result<()>;
-    /// Writes what is complete only at the end, and hands on all that was written. To be called once.
+    /// Writes what is complete only at the end, and flushes the sink. To be called once.
     fn finish(&mut self) -> io::Result<()> {
         self.flush()
     }
 }
 
-/// Where only the summary is wanted.
+/// A sink for traces of which only the summary is wanted.
 struct Nowhere;
 
 impl Sink for Nowhere {
@@ -69,20 +70,20 @@ impl Sink for Nowhere {
     }
 }
 
-/// Whether there is still somebody who reads.
+/// Whether the output still has a reader.
 #[must_use]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Written {
-    /// There is, as far as is known.
+    /// It has, as far as is known.
     Yes,
-    /// The other end of the pipe is closed: nothing that is written from now on arrives.
+    /// The other end of the pipe is closed, so nothing that is written from now on is read.
     ReaderGone,
 }
 
 /// Numbers the lines and writes them.
 pub struct Output {
     sink: Box<dyn Sink + Send>,
-    /// Whether the findings at the end are lines among the others.
+    /// Whether findings are written as lines among the others.
     pub(crate) takes_findings: bool,
     lines: u64,
     /// Lines that are in the sink's buffer.
@@ -118,8 +119,8 @@ impl Output {
     /// it.
     pub fn stdout(format: Format, details: bool) -> Self {
         let palette = Palette::of_stdout();
-        // A descriptor of its own where there is one to be had: `Stdout` looks for the last newline of what
-        // it is given, and writes the rest apart.
+        // A duplicate of the descriptor, if possible: `Stdout` searches its input for the last newline, and
+        // writes the rest separately.
         match io::stdout().as_fd().try_clone_to_owned() {
             Ok(stdout) => Self::to(format, File::from(stdout), palette, details),
             Err(_) => Self::to(format, io::stdout(), palette, details),
@@ -149,13 +150,13 @@ impl Output {
         Ok(written)
     }
 
-    /// Hands on all that was written. To be called whenever there is nothing left to read.
+    /// Flushes the sink. To be called whenever there is nothing left to read.
     pub fn flush(&mut self) -> io::Result<Written> {
         let result = if self.reader_gone { Ok(()) } else { self.sink.flush() };
         self.handed_on(result)
     }
 
-    /// Writes what is complete only at the end, and hands on all that was written. To be called once.
+    /// Writes what is complete only at the end, and flushes the sink. To be called once.
     pub fn finish(&mut self) -> io::Result<Written> {
         let result = if self.reader_gone { Ok(()) } else { self.sink.finish() };
         self.handed_on(result)
@@ -207,7 +208,7 @@ mod tests {
 
     use crate::{event::examples, sink::{Format, Output, Palette, Written}};
 
-    /// What was written, and the error that the next write meets.
+    /// The bytes that were written, and the error that the next write returns.
     #[derive(Clone, Default)]
     struct Pipe {
         bytes: Arc<Mutex<Vec<u8>>>,

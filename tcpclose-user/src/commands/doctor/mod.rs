@@ -245,12 +245,13 @@ fn rehearsed(hook: &'static Hook, loaded: &KernelHalf) -> HookFinding {
     }
 }
 
-/// Whether a variant is used without an option of its own. `-- COMMAND` brings its hooks along.
+/// Whether a variant is used without an option of its own. `-- COMMAND` needs no further option for its
+/// hooks.
 fn by_default(hook: &Hook, variant: &Variant) -> bool {
     hook.need != HookNeed::Extra || variant.when.option().is_none()
 }
 
-/// What is known of a hook without attaching it.
+/// What is known about a hook without attaching it.
 fn untried(hook: &'static Hook, types: Option<&Btf<'_>>) -> HookFinding {
     let variants =
         hook.variants.iter().map(|variant| finding(variant, Tried::Untried, Some(outlook(variant, types))));

@@ -1,5 +1,5 @@
-//! The pages of findings, in the form of the others. Two findings have the name of the cause that they are
-//! made of, and its page: `accept_overflow` and `refused`.
+//! The pages of findings, in the form of the others. Two findings, `accept_overflow` and `refused`, have the
+//! name of the cause that they consist of, and share its page.
 
 use super::Page;
 

@@ -14,11 +14,11 @@ use anyhow::{Context as _, Result};
 use crate::{attribute, cli::{ListArgs, ReportFormat}, event::{Attribution, Endpoint, Event, Lingering, Role}, filter::Filter, host::ProgramInfo, processes::Processes, sink::{Format, Output, Palette, Written}, sockets::{self, Gaps, Scan, Socket}};
 use report::ListReport;
 
-/// Scans the sockets once, writes them to the standard output, and what could not be read to the standard
+/// Scans the sockets once. Writes them to the standard output, and what could not be read to the standard
 /// error.
 ///
 /// # Errors
-/// The standard output cannot be written. A reader that has gone is none.
+/// The standard output cannot be written. It is no error if the reader has closed the pipe.
 pub fn list(args: ListArgs) -> Result<()> {
     let ListArgs { output, linger, filter } = args;
     let filter = Filter::from(filter);
@@ -65,7 +65,7 @@ fn write_lines(lines: impl Iterator<Item = Event>) -> io::Result<()> {
     output.flush().map(|_| ())
 }
 
-/// A reader that has gone is no error: `tcpclose list | head`.
+/// It is no error if the reader has closed the pipe: `tcpclose list | head`.
 fn finish(written: io::Result<()>) -> io::Result<()> {
     match written {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
@@ -89,7 +89,7 @@ fn drop_filtered(scan: &mut Scan, filter: &Filter, processes: &mut Processes) {
     }
 }
 
-/// What could not be read, one sentence each.
+/// What could not be read, in one sentence for each gap.
 fn gaps(gaps: &Gaps) -> Vec<String> {
     let Gaps { processes, tables, namespaces, stuck, owned, holders } = gaps;
     let mut sentences = Vec::new();

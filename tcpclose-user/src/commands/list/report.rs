@@ -81,7 +81,7 @@ impl ListReport {
 
     /// Writes all tables.
     pub fn write(mut self, writer: &mut impl Write, palette: Palette, scan: &Scan) -> io::Result<()> {
-        // Groups of a process come together, in the order of the oldest of them.
+        // The groups of a process are together, ordered by the oldest socket.
         let mut ranks = HashMap::new();
         for group in &self.groups {
             let next = ranks.len();
@@ -184,7 +184,7 @@ impl<W: Write> ReportPage<W> {
             _ => self.palette.peer,
         };
         let age = bounds(lingering.for_ms, lingering.for_ms_at_most);
-        // What waits: to be sent, or to be read.
+        // The bytes that wait to be sent or read.
         let waiting = match lingering.kind {
             LingeringKind::PeerNotReading => lingering.unsent_bytes,
             _ => lingering.unread_bytes,
@@ -293,7 +293,7 @@ impl<W: Write> ReportPage<W> {
 }
 
 fn in_namespace(namespace: &Unowned) -> impl Iterator<Item = (&Unowned, Outgoing)> {
-    // No more than these can be shown.
+    // No more destinations than these can be shown.
     namespace
         .time_wait
         .outgoing()
@@ -382,7 +382,7 @@ mod tests {
         for (pid, role, remote_port) in [
             (1, Some(Role::Client), 443),
             (2, Some(Role::Client), 443),
-            // The same process and another remote end: follows the process's first group.
+            // A group of the same process with another remote end follows the process's first group.
             (1, Some(Role::Client), 444),
             // From one address and two ports.
             (3, Some(Role::Server), 50_000),
