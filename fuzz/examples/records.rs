@@ -19,7 +19,9 @@ fn main() {
     let mut records: Vec<Vec<u8>> = frames(recorded.into())
         .expect("it is a recording")
         .into_iter()
-        .filter_map(|frame| if let RecordingFrame::Record(record) = frame { Some(record.to_vec()) } else { None })
+        .filter_map(
+            |frame| if let RecordingFrame::Record(record) = frame { Some(record.to_vec()) } else { None },
+        )
         .collect();
     let of_kind = |kind: u16| {
         let has_kind =

@@ -13,7 +13,7 @@ use crate::{
     kernel::Object,
     listener,
     maps::global,
-    sock::{self, TracepointRecord, Sock},
+    sock::{self, Sock, TracepointRecord},
 };
 
 /// Records the end in the socket's entry, and writes the record.

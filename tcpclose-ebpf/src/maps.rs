@@ -12,7 +12,7 @@ use tcpclose_common::{
     namespace::PidNamespace,
     offsets::{ABSENT, ArgumentOffsets, IteratorOffsets, NamespaceOffsets, RecordOffsets, StructOffsets},
     params::Params,
-    record::{Address, ConnectionRecord, Interpreted, STACK_STEP, Signal, RawTask},
+    record::{Address, ConnectionRecord, Interpreted, RawTask, STACK_STEP, Signal},
     stack::StackTrace,
     table::{Bucket, WAYS, buckets, overflow},
 };
@@ -136,7 +136,8 @@ pub static ENTRIES: Array<ConnectionRecord> = Array::with_max_entries(buckets(CO
 /// Live sockets whose bucket was full, by address. LRU: when it is full, the socket that has had no event for
 /// longest is evicted, which the user half learns from the counters. It has a quarter of the table's size.
 #[map]
-pub static OVERFLOW: LruHashMap<u64, ConnectionRecord> = LruHashMap::with_max_entries(overflow(CONNECTIONS), 0);
+pub static OVERFLOW: LruHashMap<u64, ConnectionRecord> =
+    LruHashMap::with_max_entries(overflow(CONNECTIONS), 0);
 
 /// 1 once `OVERFLOW` has had an entry. Before that, no program needs to search it.
 #[map]

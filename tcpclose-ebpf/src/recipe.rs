@@ -7,7 +7,9 @@ use aya_ebpf::{
     maps::{Array, HashMap},
 };
 use tcpclose_common::{
-    recipe::{Edge, KEY_BIT, MAX_EDGES, MAX_RECIPES, MAX_WORDS, PLACE_BITS, Recipe, EdgeTarget, image, source},
+    recipe::{
+        Edge, EdgeTarget, KEY_BIT, MAX_EDGES, MAX_RECIPES, MAX_WORDS, PLACE_BITS, Recipe, image, source,
+    },
     record::STACK_STEP,
 };
 

@@ -8,7 +8,7 @@ use aya_ebpf::{
     helpers::{bpf_get_prandom_u32, generated::bpf_get_stack},
 };
 use tcpclose_common::{
-    record::{Header, STACK_STEP, StackCopy, RawTask, VERSION, tag},
+    record::{Header, RawTask, STACK_STEP, StackCopy, VERSION, tag},
     stack::{MAX_FRAMES, StackTrace},
     tcp::task_flag,
 };

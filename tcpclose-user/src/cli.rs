@@ -8,7 +8,10 @@ use std::{
     time::Duration,
 };
 
-use clap::{Args, Parser, Subcommand, ValueEnum, builder::{PossibleValue, PossibleValuesParser}};
+use clap::{
+    Args, Parser, Subcommand, ValueEnum,
+    builder::{PossibleValue, PossibleValuesParser},
+};
 use clap_complete::Shell;
 use ipnet::IpNet;
 use tcpclose_common::record::{MAX_STACK_BYTES, STACK_STEP};

@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use crate::{
     correlate::Ending,
     event::{
-        Act, Close, Connection, Event, Holder, LastData, Lingering, Opener, Process, Reset, Shared, SignalFrom,
-        Stack, Step, millis,
+        Act, Close, Connection, Event, Holder, LastData, Lingering, Opener, Process, Reset, Shared,
+        SignalFrom, Stack, Step, millis,
     },
     ingest::life::{self, LaterAct, Life, Path, Sample, Task},
     judge,

@@ -12,7 +12,7 @@ use std::collections::{HashMap, VecDeque};
 use foldhash::fast::RandomState;
 
 use crate::{
-    ingest::life::{SocketEnd, Follows, LaterAct, Life, Rst, SocketId, Task},
+    ingest::life::{Follows, LaterAct, Life, Rst, SocketEnd, SocketId, Task},
     tcp::{Direction, State},
 };
 
@@ -538,7 +538,8 @@ mod tests {
 
     #[test]
     fn of_several_holders_the_opener_is_the_owner() {
-        let (opener, heir, other) = (task(5, Activity::Unknown), task(6, Activity::Unknown), task(8, Activity::Unknown));
+        let (opener, heir, other) =
+            (task(5, Activity::Unknown), task(6, Activity::Unknown), task(8, Activity::Unknown));
         for (holders, owner) in [([heir, other], heir), ([heir, opener], opener), ([opener, heir], opener)] {
             let mut correlator = Correlator::default();
             let end = Life { opener: Some(opener), ..*ownerless(ID.address) };

@@ -19,7 +19,17 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tcpclose_common::record::{Interpreted, StackCopy};
 
-use crate::{event::{SignalFrom, Stack}, kernel::{followed::Followed, privilege}, processes::{LocalPid, Processes, holder::{ProcfsHolder, Holders}, lock, signals::Signals}, stacks::{Stacks, TaskStacks}};
+use crate::{
+    event::{SignalFrom, Stack},
+    kernel::{followed::Followed, privilege},
+    processes::{
+        LocalPid, Processes,
+        holder::{Holders, ProcfsHolder},
+        lock,
+        signals::Signals,
+    },
+    stacks::{Stacks, TaskStacks},
+};
 
 /// What is known about the program that a process runs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

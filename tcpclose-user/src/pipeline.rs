@@ -16,7 +16,20 @@
 
 use anyhow::Result;
 
-use crate::{attribute::{Attributor, Claim}, compose::{Composer, LookedUp}, correlate::{Correlator, Ending, LateOwner}, event::{Attribution, Event, Holder, Opener, Process, Shared, SignalFrom, Stack}, host::Host, ingest::{decode::Record, life::{Activity, LaterAct, Life, Task}}, report::{Going, Report}, stacks::TaskStacks, stuck::{Descriptor, Found, FoundBy, Stuck}};
+use crate::{
+    attribute::{Attributor, Claim},
+    compose::{Composer, LookedUp},
+    correlate::{Correlator, Ending, LateOwner},
+    event::{Attribution, Event, Holder, Opener, Process, Shared, SignalFrom, Stack},
+    host::Host,
+    ingest::{
+        decode::Record,
+        life::{Activity, LaterAct, Life, Task},
+    },
+    report::{Going, Report},
+    stacks::TaskStacks,
+    stuck::{Descriptor, Found, FoundBy, Stuck},
+};
 
 /// The stages behind the ring.
 pub struct Pipeline<H> {

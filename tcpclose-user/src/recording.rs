@@ -16,7 +16,11 @@ use anyhow::{Result, bail};
 use bytes::{Buf as _, Bytes};
 use serde::{Deserialize, Serialize};
 
-use crate::{event::{Lingering, Lost}, host::{Answer, Question}, processes::holder::ProcfsHolder};
+use crate::{
+    event::{Lingering, Lost},
+    host::{Answer, Question},
+    processes::holder::ProcfsHolder,
+};
 
 /// The first bytes of a recording; the number is the version of the format.
 const MAGIC: &[u8] = b"tcpclose recording 1\n";

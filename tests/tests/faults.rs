@@ -135,7 +135,10 @@ fn lines_that_nobody_reads_are_counted_as_lost_output() -> Result<()> {
 
     // Without types there is no filter by namespace, and other connections may end too.
     let is_right = |count: u64| count == 2 || count > 2 && !Feature::Types.is_here();
-    let count = ended.stderr.lines().find_map(|line| line.split_once("; lost: ")?.1.rsplit_once(" output ")?.1.parse().ok());
+    let count = ended
+        .stderr
+        .lines()
+        .find_map(|line| line.split_once("; lost: ")?.1.rsplit_once(" output ")?.1.parse().ok());
     ensure!(count.is_some_and(is_right), "the summary does not count two lines as lost\n{ended}");
 
     let file = recording.to_str().context("the path is not text")?;

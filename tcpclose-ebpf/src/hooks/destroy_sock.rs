@@ -12,7 +12,7 @@ use crate::{
     emit, end,
     kernel::{Object, Typed},
     maps::global,
-    sock::{TracepointRecord, Sock},
+    sock::{Sock, TracepointRecord},
     task,
 };
 

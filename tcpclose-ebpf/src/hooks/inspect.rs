@@ -39,7 +39,11 @@ pub fn inspect(ctx: RawTracePointContext) -> i32 {
     // program under the socket's lock may change the entry during the copy.
     let connection = unsafe {
         let connection = &raw mut (*slot.get()).connection;
-        bpf_probe_read_kernel(connection.cast(), size_of::<ConnectionRecord>() as u32, entry.cast_const().cast());
+        bpf_probe_read_kernel(
+            connection.cast(),
+            size_of::<ConnectionRecord>() as u32,
+            entry.cast_const().cast(),
+        );
         &mut *connection
     };
     if connection.reported != 0 || connection.sock != sk {

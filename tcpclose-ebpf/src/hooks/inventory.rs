@@ -4,7 +4,9 @@
 
 use aya_ebpf::cty::c_void;
 use tcpclose_common::{
-    record::{ConnectionRecord, Header, OwnerRecord, RawTask, VERSION, first_move, holder, relation, role, tag},
+    record::{
+        ConnectionRecord, Header, OwnerRecord, RawTask, VERSION, first_move, holder, relation, role, tag,
+    },
     table::BEFORE_TRACE,
     tcp::{is_teardown, state},
 };

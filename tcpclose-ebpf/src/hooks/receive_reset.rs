@@ -15,7 +15,7 @@ use crate::{
     connection, emit,
     kernel::{Object, Typed},
     maps::global,
-    sock::{self, TracepointRecord, Sock},
+    sock::{self, Sock, TracepointRecord},
     ttl,
 };
 

@@ -19,7 +19,7 @@ use crate::{
     listener,
     maps::{Slot, count, global, template},
     packet,
-    sock::{self, TracepointRecord, Sock},
+    sock::{self, Sock, TracepointRecord},
 };
 
 /// `TP_PROTO(const struct sock *sk, const struct sk_buff *skb__nullable)`, from 6.10 on also

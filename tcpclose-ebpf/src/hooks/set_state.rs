@@ -21,7 +21,7 @@ use crate::{
     kernel::{Object, Typed},
     listener,
     maps::{LAST_CHANGE, global},
-    sock::{self, TracepointRecord, Sock},
+    sock::{self, Sock, TracepointRecord},
     task, ttl,
 };
 

@@ -6,7 +6,25 @@ use std::{collections::BTreeMap, fs, process::ExitCode, sync::Arc};
 use anyhow::{Context as _, Result, bail};
 use clap::Parser as _;
 
-use crate::{attribute::Attributor, cli::{Cli, Command, Findings, ReplayArgs}, compose::Composer, correlate::Correlator, event::Event, filter::Filter, host::Recorded, ingest::{decode::{Record, decode}, life::SocketId}, kernel::ResetReasons, pipeline::{Pipeline, StuckPhase}, recording::{RecordingFrame, RecordedStep, frames}, report::{Going, Report}, sink::{Output, flamegraph::FlameGraph}, stuck::{Descriptor, Found, FoundBy, age::Age}};
+use crate::{
+    attribute::Attributor,
+    cli::{Cli, Command, Findings, ReplayArgs},
+    compose::Composer,
+    correlate::Correlator,
+    event::Event,
+    filter::Filter,
+    host::Recorded,
+    ingest::{
+        decode::{Record, decode},
+        life::SocketId,
+    },
+    kernel::ResetReasons,
+    pipeline::{Pipeline, StuckPhase},
+    recording::{RecordedStep, RecordingFrame, frames},
+    report::{Going, Report},
+    sink::{Output, flamegraph::FlameGraph},
+    stuck::{Descriptor, Found, FoundBy, age::Age},
+};
 
 /// Makes the lines of a recording again.
 ///

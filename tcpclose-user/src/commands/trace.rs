@@ -18,7 +18,25 @@ use tokio::{
 };
 
 use super::{child, ready};
-use crate::{cli::{AUTO_STACK_BYTES, CallGraph, Findings, Linger, Netns, Sandbox, TraceArgs, WhichStacks}, failure::Failure, filter::Filter, ingest::reader::poll, kernel::{followed::Followed, handle::KernelHalf, loader::{self, Request}, privilege}, live::{Live, Options}, metrics, recording::{Recorder, RecordedStep}, report::{Going, Report}, sandbox, sink::{Output, flamegraph::FlameGraph}, stacks::unwind};
+use crate::{
+    cli::{AUTO_STACK_BYTES, CallGraph, Findings, Linger, Netns, Sandbox, TraceArgs, WhichStacks},
+    failure::Failure,
+    filter::Filter,
+    ingest::reader::poll,
+    kernel::{
+        followed::Followed,
+        handle::KernelHalf,
+        loader::{self, Request},
+        privilege,
+    },
+    live::{Live, Options},
+    metrics,
+    recording::{RecordedStep, Recorder},
+    report::{Going, Report},
+    sandbox,
+    sink::{Output, flamegraph::FlameGraph},
+    stacks::unwind,
+};
 
 /// How long to wait for the connections of a command that has ended.
 const AFTER_COMMAND: Duration = Duration::from_secs(5);

@@ -110,7 +110,10 @@ fn time(time: Time) -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{diagnose::{end::End, names::Names}, event::{Event, examples}};
+    use crate::{
+        diagnose::{end::End, names::Names},
+        event::{Event, examples},
+    };
 
     #[test]
     fn an_event_is_what_its_line_says() {

@@ -112,7 +112,8 @@ impl Leaks {
         let opened = age.map(|age| observation.time.saturating_sub(age));
         let remote = observation.connection.remote;
         let time = observation.time;
-        self.open.insert(pair, LeakedSocket { process: key, remote, opened, since, for_ms, kind, place, time });
+        self.open
+            .insert(pair, LeakedSocket { process: key, remote, opened, since, for_ms, kind, place, time });
     }
 
     /// Whether no socket is open that lingers.

@@ -27,8 +27,8 @@ mod tests {
 
     use serde_json::Value;
 
-    use crate::event::schema::{pretty, schema};
     use crate::event::examples;
+    use crate::event::schema::{pretty, schema};
 
     /// Every schema of the property `key` of `node`, and whether the property is always present.
     fn properties<'a>(root: &'a Value, node: &'a Value, key: &str) -> Vec<(&'a Value, bool)> {

@@ -7,9 +7,9 @@ use std::{borrow::Cow, fmt, net::Ipv6Addr};
 
 use tcpclose_common::{
     record::{
-        ActRecord, Address, ConnectionRecord, Header, Interpreted, MAX_STEPS, OwnerRecord, ProcessRecord, StackCopy,
-        UNKNOWN_U32, UNKNOWN_U64, VERSION, act, direction, first_move, holder, relation, reset_after, role,
-        tag,
+        ActRecord, Address, ConnectionRecord, Header, Interpreted, MAX_STEPS, OwnerRecord, ProcessRecord,
+        StackCopy, UNKNOWN_U32, UNKNOWN_U64, VERSION, act, direction, first_move, holder, relation,
+        reset_after, role, tag,
     },
     tcp::{shutdown, sock_flag, task_flag},
 };
@@ -18,8 +18,8 @@ use zerocopy::{FromBytes, Immutable, KnownLayout};
 use super::{
     abi,
     life::{
-        Activity, Claimant, SocketEnd, Endpoints, FirstMove, Follows, LaterAct, Life, Path, Rst, Sample, SendQueue,
-        Side, SocketId, Task,
+        Activity, Claimant, Endpoints, FirstMove, Follows, LaterAct, Life, Path, Rst, Sample, SendQueue,
+        Side, SocketEnd, SocketId, Task,
     },
 };
 use crate::tcp::{Direction, Endpoint, Family, Role, State};

@@ -106,7 +106,7 @@ fn closed_by(life: &Life) -> Option<ClosedBy> {
 mod tests {
     use super::*;
     use crate::ingest::life::{
-        Activity, SocketEnd, FirstMove, Rst, Sample,
+        Activity, FirstMove, Rst, Sample, SocketEnd,
         examples::{END, RESET, task, unknown},
     };
 
@@ -126,7 +126,8 @@ mod tests {
 
     /// An end that a process caused in this system call.
     fn acted(syscall: i64, life: Life) -> Life {
-        let end = SocketEnd { locked: true, shut_down: syscall != libc::SYS_connect, ..life.end.unwrap_or(END) };
+        let end =
+            SocketEnd { locked: true, shut_down: syscall != libc::SYS_connect, ..life.end.unwrap_or(END) };
         Life { actor: Some(task(7, Activity::Syscall(syscall))), end: Some(end), ..life }
     }
 
@@ -208,8 +209,11 @@ mod tests {
         let user_timeout = |life| with_sample(|sample| sample.user_timeout = Some(1000), life);
         let linger_zero =
             |life: Life| Life { end: life.end.map(|end| SocketEnd { linger_zero: true, ..end }), ..life };
-        let never_accepted =
-            |life: Life| Life { inode: None, end: life.end.map(|end| SocketEnd { locked: false, ..end }), ..life };
+        let never_accepted = |life: Life| Life {
+            inode: None,
+            end: life.end.map(|end| SocketEnd { locked: false, ..end }),
+            ..life
+        };
         for (life, expected) in [
             (closed(moved(Local, FinWait2, established())), "local fin close - -"),
             (closed(moved(Peer, LastAck, established())), "peer fin close - -"),

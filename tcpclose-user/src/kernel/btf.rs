@@ -342,7 +342,13 @@ impl<'a> Btf<'a> {
         let record = self.types.get(start..end)?;
         let info = u32_at(record, 4)?;
         let (kind, count) = kind_and_count(info);
-        Some(TypeRecord { kind, flag: info >> 31 == 1, count, value: u32_at(record, 8)?, tail: record.get(12..)? })
+        Some(TypeRecord {
+            kind,
+            flag: info >> 31 == 1,
+            count,
+            value: u32_at(record, 8)?,
+            tail: record.get(12..)?,
+        })
     }
 
     /// The string at `offset`; empty if there is none, or if it is longer than [`MAX_NAME`].

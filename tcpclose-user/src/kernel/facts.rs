@@ -142,7 +142,9 @@ mod tests {
     fn members_are_looked_up() {
         let names = StructOffsets::ABSENT.named().map(|(name, _)| name);
         for fact in FACTS {
-            let (FactSource::Members(members) | FactSource::Registers(members)) = fact.source else { continue };
+            let (FactSource::Members(members) | FactSource::Registers(members)) = fact.source else {
+                continue;
+            };
             for member in members {
                 assert!(names.contains(member), "{}: no offset is called {member}", fact.field);
             }

@@ -29,7 +29,7 @@ use crate::{
     kernel::{
         ResetReasons, TypeFacts, arguments, btf,
         handle::{KernelHalf, Outcome},
-        hooks::{AcceptHook, HOOKS, Hook, Kind, HookNeed, Variant, When},
+        hooks::{AcceptHook, HOOKS, Hook, HookNeed, Kind, Variant, When},
         lockdown, privilege, tracefs,
     },
 };
@@ -524,7 +524,11 @@ fn can_copy_stacks(structs: &StructOffsets, params: &Params) -> bool {
 
 /// Loads the first variant of each hook, several programs at a time: the verifier takes most of the start-up
 /// time. Returns the programs that the kernel refuses; [`start`] reports them when it comes to their hooks.
-fn load_ahead(ebpf: &mut Ebpf, request: &Request, kernel: &RunningKernel) -> HashMap<&'static str, anyhow::Error> {
+fn load_ahead(
+    ebpf: &mut Ebpf,
+    request: &Request,
+    kernel: &RunningKernel,
+) -> HashMap<&'static str, anyhow::Error> {
     let is_typed = |variant: &&Variant| !matches!(variant.kind, Kind::ClassicTracepoint(_));
     let first =
         |hook: &'static Hook| hook.variants.iter().filter(is_typed).find(|variant| request.allows(variant));

@@ -85,7 +85,9 @@ fn insert(members: &mut BTreeMap<&'static str, TypeTree>, path: &'static str, le
         return;
     };
     let found = members.entry(name).or_insert_with(|| TypeTree::Struct(BTreeMap::new()));
-    let TypeTree::Struct(inner) = found else { panic!("{name} is a struct in one path, and none in another") };
+    let TypeTree::Struct(inner) = found else {
+        panic!("{name} is a struct in one path, and none in another")
+    };
     insert(inner, rest, leaf);
 }
 

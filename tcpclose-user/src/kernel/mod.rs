@@ -152,7 +152,11 @@ mod tests {
         ] {
             let (_, bytes) = FIXTURES.into_iter().find(|(fixture, _)| *fixture == name).unwrap();
             let from_btf = TypeFacts::parse(bytes).unwrap().reset_reasons;
-            assert_eq!(format::TracepointFormat::parse(format).unwrap().value_names("reason"), from_btf, "{name}");
+            assert_eq!(
+                format::TracepointFormat::parse(format).unwrap().value_names("reason"),
+                from_btf,
+                "{name}"
+            );
         }
     }
 

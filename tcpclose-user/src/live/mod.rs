@@ -8,7 +8,30 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::{attribute::Attributor, cli::Linger, compose::Composer, correlate::Correlator, event::{Event, Lingering, millis}, host::Running, ingest::{decode::{Record, decode}, life::Life, reader::{GATHER, Records}}, kernel::{clock::Clock, followed::Followed, handle::KernelHalf, privilege}, live::watch, metrics::{self, Metrics}, pace::Pace, pipeline::{Pipeline, StuckPhase}, processes::{Processes, signals::Signals}, recording::{Recorder, RecordedStep}, report::{Going, Report, StackCounts}, sink::losses::{Losses, UserLosses}, stacks::{Stacks, interpreters::Interpreters, recipes::RecipeMaps, store::Store}, stuck::{self, Descriptor, Found, FoundBy, StuckSockets, older::Orphan}};
+use crate::{
+    attribute::Attributor,
+    cli::Linger,
+    compose::Composer,
+    correlate::Correlator,
+    event::{Event, Lingering, millis},
+    host::Running,
+    ingest::{
+        decode::{Record, decode},
+        life::Life,
+        reader::{GATHER, Records},
+    },
+    kernel::{clock::Clock, followed::Followed, handle::KernelHalf, privilege},
+    live::watch,
+    metrics::{self, Metrics},
+    pace::Pace,
+    pipeline::{Pipeline, StuckPhase},
+    processes::{Processes, signals::Signals},
+    recording::{RecordedStep, Recorder},
+    report::{Going, Report, StackCounts},
+    sink::losses::{Losses, UserLosses},
+    stacks::{Stacks, interpreters::Interpreters, recipes::RecipeMaps, store::Store},
+    stuck::{self, Descriptor, Found, FoundBy, StuckSockets, older::Orphan},
+};
 
 /// The options of a trace, apart from those with which the kernel half was loaded.
 pub struct Options {
@@ -334,8 +357,12 @@ impl Live {
             return Ok(Going::On);
         }
         for (id, fd, holder) in self.pipeline.found.look_up_holders() {
-            let step =
-                || RecordedStep::Descriptor { address: id.address, born: id.born, fd, holder: (*holder).clone() };
+            let step = || RecordedStep::Descriptor {
+                address: id.address,
+                born: id.born,
+                fd,
+                holder: (*holder).clone(),
+            };
             self.keep(step)?;
             self.pipeline.found.descriptor(id, Descriptor { fd, holder: FoundBy::Procfs(holder) });
         }

@@ -56,7 +56,10 @@ mod tests {
 
     use super::GATHERED;
     use crate::event::Event;
-    use crate::{event::examples, sink::{JsonSink, Sink}};
+    use crate::{
+        event::examples,
+        sink::{JsonSink, Sink},
+    };
 
     fn written(events: &[Event]) -> String {
         let mut bytes = Vec::new();

@@ -206,7 +206,10 @@ mod tests {
     use std::io::{self, ErrorKind, Write};
     use std::sync::{Arc, Mutex};
 
-    use crate::{event::examples, sink::{Format, Output, Palette, Written}};
+    use crate::{
+        event::examples,
+        sink::{Format, Output, Palette, Written},
+    };
 
     /// The bytes that were written, and the error that the next write returns.
     #[derive(Clone, Default)]

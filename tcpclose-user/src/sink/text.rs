@@ -558,7 +558,10 @@ mod tests {
 
     use crate::event::{Attribution, Cause, ClosedBy, Ended, Event, Frame, Trigger, Truncated};
     use crate::sink::text::{COLUMNS, TextSink, cut, escape, frame_text, human_millis, width};
-    use crate::{event::examples, sink::{Palette, Sink}};
+    use crate::{
+        event::examples,
+        sink::{Palette, Sink},
+    };
 
     fn written(events: &[Event], palette: Palette) -> String {
         let mut bytes = Vec::new();

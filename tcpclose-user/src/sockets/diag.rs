@@ -10,7 +10,7 @@ use netlink_packet_sock_diag::{
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_SOCK_DIAG};
 
-use super::entry::{ListedSocket, Info, is_in_teardown};
+use super::entry::{Info, ListedSocket, is_in_teardown};
 use crate::{
     event::{Endpoint, State},
     ingest::life::SendQueue,
@@ -46,7 +46,10 @@ pub fn dump_teardown(each: impl FnMut(ListedSocket)) -> io::Result<()> {
     dump_each(&[(mask(is_in_teardown), ExtensionFlags::INFO)], each)
 }
 
-fn dump_each(requests: &[(StateFlags, ExtensionFlags)], mut each: impl FnMut(ListedSocket)) -> io::Result<()> {
+fn dump_each(
+    requests: &[(StateFlags, ExtensionFlags)],
+    mut each: impl FnMut(ListedSocket),
+) -> io::Result<()> {
     let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
@@ -76,7 +79,11 @@ fn mask(satisfies: impl Fn(State) -> bool) -> StateFlags {
 }
 
 /// Sends a request and reads the answer to its end.
-fn request_dump(socket: &Socket, request: InetRequest, each: &mut impl FnMut(ListedSocket)) -> io::Result<()> {
+fn request_dump(
+    socket: &Socket,
+    request: InetRequest,
+    each: &mut impl FnMut(ListedSocket),
+) -> io::Result<()> {
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST | NLM_F_DUMP;
     let mut message = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());

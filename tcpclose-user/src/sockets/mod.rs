@@ -21,7 +21,20 @@ pub mod time_wait;
 pub use entry::{AgeRange, ListedSocket};
 pub use time_wait::{Outgoing, TimeWait};
 
-use crate::{attribute, event::{Attribution, Connection, Endpoint, Family, Lingering, LingeringKind, Process, Role, Shared, State, Time}, filter::Filter, host::ProgramInfo, kernel::clock::Clock, processes::{Processes, holder::{self, ProcfsHolder}}};
+use crate::{
+    attribute,
+    event::{
+        Attribution, Connection, Endpoint, Family, Lingering, LingeringKind, Process, Role, Shared, State,
+        Time,
+    },
+    filter::Filter,
+    host::ProgramInfo,
+    kernel::clock::Clock,
+    processes::{
+        Processes,
+        holder::{self, ProcfsHolder},
+    },
+};
 use netns::Namespace;
 
 /// How many stuck sockets are kept, about 300 bytes each. The rest is only counted.
@@ -488,7 +501,8 @@ mod tests {
     fn no_guess_between_two_listeners() {
         let filter = Filter::default();
         let mut all = scan_of_one_namespace(&filter);
-        let waiting = ListedSocket { local: end([10, 0, 0, 1], 80), ..entry::tests::entry(State::CloseWait, 0, 1) };
+        let waiting =
+            ListedSocket { local: end([10, 0, 0, 1], 80), ..entry::tests::entry(State::CloseWait, 0, 1) };
         let holder = |pid| Arc::new(ProcfsHolder { pid, comm: "x".into(), uid: None, started: 0 });
         for (inode, pid, knows) in [(10, 5, true), (11, 5, true), (12, 6, false)] {
             all.add(

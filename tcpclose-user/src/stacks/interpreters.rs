@@ -22,7 +22,13 @@ use super::{
     memory::ProcessMemory,
     runtimes::{self, RuntimeBinary},
 };
-use crate::{kernel::handle::KernelHalf, processes::{Image, mappings::{Backing, FileIdentity, Mapping}}};
+use crate::{
+    kernel::handle::KernelHalf,
+    processes::{
+        Image,
+        mappings::{Backing, FileIdentity, Mapping},
+    },
+};
 
 /// How many files are cached. When there are more, all are dropped and read again.
 const MAX_FILES: usize = 64;

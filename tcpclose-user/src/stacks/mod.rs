@@ -35,7 +35,10 @@ use self::{
     symbolize::Symbolizer,
     unwind::Unwinder,
 };
-use crate::{event::{self, Frame, Frames, Truncated}, processes::{Image, Processes, lock}};
+use crate::{
+    event::{self, Frame, Frames, Truncated},
+    processes::{Image, Processes, lock},
+};
 
 /// How many named stacks are cached. When the cache is full, all are dropped and named again when next
 /// needed.

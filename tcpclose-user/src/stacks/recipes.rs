@@ -19,7 +19,7 @@ use std::collections::HashMap;
 
 use anyhow::{Context as _, Result};
 use aya::maps::{Array, HashMap as BpfHashMap, MapData};
-use tcpclose_common::recipe::{Edge, MAX_RECIPES, Recipe, EdgeTarget, Word, image};
+use tcpclose_common::recipe::{Edge, EdgeTarget, MAX_RECIPES, Recipe, Word, image};
 
 use crate::kernel::handle::KernelHalf;
 

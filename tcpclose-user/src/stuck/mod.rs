@@ -26,7 +26,13 @@ use self::{
     age::Age,
     older::{Older, Orphan, Orphans},
 };
-use crate::{attribute::Claim, cli::Linger, ingest::life::{Life, SocketId, Task}, kernel::{clock::Clock, handle::KernelHalf, table::ConnectionTable}, processes::holder::{self, ProcfsHolder}};
+use crate::{
+    attribute::Claim,
+    cli::Linger,
+    ingest::life::{Life, SocketId, Task},
+    kernel::{clock::Clock, handle::KernelHalf, table::ConnectionTable},
+    processes::holder::{self, ProcfsHolder},
+};
 
 /// How many sockets are inspected between two reads of the ring. Their records and those of their holders
 /// take a quarter of it.

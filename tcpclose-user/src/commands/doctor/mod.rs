@@ -20,7 +20,7 @@ use tcpclose_common::offsets::StructOffsets;
 use crate::{
     cli::ReportFormat,
     kernel::facts::{FACTS, Sources},
-    kernel::hooks::{HOOKS, Hook, Kind, HookNeed, Variant},
+    kernel::hooks::{HOOKS, Hook, HookNeed, Kind, Variant},
     kernel::privilege::{self, PRIVILEGES},
     kernel::{TypeFacts, arguments, btf::Btf, tracefs},
     kernel::{

@@ -77,10 +77,8 @@ fn tracefs() -> Check {
         }
         Ok(None) => Check::new("tracefs", Mark::Note, format!("not mounted; {USE}"))
             .fix("sudo mount -t tracefs -o gid=$(id -g),mode=750 tracefs /sys/kernel/tracing"),
-        Err(error) => {
-            Check::new("tracefs", Mark::Note, format!("{}: {}; {USE}", error.failed, error.found))
-                .fix(error.fix)
-        }
+        Err(error) => Check::new("tracefs", Mark::Note, format!("{}: {}; {USE}", error.failed, error.found))
+            .fix(error.fix),
     }
 }
 

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use anstyle::{AnsiColor, Style};
 
-use super::{Check, HookFinding, Mark, Null, DoctorReport, Tried, VariantFinding, Availability};
+use super::{Availability, Check, DoctorReport, HookFinding, Mark, Null, Tried, VariantFinding};
 
 const WIDTH: usize = 100;
 /// Widths of the columns of the mark and the name, and the column where the text begins.

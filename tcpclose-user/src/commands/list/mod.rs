@@ -11,7 +11,16 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::{attribute, cli::{ListArgs, ReportFormat}, event::{Attribution, Endpoint, Event, Lingering, Role}, filter::Filter, host::ProgramInfo, processes::Processes, sink::{Format, Output, Palette, Written}, sockets::{self, Gaps, Scan, Socket}};
+use crate::{
+    attribute,
+    cli::{ListArgs, ReportFormat},
+    event::{Attribution, Endpoint, Event, Lingering, Role},
+    filter::Filter,
+    host::ProgramInfo,
+    processes::Processes,
+    sink::{Format, Output, Palette, Written},
+    sockets::{self, Gaps, Scan, Socket},
+};
 use report::ListReport;
 
 /// Scans the sockets once. Writes them to the standard output, and what could not be read to the standard

@@ -350,7 +350,11 @@ impl Wrapped {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{event::{Event, Role, examples}, kernel::clock::Clock, sockets::Gaps};
+    use crate::{
+        event::{Event, Role, examples},
+        kernel::clock::Clock,
+        sockets::Gaps,
+    };
 
     fn nothing() -> Scan {
         Scan {

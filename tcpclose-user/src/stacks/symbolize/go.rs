@@ -249,7 +249,11 @@ mod tests {
     }
 
     fn place(function: &str, offset: u64, line: Option<u32>) -> GoLocation {
-        GoLocation { function: function.to_owned(), offset, line: line.map(|line| ("main.go".to_owned(), line)) }
+        GoLocation {
+            function: function.to_owned(),
+            offset,
+            line: line.map(|line| ("main.go".to_owned(), line)),
+        }
     }
 
     #[test]

@@ -29,9 +29,9 @@ use blazesym::symbolize::source::{Elf, Process, Source};
 use blazesym::symbolize::{self, CodeInfo, Input, Sym, Symbolized};
 use blazesym::{Pid, symbolize::Builder};
 
-use crate::processes::mappings::{self, Backing, FileIdentity, Mapping, Module};
-use crate::processes::Image;
 use crate::event::Frame;
+use crate::processes::Image;
+use crate::processes::mappings::{self, Backing, FileIdentity, Mapping, Module};
 use crate::stacks::frame::{UnwoundFrame, UnwoundStack};
 
 use self::debug_file::{DebugFile, Places};

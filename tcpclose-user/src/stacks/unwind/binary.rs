@@ -5,7 +5,16 @@ use std::{collections::HashMap, fs::File, sync::Arc};
 use framehop::ExplicitModuleSectionInfo;
 use object::{Object, ObjectSection as _, ReadCache, ReadRef};
 
-use crate::{processes::{Image, mappings::{Backing, FileIdentity, Mapping}}, stacks::{elf::Segments, runtimes::{self, RuntimeBinary}}};
+use crate::{
+    processes::{
+        Image,
+        mappings::{Backing, FileIdentity, Mapping},
+    },
+    stacks::{
+        elf::Segments,
+        runtimes::{self, RuntimeBinary},
+    },
+};
 
 /// Bytes of tables that are cached, of all files together. When they would become more, all are dropped.
 const MAX_TABLES: usize = 256 << 20;

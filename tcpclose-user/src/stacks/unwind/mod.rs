@@ -215,7 +215,10 @@ mod tests {
     use zerocopy::FromZeros as _;
 
     use super::*;
-    use crate::{processes::Processes, stacks::{memory::ProcessMemory, symbolize::Symbolizer}};
+    use crate::{
+        processes::Processes,
+        stacks::{memory::ProcessMemory, symbolize::Symbolizer},
+    };
 
     /// A copy of this thread's stack.
     struct Taken {

@@ -21,7 +21,18 @@ use super::{
     inputs::{Inputs, POISON, Read, UnwindStep},
     interpreted::{Spot, merge},
 };
-use crate::{event::Truncated, processes::{Image, mappings::{Backing, FileIdentity, Mapping}}, stacks::{frame::UnwoundFrame, memory::{ProcessMemory, StackMemory}, runtimes::{Caller, Registers, Runtime}}};
+use crate::{
+    event::Truncated,
+    processes::{
+        Image,
+        mappings::{Backing, FileIdentity, Mapping},
+    },
+    stacks::{
+        frame::UnwoundFrame,
+        memory::{ProcessMemory, StackMemory},
+        runtimes::{Caller, Registers, Runtime},
+    },
+};
 
 /// How long after an interpreter was described there may still be copies that were made before.
 const DESCRIBED_AFTER: Duration = Duration::from_secs(1);

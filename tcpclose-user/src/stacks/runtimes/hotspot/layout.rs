@@ -315,7 +315,11 @@ impl Tables {
 
 impl HotspotLayout {
     /// Reads it from a process; the error is the first thing that is missing.
-    pub(super) fn read(memory: &ProcessMemory, bias: u64, symbols: &HotspotSymbols) -> Result<Self, &'static str> {
+    pub(super) fn read(
+        memory: &ProcessMemory,
+        bias: u64,
+        symbols: &HotspotSymbols,
+    ) -> Result<Self, &'static str> {
         let tables = Tables::read(memory, bias, symbols).ok_or("its structures")?;
         let version = tables
             .address("Abstract_VM_Version", "_vm_major_version")

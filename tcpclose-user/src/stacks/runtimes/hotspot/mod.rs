@@ -23,7 +23,7 @@ use self::{
     layout::{HotspotLayout, HotspotSymbols},
     method::Methods,
 };
-use super::{Caller, RuntimeBinary, Registers, Runtime};
+use super::{Caller, Registers, Runtime, RuntimeBinary};
 use crate::{
     event::Frame,
     stacks::memory::{ProcessMemory, StackMemory},
@@ -125,7 +125,10 @@ impl Vm {
             } else if blob.is_method() {
                 methods.compiled(memory, layout, blob, pc)
             } else {
-                vec![method::MethodLocation { symbol: Some(blob.name.to_string()), ..method::MethodLocation::default() }]
+                vec![method::MethodLocation {
+                    symbol: Some(blob.name.to_string()),
+                    ..method::MethodLocation::default()
+                }]
             };
             let outermost = found.len().saturating_sub(1);
             let frame = |(index, place): (usize, method::MethodLocation)| {

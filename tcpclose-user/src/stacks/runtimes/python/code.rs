@@ -86,7 +86,9 @@ impl Code {
         is_it()?;
         let word = |offset: u64| memory.u64(key.address.checked_add(offset)?);
         let (start, size) = match layout.frames {
-            FrameStorage::Single(_) => (0, memory.u64(word(layout.code.instructions)?.checked_add(OBJECT_SIZE)?)?),
+            FrameStorage::Single(_) => {
+                (0, memory.u64(word(layout.code.instructions)?.checked_add(OBJECT_SIZE)?)?)
+            }
             FrameStorage::Marked | FrameStorage::Entered => {
                 (key.address.checked_add(layout.code.instructions)?, word(OBJECT_SIZE)?.checked_mul(2)?)
             }

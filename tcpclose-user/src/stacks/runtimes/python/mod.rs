@@ -24,10 +24,10 @@ use tcpclose_common::{
 };
 
 use self::{
-    code::{Codes, CodeKey, FunctionLocation},
-    layout::{FrameStorage, PythonLayout, OWNED_BY_C_STACK, PythonSymbols},
+    code::{CodeKey, Codes, FunctionLocation},
+    layout::{FrameStorage, OWNED_BY_C_STACK, PythonLayout, PythonSymbols},
 };
-use super::{At, RuntimeBinary, Run, Runtime};
+use super::{At, Run, Runtime, RuntimeBinary};
 use crate::{
     event::Frame,
     stacks::memory::{ProcessMemory, StackMemory},
