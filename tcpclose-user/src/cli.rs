@@ -74,7 +74,7 @@ fn after_help() -> String {
 
 /// The names that `explain` accepts: causes, kinds of lingering sockets, and findings.
 fn explained_names() -> PossibleValuesParser {
-    fn values<T: ValueEnum>() -> impl Iterator<Item = PossibleValue> {
+    fn values<T: ValueEnum + 'static>() -> impl Iterator<Item = PossibleValue> {
         T::value_variants().iter().filter_map(ValueEnum::to_possible_value)
     }
     let mut names: Vec<PossibleValue> = Vec::new();

@@ -10,7 +10,7 @@ use crate::{
         marks::Marks,
         names::Who,
         observation::{Observation, ProcessFields, Text},
-        pairs::Key,
+        pairs::PairKey,
         statistics::ENOUGH,
     },
     event::LingeringKind,
@@ -47,7 +47,7 @@ struct LeakedSocket {
 
 #[derive(Debug, Default)]
 pub(crate) struct Leaks {
-    open: HashMap<Key, LeakedSocket>,
+    open: HashMap<PairKey, LeakedSocket>,
     processes: HashMap<ProcessKey, Holdings>,
 }
 
@@ -83,7 +83,7 @@ impl Leaks {
         &mut self,
         observation: &Observation<'_>,
         source: u16,
-        pair: Key,
+        pair: PairKey,
         who: Option<Who>,
     ) {
         let Some(kind @ (LingeringKind::Leaked | LingeringKind::Unread)) = observation.kind else { return };
@@ -122,7 +122,7 @@ impl Leaks {
     }
 
     /// Records that a socket was closed.
-    pub(crate) fn closed(&mut self, pair: Key) {
+    pub(crate) fn closed(&mut self, pair: PairKey) {
         if let Some(socket) = self.open.remove(&pair)
             && let Some(process) = self.processes.get_mut(&socket.process)
         {

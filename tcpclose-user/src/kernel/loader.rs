@@ -42,7 +42,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tc
 pub enum BtfSource {
     /// The running kernel, if it has them.
     #[default]
-    RunningKernel,
+    Kernel,
     /// A file of raw BTF, for a kernel built without.
     File(PathBuf),
     /// None: only tracefs is used.

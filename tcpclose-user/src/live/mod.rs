@@ -1,6 +1,8 @@
 //! Feeds the pipeline from the loaded kernel half: reads the ring, starts searches of descriptors and
 //! inspections of sockets, counts losses and, with `--record`, records all of it.
 
+mod watch;
+
 use std::{
     sync::{Arc, Mutex},
     time::Duration,
@@ -21,7 +23,6 @@ use crate::{
         reader::{GATHER, Records},
     },
     kernel::{clock::Clock, followed::Followed, handle::KernelHalf, privilege},
-    live::watch,
     metrics::{self, Metrics},
     pace::Pace,
     pipeline::{Pipeline, StuckPhase},

@@ -21,11 +21,11 @@ use nix::{
 };
 
 use crate::{
-    processes::{self, Processes},
     ingest::{
         decode::{NewProcess, Record, decode},
         life::name,
     },
+    processes::{self, Processes},
     sandbox,
     stacks::interpreters::{self, Interpreters},
 };

@@ -151,7 +151,7 @@ impl Socket {
         let ListedSocket { state, local, remote, cookie, info, .. } = self.entry;
         let AgeRange { at_least, at_most } = self.entry.age();
         let holders = self.holders.as_ref().map(|holders| {
-            let holder = |(holder, fd): &(Arc<ProcfsHolder>, u32)| crate::event::ProcfsHolder {
+            let holder = |(holder, fd): &(Arc<ProcfsHolder>, u32)| crate::event::Holder {
                 pid: Some(holder.pid),
                 host_pid: holder.host_pid(),
                 comm: holder.comm.clone(),

@@ -74,7 +74,7 @@ pub struct Stacks {
     /// With `--call-graph auto`.
     recipes: Option<RecipeMaps>,
     /// With `--call-graph auto`.
-    interpreters: Option<interpreters::Shared>,
+    interpreters: Option<interpreters::SharedInterpreters>,
     /// Frames of interpreters, by the key of the copy that they belong to.
     lists: HashMap<u64, Interpreted, RandomState>,
     named: HashMap<(u32, u64, Unnamed), Named, RandomState>,
@@ -104,7 +104,7 @@ impl Stacks {
     pub fn new(
         store: Store,
         recipes: Option<RecipeMaps>,
-        interpreters: Option<interpreters::Shared>,
+        interpreters: Option<interpreters::SharedInterpreters>,
         processes: Arc<Mutex<Processes>>,
     ) -> Self {
         Self {

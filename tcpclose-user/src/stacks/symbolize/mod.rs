@@ -130,8 +130,8 @@ struct Piece {
     inlined: bool,
 }
 
-impl From<go::Place> for Piece {
-    fn from(place: go::Place) -> Self {
+impl From<go::GoLocation> for Piece {
+    fn from(place: go::GoLocation) -> Self {
         let (file, line) = place.line.unzip();
         let symbol = Some(cut(&place.function));
         Self { symbol, offset: Some(place.offset), file, line, inlined: false }
