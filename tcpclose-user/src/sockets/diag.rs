@@ -16,8 +16,8 @@ use crate::{
     ingest::life::SendQueue,
 };
 
-/// The kernel sends at most 32 KiB at a time (`netlink_dump()`, `net/netlink/af_netlink.c`), and more only if
-/// the reader has offered more before. The message about one socket takes about 500 bytes.
+/// The kernel sends at most 32 KiB at a time (`netlink_dump()`, `net/netlink/af_netlink.c`), unless the
+/// reader has offered a larger buffer before. The message about one socket takes about 500 bytes.
 const BUFFER: usize = 32 * 1024;
 
 /// Calls `each` for every TCP socket: first for listeners, last for those in a teardown state. Only these

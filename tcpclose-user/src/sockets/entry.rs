@@ -1,4 +1,4 @@
-//! One socket as the kernel lists it, and what follows from that alone: what keeps it in its state, and for
+//! One socket as the kernel lists it, and the conclusions from that alone: what keeps it in its state, and
 //! how long it has been there.
 
 use tcpclose_common::tcp::is_teardown;
@@ -22,10 +22,10 @@ pub struct ListedSocket {
     pub inode: u64,
     /// Bytes received and not read, where a FIN counts as one (`Recv-Q` of `ss`).
     pub recv_queue: u32,
-    /// What waits to be sent, if that is known.
+    /// The send queue, if it is known.
     pub send_queue: Option<SendQueue>,
-    /// Whether only the small structure is left that the kernel keeps in `TIME_WAIT`, and for a closed socket
-    /// in `FIN_WAIT2`.
+    /// Whether only the small structure is left that the kernel keeps for a socket in `TIME_WAIT`, and for a
+    /// closed one in `FIN_WAIT2`.
     pub is_remnant: bool,
     /// The kernel's socket cookie.
     pub cookie: Option<u64>,
@@ -53,8 +53,8 @@ pub struct Info {
     pub rtt_us: u32,
 }
 
-/// The range within which the time lies that a socket has been in its state, in milliseconds. A bound that
-/// the kernel does not provide is `None`.
+/// Bounds for the time that a socket has been in its state, in milliseconds. A bound that the kernel does not
+/// provide is `None`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct AgeRange {
     /// The lower bound.
@@ -93,9 +93,9 @@ impl ListedSocket {
         judge::waits_for(self.state, self.inode != 0, Some(self.recv_queue), self.send_queue)
     }
 
-    /// How long it has been in its state. The kernel does not record that, but it records when other things
-    /// last happened that must have come before or after the change of state (`tcp_get_info()`,
-    /// `net/ipv4/tcp.c`). If segments arrive out of order, the bounds may be off by the time between them.
+    /// How long it has been in its state. The kernel does not record that, but it records the times of other
+    /// events that must have come before or after the change of state (`tcp_get_info()`, `net/ipv4/tcp.c`).
+    /// If segments arrive out of order, the bounds may be off by the time between them.
     pub fn age(&self) -> AgeRange {
         const UNKNOWN: AgeRange = AgeRange { at_least: None, at_most: None };
         // A remnant has a timer but no times.

@@ -37,14 +37,14 @@ use crate::{
 };
 use netns::Namespace;
 
-/// How many stuck sockets are kept, about 300 bytes each. The rest is only counted.
+/// The number of stuck sockets that are kept, about 300 bytes each. The rest is only counted.
 const MAX_STUCK: usize = 262_144;
 
-/// How many sockets with descriptors are kept, about 60 bytes each, to find their owners. The rest counts as
-/// without an owner.
+/// The number of sockets with descriptors that are kept to find their owners, about 60 bytes each. The rest
+/// counts as having no owner.
 const MAX_OWNED: usize = 1_048_576;
 
-/// How many holders of stuck sockets are kept altogether, 16 bytes each.
+/// The number of holders of stuck sockets that are kept, 16 bytes each.
 const MAX_HOLDERS: usize = 1_048_576;
 
 /// The result of a scan.
@@ -69,7 +69,8 @@ pub struct Socket {
     pub entry: ListedSocket,
     /// Inode number of its network namespace.
     pub netns: u32,
-    /// Server if there is a listener for its local address, or if it has not been accepted yet; else unknown.
+    /// Server if there is a listener for its local address, or if it has not been accepted yet; otherwise
+    /// unknown.
     pub role: Option<Role>,
     /// The process that owns it, and how that is known.
     pub owner: Option<(Arc<ProcfsHolder>, Attribution)>,
@@ -95,13 +96,13 @@ pub struct Unowned {
     /// The number in each state: closed by their process, not accepted yet, or of a process that could not be
     /// read.
     pub states: Counts,
-    /// Those in `TIME_WAIT`, by where they led.
+    /// Those in `TIME_WAIT`, by destination.
     pub time_wait: TimeWait,
     /// The range of ports from which `connect()` chooses, first and last.
     pub ports: Option<(u16, u16)>,
 }
 
-/// What a scan could not read.
+/// Whatever a scan could not read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Gaps {
     /// Processes whose descriptors may not be read.
@@ -173,7 +174,7 @@ impl Socket {
                 bytes_received: self.entry.bytes_received(),
                 retransmits: info.map(|info| info.retransmits),
                 rtt_us: info.map(|info| info.rtt_us).filter(|rtt| *rtt != 0),
-                // The kernel lists no more of it.
+                // The kernel lists no further facts.
                 ..Connection::default()
             },
             process: self.process(processes).map(Shared::from),
@@ -183,7 +184,7 @@ impl Socket {
             for_ms_at_most: at_most.map(f64::from),
             unread_bytes: self.entry.unread_bytes().map(u64::from),
             unsent_bytes: self.entry.send_queue.map(|queue| queue.unsent_payload(state).into()),
-            // What the kernel lists says nothing of what was done to the socket.
+            // The kernel does not list acts on the socket.
             trigger: None,
             signal: None,
             signal_from: None,
@@ -244,7 +245,7 @@ struct Owned {
     namespace: usize,
     /// Index in `stuck`.
     stuck: Option<u32>,
-    /// Whether it passed the filter. A listener is kept in any case, for the sockets in its accept queue.
+    /// Whether it passed the filter. A listener is always kept, because of the sockets in its accept queue.
     passed: bool,
     owner: Option<Arc<ProcfsHolder>>,
 }
@@ -356,8 +357,8 @@ impl<'a> Collector<'a> {
         u32::try_from(self.stuck.len() - 1).ok()
     }
 
-    /// The inodes of the listeners for a local address: those on this very address or, if there are none,
-    /// those on any.
+    /// The inodes of the listeners for a local address: those on this exact address or, if there are none,
+    /// those on any address.
     fn listener(&self, netns: u32, local: Endpoint) -> Option<Vec<u64>> {
         let there = self.listeners.get(&(netns, local.port))?;
         let those = |matches: &dyn Fn(&IpAddr) -> bool| -> Vec<u64> {
@@ -419,7 +420,7 @@ impl<'a> Collector<'a> {
         }
         let mut processes: Vec<_> = tallies.into_values().collect();
         processes.sort_by_key(|tally| (Reverse(tally.states.total()), tally.process.pid));
-        // If the lower bounds are equal, the upper bounds decide; none is the longest.
+        // If the lower bounds are equal, the upper bounds decide, and no bound counts as the longest.
         self.stuck.sort_by_cached_key(|socket| {
             let AgeRange { at_least, at_most } = socket.entry.age();
             Reverse((at_least, at_most.unwrap_or(u32::MAX)))

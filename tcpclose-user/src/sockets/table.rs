@@ -1,5 +1,6 @@
-//! Reads the TCP sockets of a network namespace from `/proc/PID/net/tcp` and `tcp6` of a process in it. This
-//! is for namespaces that may not be entered and kernels without `sock_diag`; these files have fewer facts.
+//! Reads the TCP sockets of a network namespace from `/proc/PID/net/tcp` and `tcp6` of a process in it. It is
+//! used for namespaces that may not be entered, and on kernels without `sock_diag`; these files contain fewer
+//! facts.
 
 use procfs::{ProcError, ProcResult, net::TcpNetEntry, process::Process};
 

@@ -1,4 +1,4 @@
-//! Keys in records → unnamed stacks: those in the kernel half's map, and those that were unwound here.
+//! Keys in records → unnamed stacks, which are in the kernel half's map or were unwound here.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -16,7 +16,8 @@ use crate::stacks::frame::UnwoundStack;
 /// dropped and read again.
 const MAX_STACKS: usize = 8_192;
 
-/// How many released keys still lead to a stack: a RST may be reported after the end of its connection.
+/// The number of released keys that still lead to a stack: a RST may be reported after the end of its
+/// connection.
 const MAX_RELEASED: usize = 4_096;
 
 /// How many different stacks that were unwound here are kept. When there are more, the least recently used
@@ -69,9 +70,9 @@ impl Store {
     }
 
     /// Keeps a stack that was unwound from the copy with this key. Returns the stack's own key. `is_needed`
-    /// tells keys of stacks that may be reported again.
+    /// accepts the keys of stacks that may be reported again.
     pub fn keep(&mut self, copy: u64, stack: UnwoundStack, is_needed: impl Fn(u64) -> bool) -> u64 {
-        // Two stacks share a key once in 2^64 pairs, and then the second gets the next one.
+        // One in 2^64 pairs of stacks has the same key; then the second stack gets the next key.
         let mut key = self.hasher.hash_one(&stack) | KEY_BIT;
         while self.unwound.get(&key).is_some_and(|known| known.stack != stack) {
             key = key.wrapping_add(1) | KEY_BIT;
@@ -153,7 +154,7 @@ impl Store {
         Some(frames)
     }
 
-    /// How many were evicted before they were read.
+    /// The number of stacks that were evicted before they were read.
     pub fn lost(&self) -> u64 {
         self.lost
     }

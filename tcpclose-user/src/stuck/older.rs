@@ -1,4 +1,4 @@
-//! Sockets that were stuck before the trace began. The kernel keeps no time at which a state began, but
+//! Sockets that were stuck before the trace began. The kernel does not record when a state began, but
 //! `sock_diag` gives bounds for it (`sockets/entry.rs`).
 
 use std::{
@@ -27,9 +27,9 @@ pub struct Older {
     sockets: HashMap<SocketAddresses, (State, sockets::AgeRange)>,
 }
 
-/// Sockets that were stuck before the trace and have no descriptor. The kernel half knows nothing of them
-/// while they stay as they are, so the kernel is asked for its sockets again whenever one of these is due,
-/// and never when there are none.
+/// Sockets that were stuck before the trace and have no descriptor. The kernel half has no entries for them
+/// while they do not change, so the kernel is asked for its sockets again whenever one of them is due, but
+/// never if there are none.
 #[derive(Default)]
 pub struct Orphans {
     waiting: HashMap<SocketAddresses, WaitingOrphan>,
@@ -40,8 +40,8 @@ pub struct Orphans {
 }
 
 /// A thread that asks the kernel for the sockets in a teardown state. It is started before the tool gives up
-/// its privileges (`sandbox.rs`), because the questions need them: it enters network namespaces. It reads
-/// nothing that a traced process has written.
+/// its privileges (`sandbox.rs`), which it needs to enter network namespaces. It reads nothing that a traced
+/// process has written.
 struct Asker {
     questions: Sender<()>,
     answers: Receiver<Vec<Socket>>,
@@ -50,7 +50,8 @@ struct Asker {
 /// A socket without a descriptor that is due for a report, and the least that its age can be, nanoseconds.
 pub type Orphan = (Socket, u64);
 
-/// How an orphan was when it was first seen, and when to report it; times in nanoseconds of `CLOCK_BOOTTIME`.
+/// The state of an orphan when it was first seen, and when to report it. Times are nanoseconds of
+/// `CLOCK_BOOTTIME`.
 #[derive(Clone, Copy)]
 struct WaitingOrphan {
     state: State,
@@ -58,8 +59,7 @@ struct WaitingOrphan {
     next: u64,
 }
 
-/// Asks the kernel which sockets are stuck now. `limit` is the age from which on they are reported,
-/// nanoseconds.
+/// Asks the kernel which sockets are stuck now. `limit` is the age from which they are reported, nanoseconds.
 pub fn find(limit: u64) -> (Older, Orphans) {
     let asked = now();
     let (orphans, held): (Vec<_>, Vec<_>) =
@@ -108,7 +108,7 @@ impl Asker {
 }
 
 impl Orphans {
-    /// What there was when the trace began; `seen` is a moment after that.
+    /// Makes the collection of those that existed when the trace began; `seen` is a moment after that.
     fn new(found: &[Socket], seen: u64, limit: u64) -> Self {
         let waiting = |socket: &Socket| {
             let next = seen.saturating_add(limit.saturating_sub(least_age(socket)));
@@ -119,7 +119,7 @@ impl Orphans {
         Self { waiting, next, asker: next.and_then(|_| Asker::start()) }
     }
 
-    /// Leaves a socket to the kernel half, which has seen an event of it.
+    /// Removes a socket, because the kernel half has seen an event of it.
     pub fn forget(&mut self, endpoints: &Endpoints) {
         if let Some(identity) = identity_of(endpoints) {
             self.waiting.remove(&identity);
@@ -136,7 +136,8 @@ impl Orphans {
         self.take_in(found, asked, now(), limit)
     }
 
-    /// Takes in what there is, asked for at `asked` and received by `seen`. Returns what is due for a report.
+    /// Handles the sockets that exist, as requested at `asked` and received by `seen`. Returns those that are
+    /// due for a report.
     fn take_in(&mut self, found: Vec<Socket>, asked: u64, seen: u64, limit: u64) -> Vec<Orphan> {
         let mut waiting = HashMap::with_capacity(self.waiting.len());
         let mut due = Vec::new();
@@ -155,7 +156,7 @@ impl Orphans {
             }
             waiting.insert(identity, orphan);
         }
-        // One question serves all: those that are due soon can wait for the others.
+        // One request serves all: those that are due soon can wait for the others.
         let soonest = waiting.values().map(|orphan| orphan.next).min();
         self.next = soonest.map(|soonest| soonest.max(asked.saturating_add(limit)));
         self.waiting = waiting;

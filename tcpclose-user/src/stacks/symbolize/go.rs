@@ -1,10 +1,11 @@
-//! Functions, files and lines of Go programs, from the table that their runtime prints stacks with. It stays
-//! when a program is stripped, as most Go programs are, so that it is often the only source of names.
+//! Functions, files and lines of Go programs, from the table that their runtime uses to print stacks. The
+//! table is kept when a program is stripped, as most Go programs are, so it is often the only source of
+//! names.
 //!
 //! The format is that of Go 1.18 and later:
 //! <https://github.com/golang/go/blob/go1.20/src/internal/abi/symtab.go>,
-//! <https://github.com/golang/go/blob/go1.20/src/runtime/symtab.go>. Nothing is kept in memory; looking an address up takes
-//! some thirty reads of the file.
+//! <https://github.com/golang/go/blob/go1.20/src/runtime/symtab.go>. Nothing is kept in memory; looking up an
+//! address takes some thirty reads of the file.
 
 use std::{fs::File, os::unix::fs::FileExt as _};
 
@@ -14,13 +15,13 @@ use super::{MAX_NAME, headers::Headers};
 const MAGIC_1_18: u32 = 0xffff_fff0;
 const MAGIC_1_20: u32 = 0xffff_fff1;
 
-/// Most bytes that are read of the places of one function. Beyond them the line is not known.
+/// The number of bytes that are read of the places of one function. Beyond them the line is not known.
 const MAX_PLACES: usize = 16 << 10;
 
-/// The number among the tables of a function, `PCDATA_InlTreeIndex`, of the one that says what is inlined.
+/// The index, among the tables of a function, of the one about inlined functions (`PCDATA_InlTreeIndex`).
 const INLINED: u64 = 2;
 
-/// What the program counter's tables have where nothing is inlined.
+/// The value in the program counter's tables where nothing is inlined.
 const NOT_INLINED: i32 = -1;
 
 /// The table of one file.
@@ -31,7 +32,7 @@ pub(super) struct GoTable {
     end: u64,
     /// The virtual address to which its addresses are relative.
     text: u64,
-    /// What the differences of addresses are multiples of.
+    /// The unit of differences of addresses.
     quantum: u64,
     functions: u64,
     /// Offsets in the table.
@@ -44,7 +45,7 @@ pub(super) struct GoTable {
     function: u64,
 }
 
-/// What is known of an address.
+/// The function at an address, and the line if there is one.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct GoLocation {
     pub(super) function: String,
@@ -55,7 +56,8 @@ pub(super) struct GoLocation {
 }
 
 impl GoTable {
-    /// `None` if the file has none of a known format, or if it is not known which addresses it is about.
+    /// `None` if the file has no table of a known format, or if it is not known which addresses the table is
+    /// about.
     pub(super) fn read(file: &File, headers: &Headers) -> Option<Self> {
         let (start, size) = headers.go_table?;
         let mut header = [0; 72];
@@ -89,8 +91,9 @@ impl GoTable {
         if table.text != 0 {
             return Some(table);
         }
-        // From Go 1.26 on, the start of the code is not in it. It is where the section begins if Go's own
-        // linker made the file, and then the program starts in a function of the table.
+        // From Go 1.26 on, the table does not contain the start of the code. If Go's own linker made the
+        // file, the code starts at the beginning of the section, and the program starts in a function of the
+        // table.
         let table = Self { text: headers.text, ..table };
         let first = table.find(file, headers.entry)?;
         (first.offset == 0 && first.function.starts_with("_rt0_")).then_some(table)
@@ -131,14 +134,14 @@ impl GoTable {
         Some(GoLocation { function: name, offset: offset.into(), line: line() })
     }
 
-    /// What a table of values by program counter has for an offset in its function.
+    /// The value for an offset in a function, from its table of values by program counter.
     fn value(&self, file: &File, table: u32, wanted: u64) -> Option<i32> {
         let bytes = self.bytes(file, self.places.checked_add(table.into())?, MAX_PLACES)?;
         let mut rest = bytes.as_slice();
         let (mut value, mut offset) = (-1_i32, 0_u64);
         loop {
             let change = varint(&mut rest)?;
-            // The end; a first value of -1 has the same form.
+            // This is the end. A first value of -1 has the same form.
             if change == 0 && offset != 0 {
                 return None;
             }

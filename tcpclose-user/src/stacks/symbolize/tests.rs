@@ -6,11 +6,11 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 
 use crate::processes::Processes;
 
-/// Tells the test below that it is run as a process of its own.
+/// The variable that makes the test below wait, in a process of its own.
 const WAIT: &str = "TCPCLOSE_TEST_WAIT";
 
 const LANDMARK_LINE: u32 = line!() + 3;
-/// A function to be found. It must not be merged into anything, nor with anything.
+/// A function to be found. The compiler must neither inline it nor merge it with another one.
 #[inline(never)]
 fn landmark(number: u32) -> u32 {
     std::hint::black_box(number).wrapping_mul(31_337)
@@ -130,7 +130,7 @@ fn names_functions_of_this_process() {
     assert!(is_landmark(&frames[2]));
     assert_eq!(frames[2].offset, Some(1), "of the address that is reported");
     assert_eq!(frames[3], Frame::nameless(8), "nothing is mapped there");
-    // The second time from memory.
+    // The second result comes from the cache.
     assert_eq!(symbolizer.user(Some(&image), &[here + 1, here, here + 1, 8]), frames);
     assert_eq!(symbolizer.user(None, &[here, 9]), [Frame::nameless(here), Frame::nameless(9)]);
 }
@@ -194,7 +194,7 @@ fn never_reads_a_file_that_took_the_place_of_another() {
         let frames = Symbolizer::new().user(Some(&image), &[address]);
         assert_eq!(frames[0].module.as_deref(), program.to_str());
         if noticed_late {
-            // It was out of reach by its path, so it was held open.
+            // Its path did not lead to it, so it was kept open.
             assert!(is_landmark(&frames[0]), "{frames:#?}");
         } else {
             assert_eq!((&frames[0].symbol, frames[0].line), (&None, None), "{frames:#?}");
@@ -284,12 +284,12 @@ fn names_functions_compiled_at_run_time() {
     let expected = (Some("LazyCompile:~end /app/server.js:12".to_owned()), Some(0x10), None);
     assert_eq!(name(&mut symbolizer, &image), expected);
 
-    // The JVM writes all of it anew, and may have put something else where that was.
+    // The JVM rewrites the whole file, and may have placed other code at the same addresses.
     fs::write(&path, "10000 100 Interpreter\n10100 80 java.lang.String Prices.price(int)\n").unwrap();
     let expected = (Some("java.lang.String Prices.price(int)".to_owned()), Some(0x10), None);
     assert_eq!(name(&mut symbolizer, &image), expected);
 
-    // Once the process has ended, its number and its file may be another's.
+    // Once the process has ended, its id and its file may belong to another process.
     fs::write(&path, "10100 100 somebody_elses_function_altogether__________\n10100 100 b\n").unwrap();
     image.started = None;
     assert_eq!(name(&mut symbolizer, &image), expected);
@@ -316,7 +316,7 @@ fn names_functions_of_the_kernel() {
     assert_eq!(frames, [Frame::nameless(1), Frame::nameless(u64::MAX)]);
 }
 
-/// Says what blazesym finds at an address of a file.
+/// Returns what blazesym finds at an address of a file.
 fn symbol_in(path: &Path, address: u64) -> Option<(String, u64)> {
     let file = File::open(path).unwrap();
     let pieces = query(&builder().build(), &source(&file, false), Input::VirtOffset(address))?;

@@ -16,13 +16,14 @@ use crate::{
     },
 };
 
-/// Bytes of tables that are cached, of all files together. When they would become more, all are dropped.
+/// The number of bytes of tables that are cached, of all files together. When there would be more, all are
+/// dropped.
 const MAX_TABLES: usize = 256 << 20;
 
-/// Bytes of one table: those of a browser have 20 MB.
+/// The largest size of one table: those of a browser have 20 MB.
 const MAX_TABLE: u64 = 64 << 20;
 
-/// How many files are cached, those without tables included.
+/// The number of files that are cached, including those without tables.
 const MAX_FILES: usize = 1024;
 
 /// A cache of executables and libraries.
@@ -82,7 +83,7 @@ impl Binary {
         Some(Self { segments: Segments::read(&file), sections, runtimes: runtimes::of(&file) })
     }
 
-    /// Whether it says how to unwind its code.
+    /// Whether it has tables to unwind its code.
     pub(super) fn has_tables(&self) -> bool {
         self.sections.eh_frame.is_some() || self.sections.debug_frame.is_some()
     }

@@ -4,7 +4,7 @@ use std::{collections::HashMap, ops::Range};
 
 use crate::stacks::memory::ProcessMemory;
 
-/// How many entries of a table are read: JDK 17 has 788 members and 600 types.
+/// The number of entries of a table that are read: JDK 17 has 788 members and 600 types.
 const MAX_ENTRIES: u64 = 4_096;
 
 /// Addresses, in the file, of the tables that the machine exports.
@@ -50,7 +50,7 @@ impl HotspotSymbols {
 }
 
 impl<const MEMBERS: usize> ExportedTable<MEMBERS> {
-    /// The members of each entry. The first member of the entry behind the last is 0.
+    /// The members of each entry. The first member of the entry after the last one is 0.
     fn read(&self, memory: &ProcessMemory, bias: u64) -> Option<Vec<[u64; MEMBERS]>> {
         let value = |symbol: u64| memory.u64(symbol.checked_add(bias)?);
         let (first, stride) = (value(self.first)?, value(self.stride)?);
@@ -86,7 +86,7 @@ macro_rules! layout {
             pub(super) version: u32,
             /// How compiled methods describe the methods inlined into them, if that is known.
             pub(super) scopes: Option<Scopes>,
-            /// Where the name of a class's source file is.
+            /// The place of the name of a class's source file.
             pub(super) source_file: SourceFile,
             $($(#[$doc])* pub(super) $member: u64),*
         }
@@ -150,7 +150,7 @@ pub(super) struct Scopes {
     kept: TablePlacement,
 }
 
-/// Where the tables of compiled methods are.
+/// The place of the tables of compiled methods.
 #[derive(Debug)]
 enum TablePlacement {
     /// Behind its code, from JDK 9 to 22.
@@ -252,7 +252,7 @@ impl TablePlacement {
     }
 }
 
-/// Where the constant pool index of a source file's name is.
+/// The place of the constant pool index of a source file's name.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum SourceFile {
     /// In the class, up to JDK 15.
@@ -314,7 +314,7 @@ impl Tables {
 }
 
 impl HotspotLayout {
-    /// Reads it from a process; the error is the first thing that is missing.
+    /// Reads the layout from a process. The error names the first member that is missing.
     pub(super) fn read(
         memory: &ProcessMemory,
         bias: u64,

@@ -15,10 +15,10 @@ const MAX_CONSTANT: u64 = 1 << 20;
 /// Largest table of places of a compiled method, in bytes.
 const MAX_PLACES: u64 = 4 << 20;
 
-/// How many methods inlined into each other are reported.
+/// The number of methods inlined into each other that are reported.
 const MAX_INLINED: usize = 64;
 
-/// Bytes of a scope that are read: three numbers of up to 5 bytes each.
+/// The number of bytes of a scope that are read: three numbers of up to 5 bytes each.
 const SCOPE: usize = 16;
 
 /// `ConstMethod::_has_linenumber_table`.
@@ -37,7 +37,7 @@ pub(super) struct Methods {
     compression: Compression,
 }
 
-/// How numbers are compressed.
+/// The compression of numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Compression {
     /// Up to JDK 19.
@@ -96,8 +96,8 @@ impl Methods {
             let scope = memory.up_to(tables.data.checked_add(u64::from(next))?, SCOPE);
             let mut numbers = Numbers { bytes: &scope, compression: self.compression };
             let (sender, method, bytecode) = (numbers.next()?, numbers.next()?, numbers.next()?);
-            // Methods are numbered from 1. Bytecodes are numbered from -1, which is before the method begins,
-            // plus 1.
+            // Methods are numbered from 1. The number of a bytecode is its index plus 1, because the index -1
+            // stands for the time before the method begins.
             let method = tables.metadata.checked_add(u64::from(method.checked_sub(1)?) * 8)?;
             let index = u64::from(bytecode).checked_sub(1);
             places.push(self.place(memory, layout, memory.u64(method)?, index)?);
@@ -145,7 +145,7 @@ impl Methods {
     }
 }
 
-/// The offset of the scope of the code before `pc`. The table must have exactly that address: if it has not,
+/// The offset of the scope of the code before `pc`. The table must contain exactly that address. Otherwise
 /// the memory has been reused meanwhile.
 fn scope(memory: &ProcessMemory, scopes: &Scopes, tables: &MethodTables, pc: u64) -> Option<u32> {
     let size = tables.places.end.checked_sub(tables.places.start).filter(|size| *size <= MAX_PLACES)?;

@@ -4,8 +4,8 @@
 //!
 //! <https://github.com/openjdk/jdk/blob/jdk-17-ga/src/hotspot/share/runtime/vmStructs.hpp>
 //!
-//! The machine runs on while it is read. What is inconsistent is left out: a frame then has its address only,
-//! and the stack ends if its caller is not known.
+//! The machine continues to run while it is read. Inconsistent data is left out: the frame then has only its
+//! address, and the stack ends if its caller is not known.
 
 mod code;
 mod layout;
@@ -29,15 +29,14 @@ use crate::{
     stacks::memory::{ProcessMemory, StackMemory},
 };
 
-/// How long names are cached while the machine runs. The memory of a class that is unloaded is used for
-/// others.
+/// How long names are cached while the machine runs. The memory of an unloaded class is reused for others.
 const CACHE_FOR: Duration = Duration::from_secs(1);
 
-/// How many are cached.
+/// The number of names that are cached.
 const MAX_NAMES: usize = 8_192;
 
-/// The slots of an interpreted frame, in words from its frame pointer; the same on x86-64 and arm64, from JDK
-/// 9 on.
+/// The slots of an interpreted frame, in words from its frame pointer. They are the same on x86-64 and arm64,
+/// from JDK 9 on.
 ///
 /// <https://github.com/openjdk/jdk/blob/jdk-17-ga/src/hotspot/cpu/x86/frame_x86.hpp>
 mod interpreted {
@@ -75,11 +74,11 @@ struct Vm {
     since: Instant,
 }
 
-/// Where a frame is.
+/// The position of a frame.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Position {
     pc: u64,
-    /// Addresses of the method and of its bytecode, if it is interpreted; else 0.
+    /// Addresses of the method and of its bytecode if it is interpreted; otherwise 0.
     interpreted: (u64, u64),
 }
 
@@ -107,7 +106,7 @@ impl Vm {
             return Some(known.clone());
         }
         if !code.is_committed(address) {
-            // It has grown since.
+            // The code cache has grown since.
             *code = CodeCache::read(memory, layout)?;
         }
         let blob = code.blob(memory, layout, address)?;
@@ -149,7 +148,7 @@ impl Vm {
 impl Runtime for Vm {
     fn begin_stack(&mut self) {
         let is_old = self.since.elapsed() >= CACHE_FOR || self.named.len() >= MAX_NAMES;
-        // Once the machine has exited, nothing can be read that is not cached.
+        // Once the machine has exited, only cached names are available.
         if is_old && self.memory.u64(self.layout.heaps).is_some() {
             self.named.clear();
             self.blobs.clear();
@@ -179,7 +178,8 @@ impl Runtime for Vm {
                 return Some(Caller::At { pc: slot(stack, frame.fp, 1)?, sp, fp: slot(stack, frame.fp, 0)? });
             }
             if blob.frame_words == 0 {
-                // Such as the stub by which the machine calls Java: it keeps a frame pointer.
+                // This is code such as the stub through which the machine calls Java, which keeps a frame
+                // pointer.
                 let sp = frame.fp.checked_add(16)?;
                 return Some(Caller::At { pc: slot(stack, frame.fp, 1)?, sp, fp: slot(stack, frame.fp, 0)? });
             }
@@ -190,7 +190,7 @@ impl Runtime for Vm {
     }
 }
 
-/// The word so many words from an address.
+/// The word at this many words from an address.
 fn slot(stack: &StackMemory<'_>, base: u64, words: i64) -> Option<u64> {
     stack.word(base.checked_add_signed(words * 8)?)
 }

@@ -19,27 +19,27 @@ const MAX_TABLE: u64 = 64 << 10;
 /// Characters of a name.
 const MAX_NAME: u64 = 1_024;
 
-/// A code object as the event had it: its address, and a hash of what tells it from others at the same
-/// address.
+/// A code object as it was at the event: its address, and a hash of the words that distinguish it from others
+/// at the same address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct CodeKey {
     pub(super) address: u64,
     pub(super) identity: u64,
 }
 
-/// What is cached of one.
+/// The cached facts of one code object.
 struct Code {
     name: Option<String>,
     file: Option<String>,
     first_line: i32,
     table: Vec<u8>,
-    /// Address of the first instruction; 0 if instructions are told by their index.
+    /// Address of the first instruction; 0 if instructions are identified by their index.
     start: u64,
     /// Bytes of instructions.
     size: u64,
 }
 
-/// A function, and where in it a frame is.
+/// A function, and the place of a frame in it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct FunctionLocation {
     pub(super) symbol: String,
@@ -52,7 +52,7 @@ pub(super) struct FunctionLocation {
 pub(super) struct Codes(HashMap<CodeKey, Option<Code>>);
 
 impl Codes {
-    /// Names the function of a frame. `None` if the code object is another one by now, or cannot be read.
+    /// Names the function of a frame. `None` if there is another code object by now, or if it cannot be read.
     pub(super) fn place(
         &mut self,
         (memory, layout, code_type): (&ProcessMemory, &PythonLayout, u64),
@@ -69,7 +69,7 @@ impl Codes {
         Some(FunctionLocation { symbol: code.name.clone()?, file: code.file.clone(), line })
     }
 
-    /// Drops what was found to be missing, to look for it again.
+    /// Drops entries of code objects that could not be read, so that they are read again.
     pub(super) fn forget_missing(&mut self) {
         self.0.retain(|_, code| code.is_some());
     }
@@ -104,7 +104,7 @@ impl Code {
         // It may have been replaced while it was read.
         is_it()?;
         // Programs make and drop code objects of such files one after the other, at the same addresses. If
-        // nothing but the content of the file's name tells them apart, that may have changed.
+        // only the content of the file's name distinguishes them, that may have changed.
         let is_made = code.file.as_deref().is_some_and(|file| file.starts_with('<') && !is_constant(file));
         (layout.code.is_unique || !is_made).then_some(code)
     }
@@ -113,7 +113,7 @@ impl Code {
     /// instruction.
     fn offset(&self, layout: &PythonLayout, instruction: u64) -> Option<u64> {
         let offset = match layout.frames {
-            // The other half of the word is another member.
+            // The other half of the word belongs to another member.
             FrameStorage::Single(unit) => (instruction & 0xffff_ffff).checked_mul(unit)?,
             FrameStorage::Marked | FrameStorage::Entered => instruction.checked_sub(self.start)?,
         };
@@ -121,12 +121,12 @@ impl Code {
     }
 }
 
-/// Whether a name in angle brackets is that of one source only.
+/// Whether a name in angle brackets belongs to a single source.
 fn is_constant(file: &str) -> bool {
     ["<string>", "<stdin>"].contains(&file) || file.starts_with("<frozen ")
 }
 
-/// The hash of what tells a code object from others, as the kernel half makes it.
+/// The hash of the words that distinguish a code object from others, computed as in the kernel half.
 fn identity(memory: &ProcessMemory, layout: &PythonLayout, address: u64) -> Option<u64> {
     let Words { start, end } = layout.code.identity;
     let mut bytes = [0; 8 * IDENTITY_WORDS];
@@ -135,9 +135,9 @@ fn identity(memory: &ProcessMemory, layout: &PythonLayout, address: u64) -> Opti
     Some(bytes.as_chunks().0.iter().copied().map(u64::from_ne_bytes).fold(SEED, mix))
 }
 
-/// Whether an object with this first word has not been freed: its strings may have been replaced otherwise.
-/// The word is a number of references, of which 3.14 uses 32 bits and has flags in the upper 16. In memory
-/// that is free it is the address of the next free memory, or 0.
+/// Whether an object with this first word is still allocated. If it was freed, its strings may have been
+/// replaced. The word is a number of references, of which 3.14 uses 32 bits and has flags in the upper 16. In
+/// memory that is free it is the address of the next free memory, or 0.
 fn is_live(references: u64) -> bool {
     let [count, between] = [references << 32, references << 16 >> 48];
     count != 0 && between == 0

@@ -1,5 +1,5 @@
-//! Tables of code objects → lines. An offset counts bytes of instructions; a table is damaged or of another
-//! code object if it does not reach that far, and there is no line then.
+//! Tables of code objects → lines. An offset counts bytes of instructions. A table that does not extend that
+//! far is damaged, or belongs to another code object, so there is no line.
 
 use super::layout::LineTable;
 
@@ -13,7 +13,7 @@ pub(super) fn line(kind: LineTable, table: &[u8], first: i32, offset: u64) -> Op
     found.and_then(|line| u32::try_from(line).ok())
 }
 
-/// Pairs of how far the offset and the line increase. The last line lasts to the end.
+/// Pairs of the increases of the offset and of the line. The last line extends to the end.
 ///
 /// <https://github.com/python/cpython/blob/v3.9.0/Objects/lnotab_notes.txt>
 fn increments(table: &[u8], first: i32, offset: u64) -> Option<i32> {
@@ -28,7 +28,7 @@ fn increments(table: &[u8], first: i32, offset: u64) -> Option<i32> {
     Some(line)
 }
 
-/// Pairs of a length and how far the line increases before it; -128 stands for instructions without a line.
+/// Pairs of a length and of the increase of the line before it; -128 stands for instructions without a line.
 ///
 /// <https://github.com/python/cpython/blob/v3.10.0/Objects/lnotab_notes.txt>
 fn ranges(table: &[u8], first: i32, offset: u64) -> Option<i32> {
@@ -46,7 +46,7 @@ fn ranges(table: &[u8], first: i32, offset: u64) -> Option<i32> {
     None
 }
 
-/// Entries of a length in instructions, a kind, and what the kind says of line and column.
+/// Entries of a length in instructions, a kind, and data about line and column that depends on the kind.
 ///
 /// <https://github.com/python/cpython/blob/v3.11.0/Objects/locations.md>
 fn locations(table: &[u8], first: i32, offset: u64) -> Option<i32> {
@@ -67,13 +67,13 @@ fn locations(table: &[u8], first: i32, offset: u64) -> Option<i32> {
         if offset < end {
             return (kind != 15).then_some(line);
         }
-        // The rest of the entry: only its first byte has the highest bit.
+        // The rest of the entry: only the first byte of an entry has the highest bit.
         while bytes.next_if(|byte| byte & 0x80 == 0).is_some() {}
     }
     None
 }
 
-/// A signed number: six bits to a byte, the lowest first, and the sign in the lowest bit of all.
+/// A signed number: six bits in each byte, the lowest first, and the sign in the lowest bit of the number.
 fn signed(bytes: &mut impl Iterator<Item = u8>) -> Option<i32> {
     let mut number = 0_u32;
     for shift in (0..32).step_by(6) {

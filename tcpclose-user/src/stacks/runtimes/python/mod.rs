@@ -1,10 +1,10 @@
 //! CPython 3.9 to 3.14. Its functions have no frames on the stack: a loop, `_PyEval_EvalFrameDefault()`, runs
 //! them, and their frames are in the heap. The kernel half lists them at the event
 //! ([`tcpclose_common::interpreter`]); here they are named, from the code objects in the memory of the
-//! process, and take the place of the loop's frames on the stack.
+//! process, and replace the loop's frames on the stack.
 //!
-//! A frame gets a name only if its code object is still the one that it was at the event: by its address, its
-//! type, and a hash of some of its members ([`layout::CodeLayout::identity`]); and if it has the instruction
+//! A frame gets a name only if its code object is still the same as at the event, judged by its address, its
+//! type and a hash of some of its members ([`layout::CodeLayout::identity`]), and if it has the instruction
 //! that the frame is at.
 
 mod code;
@@ -33,11 +33,11 @@ use crate::{
     stacks::memory::{ProcessMemory, StackMemory},
 };
 
-/// How long after one failed another try is made to read what was missing.
+/// How long after a failure to wait before reading again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// How long a stack is recognized by the hash of its frames. Code objects are part of the hash, so this is
-/// only to look again for names that were missing.
+/// How long a stack is recognized by the hash of its frames. Code objects are part of the hash, so the only
+/// purpose of this is to look again for names that were missing.
 const LIFETIME: Duration = Duration::from_secs(10);
 
 /// Recognizes an executable or library that contains CPython.
@@ -129,7 +129,7 @@ impl Runtime for Python {
             self.retry_at = Instant::now() + RETRY_AFTER;
         }
         let (mut runs, mut frames) = (Vec::new(), Vec::new());
-        // Of the call that runs the frames that come next.
+        // The address of the call that runs the next frames.
         let mut call = list.call;
         for listed in list.frames.iter().take(usize::try_from(list.count).unwrap_or(usize::MAX)) {
             let kind = self.layout.kind(listed.kind);
@@ -152,7 +152,7 @@ impl Runtime for Python {
                 }
                 None if is_entry => At::Stack(listed.address),
                 None if list.is_cut == 0 => At::NextLoop,
-                // It cannot be seen whether all calls of the loop are recognized.
+                // There is no way to see whether all calls of the loop are recognized.
                 None => return runs,
             };
             runs.push(Run { at, frames: mem::take(&mut frames) });
