@@ -1,5 +1,5 @@
-//! Writes the records of a recording (`tcpclose --record`) to files in a directory, one file each, and one
-//! record of each kind that recordings seldom hold: seeds of the target `decode`.
+//! Writes the records of a recording (`tcpclose --record`) to files in a directory, one file for each, and
+//! adds a record of each kind that recordings seldom contain: seeds of the target `decode`.
 //!
 //!     cargo run --example records -- ../tcpclose-user/fixtures/records/6.18-amd64.bin corpus/decode
 

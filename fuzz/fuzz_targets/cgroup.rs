@@ -1,4 +1,4 @@
-//! `/proc/PID/cgroup`, in which whoever made the control groups chose the names.
+//! `/proc/PID/cgroup`, whose names were chosen by whoever made the control groups.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -120,8 +120,8 @@ fn what_comes_while_it_reads_is_told() -> Result<()> {
     tool.stop().map(drop)
 }
 
-/// What a trace does beside its records: how often its threads were woken, and how often they read or wrote a
-/// file.
+/// The work of a trace besides its records: how often its threads were woken, and how often they read or
+/// wrote a file.
 #[derive(Debug)]
 struct Effort {
     wakeups: u64,

@@ -64,10 +64,11 @@ fn lint_user_half(workspace: &Workspace) -> Result<()> {
         .context("clippy has findings, see above")
 }
 
-/// Lints the fuzz targets, which nothing else compiles: a renamed function would break them unseen.
+/// Lints the fuzz targets, which no other check compiles, so that renaming a function could break them
+/// unnoticed.
 fn lint_fuzz_targets(workspace: &Workspace) -> Result<()> {
     if !is_installed("cargo-clippy") {
-        // `lint_user_half()` has said so.
+        // `lint_user_half()` has reported it.
         return Ok(());
     }
     let mut clippy = workspace.cargo("clippy");

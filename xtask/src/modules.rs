@@ -1,5 +1,5 @@
-//! Which top-level modules of a crate use each other. A cycle among them means that none of them can be read,
-//! tested or changed alone; the compiler allows it.
+//! Checks that no top-level modules of a crate use each other in a circle. None of the modules in a circle
+//! can be read, tested or changed alone, and the compiler does not report it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,7 +21,7 @@ pub(crate) fn check(package: &Path) -> Result<()> {
         let text = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
         uses.entry(module).or_default().extend(modules_used(&text));
     }
-    // What is not a module is an item of the crate root.
+    // A name that is not a module is an item of the crate root.
     let modules: BTreeSet<_> = uses.keys().cloned().collect();
     for (module, used) in &mut uses {
         used.retain(|name| name != module && modules.contains(name));

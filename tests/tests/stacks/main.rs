@@ -40,7 +40,8 @@ fn compile(compiler: &str, options: &[&str], source: &str, folder: &Scratch) -> 
     Ok(program)
 }
 
-/// A program that connects, and hangs up when it is told to: its stack there, and what gdb sees.
+/// Runs a program that connects, and closes on request. Returns gdb's backtrace of the close, and the
+/// reported stack.
 fn hangs_up(program: &Path) -> Result<(gdb::Backtrace, Value)> {
     hangs_up_as(program, &[], Launch::new()?)
 }
@@ -96,7 +97,8 @@ fn c_without_frame_pointers() -> Result<()> {
     Ok(())
 }
 
-/// With frame pointers a walk along them leaves out the function that called `close()`.
+/// A walk along frame pointers leaves out the function that called `close()`, even if the program keeps frame
+/// pointers.
 #[test]
 fn c_with_frame_pointers() -> Result<()> {
     if is_missing(&[GDB, "/usr/bin/gcc"]) {
@@ -161,7 +163,8 @@ fn rust_with_inlined_functions() -> Result<()> {
     Ok(())
 }
 
-/// A server that closes the connection of a client that says something: its stack there, and what gdb sees.
+/// Runs a server that closes the connection of a client that sends something. Returns gdb's backtrace of the
+/// close, and the reported stack.
 fn server_hangs_up(
     namespace: &Namespace,
     tool: &Tool,
@@ -187,7 +190,7 @@ fn nginx_as_debian_ships_it() -> Result<()> {
     }
     let (namespace, folder) = (Namespace::new()?, Scratch::new()?);
     let tool = Launch::new()?.trace([&namespace]).start()?;
-    // There is no backend, so that it answers with an error, and closes.
+    // There is no backend, so it answers with an error and closes.
     let nginx = start_nginx(&namespace, folder.path())?;
     let request = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
     let (backtrace, frames) = server_hangs_up(&namespace, &tool, &nginx, request)?;
@@ -224,8 +227,8 @@ fn python_as_debian_ships_it() -> Result<()> {
     backtrace.without(LOOP).ensure_equals(&frames)
 }
 
-/// Functions that V8 compiled have no unwind tables, but keep frame pointers. gdb cannot follow them, so what
-/// is known is where the stack ends: in `main()`'s caller.
+/// Functions that V8 compiled have no unwind tables, but keep frame pointers. gdb cannot follow them, so only
+/// the end of the stack is known: the caller of `main()`.
 #[test]
 fn node_as_it_is_here() -> Result<()> {
     const NODE: &str = "/usr/bin/node";
