@@ -65,8 +65,8 @@ fn note(ctx: &impl EbpfContext, connection: &mut ConnectionRecord, what: u32) {
         return;
     }
     let Some(mut entry) = emit::reserve_act() else { return };
-    // SAFETY: memory of the ring, aligned and mapped. An `ActRecord` is made of integers, for which any bytes are
-    // valid.
+    // SAFETY: memory of the ring, aligned and mapped. An `ActRecord` is made of integers, for which any bytes
+    // are valid.
     let act = unsafe { &mut *entry.as_mut_ptr() };
     act.sock = connection.sock;
     act.born = connection.born;

@@ -73,8 +73,8 @@ impl Usage {
 /// use.
 const CROWDED_STACK_BYTES: usize = 4 << 10;
 
-/// Writes `copy`, followed by the current task's memory from `copy.start` on. Returns `false` if the ring has no
-/// room for stacks.
+/// Writes `copy`, followed by the current task's memory from `copy.start` on. Returns `false` if the ring has
+/// no room for stacks.
 ///
 /// With recipes a copy is rare, and wakes the reader: until it has been unwound, every other event with the
 /// same stack is followed by a copy too.
@@ -115,8 +115,8 @@ pub fn stack(mut copy: StackCopy) -> bool {
     true
 }
 
-/// Writes the frames of an interpreter, ahead of the copy of their stack. Returns `false` if the ring has no room
-/// for them, and therefore none for the copy.
+/// Writes the frames of an interpreter, ahead of the copy of their stack. Returns `false` if the ring has no
+/// room for them, and therefore none for the copy.
 #[inline(always)]
 pub fn interpreted(list: &Interpreted) -> bool {
     if !Usage::now().has_room_for_stacks() {
@@ -136,11 +136,11 @@ fn written(result: Result<(), i32>) {
 
 /// Whether to wake the reader for the record that is being written.
 ///
-/// The reader sets `READER` before it sleeps. The next record clears it and wakes the reader, which then waits a
-/// tenth of a second before it reads: a busy host wakes it ten times a second, and an idle one never. In
-/// between, only a ring that is filled to a quarter wakes it. The ring's own rule (without flags, a record wakes
-/// the reader if everything before it was read) would wake a reader that keeps up for every record, which would
-/// be nearly all of the cost of tracing.
+/// The reader sets `READER` before it sleeps. The next record clears it and wakes the reader, which then
+/// waits a tenth of a second before it reads: a busy host wakes it ten times a second, and an idle one never.
+/// In between, only a ring that is filled to a quarter wakes it. The ring's own rule (without flags, a record
+/// wakes the reader if everything before it was read) would wake a reader that keeps up for every record,
+/// which would be nearly all of the cost of tracing.
 #[inline(always)]
 fn wake() -> u64 {
     let force = u64::from(BPF_RB_FORCE_WAKEUP);
@@ -163,6 +163,6 @@ fn wake() -> u64 {
     if usage.used >= usage.size / 4 { force } else { wait }
 }
 
-/// The number of records of a CPU between two checks of how full the ring is, which cost two calls of a helper.
-/// The ring has room for many times as many records.
+/// The number of records of a CPU between two checks of how full the ring is, which cost two calls of a
+/// helper. The ring has room for many times as many records.
 const QUERY_INTERVAL: u64 = 64;

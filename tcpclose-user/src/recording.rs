@@ -2,8 +2,8 @@
 //! FILE` writes the same lines without privileges.
 //!
 //! A file is [`MAGIC`] followed by frames. A frame is one byte that says what it is, the length of the rest
-//! as a little-endian u32, and the rest: a record as it was in the ring, or a [`RecordedStep`] as JSON. Answers of
-//! the host follow the record or step that asked for them.
+//! as a little-endian u32, and the rest: a record as it was in the ring, or a [`RecordedStep`] as JSON.
+//! Answers of the host follow the record or step that asked for them.
 
 use std::{
     collections::BTreeMap,

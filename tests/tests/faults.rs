@@ -111,8 +111,8 @@ fn a_full_disk_ends_a_trace() -> Result<()> {
     Ok(())
 }
 
-/// The tool is stopped while a connection ends and while its reader leaves, so both lines of that connection are
-/// still to be written when it goes on.
+/// The tool is stopped while a connection ends and while its reader leaves, so both lines of that connection
+/// are still to be written when it goes on.
 #[test]
 fn lines_that_nobody_reads_are_counted_as_lost_output() -> Result<()> {
     let scratch = Scratch::new()?;

@@ -22,8 +22,8 @@ const FUZZ: &str = "fuzz/Cargo.toml";
 /// The crates whose modules must not use each other in a circle.
 const CRATES: [&str; 5] = ["tcpclose-user", "tcpclose-ebpf", "tcpclose-common", "xtask", "tests"];
 
-/// Checks the format, the lints and the order of modules of both halves, of the tests, and of the fuzz targets;
-/// a warning is an error.
+/// Checks the format, the lints and the order of modules of both halves, of the tests, and of the fuzz
+/// targets; a warning is an error.
 pub(crate) fn lint(workspace: &Workspace, tools: &Tools) -> Result<()> {
     let mut failed = Vec::new();
     let mut note = |result: Result<()>| failed.extend(result.err().map(|error| format!("{error:#}")));

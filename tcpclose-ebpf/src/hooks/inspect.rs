@@ -34,9 +34,9 @@ pub fn inspect(ctx: RawTracePointContext) -> i32 {
         count!(records_lost);
         return 0;
     };
-    // A copy, because the socket lives on and its entry may change.
-    // SAFETY: the slot is ours, and both sides are a whole `ConnectionRecord`, of which all members are integers. A
-    // program under the socket's lock may change the entry during the copy.
+    // A copy, because the socket lives on and its entry may change. SAFETY: the slot is ours, and both sides
+    // are a whole `ConnectionRecord`, of which all members are integers. A program under the socket's lock
+    // may change the entry during the copy.
     let connection = unsafe {
         let connection = &raw mut (*slot.get()).connection;
         bpf_probe_read_kernel(

@@ -2,7 +2,8 @@
 //! sockets are stuck in a teardown state, which processes hold them, and how many sockets are in every state.
 //!
 //! [`netns`] finds the namespaces. [`diag`] requests the sockets of each from the kernel; where that is not
-//! possible [`table`] reads them from `/proc`. A walk over all file descriptors ([`holder`]) finds their owners.
+//! possible [`table`] reads them from `/proc`. A walk over all file descriptors ([`holder`]) finds their
+//! owners.
 
 use std::{
     cmp::Reverse,

@@ -55,8 +55,8 @@ impl Parsed {
                 if line.trim_ascii().is_empty() {
                     continue;
                 }
-                // All of a line is checked at once for whether it is UTF-8, which takes a fraction of the time
-                // for each of its strings.
+                // All of a line is checked at once for whether it is UTF-8, which takes a fraction of the
+                // time for each of its strings.
                 let parsed = match str::from_utf8(line) {
                     Ok(line) => serde_json::from_str(line),
                     Err(_) => serde_json::from_slice(line),
