@@ -1,4 +1,4 @@
-//! Format, lints, and the order of modules.
+//! Format, lints, the order of modules, and the names of types.
 
 use std::{env, path::PathBuf, process::Command};
 
@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use crate::{
     apt::{self, Package},
     command::{self, say},
-    ebpf, modules,
+    ebpf, modules, names,
     tools::Tools,
     workspace::{Workspace, cargo_program},
 };
@@ -22,8 +22,11 @@ const FUZZ: &str = "fuzz/Cargo.toml";
 /// The crates whose modules must not use each other in a circle.
 const CRATES: [&str; 5] = ["tcpclose-user", "tcpclose-ebpf", "tcpclose-common", "xtask", "tests"];
 
-/// Checks the format, the lints and the order of modules of both halves, of the tests, and of the fuzz
-/// targets; a warning is an error.
+/// The crates of the product, in which each type has a name of its own.
+const PRODUCT: [&str; 3] = ["tcpclose-user", "tcpclose-ebpf", "tcpclose-common"];
+
+/// Checks the format and the lints of both halves, of the tests and of the fuzz targets, the order of modules,
+/// and the names of types. A warning is an error.
 pub(crate) fn lint(workspace: &Workspace, tools: &Tools) -> Result<()> {
     let mut failed = Vec::new();
     let mut note = |result: Result<()>| failed.extend(result.err().map(|error| format!("{error:#}")));
@@ -31,6 +34,7 @@ pub(crate) fn lint(workspace: &Workspace, tools: &Tools) -> Result<()> {
     for package in CRATES {
         note(modules::check(&workspace.root.join(package)));
     }
+    note(names::check(&PRODUCT.map(|package| workspace.root.join(package))));
     note(lint_user_half(workspace));
     note(lint_fuzz_targets(workspace));
     note(lint_kernel_half(workspace, tools));

@@ -10,6 +10,7 @@ mod kernels;
 mod linker;
 mod lint;
 mod modules;
+mod names;
 mod platform;
 mod report;
 mod run;
@@ -54,7 +55,7 @@ enum Task {
         #[arg(long, value_name = "TRIPLE", value_parser = Platform::parse)]
         target: Option<&'static Platform>,
     },
-    /// Check the format, the lints and the order of modules
+    /// Check the format, the lints, the order of modules and the names of types
     #[command(alias = "clippy")]
     Lint,
     /// Measure what tracing costs, per connection

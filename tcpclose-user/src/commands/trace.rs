@@ -81,7 +81,7 @@ pub async fn trace(mut args: TraceArgs) -> Result<ExitCode> {
     if args.sandbox == Sandbox::Auto
         && let Err(error) = sandbox::enter()
     {
-        eprintln!("tcpclose: goes on with all its privileges: {error:#}");
+        eprintln!("tcpclose: continues with all its privileges: {error:#}");
     }
     let _serving = metrics.map(|server| tokio::spawn(server.run()));
     let end = args.duration.map(|duration| tokio::time::Instant::now() + duration);

@@ -166,7 +166,7 @@ impl KernelHalf {
 
     /// Records that a search has failed, so that none is tried again.
     pub fn search_failed(&mut self, error: &anyhow::Error) {
-        log::warn!("cannot look through all descriptors, will not try again: {error:#}");
+        log::warn!("cannot search all descriptors, and will not try again: {error:#}");
         self.has_inventory = false;
     }
 

@@ -296,7 +296,7 @@ pub static HOOKS: &[Hook] = &[
             worse: "",
         }],
         need: HookNeed::Extra,
-        lost: "who sent the signal that a process died of, and whether it was the OOM killer",
+        lost: "who sent the signal that ended a process, and whether it was the OOM killer",
         null: &["signal_from"],
         fix: "a kernel with these tracepoints and with BTF (CONFIG_DEBUG_INFO_BTF)",
     },

@@ -52,7 +52,7 @@ pub fn start(
     let watch = move || {
         hurry();
         if restrict && let Err(error) = sandbox::enter() {
-            log::warn!("a thread goes on with all its privileges: {error:#}");
+            log::warn!("a thread continues with all its privileges: {error:#}");
         }
         loop {
             let noticed = drain(&mut ring, &processes);
@@ -110,7 +110,7 @@ fn describe(noticed: &[(u32, u64)], processes: &Mutex<Processes>, interpreters: 
     for (pid, mm) in noticed {
         let Some(image) = processes::lock(processes).image(*pid, *mm) else { continue };
         if let Err(error) = interpreters::lock(interpreters).noticed(*pid, *mm, &image) {
-            log::debug!("{error:#}; it is tried again with the first stack of process {pid}");
+            log::debug!("{error:#}; another attempt follows with the first stack of process {pid}");
         }
     }
 }

@@ -148,7 +148,7 @@ impl Stacks {
         if let (Some(interpreters), Some(interpreter)) = (interpreters, unwound.unlisted)
             && let Err(error) = interpreters::lock(interpreters).describe(process, interpreter)
         {
-            log::warn!("{error:#}; functions of the interpreter in process {} get no names", copy.pid);
+            log::warn!("{error:#}; functions of the interpreter in process {} have no names", copy.pid);
         }
         let is_needed = |key| recipes.as_ref().is_some_and(|recipes| recipes.leads_to(key));
         let key = store.keep(copy.key, unwound.stack, is_needed);

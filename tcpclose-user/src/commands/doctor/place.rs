@@ -139,7 +139,7 @@ fn sandbox() -> Check {
         return Check::new("sandbox", Mark::Ok, found);
     }
     Check::new("sandbox", Mark::Note, "no filters of system calls (CONFIG_SECCOMP_FILTER)")
-        .lost("a trace drops capabilities, and no system calls")
+        .lost("a trace drops capabilities, but does not restrict system calls")
 }
 
 fn user_namespace() -> Check {

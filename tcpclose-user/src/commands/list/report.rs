@@ -267,14 +267,14 @@ impl<W: Write> ReportPage<W> {
         match outgoing.first() {
             Some((namespace, most)) => self.hint(namespace, most),
             None => self.dim(
-                "This host closed first. For a minute, a socket that it had accepted costs some memory, and no port.",
+                "This host closed first. For a minute, a socket that it had accepted takes some memory, but no port.",
             ),
         }
     }
 
     fn hint(&mut self, namespace: &Unowned, most: &Outgoing) -> io::Result<()> {
         let Some((first, last)) = namespace.ports else {
-            return self.dim("The range of ports from which connect() chooses is not known there.");
+            return self.dim("The range of ports from which connect() chooses is not known in that namespace.");
         };
         self.dim(&format!(
             "PORTS: the share of the {} ports that connect() chooses from ({first} to {last}) that is unusable\n\
