@@ -45,7 +45,8 @@ fn defined_type(line: &str) -> Option<&str> {
     let item = line.trim_start();
     let is_indented = item.len() < line.len();
     let item = item.strip_prefix("pub").map_or(item, |rest| {
-        let rest = rest.strip_prefix('(').and_then(|rest| rest.split_once(')')).map_or(rest, |(_, rest)| rest);
+        let rest =
+            rest.strip_prefix('(').and_then(|rest| rest.split_once(')')).map_or(rest, |(_, rest)| rest);
         rest.trim_start()
     });
     let (keyword, rest) = item.split_once(' ')?;

@@ -62,7 +62,7 @@ fn sent(sock: Sock<impl Object>, skb: u64, reason: u32, record: Option<&Tracepoi
     if let (true, Some(connection)) = (full, connection::find(sk)) {
         // Without BTF the last state change shows it.
         let state = if state == 0 { connection::last_state(connection) } else { state };
-        tell(connection, sock, skb, state, reason, now, record);
+        report(connection, sock, skb, state, reason, now, record);
         return;
     }
     // There is no connection, so the record is built in a slot of `SCRATCH`.
@@ -78,11 +78,11 @@ fn sent(sock: Sock<impl Object>, skb: u64, reason: u32, record: Option<&Tracepoi
     };
     connection.sock = sk;
     connection.born = now;
-    tell(connection, sock, skb, state, reason, now, record);
+    report(connection, sock, skb, state, reason, now, record);
 }
 
 #[inline(always)]
-fn tell(
+fn report(
     connection: &mut ConnectionRecord,
     sock: Sock<impl Object>,
     skb: u64,

@@ -28,6 +28,7 @@ use tcpclose_tests::{
 };
 
 const PORT: u16 = NGINX_PORT;
+const GCC: &str = "/usr/bin/gcc";
 
 /// The path of a source file or configuration of these tests.
 fn part(name: &str) -> PathBuf {
@@ -84,11 +85,11 @@ fn told(tool: &Tool, which: &Value) -> Result<Value> {
 
 #[test]
 fn c_without_frame_pointers() -> Result<()> {
-    if is_missing(&[GDB, "/usr/bin/gcc"]) {
+    if is_missing(&[GDB, GCC]) {
         return Ok(());
     }
     let folder = Scratch::new()?;
-    let program = compile("/usr/bin/gcc", &["-O2", "-g", "-fomit-frame-pointer"], "hang_up.c", &folder)?;
+    let program = compile(GCC, &["-O2", "-g", "-fomit-frame-pointer"], "hang_up.c", &folder)?;
     let (backtrace, frames) = hangs_up(&program)?;
     backtrace.ensure_equals(&frames)?;
     for function in ["hang_up", "serve", "main"] {
@@ -101,11 +102,11 @@ fn c_without_frame_pointers() -> Result<()> {
 /// pointers.
 #[test]
 fn c_with_frame_pointers() -> Result<()> {
-    if is_missing(&[GDB, "/usr/bin/gcc"]) {
+    if is_missing(&[GDB, GCC]) {
         return Ok(());
     }
     let folder = Scratch::new()?;
-    let program = compile("/usr/bin/gcc", &["-O2", "-g", "-fno-omit-frame-pointer"], "hang_up.c", &folder)?;
+    let program = compile(GCC, &["-O2", "-g", "-fno-omit-frame-pointer"], "hang_up.c", &folder)?;
     let (backtrace, frames) = hangs_up(&program)?;
     backtrace.ensure_equals(&frames)?;
     backtrace.ensure_names("hang_up", &frames)
@@ -114,11 +115,11 @@ fn c_with_frame_pointers() -> Result<()> {
 /// Its symbols are in another file, where distributions install it: by build id.
 #[test]
 fn stripped_with_a_debug_file() -> Result<()> {
-    if is_missing(&[GDB, "/usr/bin/gcc", "/usr/bin/objcopy"]) {
+    if is_missing(&[GDB, GCC, "/usr/bin/objcopy"]) {
         return Ok(());
     }
     let folder = Scratch::new()?;
-    let program = compile("/usr/bin/gcc", &["-O2", "-g", "-Wl,--build-id"], "hang_up.c", &folder)?;
+    let program = compile(GCC, &["-O2", "-g", "-Wl,--build-id"], "hang_up.c", &folder)?;
     let notes = netns::run(Command::new("readelf").arg("-n").arg(&program))?;
     let id = notes.lines().find_map(|line| line.trim().strip_prefix("Build ID: ")).context("no build id")?;
     let debug = PathBuf::from(format!("/usr/lib/debug/.build-id/{}/{}.debug", &id[..2], &id[2..]));

@@ -17,9 +17,8 @@ use tcpclose_tests::{
     tool::Launch,
 };
 
-use super::{GDB, PORT, compile, gdb, hangs_up_as, told};
+use super::{GCC, GDB, PORT, compile, gdb, hangs_up_as, told};
 
-const GCC: &str = "/usr/bin/gcc";
 const OBJCOPY: &str = "/usr/bin/objcopy";
 const STRIP: &str = "/usr/bin/strip";
 

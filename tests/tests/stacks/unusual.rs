@@ -20,9 +20,7 @@ use tcpclose_tests::{
     tool::Launch,
 };
 
-use super::{GDB, PORT, compile, gdb, hangs_up_as, part};
-
-const GCC: &str = "/usr/bin/gcc";
+use super::{GCC, GDB, PORT, compile, gdb, hangs_up_as, part};
 
 fn program(folder: &Scratch) -> Result<PathBuf> {
     compile(GCC, &["-O2", "-g", "-fomit-frame-pointer"], "unusual.c", folder)

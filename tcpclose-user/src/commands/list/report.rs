@@ -274,7 +274,8 @@ impl<W: Write> ReportPage<W> {
 
     fn hint(&mut self, namespace: &Unowned, most: &Outgoing) -> io::Result<()> {
         let Some((first, last)) = namespace.ports else {
-            return self.dim("The range of ports from which connect() chooses is not known in that namespace.");
+            return self
+                .dim("The range of ports from which connect() chooses is not known in that namespace.");
         };
         self.dim(&format!(
             "PORTS: the share of the {} ports that connect() chooses from ({first} to {last}) that is unusable\n\

@@ -62,7 +62,7 @@ struct WaitingTest {
 impl WaitingTest {
     fn start(program: &Path) -> Self {
         let path = module_path!();
-        let test = format!("{}::waits_to_be_told", path.split_once("::").unwrap().1);
+        let test = format!("{}::waits_for_the_end_of_its_input", path.split_once("::").unwrap().1);
         let mut child = Command::new(program)
             .args(["--exact", &test, "--nocapture"])
             .env(WAIT, "1")
@@ -94,7 +94,7 @@ impl Drop for WaitingTest {
 }
 
 #[test]
-fn waits_to_be_told() {
+fn waits_for_the_end_of_its_input() {
     if std::env::var_os(WAIT).is_some() {
         std::io::stdout().write_all(b"READY").unwrap();
         std::io::stdout().flush().unwrap();
