@@ -5,7 +5,7 @@
 
 use std::{env, fs, path::PathBuf};
 
-use tcpclose_common::record::{Header, Owner, Process, StackCopy, relation, tag};
+use tcpclose_common::record::{Header, OwnerRecord, ProcessRecord, StackCopy, relation, tag};
 use tcpclose_user::recording::{RecordingFrame, frames};
 use zerocopy::{FromBytes as _, FromZeros as _, IntoBytes as _};
 
@@ -33,10 +33,10 @@ fn main() {
     let mut header = Header::read_from_prefix(&stuck).expect("a record has a header").0;
     header.tag = tag::STUCK;
     stuck[..size_of::<Header>()].copy_from_slice(header.as_bytes());
-    let mut owner = Owner::read_from_bytes(&of_kind(tag::OWNER)).expect("an owner");
+    let mut owner = OwnerRecord::read_from_bytes(&of_kind(tag::OWNER)).expect("an owner");
     (owner.relation, owner.fd) = (relation::ASKED, 3);
-    let mut process = Process::new_zeroed();
-    process.header = Header { tag: tag::PROCESS, length: size_of::<Process>() as u32, ..header };
+    let mut process = ProcessRecord::new_zeroed();
+    process.header = Header { tag: tag::PROCESS, length: size_of::<ProcessRecord>() as u32, ..header };
     let mut stack = StackCopy::new_zeroed();
     stack.bytes = 64;
     stack.header = Header { tag: tag::STACK, length: size_of::<StackCopy>() as u32 + stack.bytes, ..header };

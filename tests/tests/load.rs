@@ -100,10 +100,10 @@ fn lines_of(ended: &Ended, side: Side) -> impl Iterator<Item = &Value> {
 /// read a tenth of a second after the first of many connections has ended, and takes some milliseconds for
 /// all; the exact time is unknown.
 #[test]
-fn what_comes_while_it_reads_is_told() -> Result<()> {
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+fn events_during_a_read_are_reported() -> Result<()> {
     const PAUSE: Duration = Duration::from_millis(98);
     const STEP: Duration = Duration::from_millis(1);
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let namespace = Namespace::new()?;
     let tool = Launch::new()?.trace([&namespace]).start()?;
     namespace.inside(|| {
@@ -185,10 +185,10 @@ fn closes_in(lines: &Path) -> Result<usize> {
 /// evicted without it, and as many evictions are reported as connections lack their beginning, or more.
 #[test]
 fn what_is_evicted_is_counted() -> Result<()> {
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     /// Room for 133 sockets in the table and 128 beside it; both ends of a connection are sockets.
     const ROOM: [&str; 2] = ["--connections", "128"];
     const CONNECTIONS: usize = 300;
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let namespace = Namespace::new()?;
     let tool = Launch::new()?.trace([&namespace]).args(ROOM).start()?;
     namespace.inside(|| {
