@@ -49,7 +49,7 @@ pub(crate) fn rust_files(folder: &Path) -> Result<Vec<PathBuf>> {
 /// The top-level module that a file belongs to: its first folder below `source`, or its own name.
 fn module_of(source: &Path, file: &Path) -> String {
     let relative = file.strip_prefix(source).unwrap_or(file);
-    let first = relative.iter().next().map(Path::new).unwrap_or(relative);
+    let first = relative.iter().next().map_or(relative, Path::new);
     first.file_stem().unwrap_or_default().to_string_lossy().into_owned()
 }
 
@@ -61,7 +61,8 @@ fn modules_used(text: &str) -> BTreeSet<String> {
     for (start, path) in code.match_indices("crate::") {
         let is_whole_word = !code[..start].ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == '$');
         if is_whole_word {
-            used.extend(first_names(&code[start + path.len()..]));
+            // A comma at the end of a list is followed by no name.
+            used.extend(first_names(&code[start + path.len()..]).into_iter().filter(|name| !name.is_empty()));
         }
     }
     used
@@ -109,8 +110,8 @@ fn cycle_from<'a>(
         return Some(path[start..].iter().chain([&module]).map(ToString::to_string).collect());
     }
     path.push(module);
-    let mut used = uses.get(module).into_iter().flatten();
-    let cycle = used.find_map(|used| cycle_from(used, uses, path, free_of_cycles));
+    let mut next = uses.get(module).into_iter().flatten();
+    let cycle = next.find_map(|used| cycle_from(used, uses, path, free_of_cycles));
     path.pop();
     free_of_cycles.insert(module);
     cycle
