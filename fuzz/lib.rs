@@ -1,4 +1,4 @@
-//! What several targets need: files made of fuzzed bytes, mapped into an imaginary process.
+//! Helpers of several targets: files made of fuzzed bytes, mapped into an imaginary process.
 
 use std::{
     fs,
@@ -12,7 +12,7 @@ use std::{
     },
 };
 
-use tcpclose_user::attribute::{mappings::Modules, process::Image};
+use tcpclose_user::processes::{Image, mappings::Modules};
 
 /// Where [`mapped`] maps the file.
 pub const BASE: u64 = 0x10_0000;
@@ -21,7 +21,7 @@ pub const BASE: u64 = 0x10_0000;
 pub struct Scratch(PathBuf);
 
 impl Scratch {
-    /// A new file with this content, which nobody in particular owns: what belongs to root is trusted more.
+    /// Makes a file with this content. It does not belong to root, whose files are trusted more.
     pub fn new(content: &[u8]) -> Self {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         // Files are told apart by their inode and times, so each is a new one.
@@ -29,12 +29,12 @@ impl Scratch {
         let path = PathBuf::from(format!("/dev/shm/tcpclose-fuzz-{}-{number}", std::process::id()));
         let mut file = fs::File::create(&path).expect("/dev/shm is writable");
         file.write_all(content).expect("/dev/shm has room");
-        // Without privileges it stays ours, which serves as well unless that is root.
+        // Without privileges it keeps this user as its owner, which is sufficient unless that is root.
         let _ = fchown(&file, Some(65534), Some(65534));
         Self(path)
     }
 
-    /// Where it is.
+    /// Its path.
     pub fn path(&self) -> &Path {
         &self.0
     }
@@ -57,8 +57,8 @@ impl Drop for Scratch {
     }
 }
 
-/// Lets panics unwind where libFuzzer would abort at once: those of crates that are caught are no finding.
-/// One that is not caught still ends the target.
+/// Lets panics unwind, where libFuzzer would abort at once: a panic of a crate that is caught is not a
+/// finding. A panic that is not caught still ends the target.
 pub fn allow_caught_panics() {
     panic::set_hook(Box::new(|_| {}));
 }

@@ -1,8 +1,9 @@
-//! Puts the kernel half, a BPF object, where the user half takes it in: `tcpclose.bpf.o` in `OUT_DIR`.
+//! Copies the kernel half, a BPF object, to `tcpclose.bpf.o` in `OUT_DIR`, from where the user half embeds
+//! it.
 //!
-//! The object is the one that `TCPCLOSE_BPF_OBJECT` names, else the one that `cargo xtask build` made. With
-//! neither the file is empty, so that the user half can be worked on with nothing installed; it then refuses
-//! to trace.
+//! The object is the one that `TCPCLOSE_BPF_OBJECT` names or, without this variable, the one that `cargo
+//! xtask build` made. If there is neither, the file is empty, so that the user half can be developed with
+//! nothing installed. It then refuses to trace.
 //!
 //! Its DWARF, from which the linker has made BTF, is left out: that is more than half of the object.
 
@@ -40,7 +41,7 @@ fn without_dwarf(object: &[u8]) -> Result<Vec<u8>, Box<dyn Error>> {
         section.delete = name.starts_with(b".debug_") || name.starts_with(b".rel.debug_");
     }
     builder.delete_orphans();
-    // LLVM keeps all names in one section, and the builder keeps those of sections in one of their own.
+    // LLVM keeps all names in one section; the builder keeps the names of sections in a separate one.
     let names = builder.sections.add();
     names.name = b".shstrtab".as_slice().into();
     names.sh_type = SHT_STRTAB;
@@ -67,8 +68,8 @@ fn object() -> Result<PathBuf, Box<dyn Error>> {
     let target = workspace.join(env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()));
     let object = target.join("bpf/bpfel-unknown-none/bpf/tcpclose-ebpf");
     if !object.exists() {
-        // Cargo runs a build script every time while a file it watches is missing, and builds the rest again:
-        // an empty file stops that, until cargo puts the real one in its place. Without it all is well, only
+        // If a file that cargo watches is missing, cargo runs the build script each time, and builds the rest
+        // again. An empty file prevents that until the real one replaces it. Without it, builds are only
         // slower.
         let _ = object.parent().map(fs::create_dir_all);
         let _ = fs::write(&object, []);

@@ -1,12 +1,12 @@
-//! Writes the records of a recording (`tcpclose --record`) to files in a directory, one file each, and one
-//! record of each kind that recordings seldom hold: seeds of the target `decode`.
+//! Writes the records of a recording (`tcpclose --record`) to files in a directory, one file for each, and
+//! adds a record of each kind that recordings seldom contain: seeds of the target `decode`.
 //!
 //!     cargo run --example records -- ../tcpclose-user/fixtures/records/6.18-amd64.bin corpus/decode
 
 use std::{env, fs, path::PathBuf};
 
-use tcpclose_common::record::{Header, Owner, Process, StackCopy, relation, tag};
-use tcpclose_user::ingest::recording::{Frame, frames};
+use tcpclose_common::record::{Header, OwnerRecord, ProcessRecord, StackCopy, relation, tag};
+use tcpclose_user::recording::{RecordingFrame, frames};
 use zerocopy::{FromBytes as _, FromZeros as _, IntoBytes as _};
 
 fn main() {
@@ -19,7 +19,9 @@ fn main() {
     let mut records: Vec<Vec<u8>> = frames(recorded.into())
         .expect("it is a recording")
         .into_iter()
-        .filter_map(|frame| if let Frame::Record(record) = frame { Some(record.to_vec()) } else { None })
+        .filter_map(
+            |frame| if let RecordingFrame::Record(record) = frame { Some(record.to_vec()) } else { None },
+        )
         .collect();
     let of_kind = |kind: u16| {
         let has_kind =
@@ -31,10 +33,10 @@ fn main() {
     let mut header = Header::read_from_prefix(&stuck).expect("a record has a header").0;
     header.tag = tag::STUCK;
     stuck[..size_of::<Header>()].copy_from_slice(header.as_bytes());
-    let mut owner = Owner::read_from_bytes(&of_kind(tag::OWNER)).expect("an owner");
+    let mut owner = OwnerRecord::read_from_bytes(&of_kind(tag::OWNER)).expect("an owner");
     (owner.relation, owner.fd) = (relation::ASKED, 3);
-    let mut process = Process::new_zeroed();
-    process.header = Header { tag: tag::PROCESS, length: size_of::<Process>() as u32, ..header };
+    let mut process = ProcessRecord::new_zeroed();
+    process.header = Header { tag: tag::PROCESS, length: size_of::<ProcessRecord>() as u32, ..header };
     let mut stack = StackCopy::new_zeroed();
     stack.bytes = 64;
     stack.header = Header { tag: tag::STACK, length: size_of::<StackCopy>() as u32 + stack.bytes, ..header };

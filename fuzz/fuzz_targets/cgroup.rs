@@ -1,8 +1,8 @@
-//! `/proc/PID/cgroup`, in which whoever made the control groups chose the names.
+//! `/proc/PID/cgroup`, whose names were chosen by whoever made the control groups.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use tcpclose_user::attribute::container;
+use tcpclose_user::processes::container;
 
 fuzz_target!(|text: &str| {
     if let Some(id) = container::id(text) {

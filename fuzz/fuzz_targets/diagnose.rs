@@ -1,4 +1,4 @@
-//! Lines that somebody else's trace wrote, of one host or of two: the input is split at the first form feed,
+//! Lines from the trace of another person, of one host or of two: the input is split at the first form feed,
 //! which no JSON contains. The findings, their text and the page are written as well.
 #![no_main]
 

@@ -1,6 +1,6 @@
-//! The structures of a Java virtual machine, in the memory of a process that runs on while they are read, or
-//! only claims to be one. The input is what the machine's static variables lead to; which members its
-//! structures have is fixed.
+//! The structures of a Java virtual machine, in the memory of a process that continues to run while they are
+//! read, or that only pretends to be a Java virtual machine. The input is the memory that the machine's
+//! static variables lead to; the members of its structures are fixed.
 #![no_main]
 
 use std::{fs::File, os::unix::fs::FileExt as _, sync::LazyLock};
@@ -17,7 +17,7 @@ const DATA: u64 = 0x8000;
 /// Bytes of input.
 const SIZE: usize = 0x4000;
 
-/// What a `libjvm.so` exports, each a word at its index, and the values.
+/// The symbols that a `libjvm.so` exports, each a word at its index, and their values.
 const SYMBOLS: [(&str, u64); 10] = [
     ("gHotSpotVMStructs", 0x1000),
     ("gHotSpotVMStructEntryArrayStride", 32),

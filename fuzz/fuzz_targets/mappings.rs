@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use tcpclose_user::attribute::mappings;
+use tcpclose_user::processes::mappings;
 
 fuzz_target!(|data: &[u8]| {
     for region in mappings::parse(data) {

@@ -1,6 +1,6 @@
-//! The structures of CPython, in the memory of a process that runs on while they are read, or only claims to
-//! be a Python program. The input is the version, the runtime with what it leads to, and the frames that the
-//! kernel half lists.
+//! The structures of CPython, in the memory of a process that continues to run while they are read, or that
+//! only pretends to be a Python program. The input consists of the version, of the runtime and the memory
+//! that it leads to, and of the frames that the kernel half lists.
 #![no_main]
 
 use std::{fs::File, os::unix::fs::FileExt as _, sync::LazyLock};
@@ -26,10 +26,10 @@ const VERSION: u64 = 0x100;
 const CODE_TYPE: u64 = 0x200;
 const LOOP: u64 = 0x300;
 
-/// The upper half of `Py_Version`; the first two are told from each other by their symbols.
+/// The upper half of `Py_Version`; the first two versions differ in their symbols.
 const VERSIONS: [u64; 6] = [0x309, 0x30a, 0x30b, 0x30c, 0x30d, 0x30e];
 
-/// What the files of CPython export, and the first versions that do.
+/// The symbols that the files of CPython export, and the first versions with them.
 const SYMBOLS: [(&str, u64, u64); 6] = [
     ("_PyRuntime", DATA, 0x309),
     ("PyCode_Type", CODE_TYPE, 0x309),
@@ -47,7 +47,7 @@ static MEMORY: LazyLock<File> = LazyLock::new(|| {
     file
 });
 
-/// The hash of a code object, as the kernel half makes it.
+/// The hash of a code object, computed as in the kernel half.
 fn identity(memory: &ProcessMemory, interpreter: &Interpreter, code: u64) -> u64 {
     let mut bytes = [0; 8 * IDENTITY_WORDS];
     if memory.read(code.wrapping_add(interpreter.identity.into()), &mut bytes).is_none() {
@@ -65,7 +65,7 @@ fuzz_target!(|data: &[u8]| {
     let length = data.len().min(SIZE);
     memory[..length].copy_from_slice(&data[..length]);
     if version >= 0x30d {
-        // Else no input would come further than this.
+        // Otherwise no input would get beyond this point.
         memory[..8].copy_from_slice(b"xdebugpy");
         memory[8..16].copy_from_slice(&(version << 16).to_ne_bytes());
         memory[16..24].fill(0);

@@ -1,4 +1,4 @@
-//! A recording that somebody else has sent, through the whole user half.
+//! A recording from another person, which passes through the whole user half.
 #![no_main]
 
 use std::io;
@@ -8,7 +8,7 @@ use libfuzzer_sys::fuzz_target;
 use tcpclose_user::{
     commands::replay,
     filter::Filter,
-    ingest::recording::frames,
+    recording::frames,
     sink::{Format, Output, Palette},
 };
 

@@ -1,4 +1,5 @@
-//! What the kernel half counts, one set for each CPU; the user half adds them up. Every loss is counted here.
+//! The counters of the kernel half, one set for each CPU. The user half adds them up. Every loss is counted
+//! here.
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $field:ident),* $(,)?) => {

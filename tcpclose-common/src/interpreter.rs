@@ -1,18 +1,19 @@
 //! Frames of interpreters. The functions of a Python program have no frames of their own on the stack: the
 //! interpreter keeps them in the heap, where they change as soon as the program goes on. The kernel half
-//! therefore lists them at the event. Where they are follows from a description of the interpreter, which the
-//! user half gives for each process.
+//! therefore lists them at the event. It finds them by a description of the interpreter, which the user half
+//! provides for each process.
 
-/// Frames that are listed of one stack, innermost first. The rest are left out.
+/// The number of frames of one stack that are listed, innermost first. The rest are left out.
 pub const MAX_INTERPRETED: usize = 64;
 
-/// Words that are read of a frame, from its start.
+/// The number of words that are read from the start of a frame.
 pub const FRAME_WORDS: usize = 15;
 
-/// Words by which a code object is told from others at the same address.
+/// The number of words that distinguish a code object from others at the same address.
 pub const IDENTITY_WORDS: usize = 11;
 
-/// Processes whose interpreter is described. The one that was longest without an event gives way.
+/// The number of processes whose interpreter is described. When there are more, the one that has had no event
+/// for longest is dropped.
 pub const MAX_INTERPRETERS: u32 = 1_024;
 
 /// A value of the map `INTERPRETERS`, whose key is the address of an `mm_struct`: where a thread finds its
@@ -42,18 +43,18 @@ pub struct Interpreter {
     pub instruction: u32,
     /// The word with the address of the caller's frame.
     pub previous: u32,
-    /// The word that tells the kind of the frame.
+    /// The word with the kind of the frame.
     pub kind: u32,
-    /// Bytes from the start of a code object to the words by which it is told from others at the same
+    /// Bytes from the start of a code object to the words that distinguish it from others at the same
     /// address.
     pub identity: u32,
-    /// How many these are, at most [`IDENTITY_WORDS`].
+    /// The number of these words, at most [`IDENTITY_WORDS`].
     pub identity_words: u32,
-    /// Which bits tell the kind of the frame.
+    /// The bits of that word that hold the kind of the frame.
     pub kind_mask: u64,
 }
 
-/// [`Interpreter::call`] of an interpreter whose calls have no structures.
+/// The value of [`Interpreter::call`] for an interpreter whose calls have no structures.
 pub const ABSENT: u32 = u32::MAX;
 
 impl Interpreter {
@@ -68,7 +69,7 @@ pub const fn mix(hash: u64, word: u64) -> u64 {
     hash ^ hash >> 32
 }
 
-/// What a hash of frames begins with.
+/// The initial value of a hash of frames.
 pub const SEED: u64 = 0x9e37_79b9_7f4a_7c15;
 
 // SAFETY: `repr(C)`, integers only, and every member is naturally aligned without padding.

@@ -1,5 +1,5 @@
-//! What the two halves of tcpclose share: the records in the ring buffers, the offsets and parameters that go
-//! the other way, and constants of the kernel.
+//! What the two halves of tcpclose share: the records in the ring buffers, the offsets and parameters that
+//! are passed in the other direction, and constants of the kernel.
 //!
 //! Plain integers only, laid out without padding, so that the user half decodes without `unsafe`.
 #![cfg_attr(not(feature = "user"), no_std)]

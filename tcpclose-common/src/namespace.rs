@@ -6,7 +6,7 @@
 pub struct PidNamespace {
     /// Address of its `struct pid_namespace`.
     pub address: u64,
-    /// How many namespaces are above it; 0 for the initial one.
+    /// The number of namespaces above it; 0 for the initial one.
     pub level: u32,
     /// Process id of tcpclose in the initial pid namespace.
     pub own: u32,

@@ -31,8 +31,8 @@ macro_rules! offsets {
 }
 
 offsets! {
-    /// Offsets of kernel struct members, in bytes, from the start of the struct that a pointer in hand points
-    /// to.
+    /// Offsets of kernel struct members, in bytes, from the start of the struct that the program has a
+    /// pointer to.
     ///
     /// `sk_*`, `icsk_*` and `tcp_*` all count from the start of `struct sock`, which is also the start of
     /// `struct inet_connection_sock` and `struct tcp_sock`.
@@ -51,8 +51,8 @@ offsets! {
         sk_v6_daddr,
         /// `sock.__sk_common.skc_num`, the local port, host order u16.
         sk_num,
-        /// `inet_sock.inet_sport`, the local port, big-endian u16; kept longer than `skc_num`; not present in
-        /// TIME_WAIT.
+        /// `inet_sock.inet_sport`, the local port, big-endian u16; cleared later than `skc_num`; not present
+        /// in TIME_WAIT.
         sk_sport,
         /// `sock.__sk_common.skc_dport`, the remote port, big-endian u16.
         sk_dport,
@@ -60,7 +60,7 @@ offsets! {
         sk_net,
         /// `sock.__sk_common.skc_flags`, unsigned long of `SOCK_*` bits (`enum sock_flags`).
         sk_flags,
-        /// `sock.__sk_common.skc_cookie`, s64; 0 until somebody asked for it.
+        /// `sock.__sk_common.skc_cookie`, s64; 0 until it is requested for the first time.
         sk_cookie,
         /// `sock.sk_protocol`, u16 (5.6 and later).
         sk_protocol,
@@ -95,15 +95,15 @@ offsets! {
         tcp_srtt_us,
         /// `tcp_sock.rcv_nxt`, u32.
         tcp_rcv_nxt,
-        /// `tcp_sock.copied_seq`, u32; `rcv_nxt - copied_seq` is what the application has not read.
+        /// `tcp_sock.copied_seq`, u32; `rcv_nxt - copied_seq` is what the application has not read yet.
         tcp_copied_seq,
         /// `tcp_sock.write_seq`, u32.
         tcp_write_seq,
         /// `tcp_sock.snd_una`, u32.
         tcp_snd_una,
-        /// `tcp_sock.snd_nxt`, u32; `write_seq - snd_nxt` is what was not sent yet.
+        /// `tcp_sock.snd_nxt`, u32; `write_seq - snd_nxt` is what has not been sent yet.
         tcp_snd_nxt,
-        /// `inet_connection_sock.icsk_probes_out`, u8: probes of a shut window, or keepalives, since the last
+        /// `inet_connection_sock.icsk_probes_out`, u8: window probes, or keepalive probes, since the last
         /// answer.
         icsk_probes_out,
         /// `tcp_sock.linger2`, int, jiffies; negative if there is to be no FIN_WAIT2.
@@ -156,14 +156,14 @@ offsets! {
         task_flags,
         /// `task_struct.exit_code`, int.
         task_exit_code,
-        /// `task_struct.mm`, pointer; null for kernel threads and once a task has given its memory up.
+        /// `task_struct.mm`, pointer; null for kernel threads, and once an exiting task has released its
+        /// memory.
         task_mm,
         /// `task_struct.stack`, pointer to the lowest byte of the kernel stack.
         task_stack,
         /// `sizeof(union thread_union)`: the size of a kernel stack.
         thread_size,
-        /// `sizeof(struct pt_regs)`: what lies at the top of a task's kernel stack while it is in a system
-        /// call.
+        /// `sizeof(struct pt_regs)`: the structure at the top of a task's kernel stack during a system call.
         pt_regs_size,
         /// The system call number in `struct pt_regs`: `orig_ax` on x86-64, `syscallno` on arm64.
         pt_regs_syscall,
@@ -178,15 +178,15 @@ offsets! {
         accept_result,
         /// `tcp_reset(sk)`.
         reset_sk,
-        /// `tcp_reset(skb)`: the packet that resets; not there before 5.15.
+        /// `tcp_reset(skb)`: the packet with the RST; not an argument before 5.15.
         reset_skb,
         /// `tcp_finish_connect(sk)`: the socket that connects.
         connect_sk,
         /// `tcp_finish_connect(skb)`: the SYN-ACK, or null.
         connect_skb,
-        /// `tcp_child_process(child)`: the socket that a listener has just got.
+        /// `tcp_child_process(child)`: the socket that a listener has just created.
         child_sk,
-        /// `tcp_child_process(skb)`: the packet that made it.
+        /// `tcp_child_process(skb)`: the packet that completed the handshake.
         child_skb,
     }
 }
@@ -231,11 +231,11 @@ offsets! {
 }
 
 offsets! {
-    /// How to see that the current task reads a BPF iterator.
+    /// What shows whether the current task reads a BPF iterator.
     IteratorOffsets {
         /// Number of the system call `read`.
         read,
-        /// Where the registers of a task have the first argument of its system call.
+        /// The place in a task's registers of the first argument of its system call.
         argument,
         /// `file.f_op`, a pointer.
         file_op,
@@ -255,6 +255,6 @@ offsets! {
     }
 }
 
-// Programs keep a copy on their stack. LLVM copies whole words, and kernels before 6.3 refuse a read of stack
-// bytes that were never written, which the bytes after the last member would be.
+// Programs keep a copy on their stack. LLVM copies whole words, and kernels before 6.3 refuse to read stack
+// bytes that were never written, such as those after the last member.
 const _: () = assert!(size_of::<RecordOffsets>().is_multiple_of(8));

@@ -2,7 +2,8 @@
 
 use crate::offsets::ABSENT;
 
-/// How many values of one filter the kernel half compares; with more, the user half alone decides.
+/// The number of values of one filter that the kernel half compares. If there are more, the user half alone
+/// decides.
 pub const MAX_FILTER_VALUES: usize = 8;
 
 /// An address range: `address` under `mask`, IPv4 as IPv4-mapped.
@@ -18,7 +19,7 @@ pub struct Range {
 /// Places of registers in `struct pt_regs`, bytes; [`ABSENT`] where there is none.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Registers {
+pub struct RegisterOffsets {
     /// Instruction pointer.
     pub ip: u16,
     /// Stack pointer.
@@ -27,9 +28,10 @@ pub struct Registers {
     pub fp: u16,
     /// Link register.
     pub lr: u16,
-    /// What says whether a task entered the kernel from 32-bit code: `cs` on x86-64, `pstate` on arm64.
+    /// The register that shows whether a task entered the kernel from 32-bit code: `cs` on x86-64, `pstate`
+    /// on arm64.
     pub mode: u16,
-    /// The bits of it, of the lowest 16, that say so.
+    /// Which of its lowest 16 bits show it.
     pub mode_mask: u16,
     /// Their value for 32-bit code.
     pub mode_compat: u16,
@@ -37,7 +39,7 @@ pub struct Registers {
     pub argument: u16,
 }
 
-impl Registers {
+impl RegisterOffsets {
     /// Nothing known.
     pub const ABSENT: Self = Self {
         ip: ABSENT,
@@ -46,7 +48,7 @@ impl Registers {
         lr: ABSENT,
         mode: ABSENT,
         mode_mask: 0,
-        // No bits under the mask are equal to it.
+        // The mask is 0, so this value never matches.
         mode_compat: 1,
         argument: ABSENT,
     };
@@ -68,7 +70,7 @@ pub struct Params {
     pub has_reset_reason: u32,
     /// Record times to live (0 or 1).
     pub ttl: u32,
-    /// Note which sockets are in a teardown state, to report those that are stuck there (0 or 1).
+    /// Record which sockets are in a teardown state, so that those that stay in it can be reported (0 or 1).
     pub stuck: u32,
     /// Report only connections of processes in `FOLLOWED` (0 or 1).
     pub by_process: u32,
@@ -98,7 +100,7 @@ pub struct Params {
     /// Buckets of the table of sockets.
     pub buckets: u32,
     /// Where a task's `struct pt_regs` has its user registers.
-    pub registers: Registers,
+    pub registers: RegisterOffsets,
     /// Offset of `exec_vm`, unsigned long, in `struct mm_struct`: how many pages of code are mapped.
     pub code_pages: u16,
     /// Offset of the user thread pointer, unsigned long, in `struct task_struct`.
@@ -110,7 +112,7 @@ pub struct Params {
 }
 
 impl Params {
-    /// Nothing asked for: no stacks, no filters, no optional helper.
+    /// No stacks, no filters, no optional helper.
     pub const NONE: Self = Self {
         user_stack: 0,
         kernel_stack: 0,
@@ -132,7 +134,7 @@ impl Params {
         has_destroy: 0,
         stack_bytes: 0,
         buckets: 0,
-        registers: Registers::ABSENT,
+        registers: RegisterOffsets::ABSENT,
         code_pages: ABSENT,
         thread_pointer: ABSENT,
         recipes: 0,
@@ -140,8 +142,8 @@ impl Params {
     };
 }
 
-// 16 * 4 + 3 * 16 + 32 + 16 + 8 = 168, then 8 * 32: every member is naturally aligned, so this sum says "no
-// padding".
+// 16 * 4 + 3 * 16 + 32 + 16 + 8 = 168, then 8 * 32: every member is naturally aligned, so there is no padding
+// if the size equals this sum.
 const _: () = assert!(size_of::<Params>() == 168 + MAX_FILTER_VALUES * size_of::<Range>());
 
 // SAFETY: `repr(C)`, integers only, and the assertion above shows that there is no padding.

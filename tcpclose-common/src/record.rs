@@ -1,12 +1,12 @@
 //! The records that the programs write and the user half reads.
 //!
-//! A [`Connection`] is at once the value that gathers a socket's facts while it lives and, copied whole, the
-//! body of the record written when it ends ([`tag::CLOSE`]) or when a RST is sent or received
-//! ([`tag::RESET`]). A fact that could not be read is [`UNKNOWN_U64`] or [`UNKNOWN_U32`], never 0.
+//! A [`ConnectionRecord`] gathers a socket's facts while the socket lives. Copied as a whole, it is the body
+//! of the record written when it ends ([`tag::CLOSE`]) or when a RST is sent or received ([`tag::RESET`]). A
+//! fact that could not be read is [`UNKNOWN_U64`] or [`UNKNOWN_U32`], never 0.
 
 use crate::interpreter::MAX_INTERPRETED;
 
-/// Layout version, in every header. A reader that finds another one refuses the record.
+/// The version of the layout, in every header. The reader refuses a record with another version.
 pub const VERSION: u16 = 2;
 
 /// A 64-bit fact that could not be read.
@@ -14,21 +14,21 @@ pub const UNKNOWN_U64: u64 = u64::MAX;
 /// A 32-bit fact that could not be read.
 pub const UNKNOWN_U32: u32 = u32::MAX;
 
-/// What a record is.
+/// Kinds of records.
 pub mod tag {
-    /// One end of a connection is over: a [`super::Connection`].
+    /// One end of a connection is over: a [`super::ConnectionRecord`].
     pub const CLOSE: u16 = 1;
-    /// A RST was sent or received: a [`super::Connection`] whose `reset` says which.
+    /// A RST was sent or received: a [`super::ConnectionRecord`] whose `reset` says which.
     pub const RESET: u16 = 2;
-    /// A task that owns a socket which ended in softirq: an [`super::Owner`].
+    /// A task that owns a socket which ended in softirq: an [`super::OwnerRecord`].
     pub const OWNER: u16 = 3;
-    /// A process touched a socket for the first time: a [`super::Process`], in the `PROCESSES` ring.
+    /// A process touched a socket for the first time: a [`super::ProcessRecord`], in the `PROCESSES` ring.
     pub const PROCESS: u16 = 4;
-    /// A socket is still in a teardown state: a [`super::Connection`] as it is now.
+    /// A socket is still in a teardown state: a [`super::ConnectionRecord`] as it is now.
     pub const STUCK: u16 = 5;
     /// A copy of a user stack: a [`super::StackCopy`] followed by [`super::StackCopy::bytes`] bytes.
     pub const STACK: u16 = 6;
-    /// A task acted on a socket after another act, or destroyed it from outside: a [`super::Act`].
+    /// A task acted on a socket after another act, or destroyed it from outside: a [`super::ActRecord`].
     pub const ACT: u16 = 7;
     /// The frames of an interpreter, ahead of the copy of the stack that they belong to: a
     /// [`super::Interpreted`].
@@ -55,7 +55,8 @@ pub mod role {
     pub const SERVER: u8 = 2;
 }
 
-/// How the holder of a connection is known, a task that neither opened it nor acted on it.
+/// How the holder of a connection was found. A holder is a task that neither opened the connection nor acted
+/// on it.
 pub mod holder {
     /// There is none.
     pub const NONE: u32 = 0;
@@ -65,9 +66,9 @@ pub mod holder {
     pub const LISTENER: u32 = 2;
 }
 
-/// The relation of an [`Owner`] to the socket.
+/// The relation of an [`OwnerRecord`] to the socket.
 pub mod relation {
-    /// It closed its descriptor.
+    /// It closed the socket's descriptor.
     pub const CLOSED: u32 = 0;
     /// It has a descriptor of a socket that has ended.
     pub const OPEN: u32 = 1;
@@ -75,24 +76,24 @@ pub mod relation {
     pub const ASKED: u32 = 2;
 }
 
-/// What an [`Act`] was.
+/// Kinds of [`ActRecord`].
 pub mod act {
-    /// This side acted again: it closed what it had shut down.
+    /// This side acted again: it closed a socket that it had shut down.
     pub const AGAIN: u32 = 0;
     /// The task destroyed the socket from outside, as `ss -K` does.
     pub const DESTROYED: u32 = 1;
 }
 
-/// What [`Task::syscall`] holds besides the number of the system call.
+/// Additions to the number of the system call in [`RawTask::syscall`].
 pub mod syscall {
     /// The number is one of the table for 32-bit programs (i386, arm32). Numbers have 10 bits, and bit 30 is
     /// that of x32 programs (`__X32_SYSCALL_BIT`), which the kernel leaves in the number.
     pub const COMPAT: i32 = 1 << 28;
-    /// Where the first argument is kept of i386's `socketcall`, which says what the call is.
+    /// The position of the first argument of i386's `socketcall`, which selects the actual call.
     pub const SOCKETCALL_SHIFT: u32 = 16;
 }
 
-/// The first thing that happened to a connection on its way to the end.
+/// Who began the teardown of a connection.
 pub mod first_move {
     /// Nothing yet.
     pub const NONE: u8 = 0;
@@ -152,7 +153,7 @@ pub const fn mapped(address: u32) -> Address {
 
 layout! {
     /// Both ends of a connection, seen from this host.
-    Endpoints (48) {
+    RawEndpoints (48) {
         /// This end.
         local: Address,
         /// The other end; all zero when unknown.
@@ -165,7 +166,7 @@ layout! {
         remote_port: u16,
         /// Always 0.
         reserved: u16,
-        /// Inode number of the network namespace; [`UNKNOWN_U32`] when not readable.
+        /// Inode number of the network namespace; [`UNKNOWN_U32`] if it could not be read.
         netns: u32,
         /// Always 0.
         reserved2: u32,
@@ -174,7 +175,7 @@ layout! {
 
 layout! {
     /// A task that acted on a socket in its own context. `pid` 0 means that there was none.
-    Task (64) {
+    RawTask (64) {
         /// Process id in the initial namespace (the kernel's tgid).
         pid: u32,
         /// Thread id.
@@ -189,7 +190,8 @@ layout! {
         syscall: i32,
         /// The thread's name, cut to 15 bytes, ended by a zero.
         comm: [u8; 16],
-        /// Address of its `mm_struct`: tells one program image from the next; 0 once given up.
+        /// Address of its `mm_struct`, which distinguishes one program image from the next; 0 once the task
+        /// has released it.
         mm: u64,
         /// Key into `STACKS`, or that of a [`StackCopy`]; 0 when not taken or empty.
         user_stack: u64,
@@ -199,8 +201,8 @@ layout! {
 }
 
 layout! {
-    /// What the kernel counts for a socket, at one moment.
-    Sample (48) {
+    /// The kernel's counters of a socket at one moment.
+    RawSample (48) {
         /// Payload sent, each byte once.
         bytes_sent: u64,
         /// Payload received, each byte once.
@@ -213,21 +215,21 @@ layout! {
         unread: u32,
         /// Bytes written that the peer has not acknowledged.
         unacknowledged: u32,
-        /// Jiffies since data was last sent (`lsndtime`); meaningless when none was.
+        /// Jiffies since data was last sent (`lsndtime`); meaningless if none was sent.
         sent_ago: u32,
-        /// Jiffies since data was last received (`lrcvtime`); meaningless when none was.
+        /// Jiffies since data was last received (`lrcvtime`); meaningless if none was received.
         received_ago: u32,
         /// `TCP_USER_TIMEOUT`, milliseconds; 0 when not set.
         user_timeout: u32,
-        /// Sequence numbers received that the application has not taken: `unread`, plus one for a FIN that it
-        /// has not read. `ss` shows this as Recv-Q.
+        /// Sequence numbers received that the application has not consumed: `unread`, plus one for a FIN that
+        /// it has not read. `ss` shows this as Recv-Q.
         untaken: u32,
     }
 }
 
 layout! {
     /// A RST.
-    Reset (24) {
+    RawReset (24) {
         /// When, nanoseconds of `CLOCK_BOOTTIME`; 0 when there was none.
         at: u64,
         /// `enum sk_rst_reason` of the running kernel, or [`UNKNOWN_U32`].
@@ -249,23 +251,23 @@ layout! {
     }
 }
 
-/// State changes that are kept. The longest orderly life has 7; the rest is room for a reconnect in SYN_RECV.
-/// In a longer life the last entry is overwritten.
+/// The number of state changes that are kept. The longest orderly life has 7; the rest is room for a
+/// reconnect in SYN_RECV. In a longer life the last entry is overwritten.
 pub const MAX_STEPS: usize = 10;
 
 layout! {
     /// One end of a connection.
-    Connection (568) {
+    ConnectionRecord (568) {
         /// Filled when it is written to the ring.
         header: Header,
-        /// The socket's address, an identity while it lives. Never shown.
+        /// The socket's address, which identifies it while it lives. It is never shown.
         sock: u64,
-        /// When it was first seen, nanoseconds of `CLOCK_BOOTTIME`; together with `sock`, a permanent
-        /// identity.
+        /// When it was first seen, nanoseconds of `CLOCK_BOOTTIME`; together with `sock`, this identifies the
+        /// socket for good.
         born: u64,
         /// When it was established; 0 if never, or before the trace.
         established: u64,
-        /// When the first move of the teardown came; 0 if there was none.
+        /// When the teardown began; 0 if it has not.
         moved: u64,
         /// When it reached CLOSE; 0 while it lives.
         ended: u64,
@@ -276,25 +278,25 @@ layout! {
         /// Inode number of the socket, or 0 when it has no descriptor.
         inode: u64,
         /// Both ends.
-        endpoints: Endpoints,
+        endpoints: RawEndpoints,
         /// The task that called `connect()`, or that accepted it.
-        opener: Task,
+        opener: RawTask,
         /// The task that acted first on this side: close, shutdown, exit, …
-        actor: Task,
-        /// The task that has it open, or would have accepted it; only filled when neither of the two above is
+        actor: RawTask,
+        /// The task that has it open, or would have accepted it; filled only if neither of the two above is
         /// known.
-        holder: Task,
-        /// Counters at the first move; all unknown before.
-        at_move: Sample,
+        holder: RawTask,
+        /// Counters when the teardown began; all unknown before that.
+        at_move: RawSample,
         /// Counters at the end.
-        at_end: Sample,
+        at_end: RawSample,
         /// The RST that ended it, or that this record reports.
-        reset: Reset,
+        reset: RawReset,
         /// When each of `states` was entered.
         times: [u64; MAX_STEPS],
         /// The states, `steps` of them.
         states: [u8; MAX_STEPS],
-        /// How many of `states` are filled.
+        /// The number of `states` in use.
         steps: u8,
         /// One of [`role`].
         role: u8,
@@ -308,7 +310,7 @@ layout! {
         owned: u8,
         /// `sk_err` at the end, or [`i32::MIN`] when not readable.
         error: i32,
-        /// 1 once its CLOSE record was written.
+        /// 1 once its CLOSE record has been written.
         reported: u8,
         /// 1 when the inventory found it alive: it entered the first of `states` before the time in `times`.
         found: u8,
@@ -325,9 +327,10 @@ layout! {
         no_fin_wait2: u16,
         /// One of [`holder`].
         holder_kind: u32,
-        /// Sequence numbers written and not sent yet, a FIN counts as one; only filled for [`tag::STUCK`].
+        /// Sequence numbers written and not sent yet, where a FIN counts as one; filled only for
+        /// [`tag::STUCK`].
         unsent: u32,
-        /// Probes of the peer's window that it has not answered (`icsk_probes_out`); only filled for
+        /// Probes of the peer's window that it has not answered (`icsk_probes_out`); filled only for
         /// [`tag::STUCK`].
         probes: u32,
     }
@@ -336,15 +339,15 @@ layout! {
 layout! {
     /// The task that closed, or has open, the descriptor of a socket that ended in softirq without a known
     /// owner, or that is stuck in a teardown state.
-    Owner (96) {
+    OwnerRecord (96) {
         /// What every record begins with.
         header: Header,
-        /// [`Connection::sock`] of the socket.
+        /// [`ConnectionRecord::sock`] of the socket.
         sock: u64,
-        /// [`Connection::born`] of the socket.
+        /// [`ConnectionRecord::born`] of the socket.
         born: u64,
         /// The task.
-        task: Task,
+        task: RawTask,
         /// One of [`relation`].
         relation: u32,
         /// The descriptor, with [`relation::ASKED`].
@@ -353,18 +356,18 @@ layout! {
 }
 
 layout! {
-    /// What a task does to a socket after this side has acted before, or from outside.
-    Act (104) {
+    /// An act of a task on a socket: one after the first act of this side, or one from outside.
+    ActRecord (104) {
         /// What every record begins with.
         header: Header,
-        /// [`Connection::sock`] of the socket.
+        /// [`ConnectionRecord::sock`] of the socket.
         sock: u64,
-        /// [`Connection::born`] of the socket.
+        /// [`ConnectionRecord::born`] of the socket.
         born: u64,
         /// When, nanoseconds of `CLOCK_BOOTTIME`.
         at: u64,
         /// The task.
-        task: Task,
+        task: RawTask,
         /// One of [`act`].
         kind: u32,
         /// Always 0.
@@ -373,7 +376,7 @@ layout! {
 }
 
 layout! {
-    /// The last signal that may have killed a process: a value of `SIGNALS`.
+    /// A value of `SIGNALS`: the last signal that may have killed a process.
     Signal (40) {
         /// When it was sent, nanoseconds of `CLOCK_BOOTTIME`.
         at: u64,
@@ -393,7 +396,7 @@ layout! {
 layout! {
     /// A process that touches a socket for the first time in this trace, or the first time since its last
     /// `exec()`.
-    Process (40) {
+    ProcessRecord (40) {
         /// What every record begins with.
         header: Header,
         /// Process id in the initial namespace.
@@ -401,31 +404,31 @@ layout! {
         /// Process id in the pid namespace of tcpclose; 0 if it has none there, and always where that is the
         /// initial one.
         local: u32,
-        /// Address of its `mm_struct`; 0 if it has given that up.
+        /// Address of its `mm_struct`; 0 if it has released it.
         mm: u64,
         /// Name of the main thread, cut to 15 bytes, ended by a zero; all zero when not readable.
         comm: [u8; 16],
     }
 }
 
-/// A stack is copied from a multiple of this at or below the stack pointer, in steps of it, so that no step
-/// crosses the end of a page.
+/// A stack is copied in steps of this many bytes, beginning at a multiple of it at or below the stack
+/// pointer, so that no step crosses the end of a page.
 pub const STACK_STEP: usize = 1024;
 
-/// The most that is copied of a stack, bytes.
+/// The largest copy of a stack, bytes.
 pub const MAX_STACK_BYTES: u32 = 64 << 10;
 
 layout! {
     /// A copy of the current task's user stack when it acted on a socket, to be unwound later. The bytes
     /// follow it.
     StackCopy (80) {
-        /// What every record begins with; its length counts the bytes too.
+        /// What every record begins with; its length includes the bytes.
         header: Header,
-        /// The value of [`Task::user_stack`] that refers to it.
+        /// The value of [`RawTask::user_stack`] that refers to it.
         key: u64,
         /// Process id in the initial namespace.
         pid: u32,
-        /// How many bytes could be read.
+        /// The number of bytes that could be read.
         bytes: u32,
         /// Address of its `mm_struct`.
         mm: u64,
@@ -453,10 +456,10 @@ layout! {
         code: u64,
         /// Address or index of the instruction.
         instruction: u64,
-        /// The bits of `Interpreter::kind_mask`.
+        /// The bits under `Interpreter::kind_mask` of the word with its kind.
         kind: u64,
-        /// A hash of the words that tell the code object from others at the same address; 0 if they cannot be
-        /// read.
+        /// A hash of the words that distinguish the code object from others at the same address; 0 if they
+        /// cannot be read.
         identity: u64,
     }
 }
@@ -468,9 +471,9 @@ layout! {
         header: Header,
         /// [`StackCopy::key`] of the copy that follows.
         key: u64,
-        /// A hash of the frames, never 0: what a recipe compares.
+        /// A hash of the frames, which recipes compare; never 0.
         hash: u64,
-        /// How many of `frames` count.
+        /// The number of `frames` in use.
         count: u32,
         /// 1 if there are more.
         is_cut: u32,
@@ -482,7 +485,7 @@ layout! {
     }
 }
 
-impl Task {
+impl RawTask {
     /// Nobody.
     pub const NONE: Self = Self {
         pid: 0,
@@ -498,7 +501,7 @@ impl Task {
     };
 }
 
-impl Sample {
+impl RawSample {
     /// Nothing readable.
     pub const UNKNOWN: Self = Self {
         bytes_sent: UNKNOWN_U64,
@@ -514,8 +517,9 @@ impl Sample {
     };
 }
 
-impl Connection {
-    /// A life about which nothing is known yet. It becomes the `TEMPLATE` that new entries are copied from.
+impl ConnectionRecord {
+    /// A connection about which nothing is known yet. It becomes the `TEMPLATE` from which new entries are
+    /// copied.
     #[expect(clippy::cast_possible_truncation, reason = "a record has a few hundred bytes")]
     pub const NEW: Self = Self {
         header: Header { tag: 0, version: VERSION, length: size_of::<Self>() as u32 },
@@ -527,7 +531,7 @@ impl Connection {
         jiffies: 0,
         cookie: 0,
         inode: 0,
-        endpoints: Endpoints {
+        endpoints: RawEndpoints {
             local: [0; 4],
             remote: [0; 4],
             family: 0,
@@ -537,12 +541,12 @@ impl Connection {
             netns: UNKNOWN_U32,
             reserved2: 0,
         },
-        opener: Task::NONE,
-        actor: Task::NONE,
-        holder: Task::NONE,
-        at_move: Sample::UNKNOWN,
-        at_end: Sample::UNKNOWN,
-        reset: Reset {
+        opener: RawTask::NONE,
+        actor: RawTask::NONE,
+        holder: RawTask::NONE,
+        at_move: RawSample::UNKNOWN,
+        at_end: RawSample::UNKNOWN,
+        reset: RawReset {
             at: 0,
             reason: UNKNOWN_U32,
             direction: direction::NONE,
@@ -577,7 +581,7 @@ impl Connection {
 
 // SAFETY: `repr(C)`; zerocopy's `IntoBytes` has proved that there is no padding.
 #[cfg(feature = "user")]
-unsafe impl aya::Pod for Connection {}
+unsafe impl aya::Pod for ConnectionRecord {}
 
 // SAFETY: as above.
 #[cfg(feature = "user")]

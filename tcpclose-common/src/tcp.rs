@@ -1,23 +1,23 @@
 //! Constants of the kernel that both halves use.
 
-/// TCP states, as `include/net/tcp_states.h` numbers them. They are frozen: `tcp_set_state()` asserts at
+/// TCP states, as `include/net/tcp_states.h` numbers them. They will not change: `tcp_set_state()` asserts at
 /// build time that they equal `BPF_TCP_*` of the user ABI.
 pub mod state {
     /// Data may flow both ways.
     pub const ESTABLISHED: u8 = 1;
     /// `connect()` sent its SYN.
     pub const SYN_SENT: u8 = 2;
-    /// A SYN was answered.
+    /// A SYN was received and answered.
     pub const SYN_RECV: u8 = 3;
-    /// Our FIN is out, not acknowledged.
+    /// Our FIN was sent and not acknowledged.
     pub const FIN_WAIT1: u8 = 4;
-    /// Our FIN was acknowledged, the peer's has not come.
+    /// Our FIN was acknowledged; the peer's has not arrived.
     pub const FIN_WAIT2: u8 = 5;
-    /// Both sides are through; never seen by `inet_sock_set_state`, a smaller socket takes over.
+    /// Both sides are done. `inet_sock_set_state` never reports it: a smaller socket takes over.
     pub const TIME_WAIT: u8 = 6;
-    /// The socket is over, or not yet used.
+    /// The socket has ended, or is not in use yet.
     pub const CLOSE: u8 = 7;
-    /// The peer's FIN came, the application has not closed.
+    /// The peer's FIN arrived; the application has not closed.
     pub const CLOSE_WAIT: u8 = 8;
     /// The application closed after the peer did.
     pub const LAST_ACK: u8 = 9;
@@ -25,12 +25,12 @@ pub mod state {
     pub const LISTEN: u8 = 10;
     /// The FINs crossed.
     pub const CLOSING: u8 = 11;
-    /// A request that is not a full socket yet.
+    /// A connection request, which is not a full socket yet.
     pub const NEW_SYN_RECV: u8 = 12;
 }
 
-/// Whether a connection in `state` is being torn down, and may stay in it: TIME_WAIT may not, and has no full
-/// socket.
+/// Whether a connection in `state` is being torn down, and may stay in it. TIME_WAIT does not count: it ends
+/// by itself, and has no full socket.
 #[inline]
 pub const fn is_teardown(state: u8) -> bool {
     matches!(
@@ -67,14 +67,14 @@ pub mod shutdown {
     pub const BOTH: u8 = RECEIVE | SEND;
 }
 
-/// Bits of `task_struct.flags`, `include/linux/sched.h`; the same from 5.10 to 7.1.
+/// Bits of `task_struct.flags`, `include/linux/sched.h`; equal in 5.10 to 7.1.
 pub mod task_flag {
     /// `PF_EXITING`: in `do_exit()`.
     pub const EXITING: u32 = 0x4;
     /// `PF_IO_WORKER`: a worker of `io_uring`.
     pub const IO_WORKER: u32 = 0x10;
-    /// `PF_WQ_WORKER`: a workqueue's worker.
+    /// `PF_WQ_WORKER`: a worker of a workqueue.
     pub const WQ_WORKER: u32 = 0x20;
-    /// `PF_KTHREAD`: a thread of the kernel's own.
+    /// `PF_KTHREAD`: a kernel thread.
     pub const KTHREAD: u32 = 0x20_0000;
 }

@@ -1,9 +1,9 @@
-//! What is done to a socket after this side has acted, or from outside. The first act of this side is in the
-//! socket's entry; these are reported as they happen, because they are rare.
+//! Acts on a socket after the first act of this side, or from outside. The first act of this side is kept in
+//! the socket's entry. These acts are rare, and are reported as they happen.
 
 use aya_ebpf::EbpfContext;
 use tcpclose_common::{
-    record::{Connection, Task, act as kind},
+    record::{ConnectionRecord, RawTask, act as kind},
     tcp::{is_teardown, sock_flag, state},
 };
 
@@ -15,8 +15,8 @@ use crate::{
     stack, task,
 };
 
-/// `sock` stays in `state`. `__tcp_close()` sets the state of a socket again that was shut down before:
-/// `tcp_close_state()`.
+/// Handles a change of `sock` to the `state` that it is already in. `__tcp_close()` sets the state of a
+/// socket again that was shut down before (`tcp_close_state()`).
 #[inline(always)]
 pub fn repeated(ctx: &impl EbpfContext, sock: Sock<impl Object>, state: u8) {
     if is_teardown(state)
@@ -25,7 +25,7 @@ pub fn repeated(ctx: &impl EbpfContext, sock: Sock<impl Object>, state: u8) {
         && connection.reported == 0
     {
         if connection.actor.pid == 0 {
-            // What it did before was before the trace.
+            // Its earlier acts came before the trace.
             connection::acted(ctx, connection, StackOf::Actor);
         } else {
             note(ctx, connection, kind::AGAIN);
@@ -33,12 +33,12 @@ pub fn repeated(ctx: &impl EbpfContext, sock: Sock<impl Object>, state: u8) {
     }
 }
 
-/// `connection` comes to its end, with `error`. If the current task destroys it from outside, that is
-/// reported. If some task acted on it before, its `close()` after a `shutdown()` may have aborted it: it
-/// finds data that was never read, or the socket may not wait in FIN_WAIT2. At an end in order the FIN was
-/// received, our own was acknowledged, or no descriptor is left.
+/// Handles the end of `connection`, with `error`. If the current task destroys it from outside, that is
+/// reported. If a task acted on it before, the end may be an abort by `close()` after a `shutdown()`: because
+/// there is unread data, or because the socket may not wait in FIN_WAIT2. At an orderly end the FIN was
+/// received, our own FIN was acknowledged, or no descriptor is left.
 #[inline(always)]
-pub fn ended(ctx: &impl EbpfContext, connection: &mut Connection, error: i32) {
+pub fn ended(ctx: &impl EbpfContext, connection: &mut ConnectionRecord, error: i32) {
     if connection.owned == 0 {
         return;
     }
@@ -48,32 +48,32 @@ pub fn ended(ctx: &impl EbpfContext, connection: &mut Connection, error: i32) {
     let waits = from == state::FIN_WAIT2 && flags & sock_flag::DONE == 0;
     let again =
         error == 0 && flags & sock_flag::DEAD == 0 && connection.actor.pid != 0 && (unanswered || waits);
-    // One call: the program would have its code twice otherwise.
+    // There is one call, because the function is inlined: a second call would double its code.
     if error == ECONNABORTED || again {
         note(ctx, connection, if again { kind::AGAIN } else { kind::DESTROYED });
     }
 }
 
-/// `sk_err` of a socket that was destroyed from outside: `tcp_abort()`.
+/// The value of `sk_err` of a socket that was destroyed from outside (`tcp_abort()`).
 const ECONNABORTED: i32 = 103;
 
-/// Reports what the current task does. It is written to the ring at once: kernels before 6.13 allow 512 bytes
-/// of stack for a program and the functions that it calls, of which this program uses most.
+/// Reports an act of the current task. It is written to the ring directly: kernels before 6.13 allow 512
+/// bytes of stack for a program and the functions that it calls, of which this program uses most.
 #[inline(always)]
-fn note(ctx: &impl EbpfContext, connection: &mut Connection, what: u32) {
+fn note(ctx: &impl EbpfContext, connection: &mut ConnectionRecord, what: u32) {
     if task::is_nobody() || !filter::wants(connection) {
         return;
     }
     let Some(mut entry) = emit::reserve_act() else { return };
-    // SAFETY: memory of the ring, aligned and mapped. An `Act` is made of integers, for which any bytes are
-    // valid.
+    // SAFETY: memory of the ring, aligned and mapped. An `ActRecord` is made of integers, for which any bytes
+    // are valid.
     let act = unsafe { &mut *entry.as_mut_ptr() };
     act.sock = connection.sock;
     act.born = connection.born;
     act.at = connection::now();
     act.kind = what;
     act.reserved = 0;
-    act.task = Task::NONE;
+    act.task = RawTask::NONE;
     task::meet(&mut act.task);
     if what == kind::AGAIN {
         stack::take(ctx, &mut act.task, true);

@@ -1,10 +1,10 @@
-//! The life of a socket, as it is kept in the table of sockets (`table.rs`).
+//! The entry of a socket in the table of sockets (`table.rs`), and how it changes while the socket lives.
 
 use aya_ebpf::{
     EbpfContext,
     helpers::generated::{bpf_jiffies64, bpf_ktime_get_boot_ns},
 };
-use tcpclose_common::record::{Connection, MAX_STEPS, first_move, tag};
+use tcpclose_common::record::{ConnectionRecord, MAX_STEPS, first_move, tag};
 
 use crate::{
     emit, filter,
@@ -34,16 +34,16 @@ pub fn jiffies() -> u64 {
 /// inventory `holder`, `holder_kind` and `role`, and the inspection of a socket `asked`. A program under the
 /// lock may read these members before or after such a write.
 #[inline(always)]
-pub fn find(sk: u64) -> Option<&'static mut Connection> {
+pub fn find(sk: u64) -> Option<&'static mut ConnectionRecord> {
     // SAFETY: null or a valid, aligned map value; entries stay readable until the program ends. The members
-    // that programs without the lock write are integers, which no program expects to stay the same.
+    // that programs write without the lock are integers, and no program relies on their staying the same.
     unsafe { table::find(sk).as_mut() }
 }
 
-/// Begins a new life at the address `sk`. What was there before is over: addresses are used again within
-/// microseconds.
+/// Begins a new entry for the address `sk`. The socket that was there before has ended: addresses are reused
+/// within microseconds.
 #[inline(always)]
-pub fn begin(sk: u64, now: u64) -> Option<&'static mut Connection> {
+pub fn begin(sk: u64, now: u64) -> Option<&'static mut ConnectionRecord> {
     if let Some(before) = find(sk)
         && before.reported == 0
         && before.steps != 0
@@ -53,15 +53,15 @@ pub fn begin(sk: u64, now: u64) -> Option<&'static mut Connection> {
     born(table::add(sk, true), sk, now)
 }
 
-/// Adds the socket at `sk`, which is older than the trace, unless it has an entry. The inventory and an event
-/// may both find that it has none; the second one uses the entry that the first one made.
+/// Adds the socket at `sk`, which is older than the trace, unless it has an entry. If the inventory and an
+/// event both find that it has none, the second uses the entry that the first has made.
 #[inline(always)]
-pub fn add(sk: u64, now: u64) -> Option<&'static mut Connection> {
+pub fn add(sk: u64, now: u64) -> Option<&'static mut ConnectionRecord> {
     born(table::add(sk, false), sk, now)
 }
 
 #[inline(always)]
-fn born(entry: *mut Connection, sk: u64, now: u64) -> Option<&'static mut Connection> {
+fn born(entry: *mut ConnectionRecord, sk: u64, now: u64) -> Option<&'static mut ConnectionRecord> {
     // SAFETY: as in `find()`.
     let connection = unsafe { entry.as_mut() }?;
     connection.sock = sk;
@@ -69,10 +69,10 @@ fn born(entry: *mut Connection, sk: u64, now: u64) -> Option<&'static mut Connec
     Some(connection)
 }
 
-/// Reports a socket that is gone although no program ran for its end. Who moved first is all that is known of
-/// the end.
+/// Reports a socket that has ended although no program ran for its end. All that is known of the end is who
+/// moved first.
 #[inline(always)]
-pub fn missed(connection: &mut Connection, now: u64) {
+pub fn missed(connection: &mut ConnectionRecord, now: u64) {
     connection.ended = now;
     connection.last_state = 0;
     connection.inode = 0;
@@ -83,15 +83,15 @@ pub fn missed(connection: &mut Connection, now: u64) {
     }
 }
 
-/// Notes that the socket came into a teardown state, in which it may be stuck.
+/// Records that the socket entered a teardown state, in which it may be stuck.
 #[inline(always)]
-pub fn teardown_began(connection: &Connection, sk: u64, since: u64) {
+pub fn teardown_began(connection: &ConnectionRecord, sk: u64, since: u64) {
     if global!(PARAMS.stuck) != 0 && filter::wants(connection) {
         table::teardown_began(sk, since);
     }
 }
 
-/// Notes that it has left the teardown states.
+/// Records that it has left the teardown states.
 #[inline(always)]
 pub fn teardown_over(sk: u64) {
     if global!(PARAMS.stuck) != 0 {
@@ -101,7 +101,7 @@ pub fn teardown_over(sk: u64) {
 
 /// The entry of `sk`, or a new one for a socket that is older than the trace (or was evicted).
 #[inline(always)]
-pub fn find_or_begin(sk: u64, now: u64) -> Option<&'static mut Connection> {
+pub fn find_or_begin(sk: u64, now: u64) -> Option<&'static mut ConnectionRecord> {
     if let Some(connection) = find(sk) {
         return Some(connection);
     }
@@ -111,15 +111,15 @@ pub fn find_or_begin(sk: u64, now: u64) -> Option<&'static mut Connection> {
     }
 }
 
-/// Forgets `sk`.
+/// Removes the entry of `sk`.
 #[inline(always)]
 pub fn forget(sk: u64) {
     table::remove(sk);
 }
 
-/// Notes that `state` was entered.
+/// Records that `state` was entered.
 #[inline(always)]
-pub fn step(connection: &mut Connection, state: u8, now: u64) {
+pub fn step(connection: &mut ConnectionRecord, state: u8, now: u64) {
     let steps = usize::from(connection.steps);
     let index = if steps < MAX_STEPS { steps } else { MAX_STEPS - 1 };
     connection.states[index] = state;
@@ -131,14 +131,15 @@ pub fn step(connection: &mut Connection, state: u8, now: u64) {
 
 /// The state that was entered last; 0 if none was seen.
 #[inline(always)]
-pub fn last_state(connection: &Connection) -> u8 {
+pub fn last_state(connection: &ConnectionRecord) -> u8 {
     let last = usize::from(connection.steps).wrapping_sub(1);
     if last < MAX_STEPS { connection.states[last] } else { 0 }
 }
 
-/// Notes the first move of the teardown, and what the socket's counters say then; later moves change nothing.
+/// Records the first move of the teardown, with the socket's counters at that time. Later moves change
+/// nothing.
 #[inline(always)]
-pub fn moved(connection: &mut Connection, sk: impl Object, by: u8, now: u64) {
+pub fn moved(connection: &mut ConnectionRecord, sk: impl Object, by: u8, now: u64) {
     if connection.first_move != first_move::NONE {
         return;
     }
@@ -148,17 +149,18 @@ pub fn moved(connection: &mut Connection, sk: impl Object, by: u8, now: u64) {
     sock::sample(sk, connection.jiffies, &mut connection.at_move);
 }
 
-/// Whether the stack of a task is taken. Code that follows stacks is most of what the verifier has to
-/// examine, so a program for a rare case does without.
+/// Whether the stack of a task is taken. Most of the code that the verifier has to examine follows stacks, so
+/// a program for a rare case takes none.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum StackOf {
     Actor,
     Nobody,
 }
 
-/// Notes the current task as the one that acted on this side, if it is the first and if it is a process.
+/// Records the current task as the one that acted on this side, if it is the first one and belongs to a
+/// process.
 #[inline(always)]
-pub fn acted(ctx: &impl EbpfContext, connection: &mut Connection, stack_of: StackOf) {
+pub fn acted(ctx: &impl EbpfContext, connection: &mut ConnectionRecord, stack_of: StackOf) {
     if connection.actor.pid == 0 && !task::is_nobody() {
         task::meet(&mut connection.actor);
         if stack_of == StackOf::Nobody {
@@ -169,9 +171,9 @@ pub fn acted(ctx: &impl EbpfContext, connection: &mut Connection, stack_of: Stac
     }
 }
 
-/// Notes the current task as the one that opened the connection.
+/// Records the current task as the one that opened the connection.
 #[inline(always)]
-pub fn opened(ctx: &impl EbpfContext, connection: &mut Connection) {
+pub fn opened(ctx: &impl EbpfContext, connection: &mut ConnectionRecord) {
     task::meet(&mut connection.opener);
     let is_wanted = filter::wants(connection);
     stack::take(ctx, &mut connection.opener, is_wanted);

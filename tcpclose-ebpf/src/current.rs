@@ -15,14 +15,14 @@ use crate::{
 
 /// The current task.
 pub trait Current: Object {
-    /// The registers that the entry code saved at the top of its kernel stack.
+    /// The registers that were saved at the top of its kernel stack when it entered the kernel.
     fn registers(self) -> Self;
 }
 
 impl Current for Typed {
     #[inline(always)]
     fn registers(self) -> Self {
-        // SAFETY: the pointer comes from `typed()`, and the helper is there where that one is.
+        // SAFETY: the pointer comes from `typed()`, and a kernel that has the helper for it has this one too.
         Self::new(unsafe { bpf_task_pt_regs(self.pointer().cast_mut().cast()) } as *const c_void)
     }
 }
@@ -54,7 +54,7 @@ macro_rules! with_current {
 }
 pub(crate) use with_current;
 
-/// The current task, on kernels with the helper for it. The verifier does not look at this call on others.
+/// The current task, on kernels with the helper for it. On other kernels the verifier removes this call.
 #[inline(always)]
 pub fn typed() -> Typed {
     // SAFETY: the loader has checked that this kernel has the helper.
@@ -69,7 +69,7 @@ pub fn address() -> u64 {
 }
 
 /// The current task's file `descriptor`. Another thread may have closed the descriptor and reused the number
-/// meanwhile. A number that is no descriptor leads to some other word of memory, or to nothing.
+/// meanwhile. A number that is not a descriptor leads to another word of memory, or to nothing.
 #[inline(always)]
 pub fn file(descriptor: u64) -> Option<u64> {
     let files: u64 = member(address(), global!(STRUCTS.task_files))?;

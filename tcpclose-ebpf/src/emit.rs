@@ -4,7 +4,7 @@ use aya_ebpf::bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEU
 use aya_ebpf::helpers::generated::bpf_probe_read_user;
 use aya_ebpf::maps::ring_buf::RingBufEntry;
 use tcpclose_common::record::{
-    Act, Connection, Header, Interpreted, Owner, STACK_STEP, StackCopy, VERSION, tag,
+    ActRecord, ConnectionRecord, Header, Interpreted, OwnerRecord, STACK_STEP, StackCopy, VERSION, tag,
 };
 
 use crate::{
@@ -14,19 +14,19 @@ use crate::{
 
 /// Writes a connection as a record with this tag, unless the filters exclude it.
 #[inline(always)]
-pub fn connection(connection: &mut Connection, tag: u16) {
+pub fn connection(connection: &mut ConnectionRecord, tag: u16) {
     if !filter::wants(connection) {
         count!(filtered);
         return;
     }
-    connection.header = Header { tag, version: VERSION, length: size_of::<Connection>() as u32 };
-    written(RECORDS.output::<Connection>(&*connection, wake()));
+    connection.header = Header { tag, version: VERSION, length: size_of::<ConnectionRecord>() as u32 };
+    written(RECORDS.output::<ConnectionRecord>(&*connection, wake()));
 }
 
-/// Room in the ring for an `Act`, for [`submit_act`]; none if the ring is full.
+/// Reserves room in the ring for an `ActRecord`, for [`submit_act`]; `None` if the ring is full.
 #[inline(always)]
-pub fn reserve_act() -> Option<RingBufEntry<Act>> {
-    let entry = RECORDS.reserve::<Act>(0);
+pub fn reserve_act() -> Option<RingBufEntry<ActRecord>> {
+    let entry = RECORDS.reserve::<ActRecord>(0);
     if entry.is_none() {
         count!(records_lost);
     }
@@ -35,40 +35,59 @@ pub fn reserve_act() -> Option<RingBufEntry<Act>> {
 
 /// Writes that a task acted on a socket.
 #[inline(always)]
-pub fn submit_act(mut entry: RingBufEntry<Act>) {
-    let header = Header { tag: tag::ACT, version: VERSION, length: size_of::<Act>() as u32 };
+pub fn submit_act(mut entry: RingBufEntry<ActRecord>) {
+    let header = Header { tag: tag::ACT, version: VERSION, length: size_of::<ActRecord>() as u32 };
     // SAFETY: memory of the ring, aligned and mapped.
     unsafe { (&raw mut (*entry.as_mut_ptr()).header).write(header) };
     entry.submit(wake());
     count!(records_written);
 }
 
-/// Writes who closed a socket that had ended before, or who has a socket open.
+/// Writes which task closed a socket that had ended before, or which one has a socket open.
 #[inline(always)]
-pub fn owner(owner: &Owner) {
-    written(RECORDS.output::<Owner>(owner, wake()));
+pub fn owner(owner: &OwnerRecord) {
+    written(RECORDS.output::<OwnerRecord>(owner, wake()));
 }
 
-/// How much of a stack is copied, bytes, when the ring is filled to an eighth and stacks are recognized by
-/// recipes.
+/// How full the ring is, bytes.
+struct Usage {
+    used: u64,
+    size: u64,
+}
+
+impl Usage {
+    #[inline(always)]
+    fn now() -> Self {
+        let size = RECORDS.query(u64::from(BPF_RB_RING_SIZE));
+        Self { used: RECORDS.query(u64::from(BPF_RB_AVAIL_DATA)), size }
+    }
+
+    /// Whether stacks may be written: they get half of the ring, so that no stack costs an event.
+    #[inline(always)]
+    fn has_room_for_stacks(&self) -> bool {
+        self.used <= self.size / 2
+    }
+}
+
+/// The largest copy of a stack, bytes, when stacks are recognized by recipes and an eighth of the ring is in
+/// use.
 const CROWDED_STACK_BYTES: usize = 4 << 10;
 
-/// Writes `copy`, followed by the current task's memory from `copy.start` on. `false` if the ring is half
-/// full: the other half is for events.
+/// Writes `copy`, followed by the current task's memory from `copy.start` on. Returns `false` if the ring has
+/// no room for stacks.
 ///
 /// With recipes a copy is rare, and wakes the reader: until it has been unwound, every other event with the
 /// same stack is followed by a copy too.
 #[inline(always)]
 pub fn stack(mut copy: StackCopy) -> bool {
-    let half = RECORDS.query(u64::from(BPF_RB_RING_SIZE)) / 2;
-    let used = RECORDS.query(u64::from(BPF_RB_AVAIL_DATA));
-    if used > half {
+    let usage = Usage::now();
+    if !usage.has_room_for_stacks() {
         return false;
     }
     // A burst of events whose stacks are not known yet fills the ring with copies of the same stack. Most
     // stacks need no more than this.
     let asked = global!(PARAMS.stack_bytes) as usize;
-    let is_crowded = global!(PARAMS.recipes) != 0 && used > half / 4;
+    let is_crowded = global!(PARAMS.recipes) != 0 && usage.used > usage.size / 8;
     let most = if is_crowded && asked > CROWDED_STACK_BYTES { CROWDED_STACK_BYTES } else { asked };
     let length = size_of::<StackCopy>() + most;
     let Some(mut entry) = RECORDS.reserve_bytes(length, 0) else { return false };
@@ -96,11 +115,11 @@ pub fn stack(mut copy: StackCopy) -> bool {
     true
 }
 
-/// Writes the frames of an interpreter, ahead of the copy of their stack. `false` if there will be no copy.
+/// Writes the frames of an interpreter, ahead of the copy of their stack. Returns `false` if the ring has no
+/// room for them, and therefore none for the copy.
 #[inline(always)]
 pub fn interpreted(list: &Interpreted) -> bool {
-    let half = RECORDS.query(u64::from(BPF_RB_RING_SIZE)) / 2;
-    if RECORDS.query(u64::from(BPF_RB_AVAIL_DATA)) > half {
+    if !Usage::now().has_room_for_stacks() {
         return false;
     }
     RECORDS.output::<Interpreted>(list, u64::from(BPF_RB_NO_WAKEUP)).is_ok()
@@ -117,11 +136,11 @@ fn written(result: Result<(), i32>) {
 
 /// Whether to wake the reader for the record that is being written.
 ///
-/// The reader sets `READER` when it is about to sleep; the next record clears it and wakes the reader, which
-/// then waits a tenth of a second before it reads. So a busy host wakes it ten times a second and an idle one
-/// never. In between, only a ring that is filled to a quarter wakes it. The ring's own rule (no flags: wake
-/// whenever everything before was read) would wake a reader that keeps up for every record, and that is
-/// nearly all that tracing costs.
+/// The reader sets `READER` before it sleeps. The next record clears it and wakes the reader, which then
+/// waits a tenth of a second before it reads: a busy host wakes it ten times a second, and an idle one never.
+/// In between, only a ring that is filled to a quarter wakes it. The ring's own rule (without flags, a record
+/// wakes the reader if everything before it was read) would wake a reader that keeps up for every record,
+/// which would be nearly all of the cost of tracing.
 #[inline(always)]
 fn wake() -> u64 {
     let force = u64::from(BPF_RB_FORCE_WAKEUP);
@@ -140,10 +159,10 @@ fn wake() -> u64 {
         Some(counters) if unsafe { (*counters).records_written } % QUERY_INTERVAL == 0 => {}
         _ => return wait,
     }
-    let quarter = RECORDS.query(u64::from(BPF_RB_RING_SIZE)) / 4;
-    if RECORDS.query(u64::from(BPF_RB_AVAIL_DATA)) >= quarter { force } else { wait }
+    let usage = Usage::now();
+    if usage.used >= usage.size / 4 { force } else { wait }
 }
 
-/// After how many records of a CPU the ring is asked how full it is, which costs two calls of a helper. It
-/// has room for many times as many.
+/// The number of records of a CPU between two checks of how full the ring is, which cost two calls of a
+/// helper. The ring has room for many times as many records.
 const QUERY_INTERVAL: u64 = 64;

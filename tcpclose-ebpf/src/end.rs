@@ -13,10 +13,10 @@ use crate::{
     kernel::Object,
     listener,
     maps::global,
-    sock::{self, Record, Sock},
+    sock::{self, Sock, TracepointRecord},
 };
 
-/// Notes the end in the socket's entry, and writes the record.
+/// Records the end in the socket's entry, and writes the record.
 #[inline(always)]
 pub fn report(
     ctx: &impl EbpfContext,
@@ -25,15 +25,15 @@ pub fn report(
     now: u64,
     cookie: u64,
     stack_of: StackOf,
-    record: Option<&Record<'_>>,
+    record: Option<&TracepointRecord<'_>>,
 ) {
     let Some(connection) = find_or_begin(sock.address, now) else {
         return;
     };
     let sk = sock.object;
     let (error, shutdown, linger) = sock::end(sk);
-    // Plain numbers, not options: what an option that is `None` leaves unset is read all the same by the code
-    // that LLVM makes of it, and kernels before 6.3 refuse that.
+    // Plain numbers instead of options: LLVM's code reads the unset bytes of an option that is `None`, and
+    // kernels before 6.3 refuse that.
     let flags = sock::flags(sk).unwrap_or(UNKNOWN_U64);
     let owned = sock::owned(sk) == Some(true);
     let has_no_socket = sock::socket(sk) == Some(0);
@@ -55,15 +55,15 @@ pub fn report(
     connection.jiffies = jiffies();
     sock::sample(sk, connection.jiffies, &mut connection.at_end);
     if connection.first_move == first_move::NONE {
-        // The end is the first move. If there was another one before the trace, its time and what the
-        // counters said then stay unknown.
+        // The end is the first move. If there was an earlier one before the trace, its time and the counters
+        // at that time stay unknown.
         connection.moved = now;
         connection.at_move = connection.at_end;
     }
-    // An abort of the application's own: no error was set, the socket is not an orphan that merely ran its
-    // course, and either a process holds it or it never had a descriptor (a child in the queue of a listener
-    // that closes). From FIN_WAIT2 and later states an orderly end looks the same, but there the actor is
-    // known already.
+    // The application aborted: no error was set, the socket is not an orphan whose teardown has merely come
+    // to its end, and either a process holds its lock or it never had a descriptor (a child in the queue of a
+    // listener that closes). An orderly end from FIN_WAIT2 or a later state looks the same, but by then the
+    // actor is known.
     let alive = flags != UNKNOWN_U64 && flags & sock_flag::DEAD == 0;
     let aborted = error == 0
         && alive
@@ -73,7 +73,7 @@ pub fn report(
             || from == state::SYN_SENT
             || from == state::SYN_RECV);
     let done = flags != UNKNOWN_U64 && flags & sock_flag::DONE != 0;
-    // Our FIN was not acknowledged, so that this is no orderly end, and no error made it one.
+    // Our FIN was not acknowledged, so this is not an orderly end, and there was no error.
     let unanswered = (from == state::FIN_WAIT1 || from == state::LAST_ACK || from == state::CLOSING)
         && connection.at_end.unacknowledged != 0
         && connection.at_end.unacknowledged != UNKNOWN_U32;
@@ -83,8 +83,8 @@ pub fn report(
         reset_after::NEVER
     } else if from == state::FIN_WAIT2 && !done {
         // Usually the small TIME_WAIT socket takes over here. But if the segment that acknowledged our FIN
-        // brought data, tcp_rcv_state_process() aborts in just the same way, and answers with a RST; and so
-        // does __tcp_close(), whose socket is an orphan by then, if it is not to wait.
+        // brought data, tcp_rcv_state_process() aborts in the same way, and answers with a RST. So does
+        // __tcp_close(), whose socket is an orphan by then, if the socket may not wait.
         if alive { reset_after::SYSCALL } else { reset_after::SOFTIRQ }
     } else if owned && unanswered
         || alive
@@ -97,22 +97,22 @@ pub fn report(
     } else {
         reset_after::NEVER
     };
-    // From here on the verifier does not need to know the states any more: it would examine what follows once
-    // for each.
+    // The verifier must not know the states from here on: it would examine the rest of the program once for
+    // each.
     if aborted {
         acted(ctx, connection, stack_of);
     } else if stack_of == StackOf::Actor {
-        // Not where the end was noticed late: then the current task may be another one.
+        // Not if the end was noticed late, because the current task may be another one then.
         acts::ended(ctx, connection, error);
     }
     if alive && has_no_socket && connection.role == role::SERVER {
-        // While it waited to be accepted. If somebody acts, that may be an outsider who destroys the
-        // listener.
+        // It ended while it waited to be accepted. If a task acts, it may destroy the listener from outside.
         listener::name(connection);
     }
     connection.reported = 1;
     emit::connection(connection, tag::CLOSE);
-    // Whoever had it open during an inventory may have passed it on since; the next inventory finds out.
+    // The process that had it open during an inventory may have passed it on since. The next inventory shows
+    // it.
     connection.holder.pid = 0;
     if global!(PARAMS.has_destroy) == 0 {
         forget(sock.address);

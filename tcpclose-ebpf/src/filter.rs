@@ -1,17 +1,17 @@
-//! The part of the user's filters that the kernel half can decide. It may pass too much, but never too
-//! little: the user half applies all filters again, with everything that it knows.
+//! The part of the user's filters that the kernel half can decide. It may let too much pass, but never too
+//! little: the user half applies all filters again, with all that is known.
 
 use tcpclose_common::{
     params::MAX_FILTER_VALUES,
-    record::{Address, Connection, UNKNOWN_U32},
+    record::{Address, ConnectionRecord, UNKNOWN_U32},
 };
 
 use crate::maps::{FOLLOWED, global};
 
-/// Whether the filters pass this connection. The function is not inlined: it has several callers, and copies
-/// of it were half of the program and a fifth of the verifier's work.
+/// Whether the filters let this connection pass. The function is not inlined: it has several callers, and its
+/// copies would make up half of the program and a fifth of the verifier's work.
 #[inline(never)]
-pub fn wants(connection: &Connection) -> bool {
+pub fn wants(connection: &ConnectionRecord) -> bool {
     let ends = &connection.endpoints;
     let local = u32::from(ends.local_port);
     let remote = u32::from(ends.remote_port);
@@ -73,9 +73,10 @@ fn in_range(address: &Address) -> bool {
 
 /// Whether the process that opened or closed the connection is followed. A connection without either passes.
 #[inline(always)]
-fn is_followed(connection: &Connection) -> bool {
+fn is_followed(connection: &ConnectionRecord) -> bool {
     let (opener, actor) = (connection.opener.pid, connection.actor.pid);
-    // The holder does not count: it may not be the owner, and the user half decides once the owner is known.
+    // The holder does not count, because it may not be the owner. The user half decides once the owner is
+    // known.
     (opener == 0 && actor == 0)
         || (opener != 0 && FOLLOWED.get_ptr(opener).is_some())
         || (actor != 0 && FOLLOWED.get_ptr(actor).is_some())

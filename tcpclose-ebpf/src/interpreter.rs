@@ -1,5 +1,5 @@
-//! Lists the frames of interpreters (`tcpclose_common::interpreter`), while the thread that they belong to is
-//! the current one and cannot change them.
+//! Lists the frames of interpreters (`tcpclose_common::interpreter`) while the thread that they belong to is
+//! the current one, and so cannot change them.
 
 use core::arch::asm;
 
@@ -22,15 +22,15 @@ use crate::{
 #[map]
 pub static INTERPRETERS: LruHashMap<u64, Interpreter> = LruHashMap::with_max_entries(MAX_INTERPRETERS, 0);
 
-/// Bytes of the words that tell a code object from others.
+/// The number of bytes in the words that distinguish a code object from others.
 const IDENTITY_BYTES: u32 = 8 * IDENTITY_WORDS as u32;
 
-/// How many bytes of a frame are read at most: less than 16 words.
+/// The largest number of bytes that are read of a frame: less than 16 words.
 const MAX_BYTES: u32 = (8 * FRAME_WORDS as u32) | 7;
 
-/// A hash of the interpreter's frames that the current thread is in, a thread of process `pid` with the
-/// memory `mm`; 0 if it is in none, or if they cannot be read. With a `key` they are written to the ring as
-/// well, for the copy that has this key.
+/// A hash of the interpreter's frames of the current thread, which belongs to process `pid` with the memory
+/// `mm`; 0 if it has none, or if they cannot be read. With a `key`, they are also written to the ring, for
+/// the copy that has this key.
 ///
 /// It calls global functions, for the reason that `recipe::recognized()` does.
 #[inline(always)]
@@ -47,7 +47,7 @@ pub fn interpreted(pid: u64, mm: u64, key: u64) -> u64 {
 extern "C" fn innermost(pid: u64, mm: u64) -> u64 {
     let Some(interpreter) = INTERPRETERS.get_ptr(mm) else { return 0 };
     // SAFETY: a map value, which stays readable until the program ends. If the user half replaces it
-    // meanwhile, the frames are not found, or make no sense to the user half.
+    // meanwhile, the frames are not found, or the user half finds no meaning in them.
     let interpreter = unsafe { &*interpreter };
     if u64::from(interpreter.pid) != pid {
         return 0;
@@ -69,8 +69,8 @@ fn state(interpreter: &Interpreter) -> Option<u64> {
 }
 
 /// The hash of the frames from `frame` on, of a process with the memory `mm`; 0 if they cannot be read. With
-/// a `key` the list is written to the ring. Its bound is [`MAX_INTERPRETED`] frames, each a read of at most
-/// 120 bytes, and another one of 88 bytes of its code.
+/// a `key` the list is written to the ring. It follows at most [`MAX_INTERPRETED`] frames, and reads at most
+/// 120 bytes of each, and 88 bytes of its code object.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn listed(mm: u64, frame: u64, key: u64) -> u64 {
@@ -95,8 +95,8 @@ extern "C" fn listed(mm: u64, frame: u64, key: u64) -> u64 {
     if emit::interpreted(list) { hash } else { 0 }
 }
 
-/// Goes from frame to frame and lists them, whether the list is asked for or not: the verifier examines one
-/// loop only. Returns the hash of the list.
+/// Follows the frames and lists them, whether or not the list is wanted, so that there is only one loop for
+/// the verifier. Returns the hash of the list.
 #[inline(always)]
 fn walk(
     interpreter: &Interpreter,
@@ -104,7 +104,7 @@ fn walk(
     window: *mut [u64; STACK_STEP / 8],
     list: &mut Interpreted,
 ) -> u64 {
-    // Older kernels follow a mask better than a comparison.
+    // The verifier of older kernels derives bounds from a mask more reliably than from a comparison.
     let bytes = interpreter.bytes & MAX_BYTES;
     let mut hash = SEED;
     let mut frame = innermost;
@@ -131,15 +131,15 @@ fn walk(
     }
     list.count = index as u32;
     list.is_cut = u32::from(frame != 0);
-    // The verifier does not learn the number: it would examine what follows once for each.
-    // SAFETY: it was just written.
+    // The number is hidden from the verifier, which would examine the rest once for each value. SAFETY: it
+    // was just written.
     let count = unsafe { (&raw const list.count).read_volatile() };
     let hash = mix(hash, count.into());
     if count == 0 { 0 } else { hash }
 }
 
-/// A hash of the words that tell a code object from others at the same address, with 0 for those that do not
-/// count; 0 if they cannot be read. They overwrite the window.
+/// A hash of the words that distinguish a code object from others at the same address, where unused ones are
+/// 0; 0 if they cannot be read. They overwrite the window.
 #[inline(always)]
 fn identity(interpreter: &Interpreter, code: u64, window: *mut [u64; STACK_STEP / 8]) -> u64 {
     let from = code.wrapping_add(u64::from(interpreter.identity));
@@ -170,7 +170,7 @@ fn below(index: u64, count: u64) -> u64 {
     mask
 }
 
-/// The word so many bytes from an address of the current process.
+/// The word at this many bytes from an address of the current process.
 #[inline(always)]
 fn word(address: u64, offset: u32) -> Option<u64> {
     let mut found = 0u64;

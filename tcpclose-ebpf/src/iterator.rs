@@ -1,8 +1,8 @@
 //! Tasks that read a BPF iterator, of this tool or of another one.
 //!
 //! An iterator over descriptors holds each file while it looks at it. If the owner closes that file
-//! meanwhile, the socket is closed when the reader releases it, on its way back from the system call. The
-//! reader did not close anything.
+//! meanwhile, the socket is closed when the reader releases the file, at the end of the system call. The
+//! reader has closed nothing.
 
 use crate::{
     current::{self, Current as _, with_current},
@@ -10,7 +10,7 @@ use crate::{
     maps::{ITERATOR, global},
 };
 
-/// Notes what the files of all iterators have in common. The current task must be reading one.
+/// Records what the files of all iterators have in common. The current task must be reading one.
 #[inline(always)]
 pub fn learn() {
     let Some(iterator) = ITERATOR.get_ptr_mut(0) else { return };

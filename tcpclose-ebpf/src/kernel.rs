@@ -61,7 +61,7 @@ impl Typed {
     }
 
     /// The `struct tcp_sock` of the `struct sock` that `argument`, an argument of the program, points to;
-    /// `None` if that is null, no TCP socket, or one of the small sockets for requests and `TIME_WAIT`.
+    /// `None` if that is null, not a TCP socket, or one of the small sockets for requests and `TIME_WAIT`.
     #[inline(always)]
     pub fn tcp_sock(argument: u64) -> Option<Self> {
         // SAFETY: the helper checks the pointer, and the verifier its type.
@@ -78,7 +78,7 @@ impl Object for Typed {
         }
         // SAFETY: the verifier accepts the load only if the object has this member, and the kernel handles a
         // fault; every `T` used here is an integer or an array of integers, for which any bytes are valid.
-        // Volatile, because the load must stay where it is and as large as it is.
+        // Volatile, so that the compiler neither moves the load nor changes its size.
         Some(unsafe { ptr::read_volatile(self.0.add(usize::from(offset)).cast::<T>()) })
     }
 
@@ -87,8 +87,8 @@ impl Object for Typed {
         self.member(offset).map(Self)
     }
 
-    // The verifier makes a number of the difference of two pointers alone, so this is the distance from a
-    // map's value, plus the address of that value as it was once written into it.
+    // The verifier accepts only the difference of two pointers as a number. The result is therefore the
+    // distance from a map's value, plus the address of that value, which the value itself contains.
     #[inline(always)]
     fn address(self) -> u64 {
         let Some(anchor) = ANCHOR.get_ptr_mut(0) else { return 0 };

@@ -1,10 +1,10 @@
-//! Listening sockets and their processes, which own the connections that are never accepted.
+//! Listening sockets and their processes, which are the owners of connections that are never accepted.
 
 use core::ptr;
 
 use tcpclose_common::{
     offsets::ABSENT,
-    record::{Connection, Task, UNKNOWN_U32, holder},
+    record::{ConnectionRecord, RawTask, UNKNOWN_U32, holder},
 };
 
 use crate::{
@@ -32,7 +32,7 @@ fn key_of(sk: u64) -> Option<u64> {
 
 /// Records that `task` listens on `sk`.
 #[inline(always)]
-pub fn opened(sk: u64, task: &Task) {
+pub fn opened(sk: u64, task: &RawTask) {
     let Some(key) = key_of(sk) else { return };
     let mut listener = Listener { sock: sk, task: *task, shared: 0, closed: 0 };
     if let Some(other) = LISTENERS.get_ptr(key) {
@@ -45,7 +45,7 @@ pub fn opened(sk: u64, task: &Task) {
             listener.shared = u32::from(other.shared != 0 || other.task.pid != task.pid);
         }
     }
-    // Without room, connections that are never accepted here have no owner.
+    // Without room, connections that are never accepted by this listener have no owner.
     let _ = LISTENERS.insert(key, &listener, 0);
 }
 
@@ -66,7 +66,7 @@ pub fn closed(sk: u64) {
 
 /// Whether there is a listener for the local port of this connection.
 #[inline(always)]
-pub fn exists(connection: &Connection) -> bool {
+pub fn exists(connection: &ConnectionRecord) -> bool {
     let ends = &connection.endpoints;
     if ends.netns == UNKNOWN_U32 {
         return false;
@@ -78,10 +78,10 @@ pub fn exists(connection: &Connection) -> bool {
     }
 }
 
-/// Notes the process that would have accepted this connection as its holder. Its listener may have just been
-/// closed: the kernel closes a listener before the connections in its queue (`inet_csk_listen_stop()`).
+/// Records the process that would have accepted this connection as its holder. Its listener may have just
+/// been closed: the kernel closes a listener before the connections in its queue (`inet_csk_listen_stop()`).
 #[inline(always)]
-pub fn name(connection: &mut Connection) {
+pub fn name(connection: &mut ConnectionRecord) {
     let ends = &connection.endpoints;
     if ends.netns == UNKNOWN_U32 {
         return;

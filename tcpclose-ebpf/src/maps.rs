@@ -1,4 +1,5 @@
-//! Every map and global, and why it has its size. All are made when the programs are loaded, none grows.
+//! All maps and globals, and the reasons for their sizes. They are created when the programs are loaded, and
+//! none grows.
 
 use aya_ebpf::{
     Global,
@@ -11,12 +12,12 @@ use tcpclose_common::{
     namespace::PidNamespace,
     offsets::{ABSENT, ArgumentOffsets, IteratorOffsets, NamespaceOffsets, RecordOffsets, StructOffsets},
     params::Params,
-    record::{Address, Connection, Interpreted, STACK_STEP, Signal, Task},
-    stack::Stack,
+    record::{Address, ConnectionRecord, Interpreted, RawTask, STACK_STEP, Signal},
+    stack::StackTrace,
     table::{Bucket, WAYS, buckets, overflow},
 };
 
-/// Where things are in this kernel.
+/// The offsets of struct members in this kernel.
 #[unsafe(no_mangle)]
 pub static STRUCTS: Global<StructOffsets> = Global::new(StructOffsets::ABSENT);
 /// What the user asked for.
@@ -42,30 +43,32 @@ pub static DESTROY_SOCK_RECORD: Global<RecordOffsets> = Global::new(RecordOffset
 #[unsafe(no_mangle)]
 pub static FORK_RECORD: Global<RecordOffsets> = Global::new(RecordOffsets::ABSENT);
 
-/// Where programs on kernel functions find their arguments.
+/// The places of the arguments of programs on kernel functions.
 #[unsafe(no_mangle)]
 pub static ARGUMENTS: Global<ArgumentOffsets> = Global::new(ArgumentOffsets::ABSENT);
-/// How to see that a task reads a BPF iterator.
+/// What shows whether a task reads a BPF iterator.
 #[unsafe(no_mangle)]
 pub static ITERATORS: Global<IteratorOffsets> = Global::new(IteratorOffsets::ABSENT);
-/// Where processes have their ids in the pid namespace of tcpclose, if that is not the initial one.
+/// The places of process ids in the pid namespace of tcpclose, if that is not the initial one.
 #[unsafe(no_mangle)]
 pub static NAMESPACE: Global<NamespaceOffsets> = Global::new(NamespaceOffsets::ABSENT);
-/// Where `syscalls:sys_exit_accept` keeps the result.
+/// The place of the result in a record of `syscalls:sys_exit_accept`.
 #[unsafe(no_mangle)]
 pub static ACCEPT_SYSCALL_RESULT: Global<u16> = Global::new(ABSENT);
 
-/// What a new entry of the table is copied from: half a kilobyte is too much for the stack of a program.
-static TEMPLATE: Global<Connection> = Global::new(Connection::NEW);
+/// The template from which new entries of the table are copied: half a kilobyte is too much for the stack of
+/// a program.
+static TEMPLATE: Global<ConnectionRecord> = Global::new(ConnectionRecord::NEW);
 
-/// Address of [`Connection::NEW`] in read-only data.
+/// Address of [`ConnectionRecord::NEW`] in read-only data.
 #[inline(always)]
-pub fn template() -> *const Connection {
+pub fn template() -> *const ConnectionRecord {
     (&raw const TEMPLATE).cast()
 }
 
-/// Reads one member of a global made of offsets or parameters. Only that member is loaded, at a constant
-/// place of a frozen map, so that the verifier knows its value and throws away what it makes unreachable.
+/// Reads one member of a global made of offsets or parameters. Only that member is loaded, from a constant
+/// place in a frozen map, so that the verifier knows its value and removes the code that it makes
+/// unreachable.
 macro_rules! global {
     ($global:ident) => {
         $crate::maps::$global.load()
@@ -88,8 +91,9 @@ pub mod kind {
     pub type NAMESPACE = super::NamespaceOffsets;
 }
 
-/// Records on their way to the reader, 8 MiB: at 1,000 bytes a connection (both ends) and 100 ms between two
-/// reads, room for 80,000 connections a second. When it is full, records are counted in `records_lost`.
+/// Records for the reader, 8 MiB: with 1,000 bytes for a connection (both ends) and 100 ms between two reads,
+/// this is enough for 80,000 connections a second. When the ring is full, records are counted in
+/// `records_lost`.
 #[map]
 pub static RECORDS: RingBuf = RingBuf::with_byte_size(8 << 20, 0);
 
@@ -97,17 +101,17 @@ pub static RECORDS: RingBuf = RingBuf::with_byte_size(8 << 20, 0);
 #[map]
 pub static READER: Array<u32> = Array::with_max_entries(1, 0);
 
-/// Its own address, once a program has needed it: see `Typed::address()`.
+/// Its own address, from the first time that a program needs it: see `Typed::address()`.
 #[map]
 pub static ANCHOR: Array<u64> = Array::with_max_entries(1, 0);
 
-/// The state change that `set_state` worked on last on this CPU, until its second copy has seen it; 0 if
-/// there is none.
+/// The last state change that `set_state` handled on this CPU, until the second copy of the program has read
+/// it; 0 if there is none.
 #[map]
 pub static LAST_CHANGE: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
-/// Address of the `struct file_operations` of BPF iterators, which the inventory leaves here when it runs; 0
-/// before.
+/// Address of the `struct file_operations` of BPF iterators, which the inventory writes when it runs; 0
+/// before that.
 #[map]
 pub static ITERATOR: Array<u64> = Array::with_max_entries(1, 0);
 
@@ -115,8 +119,8 @@ pub static ITERATOR: Array<u64> = Array::with_max_entries(1, 0);
 #[map]
 pub static PID_NAMESPACE: Array<PidNamespace> = Array::with_max_entries(1, 0);
 
-/// Notices of processes not seen before, which do wake the reader: a few bytes each, and a process is noticed
-/// once.
+/// Notices of processes that were not seen before. Each wakes the reader, takes a few bytes, and is written
+/// once for a process.
 #[map]
 pub static PROCESSES: RingBuf = RingBuf::with_byte_size(64 << 10, 0);
 
@@ -127,62 +131,64 @@ pub static BUCKETS: Array<Bucket> = Array::with_max_entries(buckets(CONNECTIONS)
 
 /// Entries of the table.
 #[map]
-pub static ENTRIES: Array<Connection> = Array::with_max_entries(buckets(CONNECTIONS) * WAYS, 0);
+pub static ENTRIES: Array<ConnectionRecord> = Array::with_max_entries(buckets(CONNECTIONS) * WAYS, 0);
 
-/// Live sockets whose bucket was full, by address. LRU: when it is full, the socket that was longest without
-/// an event gives way, and the user half sees from the counters that it did. A quarter of the table's size.
+/// Live sockets whose bucket was full, by address. LRU: when it is full, the socket that has had no event for
+/// longest is evicted, which the user half learns from the counters. It has a quarter of the table's size.
 #[map]
-pub static OVERFLOW: LruHashMap<u64, Connection> = LruHashMap::with_max_entries(overflow(CONNECTIONS), 0);
+pub static OVERFLOW: LruHashMap<u64, ConnectionRecord> =
+    LruHashMap::with_max_entries(overflow(CONNECTIONS), 0);
 
-/// 1 once `OVERFLOW` has had an entry: before that, nobody needs to search it.
+/// 1 once `OVERFLOW` has had an entry. Before that, no program needs to search it.
 #[map]
 pub static HAS_OVERFLOW: Array<u32> = Array::with_max_entries(1, 0);
 
-/// Sockets that there is room for, if `--connections` does not say otherwise.
+/// The default of `--connections`: the number of sockets that the table has room for.
 const CONNECTIONS: u32 = 65_536;
 
 /// Stacks by the hash of their frames. A program has few places that open and close sockets, so each stack is
-/// kept once; 8 MiB. When it is full, the one longest unused gives way.
+/// kept once; 8 MiB. When it is full, the least recently used stack is evicted.
 #[map]
-pub static STACKS: LruHashMap<u64, Stack> = LruHashMap::with_max_entries(8_192, 0);
+pub static STACKS: LruHashMap<u64, StackTrace> = LruHashMap::with_max_entries(8_192, 0);
 
-/// Room to take a stack in, and to build the record of a RST without a connection: [`SLOTS`] a CPU, because a
-/// program may be interrupted by another one on the same CPU.
+/// Memory in which stacks are taken, and records of RSTs without a connection are built: [`SLOTS`] for each
+/// CPU, because another program may interrupt a program on the same CPU.
 #[map]
 pub static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(SLOTS, 0);
 
-/// Process context, softirq above it, and two more for kernels that let programs be preempted.
+/// One for process context, one for a softirq that interrupts it, and two more for kernels on which programs
+/// can be preempted.
 pub const SLOTS: u32 = 4;
 
 /// One slot of `SCRATCH`.
 #[repr(C)]
 pub struct Scratch {
-    /// 1 while a program works with it.
+    /// 1 while a program uses it.
     pub busy: u64,
-    pub stack: Stack,
-    pub connection: Connection,
+    pub stack: StackTrace,
+    pub connection: ConnectionRecord,
     /// The part of a user stack that is compared with a recipe.
     pub window: [u64; STACK_STEP / 8],
     /// The frames of an interpreter.
     pub interpreted: Interpreted,
 }
 
-/// Processes that were noticed, and the address of their memory descriptor then. LRU: one that was forgotten
-/// is noticed again.
+/// Processes that were noticed, with the address of their memory descriptor at that time. LRU: an evicted
+/// process is noticed again.
 #[map]
 pub static NOTICED: LruHashMap<u32, u64> = LruHashMap::with_max_entries(16_384, 0);
 
-/// The last signal that may have killed a process, by its id. LRU: of one that was forgotten the sender is
-/// not known. The user half looks up those that did kill.
+/// The last signal that may have killed a process, by process id. LRU: if an entry was evicted, the sender is
+/// not known. The user half looks up the signals that did kill.
 #[map]
 pub static SIGNALS: LruHashMap<u32, Signal> = LruHashMap::with_max_entries(4_096, 0);
 
-/// Process ids that `--pid` or `-- COMMAND` ask for. Not LRU: a process that is wanted must not be forgotten.
+/// The process ids of `--pid` or `-- COMMAND`. Not LRU: a process that is wanted must not be evicted.
 #[map]
 pub static FOLLOWED: HashMap<u32, u8> = HashMap::with_max_entries(32_768, 0);
 
-/// Listening sockets, by network namespace and port (see `listener.rs`). LRU: one that was forgotten costs
-/// the word of who would have accepted a connection.
+/// Listening sockets, by network namespace and port (see `listener.rs`). LRU: if an entry was evicted,
+/// connections that it has not accepted have no owner.
 #[map]
 pub static LISTENERS: LruHashMap<u64, Listener> = LruHashMap::with_max_entries(16_384, 0);
 
@@ -191,19 +197,20 @@ pub static LISTENERS: LruHashMap<u64, Listener> = LruHashMap::with_max_entries(1
 #[derive(Clone, Copy)]
 pub struct Listener {
     pub sock: u64,
-    pub task: Task,
+    pub task: RawTask,
     /// 1 if several processes listen there (`SO_REUSEPORT`), so that none of them can be named.
     pub shared: u32,
-    /// 1 if it listens no more. What it had not accepted ends after that, and was to be its own.
+    /// 1 if it no longer listens. The connections that it had not accepted end after that, and would have
+    /// been its own.
     pub closed: u32,
 }
 
-/// Times to live that were seen in packets, until a connection asks for them; filled with `--ttl` alone, and
-/// only where fentry does not hand packets and sockets over together. LRU.
+/// Times to live that were read from packets, until a hook on the socket needs them. Filled only with
+/// `--ttl`, and only where fentry does not pass packets and sockets together. LRU.
 #[map]
 pub static TTLS: LruHashMap<Tuple, Ttls> = LruHashMap::with_max_entries(16_384, 0);
 
-/// A connection as its packets tell it. Without padding, since it is a key.
+/// A connection as its packets identify it. It has no padding, because it is a key.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Tuple {
@@ -214,7 +221,7 @@ pub struct Tuple {
     pub netns: u32,
 }
 
-/// Times to live; 0 is none seen.
+/// Times to live; 0 if none was seen.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Ttls {
@@ -223,17 +230,18 @@ pub struct Ttls {
     pub reserved: [u8; 6],
 }
 
-/// Sockets of `OVERFLOW` in a teardown state, and when they came into the first one, as in [`Bucket::since`].
-/// Not LRU: those that are here longest are those that are wanted. As large as `OVERFLOW`; what finds no room
-/// is counted in `teardowns_failed`.
+/// Sockets of `OVERFLOW` in a teardown state, with the time when they entered the first one, as in
+/// [`Bucket::since`]. Not LRU: the oldest entries are those that are wanted. The map is as large as
+/// `OVERFLOW`; sockets that find no room are counted in `teardowns_failed`.
 #[map]
 pub static TEARDOWNS: HashMap<u64, u64> = HashMap::with_max_entries(overflow(CONNECTIONS), 0);
 
-/// The inventory pass that is to tell of the holders of sockets that `asked` for it ([`Connection::asked`]).
+/// The number of the inventory pass that reports holders: those of the sockets whose
+/// [`ConnectionRecord::asked`] is this number.
 #[map]
 pub static ASKED: Array<u32> = Array::with_max_entries(1, 0);
 
-/// See [`Counters`].
+/// The counters of both halves' losses and of the kernel half's work ([`Counters`]).
 #[map]
 pub static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(1, 0);
 
@@ -249,11 +257,11 @@ macro_rules! count {
 }
 pub(crate) use count;
 
-/// A slot of `SCRATCH` that is ours until dropped.
+/// A slot of `SCRATCH`, which belongs to this program until it is dropped.
 pub struct Slot(*mut Scratch);
 
 impl Slot {
-    /// Takes a free slot; `None` if all are taken by programs that this one interrupted.
+    /// Takes a free slot; `None` if all are in use by programs that this one has interrupted.
     #[inline(always)]
     pub fn take() -> Option<Self> {
         let mut index = 0;

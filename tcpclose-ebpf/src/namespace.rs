@@ -9,17 +9,18 @@ use crate::{
     maps::{PID_NAMESPACE, global},
 };
 
-/// Whether ids have to be translated. A constant for the verifier, which removes what depends on it.
+/// Whether ids have to be translated. The verifier knows the value, and removes the code that depends on it.
 #[inline(always)]
 pub fn is_other() -> bool {
     global!(NAMESPACE.pid_numbers) != ABSENT
 }
 
-/// Notes the pid namespace of the current task, which must be tcpclose.
+/// Records the pid namespace of the current task, which must be tcpclose.
 #[inline(always)]
 pub fn learn() {
     let Some(namespace) = PID_NAMESPACE.get_ptr_mut(0) else { return };
-    // SAFETY: a valid map value. Only programs that tcpclose runs itself write it, always the same.
+    // SAFETY: a valid map value. Only programs that tcpclose runs itself write it, and always with the same
+    // value.
     if unsafe { (*namespace).address } != 0 {
         return;
     }
@@ -62,7 +63,8 @@ fn struct_pid(task: u64) -> Option<u64> {
     member(leader, global!(NAMESPACE.thread_pid))
 }
 
-/// The `struct upid` at a level: the id, in the lower half, and the address of the namespace.
+/// The `struct upid` at a level: the id in the lower half of the first word, and the address of the
+/// namespace.
 #[inline(always)]
 fn number(pid: u64, level: u32) -> Option<[u64; 2]> {
     read(pid + u64::from(global!(NAMESPACE.pid_numbers)) + u64::from(level) * 16)

@@ -1,8 +1,8 @@
-//! Reads packets: the endpoints of a packet that a RST answers, because on some kernels the tracepoint has no
-//! remote end for a RST without a socket or of a listener; and times to live.
+//! Reads packets: their times to live, and the endpoints of a packet that a RST answers, because on some
+//! kernels the tracepoint has no remote end for a RST of a listener or without a socket.
 
 use tcpclose_common::{
-    record::{Address, Endpoints, UNKNOWN_U32, mapped},
+    record::{Address, RawEndpoints, UNKNOWN_U32, mapped},
     tcp::{AF_INET, AF_INET6},
 };
 
@@ -11,10 +11,10 @@ use crate::{
     maps::global,
 };
 
-/// Fills in both ends as the packet's receiver sees them (its destination is the local end), and the network
-/// namespace of the device that received it. Changes nothing if the packet cannot be read.
+/// Fills in both ends as seen by the packet's receiver (its destination is the local end), and the network
+/// namespace of the device that received it. It changes nothing if the packet cannot be read.
 #[inline(always)]
-pub fn endpoints(skb: u64, to: &mut Endpoints) {
+pub fn endpoints(skb: u64, to: &mut RawEndpoints) {
     // Each result is tested before the next read. If all are read first, LLVM's code also reads what a failed
     // read left uninitialized, and kernels before 6.3 refuse that.
     let Some(head) = member::<u64>(skb, global!(STRUCTS.skb_head)) else { return };
@@ -23,7 +23,7 @@ pub fn endpoints(skb: u64, to: &mut Endpoints) {
     let ip = head + u64::from(network);
     let tcp = head + u64::from(transport);
     let Some(first) = read::<u8>(ip) else { return };
-    // RFC 791, 3.1 and RFC 8200, 3: where the headers keep version and addresses.
+    // RFC 791, 3.1 and RFC 8200, 3: the places of version and addresses in the headers.
     match first >> 4 {
         4 => {
             let Some(source) = read::<u32>(ip + 12) else { return };

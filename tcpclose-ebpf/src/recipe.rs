@@ -7,7 +7,9 @@ use aya_ebpf::{
     maps::{Array, HashMap},
 };
 use tcpclose_common::{
-    recipe::{Edge, KEY_BIT, MAX_EDGES, MAX_RECIPES, MAX_WORDS, PLACE_BITS, Recipe, Target, image, source},
+    recipe::{
+        Edge, EdgeTarget, KEY_BIT, MAX_EDGES, MAX_RECIPES, MAX_WORDS, PLACE_BITS, Recipe, image, source,
+    },
     record::STACK_STEP,
 };
 
@@ -22,20 +24,20 @@ use crate::{
 #[map]
 pub static RECIPES: Array<Recipe> = Array::with_max_entries(MAX_RECIPES, 0);
 
-/// Which recipe to go on with. Not LRU: an edge that is missing would make a whole tree unreachable.
+/// The edges between recipes. Not LRU: a missing edge would make a whole tree unreachable.
 #[map]
-pub static RECIPE_EDGES: HashMap<Edge, Target> = HashMap::with_max_entries(MAX_EDGES, 0);
+pub static RECIPE_EDGES: HashMap<Edge, EdgeTarget> = HashMap::with_max_entries(MAX_EDGES, 0);
 
 /// How long a stack is recognized after its recipe has expired, while one copy of it is on its way to the
 /// user half.
 const RENEWAL: u64 = 1_000_000_000;
 
-/// The bits of a place in `RECIPES`.
+/// The bits of an index in `RECIPES`.
 const PLACE_MASK: u64 = (1 << PLACE_BITS) - 1;
 
-/// What the current task entered the kernel with.
+/// The registers and the address space with which the current task entered the kernel.
 #[derive(Clone, Copy)]
-pub struct Entry {
+pub struct KernelEntry {
     /// Process id.
     pub pid: u32,
     /// Address of its `mm_struct`.
@@ -48,9 +50,9 @@ pub struct Entry {
     pub lr: u64,
 }
 
-impl Entry {
-    /// What the current task, of process `pid` with the memory `mm`, entered the kernel with; `None` if that
-    /// cannot be read.
+impl KernelEntry {
+    /// Those of the current task, which belongs to process `pid` with the memory `mm`; `None` if they cannot
+    /// be read.
     #[inline(always)]
     pub fn of_current(pid: u32, mm: u64) -> Option<Self> {
         with_current!(|current| Self::read(current.registers(), pid, mm))
@@ -70,12 +72,12 @@ impl Entry {
     }
 }
 
-/// The key in the user half of the current task's user stack, of a task of process `pid` with the memory
-/// `mm`; 0 if there is no recipe for it.
+/// The key that the user half has given to the current task's user stack; 0 if there is no recipe for it. The
+/// task belongs to process `pid` with the memory `mm`.
 ///
-/// It calls global functions: the verifier examines them once, and not at each of the places where stacks are
-/// taken, of which they are the largest part. Before 5.13 such a function takes numbers only. They are called
-/// one after the other, because the stack of a program has no room for them on top of each other.
+/// It calls global functions, the largest part of the code that takes stacks, so that the verifier examines
+/// them once instead of once for each caller. Before 5.13 such a function takes numbers only. They do not
+/// call each other, because the stack of a program has no room for the frames of both.
 #[inline(always)]
 pub fn recognized(pid: u64, mm: u64) -> u64 {
     let found = matched(pid, mm);
@@ -86,29 +88,29 @@ pub fn recognized(pid: u64, mm: u64) -> u64 {
     }
 }
 
-/// The key of the current task's user stack, as far as its words tell; else 0, or [`undecided`].
+/// The key of the current task's user stack as far as its words decide it; otherwise 0, or [`undecided`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn matched(pid: u64, mm: u64) -> u64 {
-    match Entry::of_current(pid as u32, mm) {
+    match KernelEntry::of_current(pid as u32, mm) {
         Some(entry) => find(&entry),
         None => 0,
     }
 }
 
-/// The same for a task that entered the kernel with `entry`. Its bound is that of the loop, one round for
-/// each word of a recipe: 128 comparisons, and as many reads of 1 KiB and look-ups of edges at worst.
+/// The same for a task that entered the kernel with `entry`. The loop bounds it: one iteration for each word
+/// of a recipe, so at most 128 comparisons, reads of 1 KiB, and look-ups of edges.
 #[inline(always)]
-fn find(entry: &Entry) -> u64 {
+fn find(entry: &KernelEntry) -> u64 {
     if !entry.sp.is_multiple_of(8) {
         return 0;
     }
     let Some(slot) = Slot::take() else { return 0 };
     // SAFETY: the slot is ours, its words are plain integers.
     let window = unsafe { &raw mut (*slot.get()).window };
-    // Where the window begins; no stack is there.
+    // The beginning of the window: initially a place where no stack is.
     let mut start = 0;
-    // One place on the stack for all keys.
+    // All keys use the same memory on the stack.
     let mut edge = Edge { from: entry.mm, at: entry.ip, word: image(entry.pid, entry.code_pages) };
     let Some((mut target, mut recipe)) = follow(&edge) else { return 0 };
     let mut index = 0;
@@ -142,8 +144,8 @@ fn find(entry: &Entry) -> u64 {
             if word.source == source::STACK_ADDRESS { found.wrapping_sub(entry.sp) } else { found }
         };
         if actual != word.expected {
-            // What was compared so far must have been this recipe's.
-            // SAFETY: a map value. Volatile, so that it is read now.
+            // The words that were compared so far must have belonged to this recipe. SAFETY: a map value.
+            // Volatile, so that it is read now.
             if unsafe { (&raw const (*recipe).serial).read_volatile() } != target.serial {
                 return 0;
             }
@@ -160,10 +162,10 @@ fn find(entry: &Entry) -> u64 {
     stack(&target, recipe)
 }
 
-/// What [`matched`] returns for a recipe whose last word is the hash of the interpreter's frames, if the
-/// words before agree.
+/// The result of [`matched`] for a recipe whose last word is the hash of the interpreter's frames, if the
+/// words before it agree.
 #[inline(always)]
-fn undecided(target: &Target) -> u64 {
+fn undecided(target: &EdgeTarget) -> u64 {
     target.serial << PLACE_BITS | target.index & PLACE_MASK
 }
 
@@ -171,7 +173,7 @@ fn undecided(target: &Target) -> u64 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn decided(undecided: u64, hash: u64) -> u64 {
-    let mut target = Target { serial: undecided >> PLACE_BITS, index: undecided & PLACE_MASK };
+    let mut target = EdgeTarget { serial: undecided >> PLACE_BITS, index: undecided & PLACE_MASK };
     let Some(mut recipe) = RECIPES.get_ptr_mut(target.index as u32) else { return 0 };
     // SAFETY: a map value.
     let last = unsafe { (*recipe).count }.wrapping_sub(1);
@@ -189,10 +191,10 @@ extern "C" fn decided(undecided: u64, hash: u64) -> u64 {
     stack(&target, recipe)
 }
 
-/// The key of the stack that a recipe leads to, all of whose words agree; 0 if it has expired or been
-/// replaced.
+/// The key of the stack that a recipe leads to when all of its words agree; 0 if the recipe has expired or
+/// was replaced.
 #[inline(always)]
-fn stack(target: &Target, recipe: *mut Recipe) -> u64 {
+fn stack(target: &EdgeTarget, recipe: *mut Recipe) -> u64 {
     // SAFETY: a map value.
     let (until, stack) = unsafe { ((*recipe).until, (*recipe).stack) };
     if until != 0 {
@@ -211,9 +213,9 @@ fn stack(target: &Target, recipe: *mut Recipe) -> u64 {
 
 /// The recipe that an edge leads to.
 #[inline(always)]
-fn follow(edge: &Edge) -> Option<(Target, *mut Recipe)> {
+fn follow(edge: &Edge) -> Option<(EdgeTarget, *mut Recipe)> {
     let target = RECIPE_EDGES.get_ptr(edge)?;
-    // SAFETY: a map value; the user half never changes one, it only adds and removes edges.
+    // SAFETY: a map value; the user half only adds and removes edges, and never changes one.
     let target = unsafe { *target };
     let recipe = RECIPES.get_ptr_mut(target.index as u32)?;
     Some((target, recipe))

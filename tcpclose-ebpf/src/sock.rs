@@ -3,7 +3,7 @@
 use aya_ebpf::programs::TracePointContext;
 use tcpclose_common::{
     offsets::{ABSENT, RecordOffsets},
-    record::{Address, Endpoints, Sample, UNKNOWN_U32, UNKNOWN_U64, mapped},
+    record::{Address, RawEndpoints, RawSample, UNKNOWN_U32, UNKNOWN_U64, mapped},
     tcp::{AF_INET, AF_INET6, IPPROTO_TCP, sock_flag, state},
 };
 
@@ -12,16 +12,16 @@ use crate::{
     maps::global,
 };
 
-/// A classic tracepoint's record: where a kernel without BTF tells a socket's addresses.
+/// The record of a classic tracepoint, which contains a socket's addresses on kernels without BTF.
 #[derive(Clone, Copy)]
-pub struct Record<'a> {
+pub struct TracepointRecord<'a> {
     pub ctx: &'a TracePointContext,
-    /// Where its members are.
+    /// The places of its members.
     pub layout: RecordOffsets,
 }
 
-impl Record<'_> {
-    /// Reads a member; `None` if this kernel's record has none such.
+impl TracepointRecord<'_> {
+    /// Reads a member; `None` if this kernel's record does not have it.
     #[inline(always)]
     pub fn get<T: Copy>(&self, offset: u16) -> Option<T> {
         use aya_ebpf::EbpfContext as _;
@@ -51,20 +51,20 @@ pub fn of_file(file: u64) -> Option<u64> {
 /// A socket that a program runs for.
 #[derive(Clone, Copy)]
 pub struct Sock<O> {
-    /// Its address, by which the maps know it.
+    /// Its address, which is its key in the maps.
     pub address: u64,
-    /// What its members are read through.
+    /// The pointer through which its members are read.
     pub object: O,
 }
 
-/// Fills in the ends of `sk`, from the sock itself where its layout is known, else from the tracepoint's
-/// record. What is there already stays where nothing better is found: a failed connect has lost its ports by
-/// the time it ends.
+/// Fills in the ends of `sk`, from the sock itself if its layout is known, otherwise from the tracepoint's
+/// record. Existing values stay if nothing better is found: a failed connect has lost its ports by the time
+/// it ends.
 #[inline(always)]
-pub fn endpoints(sk: impl Object, record: Option<&Record<'_>>, to: &mut Endpoints) {
+pub fn endpoints(sk: impl Object, record: Option<&TracepointRecord<'_>>, to: &mut RawEndpoints) {
     if to.local_port != 0 && to.remote_port != 0 {
-        // Known since it was established, or since the SYN of a socket that was bound; they do not change any
-        // more.
+        // They have been known since it was established, or since the SYN of a bound socket, and do not
+        // change any more.
         return;
     }
     let Some(family) = member::<u16>(sk, global!(STRUCTS.sk_family)) else {
@@ -75,7 +75,7 @@ pub fn endpoints(sk: impl Object, record: Option<&Record<'_>>, to: &mut Endpoint
     };
     let mut local_port: u16 = member(sk, global!(STRUCTS.sk_num)).unwrap_or(0);
     if local_port == 0 && self::state(sk) != Some(state::TIME_WAIT) {
-        // tcp_set_state() gives the port back before it tells of CLOSE: inet_put_port() clears one of its two
+        // tcp_set_state() releases the port before it reports CLOSE: inet_put_port() clears one of its two
         // copies.
         local_port = member::<u16>(sk, global!(STRUCTS.sk_sport)).map_or(0, u16::from_be);
     }
@@ -111,7 +111,7 @@ pub fn endpoints(sk: impl Object, record: Option<&Record<'_>>, to: &mut Endpoint
 
 /// Both shapes of record (see [`RecordOffsets`]).
 #[inline(always)]
-fn endpoints_of_record(record: &Record<'_>, to: &mut Endpoints) {
+fn endpoints_of_record(record: &TracepointRecord<'_>, to: &mut RawEndpoints) {
     let layout = record.layout;
     if let Some(family) = record.get::<u16>(layout.family) {
         to.family = family;
@@ -138,7 +138,7 @@ fn endpoints_of_record(record: &Record<'_>, to: &mut Endpoints) {
 /// `struct sockaddr_in` and `struct sockaddr_in6`: family, port in network order, then the address at 4 or
 /// at 8.
 #[inline(always)]
-fn sockaddr(record: &Record<'_>, at: u16, family: &mut u16, address: &mut Address, port: &mut u16) {
+fn sockaddr(record: &TracepointRecord<'_>, at: u16, family: &mut u16, address: &mut Address, port: &mut u16) {
     if at == ABSENT {
         return;
     }
@@ -155,8 +155,8 @@ fn sockaddr(record: &Record<'_>, at: u16, family: &mut u16, address: &mut Addres
     }
 }
 
-/// Whether a process holds the socket's lock, so that the current task is the one that acts (or works off the
-/// backlog while it does). `None` when that can not be read.
+/// Whether a process holds the socket's lock, so that the current task is the one that acts, or that
+/// processes the backlog while it holds the lock. `None` if that cannot be read.
 #[inline(always)]
 pub fn owned(sk: impl Object) -> Option<bool> {
     member::<i32>(sk, global!(STRUCTS.sk_lock_owned)).map(|owned| owned != 0)
@@ -168,13 +168,14 @@ pub fn flags(sk: impl Object) -> Option<u64> {
     member(sk, global!(STRUCTS.sk_flags))
 }
 
-/// Address of the `struct socket`, 0 for a socket that has none (not accepted yet, or orphaned).
+/// Address of the `struct socket`; 0 for a socket that has none, because it is not accepted yet or is
+/// orphaned.
 #[inline(always)]
 pub fn socket(sk: impl Object) -> Option<u64> {
     member(sk, global!(STRUCTS.sk_socket))
 }
 
-/// Inode number of the socket's descriptor, as `/proc/PID/fd` shows it; 0 when it has none.
+/// Inode number of the socket's descriptor, as `/proc/PID/fd` shows it; 0 if it has none.
 #[inline(always)]
 pub fn inode(sk: impl Object) -> u64 {
     match socket(sk) {
@@ -183,23 +184,23 @@ pub fn inode(sk: impl Object) -> u64 {
     }
 }
 
-/// The socket's cookie, if somebody has asked the kernel for it before; else 0.
+/// The socket's cookie, if it was requested from the kernel before; otherwise 0.
 #[inline(always)]
 pub fn cookie(sk: impl Object) -> u64 {
     member(sk, global!(STRUCTS.sk_cookie)).unwrap_or(0)
 }
 
-/// Whether `sk` still has these ends; `None` where that can not be read.
+/// Whether `sk` still has these ends; `None` if that cannot be read.
 #[inline(always)]
-pub fn has_ends(sk: impl Object, ends: &Endpoints) -> Option<bool> {
+pub fn has_ends(sk: impl Object, ends: &RawEndpoints) -> Option<bool> {
     let local: u16 = member(sk, global!(STRUCTS.sk_num))?;
     let remote: u16 = member(sk, global!(STRUCTS.sk_dport))?;
     Some(local == ends.local_port && u16::from_be(remote) == ends.remote_port)
 }
 
-/// What the kernel counts for this socket, now.
+/// The kernel's current counters of this socket.
 #[inline(always)]
-pub fn sample(sk: impl Object, jiffies: u64, to: &mut Sample) {
+pub fn sample(sk: impl Object, jiffies: u64, to: &mut RawSample) {
     // SOCK_DONE says that the FIN was received. It takes a sequence number, which bytes_received and rcv_nxt
     // count.
     let fin = u32::from(flags(sk).is_some_and(|flags| flags & sock_flag::DONE != 0));
@@ -232,8 +233,8 @@ pub fn sample(sk: impl Object, jiffies: u64, to: &mut Sample) {
         member::<u32>(sk, global!(STRUCTS.icsk_lrcvtime)).map_or(UNKNOWN_U32, |at| now.wrapping_sub(at));
 }
 
-/// What waits to be sent: sequence numbers that were not sent yet, and probes of the peer's window that it
-/// has not answered.
+/// What is waiting to be sent: sequence numbers that were not sent yet, and probes of the peer's window that
+/// the peer has not answered.
 #[inline(always)]
 pub fn waiting(sk: u64) -> (u32, u32) {
     let unsent = match (
@@ -246,7 +247,7 @@ pub fn waiting(sk: u64) -> (u32, u32) {
     (unsent, member::<u8>(sk, global!(STRUCTS.icsk_probes_out)).map_or(UNKNOWN_U32, u32::from))
 }
 
-/// Facts about the way a socket ended: `(sk_err, sk_shutdown, linger time in jiffies)`.
+/// Facts about the end of a socket: `(sk_err, sk_shutdown, linger time in jiffies)`.
 #[inline(always)]
 pub fn end(sk: impl Object) -> (i32, u8, u64) {
     (
@@ -256,19 +257,19 @@ pub fn end(sk: impl Object) -> (i32, u8, u64) {
     )
 }
 
-/// Whether the socket is not to wait in FIN_WAIT2 once it is closed: `TCP_LINGER2` below 0.
+/// Whether the socket must not wait in FIN_WAIT2 once it is closed: `TCP_LINGER2` is negative.
 #[inline(always)]
 pub fn has_no_fin_wait2(sk: impl Object) -> bool {
     member::<i32>(sk, global!(STRUCTS.tcp_linger2)).is_some_and(|jiffies| jiffies < 0)
 }
 
-/// `sk_protocol`; `None` when not readable.
+/// `sk_protocol`; `None` if it cannot be read.
 #[inline(always)]
 pub fn protocol(sk: impl Object) -> Option<u16> {
     member(sk, global!(STRUCTS.sk_protocol))
 }
 
-/// Current `sk_state`.
+/// The current `sk_state`.
 #[inline(always)]
 pub fn state(sk: impl Object) -> Option<u8> {
     member(sk, global!(STRUCTS.sk_state))

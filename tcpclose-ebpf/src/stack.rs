@@ -1,6 +1,6 @@
-//! Takes stacks. Either the kernel follows frame pointers, and each distinct stack is stored once; or a copy
-//! of the stack's memory goes to the user half, which unwinds it with the exception tables of programs. A
-//! stack that was unwound before is recognized, and not copied again: see `recipe.rs`.
+//! Takes stacks. Either the kernel follows frame pointers, and each distinct stack is stored once, or the
+//! stack's memory is copied to the user half, which unwinds it with the exception tables of programs. A stack
+//! that was unwound before is recognized and not copied again: see `recipe.rs`.
 
 use aya_ebpf::{
     EbpfContext,
@@ -8,21 +8,21 @@ use aya_ebpf::{
     helpers::{bpf_get_prandom_u32, generated::bpf_get_stack},
 };
 use tcpclose_common::{
-    record::{Header, STACK_STEP, StackCopy, Task, VERSION, tag},
-    stack::{MAX_FRAMES, Stack},
+    record::{Header, RawTask, STACK_STEP, StackCopy, VERSION, tag},
+    stack::{MAX_FRAMES, StackTrace},
     tcp::task_flag,
 };
 
 use crate::{
     emit, interpreter,
     maps::{STACKS, Slot, count, global},
-    recipe::{self, Entry},
+    recipe::{self, KernelEntry},
 };
 
 /// Takes the requested stacks of the current task, which is `task`. `is_wanted` says whether they are worth a
 /// copy.
 #[inline(always)]
-pub fn take(ctx: &impl EbpfContext, task: &mut Task, is_wanted: bool) {
+pub fn take(ctx: &impl EbpfContext, task: &mut RawTask, is_wanted: bool) {
     if global!(PARAMS.user_stack) != 0 {
         task.user_stack = user(ctx, task, is_wanted);
     }
@@ -31,13 +31,13 @@ pub fn take(ctx: &impl EbpfContext, task: &mut Task, is_wanted: bool) {
     }
 }
 
-/// The current task's user stack, in the way that was asked for, as a key into `STACKS`, that of a copy, or
-/// that of a stack that the user half knows; 0 if there is none.
+/// The current task's user stack, taken in the way that the user chose: as a key into `STACKS`, that of a
+/// copy, or that of a stack that the user half knows; 0 if there is none.
 ///
-/// With recipes, frame pointers are never followed here: that leaves out the caller of a function that keeps
-/// none, such as `close()`.
+/// With recipes, frame pointers are never followed here, because that omits the caller of a function that
+/// keeps none, such as `close()`.
 #[inline(always)]
-fn user(ctx: &impl EbpfContext, task: &Task, is_wanted: bool) -> u64 {
+fn user(ctx: &impl EbpfContext, task: &RawTask, is_wanted: bool) -> u64 {
     let has_recipes = global!(PARAMS.recipes) != 0;
     if global!(PARAMS.stack_bytes) != 0 && (is_wanted || has_recipes) {
         let key = whole(task, is_wanted);
@@ -48,11 +48,11 @@ fn user(ctx: &impl EbpfContext, task: &Task, is_wanted: bool) -> u64 {
     followed(ctx)
 }
 
-/// The key of the current task's user stack if the user half knows it already; else that of a copy, if it is
-/// wanted.
+/// The key of the current task's user stack if the user half knows it already; otherwise that of a copy, if
+/// one is wanted.
 #[inline(always)]
-fn whole(task: &Task, is_wanted: bool) -> u64 {
-    // Kernel threads that work for a process use its memory, but have no stack of their own there.
+fn whole(task: &RawTask, is_wanted: bool) -> u64 {
+    // Kernel threads that work for a process use its memory, but have no stack in it.
     if task.mm == 0 || task.flags & (task_flag::KTHREAD | task_flag::IO_WORKER) != 0 {
         return 0;
     }
@@ -71,7 +71,7 @@ fn whole(task: &Task, is_wanted: bool) -> u64 {
     let random = || u64::from(unsafe { bpf_get_prandom_u32() });
     let key = random() << 32 | random() | 1;
     if global!(PARAMS.recipes) != 0 {
-        // Ahead of the copy, so that the user half has both when it unwinds the stack.
+        // The frames are written ahead of the copy, so that the user half has both when it unwinds the stack.
         interpreter::interpreted(pid, mm, key);
     }
     copied(pid, mm, key)
@@ -89,14 +89,14 @@ fn kernel(ctx: &impl EbpfContext) -> u64 {
     collect(ctx, 0)
 }
 
-/// Sends a copy of the current task's user stack, of a task of process `pid` with the memory `mm`. Returns
-/// `key`; the key of the innermost frame, or 0, if the copy could not be sent.
+/// Sends a copy of the user stack of the current task, which belongs to process `pid` with the memory `mm`.
+/// Returns `key` or, if the copy could not be sent, the key of the innermost frame or 0.
 ///
-/// A global function, for the reason that [`recipe::recognized`] gives.
+/// It is a global function, for the reason that [`recipe::recognized`] gives.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn copied(pid: u64, mm: u64, key: u64) -> u64 {
-    let Some(entry) = Entry::of_current(pid as u32, mm) else { return 0 };
+    let Some(entry) = KernelEntry::of_current(pid as u32, mm) else { return 0 };
     let copy = StackCopy {
         header: Header { tag: tag::STACK, version: VERSION, length: 0 },
         key,
@@ -121,7 +121,7 @@ pub extern "C" fn copied(pid: u64, mm: u64, key: u64) -> u64 {
     key
 }
 
-/// The key into `STACKS` of a stack of which the innermost frame alone is known.
+/// The key into `STACKS` of a stack of which only the innermost frame is known.
 #[inline(always)]
 fn innermost(ip: u64) -> u64 {
     let Some(slot) = Slot::take() else {
@@ -147,7 +147,7 @@ fn collect(ctx: &impl EbpfContext, flags: u64) -> u64 {
         bpf_get_stack(ctx.as_ptr(), stack.frames.as_mut_ptr().cast(), (MAX_FRAMES * 8) as u32, flags)
     };
     if bytes <= 0 {
-        // No memory of its own (an exiting task, a kernel thread), or an unwinder that found nothing.
+        // The task has no memory (it is exiting, or a kernel thread), or the unwinder found nothing.
         return 0;
     }
     stored(stack, (bytes as u64) / 8)
@@ -155,13 +155,13 @@ fn collect(ctx: &impl EbpfContext, flags: u64) -> u64 {
 
 /// Stores the first `count` frames in `STACKS`, and returns their key; 0 if that fails, which is counted.
 #[inline(always)]
-fn stored(stack: &mut Stack, count: u64) -> u64 {
+fn stored(stack: &mut StackTrace, count: u64) -> u64 {
     stack.count = count;
     let key = hash(stack, count);
     if STACKS.get_ptr(key).is_some() {
         return key;
     }
-    // Two CPUs may keep the same stack at once: the values are the same, so any order will do.
+    // Two CPUs may store the same stack at once. The values are equal, so the order does not matter.
     if STACKS.insert(key, &*stack, 0).is_err() {
         count!(stacks_failed);
         return 0;
@@ -172,7 +172,7 @@ fn stored(stack: &mut Stack, count: u64) -> u64 {
 /// A 64-bit hash of the first `count` frames, never 0. Multiplication by an odd constant and a fold after
 /// each frame: two different stacks share a key about once in 2^64 pairs.
 #[inline(always)]
-fn hash(stack: &Stack, count: u64) -> u64 {
+fn hash(stack: &StackTrace, count: u64) -> u64 {
     let mut hash = count ^ 0x9e37_79b9_7f4a_7c15;
     let mut index = 0;
     while index < MAX_FRAMES {

@@ -1,13 +1,13 @@
 //! The table of live sockets, by address: buckets of [`WAYS`] addresses, and an array of entries.
 //!
-//! An array costs about a third of a hash map at each event, because the look-up is a few instructions of the
-//! program's own (`docs/performance.md`). A socket that finds its bucket full gets an entry in `OVERFLOW`, an
-//! LRU hash map, which evicts the entry that was longest without an event.
+//! At each event, an array costs about a third of what a hash map does, because a look-up is a few
+//! instructions of the program itself (`docs/performance.md`). A socket whose bucket is full gets an entry in
+//! `OVERFLOW`, an LRU hash map, which evicts the entry that has had no event for longest.
 
 use core::{arch::asm, ptr};
 
 use tcpclose_common::{
-    record::Connection,
+    record::ConnectionRecord,
     table::{Bucket, WAYS},
 };
 
@@ -15,14 +15,14 @@ use crate::maps::{BUCKETS, ENTRIES, HAS_OVERFLOW, OVERFLOW, TEARDOWNS, count, gl
 
 /// A bucket and its number.
 #[derive(Clone, Copy)]
-struct Place {
+struct NumberedBucket {
     bucket: *mut Bucket,
     index: u32,
 }
 
 /// The entry of the socket at `address`; null if it has none.
 #[inline(always)]
-pub fn find(address: u64) -> *mut Connection {
+pub fn find(address: u64) -> *mut ConnectionRecord {
     if let Some(place) = place(address)
         && let Some(way) = way_of(place, address)
     {
@@ -31,10 +31,10 @@ pub fn find(address: u64) -> *mut Connection {
     if has_overflow() { OVERFLOW.get_ptr_mut(address).unwrap_or(ptr::null_mut()) } else { ptr::null_mut() }
 }
 
-/// Makes a new entry for the socket at `address`, equal to the template. If it has one, `renew` makes that
-/// one new. Null if it has one that is to stay, or if there is no room, which is counted.
+/// Makes a new entry for the socket at `address`, equal to the template. If the socket has one already, it is
+/// reset with `renew`, and stays otherwise. Null if an entry stays, or if there is no room, which is counted.
 #[inline(always)]
-pub fn add(address: u64, renew: bool) -> *mut Connection {
+pub fn add(address: u64, renew: bool) -> *mut ConnectionRecord {
     let Some(place) = place(address) else { return ptr::null_mut() };
     let is_in_overflow = has_overflow() && OVERFLOW.get_ptr(address).is_some();
     if !is_in_overflow {
@@ -49,20 +49,20 @@ pub fn add(address: u64, renew: bool) -> *mut Connection {
     add_to_overflow(address, renew, is_in_overflow)
 }
 
-/// What [`add_to_bucket`] returns if the socket has an entry that is to stay.
+/// The result of [`add_to_bucket`] if the socket has an entry that stays.
 const EXISTS: u64 = 0x100;
-/// What [`add_to_bucket`] returns if the bucket is full, or if another program is adding a socket to it.
+/// The result of [`add_to_bucket`] if the bucket is full, or if another program is adding a socket to it.
 const FULL: u64 = 0x101;
 
 /// Adds a socket to its bucket. Returns its way there, [`EXISTS`] or [`FULL`]: a number, not an enum, because
 /// the compiler would merge the cases into one register with the entry's address, and the verifier forbids
 /// arithmetic on that.
 #[inline(always)]
-fn add_to_bucket(place: Place, address: u64, renew: bool) -> u64 {
+fn add_to_bucket(place: NumberedBucket, address: u64, renew: bool) -> u64 {
     // SAFETY: a valid, aligned map value. Several programs may work on one bucket at once. Of those that add
     // a socket, the one that finds its own claim alone goes on, and the others leave the bucket; a program
-    // that removes a socket writes to the way of that socket only. An address is written last, so that
-    // whoever finds it finds the entry made.
+    // that removes a socket writes to the way of that socket only. An address is written last, so that a
+    // program that finds it finds a complete entry.
     unsafe {
         let claims = &raw mut (*place.bucket).claims;
         add_to(claims, 1);
@@ -89,7 +89,7 @@ fn add_to_bucket(place: Place, address: u64, renew: bool) -> u64 {
 }
 
 #[inline(always)]
-fn add_to_overflow(address: u64, renew: bool, exists: bool) -> *mut Connection {
+fn add_to_overflow(address: u64, renew: bool, exists: bool) -> *mut ConnectionRecord {
     if exists && !renew {
         return ptr::null_mut();
     }
@@ -114,7 +114,8 @@ pub fn remove(address: u64) {
     if let Some(place) = place(address)
         && let Some(way) = way_of(place, address)
     {
-        // SAFETY: the way is this socket's. Volatile, because it is free for others from the last write on.
+        // SAFETY: the way is this socket's. Volatile, because other programs may use it from the last write
+        // on.
         unsafe {
             ptr::write_volatile(since_at(place, way), 0);
             ptr::write_volatile(address_at(place, way), 0);
@@ -124,7 +125,7 @@ pub fn remove(address: u64) {
     }
 }
 
-/// Notes that the socket at `address` came into a teardown state at `since`.
+/// Records that the socket at `address` entered a teardown state at `since`.
 #[inline(always)]
 pub fn teardown_began(address: u64, since: u64) {
     if let Some(place) = place(address)
@@ -137,7 +138,7 @@ pub fn teardown_began(address: u64, since: u64) {
     }
 }
 
-/// Notes that the socket at `address` is in a teardown state no more.
+/// Records that the socket at `address` is no longer in a teardown state.
 #[inline(always)]
 pub fn teardown_over(address: u64) {
     if let Some(place) = place(address)
@@ -146,26 +147,26 @@ pub fn teardown_over(address: u64) {
         // SAFETY: the way is this socket's.
         unsafe { *since_at(place, way) = 0 };
     } else if has_overflow() {
-        // This fails for most sockets, which end without having been there.
+        // This fails for most sockets, which were never in this map.
         let _ = TEARDOWNS.remove(address);
     }
 }
 
 /// The bucket for `address`.
 #[inline(always)]
-fn place(address: u64) -> Option<Place> {
+fn place(address: u64) -> Option<NumberedBucket> {
     // Multiplication by 2^64 divided by the golden ratio spreads addresses, which differ in their middle
     // bits, over the upper half; its product with the number of buckets has the bucket's number in its upper
     // half.
     let spread = address.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
     let index = ((spread * u64::from(global!(PARAMS.buckets))) >> 32) as u32;
-    BUCKETS.get_ptr_mut(index).map(|bucket| Place { bucket, index })
+    BUCKETS.get_ptr_mut(index).map(|bucket| NumberedBucket { bucket, index })
 }
 
-/// The way of the bucket that has `address`. The verifier does not learn which: it would go through the rest
-/// of the program once for each.
+/// The way of the bucket that has `address`. Its number is hidden from the verifier, which would examine the
+/// rest of the program once for each.
 #[inline(always)]
-fn way_of(place: Place, address: u64) -> Option<u64> {
+fn way_of(place: NumberedBucket, address: u64) -> Option<u64> {
     let mut way = 0;
     while way < WAYS as usize {
         // SAFETY: a valid, aligned map value.
@@ -180,32 +181,32 @@ fn way_of(place: Place, address: u64) -> Option<u64> {
 /// `way` as a number that neither the compiler nor the verifier knows: the number of claims never reaches
 /// 2^60.
 #[inline(always)]
-fn unknown(place: Place, way: u64) -> u64 {
+fn unknown(place: NumberedBucket, way: u64) -> u64 {
     // SAFETY: a valid, aligned map value.
     way + (unsafe { ptr::read_volatile(&raw const (*place.bucket).claims) } >> 60)
 }
 
 /// The entry of a way.
 #[inline(always)]
-fn entry(place: Place, way: u64) -> *mut Connection {
+fn entry(place: NumberedBucket, way: u64) -> *mut ConnectionRecord {
     ENTRIES.get_ptr_mut(place.index * WAYS + way as u32).unwrap_or(ptr::null_mut())
 }
 
-/// The address in a way.
+/// The address that is stored in a way.
 #[inline(always)]
-fn address_at(place: Place, way: u64) -> *mut u64 {
+fn address_at(place: NumberedBucket, way: u64) -> *mut u64 {
     // SAFETY: inside of the bucket, a valid map value.
     unsafe { (&raw mut (*place.bucket).addresses[0]).add(bounded(way)) }
 }
 
-/// The time in a way.
+/// The time that is stored in a way.
 #[inline(always)]
-fn since_at(place: Place, way: u64) -> *mut u64 {
+fn since_at(place: NumberedBucket, way: u64) -> *mut u64 {
     // SAFETY: inside of the bucket, a valid map value.
     unsafe { (&raw mut (*place.bucket).since[0]).add(bounded(way)) }
 }
 
-/// A way, with bounds that the verifier sees: an eighth one is still inside of the bucket. In assembly,
+/// A way, with bounds that the verifier knows: an eighth one would still be inside the bucket. In assembly,
 /// because the compiler knows the bounds from comparisons, and kernels before 5.16 forget those when the
 /// number has been on the stack.
 #[inline(always)]
@@ -227,13 +228,13 @@ fn has_overflow() -> bool {
 
 /// Copies the template: a load and a store for each word.
 #[inline(always)]
-fn initialise(entry: *mut Connection) {
+fn initialise(entry: *mut ConnectionRecord) {
     // SAFETY: both are valid, and the template is not in the table.
     unsafe { ptr::copy_nonoverlapping(template(), entry, 1) };
 }
 
-/// Adds to a number that other CPUs add to as well. Kernels before 5.12 have this instruction alone of all
-/// atomic ones, and it has no result.
+/// Adds to a number that other CPUs add to as well. This is the only atomic instruction of kernels before
+/// 5.12, and it has no result.
 ///
 /// # Safety
 /// `to` must point to a valid map value.

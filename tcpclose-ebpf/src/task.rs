@@ -1,10 +1,10 @@
-//! The current task: who it is and what it is doing.
+//! The identity of the current task, and what it is doing.
 
 use core::sync::atomic::{Ordering, compiler_fence};
 
 use aya_ebpf::helpers::{bpf_get_current_pid_tgid, bpf_get_current_uid_gid, generated::bpf_get_current_comm};
 use tcpclose_common::{
-    record::{Header, Process, Task, VERSION, syscall, tag},
+    record::{Header, ProcessRecord, RawTask, VERSION, syscall, tag},
     tcp::task_flag,
 };
 
@@ -16,17 +16,19 @@ use crate::{
     namespace,
 };
 
-/// Fills in who the current task is and what it is doing, and notifies the reader if its process is new.
+/// Fills in the identity of the current task and what it is doing, and notifies the reader if its process is
+/// new.
 #[inline(always)]
-pub fn meet(task: &mut Task) {
+pub fn meet(task: &mut RawTask) {
     identify(task);
     notice(task, current::address);
 }
 
-/// Fills in who the current task is and what it is doing. The pid is written last: the accept hook does not
-/// hold the socket's lock, and a program that copies the entry meanwhile finds no task or a complete one.
+/// Fills in the identity of the current task and what it is doing. The pid is written last: the accept hook
+/// does not hold the socket's lock, and a program that copies the entry meanwhile finds no task or a complete
+/// one.
 #[inline(always)]
-pub fn identify(task: &mut Task) {
+pub fn identify(task: &mut RawTask) {
     let ids = bpf_get_current_pid_tgid();
     task.tid = ids as u32;
     task.uid = bpf_get_current_uid_gid() as u32;
@@ -37,7 +39,7 @@ pub fn identify(task: &mut Task) {
 
 /// Fills in the name of the task `current`, and what it is doing.
 #[inline(always)]
-fn doing(current: impl Current, task: &mut Task) {
+fn doing(current: impl Current, task: &mut RawTask) {
     if let Some(comm) = comm(current) {
         task.comm = comm;
     } else {
@@ -46,15 +48,16 @@ fn doing(current: impl Current, task: &mut Task) {
     }
     task.flags = member(current, global!(STRUCTS.task_flags)).unwrap_or(0);
     task.exit_code = member(current, global!(STRUCTS.task_exit_code)).unwrap_or(0);
-    // As a number: the verifier refuses to copy a pointer in halves, and copies of a `Task` are made of them.
+    // The address is taken as a number: a `RawTask` is copied in halves of words, and the verifier refuses
+    // that for a pointer.
     task.mm = current.follow(global!(STRUCTS.task_mm)).map_or(0, Object::address);
     task.syscall = syscall(current.registers());
 }
 
-/// The number of the system call, as [`Task::syscall`] keeps it; -1 if it cannot be read.
+/// The number of the system call, as [`RawTask::syscall`] keeps it; -1 if it cannot be read.
 ///
 /// 32-bit programs have a table of system calls of their own. Their code runs in another mode of the
-/// processor, which the registers show that were saved on the way into the kernel.
+/// processor, which shows in the registers that were saved on entry to the kernel.
 #[inline(always)]
 fn syscall<O: Object>(registers: O) -> i32 {
     let number = member::<i64>(registers, global!(STRUCTS.pt_regs_syscall)).unwrap_or(-1) as i32;
@@ -73,8 +76,8 @@ fn syscall<O: Object>(registers: O) -> i32 {
 /// The number of `socketcall` in i386's table.
 const SOCKETCALL: i32 = 102;
 
-/// Whether the current task is no process that could have closed a socket: a kernel thread, or a task that
-/// reads a BPF iterator.
+/// Whether the current task cannot have closed a socket itself: it is a kernel thread, or reads a BPF
+/// iterator.
 #[inline(always)]
 pub fn is_nobody() -> bool {
     with_current!(|current| is_none(current))
@@ -103,7 +106,7 @@ fn program_of(task: u64) -> [u8; 16] {
 /// A name that is not known.
 const NAMELESS: [u8; 16] = [0; 16];
 
-/// The name of a task, read as two words: a load of bytes is one for each.
+/// The name of a task, read as two words, because single bytes would take a load each.
 #[inline(always)]
 fn comm(task: impl Object) -> Option<[u8; 16]> {
     let words: [u64; 2] = member(task, global!(STRUCTS.task_comm))?;
@@ -115,9 +118,9 @@ fn comm(task: impl Object) -> Option<[u8; 16]> {
 }
 
 /// Notifies the reader at once of a new process or program image, so that it can read `/proc` while the
-/// process lives. `address` yields that of the `struct task_struct`.
+/// process lives. `address` yields the address of the `struct task_struct`.
 #[inline(always)]
-pub fn notice(task: &Task, address: impl FnOnce() -> u64) {
+pub fn notice(task: &RawTask, address: impl FnOnce() -> u64) {
     // In another pid namespace, the reader needs the id there even if there is nothing left to read.
     if task.mm == 0 && !namespace::is_other() {
         return;
@@ -129,15 +132,15 @@ pub fn notice(task: &Task, address: impl FnOnce() -> u64) {
         }
     }
     let address = address();
-    let notice = Process {
-        header: Header { tag: tag::PROCESS, version: VERSION, length: size_of::<Process>() as u32 },
+    let notice = ProcessRecord {
+        header: Header { tag: tag::PROCESS, version: VERSION, length: size_of::<ProcessRecord>() as u32 },
         pid: task.pid,
         local: if namespace::is_other() { namespace::local(address) } else { 0 },
         mm: task.mm,
         comm: program_of(address),
     };
-    // No flags: the kernel wakes the reader unless it is awake already.
-    if PROCESSES.output::<Process>(&notice, 0).is_err() {
+    // Without flags, the kernel wakes the reader unless it is awake.
+    if PROCESSES.output::<ProcessRecord>(&notice, 0).is_err() {
         count!(processes_lost);
         return;
     }

@@ -1,7 +1,7 @@
-//! Times to live where fentry is not available: they are read from packets and kept until a hook on the
+//! Times to live where fentry is not available: they are read from packets, and kept until a hook on the
 //! socket needs them.
 
-use tcpclose_common::record::{Address, Endpoints, UNKNOWN_U32, mapped};
+use tcpclose_common::record::{Address, RawEndpoints, UNKNOWN_U32, mapped};
 
 use crate::{
     kernel::{member, read},
@@ -62,7 +62,7 @@ pub fn seen(skb: u64) {
 
 /// The times to live of a connection; zeros if none are known. With `forget` they are then removed.
 #[inline(always)]
-pub fn of(ends: &Endpoints, forget: bool) -> Ttls {
+pub fn of(ends: &RawEndpoints, forget: bool) -> Ttls {
     let none = Ttls { handshake: 0, reset: 0, reserved: [0; 6] };
     if global!(PARAMS.ttl) == 0 {
         return none;

@@ -1,4 +1,5 @@
-//! The allocator of the unit tests. It counts, so that tests can say how often the way of an event allocates.
+//! The allocator of the unit tests. It counts, so that tests can check how often the path of an event
+//! allocates.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -17,9 +18,9 @@ static ALLOCATOR: Counting = Counting;
 // SAFETY: every request is handed on to the system's allocator as it is.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        // A thread that ends may no longer have the counter.
+        // A thread that is ending may have dropped the counter.
         let _ = COUNT.try_with(|count| count.set(count.get() + 1));
-        // SAFETY: the caller vouches for the layout.
+        // SAFETY: the caller guarantees that the layout is valid.
         unsafe { System.alloc(layout) }
     }
 

@@ -8,14 +8,16 @@ use std::{
     time::Duration,
 };
 
-use clap::{Args, Parser, Subcommand, ValueEnum, builder::PossibleValuesParser};
+use clap::{
+    Args, Parser, Subcommand, ValueEnum,
+    builder::{PossibleValue, PossibleValuesParser},
+};
 use clap_complete::Shell;
 use ipnet::IpNet;
 use tcpclose_common::record::{MAX_STACK_BYTES, STACK_STEP};
 
 use crate::{
-    commands::explain,
-    event::{Cause, LingeringKind},
+    event::{Cause, FindingKind, LingeringKind},
     kernel::hooks::AcceptHook,
     kernel::loader::{BtfSource, DEFAULT_CONNECTIONS},
     sink::Format,
@@ -70,6 +72,21 @@ fn after_help() -> String {
     format!("Examples:\n{}\nExit status:\n{}", table(EXAMPLES), table(EXIT_STATUS))
 }
 
+/// The names that `explain` accepts: causes, kinds of lingering sockets, and findings.
+fn explained_names() -> PossibleValuesParser {
+    fn values<T: ValueEnum + 'static>() -> impl Iterator<Item = PossibleValue> {
+        T::value_variants().iter().filter_map(ValueEnum::to_possible_value)
+    }
+    let mut names: Vec<PossibleValue> = Vec::new();
+    for value in values::<Cause>().chain(values::<LingeringKind>()).chain(values::<FindingKind>()) {
+        // Some findings and one kind have the name of a cause, and share its page.
+        if names.iter().all(|known| known.get_name() != value.get_name()) {
+            names.push(value.help(None::<&str>));
+        }
+    }
+    PossibleValuesParser::new(names)
+}
+
 /// Subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -84,7 +101,7 @@ pub enum Command {
         #[arg(
             value_name = "NAME",
             hide_possible_values = true,
-            value_parser = PossibleValuesParser::new(explain::names())
+            value_parser = explained_names()
         )]
         name: Option<String>,
     },

@@ -1,5 +1,5 @@
-//! Records → endings. What belongs to one end of a connection is joined, and held back no longer than that
-//! takes.
+//! Records → endings. Facts that belong to one end of a connection are joined, and held back no longer than
+//! necessary.
 //!
 //! The kernel half writes a record when a socket reaches CLOSE and one for each RST. Three facts arrive after
 //! the event that they belong to: the RST of an application's abort (`__tcp_close()` changes the state
@@ -12,21 +12,21 @@ use std::collections::{HashMap, VecDeque};
 use foldhash::fast::RandomState;
 
 use crate::{
-    ingest::life::{End, Follows, LaterAct, Life, Reset, SocketId, Task},
+    ingest::life::{Follows, LaterAct, Life, Rst, SocketEnd, SocketId, Task},
     tcp::{Direction, State},
 };
 
 /// The number of endings that may wait at once. When there are more, the oldest is reported as it is.
 const MAX_WAITING: usize = 65_536;
 
-/// Of how many live sockets further acts are remembered, and how many of each. Of further sockets, the oldest
-/// is forgotten.
+/// The number of live sockets whose further acts are remembered, and the number of acts for each. When there
+/// are more sockets, the oldest is forgotten.
 const MAX_ACTED: usize = 16_384;
 const MAX_ACTS: usize = 8;
 
 /// How much later than the end its RST may come, nanoseconds. The kernel is not preempted between the two,
-/// but the CPU of a virtual machine may be descheduled there. A longer gap means another life at the same
-/// address.
+/// but the CPU of a virtual machine may be descheduled there. A longer gap means that another socket has the
+/// same address.
 const RESET_WITHIN: u64 = 1_000_000_000;
 
 /// How long after an end in softirq the same softirq has certainly sent its RST, nanoseconds.
@@ -34,8 +34,8 @@ const SOFTIRQ_IS_OVER: u64 = 5_000_000;
 
 /// How long an ending waits for its RST, and for its owner, nanoseconds after the first read that found it.
 /// With a read of the ring each tenth of a second, this stays within the quarter of a second that the output
-/// contract allows. The number of reads is no measure: a ring that fills quickly is read many times in a
-/// moment.
+/// contract allows. The number of reads is not used, because a ring that fills quickly is read many times in
+/// a moment.
 const PATIENCE: u64 = 100_000_000;
 
 /// Everything that is known about what happened to one end of a connection.
@@ -46,13 +46,13 @@ pub struct Ending {
     /// Whether this is its end; otherwise only RSTs are reported, which ended nothing.
     pub is_end: bool,
     /// Its RSTs, in order.
-    pub resets: Vec<Reset>,
+    pub resets: Vec<Rst>,
     /// A task that closed its descriptor after the end, or still has it open.
     pub late_owner: Option<LateOwner>,
-    /// All descriptors were looked through since its end, and none refers to it: its former owner has passed
-    /// it on.
+    /// A search of all descriptors since its end has found none that refers to it: its former owner has
+    /// passed it on.
     pub unheld: bool,
-    /// What was done to it after the first act of this side, in order.
+    /// The acts on it after the first act of this side, in order.
     pub later_acts: Vec<LaterAct>,
 }
 
@@ -75,11 +75,11 @@ impl LateOwner {
 }
 
 impl Ending {
-    fn end(life: Box<Life>, resets: Vec<Reset>) -> Self {
+    fn end(life: Box<Life>, resets: Vec<Rst>) -> Self {
         Self { life, is_end: true, resets, late_owner: None, unheld: false, later_acts: Vec::new() }
     }
 
-    fn reset_alone(life: Box<Life>, reset: Reset) -> Self {
+    fn reset_alone(life: Box<Life>, reset: Rst) -> Self {
         Self {
             life,
             is_end: false,
@@ -101,7 +101,7 @@ impl Ending {
     }
 }
 
-struct Waiting {
+struct WaitingEnding {
     ending: Ending,
     /// The `now` of the first [`caught_up`](Correlator::caught_up) that found it.
     since: Option<u64>,
@@ -111,22 +111,22 @@ struct Waiting {
 #[derive(Default)]
 pub struct Correlator {
     /// In order of arrival; `None` where an ending has left.
-    waiting: VecDeque<Option<Waiting>>,
-    /// Arrival number of the first place of `waiting`.
+    waiting: VecDeque<Option<WaitingEnding>>,
+    /// Arrival number of the first element of `waiting`.
     first: u64,
-    /// How many endings wait.
+    /// The number of endings that wait.
     count: usize,
     /// Socket address → arrival number of its latest ending.
     by_address: HashMap<u64, u64, RandomState>,
-    /// What was done to live sockets after the first act of this side.
+    /// The acts on live sockets after the first act of this side.
     later_acts: HashMap<SocketId, Vec<LaterAct>, RandomState>,
-    /// These sockets in the order in which they came; some may have ended since.
+    /// These sockets in the order of arrival; some may have ended since.
     acted: VecDeque<SocketId>,
 }
 
 impl Correlator {
     /// Takes in a RST. Returns the ending that it completes, if any.
-    pub fn reset(&mut self, life: Box<Life>, reset: Reset) -> Option<Ending> {
+    pub fn reset(&mut self, life: Box<Life>, reset: Rst) -> Option<Ending> {
         let of_own_accord = !reset.answer && life.end.is_none() && !life.path.steps().is_empty();
         if reset.direction == Direction::Received || of_own_accord {
             // Its CLOSE follows at once: tcp_reset(), tcp_abort() and the keepalive timer report the RST
@@ -136,8 +136,7 @@ impl Correlator {
         let Some((arrival, end)) = self.awaiting_reset(&life, &reset) else {
             return Some(Ending::reset_alone(life, reset));
         };
-        // A RST of the kernel's own accord is also sent for a closed socket that is not to wait:
-        // __tcp_close().
+        // __tcp_close() also sends a RST unprompted for a closed socket that must not wait.
         let answers_late_data =
             end.reset_follows == Some(Follows::InSoftirq) && reset.answer && !end.no_fin_wait2;
         let mut ending = self.take(arrival)?;
@@ -145,11 +144,11 @@ impl Correlator {
             return Some(ending);
         };
         end.reset_follows = None;
-        // The record of the RST no longer knows the state before CLOSE.
+        // The record of the RST no longer contains the state before CLOSE.
         let state = if reset.state == Some(State::Close) { *before } else { reset.state };
-        let mut reset = Reset { state, ..reset };
+        let mut reset = Rst { state, ..reset };
         if answers_late_data {
-            // Nothing was received but data, which this RST answers: it is one RST, and one line.
+            // What was received was data, which this RST answers. There is one RST, and one line.
             ending.resets.clear();
             reset.ambiguous = true;
         }
@@ -173,7 +172,7 @@ impl Correlator {
         self.complete_or_wait(Ending { later_acts, ..Ending::end(life, resets) })
     }
 
-    /// Takes in what was done to a socket that has not ended.
+    /// Takes in an act on a socket that has not ended.
     pub fn act(&mut self, id: SocketId, act: LaterAct) {
         let acts = self.later_acts.entry(id).or_default();
         if acts.is_empty() {
@@ -189,7 +188,7 @@ impl Correlator {
         }
     }
 
-    /// What was done to a socket, which has not ended, after the first act of this side.
+    /// The acts on a socket that has not ended, after the first act of this side.
     pub fn later_acts(&self, id: SocketId) -> &[LaterAct] {
         self.later_acts.get(&id).map_or(&[], Vec::as_slice)
     }
@@ -219,8 +218,8 @@ impl Correlator {
         self.first + self.waiting.len() as u64
     }
 
-    /// All descriptors were looked through after the first `arrivals` endings had arrived, and the results
-    /// were read.
+    /// A search of all descriptors began after the first `arrivals` endings had arrived, and its results were
+    /// read.
     pub fn searched(&mut self, arrivals: u64) {
         let count = usize::try_from(arrivals.saturating_sub(self.first)).unwrap_or(usize::MAX);
         for waiting in self.waiting.iter_mut().take(count).flatten() {
@@ -229,8 +228,8 @@ impl Correlator {
     }
 
     /// The ring was read to its end; `now` (`CLOCK_BOOTTIME`, nanoseconds) was read before that.
-    /// `find_owners` is asked for the owners of all endings that lack one at once, by inode number, and says
-    /// which it knows. Returns the endings that are complete or have waited long enough.
+    /// `find_owners` looks up the owners of all endings that lack one, by inode number, and returns for each
+    /// whether it was found. Returns the endings that are complete or have waited long enough.
     pub fn caught_up(&mut self, now: u64, find_owners: impl FnOnce(&[u64]) -> Vec<bool>) -> Vec<Ending> {
         let lacking = self.waiting.iter().flatten().filter(|waiting| waiting.ending.lacks_owner());
         let inodes: Vec<u64> = lacking.filter_map(|waiting| waiting.ending.life.inode).collect();
@@ -244,7 +243,8 @@ impl Correlator {
             let complete = waiting.ending.is_end
                 && match waiting.ending.reset_follows() {
                     None => owned,
-                    // A softirq that began that long ago is over, and its RST would have been in the ring.
+                    // A softirq that began that long ago has ended, and the record of its RST would be in the
+                    // ring.
                     Some(Follows::InSoftirq) => {
                         let ended = waiting.ending.life.end.map_or(0, |end| end.at);
                         owned && now.saturating_sub(ended) > SOFTIRQ_IS_OVER
@@ -268,23 +268,23 @@ impl Correlator {
         self.count > 0
     }
 
-    /// The ending of this life, if it waits.
+    /// The waiting ending of this life, if there is one.
     fn ended(&self, id: SocketId) -> Option<u64> {
         let &arrival = self.by_address.get(&id.address)?;
         let ending = &self.get(arrival)?.ending;
         (ending.is_end && ending.life.id == id).then_some(arrival)
     }
 
-    /// The ending that this RST belongs to, if one waits for it.
-    fn awaiting_reset(&self, life: &Life, reset: &Reset) -> Option<(u64, End)> {
+    /// The waiting ending that this RST belongs to, if there is one.
+    fn awaiting_reset(&self, life: &Life, reset: &Rst) -> Option<(u64, SocketEnd)> {
         let &arrival = self.by_address.get(&life.id.address)?;
         let ending = &self.get(arrival)?.ending;
         let follows = ending.reset_follows()?;
         let end = ending.life.end?;
         let in_time = reset.at >= end.at && reset.at - end.at <= RESET_WITHIN;
-        // Addresses are reused within microseconds, lives are not. Only an orphan that aborts on late data
-        // has lost its entry by the time the RST is sent; the record then knows no states but that of the
-        // socket.
+        // Addresses are reused within microseconds, so the time of birth has to match too. Only an orphan
+        // that aborts on late data has lost its entry by the time the RST is sent; the record then contains
+        // no states except that of the socket.
         let orphaned = follows == Follows::InSoftirq
             && life.path.steps().is_empty()
             && reset.state == Some(State::Close)
@@ -303,9 +303,9 @@ impl Correlator {
     /// Holds `ending` back. Returns the oldest instead when there is no more room.
     fn wait(&mut self, ending: Ending) -> Option<Ending> {
         self.by_address.insert(ending.life.id.address, self.arrivals());
-        self.waiting.push_back(Some(Waiting { ending, since: None }));
+        self.waiting.push_back(Some(WaitingEnding { ending, since: None }));
         self.count += 1;
-        // The first place is never empty: `take` sees to that.
+        // The first element is never empty, which `take` ensures.
         if self.count > MAX_WAITING { self.take(self.first) } else { None }
     }
 
@@ -313,18 +313,18 @@ impl Correlator {
         usize::try_from(arrival.checked_sub(self.first)?).ok()
     }
 
-    fn get(&self, arrival: u64) -> Option<&Waiting> {
+    fn get(&self, arrival: u64) -> Option<&WaitingEnding> {
         self.waiting.get(self.place(arrival)?)?.as_ref()
     }
 
-    fn get_mut(&mut self, arrival: u64) -> Option<&mut Waiting> {
+    fn get_mut(&mut self, arrival: u64) -> Option<&mut WaitingEnding> {
         let place = self.place(arrival)?;
         self.waiting.get_mut(place)?.as_mut()
     }
 
     fn take(&mut self, arrival: u64) -> Option<Ending> {
         let place = self.place(arrival)?;
-        let Waiting { ending, .. } = self.waiting.get_mut(place)?.take()?;
+        let WaitingEnding { ending, .. } = self.waiting.get_mut(place)?.take()?;
         self.count -= 1;
         let address = ending.life.id.address;
         if self.by_address.get(&address) == Some(&arrival) {
@@ -341,7 +341,7 @@ impl Correlator {
 #[cfg(test)]
 mod tests {
     use crate::ingest::life::{
-        Act,
+        Activity,
         examples::{END, RESET, task, unknown},
     };
 
@@ -352,21 +352,21 @@ mod tests {
     fn live(born: u64) -> Box<Life> {
         Box::new(Life {
             id: SocketId { born, ..ID },
-            actor: Some(task(7, Act::Syscall(libc::SYS_close))),
+            actor: Some(task(7, Activity::Syscall(libc::SYS_close))),
             ..unknown()
         })
     }
 
-    fn closed(born: u64, end: End) -> Box<Life> {
+    fn closed(born: u64, end: SocketEnd) -> Box<Life> {
         Box::new(Life { end: Some(end), ..*live(born) })
     }
 
     fn ended(follows: Option<Follows>) -> Box<Life> {
-        closed(1, End { reset_follows: follows, ..END })
+        closed(1, SocketEnd { reset_follows: follows, ..END })
     }
 
-    fn received(at: u64) -> Reset {
-        Reset { at, direction: Direction::Received, answer: false, state: Some(State::Established), ..RESET }
+    fn received(at: u64) -> Rst {
+        Rst { at, direction: Direction::Received, answer: false, state: Some(State::Established), ..RESET }
     }
 
     const LATER: u64 = END.at + PATIENCE;
@@ -397,9 +397,9 @@ mod tests {
     fn a_reset_sent_before_the_end_is_reported_with_it() {
         let mut correlator = Correlator::default();
         let path = [(State::SynSent, 1), (State::Established, 2)].into_iter().collect();
-        let sent = Reset { answer: false, ..RESET };
+        let sent = Rst { answer: false, ..RESET };
         assert_eq!(correlator.reset(Box::new(Life { path, ..*live(1) }), sent), None);
-        let destroyed = closed(1, End { error: Some(libc::ECONNABORTED), ..END });
+        let destroyed = closed(1, SocketEnd { error: Some(libc::ECONNABORTED), ..END });
         let ending = correlator.close(destroyed.clone()).unwrap();
         assert_eq!((ending.resets, ending.life), (vec![sent], destroyed), "`ss -K`, as only the end shows");
     }
@@ -420,7 +420,7 @@ mod tests {
     fn an_abort_waits_for_its_reset() {
         let mut correlator = Correlator::default();
         assert_eq!(correlator.close(ended(Some(Follows::InSyscall))), None);
-        let sent = Reset { at: 12, answer: false, ..RESET };
+        let sent = Rst { at: 12, answer: false, ..RESET };
         let ending = correlator.reset(ended(None), sent).unwrap();
         assert!(ending.is_end);
         assert_eq!((ending.life.reset, ending.resets), (Some(sent), vec![sent]));
@@ -437,9 +437,9 @@ mod tests {
         let reported = correlator.caught_up(LATER, nobody);
         assert_eq!(reported.len(), 1);
         assert_eq!(reported[0].resets, []);
-        // A reset much later is another one.
+        // A much later RST belongs to another socket.
         correlator.close(ended(Some(Follows::InSyscall)));
-        let later = Reset { at: END.at + RESET_WITHIN + 1, answer: false, ..RESET };
+        let later = Rst { at: END.at + RESET_WITHIN + 1, answer: false, ..RESET };
         assert!(!correlator.reset(ended(None), later).unwrap().is_end);
     }
 
@@ -449,19 +449,19 @@ mod tests {
         correlator.close(ended(Some(Follows::InSyscall)));
         let path = [(State::SynRecv, 11)].into_iter().collect();
         let next = Box::new(Life { path, ..*live(11) });
-        assert!(!correlator.reset(next, Reset { at: 12, ..RESET }).unwrap().is_end);
+        assert!(!correlator.reset(next, Rst { at: 12, ..RESET }).unwrap().is_end);
         assert!(correlator.is_waiting());
     }
 
     #[test]
     fn only_an_answer_shows_late_data() {
-        let answer = Reset { at: 12, ..RESET };
-        let own_accord = Reset { answer: false, ..answer };
+        let answer = Rst { at: 12, ..RESET };
+        let own_accord = Rst { answer: false, ..answer };
         for (sent, no_fin_wait2, late_data) in
             [(own_accord, false, false), (answer, false, true), (answer, true, false)]
         {
             let mut correlator = Correlator::default();
-            let end = End { reset_follows: Some(Follows::InSoftirq), no_fin_wait2, ..END };
+            let end = SocketEnd { reset_follows: Some(Follows::InSoftirq), no_fin_wait2, ..END };
             assert_eq!(correlator.close(closed(1, end)), None);
             let ending = correlator.reset(closed(1, end), sent).unwrap();
             assert_eq!(ending.life.reset.unwrap().ambiguous, late_data, "{sent:?} {no_fin_wait2}");
@@ -473,7 +473,7 @@ mod tests {
         let mut correlator = Correlator::default();
         let before = Life { state: Some(State::CloseWait), ..*ended(Some(Follows::InSyscall)) };
         correlator.close(Box::new(before));
-        let sent = Reset { at: 12, answer: false, state: Some(State::Close), ..RESET };
+        let sent = Rst { at: 12, answer: false, state: Some(State::Close), ..RESET };
         let ending = correlator.reset(ended(None), sent).unwrap();
         assert_eq!(ending.resets[0].state, Some(State::CloseWait));
     }
@@ -481,12 +481,12 @@ mod tests {
     #[test]
     fn late_data_is_one_reset_and_it_was_sent() {
         let mut correlator = Correlator::default();
-        let taken_for_received = Reset { ambiguous: true, ..received(9) };
+        let taken_for_received = Rst { ambiguous: true, ..received(9) };
         assert_eq!(correlator.reset(live(1), taken_for_received), None);
         assert_eq!(correlator.close(ended(Some(Follows::InSoftirq))), None);
-        // The orphan's entry is gone by now: the record knows the address alone.
+        // The orphan has lost its entry by now, so the record contains only the address.
         let orphan = Box::new(Life { actor: None, ..*live(11) });
-        let sent = Reset { at: 11, state: Some(State::Close), ..RESET };
+        let sent = Rst { at: 11, state: Some(State::Close), ..RESET };
         let ending = correlator.reset(orphan, sent).unwrap();
         let reset = ending.life.reset.unwrap();
         assert_eq!((reset.direction, reset.ambiguous), (Direction::Sent, true));
@@ -496,7 +496,7 @@ mod tests {
     #[test]
     fn an_ambiguous_reset_without_an_answer_was_received() {
         let mut correlator = Correlator::default();
-        let reset = Reset { ambiguous: true, ..received(9) };
+        let reset = Rst { ambiguous: true, ..received(9) };
         correlator.reset(live(1), reset);
         let end = Life { reset: Some(reset), ..*ended(Some(Follows::InSyscall)) };
         correlator.close(Box::new(end));
@@ -526,7 +526,7 @@ mod tests {
     fn the_owner_closes_later() {
         let mut correlator = Correlator::default();
         assert_eq!(correlator.close(ownerless(ID.address)), None);
-        let task = task(5, Act::Syscall(libc::SYS_close));
+        let task = task(5, Activity::Syscall(libc::SYS_close));
         assert_eq!(
             correlator.closer(SocketId { born: 2, ..ID }, task),
             None,
@@ -538,7 +538,8 @@ mod tests {
 
     #[test]
     fn of_several_holders_the_opener_is_the_owner() {
-        let (opener, heir, other) = (task(5, Act::Unknown), task(6, Act::Unknown), task(8, Act::Unknown));
+        let (opener, heir, other) =
+            (task(5, Activity::Unknown), task(6, Activity::Unknown), task(8, Activity::Unknown));
         for (holders, owner) in [([heir, other], heir), ([heir, opener], opener), ([opener, heir], opener)] {
             let mut correlator = Correlator::default();
             let end = Life { opener: Some(opener), ..*ownerless(ID.address) };
@@ -596,9 +597,9 @@ mod tests {
         }
         let oldest = correlator.close(ownerless(MAX_WAITING as u64 + 1)).unwrap();
         assert_eq!(oldest.life.id.address, 1);
-        // Places that were left in the middle do not count.
+        // Empty elements in the middle do not count.
         let last = SocketId { address: MAX_WAITING as u64, ..ID };
-        assert!(correlator.closer(last, task(5, Act::Unknown)).is_some());
+        assert!(correlator.closer(last, task(5, Activity::Unknown)).is_some());
         assert_eq!(correlator.close(ownerless(MAX_WAITING as u64 + 2)), None);
     }
 }

@@ -16,7 +16,7 @@ use crate::{
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
     args: FilterArgs,
-    /// Inode numbers of the network namespaces that are asked for; empty for all.
+    /// Inode numbers of the network namespaces of `--netns`; empty for all.
     netns: Vec<u32>,
 }
 
@@ -32,7 +32,7 @@ impl Filter {
         let asked = &args.socket.netns;
         let inode = |netns: &Netns| match netns {
             Netns::Host => None,
-            // Nothing is in namespace 0, as it should be if this one is not known.
+            // No socket is in namespace 0, so nothing passes if this process's own namespace is not known.
             Netns::Own => Some(privilege::own_netns().unwrap_or(0)),
             Netns::Inode(inode) => Some(*inode),
         };
@@ -41,7 +41,7 @@ impl Filter {
         Self { args, netns }
     }
 
-    /// Whether only some network namespaces are asked for.
+    /// Whether the filters select network namespaces.
     pub fn is_about_namespaces(&self) -> bool {
         !self.netns.is_empty()
     }
@@ -142,7 +142,7 @@ impl Filter {
     }
 }
 
-/// Copies the values if there is room for all of them, and returns their number, else 0.
+/// Copies the values if there is room for all of them, and returns their number; otherwise 0.
 fn fill<T: Copy>(room: &mut [T; MAX_FILTER_VALUES], values: &[T]) -> u32 {
     if values.len() > MAX_FILTER_VALUES {
         return 0;
@@ -169,7 +169,7 @@ fn halves(bits: u128) -> [u64; 2] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sink::examples;
+    use crate::event::examples;
 
     fn kernel(args: SocketArgs) -> Params {
         let mut params = Params::NONE;

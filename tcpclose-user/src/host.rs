@@ -1,8 +1,9 @@
-//! What records do not say and the host is asked for: programs, holders of sockets, and names of stack
-//! frames.
+//! Facts that records do not contain, and that are looked up on the host: programs, holders of sockets, and
+//! names of stack frames.
 //!
-//! A trace asks the running host ([`Running`]). With `--record` the answers are kept beside the records, and
-//! `tcpclose replay` takes them from there ([`Recorded`]), so that everything else runs as it did.
+//! A trace asks the running host ([`Running`]). With `--record`, the answers are kept beside the records, and
+//! `tcpclose replay` reads them from there ([`Recorded`]), so that all other stages run as they did in the
+//! trace.
 
 use std::{
     collections::HashMap,
@@ -19,19 +20,20 @@ use serde::{Deserialize, Serialize};
 use tcpclose_common::record::{Interpreted, StackCopy};
 
 use crate::{
-    attribute::{
-        holder::{Holder, Holders},
-        process::{LocalPid, Processes, lock},
-        signals::Signals,
-    },
     event::{SignalFrom, Stack},
     kernel::{followed::Followed, privilege},
+    processes::{
+        LocalPid, Processes,
+        holder::{Holders, ProcfsHolder},
+        lock,
+        signals::Signals,
+    },
     stacks::{Stacks, TaskStacks},
 };
 
 /// What is known about the program that a process runs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Program {
+pub struct ProgramInfo {
     /// Its name, which is that of its main thread.
     #[serde(default)]
     pub comm: Option<String>,
@@ -39,13 +41,13 @@ pub struct Program {
     pub exe: Option<String>,
     /// The id of the container that the process is in.
     pub container: Option<String>,
-    /// Its process id where tcpclose runs.
+    /// Its process id in the pid namespace of tcpclose.
     #[serde(default)]
     pub pid: LocalPid,
 }
 
-impl Program {
-    /// What `processes` knows, or can find out, about the program of a process.
+impl ProgramInfo {
+    /// Looks up the program of a process in `processes`, or on the host.
     pub fn of(processes: &mut Processes, pid: u32, mm: u64) -> Self {
         let comm = processes.comm(pid, mm, Instant::now());
         let (exe, container) = processes
@@ -58,19 +60,20 @@ impl Program {
 /// Answers questions about the host.
 pub trait Host {
     /// The program of process `pid`. `mm` is the address of its `mm_struct`, which identifies the program
-    /// image; with 0 its latest is meant.
-    fn program(&mut self, pid: u32, mm: u64) -> Program;
-    /// Another number whenever [`Self::program`] may answer otherwise than before.
+    /// image; 0 stands for its latest.
+    fn program(&mut self, pid: u32, mm: u64) -> ProgramInfo;
+    /// A number that changes whenever the answers of [`Self::program`] may have changed.
     fn programs_version(&self) -> u64;
-    /// The process that has the socket with this inode number open, if it was looked up before.
-    fn holder(&mut self, inode: u64) -> Option<Arc<Holder>>;
+    /// The process that has the socket with this inode number open, if it has been looked up before.
+    fn holder(&mut self, inode: u64) -> Option<Arc<ProcfsHolder>>;
     /// The named stacks of a task.
     fn stack(&mut self, task: &TaskStacks) -> Option<Stack>;
     /// Whether this process belongs to the command that is traced.
     fn is_followed(&mut self, pid: u32) -> bool;
     /// Who sent the signal with this number to a process that died of it.
     fn signal_from(&mut self, pid: u32, number: i32) -> Option<SignalFrom>;
-    /// The connection of the task with these stacks is over, and they will hardly be asked for again.
+    /// Tells the host that the connection of the task with these stacks has ended, so that they are unlikely
+    /// to be needed again.
     fn release(&mut self, _: &TaskStacks) {}
 }
 
@@ -103,9 +106,9 @@ pub enum Question {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Answer {
     /// To [`Question::Program`].
-    Program(Program),
+    Program(ProgramInfo),
     /// To [`Question::Holder`].
-    Holder(Option<Holder>),
+    Holder(Option<ProcfsHolder>),
     /// To [`Question::Stack`].
     Stack(Option<Stack>),
     /// To [`Question::IsFollowed`].
@@ -114,11 +117,11 @@ pub enum Answer {
     SignalFrom(Option<SignalFrom>),
 }
 
-/// How many questions are remembered, to write an answer only when it differs from the last one. When there
-/// are more, all are forgotten, and answers are written again.
+/// The number of questions that are remembered, so that an answer is recorded only if it differs from the
+/// last one. When there are more, all are forgotten, and answers are written again.
 const MAX_QUESTIONS: usize = 65_536;
 
-/// The host that runs.
+/// The running host.
 pub struct Running {
     processes: Arc<Mutex<Processes>>,
     programs_version: Arc<AtomicU64>,
@@ -128,12 +131,12 @@ pub struct Running {
     followed: Option<Followed>,
     /// Who sent signals.
     signals: Signals,
-    /// With `--record`: the answers that are still to be kept.
-    kept: Option<Kept>,
+    /// With `--record`: the answers that are to be recorded.
+    kept: Option<KeptAnswers>,
 }
 
 #[derive(Default)]
-struct Kept {
+struct KeptAnswers {
     hasher: RandomState,
     /// A hash of the last answer to each question.
     last: HashMap<Question, u64>,
@@ -158,7 +161,7 @@ impl Running {
             stacks,
             followed,
             signals,
-            kept: keep.then(Kept::default),
+            kept: keep.then(KeptAnswers::default),
         }
     }
 
@@ -182,17 +185,18 @@ impl Running {
         self.stacks.copied(copy, bytes);
     }
 
-    /// Looks the holders of these sockets up in `/proc`, by inode number. Says for each whether one is known.
+    /// Looks up the holders of these sockets in `/proc`, by inode number. Returns for each whether one is
+    /// known.
     pub fn find_holders(&mut self, inodes: &[u64]) -> Vec<bool> {
-        // In another pid namespace the ids in `/proc` are not those that the kernel half reports, and nothing
-        // leads from the former to the latter.
+        // In another pid namespace, the ids in `/proc` are not those that the kernel half reports, and cannot
+        // be translated.
         if !privilege::in_initial_pid_namespace() {
             return vec![false; inodes.len()];
         }
         self.holders.find(inodes)
     }
 
-    /// Closes files that are held open for programs that have ended. Call it every few seconds.
+    /// Closes files that are kept open for programs that have ended. Call it every few seconds.
     pub fn sweep(&mut self) {
         lock(&self.processes).sweep(Instant::now());
         self.stacks.sweep();
@@ -210,7 +214,7 @@ impl Running {
     }
 }
 
-impl Kept {
+impl KeptAnswers {
     fn add(&mut self, question: Question, answer: Answer) {
         // An answer that cannot be written as JSON cannot be kept either.
         let Ok(text) = serde_json::to_string(&answer) else { return };
@@ -225,8 +229,8 @@ impl Kept {
 }
 
 impl Host for Running {
-    fn program(&mut self, pid: u32, mm: u64) -> Program {
-        let program = Program::of(&mut lock(&self.processes), pid, mm);
+    fn program(&mut self, pid: u32, mm: u64) -> ProgramInfo {
+        let program = ProgramInfo::of(&mut lock(&self.processes), pid, mm);
         self.keep(|| Question::Program { pid, mm }, || Answer::Program(program.clone()));
         program
     }
@@ -235,7 +239,7 @@ impl Host for Running {
         self.programs_version.load(Ordering::Acquire)
     }
 
-    fn holder(&mut self, inode: u64) -> Option<Arc<Holder>> {
+    fn holder(&mut self, inode: u64) -> Option<Arc<ProcfsHolder>> {
         let holder = self.holders.of(inode);
         self.keep(|| Question::Holder(inode), || Answer::Holder(holder.as_deref().cloned()));
         holder
@@ -272,7 +276,7 @@ pub struct Recorded {
 }
 
 impl Recorded {
-    /// Takes in an answer, which holds until there is another one to the same question.
+    /// Adds an answer, which is valid until there is another one to the same question.
     pub fn learn(&mut self, question: Question, answer: Answer) {
         self.programs_version += u64::from(matches!(question, Question::Program { .. }));
         self.answers.insert(question, answer);
@@ -280,10 +284,10 @@ impl Recorded {
 }
 
 impl Host for Recorded {
-    fn program(&mut self, pid: u32, mm: u64) -> Program {
+    fn program(&mut self, pid: u32, mm: u64) -> ProgramInfo {
         match self.answers.get(&Question::Program { pid, mm }) {
             Some(Answer::Program(program)) => program.clone(),
-            _ => Program::default(),
+            _ => ProgramInfo::default(),
         }
     }
 
@@ -291,7 +295,7 @@ impl Host for Recorded {
         self.programs_version
     }
 
-    fn holder(&mut self, inode: u64) -> Option<Arc<Holder>> {
+    fn holder(&mut self, inode: u64) -> Option<Arc<ProcfsHolder>> {
         match self.answers.get(&Question::Holder(inode)) {
             Some(Answer::Holder(holder)) => holder.clone().map(Arc::new),
             _ => None,

@@ -30,11 +30,11 @@ impl Pace {
         self.rest_until.is_none_or(|until| until <= Instant::now())
     }
 
-    /// A scan is over that has taken this CPU time, or this much in another thread.
+    /// Records the end of a scan that has taken this CPU time, in this or another thread.
     pub fn took(&mut self, time: Duration) {
         // CPU time and not elapsed time: on a busy host a scan may wait long for a CPU, which costs nothing,
-        // and scanning less often would miss owners. The minimum keeps a clock of coarse resolution from
-        // allowing the next at once.
+        // and scanning less often would miss owners. Because of the minimum, a clock of coarse resolution
+        // does not allow the next scan at once.
         let rest = time.max(Duration::from_micros(100)) * REST;
         let now = Instant::now();
         self.rest_until = Some(self.rest_until.unwrap_or(now).max(now) + rest);
@@ -54,7 +54,8 @@ mod tests {
     fn rests_after_a_scan() {
         let mut pace = Pace::default();
         let expensive = || {
-            // Whatever the clock's resolution, nine times as long has not passed right after it.
+            // Whatever the clock's resolution, nine times the duration of the scan cannot have passed right
+            // after it.
             let start = cpu_time();
             while cpu_time() < start + Duration::from_millis(100) {}
             1

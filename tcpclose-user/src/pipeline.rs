@@ -6,40 +6,38 @@
 //! | [`correlate`](crate::correlate) | records | endings |
 //! | [`attribute`](crate::attribute) | endings | owners |
 //! | [`stacks`](crate::stacks) | stack keys | named stacks |
-//! | [`compose`](crate::event::compose), [`judge`](crate::judge) | all of these | events |
-//! | [`report`](crate::sink::report) | events | lines |
+//! | [`compose`](crate::compose), [`judge`](crate::judge) | all of these | events |
+//! | [`report`](crate::report) | events | lines |
 //!
 //! Sockets that stay in a teardown state come from [`stuck`](crate::stuck) and join at the third stage.
 //!
-//! A trace feeds it ([`live`](crate::live)), or a recording ([`replay`](crate::commands::replay)). What is
-//! neither in a record nor known by now it asks its [`Host`].
+//! A trace feeds it ([`live`](crate::live)), or a recording ([`replay`](crate::commands::replay)). It asks
+//! its [`Host`] for facts that are not in a record.
 
 use anyhow::Result;
 
 use crate::{
     attribute::{Attributor, Claim},
+    compose::{Composer, LookedUp},
     correlate::{Correlator, Ending, LateOwner},
-    event::{
-        Attribution, Event, Holder, Opener, Process, Shared, SignalFrom, Stack,
-        compose::{Composer, LookedUp},
-    },
+    event::{Attribution, Event, Holder, Opener, Process, Shared, SignalFrom, Stack},
     host::Host,
     ingest::{
         decode::Record,
-        life::{Act, LaterAct, Life, Task},
+        life::{Activity, LaterAct, Life, Task},
     },
-    sink::report::{Going, Report},
+    report::{Going, Report},
     stacks::TaskStacks,
     stuck::{Descriptor, Found, FoundBy, Stuck},
 };
 
 /// The stages behind the ring.
 pub struct Pipeline<H> {
-    /// Who answers what records do not say.
+    /// Answers what records do not contain.
     pub host: H,
     /// Joins records into endings.
     pub correlator: Correlator,
-    /// Finds out whose socket it was.
+    /// Finds the owners of sockets.
     pub attributor: Attributor,
     /// Makes events.
     pub composer: Composer,
@@ -53,7 +51,7 @@ pub struct Pipeline<H> {
 
 /// When the reported sockets are stuck.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum When {
+pub enum StuckPhase {
     /// While the trace runs: an event each.
     Now,
     /// When the trace ends: they are counted in the summary.
@@ -61,10 +59,10 @@ pub enum When {
 }
 
 impl<H: Host> Pipeline<H> {
-    /// Hands a record to the stage that it is for, and reports the ending that it completes.
+    /// Passes a record to its stage, and reports the ending that it completes.
     ///
-    /// Copies of stacks, notices of processes and sockets that were inspected are for whoever feeds the
-    /// pipeline.
+    /// The module that feeds the pipeline handles copies of stacks, notices of processes, and inspected
+    /// sockets itself.
     ///
     /// # Errors
     /// The output cannot be written.
@@ -93,8 +91,8 @@ impl<H: Host> Pipeline<H> {
         }
     }
 
-    /// The ring was read to its end, and `now` was before that: reports the endings that have waited long
-    /// enough. `find_owners` is that of [`Correlator::caught_up`].
+    /// To be called when the ring was read to its end; `now` was read before that. Reports the endings that
+    /// have waited long enough. `find_owners` is that of [`Correlator::caught_up`].
     ///
     /// # Errors
     /// The output cannot be written.
@@ -148,20 +146,20 @@ impl<H: Host> Pipeline<H> {
     ///
     /// # Errors
     /// The output cannot be written.
-    pub fn stuck(&mut self, when: When) -> Result<Going> {
+    pub fn stuck(&mut self, when: StuckPhase) -> Result<Going> {
         for mut stuck in self.found.take() {
-            // What this side did last says more about a socket that still waits than what it did first.
+            // For a socket that still waits, the last act of this side says more than the first one.
             if let Some(last) = self.correlator.later_acts(stuck.life.id).last() {
                 stuck.life.actor = Some(last.task);
             }
             let Some(event) = self.stuck_event(&stuck) else { continue };
             match when {
-                When::Now => {
+                StuckPhase::Now => {
                     if self.event(event)? == Going::Done {
                         return Ok(Going::Done);
                     }
                 }
-                When::AtEnd => {
+                StuckPhase::AtEnd => {
                     if is_wanted(&mut self.host, self.command_only, &event) {
                         self.report.still_stuck(&event);
                     }
@@ -194,12 +192,12 @@ impl<H: Host> Pipeline<H> {
         Holder { pid, host_pid, comm: descriptor.holder.comm(), fd: descriptor.fd }
     }
 
-    /// The process id of a task where tcpclose runs.
+    /// The process id of a task in the pid namespace of tcpclose.
     fn local_pid(&mut self, task: &Task) -> Option<u32> {
         self.host.program(task.pid, task.mm).pid.of(task.pid)
     }
 
-    /// Reports an event, unless it is none of the command's.
+    /// Reports an event, unless only those of the command are reported and it belongs to another process.
     ///
     /// # Errors
     /// The output cannot be written.
@@ -213,16 +211,16 @@ impl<H: Host> Pipeline<H> {
         Some(Opener { process: Some(process), stack: self.stack(life.opener.as_ref()) })
     }
 
-    /// Who sent the signal of which a task died.
+    /// Who sent the signal that ended a task.
     fn signal_from(&mut self, task: Option<&Task>) -> Option<SignalFrom> {
         match task?.act {
-            Act::Signal(number) => self.host.signal_from(task?.pid, number),
+            Activity::Signal(number) => self.host.signal_from(task?.pid, number),
             _ => None,
         }
     }
 
-    /// The process that destroyed the socket from outside. In the accept queue of a listener that is
-    /// destroyed, it is the task that acted.
+    /// The process that destroyed the socket from outside. If the socket was in the accept queue of a
+    /// listener that was destroyed, that is the task that acted.
     fn destroyed_by(&mut self, ending: &Ending) -> Option<Shared<Process>> {
         let outsider = ending.life.actor.filter(|_| ending.life.own_actor().is_none());
         let seen = ending.later_acts.iter().find(|act| act.destroyed).map(|act| act.task);
@@ -243,9 +241,9 @@ fn is_wanted(host: &mut impl Host, command_only: bool, event: &Event) -> bool {
 
 /// The keys of a task's stacks.
 fn keys(task: &Task) -> TaskStacks {
-    // A worker of io_uring has no user stack. Kernels before 6.15 follow what its registers happen to hold,
+    // A worker of io_uring has no user stack. Kernels before 6.15 follow whatever its registers contain,
     // because it borrows the process's memory: get_perf_callchain() in kernel/events/callchain.c.
-    let user = task.user_stack.filter(|_| task.act != Act::IoWorker).unwrap_or(0);
+    let user = task.user_stack.filter(|_| task.act != Activity::IoWorker).unwrap_or(0);
     let kernel = task.kernel_stack.unwrap_or(0);
     TaskStacks { pid: task.pid, mm: task.mm, user, kernel }
 }

@@ -1,14 +1,15 @@
-//! Gives up what a trace needs only while it starts: capabilities, and system calls that change anything.
+//! Gives up capabilities and system calls that a trace needs only while it starts.
 //!
-//! Every process of the host is an input of a trace: its name, its files, its memory. Whoever finds a fault
-//! in the code that reads them should gain as little as possible. Each thread restricts itself, because the
-//! kernel keeps capabilities and filters for each thread. The traced command is started before, and is not
-//! restricted.
+//! Every process of the host is an input of a trace: its name, its files, its memory. An attacker who
+//! exploits an error in the code that reads them should gain as little as possible. Each thread restricts
+//! itself, because the kernel keeps capabilities and filters for each thread. The traced command is started
+//! before, and is not restricted.
 //!
-//! Landlock would restrict more simply. But a process that uses it may look no process up that does not: the
-//! kernel refuses it `/proc/PID/exe`, `maps`, `mem` and `fd` like a debugger (`hook_ptrace_access_check()` in
-//! <https://elixir.bootlin.com/linux/v6.12/source/security/landlock/task.c>). The filter of system calls forbids to open a
-//! file for writing, to change directories and to execute programs instead.
+//! Landlock would be simpler. But a process that uses it may not inspect processes that do not: the kernel
+//! refuses access to their `/proc/PID/exe`, `maps`, `mem` and `fd`, as to a debugger
+//! (`hook_ptrace_access_check()` in
+//! <https://elixir.bootlin.com/linux/v6.12/source/security/landlock/task.c>). Instead, the filter of system
+//! calls forbids opening files for writing, changing directories, and executing programs.
 
 use std::{collections::BTreeMap, env};
 
@@ -19,11 +20,11 @@ use seccompiler::{
     apply_filter,
 };
 
-/// The capabilities that a running trace makes use of; the rest is dropped.
+/// The capabilities that a running trace uses; the others are dropped.
 pub const KEPT: [Capability; 5] = [
     // To read and change maps, to run the iterator, and to inspect sockets.
     Capability::CAP_BPF,
-    // To look other users' processes up in `/proc`, and files that this user may not read.
+    // To look up other users' processes in `/proc`, and to read files that this user may not read.
     Capability::CAP_SYS_PTRACE,
     Capability::CAP_DAC_READ_SEARCH,
     // To follow `/proc/PID/map_files`, which leads to files that were removed.
@@ -32,13 +33,13 @@ pub const KEPT: [Capability; 5] = [
     Capability::CAP_SYSLOG,
 ];
 
-/// Where the kernel says what it does for system calls that a filter refuses.
+/// The file with the kernel's actions for system calls that a filter refuses.
 pub const ACTIONS: &str = "/proc/sys/kernel/seccomp/actions_avail";
 
 /// Restricts the calling thread, and the threads that it starts from now on.
 ///
 /// # Errors
-/// The kernel refuses one of the steps. Those before it have been taken.
+/// The kernel refuses one of the steps. The earlier ones remain in effect.
 pub fn enter() -> Result<()> {
     drop_capabilities().context("cannot drop capabilities")?;
     nix::sys::prctl::set_no_new_privs().context("cannot set no_new_privs")?;
@@ -46,13 +47,13 @@ pub fn enter() -> Result<()> {
     apply_filter(&filter).context("cannot install a filter of system calls")
 }
 
-/// Keeps of the capabilities that the thread has those in [`KEPT`].
+/// Drops all capabilities of the thread except those in [`KEPT`].
 fn drop_capabilities() -> Result<()> {
     let kept: CapsHashSet = KEPT.into_iter().collect();
     let had = caps::read(None, CapSet::Permitted)?;
     let left: CapsHashSet = had.intersection(&kept).copied().collect();
     caps::clear(None, CapSet::Ambient)?;
-    // A capability that is permitted no more cannot stay effective.
+    // A capability that is no longer permitted cannot stay effective.
     caps::set(None, CapSet::Effective, &left)?;
     caps::set(None, CapSet::Permitted, &left)?;
     Ok(caps::clear(None, CapSet::Inheritable)?)
@@ -125,7 +126,7 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_userfaultfd,
 ];
 
-/// Older calls for the same, which only this architecture has.
+/// Older calls with the same effects, which only this architecture has.
 #[cfg(target_arch = "x86_64")]
 const ALSO_REFUSED: &[libc::c_long] = &[
     libc::SYS_creat,
@@ -147,8 +148,9 @@ const ALSO_REFUSED: &[libc::c_long] = &[
 #[cfg(not(target_arch = "x86_64"))]
 const ALSO_REFUSED: &[libc::c_long] = &[libc::SYS_renameat];
 
-/// Commands of `bpf()` that make programs, maps and links to them, or leave them behind: `enum bpf_cmd` of
-/// <https://elixir.bootlin.com/linux/v6.12/source/include/uapi/linux/bpf.h>. The iterator needs `BPF_LINK_CREATE`.
+/// Commands of `bpf()` that create programs, maps and links, or make them outlive this process: `enum
+/// bpf_cmd` of <https://elixir.bootlin.com/linux/v6.12/source/include/uapi/linux/bpf.h>. The iterator needs
+/// `BPF_LINK_CREATE`.
 const REFUSED_BPF: [u64; 6] = [
     0,  // BPF_MAP_CREATE
     5,  // BPF_PROG_LOAD
@@ -158,8 +160,8 @@ const REFUSED_BPF: [u64; 6] = [
     18, // BPF_BTF_LOAD
 ];
 
-/// The filter: calls of [`REFUSED`] fail with `EPERM`, all others are allowed. A list of what is allowed
-/// instead would have to name whatever any version of libc may call.
+/// The filter: calls of [`REFUSED`] fail with `EPERM`, all others are allowed. A list of allowed calls would
+/// have to contain every call of every version of libc.
 fn filter() -> Result<BpfProgram> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
         REFUSED.iter().chain(ALSO_REFUSED).map(|call| (*call, Vec::new())).collect();
@@ -206,7 +208,7 @@ mod tests {
 
     use super::*;
 
-    /// What `work` returns in a thread that has restricted itself.
+    /// The result of `work` in a thread that has restricted itself.
     fn restricted<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
         let thread = thread::spawn(move || {
             enter().unwrap();

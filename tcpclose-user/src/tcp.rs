@@ -1,12 +1,12 @@
-//! TCP's own vocabulary: endpoints, states, roles and directions, under the names that the JSON output gives
-//! them.
+//! The terms of TCP: endpoints, states, roles and directions, with the names that they have in the JSON
+//! output.
 
 use std::net::IpAddr;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Makes `Display` write the name that serde gives a value in JSON, so that there is one list of names.
+/// Makes `Display` write the name that a value has in JSON, so that there is only one list of names.
 macro_rules! display_as_serialized {
     ($($name:ty),+ $(,)?) => {
         $(impl std::fmt::Display for $name {
@@ -30,7 +30,7 @@ pub enum Family {
     Ipv6,
 }
 
-/// One end.
+/// One end of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 pub struct Endpoint {
     /// IPv4 or IPv6 address.
@@ -65,7 +65,7 @@ pub enum Direction {
 #[expect(missing_docs, reason = "the names are TCP's own")]
 #[repr(u8)]
 pub enum State {
-    // The kernel's number for it; those of the others follow.
+    // The kernel's number of this state; the others follow.
     Established = 1,
     SynSent,
     SynRecv,

@@ -1,4 +1,7 @@
-"""A database that never answers: `database.py PORT`. It prints `ready` once it listens, and `asked` at each query."""
+"""A database that never answers: `database.py PORT`.
+
+It prints `ready` once it listens, and `asked` at each query.
+"""
 
 import socket
 import sys

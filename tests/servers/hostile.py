@@ -1,5 +1,6 @@
-"""A thousand processes whose names try to do something to a terminal, to JSON or to metrics. Each connects once to a port
-where nothing listens: `hostile.py PORT`. It says `done` at the end.
+"""A thousand processes with names that attack a terminal, JSON or metrics: `hostile.py PORT`.
+
+Each process connects once to the port, on which nothing listens. It prints `done` at the end.
 """
 
 import os

@@ -1,7 +1,7 @@
 """An HTTP server: `http_server.py PORT SECONDS [DATABASE]`.
 
-It prints `ready` once it listens, and closes connections that have had no request for SECONDS. The path of a request
-decides how it is answered:
+It prints `ready` once it listens, and closes connections that have had no request for SECONDS. The path of a
+request decides how it is answered:
 
 - `/` at once; a POST without a body.
 - `/busy` after a fifth of a second, so that requests at the same time need a connection each.

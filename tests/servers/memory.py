@@ -1,5 +1,7 @@
-"""A client that takes all the memory it gets: `memory.py PORT`. It says `ready` once it is connected to the port, and takes
-memory from the first line of its standard input on.
+"""A client that allocates all memory that it can get: `memory.py PORT`.
+
+It prints `ready` once it is connected to the port, and allocates memory after the first line of its standard
+input.
 """
 
 import socket

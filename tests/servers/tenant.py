@@ -1,6 +1,8 @@
-"""The program of a container: `tenant.py`. It says `ready`, and from the first line of its standard input on resets a
-connection, leaks one, and has a child that takes all the memory it gets. It names what the tool has to report:
-`reset PORT`, `leak PORT FD`, `victim PID PORT`; then `done`, and waits for another line.
+"""The program of a container: `tenant.py`. It prints `ready`.
+
+After the first line of its standard input, it resets a connection, leaks one, and has a child that allocates
+all memory that it can get. It prints what the tool has to report: `reset PORT`, `leak PORT FD`,
+`victim PID PORT`; then `done`, and waits for another line.
 """
 
 import os

@@ -1,7 +1,8 @@
-"""An HTTPS client: `tls_client.py PORT`. It says `ready` once it is connected.
+"""An HTTPS client: `tls_client.py PORT`. It prints `ready` once it is connected.
 
-`ask PATH` sends a request and reads a short answer; `send PATH` only sends it. `end` waits for the server's end of the
-connection, `leave` says goodbye (close_notify) and closes, and `part` waits for the server's goodbye in between.
+`ask PATH` sends a request and reads a short answer; `send PATH` only sends it. `end` waits for the server's
+end of the connection, `leave` sends a close_notify and closes, and `part` waits for the server's close_notify
+in between.
 """
 
 import socket

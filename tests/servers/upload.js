@@ -1,5 +1,5 @@
-// An HTTP server: `upload.js PORT`. It says `ready` once it listens, and `asked` when a request has come. It destroys the
-// request, whose body it has not read, when it reads a line.
+// An HTTP server: `upload.js PORT`. It prints `ready` once it listens, and `asked` when a request has
+// arrived. When it reads a line, it destroys the request, whose body it has not read.
 
 const server = require("http").createServer((request) => {
   console.log("asked");

@@ -1,8 +1,8 @@
 """A server that never closes its connections: `worker.py PORT leaks|blocks`.
 
-It prints `ready` once it listens, and the descriptor of each connection as soon as it does nothing more with it. With
-`leaks` it reads a connection to the end and forgets to close it. With `blocks` it waits for something else, and does
-not read.
+It prints `ready` once it listens, and the descriptor of each connection as soon as it does nothing more with
+it. With `leaks`, it reads a connection to the end and forgets to close it. With `blocks`, it waits for
+something else, and does not read.
 """
 
 import socket

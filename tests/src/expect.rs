@@ -32,7 +32,8 @@ pub fn path(states: &[&str]) -> Value {
     json!({ PATH: states })
 }
 
-/// Matches frames one of which is in a function whose name ends so, or whose last part before a hash is this.
+/// Matches frames of which one is in a function with this name: its name ends with it, or has it as the last
+/// part before a hash.
 pub fn calls(function: &str) -> Value {
     json!({ CALLS: function })
 }

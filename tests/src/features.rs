@@ -186,7 +186,7 @@ fn without_types(expected: Value) -> Value {
         let value = match name.as_str() {
             "connection" => without_types(value),
             "cause" => one_of(&[Value::Null, json!("unknown"), value]),
-            // Acts are seen, but not what they are.
+            // Acts are seen, but their kinds are not known.
             "acts" => expect::known(),
             name if IN_ARGUMENTS.contains(&name) => value,
             name if IN_STRUCTURES.contains(&name) => Value::Null,
@@ -276,8 +276,8 @@ const NOTHING: [u64; 2] = [0xb7, 0x95];
 /// argument.
 const SECOND_ARGUMENT: [u64; 3] = [0x8_1179, 0xb7, 0x95];
 
-/// Whether the kernel accepts a program on a function. It may describe the function and support such
-/// programs, and still refuse.
+/// Whether the kernel accepts a program on a function. A kernel may describe the function and support such
+/// programs, and still refuse this one.
 fn can_attach_to(function: &str, when: u32, instructions: &[u64]) -> bool {
     load(function, when, instructions).is_some_and(|program| attach(&program).is_some())
 }

@@ -46,7 +46,7 @@ pub fn fewer() -> u16 {
     divisor.filter(|number| *number > 0).unwrap_or(1)
 }
 
-/// Repeats `attempt` until it returns a value, or fails with `what` when [`PATIENCE`] is over.
+/// Repeats `attempt` until it returns a value, or fails with `what` after [`PATIENCE`].
 pub fn until<T>(what: &str, mut attempt: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let start = Instant::now();
     loop {

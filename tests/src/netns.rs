@@ -33,7 +33,7 @@ pub struct Namespace {
     inode: u64,
 }
 
-/// Namespaces that no test uses any more. They are kept until all tests are over, because the kernel reuses
+/// Namespaces that no test uses any more. They are kept until all tests have ended, because the kernel reuses
 /// inode numbers and a shared tool ([`crate::window`]) may still report something of the earlier namespace.
 static LEFT: Mutex<Vec<File>> = Mutex::new(Vec::new());
 

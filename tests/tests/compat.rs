@@ -13,8 +13,8 @@ use tcpclose_tests::{
 
 const GCC: &str = "/usr/bin/gcc";
 
-/// Each call, and what the tool has to say of it. In the native table the numbers of these calls mean
-/// something else.
+/// Each call, and the trigger that the tool must report for it. In the native table, these numbers stand for
+/// other calls.
 const CALLS: [(&str, &str); 4] =
     [("close", "close"), ("shutdown", "shutdown"), ("socketcall", "shutdown"), ("dup2", "dup")];
 

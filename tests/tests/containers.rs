@@ -102,7 +102,7 @@ impl Container {
         Ok(Self { name, program })
     }
 
-    /// One with the tenant in it, which has said that it is ready.
+    /// A container in which the tenant runs and has reported that it is ready.
     fn tenant(name: &str, image: &Image) -> Result<Self> {
         let servers = format!("{}/servers:/servers:ro", env!("CARGO_MANIFEST_DIR"));
         let programs = PROGRAMS.map(|folder| format!("{folder}:{folder}:ro"));
@@ -119,7 +119,7 @@ impl Container {
         podman(&["inspect", "--format", what, &self.name])
     }
 
-    /// What the tenant has done, told to do it.
+    /// Makes the tenant act, and returns what it has done.
     fn act(&mut self) -> Result<Deeds> {
         self.program.tell("go")?;
         let mut numbers = Vec::new();
@@ -155,8 +155,8 @@ struct Deeds {
 }
 
 impl Deeds {
-    /// The lines that must come of it, where `pid` gives the tenant's and the victim's process ids as the
-    /// tool sees them.
+    /// The lines that must be written about it, where `pid` returns the tenant's and the victim's process ids
+    /// as seen by the tool.
     fn lines(&self, pid: u64, victim: Value) -> Vec<Value> {
         let at = |port: u64| json!({"local": {"port": port}});
         let process = json!({"pid": pid, "comm": "python3", "container": self.id});
@@ -209,7 +209,7 @@ impl Tool {
         Ok(Self { container, lines: Vec::new(), _ready: ready })
     }
 
-    /// Waits for a line that has all that `expected` has.
+    /// Waits for a line that contains everything in `expected`.
     fn wait_for(&mut self, expected: &Value) -> Result<Value> {
         loop {
             let known = self.lines.iter().find(|line| differences(line, expected).is_empty());

@@ -57,8 +57,8 @@ fn diagnosis(launch: Launch, args: &[&str], name: &str) -> Result<Value> {
     all.into_iter().find(|one| one["name"] == name).with_context(|| format!("no {name}: {report:#}"))
 }
 
-/// Two capabilities are enough, as the README states. What only root may read of root's processes is unknown
-/// then.
+/// Two capabilities are enough, as the README states. Facts about root's processes that only root may read
+/// are unknown then.
 #[test]
 fn two_capabilities_are_enough() -> Result<()> {
     let mut bed = Bed::new(routes::loopback_ipv4())?;
@@ -90,7 +90,7 @@ fn two_capabilities_are_enough() -> Result<()> {
     Ok(())
 }
 
-/// What each of the capabilities that the guide asks for is good for: without it, that is missing.
+/// The purpose of each capability that the guide requires: without it, the fact is missing.
 #[test]
 fn each_capability_is_needed() -> Result<()> {
     const ALL: [Capability; 3] = [Capability::Bpf, Capability::Perfmon, Capability::SysPtrace];
@@ -125,7 +125,7 @@ fn each_capability_is_needed() -> Result<()> {
     Ok(())
 }
 
-/// A trace that runs has given up what it needs no more, in each of its threads.
+/// A running trace has given up the privileges that it no longer needs, in each of its threads.
 #[test]
 fn a_running_trace_is_restricted() -> Result<()> {
     const STATUS: [&str; 2] = ["NoNewPrivs:\t1", "Seccomp:\t2"];
@@ -332,7 +332,7 @@ fn in_a_pid_namespace_no_process_is_mistaken_for_another() -> Result<()> {
 #[test]
 fn in_a_pid_namespace_pids_are_those_inside() -> Result<()> {
     let bed = Bed::new(routes::loopback_ipv4())?;
-    // The peer lives until its orders end, so that the tool can read what there is to know of it.
+    // The peer lives until its orders end, so that the tool can read the facts about it.
     let scratch = Scratch::new()?;
     let fifo = scratch.path().join("orders");
     mkfifo(&fifo, Mode::S_IRUSR | Mode::S_IWUSR)?;

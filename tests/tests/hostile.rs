@@ -20,7 +20,7 @@ use tcpclose_tests::{
     until,
 };
 
-/// How many processes connect; each has a name of its own.
+/// The number of processes that connect; each has a name of its own.
 const NAMES: usize = 1000;
 
 /// A port where nothing listens.
@@ -150,7 +150,7 @@ fn a_symbol_is_escaped() -> Result<()> {
     let mut client = Command::new(&program);
     client.arg(server.local_addr()?.port().to_string()).stdin(Stdio::null()).stdout(Stdio::null());
     namespace.enter(&mut client)?;
-    // A process that is gone before the tool has seen it has no names.
+    // A process that has exited before the tool could examine it has no names.
     until("the symbol is reported", || {
         ensure!(client.status()?.success(), "{client:?} failed");
         drop(server.accept()?);

@@ -237,7 +237,8 @@ fn of_server(connection: &Connection) -> impl Fn(&Value) -> bool {
     move |line| line["event"] == "lingering" && line["connection"]["remote"]["port"] == port
 }
 
-/// It is reported again at twice the age, and no more once it is closed; the close line has the duration.
+/// It is reported again at twice the age, and not any more once it is closed; the close line has the
+/// duration.
 #[test]
 fn is_told_again_at_twice_the_age() -> Result<()> {
     let mut bed = Bed::new(routes::loopback_ipv4())?;
@@ -287,8 +288,7 @@ fn is_found_though_older_than_the_trace() -> Result<()> {
     let expected = bed.lingering_line(&connection, Side::Server, this)?;
     let line = trace.wait_for(&format!("like {expected}"), |line| differences(line, &expected).is_empty())?;
     let (at_least, at_most) = (line["for_ms"].as_f64(), line["for_ms_at_most"].as_f64());
-    // The true age is between the time that the test has waited for sure and the longest that it can have
-    // waited.
+    // The true age lies between the shortest and the longest time that the test can have waited.
     let most = before.elapsed().as_secs_f64() * 1000.0;
     ensure!(at_least <= Some(most), "{at_least:?} of {most} ms at most: {line}");
     ensure!(at_most.is_none_or(|at_most| at_most >= 400.0), "{at_most:?} of 400 ms at least: {line}");

@@ -100,7 +100,7 @@ fn lines_of(ended: &Ended, side: Side) -> impl Iterator<Item = &Value> {
 /// read a tenth of a second after the first of many connections has ended, and takes some milliseconds for
 /// all; the exact time is unknown.
 #[test]
-fn what_comes_while_it_reads_is_told() -> Result<()> {
+fn events_during_a_read_are_reported() -> Result<()> {
     const PAUSE: Duration = Duration::from_millis(98);
     const STEP: Duration = Duration::from_millis(1);
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -120,8 +120,8 @@ fn what_comes_while_it_reads_is_told() -> Result<()> {
     tool.stop().map(drop)
 }
 
-/// What a trace does beside its records: how often its threads were woken, and how often they read or wrote a
-/// file.
+/// The work of a trace besides its records: how often its threads were woken, and how often they read or
+/// wrote a file.
 #[derive(Debug)]
 struct Effort {
     wakeups: u64,

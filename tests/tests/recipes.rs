@@ -27,7 +27,7 @@ const PORT: u16 = 8080;
 const CLOSES: usize = 100_000;
 const CLOSES_IN_MACHINES: usize = 6_000;
 
-/// By then all paths have been taken; and the bound of what may be copied.
+/// The number of closes after which all paths have been taken, which is also the bound of copies.
 const FEW: usize = 5_000;
 
 /// The levels of a path, and the functions of a level.
@@ -45,7 +45,7 @@ fn expected(port: u64) -> Vec<&'static str> {
     functions.extend(["leaf"]);
     functions.reverse();
     functions.push("one");
-    // `descend()` is between each two.
+    // `descend()` is between every two of them.
     functions = functions.into_iter().flat_map(|name| [name, "descend"]).collect();
     functions.pop();
     functions.push("main");
@@ -62,7 +62,7 @@ fn each_stack_is_that_of_its_path() -> Result<()> {
     let (namespace, folder) = (Namespace::new()?, Scratch::new()?);
     let program = env::var_os("CARGO_BIN_EXE_paths")
         .context("CARGO_BIN_EXE_paths is not set: run `cargo xtask test`")?;
-    // Too many lines to keep all of them, as the other tests do.
+    // There are too many lines to keep all of them, as other tests do.
     let ready = folder.path().join("ready");
     let tool = env::var_os("TCPCLOSE_BIN").context("TCPCLOSE_BIN does not name the tool's binary")?;
     let mut tool = Command::new(tool)
@@ -83,8 +83,8 @@ fn each_stack_is_that_of_its_path() -> Result<()> {
     let (mut paths, mut closes, mut ordered, mut by_others) = (BTreeSet::new(), 0, 0, 0);
     while closes < closes_wanted {
         if closes == ordered {
-            // As many as there is room for copies at once, until all paths have been taken; then as many as
-            // there is room for records.
+            // First as many as there is room for copies at once, until all paths have been taken; then as
+            // many as there is room for records.
             let next =
                 if paths.len() < 243 && closes < FEW { 100 } else { 2_000.min(closes_wanted - closes) };
             program.tell(&next.to_string())?;
@@ -94,14 +94,14 @@ fn each_stack_is_that_of_its_path() -> Result<()> {
             lines.recv_timeout(PATIENCE).with_context(|| format!("after {closes} of {ordered} closes"))?;
         let line: Value = serde_json::from_str(&line)?;
         if line["event"] == "lost" {
-            // What other processes of the host do may be lost meanwhile.
+            // Events of other processes of the host may be lost meanwhile.
             ensure!(line["where"] != "stacks", "{line}");
             continue;
         }
         closes += 1;
         if line["process"]["pid"] != program.pid() {
-            // Another tcpclose on this host, which looks through all descriptors, had the file open while it
-            // was closed, and closed it in the end.
+            // Another tcpclose on this host, which was searching all descriptors, held the file while it was
+            // closed, and so released it last.
             by_others += 1;
             continue;
         }

@@ -1,4 +1,4 @@
-//! Format and lints.
+//! Format, lints, the order of modules, and the names of types.
 
 use std::{path::PathBuf, process::Command};
 
@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use crate::{
     apt::{self, Package},
     command::{self, say},
-    ebpf,
+    ebpf, modules, names,
     tools::Tools,
     workspace::{Workspace, cargo_program},
 };
@@ -19,11 +19,22 @@ const DEBIAN_CLIPPY: Package =
 /// The fuzz targets, a workspace of their own.
 const FUZZ: &str = "fuzz/Cargo.toml";
 
-/// Checks the format and the lints of both halves and of the fuzz targets; a warning is an error.
+/// The crates whose modules must not use each other in a circle.
+const CRATES: [&str; 5] = ["tcpclose-user", "tcpclose-ebpf", "tcpclose-common", "xtask", "tests"];
+
+/// The crates of the product, in which each type has a name of its own.
+const PRODUCT: [&str; 3] = ["tcpclose-user", "tcpclose-ebpf", "tcpclose-common"];
+
+/// Checks the format and the lints of both halves, of the tests and of the fuzz targets, the order of modules,
+/// and the names of types. A warning is an error.
 pub(crate) fn lint(workspace: &Workspace, tools: &Tools) -> Result<()> {
     let mut failed = Vec::new();
     let mut note = |result: Result<()>| failed.extend(result.err().map(|error| format!("{error:#}")));
     note(check_format(workspace));
+    for package in CRATES {
+        note(modules::check(&workspace.root.join(package)));
+    }
+    note(names::check(&PRODUCT.map(|package| workspace.root.join(package))));
     note(lint_user_half(workspace));
     note(lint_fuzz_targets(workspace));
     note(lint_kernel_half(workspace, tools));
@@ -57,10 +68,11 @@ fn lint_user_half(workspace: &Workspace) -> Result<()> {
         .context("clippy has findings, see above")
 }
 
-/// Lints the fuzz targets, which nothing else compiles: a renamed function would break them unseen.
+/// Lints the fuzz targets, which no other check compiles, so that renaming a function could break them
+/// unnoticed.
 fn lint_fuzz_targets(workspace: &Workspace) -> Result<()> {
     if !is_installed("cargo-clippy") {
-        // `lint_user_half()` has said so.
+        // `lint_user_half()` has reported it.
         return Ok(());
     }
     let mut clippy = workspace.cargo("clippy");

@@ -9,6 +9,8 @@ mod ebpf;
 mod kernels;
 mod linker;
 mod lint;
+mod modules;
+mod names;
 mod platform;
 mod report;
 mod run;
@@ -53,7 +55,7 @@ enum Task {
         #[arg(long, value_name = "TRIPLE", value_parser = Platform::parse)]
         target: Option<&'static Platform>,
     },
-    /// Check the format and the lints of both halves
+    /// Check the format, the lints, the order of modules and the names of types
     #[command(alias = "clippy")]
     Lint,
     /// Measure what tracing costs, per connection

@@ -8,15 +8,15 @@ use aya_ebpf::{
     macros::{fexit, tracepoint},
     programs::{FExitContext, TracePointContext},
 };
-use tcpclose_common::record::{Task, role};
+use tcpclose_common::record::{RawTask, role};
 
 use crate::{connection, current, filter, kernel::member, maps::global, sock, stack, task};
 
-/// The return of `struct sock *inet_csk_accept(...)`. The cost is not measurable, but not every kernel allows
-/// fexit.
+/// The return of `struct sock *inet_csk_accept(...)`. Its cost is too small to be measured, but not every
+/// kernel allows fexit.
 ///
 /// The kernel does not run a program on a CPU where it is running already
-/// (`bpf_prog_get_recursion_context()`), and may switch to another task while the program runs.
+/// (`bpf_prog_get_recursion_context()`), and may switch to another task while the program runs. In that case
 /// [`accept_nested`] records what that task accepts.
 #[fexit(function = "inet_csk_accept")]
 pub fn accept(ctx: FExitContext) -> i32 {
@@ -24,7 +24,7 @@ pub fn accept(ctx: FExitContext) -> i32 {
     0
 }
 
-/// The second copy of [`accept`]. Whichever of the two runs second finds that the opener is known.
+/// The second copy of [`accept`]. The one that runs second finds that the opener is known.
 #[fexit(function = "inet_csk_accept")]
 pub fn accept_nested(ctx: FExitContext) -> i32 {
     returned(&ctx);
@@ -46,8 +46,8 @@ fn returned(ctx: &FExitContext) {
 pub fn accept_syscall(ctx: TracePointContext) -> i32 {
     if let Some(fd) = member::<i64>(ctx.as_ptr() as u64, global!(ACCEPT_SYSCALL_RESULT))
         && fd >= 0
-        // If the number is another file's by now, that is no socket that was just accepted, or the same
-        // process accepted it.
+        // If the number belongs to another file by now, that file is not a socket that was just accepted, or
+        // the same process has accepted it.
         && let Some(sk) = current::file(fd as u64).and_then(sock::of_file)
     {
         accepted(&ctx, sk);
@@ -55,7 +55,7 @@ pub fn accept_syscall(ctx: TracePointContext) -> i32 {
     0
 }
 
-/// Notes the current task as the one that accepted `sk`. The socket's lock is not held, so every access to
+/// Records the current task as the one that accepted `sk`. The socket's lock is not held, so every access to
 /// the entry goes through a raw pointer.
 #[inline(always)]
 fn accepted(ctx: &impl EbpfContext, sk: u64) {
@@ -69,7 +69,7 @@ fn accepted(ctx: &impl EbpfContext, sk: u64) {
     if role != role::SERVER || opener != 0 {
         return;
     }
-    let mut task = Task::NONE;
+    let mut task = RawTask::NONE;
     task::meet(&mut task);
     // SAFETY: as above. `opener` is the only member that is written here, and no other program writes that of
     // a server's socket; the two copies of this program for one accept() run one after the other. The pid is
@@ -77,7 +77,7 @@ fn accepted(ctx: &impl EbpfContext, sk: u64) {
     // one.
     let connection = unsafe {
         let opener = &raw mut (*entry).opener;
-        opener.write(Task { pid: 0, ..task });
+        opener.write(RawTask { pid: 0, ..task });
         compiler_fence(Ordering::SeqCst);
         (&raw mut (*opener).pid).write(task.pid);
         &*entry

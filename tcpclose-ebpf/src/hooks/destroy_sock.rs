@@ -5,14 +5,14 @@ use aya_ebpf::{
     macros::{btf_tracepoint, tracepoint},
     programs::{BtfTracePointContext, TracePointContext},
 };
-use tcpclose_common::record::{Header, Owner, Task, VERSION, relation, tag};
+use tcpclose_common::record::{Header, OwnerRecord, RawTask, VERSION, relation, tag};
 
 use crate::{
     connection::{self, StackOf},
     emit, end,
     kernel::{Object, Typed},
     maps::global,
-    sock::{Record, Sock},
+    sock::{Sock, TracepointRecord},
     task,
 };
 
@@ -27,7 +27,7 @@ pub fn destroy_sock(ctx: BtfTracePointContext) -> i32 {
 
 #[tracepoint]
 pub fn destroy_sock_classic(ctx: TracePointContext) -> i32 {
-    let record = Record { ctx: &ctx, layout: global!(DESTROY_SOCK_RECORD) };
+    let record = TracepointRecord { ctx: &ctx, layout: global!(DESTROY_SOCK_RECORD) };
     if let Some(sk) = record.get::<u64>(record.layout.skaddr) {
         destroyed(&ctx, Sock { address: sk, object: sk });
     }
@@ -41,19 +41,20 @@ fn destroyed(ctx: &impl EbpfContext, sock: Sock<impl Object>) {
         return;
     };
     if connection.reported == 0 && connection.steps != 0 {
-        // The kernel skipped the program on state changes and its second copy. The time of the end is now.
+        // The kernel skipped both copies of the program on state changes, so the current time is taken for
+        // that of the end.
         let from = connection::last_state(connection);
         end::report(ctx, sock, from, connection::now(), 0, StackOf::Nobody, None);
     }
     // It ended in softirq while a descriptor was open. The task that closes the descriptor now is the owner,
-    // and not always the one that opened the socket: only the last close destroys a socket in CLOSE
+    // which need not be the one that opened the socket: only the last close destroys a socket in CLOSE
     // (inet_csk_destroy_sock() under __tcp_close()).
     if connection.reported != 0 && connection.inode != 0 && connection.actor.pid == 0 && !task::is_nobody() {
-        let mut owner = Owner {
-            header: Header { tag: tag::OWNER, version: VERSION, length: size_of::<Owner>() as u32 },
+        let mut owner = OwnerRecord {
+            header: Header { tag: tag::OWNER, version: VERSION, length: size_of::<OwnerRecord>() as u32 },
             sock: sk,
             born: connection.born,
-            task: Task::NONE,
+            task: RawTask::NONE,
             relation: relation::CLOSED,
             fd: 0,
         };

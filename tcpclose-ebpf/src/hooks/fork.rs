@@ -9,7 +9,7 @@ use aya_ebpf::{
 use crate::{
     kernel::member,
     maps::{FOLLOWED, global},
-    sock::Record,
+    sock::TracepointRecord,
 };
 
 /// `TP_PROTO(struct task_struct *parent, struct task_struct *child)`.
@@ -23,14 +23,14 @@ pub fn fork(ctx: BtfTracePointContext) -> i32 {
 
 #[tracepoint]
 pub fn fork_classic(ctx: TracePointContext) -> i32 {
-    let record = Record { ctx: &ctx, layout: global!(FORK_RECORD) };
+    let record = TracepointRecord { ctx: &ctx, layout: global!(FORK_RECORD) };
     if let Some(child) = record.get::<u32>(record.layout.child_pid) {
         forked(child);
     }
     0
 }
 
-/// `child` is a thread id. A new thread of an old process gets an entry as well, which does no harm: no
+/// `child` is a thread id. A new thread of an existing process gets an entry too, which is harmless: no
 /// process can have this id while the thread lives.
 #[inline(always)]
 fn forked(child: u32) {
@@ -38,7 +38,7 @@ fn forked(child: u32) {
     if FOLLOWED.get_ptr(parent).is_some() {
         let _ = FOLLOWED.insert(child, 1, 0);
     } else {
-        // The id may have belonged to a followed process that is gone.
+        // The id may have belonged to a followed process that has exited.
         let _ = FOLLOWED.remove(child);
     }
 }

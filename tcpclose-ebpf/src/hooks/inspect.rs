@@ -1,12 +1,12 @@
 //! Reads one socket that may be stuck in a teardown state. The user half runs this program for each socket
-//! that is due (`BPF_PROG_TEST_RUN`); it is attached to nothing. No other interface shows a single socket of
-//! any network namespace, including one without a descriptor, as it is now.
+//! that is due (`BPF_PROG_TEST_RUN`); it is attached to nothing. No other interface shows the current state
+//! of a single socket in any network namespace, even of one without a descriptor.
 
 use aya_ebpf::{
     helpers::generated::bpf_probe_read_kernel, macros::raw_tracepoint, programs::RawTracePointContext,
 };
 use tcpclose_common::{
-    record::{Connection, role, tag},
+    record::{ConnectionRecord, role, tag},
     tcp::is_teardown,
 };
 
@@ -21,11 +21,11 @@ use crate::{
 pub fn inspect(ctx: RawTracePointContext) -> i32 {
     let sk = ctx.arg::<u64>(0);
     let pass = ctx.arg::<u64>(1);
-    // The socket's lock is not held. The state is read before the entry, because the entry is marked first
-    // when a socket ends.
+    // The socket's lock is not held. The state is read before the entry, because at the end of a socket the
+    // entry changes first.
     let state = sock::state(sk);
     let Some(entry) = connection::find(sk) else {
-        // It was evicted, or destroyed just now.
+        // It has just been evicted or destroyed.
         connection::teardown_over(sk);
         return 0;
     };
@@ -34,12 +34,16 @@ pub fn inspect(ctx: RawTracePointContext) -> i32 {
         count!(records_lost);
         return 0;
     };
-    // A copy, because the socket lives on and its entry may change.
-    // SAFETY: the slot is ours, and both sides are a whole `Connection`, of which all members are integers. A
-    // program under the socket's lock may change the entry during the copy.
+    // A copy, because the socket lives on and its entry may change. SAFETY: the slot is ours, and both sides
+    // are a whole `ConnectionRecord`, of which all members are integers. A program under the socket's lock
+    // may change the entry during the copy.
     let connection = unsafe {
         let connection = &raw mut (*slot.get()).connection;
-        bpf_probe_read_kernel(connection.cast(), size_of::<Connection>() as u32, entry.cast_const().cast());
+        bpf_probe_read_kernel(
+            connection.cast(),
+            size_of::<ConnectionRecord>() as u32,
+            entry.cast_const().cast(),
+        );
         &mut *connection
     };
     if connection.reported != 0 || connection.sock != sk {
@@ -49,7 +53,7 @@ pub fn inspect(ctx: RawTracePointContext) -> i32 {
     let now = connection::now();
     let is_there = match state {
         Some(state) => is_teardown(state) && sock::has_ends(sk, &connection.endpoints) != Some(false),
-        // The socket cannot be read, so what is known is what its events said.
+        // The socket cannot be read, so its events are all that is known.
         None => true,
     };
     if !is_there {

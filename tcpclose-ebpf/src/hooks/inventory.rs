@@ -4,7 +4,9 @@
 
 use aya_ebpf::cty::c_void;
 use tcpclose_common::{
-    record::{Connection, Header, Owner, Task, VERSION, first_move, holder, relation, role, tag},
+    record::{
+        ConnectionRecord, Header, OwnerRecord, RawTask, VERSION, first_move, holder, relation, role, tag,
+    },
     table::BEFORE_TRACE,
     tcp::{is_teardown, state},
 };
@@ -35,11 +37,12 @@ extern "C" fn inventory(ctx: *mut c_void) -> i32 {
     0
 }
 
-/// `task` has `sk` open as `fd`. The iterator holds the file, so the socket cannot go away meanwhile.
+/// Handles `sk`, which `task` has open as `fd`. The iterator holds the file, so the socket cannot be
+/// destroyed meanwhile.
 #[inline(always)]
 fn held(sk: u64, task: u64, fd: u32) {
     let Some(state) = sock::state(sk) else { return };
-    let mut holder = Task::NONE;
+    let mut holder = RawTask::NONE;
     describe(task, &mut holder);
     if namespace::is_other() {
         task::notice(&holder, || task);
@@ -51,18 +54,18 @@ fn held(sk: u64, task: u64, fd: u32) {
     if let Some(entry) = connection::find(sk) {
         known(&raw mut *entry, sk, &holder, fd);
     } else if state != state::CLOSE {
-        // A socket in CLOSE is not connected yet, or ended before this pass.
+        // A socket in CLOSE is not connected yet, or has ended before this pass.
         older(sk, state, &holder);
     }
 }
 
-/// `holder` has the socket of `entry` open. The socket's lock is not held, so every write goes through a raw
-/// pointer.
+/// Records that `holder` has the socket of `entry` open. The socket's lock is not held, so every write goes
+/// through a raw pointer.
 #[inline(always)]
-fn known(entry: *mut Connection, sk: u64, holder: &Task, fd: u32) {
+fn known(entry: *mut ConnectionRecord, sk: u64, holder: &RawTask, fd: u32) {
     // SAFETY: a valid, aligned map value, which stays mapped until the program ends. All members are
-    // integers. Programs under the socket's lock may change them at the same time, and nothing here depends
-    // on two of them being of one time.
+    // integers. Programs under the socket's lock may change them at the same time, and nothing here relies on
+    // two of them having been written together.
     let connection = unsafe { &*entry };
     if connection.reported != 0 && connection.actor.pid == 0 {
         still_open(connection, sk, holder);
@@ -85,19 +88,19 @@ fn known(entry: *mut Connection, sk: u64, holder: &Task, fd: u32) {
         // It is older than the trace, and the first pass found it before its listener.
         let role = side(listener::exists(connection));
         // SAFETY: as above; `connection` is not used any more. `role` is the only member that is written
-        // here. A program under the lock writes it when a socket connects or is created, and this one did so
-        // before the trace.
+        // here. A program under the lock writes it when a socket connects or is created, and this socket did
+        // so before the trace.
         unsafe { (&raw mut (*entry).role).write(role) };
     }
 }
 
-/// Adds a socket that is older than the trace, and that `holder` has open.
+/// Adds a socket that is older than the trace and that `holder` has open.
 #[inline(always)]
-fn older(sk: u64, state: u8, holder: &Task) {
+fn older(sk: u64, state: u8, holder: &RawTask) {
     let now = connection::now();
     let Some(entry) = connection::add(sk, now) else { return };
     let entry = &raw mut *entry;
-    let mut endpoints = Connection::NEW.endpoints;
+    let mut endpoints = ConnectionRecord::NEW.endpoints;
     sock::endpoints(sk, None, &mut endpoints);
     // SAFETY: a valid, aligned map value, which stays mapped until the program ends; all members are
     // integers. `found`, `holder`, `holder_kind`, `endpoints`, `role`, `first_move` and the first state are
@@ -113,7 +116,7 @@ fn older(sk: u64, state: u8, holder: &Task) {
             (&raw mut (*entry).times[0]).write(now);
             (&raw mut (*entry).steps).write(1);
         }
-        // The state says who moved first, but not when.
+        // The state shows who moved first, but not when.
         match state {
             state::CLOSE_WAIT | state::LAST_ACK => (&raw mut (*entry).first_move).write(first_move::PEER),
             state::FIN_WAIT1 | state::FIN_WAIT2 => (&raw mut (*entry).first_move).write(first_move::LOCAL),
@@ -130,13 +133,14 @@ fn older(sk: u64, state: u8, holder: &Task) {
     }
 }
 
-/// How long after an end the user half waits to learn who else has the socket open, nanoseconds.
+/// How long after an end the user half waits for other holders of the socket, nanoseconds.
 const AWAITED: u64 = 1_000_000_000;
 
-/// The socket ended in softirq, and `holder` has it open. Reports the first holder that is found after the
-/// end, however late; soon after the end also the holder known from before, and the process that opened it.
+/// Handles a socket that ended in softirq and that `holder` has open. The first holder that is found after
+/// the end is reported, however late that is. Soon after the end, a holder that was known before is reported
+/// too, and so is the process that opened it.
 #[inline(always)]
-fn still_open(connection: &Connection, sk: u64, holder: &Task) {
+fn still_open(connection: &ConnectionRecord, sk: u64, holder: &RawTask) {
     let first = connection.holder.pid == 0;
     let awaited = connection::now().wrapping_sub(connection.ended) < AWAITED;
     let counts = holder.pid == connection.holder.pid || holder.pid == connection.opener.pid;
@@ -147,9 +151,9 @@ fn still_open(connection: &Connection, sk: u64, holder: &Task) {
 }
 
 #[inline(always)]
-fn report(connection: &Connection, sk: u64, holder: &Task, relation: u32, fd: u32) {
-    let header = Header { tag: tag::OWNER, version: VERSION, length: size_of::<Owner>() as u32 };
-    emit::owner(&Owner { header, sock: sk, born: connection.born, task: *holder, relation, fd });
+fn report(connection: &ConnectionRecord, sk: u64, holder: &RawTask, relation: u32, fd: u32) {
+    let header = Header { tag: tag::OWNER, version: VERSION, length: size_of::<OwnerRecord>() as u32 };
+    emit::owner(&OwnerRecord { header, sock: sk, born: connection.born, task: *holder, relation, fd });
 }
 
 /// The number of the pass that reports holders.
@@ -167,9 +171,9 @@ fn side(listens: bool) -> u8 {
     if listens { role::SERVER } else { role::CLIENT }
 }
 
-/// Fills in what is known of a task that does not run on this CPU.
+/// Fills in what can be read of a task that does not run on this CPU.
 #[inline(always)]
-fn describe(task: u64, to: &mut Task) {
+fn describe(task: u64, to: &mut RawTask) {
     to.pid = member(task, global!(STRUCTS.task_tgid)).unwrap_or(0);
     to.tid = member(task, global!(STRUCTS.task_pid)).unwrap_or(0);
     to.comm = member(task, global!(STRUCTS.task_comm)).unwrap_or([0; 16]);

@@ -1,5 +1,5 @@
-//! `net:netif_receive_skb`: a packet was received. Attached only with `--ttl`, and only where `ttl.rs` cannot
-//! be: it runs for every packet, although it reads no more than the flags of nearly all of them.
+//! `net:netif_receive_skb`: a packet was received. Attached only with `--ttl`, and only where the programs of
+//! `ttl.rs` cannot be: it runs for every packet, although it reads only the flags of nearly all of them.
 //!
 //! The times to live of a connection's first packet and of a RST stay in `TTLS` until a hook on the socket
 //! reads them.
@@ -9,7 +9,7 @@ use aya_ebpf::{
     programs::{BtfTracePointContext, TracePointContext},
 };
 
-use crate::{maps::global, sock::Record, ttl};
+use crate::{maps::global, sock::TracepointRecord, ttl};
 
 /// `TP_PROTO(struct sk_buff *skb)`.
 #[btf_tracepoint(function = "netif_receive_skb")]
@@ -20,7 +20,7 @@ pub fn receive_skb(ctx: BtfTracePointContext) -> i32 {
 
 #[tracepoint]
 pub fn receive_skb_classic(ctx: TracePointContext) -> i32 {
-    let record = Record { ctx: &ctx, layout: global!(RECEIVE_SKB_RECORD) };
+    let record = TracepointRecord { ctx: &ctx, layout: global!(RECEIVE_SKB_RECORD) };
     if let Some(skb) = record.get::<u64>(record.layout.skbaddr) {
         ttl::seen(skb);
     }

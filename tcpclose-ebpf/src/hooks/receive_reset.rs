@@ -1,5 +1,5 @@
-//! `tcp:tcp_receive_reset`: `tcp_reset()` runs, because a RST came or because data came after this host had
-//! closed.
+//! `tcp:tcp_receive_reset`: `tcp_reset()` runs, because a RST arrived, or because data arrived after this
+//! host had closed.
 
 use aya_ebpf::{
     macros::{btf_tracepoint, tracepoint},
@@ -15,7 +15,7 @@ use crate::{
     connection, emit,
     kernel::{Object, Typed},
     maps::global,
-    sock::{self, Record, Sock},
+    sock::{self, Sock, TracepointRecord},
     ttl,
 };
 
@@ -30,7 +30,7 @@ pub fn receive_reset(ctx: BtfTracePointContext) -> i32 {
 
 #[tracepoint]
 pub fn receive_reset_classic(ctx: TracePointContext) -> i32 {
-    let record = Record { ctx: &ctx, layout: global!(RECEIVE_RESET_RECORD) };
+    let record = TracepointRecord { ctx: &ctx, layout: global!(RECEIVE_RESET_RECORD) };
     if let Some(sk) = record.get::<u64>(record.layout.skaddr) {
         received(Sock { address: sk, object: sk }, Some(&record));
     }
@@ -38,13 +38,13 @@ pub fn receive_reset_classic(ctx: TracePointContext) -> i32 {
 }
 
 #[inline(always)]
-fn received(sock: Sock<impl Object>, record: Option<&Record<'_>>) {
+fn received(sock: Sock<impl Object>, record: Option<&TracepointRecord<'_>>) {
     let now = connection::now();
     let sk = sock.object;
     let Some(connection) = connection::find_or_begin(sock.address, now) else {
         return;
     };
-    // Without BTF the last change of state tells as much.
+    // Without BTF the last state change shows it.
     let from = match sock::state(sk) {
         Some(state) => state,
         None => connection::last_state(connection),
@@ -57,8 +57,8 @@ fn received(sock: Sock<impl Object>, record: Option<&Record<'_>>) {
     reset.direction = direction::RECEIVED;
     reset.state = from;
     reset.answer = 0;
-    // tcp_rcv_state_process() calls tcp_reset() in these states for data after RCV_SHUTDOWN, and sends a RST
-    // next: the user half drops this record if one follows.
+    // tcp_rcv_state_process() calls tcp_reset() in these states for data after RCV_SHUTDOWN, and then sends a
+    // RST. The user half drops this record if a RST that was sent follows.
     reset.ambiguous = u8::from(
         may_be_shut
             && (from == state::FIN_WAIT1

@@ -1,6 +1,6 @@
-//! `tcp:tcp_send_reset`: this host sends a RST, of its own accord (then without a packet, and after it was
-//! sent) or in answer to a packet (then before). From 6.10 on also without a socket, and for one in
-//! TIME_WAIT.
+//! `tcp:tcp_send_reset`: this host sends a RST. If it does so unprompted, there is no packet, and the
+//! tracepoint follows the RST; if it answers a packet, the tracepoint precedes the RST. From 6.10 on it is
+//! also called without a socket, and for one in TIME_WAIT.
 
 use aya_ebpf::{
     cty::c_void,
@@ -9,7 +9,7 @@ use aya_ebpf::{
     programs::{BtfTracePointContext, TracePointContext},
 };
 use tcpclose_common::{
-    record::{Connection, UNKNOWN_U32, direction, tag},
+    record::{ConnectionRecord, UNKNOWN_U32, direction, tag},
     tcp::state,
 };
 
@@ -19,7 +19,7 @@ use crate::{
     listener,
     maps::{Slot, count, global, template},
     packet,
-    sock::{self, Record, Sock},
+    sock::{self, Sock, TracepointRecord},
 };
 
 /// `TP_PROTO(const struct sock *sk, const struct sk_buff *skb__nullable)`, from 6.10 on also
@@ -35,7 +35,7 @@ pub fn send_reset(ctx: BtfTracePointContext) -> i32 {
     let address = Typed::new(pointer as *const c_void).address();
     match Typed::tcp_sock(pointer) {
         Some(tcp) => sent(Sock { address, object: tcp }, skb, reason, None),
-        // A small socket for a request or for TIME_WAIT.
+        // The socket is a small one, for a request or for TIME_WAIT.
         None => sent(Sock { address, object: address }, skb, reason, None),
     }
     0
@@ -43,7 +43,7 @@ pub fn send_reset(ctx: BtfTracePointContext) -> i32 {
 
 #[tracepoint]
 pub fn send_reset_classic(ctx: TracePointContext) -> i32 {
-    let record = Record { ctx: &ctx, layout: global!(SEND_RESET_RECORD) };
+    let record = TracepointRecord { ctx: &ctx, layout: global!(SEND_RESET_RECORD) };
     let layout = record.layout;
     let sk = record.get::<u64>(layout.skaddr).unwrap_or(0);
     let skb = record.get::<u64>(layout.skbaddr).unwrap_or(0);
@@ -53,49 +53,49 @@ pub fn send_reset_classic(ctx: TracePointContext) -> i32 {
 }
 
 #[inline(always)]
-fn sent(sock: Sock<impl Object>, skb: u64, reason: u32, record: Option<&Record<'_>>) {
+fn sent(sock: Sock<impl Object>, skb: u64, reason: u32, record: Option<&TracepointRecord<'_>>) {
     let now = connection::now();
     let sk = sock.address;
-    // 0 where there is none, and where it cannot be read.
+    // 0 if there is none, or if it cannot be read.
     let state = if sk == 0 { 0 } else { sock::state(sock.object).unwrap_or(0) };
     let full = sk != 0 && state != state::TIME_WAIT && state != state::NEW_SYN_RECV && state != state::LISTEN;
     if let (true, Some(connection)) = (full, connection::find(sk)) {
-        // Without BTF the last change of state tells as much.
+        // Without BTF the last state change shows it.
         let state = if state == 0 { connection::last_state(connection) } else { state };
-        tell(connection, sock, skb, state, reason, now, record);
+        report(connection, sock, skb, state, reason, now, record);
         return;
     }
-    // No connection: the record is built in a slot of its own.
+    // There is no connection, so the record is built in a slot of `SCRATCH`.
     let Some(slot) = Slot::take() else {
         count!(records_lost);
         return;
     };
-    // SAFETY: the slot is ours, and both sides are a whole `Connection`.
+    // SAFETY: the slot is ours, and both sides are a whole `ConnectionRecord`.
     let connection = unsafe {
         let connection = &raw mut (*slot.get()).connection;
-        bpf_probe_read_kernel(connection.cast(), size_of::<Connection>() as u32, template().cast());
+        bpf_probe_read_kernel(connection.cast(), size_of::<ConnectionRecord>() as u32, template().cast());
         &mut *connection
     };
     connection.sock = sk;
     connection.born = now;
-    tell(connection, sock, skb, state, reason, now, record);
+    report(connection, sock, skb, state, reason, now, record);
 }
 
 #[inline(always)]
-fn tell(
-    connection: &mut Connection,
+fn report(
+    connection: &mut ConnectionRecord,
     sock: Sock<impl Object>,
     skb: u64,
     state: u8,
     reason: u32,
     now: u64,
-    record: Option<&Record<'_>>,
+    record: Option<&TracepointRecord<'_>>,
 ) {
     let reset = &mut connection.reset;
     reset.at = now;
     reset.reason = reason;
     reset.direction = direction::SENT;
-    // What it was in before it was aborted says more than CLOSE.
+    // The state before the abort says more than CLOSE.
     reset.state = if state == state::CLOSE && connection.ended != 0 { connection.last_state } else { state };
     reset.answer = u8::from(skb != 0);
     if connection.ended == 0 {

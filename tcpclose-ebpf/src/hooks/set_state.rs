@@ -1,6 +1,6 @@
 //! `sock:inet_sock_set_state`: a socket's state changes. It fires before `sk_state` is written, under the
-//! socket's lock. TIME_WAIT and request sockets never show here; FIN_WAIT2 goes to CLOSE when the small
-//! TIME_WAIT socket takes over.
+//! socket's lock. It never fires for TIME_WAIT and request sockets. A socket in FIN_WAIT2 goes to CLOSE when
+//! the small TIME_WAIT socket replaces it.
 
 use aya_ebpf::{
     EbpfContext,
@@ -10,7 +10,7 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 use tcpclose_common::{
-    record::{Task, first_move, role},
+    record::{RawTask, first_move, role},
     tcp::{IPPROTO_TCP, state},
 };
 
@@ -21,7 +21,7 @@ use crate::{
     kernel::{Object, Typed},
     listener,
     maps::{LAST_CHANGE, global},
-    sock::{self, Record, Sock},
+    sock::{self, Sock, TracepointRecord},
     task, ttl,
 };
 
@@ -43,22 +43,22 @@ pub fn set_state(ctx: BtfTracePointContext) -> i32 {
     0
 }
 
-/// The second copy of [`set_state`], attached after it: does the work where the kernel skipped the first
-/// copy. If nothing else happened on this CPU in between, `LAST_CHANGE` shows that it was not skipped;
-/// otherwise the entry shows whether it was. The entry cannot change in between, because the socket is
-/// locked.
+/// The second copy of [`set_state`], attached after it, which handles a state change if the kernel skipped
+/// the first copy. If nothing else happened on this CPU in between, `LAST_CHANGE` shows that it was not
+/// skipped; otherwise the entry shows whether it was. The entry cannot change in between, because the socket
+/// is locked.
 ///
-/// It has to be a program of its own and must not reach [`set_state`] by a tail call. Since 6.13 the kernel
-/// keeps the stack of a tracing program once per CPU, and only the guard that skips a running program keeps
-/// two runs from sharing it. A tail call passes that guard: it would overwrite the stack of the run that it
-/// interrupts.
+/// It has to be a separate program and must not call [`set_state`] by a tail call. Since 6.13 the kernel
+/// keeps the stack of a tracing program once per CPU, and two runs do not share it only because the kernel
+/// skips a program that is already running. A tail call bypasses that check, and would overwrite the stack of
+/// the run that it interrupts.
 #[btf_tracepoint(function = "inet_sock_set_state")]
 #[inline(always)]
 pub fn set_state_nested(ctx: BtfTracePointContext) -> i32 {
     let Some((sock, old, new)) = change(&ctx) else { return 0 };
     if let Some(last) = LAST_CHANGE.get_ptr_mut(0) {
-        // SAFETY: as above. The note is used up, so that it never vouches for a later change of a socket at
-        // the same address: one that the kernel skipped.
+        // SAFETY: as above. The note is cleared, so that it cannot be taken for a later change of a socket at
+        // the same address, which the kernel may have skipped.
         unsafe {
             if *last == number(sock.address, new) {
                 *last = 0;
@@ -76,7 +76,7 @@ pub fn set_state_nested(ctx: BtfTracePointContext) -> i32 {
     0
 }
 
-/// The socket, and its old and its new state; `None` if it is no TCP socket.
+/// The socket, its old state and its new state; `None` if it is not a TCP socket.
 #[inline(always)]
 fn change(ctx: &BtfTracePointContext) -> Option<(Sock<Typed>, u8, u8)> {
     let tcp = Typed::tcp_sock(ctx.arg(0))?;
@@ -84,26 +84,27 @@ fn change(ctx: &BtfTracePointContext) -> Option<(Sock<Typed>, u8, u8)> {
     Some((sock, ctx.arg::<i32>(1) as u8, ctx.arg::<i32>(2) as u8))
 }
 
-/// A number for the change of a socket's state: kernel addresses leave room for the state in their lowest
-/// bits.
+/// A number that identifies a socket's change of state: the lowest bits of kernel addresses leave room for
+/// the state.
 #[inline(always)]
 fn number(address: u64, new: u8) -> u64 {
     address | u64::from(new & 0xf)
 }
 
-/// The socket's cookie, where this kernel has the helper; asked for once, at the end.
+/// The socket's cookie, if this kernel has the helper. It is requested once, at the end.
 #[inline(always)]
 fn cookie(ctx: &BtfTracePointContext, new: u8) -> u64 {
     if global!(PARAMS.has_cookie_helper) == 0 || new != state::CLOSE {
         return 0;
     }
-    // The helper wants the pointer as the context holds it, before any arithmetic.
-    // SAFETY: the loader has checked that this kernel has the helper for this kind of program.
+    // The helper requires the pointer as it is in the context, without any arithmetic on it. SAFETY: the
+    // loader has checked that this kernel has the helper for this kind of program.
     unsafe { bpf_get_socket_cookie(ctx.arg::<*mut core::ffi::c_void>(0)) }
 }
 
-/// Never attached. Whether the kernel accepts this program shows whether [`cookie`] may use the helper. To try
-/// that with [`set_state`] would take a kernel that refuses it (before 5.12) as long as loading all programs.
+/// Never attached. Whether the kernel accepts this program shows whether [`cookie`] may use the helper.
+/// Trying it with [`set_state`] instead would take as long as loading all programs on a kernel that refuses
+/// it (before 5.12).
 #[btf_tracepoint(function = "inet_sock_set_state")]
 pub fn read_cookie(ctx: BtfTracePointContext) -> i32 {
     // SAFETY: the helper has no precondition; the verifier refuses it where the kernel lacks it.
@@ -113,7 +114,7 @@ pub fn read_cookie(ctx: BtfTracePointContext) -> i32 {
 #[tracepoint]
 #[inline(always)]
 pub fn set_state_classic(ctx: TracePointContext) -> i32 {
-    let record = Record { ctx: &ctx, layout: global!(SET_STATE_RECORD) };
+    let record = TracepointRecord { ctx: &ctx, layout: global!(SET_STATE_RECORD) };
     let layout = record.layout;
     let Some(protocol) = record.get::<u16>(layout.protocol) else { return 0 };
     let Some(sk) = record.get::<u64>(layout.skaddr) else { return 0 };
@@ -133,19 +134,20 @@ fn changed(
     old: u8,
     new: u8,
     cookie: u64,
-    record: Option<&Record<'_>>,
+    record: Option<&TracepointRecord<'_>>,
 ) {
-    // Not the socket's address: the verifier forbids to take a pointer to pieces, which printing does.
+    // The socket's address is not printed, because the verifier forbids splitting a pointer into bytes.
     debug!(ctx, "{} -> {} while process {} runs", old, new, bpf_get_current_pid_tgid() >> 32);
     let sk = sock.address;
-    // Listeners are no connections.
+    // A listening socket is not a connection.
     if old == new {
         acts::repeated(ctx, sock, new);
         return;
     }
     if new == state::LISTEN {
-        // In the context of listen(), like SYN_SENT in that of connect(). No stack: it opened no connection.
-        let mut task = Task::NONE;
+        // This runs in the context of listen(), as SYN_SENT does in that of connect(). No stack is taken,
+        // because no connection was opened.
+        let mut task = RawTask::NONE;
         task::meet(&mut task);
         listener::opened(sk, &task);
         return;
@@ -165,13 +167,14 @@ fn changed(
         return;
     };
     connection::step(connection, new, now);
-    // At once, for a socket that is older than the trace too: filters go by them, and a later look at it.
+    // The endpoints are read at once, also of a socket that is older than the trace: filters and later
+    // inspections need them.
     sock::endpoints(sock.object, record, &mut connection.endpoints);
     match new {
         state::SYN_SENT => {
-            // Always in the connecting task's own context: tcp_v4_connect(), tcp_v6_connect().
+            // This always runs in the context of the task that connects: tcp_v4_connect(), tcp_v6_connect().
             connection.role = role::CLIENT;
-            // Additional MPTCP subflows are connected by a kernel worker, which is nobody's process.
+            // Additional MPTCP subflows are connected by a kernel worker, which belongs to no process.
             if !task::is_nobody() {
                 connection::opened(ctx, connection);
             }
@@ -193,7 +196,8 @@ fn changed(
             if new == state::FIN_WAIT1 {
                 connection::teardown_began(connection, sk, now);
             }
-            // In softirq only if a child was shut down before it was established; then no task acted.
+            // This runs in softirq only if a child was shut down before it was established, in which case no
+            // task acted.
             if sock::owned(sock.object) != Some(false) {
                 connection::acted(ctx, connection, StackOf::Actor);
             }

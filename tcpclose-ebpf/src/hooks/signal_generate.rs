@@ -1,4 +1,4 @@
-//! `signal:signal_generate` and `oom:mark_victim`: who sent the signal that a process dies of.
+//! `signal:signal_generate` and `oom:mark_victim`: the sender of the signal that ends a process.
 //!
 //! Both are raw tracepoints, whose arguments are plain numbers. As typed ones they would mislead the
 //! verifier: the pointer to the signal's information may be 0 or 1, which have a meaning.
@@ -17,23 +17,24 @@ use crate::{
     task,
 };
 
-/// `SEND_SIG_NOINFO` and `SEND_SIG_PRIV` of `include/linux/sched/signal.h`: a process sent it, the kernel
-/// sent it.
+/// `SEND_SIG_NOINFO` and `SEND_SIG_PRIV` of `include/linux/sched/signal.h`: the signal was sent by a process,
+/// or by the kernel.
 const NOINFO: u64 = 0;
 const PRIV: u64 = 1;
 
-/// Where `struct kernel_siginfo` has `si_code`: an interface to user space on x86-64 and arm64.
+/// The offset of `si_code` in `struct kernel_siginfo`, which is part of the user ABI on x86-64 and arm64.
 const SI_CODE: u64 = 8;
 
 /// `SI_USER`, `SI_QUEUE` and `SI_TKILL`: from `kill()`, `sigqueue()` and `tgkill()`.
 const BY_PROCESS: [i32; 3] = [0, -1, -6];
 
-/// `TRACE_SIGNAL_DELIVERED` and `TRACE_SIGNAL_LOSE_INFO`; the others were not sent, or were pending already.
+/// `TRACE_SIGNAL_DELIVERED` and `TRACE_SIGNAL_LOSE_INFO`. With other results the signal was ignored, or was
+/// pending already.
 const DELIVERED: [u32; 2] = [0, 4];
 
 const SIGKILL: u32 = 9;
 
-/// For how long after a signal a handler may be at work, nanoseconds.
+/// How long a handler may run after a signal, nanoseconds.
 const SENT_ON: u64 = 10_000_000_000;
 
 /// Signals that do not end a process: SIGCHLD, SIGCONT, SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU, SIGURG, SIGWINCH.
@@ -52,7 +53,8 @@ pub fn signal_generate(ctx: RawTracePointContext) -> i32 {
     let by_process = match info {
         NOINFO => true,
         PRIV => false,
-        // Faults, timers and terminals have other codes. Then it is the kernel, whatever task runs.
+        // Signals from faults, timers and terminals have other codes. The kernel sends them, whichever task
+        // runs.
         info => match read::<i32>(info + SI_CODE) {
             Some(code) => code == BY_PROCESS[0] || code == BY_PROCESS[1] || code == BY_PROCESS[2],
             None => false,
@@ -67,14 +69,13 @@ pub fn signal_generate(ctx: RawTracePointContext) -> i32 {
     if signal.pid == victim && is_sent_on(victim, &signal) {
         return 0;
     }
-    // If there is no room, the sender is not known.
+    // Without room, the sender is not known.
     let _ = SIGNALS.insert(victim, &signal, 0);
     0
 }
 
 /// Whether a process sends itself a signal that another one has just sent it: the handler has cleaned up, and
-/// ends the process by the same signal. php-fpm does that, and shells. The other process is then the one that
-/// killed it.
+/// ends the process by the same signal. php-fpm does that, and shells. Then the other process has killed it.
 fn is_sent_on(victim: u32, signal: &Signal) -> bool {
     // SAFETY: an entry may be overwritten meanwhile, with another signal to the same process.
     let Some(earlier) = (unsafe { SIGNALS.get(&victim) }) else { return false };

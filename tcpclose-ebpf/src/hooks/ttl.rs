@@ -45,7 +45,7 @@ fn established(sk: u64, skb: u64) {
     }
 }
 
-/// An argument that is a pointer; 0 where the kernel passes none.
+/// An argument that is a pointer; 0 if the kernel passes a null pointer.
 #[inline(always)]
 fn argument(ctx: &FEntryContext, offset: u16) -> u64 {
     member(ctx.as_ptr() as u64, offset).unwrap_or(0)

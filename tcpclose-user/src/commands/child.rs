@@ -1,4 +1,4 @@
-//! `-- COMMAND`: starts it, and ends with its exit status.
+//! `-- COMMAND`: starts the command, and passes its exit status on.
 
 use std::{
     error::Error,
@@ -63,7 +63,7 @@ pub fn exit_code_of_failure(error: &anyhow::Error) -> u8 {
     let Some(NotStarted(error)) = error.downcast_ref() else { return OWN_FAILURE };
     match error.raw_os_error().map(Errno::from_raw) {
         Some(Errno::ENOENT) => NOT_FOUND,
-        // What fork(), pipe() and dup() give when something has run out.
+        // The errors of fork(), pipe() and dup() when a resource has run out.
         None | Some(Errno::EAGAIN | Errno::ENOMEM | Errno::EMFILE | Errno::ENFILE) => OWN_FAILURE,
         Some(_) => CANNOT_BE_RUN,
     }

@@ -79,7 +79,7 @@ fn write_report(findings: &[Finding], diagnosis: &Diagnosis) -> Result<()> {
     }
 }
 
-/// Reports on stderr what the findings do not cover.
+/// Reports on stderr what the findings leave out.
 fn report_gaps(broken: &Broken, diagnosis: &Diagnosis) {
     let totals = diagnosis.totals();
     if let Some((file, number, error)) = &broken.first {

@@ -15,7 +15,7 @@ use crate::cli::{Cli, EXAMPLES, EXIT_STATUS};
 /// Writes the manual page to the standard output, as roff: one page for all subcommands.
 ///
 /// # Errors
-/// The standard output cannot be written. A reader that has gone is none.
+/// The standard output cannot be written. It is no error if the reader has closed the pipe.
 pub fn page() -> Result<()> {
     print(&render()?)
 }
@@ -23,7 +23,7 @@ pub fn page() -> Result<()> {
 /// Writes the completions for a shell to the standard output.
 ///
 /// # Errors
-/// The standard output cannot be written. A reader that has gone is none.
+/// The standard output cannot be written. It is no error if the reader has closed the pipe.
 pub fn completions(shell: Shell) -> Result<()> {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "tcpclose", &mut script);
@@ -66,7 +66,8 @@ fn render() -> io::Result<Vec<u8>> {
     Ok(page)
 }
 
-/// The subsection of one subcommand: its sections of a page of its own, without their headings.
+/// The subsection of one subcommand: the sections that it would have on a page of its own, without their
+/// headings.
 fn section(subcommand: &Command) -> io::Result<Vec<u8>> {
     // Every subcommand has --help, which need not be repeated.
     let mut subcommand = subcommand.clone().mut_args(|arg| {
@@ -103,8 +104,7 @@ mod tests {
 
     use super::*;
 
-    /// The options of a command that a user may give, as a list of the names that are typed: `-o`,
-    /// `--output`.
+    /// The options of a command that are shown to users, by their names as typed: `-o`, `--output`.
     fn options(command: &Command) -> BTreeSet<String> {
         let of = |arg: &clap::Arg| {
             let short = arg.get_short().map(|name| format!("-{name}"));
@@ -113,7 +113,7 @@ mod tests {
         command.get_arguments().filter(|arg| !arg.is_hide_set()).flat_map(of).collect()
     }
 
-    /// The options that a part of the page explains: those in bold in the line below a `.TP`.
+    /// The options that a part of the page explains. They are in bold, in the line below a `.TP`.
     fn explained(part: &str) -> BTreeSet<String> {
         let lines: Vec<&str> = part.lines().collect();
         let terms = lines.windows(2).filter(|pair| pair[0] == ".TP").map(|pair| pair[1]);
@@ -122,7 +122,7 @@ mod tests {
         bold.map(|(name, _)| name.to_owned()).filter(|name| name.starts_with('-')).collect()
     }
 
-    /// Each subcommand has a part of its own, with its own options, all of them and no others.
+    /// Each subcommand has a part of its own, which explains all of its options and no others.
     #[test]
     fn the_page_has_every_subcommand_and_option() {
         let page = String::from_utf8(render().unwrap()).unwrap().replace("\\-", "-");
@@ -141,7 +141,7 @@ mod tests {
             let name = subcommand.get_name();
             let part = parts.remove(name).unwrap_or_else(|| panic!("{name} is missing:\n{subcommands}"));
             let mut expected = options(subcommand);
-            // Explained once, with the options above.
+            // They are explained once, with the options above.
             expected.remove("-h");
             expected.remove("--help");
             if name == "trace" {

@@ -1,4 +1,4 @@
-//! The subcommands of tcpclose, a file or directory for each, and what `trace` needs around it.
+//! The subcommands of tcpclose, a file or directory for each, and modules that only `trace` uses.
 
 pub mod child;
 pub mod debug;

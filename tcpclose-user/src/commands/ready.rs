@@ -1,4 +1,5 @@
-//! `--ready-file`: writes the pid to a file once every program is attached, for whoever started tcpclose.
+//! `--ready-file`: writes the pid to a file once every program is attached, so that whoever started tcpclose
+//! can wait for it.
 
 use std::{
     fs::{self, File, Permissions},
@@ -35,7 +36,7 @@ pub fn write(path: &Path) -> Result<()> {
     result.with_context(|| format!("cannot write the ready file {}", path.display()))
 }
 
-/// Writes a temporary file in the same directory and gives it its name only then.
+/// Writes a temporary file in the same directory, and then renames it.
 fn create(path: &Path) -> io::Result<()> {
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     let mut file = tempfile::Builder::new()
@@ -44,7 +45,7 @@ fn create(path: &Path) -> io::Result<()> {
     write_pid(file.as_file_mut())?;
     match file.persist_noclobber(path) {
         Ok(_) => Ok(()),
-        // A symbolic link to nothing, or somebody else was faster.
+        // It is a symbolic link to nothing, or another process has created it meanwhile.
         Err(failed) if failed.error.kind() == ErrorKind::AlreadyExists => write_pid(&mut File::create(path)?),
         Err(failed) => Err(failed.error),
     }
@@ -54,7 +55,7 @@ fn overwrite(path: &Path) -> io::Result<()> {
     write_pid(&mut File::options().write(true).truncate(true).open(path)?)
 }
 
-/// In a single write, which a reader of a FIFO sees whole.
+/// It is a single write, so that a reader of a FIFO reads it as a whole.
 fn write_pid(file: &mut File) -> io::Result<()> {
     file.write_all(format!("{}\n", std::process::id()).as_bytes())
 }
@@ -108,7 +109,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("ready");
         mkfifo(&path, Mode::S_IRWXU).unwrap();
-        // There is no reader yet, and this does not wait for one.
+        // There is no reader yet, and the call does not wait for one.
         write(&path).unwrap();
         assert!(fs::metadata(&path).unwrap().file_type().is_fifo());
         assert_eq!(fs::read_to_string(&path).unwrap(), pid());

@@ -1,4 +1,5 @@
-//! `tcpclose replay FILE`: makes the lines of a recording again, without privilege and without the kernel.
+//! `tcpclose replay FILE`: writes the lines of a recorded trace again, without privileges and without the
+//! kernel half.
 
 use std::{collections::BTreeMap, fs, process::ExitCode, sync::Arc};
 
@@ -8,22 +9,20 @@ use clap::Parser as _;
 use crate::{
     attribute::Attributor,
     cli::{Cli, Command, Findings, ReplayArgs},
+    compose::Composer,
     correlate::Correlator,
-    event::{Event, compose::Composer},
+    event::Event,
     filter::Filter,
     host::Recorded,
     ingest::{
         decode::{Record, decode},
         life::SocketId,
-        recording::{Frame, Step, frames},
     },
     kernel::ResetReasons,
-    pipeline::{Pipeline, When},
-    sink::{
-        Output,
-        flamegraph::FlameGraph,
-        report::{Going, Report},
-    },
+    pipeline::{Pipeline, StuckPhase},
+    recording::{RecordedStep, RecordingFrame, frames},
+    report::{Going, Report},
+    sink::{Output, flamegraph::FlameGraph},
     stuck::{Descriptor, Found, FoundBy, age::Age},
 };
 
@@ -46,13 +45,13 @@ pub fn replay(args: ReplayArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Runs the frames of a recording through the pipeline. `output` gets whether there are stacks; `flame_graph`
-/// is that of `--flamegraph`.
+/// Runs the frames of a recording through the pipeline. `output` creates the output, depending on whether
+/// there are stacks; `flame_graph` is that of `--flamegraph`.
 ///
 /// # Errors
 /// The frames are not those of a recording, a record cannot be decoded, or the output cannot be written.
 pub fn run(
-    frames: Result<Vec<Frame>>,
+    frames: Result<Vec<RecordingFrame>>,
     filter: Filter,
     count: Option<u64>,
     with_findings: bool,
@@ -60,8 +59,8 @@ pub fn run(
     flame_graph: Option<FlameGraph>,
 ) -> Result<()> {
     let mut frames = frames?.into_iter().peekable();
-    let Some(Frame::Step(start)) = frames.next() else { bail!("it is empty") };
-    let Step::Start { reset_reasons, stacks, command, arguments } = *start else {
+    let Some(RecordingFrame::Step(start)) = frames.next() else { bail!("it is empty") };
+    let RecordedStep::Start { reset_reasons, stacks, command, arguments } = *start else {
         bail!("it does not begin with the start of a trace");
     };
     let mut report = Report::new(vec![original_filter(&arguments), filter], output(stacks), count)
@@ -71,17 +70,17 @@ pub fn run(
     }
     let mut replay = Replay { pipeline: pipeline(reset_reasons, report, command), inspected: None };
     while let Some(frame) = frames.next() {
-        // What the host answered stands after the frame that led to the question.
+        // The host's answers follow the frame that led to the questions.
         while let Some(answer) = frames.next_if(is_answer) {
-            if let Frame::Step(step) = answer
-                && let Step::Answer(question, answer) = *step
+            if let RecordingFrame::Step(step) = answer
+                && let RecordedStep::Answer(question, answer) = *step
             {
                 replay.pipeline.host.learn(question, answer);
             }
         }
         let going = match frame {
-            Frame::Record(bytes) => replay.record(decode(&bytes)?)?,
-            Frame::Step(step) => replay.step(*step)?,
+            RecordingFrame::Record(bytes) => replay.record(decode(&bytes)?)?,
+            RecordingFrame::Step(step) => replay.step(*step)?,
         };
         if going == Going::Done {
             break;
@@ -90,17 +89,17 @@ pub fn run(
     replay.pipeline.report.finish()
 }
 
-fn is_answer(frame: &Frame) -> bool {
-    matches!(frame, Frame::Step(step) if matches!(**step, Step::Answer(..)))
+fn is_answer(frame: &RecordingFrame) -> bool {
+    matches!(frame, RecordingFrame::Step(step) if matches!(**step, RecordedStep::Answer(..)))
 }
 
-/// The filters of the trace that was recorded. The kernel half has applied only those that it can decide.
+/// The filters of the recorded trace. The kernel half has applied only those that it can decide.
 fn original_filter(arguments: &[String]) -> Filter {
     let line = std::iter::once("tcpclose").chain(arguments.iter().map(String::as_str));
     match Cli::try_parse_from(line) {
         Ok(Cli { command: Some(Command::Trace(args)), .. }) => Filter::new(args.filter),
         Ok(cli) => Filter::new(cli.trace.filter),
-        // Recorded by a version with other options.
+        // The trace was recorded by a version with other options.
         Err(_) => Filter::default(),
     }
 }
@@ -120,7 +119,7 @@ fn pipeline(reset_reasons: BTreeMap<i64, String>, report: Report, command_only: 
 /// A recording that is being replayed.
 struct Replay {
     pipeline: Pipeline<Recorded>,
-    /// When the next socket was inspected, and its age then.
+    /// When the next socket was inspected, and its age at that time.
     inspected: Option<(u64, Age)>,
 }
 
@@ -135,27 +134,27 @@ impl Replay {
         }
     }
 
-    fn step(&mut self, step: Step) -> Result<Going> {
+    fn step(&mut self, step: RecordedStep) -> Result<Going> {
         match step {
-            // Answers have been taken in, and a second start means nothing.
-            Step::Start { .. } | Step::Answer(..) => {}
-            Step::Clock { wall_minus_boot, suspended } => {
+            // Answers have been added to the host already. A second start has no meaning.
+            RecordedStep::Start { .. } | RecordedStep::Answer(..) => {}
+            RecordedStep::Clock { wall_minus_boot, suspended } => {
                 self.pipeline.composer.clock.set_offsets((wall_minus_boot, suspended));
             }
-            Step::Inspected { at, since, at_least, at_most } => {
+            RecordedStep::Inspected { at, since, at_least, at_most } => {
                 self.inspected = Some((at, Age { since, at_least, at_most }));
             }
-            Step::Descriptor { address, born, fd, holder } => {
+            RecordedStep::Descriptor { address, born, fd, holder } => {
                 let descriptor = Descriptor { fd, holder: FoundBy::Procfs(Arc::new(holder)) };
                 self.pipeline.found.descriptor(SocketId { address, born }, descriptor);
             }
-            Step::Searched(arrivals) => self.pipeline.correlator.searched(arrivals),
-            Step::CaughtUp { now, found } => return self.pipeline.caught_up(now, |_, _| found),
-            Step::Stuck { at_end } => {
-                return self.pipeline.stuck(if at_end { When::AtEnd } else { When::Now });
+            RecordedStep::Searched(arrivals) => self.pipeline.correlator.searched(arrivals),
+            RecordedStep::CaughtUp { now, found } => return self.pipeline.caught_up(now, |_, _| found),
+            RecordedStep::Stuck { at_end } => {
+                return self.pipeline.stuck(if at_end { StuckPhase::AtEnd } else { StuckPhase::Now });
             }
-            Step::Orphan(lingering) => return self.pipeline.event(Event::Lingering(lingering)),
-            Step::Lost(lost) => self.pipeline.report.lost(lost)?,
+            RecordedStep::Orphan(lingering) => return self.pipeline.event(Event::Lingering(lingering)),
+            RecordedStep::Lost(lost) => self.pipeline.report.lost(lost)?,
         }
         Ok(Going::On)
     }
@@ -177,14 +176,14 @@ mod tests {
 
     /// Recorded on a 6.18 kernel while `fixtures/records/provoke.py` ran.
     const RECORDED: &[u8] = include_bytes!("../../fixtures/records/6.18-amd64.bin");
-    /// What that script did, in the words of [`describe`].
+    /// The acts of that script, as [`describe`] writes them.
     const EXPECTED: &str = include_str!("../../fixtures/records/6.18-amd64.txt");
 
     /// Memory that can be read while it is written to.
     #[derive(Clone, Default)]
-    struct Shared(Arc<Mutex<Vec<u8>>>);
+    struct SharedBuffer(Arc<Mutex<Vec<u8>>>);
 
-    impl io::Write for Shared {
+    impl io::Write for SharedBuffer {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
             self.0.lock().unwrap().write(bytes)
         }
@@ -195,7 +194,7 @@ mod tests {
     }
 
     fn replayed(recording: &'static [u8], filter: Filter, count: Option<u64>) -> Result<Vec<Value>> {
-        let written = Shared::default();
+        let written = SharedBuffer::default();
         let output = Output::to(Format::Json, written.clone(), Palette::PLAIN, true);
         run(frames(Bytes::from_static(recording)), filter, count, false, |_| output, None)?;
         let text = String::from_utf8(written.0.lock().unwrap().clone()).unwrap();
@@ -256,10 +255,10 @@ mod tests {
         let mut replay = Replay { pipeline: pipeline(BTreeMap::new(), report, false), inspected: None };
         for frame in frames(Bytes::from_static(RECORDED)).unwrap() {
             match frame {
-                Frame::Record(bytes) => records.push(bytes),
-                Frame::Step(step) => match *step {
-                    Step::Answer(question, answer) => replay.pipeline.host.learn(question, answer),
-                    step @ Step::Clock { .. } => {
+                RecordingFrame::Record(bytes) => records.push(bytes),
+                RecordingFrame::Step(step) => match *step {
+                    RecordedStep::Answer(question, answer) => replay.pipeline.host.learn(question, answer),
+                    step @ RecordedStep::Clock { .. } => {
                         let _ = replay.step(step).unwrap();
                     }
                     _ => {}
@@ -274,11 +273,12 @@ mod tests {
             now += 1_000_000_000;
             let _ = replay.pipeline.caught_up(now, |_, inodes| vec![true; inodes.len()]).unwrap();
         };
-        // By then processes and stacks are known, and buffers have their size.
+        // From here on, processes and stacks are known, and buffers have their final size.
         (0..10).for_each(|_| all(&mut replay));
         let count = crate::allocations::during(|| all(&mut replay));
         let records = records.len() as u64;
-        // The life, the event and its states; the RSTs of an ending, and what waits.
+        // These are the life, the event and its states, the RSTs of an ending, and the queue of waiting
+        // endings.
         assert!(count <= 6 * records, "{count} allocations for {records} records");
         assert!(count >= records, "{count} allocations are too few to be all");
     }

@@ -1,4 +1,4 @@
-//! `tcpclose trace`: loads the kernel half, then waits for whatever comes next until the trace ends.
+//! `tcpclose trace`: loads the kernel half, then handles whatever happens next until the trace ends.
 
 use std::{
     ffi::OsString,
@@ -22,10 +22,7 @@ use crate::{
     cli::{AUTO_STACK_BYTES, CallGraph, Findings, Linger, Netns, Sandbox, TraceArgs, WhichStacks},
     failure::Failure,
     filter::Filter,
-    ingest::{
-        reader::poll,
-        recording::{Recorder, Step},
-    },
+    ingest::reader::poll,
     kernel::{
         followed::Followed,
         handle::KernelHalf,
@@ -33,19 +30,18 @@ use crate::{
         privilege,
     },
     live::{Live, Options},
-    metrics, sandbox,
-    sink::{
-        Output,
-        flamegraph::FlameGraph,
-        report::{Going, Report},
-    },
+    metrics,
+    recording::{RecordedStep, Recorder},
+    report::{Going, Report},
+    sandbox,
+    sink::{Output, flamegraph::FlameGraph},
     stacks::unwind,
 };
 
-/// How long the connections of a command that has ended may take to end as well.
+/// How long to wait for the connections of a command that has ended.
 const AFTER_COMMAND: Duration = Duration::from_secs(5);
 
-/// How often files are closed that were held open for programs that have ended.
+/// How often to close files that were kept open for programs that have ended.
 const SWEEP_PERIOD: Duration = Duration::from_secs(10);
 
 /// How often to check for connections of a command that has ended.
@@ -56,7 +52,7 @@ const CHECK_PERIOD: Duration = Duration::from_millis(100);
 /// # Errors
 /// The kernel half cannot be loaded, the command cannot be run, or output cannot be written.
 pub async fn trace(mut args: TraceArgs) -> Result<ExitCode> {
-    // From here on signals end the tool cleanly, even while it starts.
+    // From here on, signals end the tool in an orderly way, even while it starts.
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot catch SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot catch SIGTERM")?;
     let mut live = begin(&mut args)?;
@@ -81,11 +77,11 @@ pub async fn trace(mut args: TraceArgs) -> Result<ExitCode> {
     };
     let started = Instant::now();
     let reader_gone = ReaderGone::watch();
-    // Everything that needs more has been started.
+    // Everything that needs further privileges has been started.
     if args.sandbox == Sandbox::Auto
         && let Err(error) = sandbox::enter()
     {
-        eprintln!("tcpclose: goes on with all its privileges: {error:#}");
+        eprintln!("tcpclose: continues with all its privileges: {error:#}");
     }
     let _serving = metrics.map(|server| tokio::spawn(server.run()));
     let end = args.duration.map(|duration| tokio::time::Instant::now() + duration);
@@ -133,7 +129,7 @@ pub async fn trace(mut args: TraceArgs) -> Result<ExitCode> {
     Ok(code)
 }
 
-/// Loads the kernel half, and prepares everything that its records go through.
+/// Loads the kernel half, and prepares everything that processes its records.
 fn begin(args: &mut TraceArgs) -> Result<Live> {
     let is_contained = !privilege::in_initial_pid_namespace();
     let chose_own_netns = is_contained && args.filter.socket.netns.is_empty();
@@ -175,7 +171,7 @@ fn begin(args: &mut TraceArgs) -> Result<Live> {
     Live::new(kernel, report, options)
 }
 
-/// What the kernel half is asked for.
+/// The configuration of the kernel half.
 fn request(args: &TraceArgs, filter: &Filter) -> Request {
     let mut params = Params::NONE;
     filter.to_kernel(&mut params);
@@ -202,17 +198,17 @@ fn request(args: &TraceArgs, filter: &Filter) -> Request {
     }
 }
 
-/// The recording of `--record`, if it is asked for, and what it begins with.
-fn recorder(kernel: &KernelHalf, args: &TraceArgs) -> Result<Option<(Recorder, Step)>> {
+/// With `--record`: the recording, and its first step.
+fn recorder(kernel: &KernelHalf, args: &TraceArgs) -> Result<Option<(Recorder, RecordedStep)>> {
     let Some(path) = &args.record else { return Ok(None) };
     let recorder = Recorder::create(path).with_context(|| format!("cannot create {}", path.display()))?;
     Ok(Some((recorder, beginning(kernel, args))))
 }
 
-/// What a recording begins with.
-fn beginning(kernel: &KernelHalf, args: &TraceArgs) -> Step {
+/// The first step of a recording.
+fn beginning(kernel: &KernelHalf, args: &TraceArgs) -> RecordedStep {
     let arguments = std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned());
-    Step::Start {
+    RecordedStep::Start {
         reset_reasons: kernel.reset_reasons.0.clone(),
         stacks: args.stack != WhichStacks::None,
         command: !args.command.is_empty(),
@@ -220,7 +216,8 @@ fn beginning(kernel: &KernelHalf, args: &TraceArgs) -> Step {
     }
 }
 
-/// The failure of a trace of some network namespaces where they cannot be told apart.
+/// The failure of a trace that is limited to network namespaces, on a kernel where the programs cannot
+/// distinguish them.
 fn no_namespaces() -> Failure {
     Failure {
         failed: "cannot trace some network namespaces and not others".to_owned(),
@@ -230,11 +227,11 @@ fn no_namespaces() -> Failure {
     }
 }
 
-/// Has the kernel half follow the processes that `--pid` names, and with `-- COMMAND` this process, whose
-/// only child the command will be. Returns the table of followed processes if there is a command.
+/// Makes the kernel half follow the processes of `--pid` and, with `-- COMMAND`, this process, whose only
+/// child will be the command. Returns the table of followed processes if there is a command.
 fn follow(kernel: &mut KernelHalf, filter: &Filter, command: &[OsString]) -> Result<Option<Followed>> {
     let mut followed = Followed::new(kernel)?;
-    // Elsewhere these are not the ids that the kernel half knows, and the user half alone decides.
+    // In another pid namespace, the kernel half does not know these ids, and the user half alone decides.
     if privilege::in_initial_pid_namespace() {
         for pid in filter.pids() {
             followed.add(*pid)?;
@@ -258,12 +255,12 @@ fn start_command(args: &TraceArgs) -> Result<Option<Child>> {
     child.map(Some).with_context(|| format!("cannot run {}", program.to_string_lossy()))
 }
 
-/// Sees that the other end of a pipe on the standard output is closed, though nothing is being written.
+/// Detects that the other end of a pipe on the standard output was closed, even while nothing is written.
 struct ReaderGone(Option<AsyncFd<OwnedFd>>);
 
 impl ReaderGone {
     fn watch() -> Self {
-        // A file cannot be polled, and needs not be.
+        // A file cannot be polled, and need not be.
         let stdout = io::stdout().as_fd().try_clone_to_owned();
         Self(stdout.and_then(|stdout| poll(stdout, Interest::ERROR)).ok())
     }

@@ -12,7 +12,7 @@ use crate::{
         end::{Death, End, Place},
         marks::Marks,
         names::Who,
-        pairs::Key,
+        pairs::PairKey,
     },
     event::{ClosedBy, Ended, Role},
 };
@@ -34,8 +34,8 @@ struct Link {
     pid: u32,
     tid: u32,
     who: Option<Who>,
-    own: Key,
-    peer: Key,
+    own: PairKey,
+    peer: PairKey,
     port: u16,
     peer_who: Option<Who>,
     peer_death: Option<Death>,
@@ -82,8 +82,8 @@ impl Chains {
             pid: end.pid,
             tid: end.tid,
             who: end.who,
-            own: Key::of(end),
-            peer: Key::of_peer(end),
+            own: PairKey::of(end),
+            peer: PairKey::of_peer(end),
             port: if end.role == Some(Role::Server) { end.local.port() } else { end.remote.port() },
             peer_who: peer.and_then(|peer| peer.who),
             peer_death: peer.and_then(|peer| peer.death),
@@ -113,7 +113,7 @@ impl Chains {
             links.sort_unstable_by_key(|link| link.moved);
         }
         // The cause of each of them.
-        let reasons: HashMap<Key, (&Link, &Link)> = self
+        let reasons: HashMap<PairKey, (&Link, &Link)> = self
             .left
             .iter()
             .filter_map(|left| {
@@ -125,7 +125,7 @@ impl Chains {
                 Some((left.own, (left, *reason)))
             })
             .collect();
-        let passed_on: std::collections::HashSet<Key> =
+        let passed_on: std::collections::HashSet<PairKey> =
             reasons.values().map(|(_, reason)| reason.peer).collect();
         let mut chains: BTreeMap<Route, Chain> = BTreeMap::new();
         let mut victims: Vec<_> =

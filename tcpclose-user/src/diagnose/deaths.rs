@@ -32,12 +32,12 @@ pub(crate) struct EndedProcess {
     pub(crate) requests_lost: Marks,
 }
 
-type Key = (u16, u32, Death);
+type DeathKey = (u16, u32, Death);
 
 #[derive(Debug, Default)]
 pub(crate) struct Deaths {
-    all: HashMap<Key, EndedProcess>,
-    order: VecDeque<Key>,
+    all: HashMap<DeathKey, EndedProcess>,
+    order: VecDeque<DeathKey>,
 }
 
 impl Deaths {

@@ -112,8 +112,7 @@ mod tests {
     use super::*;
     use crate::{
         diagnose::{end::End, names::Names},
-        event::Event,
-        sink::examples,
+        event::{Event, examples},
     };
 
     #[test]

@@ -10,7 +10,7 @@ use crate::{
         marks::Marks,
         names::Who,
         observation::{Observation, ProcessFields, Text},
-        pairs::Key,
+        pairs::PairKey,
         statistics::ENOUGH,
     },
     event::LingeringKind,
@@ -34,7 +34,7 @@ pub(crate) struct ProcessKey {
 }
 
 #[derive(Clone, Debug)]
-struct Socket {
+struct LeakedSocket {
     process: ProcessKey,
     remote: Option<SocketAddr>,
     opened: Option<i64>,
@@ -47,7 +47,7 @@ struct Socket {
 
 #[derive(Debug, Default)]
 pub(crate) struct Leaks {
-    open: HashMap<Key, Socket>,
+    open: HashMap<PairKey, LeakedSocket>,
     processes: HashMap<ProcessKey, Holdings>,
 }
 
@@ -83,7 +83,7 @@ impl Leaks {
         &mut self,
         observation: &Observation<'_>,
         source: u16,
-        pair: Key,
+        pair: PairKey,
         who: Option<Who>,
     ) {
         let Some(kind @ (LingeringKind::Leaked | LingeringKind::Unread)) = observation.kind else { return };
@@ -112,7 +112,8 @@ impl Leaks {
         let opened = age.map(|age| observation.time.saturating_sub(age));
         let remote = observation.connection.remote;
         let time = observation.time;
-        self.open.insert(pair, Socket { process: key, remote, opened, since, for_ms, kind, place, time });
+        self.open
+            .insert(pair, LeakedSocket { process: key, remote, opened, since, for_ms, kind, place, time });
     }
 
     /// Whether no socket is open that lingers.
@@ -121,7 +122,7 @@ impl Leaks {
     }
 
     /// Records that a socket was closed.
-    pub(crate) fn closed(&mut self, pair: Key) {
+    pub(crate) fn closed(&mut self, pair: PairKey) {
         if let Some(socket) = self.open.remove(&pair)
             && let Some(process) = self.processes.get_mut(&socket.process)
         {

@@ -35,7 +35,7 @@ use crate::{
     diagnose::{
         end::{End, Place},
         observation::{Line, Observation},
-        pairs::Key,
+        pairs::PairKey,
     },
     event::{Cause, Direction, Event, Finding, LingeringKind, State},
 };
@@ -55,7 +55,7 @@ pub struct Diagnosis {
     services: services::Services,
     deaths: deaths::Deaths,
     leaks: leaks::Leaks,
-    time_wait: time_wait::TimeWait,
+    time_wait: time_wait::TimeWaitPorts,
     chains: chains::Chains,
     relays: relays::Relays,
     /// The names of the files, by their numbers.
@@ -137,7 +137,7 @@ impl Diagnosis {
     fn end(&mut self, end: End) {
         self.latest = self.latest.max(end.time);
         if end.close_wait_ms.is_some() && !self.leaks.is_empty() {
-            self.leaks.closed(Key::of(&end));
+            self.leaks.closed(PairKey::of(&end));
         }
         self.time_wait.settle(&end);
         if end.is_ordinary() {
@@ -158,7 +158,7 @@ impl Diagnosis {
             return;
         }
         if let Some((local, remote)) = observation.connection.local.zip(observation.connection.remote) {
-            let pair = Key::seen(local, remote, source, observation.connection.netns);
+            let pair = PairKey::seen(local, remote, source, observation.connection.netns);
             let place = Place { source, seq: observation.seq };
             self.services.too_late(pair, self.pairs.waiting(pair), place, observation.time);
         }
@@ -174,7 +174,7 @@ impl Diagnosis {
                 self.services.unaccepted(who, local, place, observation.time);
             }
             (Some(State::CloseWait), _) => {
-                let pair = Key::seen(local, remote, source, connection.netns);
+                let pair = PairKey::seen(local, remote, source, connection.netns);
                 self.leaks.lingering(observation, source, pair, who);
             }
             _ => {}

@@ -224,7 +224,7 @@ impl StatesSeen {
 impl<'de> Deserialize<'de> for StatesSeen {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]
-        struct Step {
+        struct StepFields {
             #[serde(default, deserialize_with = "lenient")]
             state: Option<State>,
             #[serde(default)]
@@ -244,7 +244,7 @@ impl<'de> Deserialize<'de> for StatesSeen {
 
             fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut steps: A) -> Result<StatesSeen, A::Error> {
                 let mut path = StatesSeen::default();
-                while let Some(step) = steps.next_element::<Step>()? {
+                while let Some(step) = steps.next_element::<StepFields>()? {
                     if let Some(state) = step.state {
                         path.add(state, step.at_ms);
                     }
@@ -302,14 +302,14 @@ pub(crate) fn to_nanoseconds(time: jiff::Timestamp) -> i64 {
 
 fn endpoint<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<SocketAddr>, D::Error> {
     #[derive(Deserialize)]
-    struct Endpoint<'a> {
+    struct EndpointFields<'a> {
         #[serde(borrow)]
         address: Text<'a>,
         port: u16,
     }
-    let endpoint = Option::<Endpoint<'de>>::deserialize(deserializer)?;
+    let endpoint = Option::<EndpointFields<'de>>::deserialize(deserializer)?;
     endpoint
-        .map(|Endpoint { address, port }| {
+        .map(|EndpointFields { address, port }| {
             address.0.parse().map(|address| SocketAddr::new(address, port)).map_err(serde::de::Error::custom)
         })
         .transpose()
@@ -318,7 +318,7 @@ fn endpoint<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<SocketA
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sink::examples;
+    use crate::event::examples;
 
     #[test]
     fn every_line_that_is_written_is_read() {

@@ -278,13 +278,13 @@ fn flames(out: &mut impl Write, pictures: &Pictures) -> io::Result<()> {
     let mut left = 0.0;
     for (name, node) in &root.calls {
         let width = node.count as f64 * WIDTH / root.count as f64;
-        flame(out, name, node, &Place { left, bottom: height, width, total: root.count })?;
+        flame(out, name, node, &Rectangle { left, bottom: height, width, total: root.count })?;
         left += width;
     }
     writeln!(out, "</g></svg>")
 }
 
-struct Place {
+struct Rectangle {
     left: f64,
     bottom: f64,
     width: f64,
@@ -292,7 +292,7 @@ struct Place {
 }
 
 #[expect(clippy::cast_precision_loss, reason = "coordinates")]
-fn flame(out: &mut impl Write, name: &str, node: &Node, place: &Place) -> io::Result<()> {
+fn flame(out: &mut impl Write, name: &str, node: &Node, place: &Rectangle) -> io::Result<()> {
     if place.width < THIN {
         return Ok(());
     }
@@ -331,7 +331,7 @@ fn flame(out: &mut impl Write, name: &str, node: &Node, place: &Place) -> io::Re
     let mut left = place.left;
     for (name, called) in &node.calls {
         let width = place.width * called.count as f64 / node.count as f64;
-        flame(out, name, called, &Place { left, bottom: top, width, total: place.total })?;
+        flame(out, name, called, &Rectangle { left, bottom: top, width, total: place.total })?;
         left += width;
     }
     Ok(())

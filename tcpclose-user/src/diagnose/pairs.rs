@@ -19,13 +19,13 @@ const ROOM: usize = 32_768;
 /// The local and remote address of the peer. Loopback addresses are unique only within a network namespace of
 /// one host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Key {
+pub(crate) struct PairKey {
     local: SocketAddr,
     remote: SocketAddr,
     place: Option<(u16, u32)>,
 }
 
-impl Key {
+impl PairKey {
     fn new(local: SocketAddr, remote: SocketAddr, source: u16, netns: u32) -> Self {
         // Two ends with the same address are on the same host.
         let is_local = local.ip().is_loopback() || local.ip() == remote.ip();
@@ -55,9 +55,9 @@ fn plain(address: SocketAddr) -> SocketAddr {
 pub(crate) struct Pairs {
     /// The number of ends that may wait.
     pub(crate) most: usize,
-    waiting: HashMap<Key, End, RandomState>,
+    waiting: HashMap<PairKey, End, RandomState>,
     /// The ends in the order of arrival; some of them may have been joined since.
-    order: VecDeque<(Key, i64)>,
+    order: VecDeque<(PairKey, i64)>,
     pub(crate) joined: u64,
     pub(crate) alone: u64,
 }
@@ -73,13 +73,13 @@ impl Pairs {
     /// enough.
     #[expect(clippy::large_types_passed_by_value, reason = "it is kept")]
     pub(crate) fn add(&mut self, end: End, mut settle: impl FnMut(&End, Option<&End>)) {
-        if let Some(peer) = self.waiting.remove(&Key::of_peer(&end)) {
+        if let Some(peer) = self.waiting.remove(&PairKey::of_peer(&end)) {
             self.joined += 1;
             settle(&peer, Some(&end));
             settle(&end, Some(&peer));
             return;
         }
-        let key = Key::of(&end);
+        let key = PairKey::of(&end);
         // The same addresses again: the port has been reused, and the peer of the first end will not be read.
         if let Some(former) = self.waiting.insert(key, end) {
             self.alone += 1;
@@ -92,7 +92,7 @@ impl Pairs {
     }
 
     /// Adds an end that waits.
-    pub(crate) fn waiting(&self, key: Key) -> Option<&End> {
+    pub(crate) fn waiting(&self, key: PairKey) -> Option<&End> {
         self.waiting.get(&key)
     }
 

@@ -23,7 +23,7 @@ const REACTION: i64 = 100_000_000;
 
 /// An end of a proxy.
 #[derive(Clone, Copy, Debug)]
-struct Side {
+struct ProxyEnd {
     place: Place,
     key: ServiceKey,
     pid: u32,
@@ -45,9 +45,9 @@ pub(crate) struct GaveUp {
 #[derive(Debug, Default)]
 pub(crate) struct Relays {
     /// Connections that clients have closed, and whose ends do not show a pending request.
-    left: VecDeque<Side>,
+    left: VecDeque<ProxyEnd>,
     /// Connections that the proxy itself has closed while a request was pending.
-    dropped: VecDeque<Side>,
+    dropped: VecDeque<ProxyEnd>,
 }
 
 impl Relays {
@@ -57,7 +57,7 @@ impl Relays {
         }
         let Some(key) = ServiceKey::of(end) else { return };
         let waited = end.waited_ms().filter(|wait| *wait >= WAIT_MS);
-        let side = |waited_ms| Side {
+        let side = |waited_ms| ProxyEnd {
             place: end.place,
             key,
             pid: end.pid,
@@ -79,7 +79,7 @@ impl Relays {
 
     /// Joins what both sides show, each end once.
     pub(crate) fn join(&mut self) -> Vec<GaveUp> {
-        let mut left: HashMap<(u16, u32), Vec<Side>> = HashMap::new();
+        let mut left: HashMap<(u16, u32), Vec<ProxyEnd>> = HashMap::new();
         for side in self.left.drain(..) {
             left.entry((side.place.source, side.pid)).or_default().push(side);
         }
@@ -87,12 +87,12 @@ impl Relays {
         self.dropped.retain(|dropped| {
             let Some(sides) = left.get_mut(&(dropped.place.source, dropped.pid)) else { return true };
             let early = nanoseconds(TICKS_MS);
-            let fits = |side: &Side| {
+            let fits = |side: &ProxyEnd| {
                 (-early..=REACTION).contains(&(dropped.moved - side.moved))
                     && side.waited_ms + TICKS_MS >= dropped.waited_ms
             };
             // The one of the same thread, and of those the nearest in time.
-            let distance = |side: &Side| (side.tid != dropped.tid, (dropped.moved - side.moved).abs());
+            let distance = |side: &ProxyEnd| (side.tid != dropped.tid, (dropped.moved - side.moved).abs());
             let candidates = sides.iter().enumerate().filter(|(_, side)| fits(side));
             let Some((index, side)) = candidates.min_by_key(|(_, side)| distance(side)) else { return true };
             found.push(GaveUp {
@@ -105,7 +105,7 @@ impl Relays {
             false
         });
         // Those that are left over may still find the other side.
-        let mut rest: Vec<Side> = left.into_values().flatten().collect();
+        let mut rest: Vec<ProxyEnd> = left.into_values().flatten().collect();
         rest.sort_unstable_by_key(|side| (side.moved, side.place.source, side.place.seq));
         self.left.extend(rest);
         found.sort_unstable_by_key(|gave_up| (gave_up.moved, gave_up.place.source, gave_up.place.seq));
@@ -113,7 +113,7 @@ impl Relays {
     }
 }
 
-fn push(sides: &mut VecDeque<Side>, side: Side) {
+fn push(sides: &mut VecDeque<ProxyEnd>, side: ProxyEnd) {
     if sides.len() >= ROOM {
         sides.pop_front();
     }

@@ -15,7 +15,7 @@ use crate::{
         end::{End, IDLE_MS, Place, ServiceKey, WAIT_MS},
         marks::{Marks, Series},
         names::Who,
-        pairs::Key,
+        pairs::PairKey,
         relays::GaveUp,
     },
     event::{Cause, Ended, LastData, Role},
@@ -149,8 +149,8 @@ pub(crate) struct Services {
     pub(crate) all: HashMap<ServiceKey, Service, RandomState>,
     /// The number of services that were evicted.
     pub(crate) left_out: u64,
-    idle_closed: HashMap<Key, ServiceKey>,
-    idle_closed_order: VecDeque<Key>,
+    idle_closed: HashMap<PairKey, ServiceKey>,
+    idle_closed_order: VecDeque<PairKey>,
 }
 
 impl Default for Services {
@@ -240,7 +240,7 @@ impl Services {
     }
 
     fn remember(&mut self, end: &End, key: ServiceKey) {
-        let pair = Key::of(end);
+        let pair = PairKey::of(end);
         self.idle_closed.insert(pair, key);
         self.idle_closed_order.push_back(pair);
         if self.idle_closed_order.len() > RECENT
@@ -252,7 +252,7 @@ impl Services {
 
     /// Adds a RST that answered data for a connection which the local side had closed. Its end may still wait
     /// for its peer.
-    pub(crate) fn too_late(&mut self, pair: Key, waiting: Option<&End>, place: Place, time: i64) {
+    pub(crate) fn too_late(&mut self, pair: PairKey, waiting: Option<&End>, place: Place, time: i64) {
         let waiting = waiting.filter(|end| {
             end.role == Some(Role::Server)
                 && end.closed_here()

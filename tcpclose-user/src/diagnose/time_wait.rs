@@ -54,7 +54,7 @@ pub(crate) struct Ports {
 }
 
 #[derive(Debug, Default)]
-pub(crate) struct TimeWait {
+pub(crate) struct TimeWaitPorts {
     all: HashMap<Destination, Ports, RandomState>,
 }
 
@@ -88,7 +88,7 @@ impl Ports {
     }
 }
 
-impl TimeWait {
+impl TimeWaitPorts {
     pub(crate) fn settle(&mut self, end: &End) {
         if end.role != Some(Role::Client) || !end.leaves_time_wait() {
             return;

@@ -124,15 +124,15 @@ pub struct Remote {
     pub comm: Option<String>,
 }
 
-/// A number that shows something, or a name that goes with it.
+/// A number that supports the finding, or a name that belongs to it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Evidence {
     /// How many.
     Count(u64),
-    /// How long, how often, what part.
+    /// A time, a rate or a share.
     Number(f64),
-    /// Where, or by what.
+    /// A name, such as that of a function or a port.
     Text(String),
     /// Not known.
     Unknown,

@@ -4,7 +4,8 @@
 //! Fields may be added, never renamed. A fact that is not known is `None` and becomes `null`; it is never
 //! left out.
 
-pub mod compose;
+#[cfg(test)]
+pub(crate) mod examples;
 mod finding;
 pub mod schema;
 mod shared;
@@ -92,11 +93,11 @@ pub struct Close {
     pub idle_ms: Option<f64>,
     /// The direction of that data.
     pub last_data: Option<LastData>,
-    /// Milliseconds since payload was last sent when the first move of the teardown came; null if none ever
-    /// was. A retransmission counts as sent.
+    /// Milliseconds from the last payload sent to the first move of the teardown; null if none was ever sent.
+    /// A retransmission counts as sent.
     pub since_sent_ms: Option<f64>,
-    /// Milliseconds since payload was last received when the first move of the teardown came; null if none
-    /// ever was.
+    /// Milliseconds from the last payload received to the first move of the teardown; null if none was ever
+    /// received.
     pub since_received_ms: Option<f64>,
     /// Payload that was received and never read.
     pub unread_bytes: Option<u64>,
@@ -106,8 +107,8 @@ pub struct Close {
     pub close_wait_ms: Option<f64>,
     /// The states that were seen, in order.
     pub states: Vec<Step>,
-    /// Every act of this side, in order: a `shutdown` and the `close` that followed it are two. What comes
-    /// after the end is not among them.
+    /// Every act of this side, in order: a `shutdown` and the `close` that followed it are two. Acts after
+    /// the end are not included.
     pub acts: Vec<Act>,
     /// Where in the code this host's side acted; null if it did not, or if stacks were not requested.
     pub stack: Option<Stack>,
@@ -138,15 +139,15 @@ pub struct Reset {
     pub idle_ms: Option<f64>,
     /// The direction of that data.
     pub last_data: Option<LastData>,
-    /// Milliseconds since payload was last sent; null if none ever was. A retransmission counts as sent.
+    /// Milliseconds since payload was last sent; null if none was ever sent. A retransmission counts as sent.
     pub since_sent_ms: Option<f64>,
-    /// Milliseconds since payload was last received; null if none ever was.
+    /// Milliseconds since payload was last received; null if none was ever received.
     pub since_received_ms: Option<f64>,
     /// Payload that was received and never read.
     pub unread_bytes: Option<u64>,
     /// Payload that was written and never acknowledged.
     pub unacked_bytes: Option<u64>,
-    /// Time to live of the RST, received ones only.
+    /// Time to live of the RST, if it was received.
     pub ttl: Option<u8>,
     /// Time to live of the connection's first packets.
     pub handshake_ttl: Option<u8>,
@@ -186,7 +187,7 @@ pub struct Lingering {
     pub signal: Option<String>,
     /// Who sent that signal.
     pub signal_from: Option<SignalFrom>,
-    /// Where it did that.
+    /// Where in the code it did that.
     pub stack: Option<Stack>,
     /// Every process that has it open; null if that cannot be looked up.
     pub holders: Option<Vec<Holder>>,
@@ -278,13 +279,13 @@ pub struct Process {
 }
 
 impl Process {
-    /// Its id as text shows it: `-` if it has none in the pid namespace of tcpclose.
+    /// Its id as in the text output: `-` if it has none in the pid namespace of tcpclose.
     pub fn shown_pid(&self) -> String {
         shown_pid(self.pid)
     }
 }
 
-/// A process id as text shows it.
+/// A process id as in the text output.
 pub fn shown_pid(pid: Option<u32>) -> String {
     pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string())
 }
@@ -301,7 +302,7 @@ pub struct Step {
 /// Something that this side did to end a connection.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Act {
-    /// What; null where the system call could not be read, or is no way to end a connection.
+    /// The kind of act; null if the system call could not be read, or if it does not end connections.
     pub trigger: Option<Trigger>,
     /// Milliseconds since the first of `states`; null if it was before tracing began.
     pub at_ms: Option<f64>,

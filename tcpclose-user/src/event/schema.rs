@@ -11,12 +11,12 @@ use crate::event::Event;
 
 /// The JSON Schema of one line of `-o json`.
 pub fn schema() -> Schema {
-    // The contract of what is written, not of what could be read back: only there is a field that may be null
-    // still a field that is always present.
+    // This is the contract of what is written, not of what can be read: only there, a field that may be null
+    // is always present.
     SchemaSettings::draft2020_12().for_serialize().into_generator().into_root_schema_for::<Event>()
 }
 
-/// The same, as `tcpclose schema` prints it: indented, with a newline at its end.
+/// The same as text: indented, with a newline at its end, as `tcpclose schema` prints it.
 pub fn pretty() -> String {
     format!("{:#}\n", schema().to_value())
 }
@@ -27,10 +27,10 @@ mod tests {
 
     use serde_json::Value;
 
+    use crate::event::examples;
     use crate::event::schema::{pretty, schema};
-    use crate::sink::examples;
 
-    /// Every schema that `node` holds for its property `key`, and whether it is always there.
+    /// Every schema of the property `key` of `node`, and whether the property is always present.
     fn properties<'a>(root: &'a Value, node: &'a Value, key: &str) -> Vec<(&'a Value, bool)> {
         let mut found = Vec::new();
         if let Some(property) = node.get("properties").and_then(|all| all.get(key)) {

@@ -1,4 +1,4 @@
-//! Parts of events that come again and again: they are shared between events, and put into JSON once.
+//! Parts that many events have in common. They are shared between events, and serialized to JSON once.
 
 use std::{
     borrow::Cow,
@@ -45,7 +45,7 @@ impl<T> Deref for Shared<T> {
 }
 
 impl<T> Shared<T> {
-    /// Where it is: no other value has the same address as long as this one is kept.
+    /// Its address. No other value has the same address as long as this one is kept.
     pub fn address(&self) -> usize {
         Arc::as_ptr(&self.0).addr()
     }
@@ -63,7 +63,7 @@ impl<T: Clone> Clone for Content<T> {
 }
 
 impl<T: Clone> DerefMut for Shared<T> {
-    /// To change the value, in a copy of it if others share it.
+    /// Gives access to change the value; in a copy of it if it is shared.
     fn deref_mut(&mut self) -> &mut T {
         let content = Arc::make_mut(&mut self.0);
         content.json.take();

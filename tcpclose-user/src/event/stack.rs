@@ -10,13 +10,13 @@ use super::Shared;
 /// Where something was done.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Stack {
-    /// Innermost first; null when not taken or not there to take.
+    /// Innermost first; null if it was not taken, or if there was none.
     pub user: Option<Frames>,
-    /// Innermost first; null when not taken or not there to take.
+    /// Innermost first; null if it was not taken, or if there was none.
     pub kernel: Option<Frames>,
 }
 
-/// The frames of a stack. The same ones come again and again.
+/// The frames of a stack. Many events have the same ones.
 pub type Frames = Shared<Vec<Frame>>;
 
 /// One frame of a stack.
@@ -29,7 +29,7 @@ pub struct Frame {
     pub symbol: Option<String>,
     /// The file it was loaded from.
     pub module: Option<String>,
-    /// From the start of the symbol, or, without one, of the module; null without either.
+    /// Offset from the start of the symbol or, without a symbol, of the module; null if there is neither.
     pub offset: Option<u64>,
     /// Source file.
     pub file: Option<String>,
@@ -43,7 +43,7 @@ pub struct Frame {
 }
 
 impl Frame {
-    /// A frame of which the address alone is known.
+    /// A frame of which only the address is known.
     pub fn nameless(address: u64) -> Self {
         Self {
             address: format!("{address:#x}"),
@@ -64,15 +64,15 @@ impl Frame {
 pub enum Truncated {
     /// The copy of the stack's memory ends here: see `--call-graph dwarf,SIZE`.
     CopyEnded,
-    /// Nothing says where the caller is: the code has no unwind tables and keeps no frame pointer.
+    /// The caller cannot be found: the code has no unwind tables and keeps no frame pointer.
     NoUnwindInformation,
-    /// What should be the return address is no address of code.
+    /// The word at the place of the return address is not an address of code.
     NoCode,
     /// The language runtime that the code belongs to could not be read.
     RuntimeUnreadable,
     /// There are more frames than are reported.
     FrameLimit,
-    /// There was no room in the ring buffer for a copy of the stack: too many unknown stacks came at once.
+    /// There was no room in the ring buffer for a copy of the stack: too many unknown stacks arrived at once.
     NotCopied,
     /// The kernel followed frame pointers, and this program keeps none.
     NoFramePointer,

@@ -15,7 +15,8 @@ const LENGTH: usize = "2026-01-01T00:00:00.000000000Z".len();
 const TO_SECONDS: usize = "2026-01-01T00:00:00".len();
 
 thread_local! {
-    /// The last second that was written, and its text. Many events have the second of the one before.
+    /// The last second that was written, and its text. Many events fall into the same second as the previous
+    /// one.
     static LAST: Cell<(i64, [u8; TO_SECONDS])> = const { Cell::new((i64::MIN, [0; TO_SECONDS])) };
 }
 
@@ -65,7 +66,7 @@ impl JsonSchema for Time {
     }
 }
 
-/// Nanoseconds as milliseconds with microsecond resolution: what a reader of a log line can use.
+/// Nanoseconds as milliseconds with a resolution of microseconds, which suffices for a log.
 pub fn millis(nanoseconds: u64) -> f64 {
     // Rounded in whole microseconds first, so that 1.3 is written 1.3 and not 1.2999999.
     #[expect(clippy::cast_precision_loss, reason = "2^53 µs are 285 years")]

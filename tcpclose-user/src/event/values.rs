@@ -18,7 +18,7 @@ pub enum Attribution {
     Accept,
     /// This task connected it.
     Connect,
-    /// Not accepted yet: the owner of the listening socket.
+    /// It owns the listening socket of a connection that was never accepted.
     Listener,
     /// It has the descriptor open, as the iterator over all descriptors has shown.
     Descriptors,

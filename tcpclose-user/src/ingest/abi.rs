@@ -3,10 +3,10 @@
 
 use tcpclose_common::record::syscall::{COMPAT, SOCKETCALL_SHIFT};
 
-/// The number in the native table of the system call that `number` stands for ([`Task::syscall`]). Only calls
-/// that mean something here are translated; others keep a number that the native table does not have.
+/// The number in the native table of the system call that `number` stands for ([`RawTask::syscall`]). Only
+/// calls that are relevant here are translated; others get a number that the native table does not have.
 ///
-/// [`Task::syscall`]: tcpclose_common::record::Task::syscall
+/// [`RawTask::syscall`]: tcpclose_common::record::RawTask::syscall
 pub(super) fn native(number: i32) -> i64 {
     let known = if number & COMPAT != 0 {
         let call = (number & !COMPAT) >> SOCKETCALL_SHIFT;

@@ -1,15 +1,15 @@
 //! Bytes of a ring buffer → records, in terms of the domain ([`life`](super::life)).
 //!
-//! Sentinels, tags and byte orders end here. There is no `unsafe` and no panic: input is either a whole
-//! record of this layout or an error that says what was found.
+//! Sentinels, tags and byte orders end here. There is no `unsafe`, and no input causes a panic: it is either
+//! a whole record of this layout, or an error that says what was found.
 
 use std::{borrow::Cow, fmt, net::Ipv6Addr};
 
 use tcpclose_common::{
     record::{
-        Act as WireAct, Address, Connection, Header, Interpreted, MAX_STEPS, Owner, Process, StackCopy,
-        UNKNOWN_U32, UNKNOWN_U64, VERSION, act, direction, first_move, holder, relation, reset_after, role,
-        tag,
+        ActRecord, Address, ConnectionRecord, Header, Interpreted, MAX_STEPS, OwnerRecord, ProcessRecord,
+        StackCopy, UNKNOWN_U32, UNKNOWN_U64, VERSION, act, direction, first_move, holder, relation,
+        reset_after, role, tag,
     },
     tcp::{shutdown, sock_flag, task_flag},
 };
@@ -18,8 +18,8 @@ use zerocopy::{FromBytes, Immutable, KnownLayout};
 use super::{
     abi,
     life::{
-        Act, Claimant, End, Endpoints, FirstMove, Follows, LaterAct, Life, Path, Reset, Sample, SendQueue,
-        Side, SocketId, Task,
+        Activity, Claimant, Endpoints, FirstMove, Follows, LaterAct, Life, Path, Rst, Sample, SendQueue,
+        Side, SocketEnd, SocketId, Task,
     },
 };
 use crate::tcp::{Direction, Endpoint, Family, Role, State};
@@ -30,7 +30,7 @@ pub enum Record<'a> {
     /// One end of a connection is over.
     Close(Box<Life>),
     /// A RST was sent or received: the socket at that moment, and the RST.
-    Reset(Box<Life>, Reset),
+    Reset(Box<Life>, Rst),
     /// A task closed the descriptor of a socket that had already ended.
     Closer(SocketId, Task),
     /// A task has a descriptor of a socket that has already ended.
@@ -56,7 +56,7 @@ pub struct NewProcess {
     pub pid: u32,
     /// Process id in the pid namespace of tcpclose, if that is another one and the process is in it.
     pub local: Option<u32>,
-    /// Address of its `mm_struct`; 0 if it has given that up.
+    /// Address of its `mm_struct`; 0 if it has released it.
     pub mm: u64,
     /// The name of its main thread, padded with zeros; all zero if it could not be read.
     pub comm: [u8; 16],
@@ -71,7 +71,7 @@ pub enum DecodeError {
     Version(u16),
     /// Their tag is unknown.
     Tag(u16),
-    /// Their length is not that of their tag, or not the one in their header.
+    /// Their length does not match their tag, or the length in their header.
     Length {
         /// The tag.
         tag: u16,
@@ -120,7 +120,7 @@ pub fn decode(bytes: &[u8]) -> Result<Record<'_>, DecodeError> {
         tag::CLOSE => Record::Close(Box::new(life(&*whole(header, bytes)?)?)),
         tag::STUCK => Record::Stuck(Box::new(life(&*whole(header, bytes)?)?)),
         tag::RESET => {
-            let connection = whole::<Connection>(header, bytes)?;
+            let connection = whole::<ConnectionRecord>(header, bytes)?;
             let unknown =
                 DecodeError::Value { field: "reset.direction", value: u32::from(connection.reset.direction) };
             Record::Reset(Box::new(life(&connection)?), reset(&connection).ok_or(unknown)?)
@@ -128,7 +128,7 @@ pub fn decode(bytes: &[u8]) -> Result<Record<'_>, DecodeError> {
         tag::OWNER => owner(&*whole(header, bytes)?)?,
         tag::ACT => later_act(&*whole(header, bytes)?)?,
         tag::PROCESS => {
-            let process = whole::<Process>(header, bytes)?;
+            let process = whole::<ProcessRecord>(header, bytes)?;
             Record::Process(NewProcess {
                 pid: process.pid,
                 local: (process.local != 0).then_some(process.local),
@@ -142,8 +142,8 @@ pub fn decode(bytes: &[u8]) -> Result<Record<'_>, DecodeError> {
     })
 }
 
-/// A record that fills `bytes`, where it lies. One that is not aligned is copied: in a file, and where it
-/// reached over the end of the ring.
+/// The record that fills `bytes`, in place if it is aligned. It is copied if not, as in a file, or if it
+/// extended beyond the end of the ring.
 fn whole<T>(header: Header, bytes: &[u8]) -> Result<Cow<'_, T>, DecodeError>
 where
     T: FromBytes + KnownLayout + Immutable + Clone,
@@ -158,7 +158,7 @@ where
     }
 }
 
-fn life(connection: &Connection) -> Result<Life, DecodeError> {
+fn life(connection: &ConnectionRecord) -> Result<Life, DecodeError> {
     let ended = connection.ended != 0;
     let moved = (connection.moved != 0).then_some(connection.moved);
     let by = match connection.first_move {
@@ -166,7 +166,8 @@ fn life(connection: &Connection) -> Result<Life, DecodeError> {
         first_move::PEER => Some(Side::Peer),
         _ => None,
     };
-    // The jiffies were read with the sample: at the end, or, before it, when the RST went.
+    // The jiffies were read with the sample: at the end or, if it has not ended, when the RST was sent or
+    // received.
     let read_at = if ended { connection.ended } else { connection.reset.at };
     Ok(Life {
         id: SocketId { address: connection.sock, born: connection.born },
@@ -201,9 +202,9 @@ fn life(connection: &Connection) -> Result<Life, DecodeError> {
     })
 }
 
-fn end(connection: &Connection) -> Result<End, DecodeError> {
+fn end(connection: &ConnectionRecord) -> Result<SocketEnd, DecodeError> {
     let flags = (connection.sock_flags != UNKNOWN_U64).then_some(connection.sock_flags);
-    Ok(End {
+    Ok(SocketEnd {
         at: connection.ended,
         error: (connection.error != i32::MIN).then_some(connection.error),
         shut_down: connection.shutdown == shutdown::BOTH,
@@ -221,7 +222,7 @@ fn end(connection: &Connection) -> Result<End, DecodeError> {
 }
 
 /// The RST of a connection; `None` if there was none.
-fn reset(connection: &Connection) -> Option<Reset> {
+fn reset(connection: &ConnectionRecord) -> Option<Rst> {
     let reset = &connection.reset;
     let direction = match reset.direction {
         direction::SENT => Direction::Sent,
@@ -229,7 +230,7 @@ fn reset(connection: &Connection) -> Option<Reset> {
         _ => return None,
     };
     let received = |ttl: u8| (direction == Direction::Received && ttl != 0).then_some(ttl);
-    Some(Reset {
+    Some(Rst {
         at: reset.at,
         direction,
         reason: known(reset.reason),
@@ -241,7 +242,7 @@ fn reset(connection: &Connection) -> Option<Reset> {
     })
 }
 
-fn owner(owner: &Owner) -> Result<Record<'static>, DecodeError> {
+fn owner(owner: &OwnerRecord) -> Result<Record<'static>, DecodeError> {
     let unknown = |field, value| DecodeError::Value { field, value };
     let id = SocketId { address: owner.sock, born: owner.born };
     let task = task(&owner.task).ok_or(unknown("owner.task.pid", 0))?;
@@ -253,7 +254,7 @@ fn owner(owner: &Owner) -> Result<Record<'static>, DecodeError> {
     })
 }
 
-fn later_act(record: &WireAct) -> Result<Record<'static>, DecodeError> {
+fn later_act(record: &ActRecord) -> Result<Record<'static>, DecodeError> {
     let unknown = |field, value| DecodeError::Value { field, value };
     let id = SocketId { address: record.sock, born: record.born };
     let task = task(&record.task).ok_or(unknown("act.task.pid", 0))?;
@@ -266,28 +267,28 @@ fn later_act(record: &WireAct) -> Result<Record<'static>, DecodeError> {
 }
 
 /// What waits to be sent on a socket that was inspected.
-fn send_queue(connection: &Connection) -> Option<SendQueue> {
+fn send_queue(connection: &ConnectionRecord) -> Option<SendQueue> {
     let (unsent, unacknowledged) = (known(connection.unsent)?, known(connection.at_end.unacknowledged)?);
-    // Without the socket's lock the two may be of different moments.
+    // Without the socket's lock, the two may have been read at different moments.
     let in_flight = unacknowledged.saturating_sub(unsent);
     Some(SendQueue { unsent, in_flight, probes: known(connection.probes)? })
 }
 
-/// A task; `None` for process id 0, which stands for nobody.
-fn task(task: &tcpclose_common::record::Task) -> Option<Task> {
+/// A task; `None` for process id 0, which stands for no task.
+fn task(task: &tcpclose_common::record::RawTask) -> Option<Task> {
     let act = if task.flags & task_flag::EXITING != 0 {
         // wait(2): the low seven bits are the signal. PF_SIGNALED is also set on the siblings of an
         // exit_group().
         match task.exit_code & 0x7f {
-            0 => Act::Exit,
-            signal => Act::Signal(signal),
+            0 => Activity::Exit,
+            signal => Activity::Signal(signal),
         }
     } else if task.flags & task_flag::IO_WORKER != 0 {
-        Act::IoWorker
+        Activity::IoWorker
     } else if task.syscall == -1 {
-        Act::Unknown
+        Activity::Unknown
     } else {
-        Act::Syscall(abi::native(task.syscall))
+        Activity::Syscall(abi::native(task.syscall))
     };
     (task.pid != 0).then(|| Task {
         pid: task.pid,
@@ -301,7 +302,7 @@ fn task(task: &tcpclose_common::record::Task) -> Option<Task> {
     })
 }
 
-fn sample(sample: &tcpclose_common::record::Sample) -> Sample {
+fn sample(sample: &tcpclose_common::record::RawSample) -> Sample {
     let bytes_sent = (sample.bytes_sent != UNKNOWN_U64).then_some(sample.bytes_sent);
     let bytes_received = (sample.bytes_received != UNKNOWN_U64).then_some(sample.bytes_received);
     // The kernel sets both times when the connection is established, so they mean nothing before the first
@@ -321,7 +322,7 @@ fn sample(sample: &tcpclose_common::record::Sample) -> Sample {
     }
 }
 
-fn path(connection: &Connection) -> Path {
+fn path(connection: &ConnectionRecord) -> Path {
     let length = usize::from(connection.steps).min(MAX_STEPS);
     let steps = connection.states.iter().zip(connection.times).take(length);
     let mut path: Path = steps.filter_map(|(state, at)| Some((State::from_kernel(*state)?, at))).collect();
@@ -330,7 +331,7 @@ fn path(connection: &Connection) -> Path {
 }
 
 /// An endpoint is `None` if neither its address nor its port is known.
-fn endpoints(ends: &tcpclose_common::record::Endpoints) -> Endpoints {
+fn endpoints(ends: &tcpclose_common::record::RawEndpoints) -> Endpoints {
     let end = |address: Address, port: u16| {
         (address != [0; 4] || port != 0).then(|| Endpoint { address: ip(address).to_canonical(), port })
     };
@@ -356,7 +357,7 @@ fn known(value: u32) -> Option<u32> {
     (value != UNKNOWN_U32).then_some(value)
 }
 
-/// The stack's bytes take the rest of the record, or a part of it.
+/// The bytes of the stack fill the rest of the record or a part of it.
 fn stack(header: Header, bytes: &[u8]) -> Result<Record<'_>, DecodeError> {
     let (found, expected) = (bytes.len(), usize::try_from(header.length).unwrap_or(usize::MAX));
     let wrong = DecodeError::Length { tag: header.tag, found, expected };
@@ -374,26 +375,26 @@ mod tests {
     use std::net::Ipv4Addr;
 
     use tcpclose_common::{
-        record::{self, Sample as WireSample, Task as WireTask},
+        record::{self, RawSample, RawTask},
         tcp::state,
     };
     use zerocopy::{FromZeros as _, IntoBytes};
 
     use super::*;
 
-    fn wire_owner() -> Owner {
-        let length = u32::try_from(size_of::<Owner>()).unwrap();
-        Owner {
+    fn wire_owner() -> OwnerRecord {
+        let length = u32::try_from(size_of::<OwnerRecord>()).unwrap();
+        OwnerRecord {
             header: Header { tag: tag::OWNER, version: VERSION, length },
             sock: 1,
             born: 2,
-            task: WireTask { pid: 3, ..WireTask::NONE },
+            task: RawTask { pid: 3, ..RawTask::NONE },
             relation: relation::CLOSED,
             fd: 0,
         }
     }
 
-    fn decoded(mut connection: Connection, tag: u16) -> Result<Record<'static>, DecodeError> {
+    fn decoded(mut connection: ConnectionRecord, tag: u16) -> Result<Record<'static>, DecodeError> {
         connection.header.tag = tag;
         match decode(connection.as_bytes())? {
             Record::Close(life) => Ok(Record::Close(life)),
@@ -402,7 +403,7 @@ mod tests {
         }
     }
 
-    fn closed(connection: Connection) -> Life {
+    fn closed(connection: ConnectionRecord) -> Life {
         match decoded(connection, tag::CLOSE) {
             Ok(Record::Close(life)) => *life,
             other => panic!("{other:?}"),
@@ -411,7 +412,7 @@ mod tests {
 
     #[test]
     fn nothing_known_is_none_everywhere() {
-        let life = closed(Connection::NEW);
+        let life = closed(ConnectionRecord::NEW);
         assert_eq!(life.sample, Sample::default());
         assert_eq!(
             (life.cookie, life.role, life.established, life.state, life.inode),
@@ -424,18 +425,18 @@ mod tests {
 
     #[test]
     fn an_end_has_its_facts() {
-        let end = closed(Connection { ended: 10, jiffies: 5, ..Connection::NEW });
+        let end = closed(ConnectionRecord { ended: 10, jiffies: 5, ..ConnectionRecord::NEW });
         assert_eq!(end.jiffies, Some((5, 10)));
         let unknown = end.end.unwrap();
         assert_eq!((unknown.error, unknown.orphan, unknown.linger_zero), (None, None, false));
-        let lingers = Connection {
+        let lingers = ConnectionRecord {
             ended: 10,
             error: 0,
             sock_flags: sock_flag::LINGER,
             linger: 0,
             shutdown: shutdown::BOTH,
             reset_after: reset_after::SOFTIRQ,
-            ..Connection::NEW
+            ..ConnectionRecord::NEW
         };
         let end = closed(lingers).end.unwrap();
         assert_eq!(
@@ -443,37 +444,37 @@ mod tests {
             (Some(0), Some(false), true, true)
         );
         assert_eq!(end.reset_follows, Some(Follows::InSoftirq));
-        let timeout = closed(Connection { linger: 500, ..lingers }).end.unwrap();
+        let timeout = closed(ConnectionRecord { linger: 500, ..lingers }).end.unwrap();
         assert!(!timeout.linger_zero);
     }
 
     #[test]
     fn what_a_task_was_doing() {
         let act = |flags, exit_code, syscall| {
-            task(&WireTask { pid: 7, flags, exit_code, syscall, ..WireTask::NONE }).unwrap().act
+            task(&RawTask { pid: 7, flags, exit_code, syscall, ..RawTask::NONE }).unwrap().act
         };
-        // What an exiting task slept in says nothing, and neither does PF_SIGNALED (0x400), which
+        // The system call in which an exiting task slept is meaningless, and so is PF_SIGNALED (0x400), which
         // exit_group() sets on the threads that it wakes.
-        assert_eq!(act(task_flag::EXITING, 0x300, 202), Act::Exit);
-        assert_eq!(act(task_flag::EXITING | 0x400, 0x300, 202), Act::Exit);
-        assert_eq!(act(task_flag::EXITING, 9, 3), Act::Signal(9));
-        assert_eq!(act(task_flag::EXITING, 0x8b, -1), Act::Signal(11), "0x80 says that it dumped core");
-        assert_eq!(act(task_flag::IO_WORKER, 0, 3), Act::IoWorker);
-        assert_eq!(act(0, 0, 3), Act::Syscall(3));
-        assert_eq!(act(0, 0, -1), Act::Unknown);
-        assert_eq!(task(&WireTask::NONE), None);
+        assert_eq!(act(task_flag::EXITING, 0x300, 202), Activity::Exit);
+        assert_eq!(act(task_flag::EXITING | 0x400, 0x300, 202), Activity::Exit);
+        assert_eq!(act(task_flag::EXITING, 9, 3), Activity::Signal(9));
+        assert_eq!(act(task_flag::EXITING, 0x8b, -1), Activity::Signal(11), "0x80 says that it dumped core");
+        assert_eq!(act(task_flag::IO_WORKER, 0, 3), Activity::IoWorker);
+        assert_eq!(act(0, 0, 3), Activity::Syscall(3));
+        assert_eq!(act(0, 0, -1), Activity::Unknown);
+        assert_eq!(task(&RawTask::NONE), None);
     }
 
     #[test]
     fn times_of_data_need_data() {
-        let wire = WireSample {
+        let wire = RawSample {
             bytes_sent: 0,
             bytes_received: 1,
             sent_ago: 5,
             received_ago: 7,
             rtt_us: 0,
             user_timeout: 0,
-            ..WireSample::UNKNOWN
+            ..RawSample::UNKNOWN
         };
         let sample = sample(&wire);
         assert_eq!((sample.sent_ago, sample.received_ago), (None, Some(7)));
@@ -482,14 +483,14 @@ mod tests {
 
     #[test]
     fn a_first_move_before_the_trace_has_no_time() {
-        let found = Connection { found: 1, first_move: first_move::PEER, ..Connection::NEW };
+        let found = ConnectionRecord { found: 1, first_move: first_move::PEER, ..ConnectionRecord::NEW };
         let first = closed(found).first_move.unwrap();
         assert_eq!((first.by, first.at), (Some(Side::Peer), None));
     }
 
     #[test]
     fn states_that_do_not_exist_are_left_out() {
-        let mut connection = Connection { steps: u8::MAX, ..Connection::NEW };
+        let mut connection = ConnectionRecord { steps: u8::MAX, ..ConnectionRecord::NEW };
         connection.states[..3].copy_from_slice(&[state::ESTABLISHED, 99, state::CLOSE]);
         connection.times[..3].copy_from_slice(&[1, 2, 3]);
         assert_eq!(closed(connection).path.steps(), [(State::Established, 1), (State::Close, 3)]);
@@ -497,9 +498,9 @@ mod tests {
 
     #[test]
     fn a_reset_needs_a_direction() {
-        let error = decoded(Connection::NEW, tag::RESET).unwrap_err();
+        let error = decoded(ConnectionRecord::NEW, tag::RESET).unwrap_err();
         assert_eq!(error, DecodeError::Value { field: "reset.direction", value: 0 });
-        let mut connection = Connection::NEW;
+        let mut connection = ConnectionRecord::NEW;
         (connection.reset.direction, connection.reset.at, connection.reset.ttl) = (direction::SENT, 4, 64);
         let Ok(Record::Reset(life, reset)) = decoded(connection, tag::RESET) else { panic!() };
         assert_eq!((life.reset, reset.ttl), (Some(reset), None), "the TTL of a RST that this host sent");
@@ -514,7 +515,7 @@ mod tests {
             let octets = text.parse::<Ipv6Addr>().unwrap().octets();
             std::array::from_fn(|word| u32::from_ne_bytes(octets[word * 4..][..4].try_into().unwrap()))
         };
-        let mut wire = Connection::NEW.endpoints;
+        let mut wire = ConnectionRecord::NEW.endpoints;
         assert_eq!(endpoints(&wire), Endpoints::default());
         wire.family = 10;
         wire.local = record::mapped(u32::from(Ipv4Addr::new(10, 0, 0, 1)).to_be());
@@ -532,8 +533,8 @@ mod tests {
     fn what_an_owner_has_to_do_with_the_socket() {
         let with = |relation, pid| {
             let wire = wire_owner();
-            let task = WireTask { pid, ..wire.task };
-            owner(&Owner { task, relation, fd: 9, ..wire })
+            let task = RawTask { pid, ..wire.task };
+            owner(&OwnerRecord { task, relation, fd: 9, ..wire })
         };
         let id = SocketId { address: 1, born: 2 };
         assert!(matches!(with(relation::CLOSED, 3), Ok(Record::Closer(socket, _)) if socket == id));
@@ -552,7 +553,7 @@ mod tests {
             if length < size_of::<Header>() {
                 assert_eq!(error, DecodeError::Short(length));
             } else {
-                let expected = size_of::<Owner>();
+                let expected = size_of::<OwnerRecord>();
                 assert_eq!(error, DecodeError::Length { tag: tag::OWNER, found: length, expected });
             }
         }

@@ -1,6 +1,6 @@
 //! The domain model of an event: what the kernel half gathered about one end of a connection, with every fact
-//! that could not be read as `None` and every tag as an enum. [`decode`](super::decode) makes it of a wire
-//! record; nothing after it sees the wire format.
+//! that could not be read as `None` and every tag as an enum. [`decode`](super::decode) makes it from a wire
+//! record; no later stage sees the wire format.
 
 use tcpclose_common::record::MAX_STEPS;
 
@@ -9,7 +9,7 @@ use crate::tcp::{Direction, Endpoint, Family, Role, State};
 /// One end of a connection, from the first event that was seen of it to the moment its record was written.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Life {
-    /// Which socket.
+    /// The socket.
     pub id: SocketId,
     /// Its addresses.
     pub endpoints: Endpoints,
@@ -20,7 +20,7 @@ pub struct Life {
     /// When the handshake was completed, nanoseconds of `CLOCK_BOOTTIME`; `None` if never, or before the
     /// trace.
     pub established: Option<u64>,
-    /// The states it went through.
+    /// The states that it went through.
     pub path: Path,
     /// The state it was in when the record was written; for a socket that is over, the state before CLOSE.
     pub state: Option<State>,
@@ -30,20 +30,20 @@ pub struct Life {
     pub opener: Option<Task>,
     /// The first task that acted on this side of the connection in its own context.
     pub actor: Option<Task>,
-    /// A task with a claim to the socket though it neither opened it nor acted on it.
+    /// A task with a claim to the socket, although it neither opened it nor acted on it.
     pub holder: Option<Claimant>,
     /// The first step of the teardown.
     pub first_move: Option<FirstMove>,
     /// The socket's counters when the record was written.
     pub sample: Sample,
-    /// What waits to be sent; `None` unless the socket was inspected.
+    /// The send queue; `None` unless the socket was inspected.
     pub send_queue: Option<SendQueue>,
     /// A moment at which `jiffies64` and `CLOCK_BOOTTIME`, in nanoseconds, were both read.
     pub jiffies: Option<(u64, u64)>,
     /// How it ended; `None` while it lives.
-    pub end: Option<End>,
+    pub end: Option<SocketEnd>,
     /// The RST that ended it, if one did.
-    pub reset: Option<Reset>,
+    pub reset: Option<Rst>,
 }
 
 /// A socket. The kernel reuses addresses within microseconds, so an address identifies a socket only together
@@ -59,7 +59,7 @@ pub struct SocketId {
 /// Both ends of a connection, seen from this host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Endpoints {
-    /// What is spoken on the wire: a socket with IPv4-mapped addresses is IPv4.
+    /// The protocol of the packets: a socket with IPv4-mapped addresses is IPv4.
     pub family: Option<Family>,
     /// This end.
     pub local: Option<Endpoint>,
@@ -89,11 +89,11 @@ pub struct Task {
     pub uid: u32,
     /// The thread's name, up to 15 bytes, padded with zeros.
     pub comm: [u8; 16],
-    /// Address of its `mm_struct`, which tells one program image from the next; 0 once the task has given it
-    /// up.
+    /// Address of its `mm_struct`, which distinguishes one program image from the next; 0 once the task has
+    /// released it.
     pub mm: u64,
     /// What it was doing.
-    pub act: Act,
+    pub act: Activity,
     /// Key of its user stack; `None` if none was taken.
     pub user_stack: Option<u64>,
     /// Key of its kernel stack.
@@ -102,13 +102,13 @@ pub struct Task {
 
 /// What a task was doing when it acted on a socket.
 ///
-/// The state of the task comes before the system call: a task that exits still shows the call that it slept
-/// in.
+/// The state of the task takes precedence over the system call: a task that exits still shows the call in
+/// which it slept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Act {
-    /// It ended by itself.
+pub enum Activity {
+    /// It was exiting by itself.
     Exit,
-    /// It was ended by this signal.
+    /// It was being ended by this signal.
     Signal(i32),
     /// It is a worker of `io_uring`.
     IoWorker,
@@ -140,10 +140,10 @@ pub struct SendQueue {
     pub probes: u32,
 }
 
-/// A task with a claim to a socket, and how that is known.
+/// A task with a claim to a socket, and how it was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Claimant {
-    /// It had the socket open when all descriptors were last looked through.
+    /// It had the socket open at the last search of all descriptors.
     Descriptor(Task),
     /// It listens on the port by which the connection came in, and had not accepted it.
     Listener(Task),
@@ -169,7 +169,7 @@ pub enum Side {
     Peer,
 }
 
-/// What the kernel counts for a socket, at one moment.
+/// The kernel's counters of a socket at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Sample {
     /// Payload sent, bytes, each counted once.
@@ -191,14 +191,14 @@ pub struct Sample {
     /// `TCP_USER_TIMEOUT`, milliseconds; `None` also if it is not set.
     pub user_timeout: Option<u32>,
     /// Sequence numbers received that the application has not consumed: `unread`, plus one for a FIN that it
-    /// was not told about. `ss` shows this as Recv-Q.
+    /// has not read. `ss` shows this as Recv-Q.
     pub recv_queue: Option<u32>,
 }
 
 /// How a socket came to CLOSE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::struct_excessive_bools, reason = "the kernel's flags are independent of each other")]
-pub struct End {
+pub struct SocketEnd {
     /// When, nanoseconds of `CLOCK_BOOTTIME`.
     pub at: u64,
     /// `sk_err`: 0 if there was no error; `None` if it could not be read.
@@ -213,7 +213,7 @@ pub struct End {
     pub linger_zero: bool,
     /// `TCP_LINGER2` was negative, so the socket was not to wait in FIN_WAIT2 after `close()`.
     pub no_fin_wait2: bool,
-    /// Where a RST may follow that belongs to this end.
+    /// Where the kernel may send a RST that belongs to this end, afterwards.
     pub reset_follows: Option<Follows>,
 }
 
@@ -228,7 +228,7 @@ pub enum Follows {
 
 /// A RST.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Reset {
+pub struct Rst {
     /// When, nanoseconds of `CLOCK_BOOTTIME`.
     pub at: u64,
     /// Which way it went.
@@ -237,7 +237,7 @@ pub struct Reset {
     pub reason: Option<u32>,
     /// State of the socket at that moment; `None` without a socket.
     pub state: Option<State>,
-    /// It answered a packet; otherwise the kernel sent it of its own accord.
+    /// It answered a packet; otherwise the kernel sent it unprompted.
     pub answer: bool,
     /// It was received in a state in which `tcp_reset()` also runs for late data, without any RST from the
     /// peer.
@@ -249,9 +249,9 @@ pub struct Reset {
 }
 
 impl SendQueue {
-    /// Whether the peer's receive window is shut and the peer is there: everything that was sent is
-    /// acknowledged, so nothing but the window can hold the rest back, and each probe was answered. One may
-    /// be on its way.
+    /// Whether the peer's receive window is closed and the peer responds. Everything that was sent is
+    /// acknowledged, so only the window can hold the rest back, and each probe was answered, except perhaps
+    /// the last one, which may be on its way.
     pub fn is_shut_out(&self) -> bool {
         self.unsent > 0 && self.in_flight == 0 && self.probes <= 1
     }
@@ -266,23 +266,23 @@ impl SendQueue {
 impl Life {
     /// Whether the socket was destroyed from outside, as `ss -K` does. A connection in the accept queue of a
     /// listener that is destroyed ends without an error: `tcp_abort()` stops the listener as `close()` does.
-    /// But that happens while a netlink message is sent, and no one closes a listener by sending something,
-    /// unless it is killed while it does.
+    /// But that happens in the system call that sends a netlink message, and a process closes no listener in
+    /// such a call, unless it is killed in it.
     pub fn is_destroyed(&self) -> bool {
         const SENDS: [libc::c_long; 5] =
             [libc::SYS_sendmsg, libc::SYS_sendmmsg, libc::SYS_sendto, libc::SYS_write, libc::SYS_writev];
-        let sends = |task: Task| matches!(task.act, Act::Syscall(number) if SENDS.contains(&number));
+        let sends = |task: Task| matches!(task.act, Activity::Syscall(number) if SENDS.contains(&number));
         self.error() == Some(libc::ECONNABORTED) || self.is_unaccepted() && self.actor.is_some_and(sends)
     }
 
-    /// Whether it ended in the accept queue of a listener that closed: alive, but without a descriptor.
+    /// Whether it ended in the accept queue of a listener that closed: it was alive, but had no descriptor.
     pub fn is_unaccepted(&self) -> bool {
         self.inode.is_none()
             && self.actor.is_some()
             && self.end.is_some_and(|end| end.error == Some(0) && !end.locked && end.orphan == Some(false))
     }
 
-    /// The task that acted first for this side. A task that destroyed a listener from outside did not.
+    /// The task that acted first for this side. A task that destroyed a listener from outside does not count.
     pub fn own_actor(&self) -> Option<&Task> {
         self.actor.as_ref().filter(|_| !(self.is_unaccepted() && self.is_destroyed()))
     }
@@ -309,8 +309,8 @@ impl Life {
         self.end.and_then(|end| end.error)
     }
 
-    /// Payload written that the peer has not acknowledged. A SYN and a FIN take a sequence number each and
-    /// carry none.
+    /// Payload written that the peer has not acknowledged. A SYN and a FIN take a sequence number each, but
+    /// carry no payload.
     pub fn unacknowledged_payload(&self) -> Option<u32> {
         let unacknowledged = self.sample.unacknowledged?;
         let flag = match self.state {
@@ -330,7 +330,8 @@ impl Path {
     /// No state was seen.
     pub const EMPTY: Self = Self { steps: [(State::Close, 0); MAX_STEPS], length: 0, began_before: false };
 
-    /// Adds a state and when it was entered. The last place is overwritten when there is no more room.
+    /// Adds a state, with the time when it was entered. If there is no more room, the last state is
+    /// overwritten.
     pub fn push(&mut self, state: State, at: u64) {
         let place = self.length.min(MAX_STEPS - 1);
         self.steps[place] = (state, at);
@@ -385,12 +386,12 @@ pub(crate) mod examples {
     use super::*;
 
     /// A task in this system call.
-    pub(crate) fn task(pid: u32, act: Act) -> Task {
+    pub(crate) fn task(pid: u32, act: Activity) -> Task {
         Task { pid, tid: Some(pid), uid: 0, comm: [0; 16], mm: 0, act, user_stack: None, kernel_stack: None }
     }
 
     /// A RST that answered a packet; nothing else is known about it.
-    pub(crate) const RESET: Reset = Reset {
+    pub(crate) const RESET: Rst = Rst {
         at: 9,
         direction: Direction::Sent,
         reason: None,
@@ -402,7 +403,7 @@ pub(crate) mod examples {
     };
 
     /// An end without an error, of a socket that a descriptor refers to.
-    pub(crate) const END: End = End {
+    pub(crate) const END: SocketEnd = SocketEnd {
         at: 10,
         error: Some(0),
         shut_down: false,

@@ -1,9 +1,7 @@
-//! From the ring buffer to the correlator: records are read, decoded into the domain model, and, with
-//! `--record`, kept.
+//! From the ring buffer to the correlator: records are read, and decoded into the domain model.
 
 mod abi;
 pub mod decode;
 pub mod life;
 pub mod reader;
-pub mod recording;
 pub mod ring;

@@ -1,4 +1,4 @@
-//! When to read the ring of records. Wakes up as seldom as the contract allows.
+//! Decides when the ring of records is read. The reader wakes up as seldom as the contract allows.
 
 use std::{
     io,
@@ -25,15 +25,14 @@ pub const GATHER: Duration = Duration::from_millis(100);
 /// # Errors
 /// It is of a kind that cannot be polled, such as a file.
 pub fn poll<T: AsFd + AsRawFd>(owner: T, interest: Interest) -> io::Result<AsyncFd<T>> {
-    // SAFETY: what is registered here (rings, aya's logger, an `OwnedFd`) owns one descriptor, gives the same
-    // one each time it is asked, and keeps it open until it is dropped, which takes it out of the runtime
-    // first.
+    // SAFETY: what is registered here (rings, aya's logger, an `OwnedFd`) owns one descriptor, returns the
+    // same one each time, and keeps it open until it is dropped, which first removes it from the runtime.
     unsafe { AsyncFd::register_with_interest(owner, interest) }.map_err(|error| error.into_parts().1)
 }
 
 /// The ring of records.
 ///
-/// The reader tells the kernel half that it is about to sleep, and the next record wakes it. It then pauses
+/// Before it sleeps, the reader sets a flag for the kernel half, and the next record wakes it. It then pauses
 /// while records gather without waking it; a second wake-up within the pause means that the ring is filling
 /// up. It sleeps once a read has found nothing.
 pub struct Records {
@@ -47,7 +46,7 @@ pub struct Records {
 }
 
 impl Records {
-    /// Takes the maps that it needs out of the kernel half. Must be called in a tokio runtime.
+    /// Takes the maps that it needs from the kernel half. It must be called in a tokio runtime.
     ///
     /// # Errors
     /// There are no such maps, the ring cannot be mapped, or it cannot be waited for.
@@ -96,16 +95,16 @@ impl Records {
         Ok(())
     }
 
-    /// Reads again after a pause even if the kernel stays silent, because something is held back.
+    /// Causes another read after a pause, even without a wake-up, because something is held back.
     pub fn read_again_soon(&mut self) {
         self.due.get_or_insert_with(|| Instant::now() + GATHER);
     }
 
-    /// The next record, where it lies. One that was found is followed by one more read after a pause.
+    /// The next record, in place. A read that found a record is followed by another read after a pause.
     ///
-    /// It may have arrived after the wake-up was requested. Its wake-up is then spent without effect: when
-    /// the ring is polled, it says that there is nothing to read (`ringbuf_map_poll_kern()` in
-    /// `kernel/bpf/ringbuf.c`), and nothing else would wake the reader.
+    /// The record may have arrived after the wake-up was requested. Its wake-up then has no effect: when the
+    /// ring is polled, there is nothing left to read (`ringbuf_map_poll_kern()` in `kernel/bpf/ringbuf.c`),
+    /// and no other record would wake the reader.
     pub fn next_record(&mut self) -> Option<&[u8]> {
         let record = self.ring.get_mut().next_record()?;
         self.due.get_or_insert_with(|| Instant::now() + GATHER);
@@ -113,7 +112,7 @@ impl Records {
     }
 }
 
-/// Waits until the kernel says that there is something to read.
+/// Waits until the kernel reports that there is something to read.
 async fn readable(ring: &mut AsyncFd<Ring>) -> Result<()> {
     let mut guard = ring.readable_mut().await?;
     guard.clear_ready();

@@ -1,8 +1,8 @@
-//! A BPF ring buffer, read where it lies.
+//! A BPF ring buffer, whose records are read in place.
 //!
-//! The pages of the data are mapped once. The kernel also offers them twice in a row, so that a record which
-//! reaches over the end is in one piece, but all of them count as memory of the process: 16 MiB for a ring
-//! of 8. Such a record, one in thousands, is put together in a buffer instead.
+//! The pages of the data are mapped once. The kernel also offers them twice in a row, so that a record that
+//! extends beyond the end is contiguous, but then all pages count twice as memory of the process: 16 MiB for
+//! a ring of 8. Such a record, one in thousands, is copied to a buffer instead.
 //!
 //! The layout and the rules are those of `kernel/bpf/ringbuf.c` and `tools/lib/bpf/ringbuf.c` of Linux.
 
@@ -15,17 +15,17 @@ use std::{
 use aya::maps::{Map, MapData};
 use memmap2::{MmapOptions, MmapRaw};
 
-/// What stands before each record: its length, whose top bits are flags, and an offset for the kernel.
+/// The header of each record: its length, whose top bits are flags, and an offset that the kernel uses.
 const HEADER: usize = 8;
 
-/// The kernel still writes the record.
+/// The kernel is still writing the record.
 const BUSY: u32 = 1 << 31;
 
-/// The record was given up; it is skipped.
+/// The record was discarded, and is skipped.
 const DISCARDED: u32 = 1 << 30;
 
-/// After how many bytes the kernel is told that they are free. Telling it for each record would have its CPUs
-/// fetch the changed position for each record, too.
+/// The number of bytes after which they are released to the kernel. If each record were released separately,
+/// the CPUs that write would have to fetch the changed position for each record.
 const RELEASE_AFTER: usize = 64 << 10;
 
 /// The ring buffer of a map.
@@ -76,11 +76,11 @@ struct Memory {
     size: usize,
     /// Where the next record begins.
     position: usize,
-    /// Up to where the kernel was told that records were consumed.
+    /// The position up to which records were released to the kernel.
     released: usize,
-    /// Up to where the kernel had reserved room when this was last read.
+    /// The position up to which the kernel had reserved room when this was last read.
     reserved: usize,
-    /// The last record that reached over the end.
+    /// The last record that extended beyond the end.
     joined: Vec<u8>,
 }
 
@@ -117,7 +117,7 @@ impl Memory {
             }
             let mut header = self.header(self.position);
             if header & BUSY != 0 {
-                // It may have been finished since; its writer wakes nobody if it has seen an old position.
+                // It may have been finished since. Its writer wakes no reader if it has seen an old position.
                 self.release();
                 header = self.header(self.position);
                 if header & BUSY != 0 {
@@ -140,20 +140,19 @@ impl Memory {
         }
     }
 
-    /// Reads how far the kernel has come, after it was told how far this side has. Returns whether there is
-    /// more.
+    /// Publishes the position of this side, then reads that of the kernel. Returns whether there is more.
     fn look_again(&mut self) -> bool {
         self.release();
         self.reserved = self.reserved().load(Ordering::Acquire);
         self.position != self.reserved
     }
 
-    /// Lets the kernel write over what was consumed.
+    /// Lets the kernel overwrite what was consumed.
     fn release(&mut self) {
         if self.released != self.position {
             self.released = self.position;
             self.consumed().store(self.position, Ordering::Release);
-            // What the kernel wrote before it sees the new position is seen by what is read from here on.
+            // Reads from here on see everything that the kernel wrote before it saw the new position.
             fence(Ordering::SeqCst);
         }
     }
@@ -213,13 +212,13 @@ mod tests {
     const PAGE: u64 = 4096;
     const SIZE: u64 = 4096;
 
-    /// What the kernel does, in a file that is laid out as a ring buffer is.
-    struct Kernel {
+    /// The kernel's side, simulated in a file with the layout of a ring buffer.
+    struct KernelSide {
         file: File,
         reserved: u64,
     }
 
-    impl Kernel {
+    impl KernelSide {
         fn new() -> Self {
             let file = tempfile::tempfile().unwrap();
             file.set_len(2 * PAGE + SIZE).unwrap();
@@ -266,10 +265,11 @@ mod tests {
         if !is_possible() {
             return;
         }
-        let mut kernel = Kernel::new();
+        let mut kernel = KernelSide::new();
         let mut ring = Memory::new(kernel.file.as_raw_fd(), 4096).unwrap();
         assert_eq!(ring.next_record(), None);
-        // Several times around, with lengths that make records reach over the end at different places.
+        // This fills the ring several times, with lengths that make records extend beyond the end at
+        // different places.
         let mut joined = 0;
         for number in 0..1000_usize {
             let record: Vec<u8> = (0..=number % 300).map(|byte| (byte + number).to_le_bytes()[0]).collect();
@@ -288,7 +288,7 @@ mod tests {
         if !is_possible() {
             return;
         }
-        let mut kernel = Kernel::new();
+        let mut kernel = KernelSide::new();
         let mut ring = Memory::new(kernel.file.as_raw_fd(), 4096).unwrap();
         kernel.write(b"one", 0);
         let busy = kernel.write(b"two", BUSY);
@@ -307,7 +307,7 @@ mod tests {
         if !is_possible() {
             return;
         }
-        let mut kernel = Kernel::new();
+        let mut kernel = KernelSide::new();
         let mut ring = Memory::new(kernel.file.as_raw_fd(), 4096).unwrap();
         let position = kernel.write(b"one", 0);
         kernel.header(position, 4096, 0);

@@ -1,13 +1,13 @@
-//! Why a connection ended other than in order, and why a RST was sent.
+//! Why a connection did not end in order, and why a RST was sent.
 
 use crate::{
     event::Cause,
-    ingest::life::{Act, Life, Reset, Side},
+    ingest::life::{Activity, Life, Rst, Side},
     kernel::ResetReasons,
     tcp::{Direction, State},
 };
 
-/// Why `life` ended other than in order.
+/// Why `life` did not end in order.
 pub(super) fn of(life: &Life, reasons: &ResetReasons) -> Cause {
     if life.is_destroyed() {
         return Cause::Destroyed;
@@ -23,7 +23,7 @@ pub(super) fn of(life: &Life, reasons: &ResetReasons) -> Cause {
         None | Some(0) => Cause::Unknown,
         Some(libc::ETIMEDOUT) if connecting => Cause::ConnectTimeout,
         Some(libc::ETIMEDOUT) if life.moved_first() == Some(Side::Local) => Cause::FinTimeout,
-        // If it is set, it alone decides when to give up: retransmits_timed_out().
+        // If it is set, it alone decides when the kernel gives up: retransmits_timed_out().
         Some(libc::ETIMEDOUT) if life.sample.user_timeout.is_some() => Cause::UserTimeout,
         Some(libc::ETIMEDOUT) if matches!(life.sample.unacknowledged, None | Some(0)) => {
             Cause::KeepaliveTimeout
@@ -38,7 +38,7 @@ pub(super) fn of(life: &Life, reasons: &ResetReasons) -> Cause {
 ///
 /// The evidence of the socket comes first, because it is the same on every kernel. The kernel's own reason,
 /// which only newer kernels give and which is `TCP_STATE` for four different causes, comes second.
-pub fn reset_cause(life: &Life, reset: &Reset, reasons: &ResetReasons) -> Cause {
+pub fn reset_cause(life: &Life, reset: &Rst, reasons: &ResetReasons) -> Cause {
     if reset.direction == Direction::Received {
         return match reset.state {
             Some(State::SynSent) => Cause::Refused,
@@ -47,7 +47,7 @@ pub fn reset_cause(life: &Life, reset: &Reset, reasons: &ResetReasons) -> Cause 
         };
     }
     if reset.ambiguous {
-        // The correlator saw tcp_reset() run and a RST sent at once.
+        // The correlator found that tcp_reset() ran and that a RST was sent at once.
         return Cause::DataAfterClose;
     }
     if life.is_destroyed() {
@@ -73,20 +73,21 @@ pub fn reset_cause(life: &Life, reset: &Reset, reasons: &ResetReasons) -> Cause 
         (Some(State::Listen), Some("INVALID_SYN")) => Cause::AcceptOverflow,
         // Without a reason it may be either of the two.
         (Some(State::Listen), None) => Cause::Unknown,
-        // There is a socket, but nothing that is known of it shows the cause.
+        // There is a socket, but none of the known facts shows the cause.
         (None, None) if life.id.address != 0 => Cause::Unknown,
         (None, _) => Cause::NoListener,
         _ => Cause::InvalidSegment,
     }
 }
 
-/// Why the kernel reset a connection that no descriptor refers to any more. `None` if it is not shown to have
-/// done so, or if it merely answered a segment.
+/// Why the kernel reset a connection that no descriptor refers to any more. `None` if there is no evidence
+/// that it did, or if it merely answered a segment.
 ///
-/// In FIN_WAIT2 the socket only waits for the peer's FIN. A negative `TCP_LINGER2` ends that at once, or the
-/// timer does. In the states before it still has something to deliver, and the kernel gives that up only for
-/// want of memory: the timer that gives up because no answer came sets an error and sends no RST.
-fn orphan_cause(life: &Life, reset: &Reset) -> Option<Cause> {
+/// In FIN_WAIT2 the socket only waits for the peer's FIN. A negative `TCP_LINGER2` ends that at once;
+/// otherwise the timer does. In the earlier states it still has something to deliver, which the kernel
+/// abandons only when memory is short: the timer that gives up because there was no answer sets an error and
+/// sends no RST.
+fn orphan_cause(life: &Life, reset: &Rst) -> Option<Cause> {
     let end = life.end.filter(|end| end.error == Some(0) && end.orphan == Some(true))?;
     let own_accord = !reset.answer;
     match life.state? {
@@ -102,8 +103,9 @@ fn orphan_cause(life: &Life, reset: &Reset) -> Option<Cause> {
 /// How much the TTLs of packets from one host may differ: routes change by a hop or two.
 const SAME_ROUTE: u8 = 2;
 
-/// Whether a RST took another route than the connection's first packet, as one does that a middlebox forged.
-fn is_from_elsewhere(reset: &Reset) -> bool {
+/// Whether a RST took another route than the connection's first packet, as a RST does that a middlebox has
+/// forged.
+fn is_from_elsewhere(reset: &Rst) -> bool {
     matches!((reset.ttl, reset.handshake_ttl), (Some(ttl), Some(first)) if ttl.abs_diff(first) > SAME_ROUTE)
 }
 
@@ -113,7 +115,7 @@ fn abort_cause(life: &Life) -> Cause {
     if life.is_unaccepted() {
         return Cause::ListenerClosed;
     }
-    let connects = life.actor.is_some_and(|actor| actor.act == Act::Syscall(libc::SYS_connect));
+    let connects = life.actor.is_some_and(|actor| actor.act == Activity::Syscall(libc::SYS_connect));
     let end = life.end;
     if connects && !end.is_some_and(|end| end.shut_down) {
         return Cause::Disconnect;

@@ -1,11 +1,11 @@
-//! When data last went over a connection, and which way.
+//! When data was last transferred over a connection, and in which direction.
 
 use std::cmp::Ordering;
 
 use crate::{event::LastData, ingest::life::Sample};
 
-/// Jiffies since data last went either way, and which way it went. `None` if none ever did, or if that could
-/// not be read. Within one jiffy the two ways cannot be told apart, and no way is given.
+/// Jiffies since data was last transferred, and its direction. `None` if there never was any, or if it could
+/// not be read. If both directions had data within one jiffy, the last direction is not known.
 pub fn last_data(sample: &Sample) -> Option<(u32, Option<LastData>)> {
     match (sample.sent_ago, sample.received_ago) {
         (Some(sent), Some(received)) => Some(match sent.cmp(&received) {
@@ -28,7 +28,7 @@ mod tests {
         for (sent_ago, received_ago, expected) in [
             (Some(5), Some(9), Some((5, Some(LastData::Sent)))),
             (Some(9), Some(5), Some((5, Some(LastData::Received)))),
-            // Within one jiffy it is not known, and not guessed.
+            // Within one jiffy the direction is not known, and is not guessed.
             (Some(5), Some(5), Some((5, None))),
             (Some(9), None, Some((9, Some(LastData::Sent)))),
             (None, Some(9), Some((9, Some(LastData::Received)))),

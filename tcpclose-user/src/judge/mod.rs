@@ -1,4 +1,5 @@
-//! Who ended a connection, how and why, from the facts of its life. Pure: no lookups, no state.
+//! Concludes who ended a connection, how and why, from the facts of its life. It is pure: it looks nothing
+//! up, and has no state.
 
 pub mod cause;
 mod data;
@@ -32,7 +33,7 @@ pub struct Verdict {
     pub cause: Option<Cause>,
 }
 
-/// Says who ended `life`, how and why.
+/// Concludes who ended `life`, how and why.
 pub fn of(life: &Life, reasons: &ResetReasons) -> Verdict {
     let ended = ended(life);
     let (trigger, signal) = trigger(life.own_actor());
@@ -61,8 +62,8 @@ fn ended(life: &Life) -> Option<Ended> {
             _ => None,
         },
         Some(libc::ETIMEDOUT) => Some(Ended::Timeout),
-        // Where the hook on received RSTs is missing, these errors show one. ECONNREFUSED may also come from
-        // an ICMP message.
+        // If the hook on received RSTs is missing, these errors show that one was received. ECONNREFUSED may
+        // also come from an ICMP message.
         Some(libc::ECONNRESET | libc::EPIPE) => Some(Ended::ResetReceived),
         // The timer that gives up reports the last ICMP error instead of ETIMEDOUT: tcp_write_err().
         Some(_) if life.sample.retransmits.is_some_and(|count| count > 0) => Some(Ended::Timeout),
@@ -105,7 +106,7 @@ fn closed_by(life: &Life) -> Option<ClosedBy> {
 mod tests {
     use super::*;
     use crate::ingest::life::{
-        Act, End, FirstMove, Reset, Sample,
+        Activity, FirstMove, Rst, Sample, SocketEnd,
         examples::{END, RESET, task, unknown},
     };
 
@@ -116,7 +117,7 @@ mod tests {
             established: Some(5),
             state: Some(State::Established),
             inode: Some(99),
-            opener: Some(task(7, Act::Syscall(libc::SYS_connect))),
+            opener: Some(task(7, Activity::Syscall(libc::SYS_connect))),
             sample: Sample { unread: Some(0), unacknowledged: Some(0), ..Sample::default() },
             end: Some(END),
             ..unknown()
@@ -125,8 +126,9 @@ mod tests {
 
     /// An end that a process caused in this system call.
     fn acted(syscall: i64, life: Life) -> Life {
-        let end = End { locked: true, shut_down: syscall != libc::SYS_connect, ..life.end.unwrap_or(END) };
-        Life { actor: Some(task(7, Act::Syscall(syscall))), end: Some(end), ..life }
+        let end =
+            SocketEnd { locked: true, shut_down: syscall != libc::SYS_connect, ..life.end.unwrap_or(END) };
+        Life { actor: Some(task(7, Activity::Syscall(syscall))), end: Some(end), ..life }
     }
 
     fn closed(life: Life) -> Life {
@@ -134,7 +136,7 @@ mod tests {
     }
 
     fn failed(error: i32, life: Life) -> Life {
-        Life { end: life.end.map(|end| End { error: Some(error), ..end }), ..life }
+        Life { end: life.end.map(|end| SocketEnd { error: Some(error), ..end }), ..life }
     }
 
     fn moved(by: Side, from: State, life: Life) -> Life {
@@ -142,14 +144,14 @@ mod tests {
         Life { first_move: Some(first), state: Some(from), ..life }
     }
 
-    /// A RST that the kernel sent of its own accord.
+    /// A RST that the kernel sent unprompted.
     fn sent(reason: u32, state: State, life: Life) -> Life {
-        let reset = Reset { reason: Some(reason), state: Some(state), answer: false, ..RESET };
+        let reset = Rst { reason: Some(reason), state: Some(state), answer: false, ..RESET };
         Life { reset: Some(reset), ..life }
     }
 
     fn received(state: State, life: Life) -> Life {
-        let reset = Reset { direction: Direction::Received, state: Some(state), answer: false, ..RESET };
+        let reset = Rst { direction: Direction::Received, state: Some(state), answer: false, ..RESET };
         Life { reset: Some(reset), ..life }
     }
 
@@ -159,7 +161,7 @@ mod tests {
     }
 
     fn reasons() -> ResetReasons {
-        // As 6.12 to 7.1 number them.
+        // The numbers of 6.12 to 7.1.
         ResetReasons(
             [
                 (1, "NO_SOCKET"),
@@ -193,7 +195,7 @@ mod tests {
     }
 
     fn without_reason(life: &Life) -> Life {
-        Life { reset: life.reset.map(|reset| Reset { reason: None, ..reset }), ..life.clone() }
+        Life { reset: life.reset.map(|reset| Rst { reason: None, ..reset }), ..life.clone() }
     }
 
     /// Ends that leave the same evidence on every kernel: with the reasons of newer ones and without.
@@ -206,9 +208,12 @@ mod tests {
         let unacknowledged = |life| with_sample(|sample| sample.unacknowledged = Some(100), life);
         let user_timeout = |life| with_sample(|sample| sample.user_timeout = Some(1000), life);
         let linger_zero =
-            |life: Life| Life { end: life.end.map(|end| End { linger_zero: true, ..end }), ..life };
-        let never_accepted =
-            |life: Life| Life { inode: None, end: life.end.map(|end| End { locked: false, ..end }), ..life };
+            |life: Life| Life { end: life.end.map(|end| SocketEnd { linger_zero: true, ..end }), ..life };
+        let never_accepted = |life: Life| Life {
+            inode: None,
+            end: life.end.map(|end| SocketEnd { locked: false, ..end }),
+            ..life
+        };
         for (life, expected) in [
             (closed(moved(Local, FinWait2, established())), "local fin close - -"),
             (closed(moved(Peer, LastAck, established())), "peer fin close - -"),
@@ -270,13 +275,13 @@ mod tests {
         }
     }
 
-    /// What the kernel gives up after `close()`, from the socket alone.
+    /// What the kernel abandons after `close()`, judged by the socket alone.
     #[test]
     fn orphans() {
         use State::{Closing, FinWait1, FinWait2, LastAck};
         let orphan = |from, locked, no_fin_wait2| {
             let life = closed(moved(Side::Local, from, established()));
-            let end = End { orphan: Some(true), locked, no_fin_wait2, ..END };
+            let end = SocketEnd { orphan: Some(true), locked, no_fin_wait2, ..END };
             with_sample(|sample| sample.unacknowledged = Some(1), Life { end: Some(end), ..life })
         };
         let fin_timeout = "local reset_sent close - fin_timeout";
@@ -291,7 +296,7 @@ mod tests {
             (LastAck, true, false, 13, false, out_of_memory),
             (Closing, true, false, 13, false, out_of_memory),
         ] {
-            let reset = Reset { reason: Some(reason), state: Some(from), answer, ..RESET };
+            let reset = Rst { reason: Some(reason), state: Some(from), answer, ..RESET };
             let life = Life { reset: Some(reset), ..orphan(from, locked, no_fin_wait2) };
             assert_eq!(line(&life, &reasons()), expected, "from {from}");
             let without = without_reason(&life);
@@ -304,16 +309,16 @@ mod tests {
         let queued = |act| Life {
             inode: None,
             actor: Some(task(7, act)),
-            end: Some(End { shut_down: true, ..END }),
+            end: Some(SocketEnd { shut_down: true, ..END }),
             ..established()
         };
         let end = |act| sent(14, State::Established, queued(act));
-        let closed = end(Act::Syscall(libc::SYS_close));
+        let closed = end(Activity::Syscall(libc::SYS_close));
         assert_eq!(line(&closed, &reasons()), "local reset_sent close - listener_closed");
-        let destroyed = end(Act::Syscall(libc::SYS_sendmsg));
+        let destroyed = end(Activity::Syscall(libc::SYS_sendmsg));
         assert_eq!(line(&destroyed, &reasons()), "admin destroyed - - destroyed");
         assert_eq!(destroyed.own_actor(), None, "the task that destroys it does not own it");
-        let killed = end(Act::Signal(libc::SIGKILL));
+        let killed = end(Activity::Signal(libc::SIGKILL));
         assert_eq!(line(&killed, &reasons()), "local reset_sent signal SIGKILL listener_closed");
     }
 
@@ -326,7 +331,7 @@ mod tests {
 
     #[test]
     fn resets_without_a_connection() {
-        let stray = |life: &Life, reset: Reset| reset_cause(life, &reset, &reasons());
+        let stray = |life: &Life, reset: Rst| reset_cause(life, &reset, &reasons());
         let nowhere = Life { id: crate::ingest::life::SocketId { address: 0, born: 1 }, ..unknown() };
         for (state, reason, expected) in [
             (None, 1, Cause::NoListener),
@@ -334,16 +339,16 @@ mod tests {
             (Some(State::Listen), 6, Cause::InvalidSegment),
             (Some(State::TimeWait), 9, Cause::Timewait),
             (Some(State::FinWait2), 8, Cause::DataAfterClose),
-            // A reason that this build has never heard of.
+            // A reason that this build does not know.
             (Some(State::Established), 77, Cause::InvalidSegment),
         ] {
-            let reset = Reset { reason: Some(reason), state, ..RESET };
+            let reset = Rst { reason: Some(reason), state, ..RESET };
             assert_eq!(stray(&nowhere, reset), expected, "{state:?} {reason}");
         }
-        let listener = Reset { state: Some(State::Listen), ..RESET };
+        let listener = Rst { state: Some(State::Listen), ..RESET };
         assert_eq!(stray(&unknown(), listener), Cause::Unknown, "without a reason");
         assert_eq!(stray(&unknown(), RESET), Cause::Unknown, "there is a socket, but its state is not known");
-        let memory = Reset { reason: Some(13), state: Some(State::FinWait1), answer: false, ..RESET };
+        let memory = Rst { reason: Some(13), state: Some(State::FinWait1), answer: false, ..RESET };
         assert_eq!(stray(&nowhere, memory), Cause::OutOfMemory);
     }
 
@@ -358,7 +363,7 @@ mod tests {
             (None, Some(64), Cause::PeerReset),
             (Some(64), None, Cause::PeerReset),
         ] {
-            let reset = Reset {
+            let reset = Rst {
                 direction: Direction::Received,
                 state: Some(State::Established),
                 ttl,

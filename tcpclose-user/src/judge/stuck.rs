@@ -1,9 +1,9 @@
-//! What a socket waits for that stays in a teardown state.
+//! What a socket that stays in a teardown state waits for.
 
 use crate::{event::LingeringKind, ingest::life::SendQueue, tcp::State};
 
-/// What a socket in `state` waits for. `recv_queue` is its Recv-Q as `ss` shows it, and `send_queue` what
-/// waits to be sent, if they are known.
+/// What a socket in `state` waits for. `recv_queue` is its Recv-Q as in `ss`, and `send_queue` what is
+/// waiting to be sent, if they are known.
 pub fn waits_for(
     state: State,
     has_descriptor: bool,

@@ -4,17 +4,17 @@ use nix::sys::signal::Signal;
 
 use crate::{
     event::Trigger,
-    ingest::life::{Act, Task},
+    ingest::life::{Activity, Task},
 };
 
 /// What a task did when it acted on a socket, and the name of the signal that it died of.
 pub fn trigger(task: Option<&Task>) -> (Option<Trigger>, Option<String>) {
     let trigger = match task.map(|task| task.act) {
-        None | Some(Act::Unknown) => None,
-        Some(Act::Exit) => Some(Trigger::Exit),
-        Some(Act::Signal(number)) => return (Some(Trigger::Signal), Some(signal_name(number))),
-        Some(Act::IoWorker) => Some(Trigger::IoUring),
-        Some(Act::Syscall(number)) => syscall(number),
+        None | Some(Activity::Unknown) => None,
+        Some(Activity::Exit) => Some(Trigger::Exit),
+        Some(Activity::Signal(number)) => return (Some(Trigger::Signal), Some(signal_name(number))),
+        Some(Activity::IoWorker) => Some(Trigger::IoUring),
+        Some(Activity::Syscall(number)) => syscall(number),
     };
     (trigger, None)
 }
@@ -30,8 +30,9 @@ fn syscall(number: i64) -> Option<Trigger> {
         libc::SYS_io_uring_setup | libc::SYS_io_uring_enter => Trigger::IoUring,
         // connect(AF_UNSPEC) is not a way to close a descriptor; the cause reports it.
         libc::SYS_connect => return None,
-        // close() itself, or the call that dropped the last reference: a recv() whose descriptor another
-        // thread closed meanwhile, the close of a unix socket that carried this one.
+        // It is close() itself, or the call that dropped the last reference: a recv() whose descriptor
+        // another thread has closed meanwhile, or the close of a unix socket whose messages contained this
+        // one.
         _ => Trigger::Close,
     })
 }
@@ -61,23 +62,23 @@ mod tests {
     fn triggers() {
         let signal = |name: &str| (Some(Trigger::Signal), Some(name.to_owned()));
         for (act, expected) in [
-            (Act::Exit, (Some(Trigger::Exit), None)),
-            (Act::Signal(libc::SIGKILL), signal("SIGKILL")),
-            (Act::Signal(libc::SIGSEGV), signal("SIGSEGV")),
-            (Act::Signal(32), signal("SIG32")),
-            (Act::Signal(34), signal("SIGRTMIN")),
-            (Act::Signal(36), signal("SIGRTMIN+2")),
-            (Act::Signal(64), signal("SIGRTMIN+30")),
-            (Act::IoWorker, (Some(Trigger::IoUring), None)),
-            (Act::Syscall(libc::SYS_io_uring_enter), (Some(Trigger::IoUring), None)),
-            (Act::Syscall(libc::SYS_close), (Some(Trigger::Close), None)),
-            (Act::Syscall(libc::SYS_recvfrom), (Some(Trigger::Close), None)),
-            (Act::Syscall(libc::SYS_shutdown), (Some(Trigger::Shutdown), None)),
-            (Act::Syscall(libc::SYS_dup3), (Some(Trigger::Dup), None)),
-            (Act::Syscall(libc::SYS_close_range), (Some(Trigger::CloseRange), None)),
-            (Act::Syscall(libc::SYS_execve), (Some(Trigger::Exec), None)),
-            (Act::Syscall(libc::SYS_connect), (None, None)),
-            (Act::Unknown, (None, None)),
+            (Activity::Exit, (Some(Trigger::Exit), None)),
+            (Activity::Signal(libc::SIGKILL), signal("SIGKILL")),
+            (Activity::Signal(libc::SIGSEGV), signal("SIGSEGV")),
+            (Activity::Signal(32), signal("SIG32")),
+            (Activity::Signal(34), signal("SIGRTMIN")),
+            (Activity::Signal(36), signal("SIGRTMIN+2")),
+            (Activity::Signal(64), signal("SIGRTMIN+30")),
+            (Activity::IoWorker, (Some(Trigger::IoUring), None)),
+            (Activity::Syscall(libc::SYS_io_uring_enter), (Some(Trigger::IoUring), None)),
+            (Activity::Syscall(libc::SYS_close), (Some(Trigger::Close), None)),
+            (Activity::Syscall(libc::SYS_recvfrom), (Some(Trigger::Close), None)),
+            (Activity::Syscall(libc::SYS_shutdown), (Some(Trigger::Shutdown), None)),
+            (Activity::Syscall(libc::SYS_dup3), (Some(Trigger::Dup), None)),
+            (Activity::Syscall(libc::SYS_close_range), (Some(Trigger::CloseRange), None)),
+            (Activity::Syscall(libc::SYS_execve), (Some(Trigger::Exec), None)),
+            (Activity::Syscall(libc::SYS_connect), (None, None)),
+            (Activity::Unknown, (None, None)),
         ] {
             assert_eq!(trigger(Some(&task(7, act))), expected, "{act:?}");
         }

@@ -17,9 +17,9 @@ enum What {
 }
 
 /// A row of the table: the field of [`ArgumentOffsets`], the function, and the value that the field locates.
-type Row = (fn(&mut ArgumentOffsets) -> &mut u16, &'static str, What);
+type ArgumentRow = (fn(&mut ArgumentOffsets) -> &mut u16, &'static str, What);
 
-const ROWS: &[Row] = &[
+const ROWS: &[ArgumentRow] = &[
     (|offsets| &mut offsets.accept_result, "inet_csk_accept", What::Result),
     (|offsets| &mut offsets.reset_sk, "tcp_reset", What::Parameter("sk")),
     (|offsets| &mut offsets.reset_skb, "tcp_reset", What::Parameter("skb")),
@@ -48,7 +48,7 @@ pub fn argument_offsets(btf: &Btf<'_>) -> ArgumentOffsets {
     offsets
 }
 
-/// Which argument of `function` its programs would not find, as the end of a sentence; `None` if they find
+/// The argument of `function` that its programs cannot find, as the end of a sentence; `None` if they find
 /// all.
 pub fn missing(mut offsets: ArgumentOffsets, function: &str) -> Option<String> {
     let of_function = ROWS.iter().filter(|(_, name, _)| *name == function);

@@ -1,8 +1,8 @@
 //! Reads BTF, the kernel's own description of its types: where members lie, what enumerators are called, how
 //! many arguments a tracepoint has. The format: <https://docs.kernel.org/bpf/btf.html>.
 //!
-//! No crate does: `btf` 0.5.1 needs 110 to 230 ms for a kernel's BTF, aya-obj 0.3 does not expose members,
-//! and `btf-rs` is LGPL. This reader takes 5 to 8 ms, and malformed input only ever yields an error.
+//! No crate is suitable: `btf` 0.5.1 needs 110 to 230 ms for a kernel's BTF, aya-obj 0.3 does not expose
+//! members, and `btf-rs` is LGPL. This reader takes 5 to 8 ms, and malformed input always yields an error.
 
 use std::collections::{BTreeMap, HashMap};
 use std::{fmt, fs};
@@ -22,7 +22,7 @@ pub fn running_kernel() -> Result<Vec<u8>> {
     })
 }
 
-/// Size of a pointer in bytes, which BTF does not say. The kernels that tcpclose runs on are all 64-bit.
+/// Size of a pointer in bytes, which BTF does not contain. The kernels that tcpclose runs on are all 64-bit.
 const POINTER_SIZE: u64 = 8;
 /// The longest name in bytes; the kernel allows no more (`KSYM_NAME_LEN`). Without a limit, a string section
 /// without a NUL would be searched to its end for every name.
@@ -32,8 +32,8 @@ const MAX_NAME: usize = 511;
 /// (`MAX_RESOLVE_DEPTH`).
 const MAX_DEPTH: usize = 32;
 /// How many members one lookup may visit; the largest kernel struct has a few hundred. Without this limit, a
-/// lookup in a struct whose anonymous members are the struct itself would hardly ever end, in spite of the
-/// limited depth.
+/// lookup in a struct whose anonymous members are the struct itself would take practically forever, in spite
+/// of the limited depth.
 const MAX_MEMBERS: u32 = 10_000;
 /// How many types of the same name a lookup considers.
 const MAX_NAMESAKES: usize = 16;
@@ -74,19 +74,19 @@ pub struct Btf<'a> {
 
 /// Where a member lies; see [`Btf::member`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct MemberLocation {
     /// Offset in bytes from the start of the outermost struct.
     pub offset: u64,
     /// Size of the member in bytes.
     pub size: u64,
 }
 
-/// Why a member has no [`Place`].
+/// Why a member has no [`MemberLocation`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Absent {
     /// This kernel has no struct or union of that name.
     NoType,
-    /// The type is there, the member is not.
+    /// The kernel has the type, but not the member.
     NoMember,
     /// The member is a bit field that does not begin and end at a byte.
     BitField,
@@ -115,7 +115,7 @@ impl fmt::Display for Absent {
 
 /// One type record.
 #[derive(Clone, Copy)]
-struct Type<'a> {
+struct TypeRecord<'a> {
     kind: u8,
     flag: bool,
     /// The number of elements in `tail`: members, enumerators, parameters.
@@ -127,7 +127,7 @@ struct Type<'a> {
 }
 
 /// A member of a struct or union. Its bit offset counts from the start of the type that was searched.
-struct Member<'a> {
+struct BtfMember<'a> {
     name: &'a [u8],
     type_id: u32,
     bit: u64,
@@ -139,7 +139,7 @@ impl<'a> Btf<'a> {
     /// Indexes raw BTF such as the bytes of [`VMLINUX`].
     ///
     /// # Errors
-    /// Says where the bytes stop being BTF.
+    /// The bytes are not valid BTF; the error says where.
     pub fn parse(bytes: &'a [u8]) -> Result<Self> {
         let magic = bytes.first_chunk().context("BTF is shorter than its magic number")?;
         match magic {
@@ -199,7 +199,7 @@ impl<'a> Btf<'a> {
     ///
     /// # Errors
     /// The type or the member does not exist, or the member is not made of whole bytes.
-    pub fn member(&self, path: &str) -> Result<Place, Absent> {
+    pub fn member(&self, path: &str) -> Result<MemberLocation, Absent> {
         let (root, members) = path.split_once('.').unwrap_or((path, ""));
         let mut why = Absent::NoType;
         for ty in self.named(root) {
@@ -326,7 +326,7 @@ impl<'a> Btf<'a> {
         bytes
     }
 
-    fn named(&self, name: &str) -> impl Iterator<Item = Type<'a>> {
+    fn named(&self, name: &str) -> impl Iterator<Item = TypeRecord<'a>> {
         self.names
             .get(name.as_bytes())
             .into_iter()
@@ -335,14 +335,20 @@ impl<'a> Btf<'a> {
             .filter_map(|&id| self.get(id))
     }
 
-    fn get(&self, id: u32) -> Option<Type<'a>> {
+    fn get(&self, id: u32) -> Option<TypeRecord<'a>> {
         let nth = index(id).checked_sub(1)?;
         let start = index(*self.starts.get(nth)?);
         let end = self.starts.get(nth + 1).map_or(self.types.len(), |&next| index(next));
         let record = self.types.get(start..end)?;
         let info = u32_at(record, 4)?;
         let (kind, count) = kind_and_count(info);
-        Some(Type { kind, flag: info >> 31 == 1, count, value: u32_at(record, 8)?, tail: record.get(12..)? })
+        Some(TypeRecord {
+            kind,
+            flag: info >> 31 == 1,
+            count,
+            value: u32_at(record, 8)?,
+            tail: record.get(12..)?,
+        })
     }
 
     /// The string at `offset`; empty if there is none, or if it is longer than [`MAX_NAME`].
@@ -352,8 +358,8 @@ impl<'a> Btf<'a> {
         end.map_or(&[], |end| &rest[..end])
     }
 
-    /// Type `id` without the typedefs and qualifiers around it.
-    fn resolve(&self, mut id: u32) -> Option<Type<'a>> {
+    /// Type `id`, without the typedefs and qualifiers around it.
+    fn resolve(&self, mut id: u32) -> Option<TypeRecord<'a>> {
         for _ in 0..MAX_DEPTH {
             let ty = self.get(id)?;
             match ty.kind {
@@ -366,7 +372,7 @@ impl<'a> Btf<'a> {
         None
     }
 
-    fn size(&self, mut ty: Type<'a>) -> Option<u64> {
+    fn size(&self, mut ty: TypeRecord<'a>) -> Option<u64> {
         let mut elements = 1u64;
         for _ in 0..MAX_DEPTH {
             match ty.kind {
@@ -384,7 +390,7 @@ impl<'a> Btf<'a> {
         None
     }
 
-    fn member_of(&self, mut ty: Type<'a>, path: &str) -> Result<Place, Absent> {
+    fn member_of(&self, mut ty: TypeRecord<'a>, path: &str) -> Result<MemberLocation, Absent> {
         let mut bit = 0;
         let mut width = 0;
         for name in path.split('.') {
@@ -408,11 +414,11 @@ impl<'a> Btf<'a> {
             return Err(Absent::BitField);
         }
         let size = if width > 0 { width / 8 } else { self.size(ty).ok_or(Absent::NoMember)? };
-        Ok(Place { offset: bit / 8, size })
+        Ok(MemberLocation { offset: bit / 8, size })
     }
 
     /// Finds a member of `ty` or of an anonymous struct or union inside it.
-    fn find(&self, ty: Type<'a>, name: &[u8], depth: usize, budget: &mut u32) -> Option<Member<'a>> {
+    fn find(&self, ty: TypeRecord<'a>, name: &[u8], depth: usize, budget: &mut u32) -> Option<BtfMember<'a>> {
         if !ty.is_composite() || name.is_empty() {
             return None;
         }
@@ -427,29 +433,30 @@ impl<'a> Btf<'a> {
                 && let Some(inner) = self.resolve(member.type_id)
                 && let Some(found) = self.find(inner, name, depth, budget)
             {
-                return Some(Member { bit: member.bit + found.bit, ..found });
+                return Some(BtfMember { bit: member.bit + found.bit, ..found });
             }
         }
         None
     }
 
-    fn read_member(&self, element: &[u8], has_widths: bool) -> Option<Member<'a>> {
+    fn read_member(&self, element: &[u8], has_widths: bool) -> Option<BtfMember<'a>> {
         let name = self.string(u32_at(element, 0)?);
         let type_id = u32_at(element, 4)?;
         let at = u32_at(element, 8)?;
         let (bit, bits) = if has_widths { (at & 0x00ff_ffff, at >> 24) } else { (at, 0) };
-        Some(Member { name, type_id, bit: bit.into(), bits: bits.into() })
+        Some(BtfMember { name, type_id, bit: bit.into(), bits: bits.into() })
     }
 }
 
-impl Type<'_> {
+impl TypeRecord<'_> {
     fn is_composite(&self) -> bool {
         matches!(self.kind, kind::STRUCT | kind::UNION)
     }
 }
 
-/// The kind of a type and the number of its elements. In Linux 7.2 both fields took over the unused bits next
-/// to them, which are zero before: `BTF_INFO_KIND` and `BTF_INFO_VLEN` of `include/uapi/linux/btf.h`.
+/// The kind of a type and the number of its elements. In Linux 7.2 both fields were extended into the unused
+/// bits next to them, which are zero before: `BTF_INFO_KIND` and `BTF_INFO_VLEN` of
+/// `include/uapi/linux/btf.h`.
 fn kind_and_count(info: u32) -> (u8, usize) {
     ((info >> 24 & 0x7f) as u8, index(info & 0x00ff_ffff))
 }
@@ -553,7 +560,7 @@ mod tests {
         Btf::parse(bytes).unwrap_err().to_string()
     }
 
-    /// Everything that is ever asked, on bytes that may be anything.
+    /// Every lookup that tcpclose makes, on arbitrary bytes.
     fn ask_everything(bytes: &[u8]) {
         if TypeFacts::parse(bytes).is_ok() {
             let btf = Btf::parse(bytes).unwrap();
@@ -773,7 +780,7 @@ mod tests {
             let (_, good) = FIXTURES[round % FIXTURES.len()];
             let mut bytes = good.to_vec();
             for _ in 0..=random(8) {
-                // Half of them in the types, where they do the most harm.
+                // Half of them are in the types, where they do the most harm.
                 let at = if random(2) == 0 { random(bytes.len()) } else { 24 + random(1200) };
                 bytes[at] = u8::try_from(random(256)).unwrap();
             }

@@ -46,8 +46,8 @@ impl Clock {
         self.suspended = boot - nanoseconds(ClockId::CLOCK_MONOTONIC);
     }
 
-    /// The clocks as they were read last, for a recording: nanoseconds from `CLOCK_BOOTTIME` to the wall
-    /// clock, and from `CLOCK_MONOTONIC` to `CLOCK_BOOTTIME`.
+    /// The last readings of the clocks, for a recording: nanoseconds from `CLOCK_BOOTTIME` to the wall clock,
+    /// and from `CLOCK_MONOTONIC` to `CLOCK_BOOTTIME`.
     pub fn offsets(&self) -> (i64, i64) {
         let narrow = |offset: i128| i64::try_from(offset).unwrap_or(i64::MAX);
         (narrow(self.wall_minus_boot), narrow(self.suspended))
@@ -66,8 +66,8 @@ impl Clock {
     /// The wall time of a moment in boot time (nanoseconds).
     pub fn time(&self, boot: u64) -> Time {
         let wall = i128::from(boot) + self.wall_minus_boot;
-        // Out of range only if the host's clock is centuries off. 64 bits are divided many times faster
-        // than 128.
+        // It is out of range only if the host's clock is wrong by centuries. Dividing 64 bits is many times
+        // faster than dividing 128.
         let time = i64::try_from(wall).ok().and_then(|wall| {
             let nanosecond = i32::try_from(wall.rem_euclid(NANOSECONDS)).ok()?;
             Timestamp::new(wall.div_euclid(NANOSECONDS), nanosecond).ok()
@@ -86,7 +86,7 @@ impl Clock {
         self.hz.get_or_insert_with(|| hz(jiffies64, i128::from(boot) - self.suspended));
     }
 
-    /// Milliseconds that `jiffies` last; `None` as long as [`Self::learn_hz`] was not called.
+    /// The length of `jiffies` in milliseconds; `None` until [`Self::learn_hz`] was called.
     pub fn jiffies_to_millis(&self, jiffies: u32) -> Option<f64> {
         Some(f64::from(jiffies) * 1000.0 / f64::from(self.hz?))
     }
@@ -105,8 +105,8 @@ fn nanoseconds(clock: ClockId) -> i128 {
 }
 
 /// Jiffies per second. Jiffies start at -300 seconds as a 32-bit number (`INITIAL_JIFFIES`,
-/// `include/linux/jiffies.h`), so one reading next to the monotonic clock is enough to tell the possible
-/// rates apart.
+/// `include/linux/jiffies.h`), so one reading together with the monotonic clock is enough to distinguish the
+/// possible rates.
 fn hz(jiffies64: u64, monotonic: i128) -> u32 {
     let expected =
         |rate: u32| (1_i128 << 32) + i128::from(rate) * (monotonic - 300_000_000_000) / 1_000_000_000;
@@ -136,7 +136,8 @@ mod tests {
         let before = Timestamp::now();
         let now = clock.time(Clock::boot_now()).0;
         let after = Timestamp::now();
-        // The two clocks were read one after the other, a scheduler's whim apart.
+        // The two clocks were read one after the other, and the scheduler may have run another task in
+        // between.
         let slack = jiff::SignedDuration::from_secs(1);
         assert!(now + slack >= before && now <= after + slack, "{before} {now} {after}");
     }

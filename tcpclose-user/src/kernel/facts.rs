@@ -1,20 +1,20 @@
-//! The table of facts: the fields of the output that depend on something other than a hook, and what that is.
-//! Fields that depend on hooks are in [`crate::kernel::hooks`].
+//! The table of facts: the fields of the output that do not depend on a hook, and what each of them depends
+//! on. Fields that depend on hooks are in [`crate::kernel::hooks`].
 
 use tcpclose_common::offsets::{ABSENT, StructOffsets};
 
-/// A field of the output that is null, for some events or for all, where its source is missing.
+/// A field of the output that is null, for some events or for all, if its source is missing.
 #[derive(Debug)]
 pub struct Fact {
     /// Its name; `outer.inner` for a field of an object.
     pub field: &'static str,
-    /// Where it comes from.
-    pub source: Source,
+    /// Its source.
+    pub source: FactSource,
 }
 
-/// Where a fact comes from.
+/// The source of a fact.
 #[derive(Clone, Copy, Debug)]
-pub enum Source {
+pub enum FactSource {
     /// Members of kernel structs, by their names in [`StructOffsets`].
     Members(&'static [&'static str]),
     /// The registers with which a task entered the kernel, through `bpf_task_pt_regs` or through these
@@ -31,7 +31,7 @@ pub enum Source {
 }
 
 const fn members(field: &'static str, members: &'static [&'static str]) -> Fact {
-    Fact { field, source: Source::Members(members) }
+    Fact { field, source: FactSource::Members(members) }
 }
 
 /// Every such field.
@@ -50,16 +50,16 @@ pub const FACTS: &[Fact] = &[
     members("unacked_bytes", &["tcp_write_seq", "tcp_snd_una"]),
     Fact {
         field: "trigger",
-        source: Source::Registers(&["pt_regs_syscall", "task_stack", "thread_size", "pt_regs_size"]),
+        source: FactSource::Registers(&["pt_regs_syscall", "task_stack", "thread_size", "pt_regs_size"]),
     },
     members("signal", &["task_flags", "task_exit_code"]),
     members("signal_from", &["task_tgid"]),
     members("unsent_bytes", &["tcp_write_seq", "tcp_snd_nxt", "icsk_probes_out"]),
     members("cause", &["sk_err", "sk_flags", "sk_lingertime", "tcp_rcv_nxt", "tcp_copied_seq"]),
-    Fact { field: "connection.cookie", source: Source::CookieHelper },
-    Fact { field: "reason", source: Source::ResetReasons },
-    Fact { field: "process.exe", source: Source::OtherProcesses },
-    Fact { field: "stack.kernel.symbol", source: Source::KernelSymbols },
+    Fact { field: "connection.cookie", source: FactSource::CookieHelper },
+    Fact { field: "reason", source: FactSource::ResetReasons },
+    Fact { field: "process.exe", source: FactSource::OtherProcesses },
+    Fact { field: "stack.kernel.symbol", source: FactSource::KernelSymbols },
 ];
 
 /// Which sources this kernel and these privileges provide.
@@ -79,7 +79,7 @@ pub struct Sources {
     pub kernel_symbols: bool,
 }
 
-impl Source {
+impl FactSource {
     /// What it requires, for the table in docs/kernels.md.
     pub fn needs(self) -> String {
         match self {
@@ -94,7 +94,7 @@ impl Source {
         }
     }
 
-    /// What to do where it is missing.
+    /// What to do if it is missing.
     pub fn fix(self) -> &'static str {
         match self {
             Self::Members(_) | Self::Registers(_) => {
@@ -119,8 +119,8 @@ impl Source {
         };
         let if_not = |there: Option<bool>, why: &str| (there == Some(false)).then(|| why.to_owned());
         match self {
-            // The helper gives the registers. The offset of the system call's number in them still comes from
-            // BTF.
+            // The helper returns the registers. The offset of the system call's number in them still comes
+            // from BTF.
             Self::Registers([number, ..]) if here.registers_helper == Some(true) => lacks(&[number]),
             Self::Members(members) | Self::Registers(members) => lacks(members),
             Self::CookieHelper => if_not(here.cookie_helper, "the kernel does not let programs read it"),
@@ -142,7 +142,9 @@ mod tests {
     fn members_are_looked_up() {
         let names = StructOffsets::ABSENT.named().map(|(name, _)| name);
         for fact in FACTS {
-            let (Source::Members(members) | Source::Registers(members)) = fact.source else { continue };
+            let (FactSource::Members(members) | FactSource::Registers(members)) = fact.source else {
+                continue;
+            };
             for member in members {
                 assert!(names.contains(member), "{}: no offset is called {member}", fact.field);
             }
@@ -171,7 +173,7 @@ mod tests {
             kernel_symbols: true,
         };
         for fact in FACTS {
-            let read = matches!(fact.source, Source::Members(_) | Source::Registers(_));
+            let read = matches!(fact.source, FactSource::Members(_) | FactSource::Registers(_));
             assert_eq!(fact.source.missing(&here).is_some(), read, "{}", fact.field);
         }
     }

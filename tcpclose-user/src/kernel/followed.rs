@@ -1,5 +1,4 @@
-//! The processes that `--pid` names, and those of `-- COMMAND`, as the kernel half keeps them. It adds their
-//! children.
+//! The processes of `--pid` and of `-- COMMAND`, in a map of the kernel half, which adds their children.
 
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, MapData};
@@ -10,7 +9,7 @@ use super::handle::KernelHalf;
 pub struct Followed(HashMap<MapData, u32, u8>);
 
 impl Followed {
-    /// Takes the map out of the kernel half.
+    /// Takes the map from the kernel half.
     ///
     /// # Errors
     /// The object has no such map.

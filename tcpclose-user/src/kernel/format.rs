@@ -1,5 +1,5 @@
 //! Reads the `format` files of tracefs, which describe the layout of a tracepoint's record. Layouts differ
-//! between kernels, and distributions backport changes, so the kernel's version says nothing about them.
+//! between kernels, and distributions backport changes, so they cannot be derived from the kernel's version.
 
 use std::collections::BTreeMap;
 
@@ -21,14 +21,14 @@ pub struct Field {
 
 /// A parsed `format` file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Format {
+pub struct TracepointFormat {
     /// Fields in the order of the file; the common ones, `common_type` and so on, come first.
     pub fields: Vec<Field>,
     /// The C expression with which the kernel prints a record.
     print: String,
 }
 
-impl Format {
+impl TracepointFormat {
     /// Parses the text of a `format` file.
     ///
     /// # Errors
@@ -50,8 +50,8 @@ impl Format {
         Ok(Self { fields, print })
     }
 
-    /// The field of that name, if it has that size: a field of another size is not what its reader takes it
-    /// for.
+    /// The field of that name, if it has that size: a field of another size has another meaning than its
+    /// reader expects.
     pub fn field(&self, name: &str, size: u32) -> Option<&Field> {
         self.fields.iter().find(|field| field.name == name && field.size == size)
     }
@@ -147,13 +147,13 @@ mod tests {
     use super::*;
 
     /// Writes a `format` file like the kernel's: `(type and name, offset, size)`.
-    fn format_of(fields: &[(&str, u32, u32)]) -> Format {
+    fn format_of(fields: &[(&str, u32, u32)]) -> TracepointFormat {
         let lines = fields.iter().map(|(declaration, offset, size)| {
             format!("\tfield:{declaration};\toffset:{offset};\tsize:{size};\tsigned:0;\n")
         });
         let text =
             format!("name: test\nID: 1\nformat:\n{}\nprint fmt: \"\", REC->x\n", lines.collect::<String>());
-        Format::parse(&text).unwrap()
+        TracepointFormat::parse(&text).unwrap()
     }
 
     /// The kernels whose files are in `fixtures/format`, with the parsed file of one event.
@@ -166,7 +166,7 @@ mod tests {
                 ("6.18", include_str!(concat!("../../fixtures/format/6.18/", $event))),
                 ("7.2", include_str!(concat!("../../fixtures/format/7.2/", $event))),
             ]
-            .map(|(kernel, text)| (kernel, Format::parse(text).unwrap()))
+            .map(|(kernel, text)| (kernel, TracepointFormat::parse(text).unwrap()))
         };
     }
 
@@ -301,28 +301,28 @@ mod tests {
         // 6.10 had other numbers from 11 on.
         let v6_10 = "field:int reason;offset:28;size:4;signed:0;\nprint fmt: \"reason=%s\", __print_symbolic(REC->reason, \
                      { 10, \"INVALID_SYN\" }, { 11, \"MPTCP_RST_EUNSPEC\" }, { 0x12, \"ERROR\" })";
-        let names = Format::parse(v6_10).unwrap().value_names("reason");
+        let names = TracepointFormat::parse(v6_10).unwrap().value_names("reason");
         let expected = [(10, "INVALID_SYN"), (11, "MPTCP_RST_EUNSPEC"), (18, "ERROR")];
         assert_eq!(names, expected.map(|(value, name)| (value, name.to_owned())).into());
     }
 
     #[test]
     fn rejects_malformed_text() {
-        let refusal = |text: &str| format!("{:#}", Format::parse(text).unwrap_err());
+        let refusal = |text: &str| format!("{:#}", TracepointFormat::parse(text).unwrap_err());
         assert_eq!(refusal(""), "the format file of a tracepoint has no fields");
         assert_eq!(
             refusal("\tfield:int x;\toffset:eight;\tsize:4;"),
             "cannot parse the field of a tracepoint: \"field:int x;\\toffset:eight;\\tsize:4;\""
         );
-        assert!(Format::parse("field:;offset:8;size:4;").is_err());
-        assert!(Format::parse("field:[4];offset:8;size:4;").is_err());
+        assert!(TracepointFormat::parse("field:;offset:8;size:4;").is_err());
+        assert!(TracepointFormat::parse("field:[4];offset:8;size:4;").is_err());
     }
 
     #[test]
     fn survives_every_truncation() {
         let text = include_str!("../../fixtures/format/6.18/tcp_send_reset");
         for length in 0..=text.len() {
-            if let Ok(format) = Format::parse(&text[..length]) {
+            if let Ok(format) = TracepointFormat::parse(&text[..length]) {
                 format.record_offsets();
                 format.value_names("reason");
             }

@@ -1,4 +1,5 @@
-//! The loaded kernel half: owns its programs, links and maps, and lends what other modules need of them.
+//! The loaded kernel half. It owns the programs, links and maps, and lends other modules those that they
+//! need.
 
 use std::{
     fs::File,
@@ -19,35 +20,35 @@ use super::{
     hooks::{Hook, Variant},
     privilege,
     search::{self, Search},
-    table::Table,
+    table::ConnectionTable,
 };
 
-/// Program that looks through all descriptors (`hooks/inventory.rs` of the kernel half).
+/// The program that examines all descriptors (`hooks/inventory.rs` of the kernel half).
 const INVENTORY: &str = "inventory";
 
-/// Program that reads one socket (`hooks/inspect.rs` of the kernel half).
+/// The program that reads one socket (`hooks/inspect.rs` of the kernel half).
 const INSPECT: &str = "inspect";
 
 /// The kernel half at work. Dropping it detaches everything.
 #[expect(clippy::struct_excessive_bools, reason = "each says that the kernel offers something else")]
 pub struct KernelHalf {
     ebpf: Ebpf,
-    table: Table,
-    /// Names of `enum sk_rst_reason`; empty on kernels without.
+    table: ConnectionTable,
+    /// Names of `enum sk_rst_reason`; empty on kernels without it.
     pub reset_reasons: ResetReasons,
     /// Whether the kernel lets these programs read a socket's cookie.
     pub has_cookie: bool,
     /// Whether the kernel gives them the registers that a task entered it with.
     pub has_registers: bool,
-    /// Whether it recognizes stacks by recipes.
+    /// Whether the kernel half recognizes stacks by recipes.
     pub has_recipes: bool,
-    /// Whether programs can tell network namespaces apart.
+    /// Whether programs can distinguish network namespaces.
     pub has_netns: bool,
     /// The result of attaching each requested hook.
     pub hooks: Vec<Outcome>,
     /// What is lost on this kernel with these privileges, a sentence each.
     pub losses: Vec<String>,
-    /// Descriptors of programs whose skipped runs are losses, because no second copy takes over.
+    /// Descriptors of programs whose skipped runs are losses, because no second copy handles the event.
     guarded: Vec<RawFd>,
     /// Whether the inventory can be run.
     has_inventory: bool,
@@ -85,7 +86,7 @@ impl KernelHalf {
     pub(super) fn new(mut ebpf: Ebpf, hooks: Vec<Outcome>, guarded: Vec<RawFd>) -> Result<Self> {
         let has_inventory = hooks.iter().any(|outcome| outcome.has(INVENTORY));
         Ok(Self {
-            table: Table::new(&mut ebpf)?,
+            table: ConnectionTable::new(&mut ebpf)?,
             ebpf,
             reset_reasons: ResetReasons::default(),
             has_cookie: false,
@@ -99,7 +100,7 @@ impl KernelHalf {
         })
     }
 
-    /// Takes a map out, for the one module that uses it.
+    /// Removes a map from the object and returns it, for the one module that uses it.
     ///
     /// # Errors
     /// The object has no such map, or it is of another type.
@@ -124,7 +125,7 @@ impl KernelHalf {
         self.hooks.iter().any(|outcome| outcome.has(INSPECT))
     }
 
-    /// Whether the kernel lets descriptors be looked through with an iterator.
+    /// Whether the kernel allows searching descriptors with an iterator.
     pub fn can_search_descriptors(&self) -> bool {
         self.has_inventory
     }
@@ -143,14 +144,14 @@ impl KernelHalf {
         }
     }
 
-    /// Looks through all descriptors, and returns when that is done. What the programs find is in the table
-    /// of sockets and in the ring afterwards.
+    /// Searches all descriptors, and returns at the end of the search. The results are in the table of
+    /// sockets and in the ring then.
     pub fn search_descriptors(&mut self) {
         self.descriptors(search::run);
     }
 
-    /// Starts to look through all descriptors. `None` if the kernel does not allow it. What the programs find
-    /// comes into the ring meanwhile.
+    /// Starts a search of all descriptors; `None` if the kernel does not allow it. The results arrive in the
+    /// ring meanwhile.
     pub fn start_search(&mut self) -> Option<Search> {
         self.descriptors(Search::start)
     }
@@ -163,9 +164,9 @@ impl KernelHalf {
         result.map_err(|error| self.search_failed(&error)).ok()
     }
 
-    /// No search will be tried again.
+    /// Records that a search has failed, so that none is tried again.
     pub fn search_failed(&mut self, error: &anyhow::Error) {
-        log::warn!("cannot look through all descriptors, will not try again: {error:#}");
+        log::warn!("cannot search all descriptors, and will not try again: {error:#}");
         self.has_inventory = false;
     }
 
@@ -188,7 +189,7 @@ impl KernelHalf {
         Ok(())
     }
 
-    /// What the kernel half has counted, on all CPUs together.
+    /// The sum of the kernel half's counters over all CPUs.
     pub fn counters(&self) -> Counters {
         let counters =
             self.ebpf.map("COUNTERS").and_then(|map| PerCpuArray::<_, Counters>::try_from(map).ok());
@@ -204,19 +205,19 @@ impl KernelHalf {
         self.ebpf.programs().filter_map(fd).collect()
     }
 
-    /// How many runs the kernel skipped of programs that have no second copy, because they were running on
-    /// that CPU already. Counted by kernels from 5.12 on; 0 before, where nothing keeps them from running.
+    /// How many runs of programs without a second copy the kernel has skipped because they were running on
+    /// that CPU already. Kernels from 5.12 on count them; it is 0 on older ones, which skip none.
     pub fn skipped_runs(&self) -> u64 {
         self.guarded.iter().map(|fd| skipped_runs(*fd)).sum()
     }
 
-    /// The process id of tcpclose in the initial pid namespace; `None` if it runs in another one and the
-    /// kernel does not tell.
+    /// The process id of tcpclose in the initial pid namespace; `None` if it runs in another one and its id
+    /// is not known.
     pub fn own_pid(&mut self) -> Option<u32> {
         if privilege::in_initial_pid_namespace() {
             return Some(std::process::id());
         }
-        // The program that looks through descriptors notes it.
+        // The program that examines descriptors records it.
         self.search_descriptors();
         let namespace =
             self.ebpf.map("PID_NAMESPACE").and_then(|map| Array::<_, PidNamespace>::try_from(map).ok());
@@ -225,7 +226,7 @@ impl KernelHalf {
     }
 
     /// The table of live sockets.
-    pub fn table(&self) -> &Table {
+    pub fn table(&self) -> &ConnectionTable {
         &self.table
     }
 

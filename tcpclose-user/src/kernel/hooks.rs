@@ -1,17 +1,17 @@
 //! The table of hooks: each hook with its variants, and what is lost without it. The loader attaches what is
-//! in this table, and `tcpclose doctor` and docs/kernels.md are made from it. Hooks are described nowhere
-//! else.
+//! in this table, and `tcpclose doctor` and docs/kernels.md are made from it. Hooks are not described
+//! anywhere else.
 
 /// A hook: one thing to observe, in one of several ways.
 #[derive(Debug)]
 pub struct Hook {
-    /// The tracepoint as perf writes it, or a word for what the variants have in common.
+    /// The tracepoint as perf writes it, or a name for what the variants have in common.
     pub name: &'static str,
     /// The ways to observe it, the best first. The first one that the options permit and the kernel allows is
     /// used.
     pub variants: &'static [Variant],
     /// What happens if none of them works.
-    pub need: Need,
+    pub need: HookNeed,
     /// What is lost without the hook, as the end of a sentence.
     pub lost: &'static str,
     /// The fields of the output that are null without it, in some events or in all.
@@ -76,7 +76,7 @@ pub enum When {
 
 /// What happens if a hook cannot be attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Need {
+pub enum HookNeed {
     /// Nothing can be traced.
     Essential,
     /// Tracing works, and a warning at its start reports the loss.
@@ -168,7 +168,7 @@ const fn classic(
 }
 
 /// Every hook, in the order in which they are attached. The hook that starts tracking a connection comes
-/// last, so that those that end it are in place by then.
+/// last, so that the hooks on its end are attached by then.
 pub static HOOKS: &[Hook] = &[
     Hook {
         name: "tcp:tcp_destroy_sock",
@@ -176,7 +176,7 @@ pub static HOOKS: &[Hook] = &[
             typed(&[("destroy_sock", "tcp:tcp_destroy_sock")], When::Always),
             classic(&[("destroy_sock_classic", "tcp:tcp_destroy_sock")], "DESTROY_SOCK_RECORD", When::Always),
         ],
-        need: Need::Useful,
+        need: HookNeed::Useful,
         lost: "the owner of an accepted socket that a reset ended, if only its later close reveals it",
         null: &["process"],
         fix: "a kernel with this tracepoint (4.16 and later)",
@@ -191,7 +191,7 @@ pub static HOOKS: &[Hook] = &[
                 When::Always,
             ),
         ],
-        need: Need::Useful,
+        need: HookNeed::Useful,
         lost: "`reset` lines for RSTs received, and the evidence of the peer's RST for `close` lines",
         null: &[],
         fix: "a kernel with this tracepoint (4.16 and later)",
@@ -202,7 +202,7 @@ pub static HOOKS: &[Hook] = &[
             typed(&[("send_reset", "tcp:tcp_send_reset")], When::Always),
             classic(&[("send_reset_classic", "tcp:tcp_send_reset")], "SEND_RESET_RECORD", When::Always),
         ],
-        need: Need::Useful,
+        need: HookNeed::Useful,
         lost: "`reset` lines for RSTs sent, and the kernel's reason for them",
         null: &["reason"],
         fix: "a kernel with this tracepoint (4.16 and later)",
@@ -223,7 +223,7 @@ pub static HOOKS: &[Hook] = &[
                 worse: "owners of older sockets are looked up in /proc when the sockets end, which may be too late",
             },
         ],
-        need: Need::Useful,
+        need: HookNeed::Useful,
         lost: "the owners and roles of sockets that are older than the trace",
         null: &["process", "connection.role"],
         fix: "a kernel with BTF (CONFIG_DEBUG_INFO_BTF), 5.8 or later",
@@ -236,7 +236,7 @@ pub static HOOKS: &[Hook] = &[
             when: When::Linger,
             worse: "",
         }],
-        need: Need::Useful,
+        need: HookNeed::Useful,
         lost: "`lingering` lines; `tcpclose list` still shows the sockets that linger now",
         null: &[],
         fix: "Linux 5.10 or later",
@@ -260,7 +260,7 @@ pub static HOOKS: &[Hook] = &[
                 worse: "every system call of the host takes about 40 ns longer, and accepts by io_uring are not seen",
             },
         ],
-        need: Need::Extra,
+        need: HookNeed::Extra,
         lost: "who accepted a connection, and where in the code; owners are known once they act on it, or by a lookup",
         null: &["opener"],
         fix: "--accept-hook syscall, which slows every system call of the host by about 40 ns",
@@ -282,7 +282,7 @@ pub static HOOKS: &[Hook] = &[
             typed(&[("receive_skb", "net:netif_receive_skb")], When::Ttl),
             classic(&[("receive_skb_classic", "net:netif_receive_skb")], "RECEIVE_SKB_RECORD", When::Ttl),
         ],
-        need: Need::Extra,
+        need: HookNeed::Extra,
         lost: "the times to live of RSTs, and with them the detection of forged ones",
         null: &["ttl", "handshake_ttl"],
         fix: "--ttl, which hooks every packet that the host receives",
@@ -295,8 +295,8 @@ pub static HOOKS: &[Hook] = &[
             when: When::Always,
             worse: "",
         }],
-        need: Need::Extra,
-        lost: "who sent the signal that a process died of, and whether it was the OOM killer",
+        need: HookNeed::Extra,
+        lost: "who sent the signal that ended a process, and whether it was the OOM killer",
         null: &["signal_from"],
         fix: "a kernel with these tracepoints and with BTF (CONFIG_DEBUG_INFO_BTF)",
     },
@@ -306,7 +306,7 @@ pub static HOOKS: &[Hook] = &[
             typed(&[("fork", "sched:sched_process_fork")], When::Command),
             classic(&[("fork_classic", "sched:sched_process_fork")], "FORK_RECORD", When::Command),
         ],
-        need: Need::Useful,
+        need: HookNeed::Useful,
         lost: "the connections of the command's children",
         null: &[],
         fix: "--comm or --pid instead of `-- COMMAND`",
@@ -314,8 +314,8 @@ pub static HOOKS: &[Hook] = &[
     Hook {
         name: "sock:inet_sock_set_state",
         variants: &[
-            // The second program handles events that occur while the first one runs on the same CPU; it is
-            // attached after it.
+            // The second program is attached after the first one, and handles events that occur while the
+            // first one runs on the same CPU.
             typed(
                 &[
                     ("set_state", "sock:inet_sock_set_state"),
@@ -325,7 +325,7 @@ pub static HOOKS: &[Hook] = &[
             ),
             classic(&[("set_state_classic", "sock:inet_sock_set_state")], "SET_STATE_RECORD", When::Always),
         ],
-        need: Need::Essential,
+        need: HookNeed::Essential,
         lost: "everything",
         null: &[],
         fix: "Linux 5.10 or later, with CONFIG_TRACEPOINTS and CONFIG_BPF_EVENTS, and BTF or tracefs",

@@ -1,5 +1,5 @@
-//! Loads the kernel half: reads what the running kernel offers, passes that to the programs as read-only
-//! globals, and attaches each hook by the best variant that works.
+//! Loads the kernel half: finds out what the running kernel offers, passes it to the programs as read-only
+//! globals, and attaches the best variant of each hook that works.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -29,7 +29,7 @@ use crate::{
     kernel::{
         ResetReasons, TypeFacts, arguments, btf,
         handle::{KernelHalf, Outcome},
-        hooks::{AcceptHook, HOOKS, Hook, Kind, Need, Variant, When},
+        hooks::{AcceptHook, HOOKS, Hook, HookNeed, Kind, Variant, When},
         lockdown, privilege, tracefs,
     },
 };
@@ -75,7 +75,7 @@ impl BtfSource {
         }
     }
 
-    /// The facts about this kernel that follow from it.
+    /// The facts about this kernel that it contains.
     ///
     /// # Errors
     /// There is none, or it is malformed.
@@ -83,7 +83,7 @@ impl BtfSource {
         self.with(TypeFacts::of)
     }
 
-    /// What `read` finds in it.
+    /// The result of `read` on it.
     fn with<T>(&self, read: impl FnOnce(&btf::Btf<'_>) -> T) -> Result<T> {
         let bytes = self.bytes()?;
         let btf = btf::Btf::parse(&bytes).with_context(|| match self {
@@ -94,7 +94,7 @@ impl BtfSource {
     }
 }
 
-/// Size of the table of live sockets, unless `--connections` sets another.
+/// Size of the table of live sockets, unless `--connections` sets another one.
 pub const DEFAULT_CONNECTIONS: u32 = 65_536;
 
 /// The configuration with which the kernel half is loaded.
@@ -110,10 +110,10 @@ pub struct Request {
     pub connections: u32,
     /// See [`BtfSource`].
     pub btf: BtfSource,
-    /// Level of the kernel half's own log, `None` for silence.
+    /// Level of the kernel half's own log; `None` for no messages.
     pub log: Option<aya_log::Level>,
-    /// Try every variant, whether asked for or not, and continue where one fails: `doctor` reports, it does
-    /// not trace.
+    /// Try every variant, whether or not an option requests it, and continue if one fails: `doctor` reports,
+    /// and does not trace.
     pub rehearsal: bool,
 }
 
@@ -137,7 +137,7 @@ impl Request {
         Self { follow_children: true, connections: 128, rehearsal: true, ..Self::new(params, btf) }
     }
 
-    /// Whether a variant may be taken.
+    /// Whether a variant may be used.
     fn allows(&self, variant: &Variant) -> bool {
         self.rehearsal
             || match variant.when {
@@ -149,7 +149,7 @@ impl Request {
             }
     }
 
-    /// Whether an option asks for this hook by name, so that it is an error if the hook cannot be attached.
+    /// Whether an option requests this hook by name, so that failing to attach it is an error.
     fn insists(&self, hook: &Hook) -> bool {
         !self.rehearsal
             && hook.variants.iter().any(|variant| match variant.when {
@@ -163,9 +163,9 @@ impl Request {
 }
 
 /// What is known about the running kernel before anything is loaded.
-struct Kernel {
+struct RunningKernel {
     structs: StructOffsets,
-    /// For attaching by type; `None` where that is not possible.
+    /// For attaching by type; `None` if that is not possible.
     btf: Option<Btf>,
     reset_reasons: BTreeMap<i64, String>,
     has_reset_reason: bool,
@@ -178,7 +178,7 @@ struct Kernel {
     losses: Vec<String>,
 }
 
-impl Kernel {
+impl RunningKernel {
     fn read(source: &BtfSource) -> Result<Self> {
         let targets = |btf: &btf::Btf<'_>| {
             let bytes = btf.named_only(&attach_targets());
@@ -256,7 +256,7 @@ pub fn load(request: &Request) -> Result<KernelHalf> {
     raise_memlock_limit();
     let (kernel, object_loader) = thread::scope(|scope| {
         let object_loader = scope.spawn(without_btf);
-        (Kernel::read(&request.btf), object_loader.join().unwrap_or_else(|_| without_btf()))
+        (RunningKernel::read(&request.btf), object_loader.join().unwrap_or_else(|_| without_btf()))
     });
     let (kernel, mut object_loader) = (kernel?, Some(object_loader));
     let mut params = request.params;
@@ -281,7 +281,7 @@ pub fn load(request: &Request) -> Result<KernelHalf> {
             let object_loader = object_loader.take().unwrap_or_else(without_btf);
             match attach(object_loader, request, &kernel, &params, Layouts::default(), None) {
                 Ok(loaded) => return Ok(loaded),
-                // The second refusal counts: the first may concern the helper alone.
+                // The second refusal is decisive, because the first may concern only the helper.
                 Err(error) => refusal = error,
             }
         }
@@ -303,15 +303,15 @@ pub fn load(request: &Request) -> Result<KernelHalf> {
     })?
 }
 
-/// A loader that does not relocate by the kernel's BTF, which the programs do not need. A new one has parsed
-/// it already; that takes 20 ms, and cannot be prevented.
+/// A loader that does not relocate by the kernel's BTF, which the programs do not need. A new loader has
+/// parsed that BTF already, which takes 20 ms and cannot be avoided.
 fn without_btf() -> EbpfLoader<'static> {
     let mut loader = EbpfLoader::new();
     loader.btf(None);
     loader
 }
 
-/// Refuses a kernel that is locked down so far that programs may not read its memory, as all of ours do.
+/// Fails on a kernel whose lockdown does not let programs read kernel memory, as all of ours do.
 ///
 /// This is not left to the verifier, because classic tracepoints would be tried next, and Linux 6.12 crashes
 /// when a tracefs that lockdown has kept empty is unmounted (in `tracefs_destroy_inode()`).
@@ -365,19 +365,19 @@ impl Layouts {
     }
 }
 
-/// Size of the ring, bytes, where it also takes copies of all stacks: half of it holds 2,000 of 16 KiB
-/// between two reads.
+/// Size of the ring, bytes, if all stacks are copied: half of it holds 2,000 copies of 16 KiB between two
+/// reads.
 const RING_WITH_STACKS: u32 = 64 << 20;
 
-/// Size of the ring, bytes, where stacks are copied until they are recognized: a burst of 3,000 unknown ones
-/// finds room in half of it.
+/// Size of the ring, bytes, if stacks are copied until they are recognized: half of it holds a burst of 3,000
+/// unknown ones.
 const RING_WITH_RECIPES: u32 = 32 << 20;
 
 /// Sets the globals and the sizes of maps, and creates the maps.
 fn prepare(
     loader: EbpfLoader<'static>,
     request: &Request,
-    kernel: &Kernel,
+    kernel: &RunningKernel,
     params: &Params,
     layouts: &Layouts,
 ) -> Result<Ebpf> {
@@ -385,7 +385,7 @@ fn prepare(
     // If it is not found, attaching fails with an error that reports this.
     let syscall_result = if wants_syscall { syscall_result().unwrap_or(ABSENT) } else { ABSENT };
     let level = request.log.map_or(0, |level| level as u8);
-    // Of the lifetime of what it is given below.
+    // The lifetime must be that of the values that are passed below.
     let mut loader: EbpfLoader<'_> = loader;
     loader
         .verifier_log_level(VerifierLogLevel::STATS)
@@ -420,12 +420,12 @@ fn prepare(
     )
 }
 
-/// Attaches every hook that is asked for, each by the first variant that works. Either all tracepoints are
-/// typed, or all are classic; in the second case `untyped` is the reason why typed ones do not work.
+/// Attaches every requested hook, each by its first variant that works. Either all tracepoints are typed, or
+/// all are classic; in the second case, `untyped` is the reason why typed ones do not work.
 fn attach(
     loader: EbpfLoader<'static>,
     request: &Request,
-    kernel: &Kernel,
+    kernel: &RunningKernel,
     params: &Params,
     layouts: Layouts,
     untyped: Option<&str>,
@@ -465,18 +465,18 @@ fn attach(
             }
         }
         if outcome.variant.is_none() && outcome.refused.is_empty() {
-            // No option asks for it.
+            // No option requests it.
             continue;
         }
-        let must = hook.need == Need::Essential || request.insists(hook);
+        let must = hook.need == HookNeed::Essential || request.insists(hook);
         let lost = match outcome.variant {
             Some(variant) => variant.worse.to_owned(),
-            // Classic tracepoints may work where typed ones do not.
-            None if untyped.is_none() && (must || hook.need == Need::Useful) => {
+            // Classic tracepoints may work although typed ones do not.
+            None if untyped.is_none() && (must || hook.need == HookNeed::Useful) => {
                 bail!("{} cannot be traced: {}", hook.name, outcome.why());
             }
             None if must => return Err(unmet(&outcome).into()),
-            None if hook.need == Need::Useful => {
+            None if hook.need == HookNeed::Useful => {
                 format!("the hook {} does not work; lost without it: {}", hook.name, hook.lost)
             }
             None => String::new(),
@@ -484,7 +484,7 @@ fn attach(
         if !outcome.refused.is_empty() {
             log::debug!("{}: {}", hook.name, outcome.why());
         }
-        // A variant that was asked for by name is no loss.
+        // A variant that was requested by name is not a loss.
         let by_necessity = !lost.is_empty() && !outcome.refused.is_empty();
         if by_necessity && !losses.iter().any(|known| known.starts_with(&lost)) {
             losses.push(format!("{lost} ({})", outcome.why()));
@@ -505,8 +505,8 @@ fn attach(
 }
 
 /// Fails if the kernel does not let typed tracepoints read a socket's cookie (5.12 and later do), or does not
-/// let them attach at all. There is no other way to ask for the helpers of this kind of program.
-fn try_cookie_helper(ebpf: &mut Ebpf, kernel: &Kernel) -> Result<()> {
+/// let them attach at all. There is no other way to find out which helpers this kind of program has.
+fn try_cookie_helper(ebpf: &mut Ebpf, kernel: &RunningKernel) -> Result<()> {
     const NAME: &str = "read_cookie";
     let program = ebpf.program_mut(NAME).with_context(|| format!("the object has no program {NAME}"))?;
     let program = <&mut BtfTracePoint>::try_from(program)?;
@@ -522,9 +522,13 @@ fn can_copy_stacks(structs: &StructOffsets, params: &Params) -> bool {
         && (params.has_pt_regs_helper != 0 || is_known(&registers))
 }
 
-/// Loads the first variant of each hook, several programs at a time: the verifier takes most of the time to
-/// start. Returns the programs that the kernel refuses; [`start`] reports them in their turn.
-fn load_ahead(ebpf: &mut Ebpf, request: &Request, kernel: &Kernel) -> HashMap<&'static str, anyhow::Error> {
+/// Loads the first variant of each hook, several programs at a time: the verifier takes most of the start-up
+/// time. Returns the programs that the kernel refuses; [`start`] reports them when it comes to their hooks.
+fn load_ahead(
+    ebpf: &mut Ebpf,
+    request: &Request,
+    kernel: &RunningKernel,
+) -> HashMap<&'static str, anyhow::Error> {
     let is_typed = |variant: &&Variant| !matches!(variant.kind, Kind::ClassicTracepoint(_));
     let first =
         |hook: &'static Hook| hook.variants.iter().filter(is_typed).find(|variant| request.allows(variant));
@@ -554,8 +558,8 @@ fn load_ahead(ebpf: &mut Ebpf, request: &Request, kernel: &Kernel) -> HashMap<&'
     })
 }
 
-/// How many threads load programs at most. There are about ten programs, and three of them take most of the
-/// time.
+/// The largest number of threads that load programs. There are about ten programs, and three of them take
+/// most of the time.
 const MAX_LOADERS: usize = 4;
 
 /// The name of a tracepoint, without its group.
@@ -564,7 +568,7 @@ fn point(at: &str) -> &str {
 }
 
 /// Loads a program that is to be attached to `at`.
-fn load_program(program: &mut Program, kernel: &Kernel, kind: Kind, at: &str) -> Result<()> {
+fn load_program(program: &mut Program, kernel: &RunningKernel, kind: Kind, at: &str) -> Result<()> {
     let btf = || kernel.btf.as_ref().context("no BTF");
     match kind {
         Kind::TypedTracepoint => <&mut BtfTracePoint>::try_from(program)?.load(point(at), btf()?)?,
@@ -579,7 +583,7 @@ fn load_program(program: &mut Program, kernel: &Kernel, kind: Kind, at: &str) ->
         }
         Kind::Iterator => <&mut Iter>::try_from(program)?.load(at, btf()?)?,
         Kind::RawTracepoint => {
-            // The kernel does not need it, but the program finds nothing in the structures without it.
+            // The kernel does not need it, but without it the program cannot read the structures.
             btf()?;
             <&mut RawTracePoint>::try_from(program)?.load()?;
         }
@@ -590,10 +594,10 @@ fn load_program(program: &mut Program, kernel: &Kernel, kind: Kind, at: &str) ->
 }
 
 /// Loads the programs of a variant, and attaches all but those that tcpclose runs itself. `refused` are those
-/// that were loaded ahead in vain.
+/// that could not be loaded before.
 fn start(
     ebpf: &mut Ebpf,
-    kernel: &Kernel,
+    kernel: &RunningKernel,
     variant: &Variant,
     refused: &mut HashMap<&'static str, anyhow::Error>,
 ) -> Result<()> {
@@ -632,8 +636,8 @@ fn start(
     Ok(())
 }
 
-/// Refuses a function that lacks an argument which its program needs.
-fn ensure_arguments(kernel: &Kernel, function: &str) -> Result<()> {
+/// Fails if a function lacks an argument that its program needs.
+fn ensure_arguments(kernel: &RunningKernel, function: &str) -> Result<()> {
     ensure!(kernel.btf.is_some(), "no BTF");
     match arguments::missing(kernel.arguments, function) {
         Some(missing) => bail!("{missing}"),
@@ -656,15 +660,16 @@ fn brief(error: &anyhow::Error) -> String {
     format!("the kernel refuses the program: {io_error}{reason}")
 }
 
-/// How the lines begin that end every log of the verifier, whatever the reason.
+/// The beginnings of lines that end every log of the verifier, whatever the reason for the refusal.
 const VERIFIER_STATISTICS: [&str; 4] = ["processed ", "verification time ", "stack depth ", "max_states"];
 
 /// The kernel skips a program that is running on the same CPU already, and counts that with the program. It
-/// is a loss for a tracepoint's program, if no other one on the same tracepoint takes over.
+/// is a loss for the program of a tracepoint, unless another program on the same tracepoint handles the
+/// event.
 ///
-/// A skipped run for a destroyed socket is none where the state changes have a second copy: one of the three
-/// sees the end. Should all be skipped, the entry stays, and the end is reported and counted when the address
-/// is used again.
+/// A skipped run for a destroyed socket is not a loss if there is a second copy of the program on state
+/// changes, because one of the three handles the end. If all are skipped, the entry stays, and the end is
+/// reported and counted when the address is used again.
 fn guarded(ebpf: &Ebpf, hooks: &[Outcome]) -> Vec<RawFd> {
     let variants = || hooks.iter().filter_map(|outcome| outcome.variant);
     let is_single = |variant: &&Variant| match variant.kind {
@@ -696,7 +701,7 @@ fn syscall_result() -> Result<u16> {
     result.with_context(|| format!("the record of {at} has no result of 8 bytes"))
 }
 
-/// The failure when a hook cannot be attached without which tracing makes no sense.
+/// The failure when a hook cannot be attached and tracing makes no sense without it.
 fn unmet(outcome: &Outcome) -> Failure {
     let Outcome { hook, refused, .. } = outcome;
     let needs: BTreeSet<_> = refused.iter().map(|(variant, _)| variant.kind.needs()).collect();

@@ -1,4 +1,4 @@
-//! Generates `fixtures/btf/members.c`, the C program by which bpftool knows what of a kernel's BTF the
+//! Generates `fixtures/btf/members.c`, the C program that tells bpftool which parts of a kernel's BTF the
 //! fixtures keep.
 
 use std::{collections::BTreeMap, env, fmt::Write as _, fs, path::Path};
@@ -8,7 +8,7 @@ use super::offsets::{Shape, members};
 /// A bit field, for the test `other_sizes_are_missing`.
 const BIT_FIELD: &str = "sock.sk_kern_sock";
 
-/// What is needed besides members: sizes of types, the tracepoints' prototypes, and the reasons for a RST.
+/// Needed besides members: sizes of types, the tracepoints' prototypes, and the reasons for a RST.
 const DECLARATIONS: &str = "\
 enum sk_rst_reason { SK_RST_REASON_NOT_SPECIFIED };
 union thread_union { unsigned long stack[1]; };
@@ -33,20 +33,20 @@ const STATEMENTS: &str = "	SIZE(struct pt_regs);
 ";
 
 /// A struct by the names of its members, or the member at the end of a path.
-enum Type {
-    Struct(BTreeMap<&'static str, Type>),
+enum TypeTree {
+    Struct(BTreeMap<&'static str, TypeTree>),
     Leaf(Shape),
     Bit,
 }
 
-/// The program. Its types are cut down to the members that are looked up; relocation goes by names, and by
-/// the kinds of types, not by sizes.
+/// The program. Its types are reduced to the members that are looked up; relocation matches names and kinds
+/// of types, not sizes.
 fn members_c() -> String {
     let mut types = BTreeMap::new();
     for member in members() {
-        insert(&mut types, member.path, Type::Leaf(member.shape));
+        insert(&mut types, member.path, TypeTree::Leaf(member.shape));
     }
-    insert(&mut types, BIT_FIELD, Type::Bit);
+    insert(&mut types, BIT_FIELD, TypeTree::Bit);
     let mut text = "\
 /* Generated from src/kernel/offsets.rs by `cargo xtask fixtures`. It touches, by CO-RE relocation, the kernel types
  * that tcpclose looks up, so that `bpftool gen min_core_btf` keeps them and nothing else. See README.md. */
@@ -79,20 +79,22 @@ __attribute__((section(\"raw_tp/members\"), used)) int members(void *context)
     text + STATEMENTS + "	return (int)sum;\n}\n"
 }
 
-fn insert(members: &mut BTreeMap<&'static str, Type>, path: &'static str, leaf: Type) {
+fn insert(members: &mut BTreeMap<&'static str, TypeTree>, path: &'static str, leaf: TypeTree) {
     let Some((name, rest)) = path.split_once('.') else {
         members.insert(path, leaf);
         return;
     };
-    let found = members.entry(name).or_insert_with(|| Type::Struct(BTreeMap::new()));
-    let Type::Struct(inner) = found else { panic!("{name} is a struct in one path, and none in another") };
+    let found = members.entry(name).or_insert_with(|| TypeTree::Struct(BTreeMap::new()));
+    let TypeTree::Struct(inner) = found else {
+        panic!("{name} is a struct in one path, and none in another")
+    };
     insert(inner, rest, leaf);
 }
 
-fn declare(text: &mut String, name: &str, declared: &Type, depth: usize) {
+fn declare(text: &mut String, name: &str, declared: &TypeTree, depth: usize) {
     let indent = "\t".repeat(depth);
     let _ = match declared {
-        Type::Struct(members) => {
+        TypeTree::Struct(members) => {
             let _ = if depth == 0 {
                 writeln!(text, "struct {name} {{")
             } else {
@@ -103,7 +105,7 @@ fn declare(text: &mut String, name: &str, declared: &Type, depth: usize) {
             }
             if depth == 0 { writeln!(text, "}};\n") } else { writeln!(text, "{indent}}} {name};") }
         }
-        Type::Leaf(shape) => match shape {
+        TypeTree::Leaf(shape) => match shape {
             Shape::U8 => writeln!(text, "{indent}unsigned char {name};"),
             Shape::U16 => writeln!(text, "{indent}unsigned short {name};"),
             Shape::U32 => writeln!(text, "{indent}unsigned int {name};"),
@@ -112,7 +114,7 @@ fn declare(text: &mut String, name: &str, declared: &Type, depth: usize) {
             Shape::Bytes(size) => writeln!(text, "{indent}char {name}[{size}];"),
             Shape::Struct(size) => writeln!(text, "{indent}struct {{ char bytes[{size}]; }} {name};"),
         },
-        Type::Bit => writeln!(text, "{indent}unsigned char {name} : 1;"),
+        TypeTree::Bit => writeln!(text, "{indent}unsigned char {name} : 1;"),
     };
 }
 

@@ -1,6 +1,6 @@
-//! The running kernel: which hooks it offers and what it allows (`hooks`, `privilege`, `lockdown`), how its
-//! types and records are laid out (`btf`, `offsets`, `arguments`, `tracefs`, `format`), and the loaded
-//! programs (`loader`).
+//! The running kernel: which hooks it offers and what it allows (`hooks`, `privilege`, `lockdown`), the
+//! layout of its types and records (`btf`, `offsets`, `arguments`, `tracefs`, `format`), and the loaded
+//! programs (`loader`, `handle`).
 
 pub mod arguments;
 pub mod btf;
@@ -28,7 +28,7 @@ use tcpclose_common::offsets::{ABSENT, ArgumentOffsets, IteratorOffsets, Namespa
 use self::btf::Btf;
 use self::offsets::Missing;
 
-/// The names of the running kernel's `enum sk_rst_reason`, by number. Empty on kernels that give no reasons.
+/// The names of the running kernel's `enum sk_rst_reason`, by number. Empty on kernels without reset reasons.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ResetReasons(pub BTreeMap<i64, String>);
 
@@ -54,7 +54,7 @@ pub struct TypeFacts {
     pub send_reset_has_reason: Option<bool>,
     /// Offsets of the arguments of programs on kernel functions.
     pub arguments: ArgumentOffsets,
-    /// How to see that a task reads a BPF iterator.
+    /// What shows whether a task reads a BPF iterator.
     pub iterators: IteratorOffsets,
     /// Offsets of the members that hold the ids of processes in each pid namespace.
     pub namespace: NamespaceOffsets,
@@ -91,7 +91,7 @@ impl TypeFacts {
     }
 }
 
-/// The user thread pointer as the kernel last saved it. What a system call set is there at once.
+/// The user thread pointer as the kernel last saved it. A value that a system call has set is there at once.
 const THREAD_POINTER: &str = if cfg!(target_arch = "aarch64") {
     "task_struct.thread.uw.tp_value"
 } else {
@@ -152,7 +152,11 @@ mod tests {
         ] {
             let (_, bytes) = FIXTURES.into_iter().find(|(fixture, _)| *fixture == name).unwrap();
             let from_btf = TypeFacts::parse(bytes).unwrap().reset_reasons;
-            assert_eq!(format::Format::parse(format).unwrap().value_names("reason"), from_btf, "{name}");
+            assert_eq!(
+                format::TracepointFormat::parse(format).unwrap().value_names("reason"),
+                from_btf,
+                "{name}"
+            );
         }
     }
 

@@ -24,7 +24,7 @@ impl fmt::Display for Missing {
     }
 }
 
-/// The type of a member, as far as BTF and the programs care.
+/// The type of a member, as far as it matters to the programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shape {
     /// An integer of one byte.
@@ -37,7 +37,7 @@ pub enum Shape {
     U64,
     /// A pointer.
     Pointer,
-    /// An array of so many characters.
+    /// An array of this many characters.
     Bytes(u8),
     /// A struct of this size in bytes, read as a whole, such as `kuid_t`.
     Struct(u8),
@@ -72,7 +72,7 @@ pub fn members() -> impl Iterator<Item = Member> {
 }
 
 /// One row of the table of members.
-struct Row {
+struct MemberRow {
     /// The name of the field of [`StructOffsets`], and how to reach it.
     field: &'static str,
     slot: fn(&mut StructOffsets) -> &mut u16,
@@ -83,7 +83,7 @@ macro_rules! rows {
     ($($field:ident = $path:literal, $shape:expr;)*) => {{
         #[allow(clippy::enum_glob_use, reason = "the rows are a table of shapes")]
         use Shape::*;
-        &[$(Row {
+        &[$(MemberRow {
             field: stringify!($field),
             slot: |offsets| &mut offsets.$field,
             member: Member { path: $path, shape: $shape },
@@ -92,7 +92,7 @@ macro_rules! rows {
 }
 
 /// The members whose offset is the field of [`StructOffsets`] as it is. The others are below.
-const MEMBERS: &[Row] = rows! {
+const MEMBERS: &[MemberRow] = rows! {
     sk_family = "sock.__sk_common.skc_family", U16;
     sk_state = "sock.__sk_common.skc_state", U8;
     sk_rcv_saddr = "sock.__sk_common.skc_rcv_saddr", U32;
@@ -157,7 +157,7 @@ const MEMBERS: &[Row] = rows! {
     task_stack = "task_struct.stack", Pointer;
 };
 
-/// What a `struct socket_alloc` holds: a socket, and the inode of its descriptors.
+/// The members of `struct socket_alloc`: a socket, and the inode of its descriptors.
 const SOCKET: Member = Member { path: "socket_alloc.socket", shape: Shape::Struct(128) };
 const SOCKET_INODE: Member = Member { path: "socket_alloc.vfs_inode.i_ino", shape: Shape::U64 };
 
@@ -169,8 +169,8 @@ const SYSCALL: [Member; 2] = [
 
 /// Looks up every field of [`StructOffsets`].
 ///
-/// A field that BTF has no member for, or one of another size than the programs read, stays [`ABSENT`] and is
-/// listed with the reason in the second result.
+/// A field stays [`ABSENT`] if BTF has no member for it, or one of another size than the programs read. The
+/// second result lists these fields with the reasons.
 pub fn struct_offsets(btf: &Btf<'_>) -> (StructOffsets, Vec<Missing>) {
     let mut offsets = StructOffsets::ABSENT;
     let mut missing = Vec::new();
@@ -185,7 +185,7 @@ pub fn struct_offsets(btf: &Btf<'_>) -> (StructOffsets, Vec<Missing>) {
         }
     };
 
-    for Row { field, slot, member } in MEMBERS {
+    for MemberRow { field, slot, member } in MEMBERS {
         put(field, slot(&mut offsets), member.path, offset(btf, *member));
     }
     put("socket_inode", &mut offsets.socket_inode, SOCKET_INODE.path, socket_inode(btf));
@@ -196,7 +196,7 @@ pub fn struct_offsets(btf: &Btf<'_>) -> (StructOffsets, Vec<Missing>) {
         "struct pt_regs",
         btf.size_of("pt_regs").ok_or(Absent::NoType),
     );
-    // No other architecture's `pt_regs` has either name.
+    // The `pt_regs` of other architectures has neither name.
     let [x86_64, arm64] = SYSCALL;
     let syscall = offset(btf, x86_64).or_else(|_| offset(btf, arm64));
     put("pt_regs_syscall", &mut offsets.pt_regs_syscall, "pt_regs.orig_ax or pt_regs.syscallno", syscall);
@@ -224,7 +224,7 @@ pub fn namespace_offsets(btf: &Btf<'_>) -> NamespaceOffsets {
         Some(NamespaceOffsets {
             thread_pid: offset("task_struct.thread_pid", Shape::Pointer)?,
             pid_level: offset("pid.level", Shape::U32)?,
-            // An array of one element before 6.5, and of none since.
+            // It has been an array of no elements since 6.5, and had one element before.
             pid_numbers: u16::try_from(btf.member("pid.numbers").ok()?.offset).ok()?,
         })
     };
@@ -245,19 +245,17 @@ fn socket_inode(btf: &Btf<'_>) -> Result<u64, Absent> {
     inode.checked_sub(socket).ok_or(Absent::NoMember)
 }
 
-/// The size of a kernel stack. Most BTF does not describe `union thread_union`, because the kernel only ever
-/// declares it. On x86 the interrupt stacks, which BTF describes, have the same size,
-/// `PAGE_SIZE << (2 + KASAN_STACK_ORDER)`:
-/// <https://elixir.bootlin.com/linux/v6.12/source/arch/x86/include/asm/page_64_types.h>
+/// The size of a kernel stack. Most BTF does not describe `union thread_union`, because the kernel only
+/// declares it. On x86 the interrupt stacks, which BTF describes, have the same size, `PAGE_SIZE << (2 +
+/// KASAN_STACK_ORDER)`: <https://elixir.bootlin.com/linux/v6.12/source/arch/x86/include/asm/page_64_types.h>
 fn thread_size(btf: &Btf<'_>) -> Result<u64, Absent> {
     let described = btf.size_of("thread_union").or_else(|| btf.size_of("irq_stack"));
     described.or_else(|| thread_size_of_arm64(btf)).ok_or(Absent::NoType)
 }
 
-/// `1 << MIN_THREAD_SHIFT`, which is in no type of arm64. Stacks are larger with KASAN, and where pages are
-/// larger than this. The size only matters before 5.15, where the programs have to find a task's registers
-/// themselves:
-/// <https://elixir.bootlin.com/linux/v5.10/source/arch/arm64/include/asm/memory.h>
+/// `1 << MIN_THREAD_SHIFT`, which occurs in no type of arm64. Stacks are larger with KASAN, and where pages
+/// are larger than this. The size only matters before 5.15, where the programs have to find a task's
+/// registers themselves: <https://elixir.bootlin.com/linux/v5.10/source/arch/arm64/include/asm/memory.h>
 fn thread_size_of_arm64(btf: &Btf<'_>) -> Option<u64> {
     const SIZE: u64 = 1 << 14;
     let [_, syscall] = SYSCALL;
@@ -377,12 +375,12 @@ mod tests {
         assert_eq!(offset("sock.sk_kern_sock", Shape::U8), Err(Absent::BitField));
     }
 
-    /// A reduced BTF made from these members has everything that is looked up.
+    /// A reduced BTF made from these members contains everything that is looked up.
     #[test]
     fn members_are_those_of_the_fixtures() {
         let types: Vec<_> = FIXTURES.iter().map(|(_, bytes)| Btf::parse(bytes).unwrap()).collect();
         for member in members() {
-            // Of the two names of the system call's number a kernel has one.
+            // A kernel has one of the two names of the system call's number.
             let has = |btf: &&Btf<'_>| btf.member(member.path).is_ok();
             let found = types.iter().filter(has).count();
             let expected = match member.path {

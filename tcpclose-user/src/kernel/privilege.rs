@@ -6,7 +6,7 @@ use caps::{CapSet, Capability};
 
 use crate::failure::Failure;
 
-/// A capability (`capabilities(7)`) that tcpclose makes use of.
+/// A capability (`capabilities(7)`) that tcpclose uses.
 #[derive(Debug)]
 pub struct Privilege {
     /// The capability.
@@ -14,14 +14,14 @@ pub struct Privilege {
     /// What it is for, as an infinitive.
     pub purpose: &'static str,
     /// What happens without it.
-    pub need: Need,
+    pub need: CapabilityNeed,
     /// What is lost without it, as a sentence; empty if nothing is.
     pub lost: &'static str,
 }
 
 /// What happens without a capability.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Need {
+pub enum CapabilityNeed {
     /// Nothing can be loaded.
     Essential,
     /// Facts are lost, and a warning at the start of tracing reports it.
@@ -30,56 +30,55 @@ pub enum Need {
     Minor,
 }
 
-/// The capabilities that tcpclose makes use of. `CAP_SYS_ADMIN` includes the first two, as it does in the
-/// kernel.
+/// The capabilities that tcpclose uses. `CAP_SYS_ADMIN` includes the first two, as it does in the kernel.
 pub const PRIVILEGES: &[Privilege] = &[
     Privilege {
         capability: Capability::CAP_BPF,
         purpose: "to load programs and create maps",
-        need: Need::Essential,
+        need: CapabilityNeed::Essential,
         lost: "nothing can be traced",
     },
     Privilege {
         capability: Capability::CAP_PERFMON,
         purpose: "to attach programs to tracepoints and read kernel memory",
-        need: Need::Essential,
+        need: CapabilityNeed::Essential,
         lost: "nothing can be traced",
     },
     Privilege {
         capability: Capability::CAP_SYS_ADMIN,
         purpose: "to mount tracefs where it is not mounted, which is only necessary without BTF",
-        need: Need::Minor,
+        need: CapabilityNeed::Minor,
         lost: "",
     },
     Privilege {
         capability: Capability::CAP_SYS_PTRACE,
         purpose: "to look up other users' processes in /proc",
-        need: Need::Useful,
+        need: CapabilityNeed::Useful,
         lost: "other users' processes cannot be looked up in /proc: `exe`, symbols, and owners known only there are null",
     },
     Privilege {
         capability: Capability::CAP_DAC_READ_SEARCH,
         purpose: "to read programs and directories that this user may not read",
-        need: Need::Minor,
+        need: CapabilityNeed::Minor,
         lost: "stack frames in programs that this user may not read have no symbols",
     },
     Privilege {
         capability: Capability::CAP_SYSLOG,
         purpose: "to see addresses in /proc/kallsyms if the kernel hides them",
-        need: Need::Minor,
+        need: CapabilityNeed::Minor,
         // The file itself shows whether the kernel hides them, and `doctor` reports that.
         lost: "",
     },
     Privilege {
         capability: Capability::CAP_SYS_NICE,
         purpose: "to look up short-lived processes in time",
-        need: Need::Minor,
+        need: CapabilityNeed::Minor,
         lost: "on a busy host `exe` and symbols of short-lived processes are null more often",
     },
     Privilege {
         capability: Capability::CAP_NET_ADMIN,
         purpose: "to destroy sockets (`ss -K`), which tcpclose never does",
-        need: Need::Minor,
+        need: CapabilityNeed::Minor,
         lost: "",
     },
 ];
@@ -96,7 +95,7 @@ impl Privilege {
 /// Makes every permitted capability effective.
 ///
 /// The binary in a container image has capabilities that are permitted and not effective, because the kernel
-/// refuses to execute a file with effective ones where the container lacks one of them.
+/// refuses to execute a file with effective capabilities if the container lacks one of them.
 pub fn raise() {
     if let Ok(permitted) = caps::read(None, CapSet::Permitted) {
         // If it fails, `check` names what is missing.
@@ -159,7 +158,7 @@ pub fn check() -> Result<(), Failure> {
     if has(Capability::CAP_SYS_ADMIN) {
         return Ok(());
     }
-    let missing: Vec<_> = missing(Need::Essential).collect();
+    let missing: Vec<_> = missing(CapabilityNeed::Essential).collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -190,13 +189,13 @@ pub fn grant() -> String {
 
 /// What is lost because a useful capability or the host's pid namespace is missing, one sentence each.
 pub fn losses() -> Vec<String> {
-    let capabilities = missing(Need::Useful)
+    let capabilities = missing(CapabilityNeed::Useful)
         .map(|privilege| format!("without {}, {}", privilege.capability, privilege.lost));
     let elsewhere = (!in_initial_pid_namespace())
         .then(|| format!("in a separate pid namespace, {OUTSIDE} (in a container: --pid host)"));
     capabilities.chain(elsewhere).collect()
 }
 
-fn missing(need: Need) -> impl Iterator<Item = &'static Privilege> {
+fn missing(need: CapabilityNeed) -> impl Iterator<Item = &'static Privilege> {
     PRIVILEGES.iter().filter(move |privilege| privilege.need == need && !has(privilege.capability))
 }

@@ -27,17 +27,17 @@ impl Search {
         let thread = thread::Builder::new().name("descriptors".to_owned());
         thread.spawn(move || {
             let result = run(iterator).map(|()| pace::cpu_time());
-            // The receiver is gone if the trace has ended.
+            // There is no receiver any more if the trace has ended.
             let _ = done.send(result);
         })?;
         Ok(Self { result })
     }
 
-    /// Waits until the search is over, but no longer than `time`. Returns the CPU time that it has taken;
-    /// `None` if it goes on.
+    /// Waits until the search has ended, but no longer than `time`. Returns the CPU time that it has taken;
+    /// `None` if it is still running.
     ///
     /// # Errors
-    /// The kernel cannot go on with it.
+    /// The kernel cannot continue it.
     pub fn wait(&self, time: Duration) -> Option<io::Result<Duration>> {
         match self.result.recv_timeout(time) {
             Ok(result) => Some(result),
@@ -53,8 +53,8 @@ pub(super) fn run(mut iterator: File) -> io::Result<()> {
     loop {
         match iterator.read(&mut nothing) {
             Ok(0) => return Ok(()),
-            // One call looks at a million objects (`MAX_ITER_OBJECTS`, `kernel/bpf/bpf_iter.c`), and fails if
-            // that gave no content.
+            // One call examines a million objects (`MAX_ITER_OBJECTS`, `kernel/bpf/bpf_iter.c`), and fails if
+            // they yielded no content.
             Ok(_) => {}
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
             Err(error) => return Err(error),
@@ -70,7 +70,7 @@ mod tests {
 
     use super::*;
 
-    /// Until its writer is gone, a pipe behaves as an iterator that has looked at a million objects.
+    /// Until its writer is closed, a pipe behaves like an iterator that has examined a million objects.
     #[test]
     fn a_read_without_content_is_not_the_end() {
         let (reader, writer) = pipe2(OFlag::O_NONBLOCK).unwrap();

@@ -1,4 +1,4 @@
-//! The kernel half's table of live sockets (`table.rs` there), as it is at the moment.
+//! The kernel half's table of live sockets (`table.rs` there), in its current state.
 
 use std::os::fd::{AsFd as _, AsRawFd as _};
 
@@ -9,20 +9,20 @@ use aya::{
 };
 use memmap2::{MmapOptions, MmapRaw};
 use tcpclose_common::{
-    record::Connection,
+    record::ConnectionRecord,
     table::{Bucket, WAYS},
 };
 
 /// The table. Its buckets are mapped into memory, so that a walk takes no system calls.
-pub struct Table {
+pub struct ConnectionTable {
     buckets: MmapRaw,
-    entries: Array<MapData, Connection>,
-    overflow: HashMap<MapData, u64, Connection>,
+    entries: Array<MapData, ConnectionRecord>,
+    overflow: HashMap<MapData, u64, ConnectionRecord>,
     overflow_teardowns: HashMap<MapData, u64, u64>,
 }
 
-impl Table {
-    /// Takes the maps out of the object.
+impl ConnectionTable {
+    /// Takes the maps from the object.
     ///
     /// # Errors
     /// The object has no such maps, or the buckets cannot be mapped.
@@ -52,16 +52,16 @@ impl Table {
     }
 
     /// Whether there is an entry that satisfies `is_wanted`.
-    pub fn any(&self, is_wanted: impl Fn(&Connection) -> bool) -> bool {
+    pub fn any(&self, is_wanted: impl Fn(&ConnectionRecord) -> bool) -> bool {
         let of_table = self.ways().filter(|way| way.address != 0);
         let mut entries = of_table.filter_map(|way| self.entries.get(&way.entry, 0).ok());
         entries.any(|entry| is_wanted(&entry))
             || self.overflow.iter().flatten().any(|(_, entry)| is_wanted(&entry))
     }
 
-    /// The address of each socket in a teardown state, and when it came into the first one: nanoseconds of
+    /// The address of each socket in a teardown state, and when it entered the first one: nanoseconds of
     /// `CLOCK_BOOTTIME`, or [`BEFORE_TRACE`](tcpclose_common::table::BEFORE_TRACE). A socket may appear
-    /// twice: a walk through a hash map restarts where the key that it had reached is gone.
+    /// twice: a walk through a hash map restarts if the key that it had reached was removed.
     pub fn teardowns(&self) -> impl Iterator<Item = (u64, u64)> {
         let of_table = self.ways().filter(|way| way.since != 0 && way.address != 0);
         of_table.map(|way| (way.address, way.since)).chain(self.overflow_teardowns.iter().flatten())
@@ -85,7 +85,7 @@ impl Table {
     }
 }
 
-/// A way of a bucket.
+/// A socket's place in a bucket.
 struct Way {
     /// Number of its entry.
     entry: u32,

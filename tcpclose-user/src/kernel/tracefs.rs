@@ -1,8 +1,9 @@
-//! Finds tracefs, and mounts it for this process alone where it is not mounted.
+//! Finds tracefs, and mounts it for this process alone if it is not mounted.
 //!
 //! Tracefs describes the layout of tracepoint records, and aya reads a tracepoint's number from it, at the
-//! two usual mount points only. Not every machine has it mounted. Mounting it for everybody would change the
-//! host, so [`ensure`] mounts it in a new mount namespace, and [`with`] in one that ends with the work.
+//! two usual mount points only. Not every machine has it mounted. Mounting it for all processes would change
+//! the host, so [`ensure`] mounts it in a new mount namespace, and [`with`] in one that exists only while the
+//! work runs.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -13,11 +14,11 @@ use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
-use super::format::Format;
+use super::format::TracepointFormat;
 use crate::failure::Failure;
 
-/// The usual mount points: the one of its own since Linux 4.1, and the older one inside debugfs. aya 0.14
-/// knows the same two.
+/// The usual mount points: its own, since Linux 4.1, and the older one inside debugfs. aya 0.14 looks at the
+/// same two.
 const PLACES: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
 
 /// A tracefs that can be read.
@@ -44,14 +45,15 @@ impl Tracefs {
         self.event(event).is_dir()
     }
 
-    /// The layout of a tracepoint's records. `event` is group and name, such as `tcp/tcp_send_reset`.
+    /// The layout of a tracepoint's records. `event` consists of group and name, such as
+    /// `tcp/tcp_send_reset`.
     ///
     /// # Errors
     /// The kernel has no such tracepoint, or its file cannot be read or parsed.
-    pub fn format(&self, event: &str) -> anyhow::Result<Format> {
+    pub fn format(&self, event: &str) -> anyhow::Result<TracepointFormat> {
         let path = self.event(event).join("format");
         let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        Format::parse(&text).with_context(|| format!("cannot parse {}", path.display()))
+        TracepointFormat::parse(&text).with_context(|| format!("cannot parse {}", path.display()))
     }
 
     fn event(&self, event: &str) -> PathBuf {
@@ -72,8 +74,8 @@ pub fn find() -> Result<Option<Tracefs>, Failure> {
 /// The new namespace receives mounts and unmounts from the host and propagates none back. Only the calling
 /// thread moves into it, along with the threads and processes that it starts afterwards. So call this at the
 /// very start of the program, or in a thread of its own, as [`with`] does. `/proc/PID/root` of other
-/// processes is not affected. aya caches where tracefs is, even if it is nowhere, so this has to come before
-/// aya's first lookup.
+/// processes is not affected. aya caches the place of tracefs, even if there is none, so this function has to
+/// be called before aya's first lookup.
 ///
 /// # Errors
 /// Tracefs is mounted but may not be read, or it is not mounted and may not be: mounting requires
@@ -92,8 +94,8 @@ pub fn ensure() -> Result<Tracefs, Failure> {
 }
 
 /// Calls `work` with a tracefs. If it has to be mounted first, `work` runs in a thread of its own and the
-/// mount ends when it returns. What `work` has opened and attached stays; no other thread, and no process
-/// started later, sees the mount.
+/// mount ends when it returns. What `work` has opened and attached remains. No other thread, and no process
+/// that is started later, sees the mount.
 ///
 /// # Errors
 /// Those of [`ensure`], in which case `work` was not called.
@@ -116,8 +118,8 @@ fn find_in(places: &[&str]) -> Result<Option<Tracefs>, Failure> {
         // If nothing is mounted, the mount point exists but is empty.
         match fs::read_dir(Path::new(place).join("events")) {
             Ok(_) => return Ok(Some(Tracefs { root: place.into(), mounted_here: false })),
-            // In a debugfs that may not be entered the mount point is not visible, so nothing is known about
-            // it.
+            // If debugfs may not be entered, the mount point inside it is not visible, and nothing is known
+            // about it.
             Err(error) if error.kind() == ErrorKind::PermissionDenied && Path::new(place).exists() => {
                 denied.get_or_insert_with(|| cannot_read(place, &error));
             }
@@ -160,7 +162,7 @@ fn cannot_mount(place: &str, step: &str, errno: Errno) -> Failure {
         ),
         _ => (
             format!("tracefs mounted at {place}, or CAP_SYS_ADMIN to mount it"),
-            // Without these options only root could read it.
+            // Without these options, only root could read it.
             format!("sudo mount -t tracefs -o gid=$(id -g),mode=750 tracefs {place}"),
         ),
     };
@@ -189,7 +191,7 @@ mod tests {
         assert!(!tracefs.mounted_here());
         assert!(tracefs.has_event("tcp/tcp_send_reset"));
         assert!(!tracefs.has_event("tcp/tcp_no_such_event"));
-        assert_eq!(tracefs.format("tcp/tcp_send_reset").unwrap(), Format::parse(format).unwrap());
+        assert_eq!(tracefs.format("tcp/tcp_send_reset").unwrap(), TracepointFormat::parse(format).unwrap());
         let error = tracefs.format("tcp/tcp_no_such_event").unwrap_err().to_string();
         assert!(error.ends_with("events/tcp/tcp_no_such_event/format"), "{error}");
 

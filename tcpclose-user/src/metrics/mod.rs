@@ -1,7 +1,7 @@
-//! `--metrics`: what a trace has counted, in the form that Prometheus collects (OpenMetrics).
+//! `--metrics`: the counts of a trace, in the format that Prometheus collects (OpenMetrics).
 //!
-//! Names of processes come from outside, so that the number of time series has a bound: the first processes
-//! have series of their own, the rest are counted together as `other`.
+//! Names of processes come from outside, so the number of time series is bounded: the first names have series
+//! of their own, and the rest are counted together as `other`.
 
 mod server;
 
@@ -33,19 +33,19 @@ pub use server::Server;
 
 use crate::event::{Close, Connection, Endpoint, Event, Lingering};
 
-/// How many combinations of process, cause and `closed_by` have a series of their own.
+/// The number of combinations of process, cause and `closed_by` that have a series of their own.
 const MAX_SERIES: usize = 1024;
 
-/// How many names of processes have series of their own.
+/// The number of names of processes that have series of their own.
 const MAX_NAMES: usize = 128;
 
 /// How many lingering sockets are kept track of. When there are more, the rest are not counted.
 const MAX_LINGERING: usize = 65_536;
 
-/// What stands for the rest.
+/// The label for the rest.
 const OTHER: &str = "other";
 
-/// What stands for a fact that is not known, or does not apply.
+/// The label for a fact that is not known or does not apply.
 const NONE: &str = "none";
 
 /// Upper bounds of the buckets of both histograms, seconds.
@@ -75,11 +75,11 @@ struct LostLabels {
     r#where: String,
 }
 
-/// What identifies a socket that lingers: its namespace and its ends. Its cookie does not: the kernel makes
-/// one only when it is asked for, which may be when the socket ends.
+/// What identifies a socket that lingers: its namespace and its ends. Its cookie cannot be used, because the
+/// kernel makes one only on request, which may be when the socket ends.
 type SocketKey = (Option<u32>, Option<Endpoint>, Option<Endpoint>);
 
-/// What a trace has counted.
+/// The counts of a trace.
 pub struct Metrics {
     registry: Registry,
     closes: Family<CloseLabels, Counter<u64, AtomicU64>>,
@@ -94,7 +94,7 @@ pub struct Metrics {
 }
 
 /// The metrics of a trace, shared with the server that hands them out.
-pub type Shared = Arc<Mutex<Metrics>>;
+pub type SharedMetrics = Arc<Mutex<Metrics>>;
 
 impl Metrics {
     /// Nothing counted yet. `programs` are descriptors of the loaded BPF programs, whose running time is
@@ -131,7 +131,7 @@ impl Metrics {
         Self { registry, closes, resets, lingering, lifetimes, close_waits, lost, names, series, sockets }
     }
 
-    /// Counts an event. `wanted` says whether the filters let it through; the end of a socket that lingers
+    /// Counts an event. `wanted` is whether the filters let it through; the end of a socket that lingers
     /// counts in any case.
     pub fn add(&mut self, event: &Event, wanted: bool) {
         match event {
@@ -222,8 +222,8 @@ fn key(connection: &Connection) -> SocketKey {
     (connection.netns, connection.local, connection.remote)
 }
 
-/// Locks the metrics. A thread that panicked while it held the lock has left at worst an event half counted.
-pub fn lock(metrics: &Shared) -> std::sync::MutexGuard<'_, Metrics> {
+/// Locks the metrics. A thread that panicked while it held the lock has at worst counted an event in part.
+pub fn lock(metrics: &SharedMetrics) -> std::sync::MutexGuard<'_, Metrics> {
     metrics.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -270,7 +270,7 @@ fn run_time(program: RawFd) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sink::examples;
+    use crate::event::examples;
 
     fn metrics() -> Metrics {
         Metrics::new(Vec::new())

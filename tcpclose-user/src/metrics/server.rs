@@ -1,5 +1,4 @@
-//! The HTTP server of `--metrics`: `/metrics`, and `/healthz` and `/readyz` for whoever watches tcpclose
-//! itself.
+//! The HTTP server of `--metrics`: `/metrics`, and `/healthz` and `/readyz` for monitoring tcpclose itself.
 
 use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -19,7 +18,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Shared, lock};
+use super::{SharedMetrics, lock};
 
 /// How many connections are served at the same time; more wait until one of them ends.
 const MAX_CONNECTIONS: usize = 16;
@@ -27,16 +26,17 @@ const MAX_CONNECTIONS: usize = 16;
 /// How long a request may take to arrive.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// How long a connection may stay open. Whoever collects every few seconds opens a new one now and then.
+/// How long a connection may stay open. A client that collects every few seconds opens a new one now and
+/// then.
 const LIFETIME: Duration = Duration::from_mins(5);
 
-/// The type of OpenMetrics 1.0, which Prometheus asks for.
+/// The content type of OpenMetrics 1.0, which Prometheus requests.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// A socket that listens for those who collect metrics.
+/// A listening socket for clients that collect metrics.
 pub struct Server {
     listener: TcpListener,
-    metrics: Shared,
+    metrics: SharedMetrics,
     room: Arc<Semaphore>,
 }
 
@@ -45,22 +45,21 @@ impl Server {
     ///
     /// # Errors
     /// The address cannot be used.
-    pub async fn bind(address: SocketAddr, metrics: Shared) -> Result<Self> {
+    pub async fn bind(address: SocketAddr, metrics: SharedMetrics) -> Result<Self> {
         let listener = TcpListener::bind(address)
             .await
             .with_context(|| format!("cannot serve metrics at {address} (--metrics)"))?;
         Ok(Self { listener, metrics, room: Arc::new(Semaphore::new(MAX_CONNECTIONS)) })
     }
 
-    /// Serves until the trace ends. It runs in the thread of the trace, so that an answer also says that the
+    /// Serves until the trace ends. It runs in the thread of the trace, so that an answer also shows that the
     /// trace is alive.
     pub async fn run(self) {
         loop {
             let Ok(permit) = Arc::clone(&self.room).acquire_owned().await else { return };
             match self.listener.accept().await {
                 Ok((stream, _)) => drop(tokio::spawn(serve(stream, Arc::clone(&self.metrics), permit))),
-                // There is no descriptor left, or the client is gone. The pause keeps this from becoming a
-                // busy loop.
+                // There is no descriptor left, or the client has closed. The pause prevents a busy loop.
                 Err(error) => {
                     log::warn!("cannot accept a connection for metrics: {error}");
                     tokio::time::sleep(Duration::from_millis(100)).await;
@@ -70,7 +69,7 @@ impl Server {
     }
 }
 
-async fn serve(stream: TcpStream, metrics: Shared, _permit: OwnedSemaphorePermit) {
+async fn serve(stream: TcpStream, metrics: SharedMetrics, _permit: OwnedSemaphorePermit) {
     let answer = |request: Request<Incoming>| {
         let response = respond(request.method(), request.uri().path(), &metrics);
         async { Ok::<_, Infallible>(response) }
@@ -80,19 +79,19 @@ async fn serve(stream: TcpStream, metrics: Shared, _permit: OwnedSemaphorePermit
         .header_read_timeout(PATIENCE)
         .max_buf_size(16 << 10)
         .serve_connection(TokioIo::new(stream), service_fn(answer));
-    // A client that breaks off, or is not served in time, is no fault of the trace.
+    // It is not an error of the trace if a client disconnects or is not served in time.
     if let Ok(Err(error)) = timeout(LIFETIME, connection).await {
         log::debug!("a connection for metrics has failed: {error}");
     }
 }
 
-fn respond(method: &Method, path: &str, metrics: &Shared) -> Response<Full<Bytes>> {
+fn respond(method: &Method, path: &str, metrics: &SharedMetrics) -> Response<Full<Bytes>> {
     let (status, kind, body) = match path {
         _ if !matches!(*method, Method::GET | Method::HEAD) => {
             (StatusCode::METHOD_NOT_ALLOWED, "text/plain", "only GET\n".to_owned())
         }
         "/metrics" => (StatusCode::OK, OPEN_METRICS, lock(metrics).text()),
-        // The socket is there only once every program is attached.
+        // The socket exists only once every program is attached.
         "/healthz" | "/readyz" => (StatusCode::OK, "text/plain", "ok\n".to_owned()),
         _ => (StatusCode::NOT_FOUND, "text/plain", "there are /metrics, /healthz and /readyz\n".to_owned()),
     };

@@ -20,8 +20,8 @@ pub struct FlameGraph {
 }
 
 impl FlameGraph {
-    /// Will write to the file at `path`, which is created, or emptied, now: a path that cannot be written is
-    /// noticed before the trace and not after it.
+    /// Prepares to write to the file at `path`. The file is created or emptied now, so that a path that
+    /// cannot be written is an error before the trace and not after it.
     ///
     /// # Errors
     /// The file cannot be created.
@@ -35,7 +35,7 @@ impl FlameGraph {
         self.stacks.add(event);
     }
 
-    /// Draws what was counted.
+    /// Draws the stacks that were counted.
     ///
     /// # Errors
     /// The file cannot be written.
@@ -62,7 +62,7 @@ impl FlameGraph {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sink::examples;
+    use crate::event::examples;
 
     fn drawn(events: &[Event]) -> String {
         let folder = tempfile::tempdir().expect("a directory");

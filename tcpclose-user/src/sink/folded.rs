@@ -14,8 +14,8 @@ use foldhash::fast::RandomState;
 use super::{Sink, escape};
 use crate::event::{Close, Event, Frame};
 
-/// How many bytes all different stacks together may have: 16,000 stacks of 1 KiB. Ends with further stacks
-/// are counted by their cause alone.
+/// The number of bytes that all different stacks together may have: 16,000 stacks of 1 KiB. Ends with further
+/// stacks are counted by their cause alone.
 const MAX_BYTES: usize = 16 << 20;
 
 /// The root of ends without a cause.
@@ -33,7 +33,7 @@ pub struct ClosingStacks {
     counts: HashMap<String, u64, RandomState>,
     /// Bytes of the keys of `counts`.
     bytes: usize,
-    /// The memory of the stack that is being looked up.
+    /// A buffer for the stack that is being looked up.
     folded: String,
 }
 
@@ -53,7 +53,7 @@ impl ClosingStacks {
             let _ = folded.split_off(folded.find(';').unwrap_or(folded.len()));
             folded.extend([";", OTHERS]);
         }
-        // What is cut to its cause has one of few values, so it may exceed the bound.
+        // Causes have few values, so an end that is counted by its cause may exceed the bound.
         let count = counts.entry(folded.clone()).or_insert_with(|| {
             *bytes += folded.len();
             0
@@ -68,7 +68,7 @@ impl ClosingStacks {
         sorted.into_iter().map(|(stack, count)| format!("{stack} {count}"))
     }
 
-    /// Whether nothing was counted.
+    /// Whether no stack was counted.
     pub fn is_empty(&self) -> bool {
         self.counts.is_empty()
     }
@@ -98,12 +98,12 @@ fn fold(close: &Close, folded: &mut String) {
     for frame in stack.kernel.iter().flat_map(|frames| frames.iter().rev()) {
         folded.push(';');
         append_frame(folded, frame);
-        // By this, flame graph tools recognize functions of the kernel.
+        // Flame graph tools recognize functions of the kernel by this suffix.
         folded.push_str("_[k]");
     }
 }
 
-/// Appends the function; without a name the place in the file, without a file the address.
+/// Appends the function or, if it has no name, its place in the file or, without a file, its address.
 fn append_frame(folded: &mut String, frame: &Frame) {
     match (&frame.symbol, &frame.module) {
         (Some(symbol), _) => append(folded, symbol),
@@ -117,7 +117,8 @@ fn append_frame(folded: &mut String, frame: &Frame) {
     }
 }
 
-/// Appends a name without what has a meaning in folded stacks: control characters and the semicolon.
+/// Appends a name without the characters that have a meaning in folded stacks: control characters and the
+/// semicolon.
 fn append(folded: &mut String, name: &str) {
     let start = folded.len();
     folded.push_str(&escape(name));
@@ -128,19 +129,19 @@ fn append(folded: &mut String, name: &str) {
 }
 
 /// Writes closing stacks by count when the trace ends.
-pub struct Folded<W: Write> {
+pub struct FoldedSink<W: Write> {
     writer: W,
     stacks: ClosingStacks,
 }
 
-impl<W: Write> Folded<W> {
+impl<W: Write> FoldedSink<W> {
     /// Writes to `writer`.
     pub fn new(writer: W) -> Self {
         Self { writer, stacks: ClosingStacks::default() }
     }
 }
 
-impl<W: Write> Sink for Folded<W> {
+impl<W: Write> Sink for FoldedSink<W> {
     fn write(&mut self, event: &Event) -> io::Result<()> {
         self.stacks.add(event);
         Ok(())
@@ -162,14 +163,11 @@ impl<W: Write> Sink for Folded<W> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        event::{Cause, Stack, Truncated},
-        sink::examples,
-    };
+    use crate::event::{Cause, Stack, Truncated, examples};
 
     fn folded(events: &[Event]) -> String {
         let mut written = Vec::new();
-        let mut sink = Folded::new(&mut written);
+        let mut sink = FoldedSink::new(&mut written);
         for event in events {
             sink.write(event).expect("memory");
             sink.flush().expect("memory");

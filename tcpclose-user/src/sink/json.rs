@@ -5,19 +5,19 @@ use std::io::{self, Write};
 use crate::event::Event;
 use crate::sink::{Sink, serializer};
 
-/// How many bytes gather before they are written. A burst of events then costs few system calls.
+/// The number of bytes that gather before they are written, so that a burst of events costs few system calls.
 const GATHERED: usize = 256 << 10;
 
 /// Writes one JSON object a line.
 ///
 /// Lines are serialized into memory, which costs a third of what a `BufWriter` would: braces, commas and
 /// values come one by one.
-pub struct Json<W: Write> {
+pub struct JsonSink<W: Write> {
     writer: W,
     lines: Vec<u8>,
 }
 
-impl<W: Write> Json<W> {
+impl<W: Write> JsonSink<W> {
     /// Writes to `writer`, through a buffer of its own.
     pub fn new(writer: W) -> Self {
         Self { writer, lines: Vec::new() }
@@ -25,13 +25,13 @@ impl<W: Write> Json<W> {
 
     fn write_lines(&mut self) -> io::Result<()> {
         let result = self.writer.write_all(&self.lines);
-        // After an error it is not known what was written; the same bytes must not be written again.
+        // After an error, it is not known how much was written, and no byte may be written twice.
         self.lines.clear();
         result
     }
 }
 
-impl<W: Write> Sink for Json<W> {
+impl<W: Write> Sink for JsonSink<W> {
     fn write(&mut self, event: &Event) -> io::Result<()> {
         let complete = self.lines.len();
         if let Err(error) = serializer::append(&mut self.lines, event) {
@@ -56,11 +56,14 @@ mod tests {
 
     use super::GATHERED;
     use crate::event::Event;
-    use crate::sink::{Json, Sink, examples};
+    use crate::{
+        event::examples,
+        sink::{JsonSink, Sink},
+    };
 
     fn written(events: &[Event]) -> String {
         let mut bytes = Vec::new();
-        let mut sink = Json::new(&mut bytes);
+        let mut sink = JsonSink::new(&mut bytes);
         for event in events {
             sink.write(event).expect("memory");
         }
@@ -101,8 +104,8 @@ mod tests {
     #[test]
     fn a_burst_is_written_in_large_pieces() {
         /// How long the pieces are.
-        struct Pieces(Vec<usize>);
-        impl Write for Pieces {
+        struct PieceLengths(Vec<usize>);
+        impl Write for PieceLengths {
             fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
                 self.0.push(bytes.len());
                 Ok(bytes.len())
@@ -112,8 +115,8 @@ mod tests {
                 Ok(())
             }
         }
-        let mut pieces = Pieces(Vec::new());
-        let mut sink = Json::new(&mut pieces);
+        let mut pieces = PieceLengths(Vec::new());
+        let mut sink = JsonSink::new(&mut pieces);
         for _ in 0..1_000 {
             sink.write(&examples::orderly()).expect("memory");
         }

@@ -11,20 +11,19 @@ use crate::{
     pace::Pace,
 };
 
-/// What could not be reported so far.
+/// The losses so far.
 pub struct Losses {
-    /// How many sockets `OVERFLOW`, where those go whose bucket is full, has room for.
+    /// The number of sockets that `OVERFLOW`, the map for sockets whose bucket is full, has room for.
     capacity: u64,
     /// What `lost` lines have reported so far.
     reported: BTreeMap<LostPlace, u64>,
     /// Entries that `OVERFLOW` has evicted.
     evicted: u64,
-    /// Keeps counts of these entries from taking more than a tenth of a CPU: with a million entries one takes
-    /// most of a second.
+    /// Limits counting these entries to a tenth of a CPU: counting a million of them takes most of a second.
     pace: Pace,
 }
 
-/// What the user half has lost so far.
+/// The losses of the user half so far.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct UserLosses {
     /// Records that could not be decoded.
@@ -36,7 +35,7 @@ pub struct UserLosses {
 }
 
 impl Losses {
-    /// Nothing was lost yet; the table has room for `connections` sockets.
+    /// Makes empty counts for a table that has room for `connections` sockets.
     pub fn new(connections: u32) -> Self {
         Self {
             capacity: u64::from(overflow(connections)),
@@ -99,7 +98,7 @@ impl Losses {
     }
 
     /// Counts `OVERFLOW`: what was added, not removed, and is no longer there was evicted. `before` are the
-    /// counters from before that.
+    /// counters as they were before this call.
     fn count_evictions(&mut self, kernel: &KernelHalf, before: &Counters) {
         let present = kernel.table().overflow();
         let removed = kernel.counters().overflow_removed;

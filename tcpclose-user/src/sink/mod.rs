@@ -1,4 +1,4 @@
-//! Where events go: text for people, JSON lines for programs.
+//! The outputs of events: text for people, JSON lines and other formats for programs.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
@@ -8,21 +8,18 @@ use anstream::{AutoStream, ColorChoice};
 
 use crate::event::Event;
 
-#[cfg(test)]
-pub(crate) mod examples;
 pub mod flamegraph;
 mod folded;
 mod json;
 pub mod losses;
-pub mod report;
 mod serializer;
 pub mod summary;
 mod text;
 
-pub use folded::Folded;
-pub use json::Json;
+pub use folded::FoldedSink;
+pub use json::JsonSink;
 pub(crate) use text::{COLUMNS, bounds, cut, endpoint, escape, or_dash, width, wrap};
-pub use text::{Palette, Text, human_millis};
+pub use text::{Palette, TextSink, human_millis};
 
 /// The format in which events are written. A report (`list`, `doctor`) has a
 /// [`ReportFormat`](crate::cli::ReportFormat) of its own.
@@ -38,7 +35,8 @@ pub enum Format {
 }
 
 impl Palette {
-    /// For the standard output: colours on a terminal, unless variables such as `NO_COLOR` disable them.
+    /// The palette for the standard output: colours on a terminal, unless variables such as `NO_COLOR`
+    /// disable them.
     pub fn of_stdout() -> Self {
         match AutoStream::choice(&io::stdout()) {
             ColorChoice::Never => Self::PLAIN,
@@ -51,15 +49,15 @@ impl Palette {
 pub trait Sink {
     /// Writes one event. It may stay in a buffer until [`Sink::flush`].
     fn write(&mut self, event: &Event) -> io::Result<()>;
-    /// Hands on all that was written.
+    /// Passes on everything that was written.
     fn flush(&mut self) -> io::Result<()>;
-    /// Writes what is complete only at the end, and hands on all that was written. To be called once.
+    /// Writes what is complete only at the end, and flushes the sink. To be called once.
     fn finish(&mut self) -> io::Result<()> {
         self.flush()
     }
 }
 
-/// Where only the summary is wanted.
+/// A sink for traces of which only the summary is wanted.
 struct Nowhere;
 
 impl Sink for Nowhere {
@@ -72,21 +70,21 @@ impl Sink for Nowhere {
     }
 }
 
-/// Whether there is still somebody who reads.
+/// Whether the output still has a reader.
 #[must_use]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Written {
-    /// There is, as far as is known.
+    /// It has, as far as is known.
     Yes,
-    /// The other end of the pipe is closed: nothing that is written from now on arrives.
+    /// The other end of the pipe is closed, so nothing that is written from now on is read.
     ReaderGone,
 }
 
 /// Numbers the lines and writes them.
 pub struct Output {
     sink: Box<dyn Sink + Send>,
-    /// Whether the findings at the end are lines among the others.
-    pub(super) takes_findings: bool,
+    /// Whether findings are written as lines among the others.
+    pub(crate) takes_findings: bool,
     lines: u64,
     /// Lines that are in the sink's buffer.
     buffered: u64,
@@ -108,12 +106,12 @@ impl Output {
         }
     }
 
-    /// Writes to `writer`, in colour only if `palette` has any. `details` is [`Text`]'s.
+    /// Writes to `writer`, in colour only if `palette` has any. `details` is [`TextSink`]'s.
     pub fn to(format: Format, writer: impl Write + Send + 'static, palette: Palette, details: bool) -> Self {
         match format {
-            Format::Text => Self::new(Text::new(writer, palette, details)),
-            Format::Json => Self { takes_findings: true, ..Self::new(Json::new(writer)) },
-            Format::Folded => Self::new(Folded::new(writer)),
+            Format::Text => Self::new(TextSink::new(writer, palette, details)),
+            Format::Json => Self { takes_findings: true, ..Self::new(JsonSink::new(writer)) },
+            Format::Folded => Self::new(FoldedSink::new(writer)),
         }
     }
 
@@ -121,8 +119,8 @@ impl Output {
     /// it.
     pub fn stdout(format: Format, details: bool) -> Self {
         let palette = Palette::of_stdout();
-        // A descriptor of its own where there is one to be had: `Stdout` looks for the last newline of what
-        // it is given, and writes the rest apart.
+        // A duplicate of the descriptor, if possible: `Stdout` searches its input for the last newline, and
+        // writes the rest separately.
         match io::stdout().as_fd().try_clone_to_owned() {
             Ok(stdout) => Self::to(format, File::from(stdout), palette, details),
             Err(_) => Self::to(format, io::stdout(), palette, details),
@@ -152,13 +150,13 @@ impl Output {
         Ok(written)
     }
 
-    /// Hands on all that was written. To be called whenever there is nothing left to read.
+    /// Flushes the sink. To be called whenever there is nothing left to read.
     pub fn flush(&mut self) -> io::Result<Written> {
         let result = if self.reader_gone { Ok(()) } else { self.sink.flush() };
         self.handed_on(result)
     }
 
-    /// Writes what is complete only at the end, and hands on all that was written. To be called once.
+    /// Writes what is complete only at the end, and flushes the sink. To be called once.
     pub fn finish(&mut self) -> io::Result<Written> {
         let result = if self.reader_gone { Ok(()) } else { self.sink.finish() };
         self.handed_on(result)
@@ -173,6 +171,11 @@ impl Output {
             self.buffered = 0;
         }
         Ok(written)
+    }
+
+    /// Whether the other end of the pipe was found to be closed.
+    pub fn is_reader_gone(&self) -> bool {
+        self.reader_gone
     }
 
     /// How many lines could not be written because nobody reads any more.
@@ -203,9 +206,12 @@ mod tests {
     use std::io::{self, ErrorKind, Write};
     use std::sync::{Arc, Mutex};
 
-    use crate::sink::{Format, Output, Palette, Written, examples};
+    use crate::{
+        event::examples,
+        sink::{Format, Output, Palette, Written},
+    };
 
-    /// What was written, and the error that the next write meets.
+    /// The bytes that were written, and the error that the next write returns.
     #[derive(Clone, Default)]
     struct Pipe {
         bytes: Arc<Mutex<Vec<u8>>>,

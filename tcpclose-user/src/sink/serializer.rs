@@ -1,9 +1,9 @@
-//! A serializer of compact JSON that is made for lines of events: it appends to a `Vec`, writes field names
-//! as they are, and copies what was serialized before ([`Shared`](crate::event::Shared)).
+//! A serializer of compact JSON for lines of events: it appends to a `Vec`, writes field names as they are,
+//! and copies what was serialized before ([`Shared`](crate::event::Shared)).
 //!
 //! `serde_json` looks at each byte of each field name for something to escape, which took half the time of an
 //! event. Names of fields and variants are therefore not escaped here: they are identifiers. Everything else
-//! is as `serde_json` writes it, byte by byte, and a test holds it to that.
+//! is identical to the output of `serde_json`, which a test checks byte by byte.
 
 use serde::{
     Serialize, Serializer,
@@ -16,29 +16,30 @@ use crate::event::FINISHED;
 /// Appends `value` to `out`.
 ///
 /// # Errors
-/// Those of `serde_json`: a key of a map is no string, or the value refuses to be serialized.
+/// Those of `serde_json`: a key of a map is not a string, or the value cannot be serialized.
 pub fn append(out: &mut Vec<u8>, value: &impl Serialize) -> Result<(), Error> {
-    value.serialize(Json { out, is_finished: false })
+    value.serialize(JsonSerializer { out, is_finished: false })
 }
 
 /// Serializes one value.
-struct Json<'a> {
+struct JsonSerializer<'a> {
     out: &'a mut Vec<u8>,
     /// The value is JSON already.
     is_finished: bool,
 }
 
-/// Serializes a sequence, a map or a struct. A comma follows each value; the last one is replaced in the end.
+/// Serializes a sequence, a map or a struct. A comma follows each value; the last comma is replaced at the
+/// end.
 struct Compound<'a> {
     out: &'a mut Vec<u8>,
-    /// What ends it: one bracket, or two for the variant of an enum.
+    /// Its end: one bracket, or two for the variant of an enum.
     end: &'static [u8],
-    /// It is what `serde_json` wraps finished JSON in: a struct with one field.
+    /// It is the struct with one field in which `serde_json` wraps finished JSON.
     is_finished: bool,
 }
 
-impl<'a> Json<'a> {
-    /// A leaf that `serde_json` does not treat by the byte.
+impl<'a> JsonSerializer<'a> {
+    /// A leaf that does not need to be escaped byte by byte.
     #[inline]
     fn leaf(self, value: &impl Serialize) -> Result<(), Error> {
         serde_json::to_writer(self.out, value)
@@ -59,7 +60,8 @@ impl<'a> Json<'a> {
     }
 }
 
-/// Inlined, like its callers, so that the length of a name is a constant, and copying it a few moves.
+/// Inlined, as are its callers, so that the length of a name is a constant, and copying it takes a few
+/// instructions.
 #[inline(always)]
 #[expect(clippy::inline_always, reason = "the names of 60 fields are copied for each event")]
 fn field_name(out: &mut Vec<u8>, name: &str) {
@@ -71,7 +73,7 @@ fn field_name(out: &mut Vec<u8>, name: &str) {
 impl Compound<'_> {
     #[inline]
     fn value(&mut self, value: &(impl Serialize + ?Sized)) -> Result<(), Error> {
-        value.serialize(Json { out: self.out, is_finished: false })?;
+        value.serialize(JsonSerializer { out: self.out, is_finished: false })?;
         self.out.push(b',');
         Ok(())
     }
@@ -80,7 +82,7 @@ impl Compound<'_> {
     #[expect(clippy::inline_always, reason = "see `field_name`")]
     fn field(&mut self, name: &str, value: &(impl Serialize + ?Sized)) -> Result<(), Error> {
         if self.is_finished {
-            return value.serialize(Json { out: self.out, is_finished: true });
+            return value.serialize(JsonSerializer { out: self.out, is_finished: true });
         }
         field_name(self.out, name);
         self.value(value)
@@ -104,7 +106,7 @@ macro_rules! leaves {
     };
 }
 
-impl<'a> Serializer for Json<'a> {
+impl<'a> Serializer for JsonSerializer<'a> {
     type Ok = ();
     type Error = Error;
     type SerializeSeq = Compound<'a>;
@@ -129,7 +131,7 @@ impl<'a> Serializer for Json<'a> {
             return Ok(());
         }
         let escaped = |byte: u8| byte < b' ' || byte == b'"' || byte == b'\\';
-        // Without a way out, so that the compiler takes many bytes at a time.
+        // The loop has no early exit, so that the compiler processes many bytes at a time.
         if text.bytes().fold(false, |any, byte| any | escaped(byte)) {
             return self.leaf(&text);
         }
@@ -178,7 +180,7 @@ impl<'a> Serializer for Json<'a> {
         value: &T,
     ) -> Result<(), Error> {
         let is_finished = self.is_finished || name == FINISHED;
-        value.serialize(Json { is_finished, ..self })
+        value.serialize(JsonSerializer { is_finished, ..self })
     }
 
     fn serialize_newtype_variant<T: Serialize + ?Sized>(
@@ -299,7 +301,7 @@ impl ser::SerializeMap for Compound<'_> {
 
     fn serialize_key<T: Serialize + ?Sized>(&mut self, key: &T) -> Result<(), Error> {
         let start = self.out.len();
-        key.serialize(Json { out: self.out, is_finished: false })?;
+        key.serialize(JsonSerializer { out: self.out, is_finished: false })?;
         if self.out.get(start) != Some(&b'"') {
             return Err(Error::custom("a key of a map is not a string"));
         }
@@ -322,7 +324,7 @@ mod tests {
     use std::{collections::BTreeMap, net::IpAddr};
 
     use super::*;
-    use crate::{event::Shared, sink::examples};
+    use crate::event::{Shared, examples};
 
     #[track_caller]
     fn assert_same(value: &impl Serialize) {

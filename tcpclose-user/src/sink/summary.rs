@@ -1,5 +1,5 @@
-//! Events → the summary on stderr when the trace ends: how the connections of each process ended and at which
-//! place in its code, the most frequent first, and which sockets are still stuck.
+//! Events → the summary on stderr when the trace ends: how the connections of each process ended, and at
+//! which place in its code, the most frequent first; and the sockets that are still stuck.
 
 use std::{
     collections::HashMap,
@@ -17,29 +17,29 @@ use crate::{
     sink::{endpoint, escape, human_millis, or_dash},
 };
 
-/// How many kinds of end are counted separately. Ends of further kinds are counted together.
+/// The number of kinds of end that are counted separately. Ends of further kinds are counted together.
 const MAX_KINDS: usize = 4_096;
 
-/// How many ends are remembered by [`Identity`]. When there are more, all are forgotten.
+/// The number of ends that are remembered by [`EndIdentity`]. When there are more, all are forgotten.
 const MAX_RECENT: usize = 1_024;
 
-/// How many rows of each table are shown.
+/// The number of rows of each table that are shown.
 const ROWS: usize = 20;
 
-/// How many frames identify a place.
+/// The number of frames that identify a place.
 const FRAMES: usize = 4;
 
-/// How wide a line may get.
+/// The largest width of a line.
 const COLUMNS: usize = 100;
 
 /// Counts events for the summary.
 #[derive(Default)]
 pub struct Summary {
-    /// Places in `counts`.
-    ends: HashMap<End, usize>,
+    /// Indexes in `counts`.
+    ends: HashMap<EndGroup, usize>,
     counts: Vec<Count>,
-    /// The same places, by what is quick to compare.
-    recent: HashMap<Identity, Recent, RandomState>,
+    /// The same indexes, by a key that is quick to compare.
+    recent: HashMap<EndIdentity, Recent, RandomState>,
     lingering: HashMap<Stay, Count>,
     /// Events of kinds for which there was no room.
     others: u64,
@@ -47,17 +47,18 @@ pub struct Summary {
 
 /// Ends that are counted together.
 #[derive(Clone, PartialEq, Eq, Hash)]
-struct End {
+struct EndGroup {
     process: Option<(Option<u32>, String)>,
     closed_by: Option<ClosedBy>,
     ended: Option<Ended>,
     cause: Option<Cause>,
-    place: Place,
+    place: CallSite,
 }
 
-/// An end by the addresses of what it shares with others, which are compared sooner than names.
+/// The identity of an end, made of the addresses of the values that it shares with others: addresses are
+/// compared faster than names.
 #[derive(PartialEq, Eq, Hash)]
-struct Identity {
+struct EndIdentity {
     process: Option<usize>,
     frames: Option<usize>,
     closed_by: Option<ClosedBy>,
@@ -65,12 +66,12 @@ struct Identity {
     cause: Option<Cause>,
 }
 
-/// Ends with one [`Identity`].
+/// Ends with one [`EndIdentity`].
 struct Recent {
-    /// Their place in `counts`.
+    /// Their index in `counts`.
     place: usize,
-    /// Kept, so that the addresses stay theirs.
-    _kept: (Option<Shared<Process>>, Place),
+    /// Kept, so that their addresses are not reused.
+    _kept: (Option<Shared<Process>>, CallSite),
 }
 
 /// Sockets that linger, counted together.
@@ -80,19 +81,19 @@ struct Stay {
     state: State,
     kind: LingeringKind,
     remote: Option<Endpoint>,
-    place: Place,
+    place: CallSite,
 }
 
-/// Where in a program something was done, and what that was.
+/// The kind of an act, and the place in the program where it was done.
 #[derive(Clone, Default)]
-struct Place(Option<(&'static str, Frames)>);
+struct CallSite(Option<(&'static str, Frames)>);
 
 #[derive(Clone, Copy, Default)]
 struct Count {
     sockets: u64,
-    /// Ends that left a TIME_WAIT behind.
+    /// Ends that have left a TIME_WAIT behind.
     time_wait: u64,
-    /// Milliseconds, of those that linger.
+    /// The age of the oldest one that lingers, milliseconds.
     oldest: f64,
 }
 
@@ -109,11 +110,11 @@ impl Summary {
         count.time_wait += u64::from(leaves_time_wait(close));
     }
 
-    /// The place in `counts` of ends of this kind; `None` if there is no room for another kind.
+    /// The index in `counts` of ends of this kind; `None` if there is no room for another kind.
     fn place(&mut self, close: &Close) -> Option<usize> {
         let Close { closed_by, ended, cause, .. } = *close;
-        let (what, frames) = Place::frames_of(close).unzip();
-        let identity = Identity {
+        let (what, frames) = CallSite::frames_of(close).unzip();
+        let identity = EndIdentity {
             process: close.process.as_ref().map(Shared::address),
             frames: frames.map(Shared::address),
             closed_by,
@@ -123,9 +124,9 @@ impl Summary {
         if let Some(recent) = self.recent.get(&identity) {
             return Some(recent.place);
         }
-        let place_in_code = Place(what.zip(frames.cloned()));
+        let place_in_code = CallSite(what.zip(frames.cloned()));
         let process = close.process.as_ref().map(|process| (process.pid, process.comm.clone()));
-        let end = End { process, closed_by, ended, cause, place: place_in_code.clone() };
+        let end = EndGroup { process, closed_by, ended, cause, place: place_in_code.clone() };
         let place = match self.ends.get(&end) {
             Some(place) => *place,
             None if self.ends.len() >= MAX_KINDS => return None,
@@ -150,9 +151,9 @@ impl Summary {
             process: lingering.process.as_ref().map(|process| (process.pid, process.comm.clone())),
             state: lingering.state,
             kind: lingering.kind,
-            // Of a client; a server's remotes are all different.
+            // Only of a client: the remote ends of a server are all different.
             remote: lingering.connection.remote.filter(|_| lingering.connection.role == Some(Role::Client)),
-            place: Place::of("opened at", opener).unwrap_or_default(),
+            place: CallSite::of("opened at", opener).unwrap_or_default(),
         };
         if self.lingering.len() >= MAX_KINDS && !self.lingering.contains_key(&stay) {
             self.others += 1;
@@ -167,7 +168,7 @@ impl Summary {
         if self.ends.is_empty() {
             return Ok(());
         }
-        // Processes with most ends first, and of each the kinds with most ends.
+        // The processes with the most ends come first, and for each process the kinds with the most ends.
         let mut of_process = HashMap::<_, u64>::new();
         let mut rows: Vec<_> = self.ends.iter().map(|(end, place)| (end, self.counts[*place])).collect();
         for (end, count) in &rows {
@@ -241,8 +242,8 @@ impl Display for Summary {
     }
 }
 
-/// Whether this end closed first, in order, and so left a `TIME_WAIT` behind: the small socket takes over
-/// from these states alone.
+/// Whether this end closed first and in order, and so left a `TIME_WAIT` behind: the small socket replaces a
+/// socket only in these states.
 fn leaves_time_wait(close: &Close) -> bool {
     let before = close.states.iter().rev().nth(1).map(|step| step.state);
     close.ended == Some(Ended::Fin) && matches!(before, Some(State::FinWait2 | State::Closing))
@@ -259,18 +260,18 @@ fn rest(f: &mut fmt::Formatter<'_>, rows: usize) -> fmt::Result {
     if rows > ROWS { writeln!(f, "{:>8} and {} more rows", "", rows - ROWS) } else { Ok(()) }
 }
 
-/// The frames that tell most about a place.
+/// The frames that are most specific to a place.
 fn frames(stack: Option<&Stack>) -> Option<&Frames> {
     let stack = stack?;
     stack.user.as_ref().or(stack.kernel.as_ref()).filter(|frames| !frames.is_empty())
 }
 
-impl Place {
+impl CallSite {
     fn of(what: &'static str, stack: Option<&Stack>) -> Option<Self> {
         Some(Self(Some((what, frames(stack)?.clone()))))
     }
 
-    /// Where a connection was closed or, if that is not known, opened.
+    /// The place where a connection was closed or, if that is not known, opened.
     fn frames_of(close: &Close) -> Option<(&'static str, &Frames)> {
         if let Some(frames) = frames(close.stack.as_ref()) {
             return Some(("closed at", frames));
@@ -285,22 +286,22 @@ impl Place {
     }
 }
 
-impl PartialEq for Place {
+impl PartialEq for CallSite {
     fn eq(&self, other: &Self) -> bool {
         self.frames().eq(other.frames())
     }
 }
 
-impl Eq for Place {}
+impl Eq for CallSite {}
 
-impl Hash for Place {
+impl Hash for CallSite {
     fn hash<H: Hasher>(&self, state: &mut H) {
         self.frames().for_each(|frame| frame.hash(state));
     }
 }
 
-/// A line of its own: innermost function first, `<` for "called by".
-impl Display for Place {
+/// A separate line: the innermost function first, and `<` for "called by".
+impl Display for CallSite {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Some((what, _)) = &self.0 else { return Ok(()) };
         let mut line = format!("{:>25} {what} ", "");
@@ -318,7 +319,7 @@ impl Display for Place {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{event::Lingering, sink::examples};
+    use crate::event::{Lingering, examples};
 
     #[test]
     fn counts_what_is_alike_together() {

@@ -1,8 +1,8 @@
 //! Text for a person in an outage.
 //!
-//! An event is one aligned line: when, what and why, which process, and which connection. Further facts stand
-//! below it, indented. At 100 columns nothing wraps for IPv4. Time, process and two endpoints leave room for
-//! one verdict: the cause, or, where there is none, who closed and how.
+//! An event is one aligned line: when, what and why, which process, and which connection. Further facts
+//! follow below it, indented. With IPv4 addresses, no line is wider than 100 columns. Time, process and two
+//! endpoints leave room for one verdict: the cause or, if there is none, who closed and how.
 
 use std::borrow::Cow;
 use std::fmt::{self, Display, Write as _};
@@ -23,11 +23,11 @@ use crate::sink::Sink;
 pub(crate) const COLUMNS: usize = 99;
 /// The event and the verdict.
 const WHAT: usize = 24;
-/// Process id and name together: the longer the one, the less is left of the other.
+/// Process id and name together: the longer the id, the shorter the name.
 const PROCESS: usize = 17;
 /// The widest IPv4 address and port.
 const ENDPOINT: usize = 21;
-/// What belongs to an event stands this far to the right.
+/// The indentation of the lines that belong to an event.
 const INDENT: usize = 4;
 
 /// The colours of the text.
@@ -39,7 +39,7 @@ pub struct Palette {
     pub(crate) peer: Style,
     /// Names of columns.
     pub(crate) header: Style,
-    /// What is of less interest.
+    /// Details.
     pub(crate) dim: Style,
 }
 
@@ -58,7 +58,7 @@ impl Palette {
 }
 
 /// Writes text.
-pub struct Text<W: Write> {
+pub struct TextSink<W: Write> {
     writer: BufWriter<W>,
     palette: Palette,
     zone: TimeZone,
@@ -67,9 +67,9 @@ pub struct Text<W: Write> {
     header_due: bool,
 }
 
-impl<W: Write> Text<W> {
-    /// Writes to `writer`, through a buffer, with times in the time zone of the system. Without `details` an
-    /// event is its one line and nothing else.
+impl<W: Write> TextSink<W> {
+    /// Writes to `writer`, through a buffer, with times in the time zone of the system. Without `details`, an
+    /// event is a single line.
     pub fn new(writer: W, palette: Palette, details: bool) -> Self {
         Self { details, ..Self::in_zone(writer, palette, TimeZone::system()) }
     }
@@ -92,7 +92,7 @@ impl<W: Write> Text<W> {
         self.header_due = false;
         let Palette { header, .. } = self.palette;
         let zone = Timestamp::now().to_zoned(self.zone.clone()).strftime("%Z").to_string();
-        // Zones without a name of their own are called by their offset; all fit in seven columns.
+        // Zones without a name are shown as their offset; all fit in seven columns.
         let line = format!(
             "TIME {zone:<7.7} {:<WHAT$} {:>5} {:<11} {:<ENDPOINT$} REMOTE",
             "WHAT", "PID", "COMM", "LOCAL"
@@ -101,10 +101,10 @@ impl<W: Write> Text<W> {
     }
 }
 
-impl<W: Write> Sink for Text<W> {
+impl<W: Write> Sink for TextSink<W> {
     fn write(&mut self, event: &Event) -> io::Result<()> {
         self.write_header()?;
-        let mut page = Page { text: String::new(), palette: self.palette, zone: &self.zone };
+        let mut page = EventLines { text: String::new(), palette: self.palette, zone: &self.zone };
         match event {
             Event::Close(close) => page.close(close),
             Event::Reset(reset) => page.reset(reset),
@@ -117,20 +117,20 @@ impl<W: Write> Sink for Text<W> {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        // A person who watches a terminal while nothing happens sees at least that it runs.
+        // This shows a person at a terminal that the tool runs while nothing happens.
         self.write_header()?;
         self.writer.flush()
     }
 }
 
 /// The lines of one event.
-struct Page<'a> {
+struct EventLines<'a> {
     text: String,
     palette: Palette,
     zone: &'a TimeZone,
 }
 
-impl Page<'_> {
+impl EventLines<'_> {
     fn close(&mut self, close: &Close) {
         let style = match (close.ended, close.closed_by) {
             (Some(Ended::ResetSent | Ended::ResetReceived | Ended::Timeout), _) => self.palette.alarm,
@@ -139,7 +139,7 @@ impl Page<'_> {
         };
         let (by, how) = (or_dash(close.closed_by), or_dash(close.ended));
         let mut facts = Facts::default();
-        // A cause is more informative than who and how, so it comes first if there is one.
+        // A cause is more informative than who closed and how, so it is shown if there is one.
         let what = if let Some(cause) = close.cause.filter(|cause| *cause != Cause::Unknown) {
             facts.add("by", by);
             facts.add("how", how);
@@ -260,7 +260,7 @@ impl Page<'_> {
         connection: &Connection,
     ) {
         let time = self.clock(time);
-        // A long verdict takes room from the name of the process, so that the addresses stay aligned.
+        // If the verdict is long, the name of the process is cut, so that the addresses stay aligned.
         let room = PROCESS.saturating_sub(what.len().saturating_sub(WHAT));
         let process = match process {
             Some(process) => {
@@ -323,7 +323,7 @@ impl Page<'_> {
     }
 }
 
-/// Names and values, as many a line as fit.
+/// Names and values, with as many on each line as fit.
 #[derive(Default)]
 struct Facts {
     lines: Vec<String>,
@@ -348,8 +348,8 @@ impl Facts {
     }
 
     /// The silence of both directions, the shorter one first: after a farewell, such as `close_notify` of
-    /// TLS, the longer one is the silence that matters. Within a tick of the kernel's clock the directions
-    /// cannot be told apart.
+    /// TLS, the longer one is the silence that matters. Within a tick of the kernel's clock, the directions
+    /// cannot be distinguished.
     fn idle(&mut self, idle_ms: Option<f64>, sent_ms: Option<f64>, received_ms: Option<f64>) {
         let since = |millis: f64, way: LastData| format!("{} since {way}", human_millis(millis));
         let idle = match (sent_ms, received_ms) {
@@ -366,7 +366,7 @@ impl Facts {
         self.add("idle", idle);
     }
 
-    /// What was lost: received and never read, written and never acknowledged.
+    /// The payload that was lost: received and never read, or written and never acknowledged.
     fn lost(&mut self, unread: Option<u64>, unacked: Option<u64>) {
         for (name, bytes) in [("unread", unread), ("unacked", unacked)] {
             self.add_some(name, bytes.filter(|bytes| *bytes > 0).map(|bytes| format!("{bytes}B")));
@@ -386,20 +386,20 @@ impl Facts {
         let Some(process) = process else { return };
         let thread = process.thread.as_deref().filter(|thread| *thread != process.comm);
         self.add_some("thread", thread.map(escape));
-        // The others acted on this socket or obtained it themselves; these were only found to have it.
+        // Other owners acted on this socket or obtained it themselves; these were only found to have it.
         if matches!(
             process.attribution,
             Attribution::Listener | Attribution::Descriptors | Attribution::Procfs
         ) {
             self.add("owner from", process.attribution);
         }
-        // As long as `docker ps` shows it.
+        // The length that `docker ps` shows.
         let short = |id: &str| escape(id).chars().take(12).collect::<String>();
         self.add_some("container", process.container.as_deref().map(short));
     }
 }
 
-/// What this side did, as one value; `None` if it never acted.
+/// The act of this side as one value; `None` if it never acted.
 fn triggered(trigger: Option<Trigger>, signal: Option<&str>, from: Option<&SignalFrom>) -> Option<String> {
     let mut text = trigger?.to_string();
     if let Some(signal) = signal {
@@ -469,9 +469,9 @@ const MINUTE: u64 = 60 * SECOND;
 const HOUR: u64 = 60 * MINUTE;
 const DAY: u64 = 24 * HOUR;
 
-/// What comes from outside may hold anything, and a terminal obeys control characters.
+/// Input from outside may contain anything, and a terminal interprets control characters.
 pub(crate) fn escape(text: &str) -> Cow<'_, str> {
-    // Of what `escape_debug` escapes only the quotes can do no harm.
+    // Of the characters that `escape_debug` escapes, only quotes are harmless.
     let harmless = |character: char| matches!(character, '"' | '\'') || character.escape_debug().len() == 1;
     if text.chars().all(harmless) {
         return text.into();
@@ -519,7 +519,7 @@ pub(crate) fn endpoint(endpoint: Option<Endpoint>) -> String {
     or_dash(endpoint.map(|endpoint| SocketAddr::new(endpoint.address, endpoint.port)))
 }
 
-/// The function and the line in it; where there is no line, the offset and the file that it was loaded from.
+/// The function and the line in it or, if there is no line, the offset and the file that it was loaded from.
 fn frame_text(frame: &Frame) -> String {
     let module = frame.module.as_deref().map(|path| escape(path.rsplit('/').next().unwrap_or(path)));
     let mut text = match (&frame.symbol, &module) {
@@ -557,12 +557,15 @@ mod tests {
     use jiff::tz::TimeZone;
 
     use crate::event::{Attribution, Cause, ClosedBy, Ended, Event, Frame, Trigger, Truncated};
-    use crate::sink::text::{COLUMNS, Text, cut, escape, frame_text, human_millis, width};
-    use crate::sink::{Palette, Sink, examples};
+    use crate::sink::text::{COLUMNS, TextSink, cut, escape, frame_text, human_millis, width};
+    use crate::{
+        event::examples,
+        sink::{Palette, Sink},
+    };
 
     fn written(events: &[Event], palette: Palette) -> String {
         let mut bytes = Vec::new();
-        let mut sink = Text::in_zone(&mut bytes, palette, TimeZone::UTC);
+        let mut sink = TextSink::in_zone(&mut bytes, palette, TimeZone::UTC);
         for event in events {
             sink.write(event).expect("memory");
         }
@@ -592,7 +595,7 @@ mod tests {
     fn times_are_in_the_given_zone() {
         let mut bytes = Vec::new();
         let zone = TimeZone::fixed(jiff::tz::offset(2));
-        let mut sink = Text::in_zone(&mut bytes, Palette::PLAIN, zone);
+        let mut sink = TextSink::in_zone(&mut bytes, Palette::PLAIN, zone);
         sink.write(&examples::orderly()).expect("memory");
         sink.flush().expect("memory");
         drop(sink);

@@ -10,14 +10,14 @@ use netlink_packet_sock_diag::{
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_SOCK_DIAG};
 
-use super::entry::{Entry, Info, is_in_teardown};
+use super::entry::{Info, ListedSocket, is_in_teardown};
 use crate::{
     event::{Endpoint, State},
     ingest::life::SendQueue,
 };
 
-/// The kernel sends at most 32 KiB at a time (`netlink_dump()`, `net/netlink/af_netlink.c`), and more only if
-/// the reader has offered more before. The message about one socket takes about 500 bytes.
+/// The kernel sends at most 32 KiB at a time (`netlink_dump()`, `net/netlink/af_netlink.c`), unless the
+/// reader has offered a larger buffer before. The message about one socket takes about 500 bytes.
 const BUFFER: usize = 32 * 1024;
 
 /// Calls `each` for every TCP socket: first for listeners, last for those in a teardown state. Only these
@@ -25,7 +25,7 @@ const BUFFER: usize = 32 * 1024;
 ///
 /// # Errors
 /// The kernel has no `sock_diag` (`CONFIG_INET_DIAG`), or its answer cannot be parsed.
-pub fn dump(each: impl FnMut(Entry)) -> io::Result<()> {
+pub fn dump(each: impl FnMut(ListedSocket)) -> io::Result<()> {
     let listening = |state| state == State::Listen;
     let others = |state| !listening(state) && !is_in_teardown(state);
     dump_each(
@@ -42,11 +42,14 @@ pub fn dump(each: impl FnMut(Entry)) -> io::Result<()> {
 ///
 /// # Errors
 /// Those of [`dump`].
-pub fn dump_teardown(each: impl FnMut(Entry)) -> io::Result<()> {
+pub fn dump_teardown(each: impl FnMut(ListedSocket)) -> io::Result<()> {
     dump_each(&[(mask(is_in_teardown), ExtensionFlags::INFO)], each)
 }
 
-fn dump_each(requests: &[(StateFlags, ExtensionFlags)], mut each: impl FnMut(Entry)) -> io::Result<()> {
+fn dump_each(
+    requests: &[(StateFlags, ExtensionFlags)],
+    mut each: impl FnMut(ListedSocket),
+) -> io::Result<()> {
     let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
@@ -76,7 +79,11 @@ fn mask(satisfies: impl Fn(State) -> bool) -> StateFlags {
 }
 
 /// Sends a request and reads the answer to its end.
-fn request_dump(socket: &Socket, request: InetRequest, each: &mut impl FnMut(Entry)) -> io::Result<()> {
+fn request_dump(
+    socket: &Socket,
+    request: InetRequest,
+    each: &mut impl FnMut(ListedSocket),
+) -> io::Result<()> {
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST | NLM_F_DUMP;
     let mut message = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
@@ -105,7 +112,7 @@ enum Dump {
 }
 
 /// Reads the messages in one buffer.
-fn read(mut bytes: &[u8], each: &mut impl FnMut(Entry)) -> io::Result<Dump> {
+fn read(mut bytes: &[u8], each: &mut impl FnMut(ListedSocket)) -> io::Result<Dump> {
     while !bytes.is_empty() {
         let message = NetlinkMessage::<SockDiagMessage>::deserialize(bytes).map_err(io::Error::other)?;
         match message.payload {
@@ -130,7 +137,7 @@ fn read(mut bytes: &[u8], each: &mut impl FnMut(Entry)) -> io::Result<Dump> {
     Ok(Dump::Continues)
 }
 
-fn entry(response: &InetResponse) -> Option<Entry> {
+fn entry(response: &InetResponse) -> Option<ListedSocket> {
     let InetResponse { header, nlas } = response;
     let id = &header.socket_id;
     let info = nlas.iter().find_map(|attribute| match attribute {
@@ -145,7 +152,7 @@ fn entry(response: &InetResponse) -> Option<Entry> {
         }),
         _ => None,
     });
-    Some(Entry {
+    Some(ListedSocket {
         state: State::from_kernel(header.state)?,
         local: endpoint(Address::new(id.source_address, id.source_port)),
         remote: endpoint(Address::new(id.destination_address, id.destination_port)),
@@ -216,9 +223,9 @@ mod tests {
         client.shutdown(std::net::Shutdown::Write).unwrap();
         assert_eq!(server.read(&mut [0]).unwrap(), 0);
         let (mut dumped, mut read) = (Vec::new(), Vec::new());
-        let ours = |entry: &Entry| entry.local.port == port || entry.remote.port == port;
+        let ours = |entry: &ListedSocket| entry.local.port == port || entry.remote.port == port;
         // The ACK of the FIN may be delayed.
-        while !dumped.iter().any(|entry: &Entry| entry.state == State::FinWait2) {
+        while !dumped.iter().any(|entry: &ListedSocket| entry.state == State::FinWait2) {
             dumped.clear();
             dump(|entry| dumped.extend(Some(entry).filter(ours))).unwrap();
         }

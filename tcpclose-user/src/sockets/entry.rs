@@ -1,4 +1,4 @@
-//! One socket as the kernel lists it, and what follows from that alone: what keeps it in its state, and for
+//! One socket as the kernel lists it, and the conclusions from that alone: what keeps it in its state, and
 //! how long it has been there.
 
 use tcpclose_common::tcp::is_teardown;
@@ -11,7 +11,7 @@ use crate::{
 
 /// One socket as the kernel lists it.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Entry {
+pub struct ListedSocket {
     /// Its state. For a [remnant](Self::is_remnant), the state in which that is.
     pub state: State,
     /// The local end.
@@ -22,10 +22,10 @@ pub struct Entry {
     pub inode: u64,
     /// Bytes received and not read, where a FIN counts as one (`Recv-Q` of `ss`).
     pub recv_queue: u32,
-    /// What waits to be sent, if that is known.
+    /// The send queue, if it is known.
     pub send_queue: Option<SendQueue>,
-    /// Whether only the small structure is left that the kernel keeps in `TIME_WAIT`, and for a closed socket
-    /// in `FIN_WAIT2`.
+    /// Whether only the small structure is left that the kernel keeps for a socket in `TIME_WAIT`, and for a
+    /// closed one in `FIN_WAIT2`.
     pub is_remnant: bool,
     /// The kernel's socket cookie.
     pub cookie: Option<u64>,
@@ -53,8 +53,8 @@ pub struct Info {
     pub rtt_us: u32,
 }
 
-/// The range within which the time lies that a socket has been in its state, in milliseconds. A bound that
-/// the kernel does not provide is `None`.
+/// Bounds for the time that a socket has been in its state, in milliseconds. A bound that the kernel does not
+/// provide is `None`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct AgeRange {
     /// The lower bound.
@@ -67,7 +67,7 @@ pub struct AgeRange {
 /// one jiffy.
 const JIFFY: u32 = 10;
 
-impl Entry {
+impl ListedSocket {
     /// Whether it is in a teardown state; see [`is_in_teardown`].
     pub fn is_in_teardown(&self) -> bool {
         is_in_teardown(self.state)
@@ -93,9 +93,9 @@ impl Entry {
         judge::waits_for(self.state, self.inode != 0, Some(self.recv_queue), self.send_queue)
     }
 
-    /// How long it has been in its state. The kernel does not record that, but it records when other things
-    /// last happened that must have come before or after the change of state (`tcp_get_info()`,
-    /// `net/ipv4/tcp.c`). If segments arrive out of order, the bounds may be off by the time between them.
+    /// How long it has been in its state. The kernel does not record that, but it records the times of other
+    /// events that must have come before or after the change of state (`tcp_get_info()`, `net/ipv4/tcp.c`).
+    /// If segments arrive out of order, the bounds may be off by the time between them.
     pub fn age(&self) -> AgeRange {
         const UNKNOWN: AgeRange = AgeRange { at_least: None, at_most: None };
         // A remnant has a timer but no times.
@@ -134,9 +134,9 @@ pub fn is_in_teardown(state: State) -> bool {
 pub(crate) mod tests {
     use super::*;
 
-    pub(crate) fn entry(state: State, inode: u64, recv_queue: u32) -> Entry {
+    pub(crate) fn entry(state: State, inode: u64, recv_queue: u32) -> ListedSocket {
         let end = |port| Endpoint { address: [10, 0, 0, 1].into(), port };
-        Entry {
+        ListedSocket {
             state,
             local: end(40_000),
             remote: end(443),
@@ -184,7 +184,7 @@ pub(crate) mod tests {
         assert_eq!(age(State::FinWait2), between(Some(2_990), Some(5_010)));
         assert_eq!(age(State::LastAck), between(None, Some(4_010)));
         assert_eq!(age(State::FinWait1), between(None, None));
-        let remnant = Entry { info: None, is_remnant: true, ..entry(State::FinWait2, 0, 0) };
+        let remnant = ListedSocket { info: None, is_remnant: true, ..entry(State::FinWait2, 0, 0) };
         assert_eq!(remnant.age(), between(None, None));
         assert_eq!(remnant.unread_bytes(), None);
     }

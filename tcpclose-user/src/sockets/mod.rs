@@ -2,8 +2,8 @@
 //! sockets are stuck in a teardown state, which processes hold them, and how many sockets are in every state.
 //!
 //! [`netns`] finds the namespaces. [`diag`] requests the sockets of each from the kernel; where that is not
-//! possible [`table`] reads them from `/proc`. A walk over all file descriptors ([`attribute::holder`]) finds
-//! their owners.
+//! possible [`table`] reads them from `/proc`. A walk over all file descriptors ([`holder`]) finds their
+//! owners.
 
 use std::{
     cmp::Reverse,
@@ -19,33 +19,33 @@ pub mod netns;
 pub mod table;
 pub mod time_wait;
 
-pub use entry::{AgeRange, Entry};
+pub use entry::{AgeRange, ListedSocket};
 pub use time_wait::{Outgoing, TimeWait};
 
 use crate::{
-    attribute::{
-        self,
-        holder::{self, Holder},
-        process::Processes,
-    },
+    attribute,
     event::{
         Attribution, Connection, Endpoint, Family, Lingering, LingeringKind, Process, Role, Shared, State,
         Time,
     },
     filter::Filter,
-    host::Program,
+    host::ProgramInfo,
     kernel::clock::Clock,
+    processes::{
+        Processes,
+        holder::{self, ProcfsHolder},
+    },
 };
 use netns::Namespace;
 
-/// How many stuck sockets are kept, about 300 bytes each. The rest is only counted.
+/// The number of stuck sockets that are kept, about 300 bytes each. The rest is only counted.
 const MAX_STUCK: usize = 262_144;
 
-/// How many sockets with descriptors are kept, about 60 bytes each, to find their owners. The rest counts as
-/// without an owner.
+/// The number of sockets with descriptors that are kept to find their owners, about 60 bytes each. The rest
+/// counts as having no owner.
 const MAX_OWNED: usize = 1_048_576;
 
-/// How many holders of stuck sockets are kept altogether, 16 bytes each.
+/// The number of holders of stuck sockets that are kept, 16 bytes each.
 const MAX_HOLDERS: usize = 1_048_576;
 
 /// The result of a scan.
@@ -67,23 +67,24 @@ pub struct Scan {
 #[derive(Clone, Debug)]
 pub struct Socket {
     /// What the kernel reports of it.
-    pub entry: Entry,
+    pub entry: ListedSocket,
     /// Inode number of its network namespace.
     pub netns: u32,
-    /// Server if there is a listener for its local address, or if it has not been accepted yet; else unknown.
+    /// Server if there is a listener for its local address, or if it has not been accepted yet; otherwise
+    /// unknown.
     pub role: Option<Role>,
     /// The process that owns it, and how that is known.
-    pub owner: Option<(Arc<Holder>, Attribution)>,
+    pub owner: Option<(Arc<ProcfsHolder>, Attribution)>,
     /// The processes that have it open, each with its descriptor. Empty if it was closed or never accepted;
     /// `None` if it is open and no holder was found.
-    pub holders: Option<Vec<(Arc<Holder>, u32)>>,
+    pub holders: Option<Vec<(Arc<ProcfsHolder>, u32)>>,
 }
 
 /// The number of sockets in each state that a process owns.
 #[derive(Clone, Debug)]
 pub struct Tally {
     /// The process.
-    pub process: Arc<Holder>,
+    pub process: Arc<ProcfsHolder>,
     /// The counts. A socket that several processes have open counts for the oldest of them.
     pub states: Counts,
 }
@@ -96,13 +97,13 @@ pub struct Unowned {
     /// The number in each state: closed by their process, not accepted yet, or of a process that could not be
     /// read.
     pub states: Counts,
-    /// Those in `TIME_WAIT`, by where they led.
+    /// Those in `TIME_WAIT`, by destination.
     pub time_wait: TimeWait,
     /// The range of ports from which `connect()` chooses, first and last.
     pub ports: Option<(u16, u16)>,
 }
 
-/// What a scan could not read.
+/// Whatever a scan could not read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Gaps {
     /// Processes whose descriptors may not be read.
@@ -149,10 +150,10 @@ impl Socket {
 
     /// Its `lingering` event; `at` is when it was listed.
     pub fn lingering(&self, at: Time, processes: &mut Processes) -> Lingering {
-        let Entry { state, local, remote, cookie, info, .. } = self.entry;
+        let ListedSocket { state, local, remote, cookie, info, .. } = self.entry;
         let AgeRange { at_least, at_most } = self.entry.age();
         let holders = self.holders.as_ref().map(|holders| {
-            let holder = |(holder, fd): &(Arc<Holder>, u32)| crate::event::Holder {
+            let holder = |(holder, fd): &(Arc<ProcfsHolder>, u32)| crate::event::Holder {
                 pid: Some(holder.pid),
                 host_pid: holder.host_pid(),
                 comm: holder.comm.clone(),
@@ -174,7 +175,7 @@ impl Socket {
                 bytes_received: self.entry.bytes_received(),
                 retransmits: info.map(|info| info.retransmits),
                 rtt_us: info.map(|info| info.rtt_us).filter(|rtt| *rtt != 0),
-                // The kernel lists no more of it.
+                // The kernel lists no further facts.
                 ..Connection::default()
             },
             process: self.process(processes).map(Shared::from),
@@ -184,7 +185,7 @@ impl Socket {
             for_ms_at_most: at_most.map(f64::from),
             unread_bytes: self.entry.unread_bytes().map(u64::from),
             unsent_bytes: self.entry.send_queue.map(|queue| queue.unsent_payload(state).into()),
-            // What the kernel lists says nothing of what was done to the socket.
+            // The kernel does not list acts on the socket.
             trigger: None,
             signal: None,
             signal_from: None,
@@ -197,7 +198,7 @@ impl Socket {
 
     fn process(&self, processes: &mut Processes) -> Option<Process> {
         let (holder, attribution) = self.owner.as_ref()?;
-        Some(attribute::listed(holder, *attribution, Program::of(processes, holder.pid, 0)))
+        Some(attribute::listed(holder, *attribution, ProgramInfo::of(processes, holder.pid, 0)))
     }
 }
 
@@ -245,9 +246,9 @@ struct Owned {
     namespace: usize,
     /// Index in `stuck`.
     stuck: Option<u32>,
-    /// Whether it passed the filter. A listener is kept in any case, for the sockets in its accept queue.
+    /// Whether it passed the filter. A listener is always kept, because of the sockets in its accept queue.
     passed: bool,
-    owner: Option<Arc<Holder>>,
+    owner: Option<Arc<ProcfsHolder>>,
 }
 
 /// A scan in progress.
@@ -311,7 +312,7 @@ impl<'a> Collector<'a> {
         (self.here().states, self.here().time_wait) = Default::default();
     }
 
-    fn add(&mut self, netns: u32, entry: Entry) {
+    fn add(&mut self, netns: u32, entry: ListedSocket) {
         if entry.state == State::Listen {
             let at = (entry.local.address, entry.inode);
             self.listeners.entry((netns, entry.local.port)).or_default().push(at);
@@ -340,7 +341,7 @@ impl<'a> Collector<'a> {
     }
 
     /// Adds a socket in a teardown state. Returns its index in `stuck`, or `None` if there is no room.
-    fn add_stuck(&mut self, netns: u32, entry: Entry) -> Option<u32> {
+    fn add_stuck(&mut self, netns: u32, entry: ListedSocket) -> Option<u32> {
         if self.stuck.len() >= MAX_STUCK {
             self.gaps.stuck += 1;
             return None;
@@ -357,8 +358,8 @@ impl<'a> Collector<'a> {
         u32::try_from(self.stuck.len() - 1).ok()
     }
 
-    /// The inodes of the listeners for a local address: those on this very address or, if there are none,
-    /// those on any.
+    /// The inodes of the listeners for a local address: those on this exact address or, if there are none,
+    /// those on any address.
     fn listener(&self, netns: u32, local: Endpoint) -> Option<Vec<u64>> {
         let there = self.listeners.get(&(netns, local.port))?;
         let those = |matches: &dyn Fn(&IpAddr) -> bool| -> Vec<u64> {
@@ -420,7 +421,7 @@ impl<'a> Collector<'a> {
         }
         let mut processes: Vec<_> = tallies.into_values().collect();
         processes.sort_by_key(|tally| (Reverse(tally.states.total()), tally.process.pid));
-        // If the lower bounds are equal, the upper bounds decide; none is the longest.
+        // If the lower bounds are equal, the upper bounds decide, and no bound counts as the longest.
         self.stuck.sort_by_cached_key(|socket| {
             let AgeRange { at_least, at_most } = socket.entry.age();
             Reverse((at_least, at_most.unwrap_or(u32::MAX)))
@@ -430,11 +431,11 @@ impl<'a> Collector<'a> {
 
     /// The owner of the listener in whose accept queue a socket is. If several processes have listeners of
     /// their own on the same port (`SO_REUSEPORT`), the queue is not known.
-    fn owner_of_listener(&self, socket: &Socket) -> Option<(Arc<Holder>, Attribution)> {
+    fn owner_of_listener(&self, socket: &Socket) -> Option<(Arc<ProcfsHolder>, Attribution)> {
         let inodes = self.listener(socket.netns, socket.entry.local)?;
         let mut owners = inodes.iter().map(|inode| self.by_inode.get(inode)?.owner.as_ref());
         let first = owners.next()??;
-        let is_first = |owner: Option<&Arc<Holder>>| owner.is_some_and(|owner| owner.pid == first.pid);
+        let is_first = |owner: Option<&Arc<ProcfsHolder>>| owner.is_some_and(|owner| owner.pid == first.pid);
         owners.all(is_first).then(|| (Arc::clone(first), Attribution::Listener))
     }
 }
@@ -485,7 +486,7 @@ mod tests {
     fn the_nearest_listener() {
         let filter = Filter::default();
         let mut all = scan_of_one_namespace(&filter);
-        let listener = |local, inode| Entry { local, ..entry::tests::entry(State::Listen, inode, 0) };
+        let listener = |local, inode| ListedSocket { local, ..entry::tests::entry(State::Listen, inode, 0) };
         all.add(1, listener(end([0, 0, 0, 0], 80), 10));
         all.add(1, listener(end([10, 0, 0, 1], 80), 11));
         assert_eq!(all.listener(1, end([10, 0, 0, 1], 80)), Some(vec![11]));
@@ -502,12 +503,13 @@ mod tests {
     fn no_guess_between_two_listeners() {
         let filter = Filter::default();
         let mut all = scan_of_one_namespace(&filter);
-        let waiting = Entry { local: end([10, 0, 0, 1], 80), ..entry::tests::entry(State::CloseWait, 0, 1) };
-        let holder = |pid| Arc::new(Holder { pid, comm: "x".into(), uid: None, started: 0 });
+        let waiting =
+            ListedSocket { local: end([10, 0, 0, 1], 80), ..entry::tests::entry(State::CloseWait, 0, 1) };
+        let holder = |pid| Arc::new(ProcfsHolder { pid, comm: "x".into(), uid: None, started: 0 });
         for (inode, pid, knows) in [(10, 5, true), (11, 5, true), (12, 6, false)] {
             all.add(
                 1,
-                Entry { local: end([0, 0, 0, 0], 80), ..entry::tests::entry(State::Listen, inode, 0) },
+                ListedSocket { local: end([0, 0, 0, 0], 80), ..entry::tests::entry(State::Listen, inode, 0) },
             );
             all.by_inode.get_mut(&inode).unwrap().owner = Some(holder(pid));
             all.stuck.clear();

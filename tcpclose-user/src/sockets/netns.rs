@@ -1,4 +1,4 @@
-//! The network namespaces of the host, and how to run code inside one.
+//! The network namespaces of the host, and a function that runs code inside one.
 
 use std::{
     collections::HashMap,
@@ -53,8 +53,8 @@ pub fn all() -> Vec<Namespace> {
 }
 
 impl Namespace {
-    /// Runs `work` inside the namespace. That takes a thread of its own, because entering a namespace moves
-    /// the thread.
+    /// Runs `work` inside the namespace. It runs in a separate thread, because entering a namespace affects
+    /// the whole thread.
     ///
     /// # Errors
     /// The namespace may not be entered, which requires `CAP_SYS_ADMIN`, or it has ended

@@ -1,16 +1,17 @@
-//! Reads the TCP sockets of a network namespace from `/proc/PID/net/tcp` and `tcp6` of a process in it. This
-//! is for namespaces that may not be entered and kernels without `sock_diag`; these files have fewer facts.
+//! Reads the TCP sockets of a network namespace from `/proc/PID/net/tcp` and `tcp6` of a process in it. It is
+//! used for namespaces that may not be entered, and on kernels without `sock_diag`; these files contain fewer
+//! facts.
 
 use procfs::{ProcError, ProcResult, net::TcpNetEntry, process::Process};
 
-use super::{diag::endpoint, entry::Entry};
+use super::{diag::endpoint, entry::ListedSocket};
 use crate::event::State;
 
 /// Calls `each` for every TCP socket, listeners first.
 ///
 /// # Errors
 /// The process has ended, or this user may not read it.
-pub fn read(pid: u32, mut each: impl FnMut(Entry)) -> ProcResult<()> {
+pub fn read(pid: u32, mut each: impl FnMut(ListedSocket)) -> ProcResult<()> {
     let process = Process::new(i32::try_from(pid).map_err(|_| ProcError::NotFound(None))?)?;
     let mut sockets = process.tcp()?;
     match process.tcp6() {
@@ -25,9 +26,9 @@ pub fn read(pid: u32, mut each: impl FnMut(Entry)) -> ProcResult<()> {
     Ok(())
 }
 
-fn entry(socket: &TcpNetEntry) -> Option<Entry> {
+fn entry(socket: &TcpNetEntry) -> Option<ListedSocket> {
     let state = State::from_kernel(socket.state.to_u8())?;
-    Some(Entry {
+    Some(ListedSocket {
         state,
         local: endpoint(socket.local_address),
         remote: endpoint(socket.remote_address),

@@ -2,10 +2,10 @@
 
 use std::{collections::HashMap, net::IpAddr};
 
-use super::entry::Entry;
+use super::entry::ListedSocket;
 use crate::event::Endpoint;
 
-/// How many destinations, and how many local ports, are counted separately in a namespace. The rest is
+/// The number of destinations, and of local ports, that are counted separately in a namespace. The rest is
 /// counted together.
 const MAX_KEYS: usize = 32_768;
 
@@ -17,7 +17,7 @@ pub struct TimeWait {
     /// Outgoing connections, by local address and destination. Each occupies a port that cannot be used for
     /// another connection from that address to that destination.
     outgoing: HashMap<(IpAddr, Endpoint), u32>,
-    /// Incoming connections, by local port. They occupy no port that could be used otherwise.
+    /// Incoming connections, by local port. They occupy no port that could be used for something else.
     incoming: HashMap<u16, u32>,
     /// Those that are in neither map, because it was full.
     pub others: u64,
@@ -36,7 +36,7 @@ pub struct Outgoing {
 
 impl TimeWait {
     /// Counts a socket; `incoming` if this host had accepted the connection.
-    pub fn add(&mut self, entry: &Entry, incoming: bool) {
+    pub fn add(&mut self, entry: &ListedSocket, incoming: bool) {
         self.total += 1;
         let counted = if incoming {
             count(&mut self.incoming, entry.local.port)

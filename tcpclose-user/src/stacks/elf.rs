@@ -1,8 +1,8 @@
-//! Where the parts of an ELF file are mapped: what unwinding and symbolizing both need to know.
+//! The places in memory of the parts of an ELF file, which unwinding and symbolizing both need.
 
 use object::{Object as _, ObjectSegment as _, ReadRef, SegmentFlags, elf::PF_X};
 
-use crate::attribute::mappings::Mapping;
+use crate::processes::mappings::Mapping;
 
 /// The `PT_LOAD` segments of a file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -38,8 +38,8 @@ impl Segments {
         segment.address.checked_add(offset - segment.offset)
     }
 
-    /// The load bias of an executable mapping of the file: what is added to a virtual address to get the
-    /// address in memory.
+    /// The load bias of an executable mapping of the file: the difference between an address in memory and
+    /// the virtual address in the file.
     pub fn bias(&self, mapping: &Mapping) -> Option<u64> {
         let end = mapping.offset.checked_add(mapping.end.checked_sub(mapping.start)?)?;
         // A segment need not start at a page boundary, but its mapping does. The first page may therefore
@@ -59,7 +59,7 @@ impl Segments {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attribute::mappings::Backing;
+    use crate::processes::mappings::Backing;
 
     #[test]
     fn addresses_and_biases() {

@@ -1,7 +1,7 @@
 //! Describes interpreters to the kernel half, which then lists their frames: see
 //! [`tcpclose_common::interpreter`].
 //!
-//! A process is described as soon as it is noticed if a file that it has mapped is called like an
+//! A process is described as soon as it is noticed, if a file that it has mapped has the name of an
 //! interpreter, so that even its first stack has the functions of the program. Other processes, such as
 //! servers that embed an interpreter, are described when a stack shows that they have one.
 
@@ -20,20 +20,20 @@ use tcpclose_common::interpreter::Interpreter;
 use super::{
     elf::Segments,
     memory::ProcessMemory,
-    runtimes::{self, Program},
+    runtimes::{self, RuntimeBinary},
 };
 use crate::{
-    attribute::{
-        mappings::{Backing, Identity, Mapping},
-        process::Image,
-    },
     kernel::handle::KernelHalf,
+    processes::{
+        Image,
+        mappings::{Backing, FileIdentity, Mapping},
+    },
 };
 
-/// How many files are cached. When there are more, all are dropped and read again.
+/// The number of files that are cached. When there are more, all are dropped and read again.
 const MAX_FILES: usize = 64;
 
-/// What the names of interpreters' files begin with.
+/// The beginnings of the names of interpreters' files.
 const NAMES: [&str; 2] = ["python", "libpython"];
 
 /// The map of the kernel half that describes interpreters, and the files that contain some.
@@ -41,25 +41,26 @@ pub struct Interpreters {
     /// By the address of their process's `mm_struct`.
     described: BpfHashMap<MapData, u64, Interpreter>,
     /// `None` for one that cannot be read.
-    files: HashMap<Identity, Option<Contents>>,
+    files: HashMap<FileIdentity, Option<Contents>>,
 }
 
 /// A file.
 struct Contents {
     segments: Segments,
-    runtimes: Vec<Box<dyn Program>>,
+    runtimes: Vec<Box<dyn RuntimeBinary>>,
 }
 
 /// Interpreters that two threads describe.
-pub type Shared = Arc<Mutex<Interpreters>>;
+pub type SharedInterpreters = Arc<Mutex<Interpreters>>;
 
-/// Locks them, also after another thread has panicked: they are consistent between two calls.
+/// Locks them, even if another thread has panicked while it held the lock: they are consistent between two
+/// calls.
 pub fn lock(interpreters: &Mutex<Interpreters>) -> MutexGuard<'_, Interpreters> {
     interpreters.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Interpreters {
-    /// Takes the map out of the kernel half.
+    /// Takes the map from the kernel half.
     ///
     /// # Errors
     /// The object lacks it.
@@ -67,8 +68,8 @@ impl Interpreters {
         Ok(Self { described: kernel.take_map("INTERPRETERS")?, files: HashMap::new() })
     }
 
-    /// Has the kernel half list the frames of the interpreter of process `pid`, with this `mm_struct`. The id
-    /// is that of the initial pid namespace.
+    /// Makes the kernel half list the frames of the interpreter of process `pid`, with this `mm_struct`. The
+    /// id is that in the initial pid namespace.
     ///
     /// # Errors
     /// The kernel refuses to change the map.

@@ -5,7 +5,7 @@ use std::{cell::RefCell, fs::File, os::unix::fs::FileExt as _};
 /// Longest string that is read, in bytes.
 const MAX_STRING: usize = 1024;
 
-/// The copied part of a stack. It remembers what was read of it.
+/// The copied part of a stack. It records which words were read.
 pub struct StackMemory<'a> {
     start: u64,
     bytes: &'a [u8],
@@ -25,7 +25,7 @@ impl<'a> StackMemory<'a> {
         word
     }
 
-    /// The addresses that were read since the last call, in order, and what was there.
+    /// The addresses that were read since the last call, in order, with their values.
     pub fn take_reads(&self) -> Vec<(u64, Option<u64>)> {
         self.read.take()
     }
@@ -42,12 +42,12 @@ impl<'a> StackMemory<'a> {
     }
 }
 
-/// The memory of a process, as the kernel shows it in `/proc/PID/mem`. It stays that of the program image
-/// that the process had when this was opened: after an exit or exec every read fails.
+/// The memory of a process, as the kernel shows it in `/proc/PID/mem`. It belongs to the program image that
+/// the process had when this was opened: after an exit or exec, every read fails.
 pub struct ProcessMemory(File);
 
 impl ProcessMemory {
-    /// `None` if the process is gone, or this process may not read its memory.
+    /// `None` if the process has exited, or if this process may not read its memory.
     pub fn open(pid: u32) -> Option<Self> {
         File::open(format!("/proc/{pid}/mem")).ok().map(Self)
     }
@@ -85,7 +85,7 @@ impl ProcessMemory {
         self.number(address).map(u8::from_ne_bytes)
     }
 
-    /// At most `size` bytes from an address: as many as one read yields.
+    /// Up to `size` bytes from an address: as many as a single read yields.
     pub fn up_to(&self, address: u64, size: usize) -> Vec<u8> {
         let mut bytes = vec![0; size];
         let read = i64::try_from(address).ok().and_then(|_| self.0.read_at(&mut bytes, address).ok());

@@ -1,7 +1,7 @@
 //! Stack keys in records → stacks with names.
 //!
 //! The kernel half takes a stack in one of three ways. It recognizes one that was unwound here before, by its
-//! recipe ([`recipes`]). If there is none, it copies the stack's memory into the ring, and [`unwind`] follows
+//! recipe ([`recipes`]). If there is none, it copies the stack's memory into the ring, and [`unwind`] unwinds
 //! that copy here. With `--call-graph fp` it follows frame pointers and keeps the addresses in a map, from
 //! which [`store`] reads them. Then [`symbolize`] turns addresses into functions, files and lines.
 
@@ -36,28 +36,28 @@ use self::{
     unwind::Unwinder,
 };
 use crate::{
-    attribute::process::{Image, Processes, lock},
     event::{self, Frame, Frames, Truncated},
+    processes::{Image, Processes, lock},
 };
 
-/// How many named stacks are cached. When the cache is full, all are dropped and named again when next
-/// needed.
+/// The number of named stacks that are cached. When the cache is full, all are dropped and named again when
+/// next needed.
 const MAX_NAMED: usize = 4_096;
 
-/// How many lists of interpreters' frames wait for the copies that they belong to. Each is followed by its
-/// copy, if that is not lost; when there are more, all are dropped.
+/// The number of lists of interpreters' frames that may wait for their copies. Each list is followed by its
+/// copy, unless that was lost. When there are more, all are dropped.
 const MAX_LISTS: usize = 256;
 
 /// How long a cached stack that lacks a name or ends early is used before it is named again. A just-in-time
 /// compiler may publish the name, or map the code, in the meantime.
 const RETRY_AFTER: Duration = Duration::from_secs(10);
 
-/// A task and the keys of its stacks, as a record has them.
+/// A task and the keys of its stacks, from a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub struct TaskStacks {
     /// Process id in the initial pid namespace; 0 if there was no task.
     pub pid: u32,
-    /// Address of the task's `mm_struct`, which identifies the program image; 0 if it was already given up.
+    /// Address of the task's `mm_struct`, which identifies the program image; 0 if it was already released.
     pub mm: u64,
     /// Key of the user stack; 0 if none was taken.
     pub user: u64,
@@ -74,7 +74,7 @@ pub struct Stacks {
     /// With `--call-graph auto`.
     recipes: Option<RecipeMaps>,
     /// With `--call-graph auto`.
-    interpreters: Option<interpreters::Shared>,
+    interpreters: Option<interpreters::SharedInterpreters>,
     /// Frames of interpreters, by the key of the copy that they belong to.
     lists: HashMap<u64, Interpreted, RandomState>,
     named: HashMap<(u32, u64, Unnamed), Named, RandomState>,
@@ -98,13 +98,13 @@ struct Named {
 }
 
 impl Stacks {
-    /// Reads stacks from `store`, and names them with what `processes` knows of each process's program image.
-    /// With `recipes` the kernel half learns to recognize those that were copied, and with `interpreters` to
-    /// list the frames of some.
+    /// Reads stacks from `store`, and names them by the program images in `processes`. With `recipes`, the
+    /// kernel half is enabled to recognize stacks that were copied and, with `interpreters`, to list the
+    /// frames of interpreters.
     pub fn new(
         store: Store,
         recipes: Option<RecipeMaps>,
-        interpreters: Option<interpreters::Shared>,
+        interpreters: Option<interpreters::SharedInterpreters>,
         processes: Arc<Mutex<Processes>>,
     ) -> Self {
         Self {
@@ -120,7 +120,7 @@ impl Stacks {
         }
     }
 
-    /// Keeps the frames of an interpreter for the copy that they belong to.
+    /// Stores the frames of an interpreter until the copy that they belong to arrives.
     pub fn interpreted(&mut self, list: Interpreted) {
         if self.lists.len() >= MAX_LISTS {
             self.lists.clear();
@@ -148,7 +148,7 @@ impl Stacks {
         if let (Some(interpreters), Some(interpreter)) = (interpreters, unwound.unlisted)
             && let Err(error) = interpreters::lock(interpreters).describe(process, interpreter)
         {
-            log::warn!("{error:#}; functions of the interpreter in process {} get no names", copy.pid);
+            log::warn!("{error:#}; functions of the interpreter in process {} have no names", copy.pid);
         }
         let is_needed = |key| recipes.as_ref().is_some_and(|recipes| recipes.leads_to(key));
         let key = store.keep(copy.key, unwound.stack, is_needed);
@@ -174,8 +174,8 @@ impl Stacks {
         (user.is_some() || kernel.is_some()).then_some(event::Stack { user, kernel })
     }
 
-    /// Drops the frames kept under a key, though not at once: a RST of the same connection may still refer to
-    /// them.
+    /// Releases the frames under a key. They are not dropped at once, because a RST of the same connection
+    /// may still refer to them.
     pub fn release(&mut self, key: u64) {
         self.store.release(key);
     }
@@ -220,7 +220,7 @@ impl Stacks {
                 let image = image(&self.processes, process, &frames);
                 let (plausible, truncated) = plausible(image.as_deref(), &frames);
                 let truncated = match truncated {
-                    // Here frame pointers are not followed.
+                    // Stacks that were unwound here do not depend on frame pointers.
                     Some(Truncated::NoFramePointer) if self.recipes.is_some() => Some(Truncated::NotCopied),
                     other => other,
                 };
@@ -269,15 +269,15 @@ impl Stacks {
     }
 }
 
-/// What is known of the program image that process `pid` ran with the address space `mm`. Its mappings are
-/// read again if they lack one of `addresses`.
+/// The program image that process `pid` ran with the address space `mm`. Its mappings are read again if they
+/// lack one of `addresses`.
 fn image(processes: &Mutex<Processes>, (pid, mm): (u32, u64), addresses: &[u64]) -> Option<Arc<Image>> {
     lock(processes).image_for(pid, mm, addresses, Instant::now())
 }
 
-/// The leading frames that can be true, and why there are no more. The kernel follows frame pointers; in a
-/// function that keeps none it reads arbitrary data instead. An address outside every executable mapping is
-/// therefore not a frame, and neither is anything after it.
+/// The leading frames that can be correct, and why there are no more. The kernel follows frame pointers, and
+/// reads arbitrary data in a function that keeps none. An address outside every executable mapping is
+/// therefore not a frame, and neither is any address after it.
 fn plausible<'a>(image: Option<&Image>, frames: &'a [u64]) -> (&'a [u64], Option<Truncated>) {
     let Some(image) = image.filter(|image| !image.mappings.is_empty()) else {
         // Without mappings only the instruction pointer is certain.

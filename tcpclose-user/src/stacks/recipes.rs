@@ -1,15 +1,15 @@
-//! The recipes in the kernel half, and which of them there are: see [`tcpclose_common::recipe`].
+//! The recipes in the kernel half, and the record of them that is kept here: see [`tcpclose_common::recipe`].
 //!
-//! Why a stack that a recipe matches is the one that was unwound:
+//! A stack that matches a recipe is the stack that was unwound, for these reasons:
 //!
-//! - All that its frames follow from is compared: the instruction pointer, and every word and register that
-//!   unwinding needed. Words may lie elsewhere only if an earlier one differs.
+//! - Everything that its frames follow from is compared: the instruction pointer, and every word and register
+//!   that unwinding needed. Words can be at other places only if an earlier word differs.
 //! - The unwind tables are those of the mappings, which change with exec and with mmap and munmap. The
 //!   address of the `mm_struct`, the process id and the number of mapped pages of code lead to the recipes.
-//!   Memory of an `mm_struct` may be used again, by the same process only after two calls of exec; the
-//!   recipes of the first program are removed as soon as the next one has a stack of its own. What remains is
-//!   a library that is unmapped and another one with as many pages that is mapped in its place between two
-//!   stacks, with return addresses behind calls at the same addresses.
+//!   The memory of an `mm_struct` may be reused, but by the same process only after two calls of exec, and
+//!   the recipes of the first program are removed as soon as the next one has a stack. The remaining case is
+//!   that a library is unmapped, that another one with the same number of pages is mapped in its place
+//!   between two stacks, and that it has calls before the same return addresses.
 //! - Code of a language runtime can be replaced in place. Recipes with such frames expire (see
 //!   [`Runtime::lifetime`]).
 //!
@@ -19,19 +19,19 @@ use std::collections::HashMap;
 
 use anyhow::{Context as _, Result};
 use aya::maps::{Array, HashMap as BpfHashMap, MapData};
-use tcpclose_common::recipe::{Edge, MAX_RECIPES, Recipe, Target, Word, image};
+use tcpclose_common::recipe::{Edge, EdgeTarget, MAX_RECIPES, Recipe, Word, image};
 
 use crate::kernel::handle::KernelHalf;
 
-/// The maps of the kernel half that hold recipes, and what it takes to read the words of some.
+/// The maps of the kernel half with the recipes, and the record of their contents.
 pub struct RecipeMaps {
     recipes: Array<MapData, Recipe>,
-    edges: BpfHashMap<MapData, Edge, Target>,
+    edges: BpfHashMap<MapData, Edge, EdgeTarget>,
     known: Recipes,
 }
 
 impl RecipeMaps {
-    /// Takes the maps out of the kernel half.
+    /// Takes the maps from the kernel half.
     ///
     /// # Errors
     /// The object lacks one.
@@ -43,7 +43,7 @@ impl RecipeMaps {
         })
     }
 
-    /// Has the kernel half recognize a stack.
+    /// Makes the kernel half recognize a stack.
     ///
     /// # Errors
     /// The kernel refuses to change a map.
@@ -52,8 +52,7 @@ impl RecipeMaps {
         self.apply(changes)
     }
 
-    /// Has the kernel half recognize no stack of this process any more: something else is mapped where its
-    /// code was.
+    /// Removes all recipes of this process, because other code is mapped in place of its code.
     ///
     /// # Errors
     /// The kernel refuses to change a map.
@@ -74,7 +73,7 @@ impl RecipeMaps {
         Ok(())
     }
 
-    /// Notes that a task of this process, with this `mm_struct`, had the stack.
+    /// Records that a task of this process, with this `mm_struct`, had the stack.
     pub fn used(&mut self, process: (u32, u64), stack: u64) {
         self.known.used(process, stack);
     }
@@ -99,23 +98,23 @@ pub struct Start {
 }
 
 /// A change of the maps. They must be made in order: a recipe is complete before an edge leads to it, and is
-/// marked as out of use before another one takes its place.
+/// marked as unused before another one replaces it.
 #[derive(Clone, Debug, PartialEq)]
 enum Change {
     Recipe(u32, Box<Recipe>),
-    Edge(Edge, Target),
+    Edge(Edge, EdgeTarget),
     NoEdge(Edge),
 }
 
-/// Which recipes there are. When there is no room for another one, the tree that was longest without a hit is
-/// removed.
+/// The recipes in the maps. When there is no room for another one, the tree that has had no hit for longest
+/// is removed.
 #[derive(Debug, Default)]
 struct Recipes {
     trees: HashMap<Start, Tree>,
-    /// By their place in the map.
+    /// By their index in the map.
     places: HashMap<u32, Box<Recipe>>,
-    edges: HashMap<Edge, Target>,
-    /// How many recipes lead to a stack.
+    edges: HashMap<Edge, EdgeTarget>,
+    /// The number of recipes that lead to a stack.
     stacks: HashMap<u64, u32>,
     /// The tree with a stack of a process.
     tree_of: HashMap<(u32, u64, u64), Start>,
@@ -131,14 +130,13 @@ struct Tree {
     used: u64,
 }
 
-/// How the walk through a tree by the words of a stack ended.
+/// The result of a walk through a tree by the words of a stack.
 enum Walk {
     /// This recipe has all of them.
     Found(u32),
-    /// No recipe goes on here.
+    /// No recipe continues with this word.
     Open(Edge),
-    /// A recipe names other places after the same words, so that something has changed that is not in the
-    /// words.
+    /// A recipe lists other places after the same words, so something has changed that the words do not show.
     Contradiction,
 }
 
@@ -150,7 +148,7 @@ impl Recipes {
     fn learn(&mut self, start: Start, words: &[Word], stack: u64, until: u64) -> Vec<Change> {
         let mut changes = Vec::new();
         if !self.trees.contains_key(&start) {
-            // What the process ran or had mapped before.
+            // An earlier program or earlier mappings of the process.
             let is_older =
                 |it: &Start| it.pid == start.pid && (it.mm, it.code_pages) != (start.mm, start.code_pages);
             for older in self.trees.keys().filter(|it| is_older(it)).copied().collect::<Vec<_>>() {
@@ -184,7 +182,7 @@ impl Recipes {
         let mut recipe =
             Box::new(Recipe { serial: self.serial, stack, until, count: words.len() as u64, ..Recipe::NONE });
         recipe.words[..words.len()].copy_from_slice(words);
-        let target = Target { serial: self.serial, index: index.into() };
+        let target = EdgeTarget { serial: self.serial, index: index.into() };
         changes.push(Change::Recipe(index, recipe.clone()));
         changes.push(Change::Edge(place, target));
         self.places.insert(index, recipe);
@@ -220,7 +218,7 @@ impl Recipes {
         }
     }
 
-    /// Has a recipe lead to a stack until then.
+    /// Sets the stack that a recipe leads to, and until when.
     fn replace(&mut self, start: Start, index: u32, (stack, until): (u64, u64), changes: &mut Vec<Change>) {
         let Some(recipe) = self.places.get_mut(&index) else { return };
         if (recipe.stack, recipe.until) == (stack, until) {
@@ -250,7 +248,7 @@ impl Recipes {
             self.edges.remove(&edge);
             changes.push(Change::NoEdge(edge));
             let Some(recipe) = self.places.remove(&index) else { continue };
-            // The words stay, so that a program that compares them does not find others.
+            // The words are kept, so that a program that is comparing them does not read others.
             changes.push(Change::Recipe(index, Box::new(Recipe { serial: 0, ..*recipe })));
             self.tree_of.remove(&(start.pid, start.mm, recipe.stack));
             self.forget(recipe.stack);
@@ -258,7 +256,7 @@ impl Recipes {
         }
     }
 
-    /// One recipe less leads to this stack.
+    /// Records that one recipe less leads to this stack.
     fn forget(&mut self, stack: u64) {
         if let Some(count) = self.stacks.get_mut(&stack) {
             *count -= 1;
@@ -294,14 +292,14 @@ mod tests {
 
     use super::*;
 
-    /// What the kernel half has in its maps.
+    /// The contents of the kernel half's maps.
     #[derive(Default)]
-    struct Kernel {
+    struct KernelMaps {
         recipes: HashMap<u32, Recipe>,
-        edges: HashMap<Edge, Target>,
+        edges: HashMap<Edge, EdgeTarget>,
     }
 
-    impl Kernel {
+    impl KernelMaps {
         fn apply(&mut self, changes: Vec<Change>) {
             for change in changes {
                 match change {
@@ -362,7 +360,7 @@ mod tests {
 
     #[test]
     fn finds_each_of_many_stacks() {
-        let (mut recipes, mut kernel) = (Recipes::new(1000), Kernel::default());
+        let (mut recipes, mut kernel) = (Recipes::new(1000), KernelMaps::default());
         for number in 0..729 {
             assert_eq!(kernel.find(START, &path(number)), None, "{number}");
             kernel.apply(recipes.learn(START, &path(number), 1 + number, 0));
@@ -384,7 +382,7 @@ mod tests {
 
     #[test]
     fn another_image_of_the_process_takes_the_place() {
-        let (mut recipes, mut kernel) = (Recipes::new(10), Kernel::default());
+        let (mut recipes, mut kernel) = (Recipes::new(10), KernelMaps::default());
         let another_place = Start { ip: 0x1001, ..START };
         let another_process = Start { pid: 8, ..START };
         for start in [START, another_place, another_process] {
@@ -407,7 +405,7 @@ mod tests {
 
     #[test]
     fn the_longest_unused_tree_gives_way() {
-        let (mut recipes, mut kernel) = (Recipes::new(6), Kernel::default());
+        let (mut recipes, mut kernel) = (Recipes::new(6), KernelMaps::default());
         let starts = [1, 2, 3].map(|ip| Start { ip, ..START });
         for (number, start) in starts.into_iter().enumerate() {
             let stack = 10 * number as u64;
@@ -420,7 +418,7 @@ mod tests {
         assert_eq!(kernel.find(starts[1], &path(0)), None);
         assert_eq!(kernel.find(starts[2], &path(2)), Some(22));
         assert_eq!(recipes.stacks.len(), 5);
-        // A tree that takes all the room starts over.
+        // A tree that takes all the room is removed, and starts again.
         for number in 0..100 {
             kernel.apply(recipes.learn(starts[0], &path(number), number, 0));
             assert_eq!(kernel.find(starts[0], &path(number)), Some(number));
@@ -431,15 +429,15 @@ mod tests {
 
     #[test]
     fn the_last_word_counts() {
-        let (mut recipes, mut kernel) = (Recipes::new(10), Kernel::default());
+        let (mut recipes, mut kernel) = (Recipes::new(10), KernelMaps::default());
         kernel.apply(recipes.learn(START, &path(0), 1, 5));
         kernel.apply(recipes.learn(START, &path(1), 2, 5));
-        // The same stack, unwound again: it has another name by now, and holds for longer.
+        // The same stack, unwound again: it has another name by now, and is valid for longer.
         kernel.apply(recipes.learn(START, &path(0), 3, 9));
         assert_eq!(kernel.find(START, &path(0)), Some(3));
         assert!(!recipes.stacks.contains_key(&1));
         assert_eq!(recipes.tree_of.len(), 2);
-        // After the same words unwinding went on elsewhere, or ended.
+        // After the same words, unwinding continued at another place, or ended.
         for words in [&[path(0)[0], Word { offset: 64, ..path(0)[1] }][..], &path(0)[..3]] {
             kernel.apply(recipes.learn(START, words, 4, 0));
             assert_eq!(kernel.find(START, words), Some(4));

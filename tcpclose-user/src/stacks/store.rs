@@ -1,4 +1,4 @@
-//! Keys in records → unnamed stacks: those in the kernel half's map, and those that were unwound here.
+//! Keys in records → unnamed stacks, which are in the kernel half's map or were unwound here.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -8,7 +8,7 @@ use std::{
 
 use aya::maps::{HashMap as BpfHashMap, MapData};
 use foldhash::fast::RandomState as Quick;
-use tcpclose_common::{recipe::KEY_BIT, stack::Stack};
+use tcpclose_common::{recipe::KEY_BIT, stack::StackTrace};
 
 use crate::stacks::frame::UnwoundStack;
 
@@ -16,7 +16,8 @@ use crate::stacks::frame::UnwoundStack;
 /// dropped and read again.
 const MAX_STACKS: usize = 8_192;
 
-/// How many released keys still lead to a stack: a RST may be reported after the end of its connection.
+/// The number of released keys that still lead to a stack: a RST may be reported after the end of its
+/// connection.
 const MAX_RELEASED: usize = 4_096;
 
 /// How many different stacks that were unwound here are kept. When there are more, the least recently used
@@ -28,10 +29,10 @@ const MAX_UNWOUND: usize = 16_384;
 /// A stack that was unwound has a key of its own, by which the kernel half reports it when it recognizes it.
 /// The key of a copy leads to that key.
 pub struct Store {
-    map: BpfHashMap<MapData, u64, Stack>,
+    map: BpfHashMap<MapData, u64, StackTrace>,
     known: HashMap<u64, Arc<[u64]>, Quick>,
     /// Programs have few places that open and close sockets.
-    unwound: HashMap<u64, Unwound, Quick>,
+    unwound: HashMap<u64, CachedStack, Quick>,
     hasher: RandomState,
     clock: u64,
     copies: HashMap<u64, u64, Quick>,
@@ -44,7 +45,7 @@ pub struct Store {
     lost: u64,
 }
 
-struct Unwound {
+struct CachedStack {
     stack: UnwoundStack,
     /// When it was last used, by the store's clock.
     used: u64,
@@ -53,7 +54,7 @@ struct Unwound {
 impl Store {
     /// Reads from `map`, and keeps unwound stacks for this many connections, each with an opener and an
     /// actor. When there are more, the oldest are dropped and counted as lost.
-    pub fn new(map: BpfHashMap<MapData, u64, Stack>, connections: u32) -> Self {
+    pub fn new(map: BpfHashMap<MapData, u64, StackTrace>, connections: u32) -> Self {
         Self {
             map,
             known: HashMap::default(),
@@ -69,9 +70,9 @@ impl Store {
     }
 
     /// Keeps a stack that was unwound from the copy with this key. Returns the stack's own key. `is_needed`
-    /// tells keys of stacks that may be reported again.
+    /// accepts the keys of stacks that may be reported again.
     pub fn keep(&mut self, copy: u64, stack: UnwoundStack, is_needed: impl Fn(u64) -> bool) -> u64 {
-        // Two stacks share a key once in 2^64 pairs, and then the second gets the next one.
+        // One in 2^64 pairs of stacks has the same key; then the second stack gets the next key.
         let mut key = self.hasher.hash_one(&stack) | KEY_BIT;
         while self.unwound.get(&key).is_some_and(|known| known.stack != stack) {
             key = key.wrapping_add(1) | KEY_BIT;
@@ -80,7 +81,7 @@ impl Store {
         if !self.unwound.contains_key(&key) {
             self.make_room(is_needed);
         }
-        self.unwound.entry(key).or_insert(Unwound { stack, used: 0 }).used = self.clock;
+        self.unwound.entry(key).or_insert(CachedStack { stack, used: 0 }).used = self.clock;
         while self.copies.len() >= self.capacity {
             let Some(oldest) = self.order.pop_front() else { break };
             self.lost += u64::from(self.copies.remove(&oldest).is_some());
@@ -153,7 +154,7 @@ impl Store {
         Some(frames)
     }
 
-    /// How many were evicted before they were read.
+    /// The number of stacks that were evicted before they were read.
     pub fn lost(&self) -> u64 {
         self.lost
     }

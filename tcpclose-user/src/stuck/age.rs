@@ -1,4 +1,4 @@
-//! How long a socket has been in its state, as far as the trace has seen it.
+//! How long a socket has been in its state, as far as the trace shows it.
 
 use crate::ingest::life::Life;
 
@@ -24,7 +24,7 @@ impl Age {
                 let known = !found_there;
                 Self { since: known.then_some(*entered), at_least, at_most: known.then_some(at_least) }
             }
-            // It has moved on unseen.
+            // It has changed its state unseen.
             Some((_, entered)) => {
                 Self { since: None, at_least: 0, at_most: Some(now.saturating_sub(*entered)) }
             }

@@ -1,11 +1,11 @@
-//! Sockets that stay in a teardown state: finds those that are due for a report, and collects what the kernel
-//! half and `/proc` say about them and about the processes that have them open.
+//! Sockets that stay in a teardown state: finds those that are due for a report, and collects facts from the
+//! kernel half and `/proc` about them and about the processes that have them open.
 //!
-//! The kernel half's table says which sockets are in such a state; most stay there for less than a
-//! millisecond. This module walks that table a few times within the limit, and has the sockets inspected that
-//! have been in such a state for longer. A walk reads the buckets, which are mapped into memory: its cost
-//! grows with the size of the table (`--connections`). That of the inspections grows with the number of
-//! sockets that are stuck.
+//! The kernel half's table shows which sockets are in such a state; most stay there for less than a
+//! millisecond. This module walks that table a few times within the limit, and selects the sockets that have
+//! been in such a state for longer, so that they are inspected. A walk reads the buckets, which are mapped
+//! into memory, so its cost grows with the size of the table (`--connections`). The cost of inspections grows
+//! with the number of sockets that are stuck.
 
 pub mod age;
 pub mod older;
@@ -27,20 +27,18 @@ use self::{
     older::{Older, Orphan, Orphans},
 };
 use crate::{
-    attribute::{
-        Claim,
-        holder::{self, Holder},
-    },
+    attribute::Claim,
     cli::Linger,
     ingest::life::{Life, SocketId, Task},
-    kernel::{clock::Clock, handle::KernelHalf, table::Table},
+    kernel::{clock::Clock, handle::KernelHalf, table::ConnectionTable},
+    processes::holder::{self, ProcfsHolder},
 };
 
-/// How many sockets are inspected between two reads of the ring. Their records and those of their holders
-/// take a quarter of it.
+/// The number of sockets that are inspected between two reads of the ring. Their records and those of their
+/// holders take a quarter of it.
 pub const BATCH: usize = 4_096;
 
-/// How many holders of one socket are reported.
+/// The number of holders of one socket that are reported.
 const MAX_HOLDERS: usize = 64;
 
 /// The shortest and the longest time between two walks of the table.
@@ -49,7 +47,7 @@ const PERIOD: (Duration, Duration) = (Duration::from_millis(50), Duration::from_
 /// A socket that has been in a teardown state for longer than the limit.
 #[derive(Clone, Debug)]
 pub struct Stuck {
-    /// The socket as it is.
+    /// The socket in its current state.
     pub life: Box<Life>,
     /// When it was inspected, nanoseconds of `CLOCK_BOOTTIME`.
     pub inspected: u64,
@@ -74,7 +72,7 @@ pub enum FoundBy {
     /// The iterator over all descriptors.
     Iterator(Task),
     /// `/proc/PID/fd`.
-    Procfs(Arc<Holder>),
+    Procfs(Arc<ProcfsHolder>),
 }
 
 impl FoundBy {
@@ -94,7 +92,7 @@ impl FoundBy {
         }
     }
 
-    /// The claim to the socket that follows from it.
+    /// The claim to the socket that it has.
     pub fn claim(&self) -> Claim<'_> {
         match self {
             Self::Iterator(task) => Claim::Holds(task),
@@ -104,8 +102,8 @@ impl FoundBy {
 }
 
 impl Stuck {
-    /// The process that the socket most likely belongs to: of several holders the one that opened the
-    /// connection, otherwise the first.
+    /// The process that most likely owns the socket: of several holders, the one that opened the connection,
+    /// otherwise the first.
     pub fn holder(&self) -> Option<&FoundBy> {
         let opener = self.life.opener.map(|opener| opener.pid);
         let holders = || self.descriptors.iter().map(|descriptor| &descriptor.holder);
@@ -115,9 +113,9 @@ impl Stuck {
 
 /// A socket of the kernel half's table.
 #[derive(Clone, Copy, Debug)]
-struct Entry {
-    /// The value in the table, which tells a socket from the next one at its address: when it entered its
-    /// first teardown state, nanoseconds of `CLOCK_BOOTTIME`, or [`BEFORE_TRACE`].
+struct WatchedSocket {
+    /// The value in the table, which distinguishes a socket from the next one at its address: the time when
+    /// it entered its first teardown state, nanoseconds of `CLOCK_BOOTTIME`, or [`BEFORE_TRACE`].
     since: u64,
     /// When to inspect it next, nanoseconds of `CLOCK_BOOTTIME`.
     next: u64,
@@ -125,11 +123,11 @@ struct Entry {
 
 /// Watches the kernel half's table of sockets that are being torn down.
 pub struct StuckSockets {
-    /// From which age on sockets are reported, nanoseconds; `None` if they are not asked for.
+    /// The age from which sockets are reported, nanoseconds; `None` if they are not reported.
     limit: Option<u64>,
     requested_pass: Array<MapData, u32>,
     /// The sockets of the table at the last walk: never more than it has room for.
-    entries: HashMap<u64, Entry, RandomState>,
+    entries: HashMap<u64, WatchedSocket, RandomState>,
     /// Number of the inventory pass that will report holders; 0 if none was requested yet.
     pass: u16,
     /// The thread that asks the kernel for the sockets that were stuck before the trace.
@@ -141,7 +139,7 @@ pub struct StuckSockets {
 }
 
 impl StuckSockets {
-    /// Takes the maps that it needs out of the kernel half.
+    /// Takes the maps that it needs from the kernel half.
     ///
     /// # Errors
     /// The object has no such maps.
@@ -163,9 +161,9 @@ impl StuckSockets {
         })
     }
 
-    /// Asks the kernel which sockets are stuck when the trace begins, so that their age is known as far as
-    /// the kernel knows it. A thread does it: in each network namespace the kernel walks the sockets of the
-    /// whole host, which takes seconds on a host with many of both. Until it has answered, no socket is due.
+    /// Asks the kernel which sockets are stuck when the trace begins, because it has bounds for their age.
+    /// This runs in a thread: for each network namespace, the kernel walks the sockets of the whole host,
+    /// which takes seconds on a host with many of both. Until the kernel has answered, no socket is due.
     ///
     /// # Errors
     /// The thread cannot be started.
@@ -178,7 +176,7 @@ impl StuckSockets {
         Ok(())
     }
 
-    /// Takes the answer in.
+    /// Handles the answer.
     fn take_older(&mut self) {
         // A thread that panicked has found nothing.
         if let Some(Ok(found)) = self.asking.take().map(JoinHandle::join) {
@@ -198,7 +196,7 @@ impl StuckSockets {
     }
 
     /// The addresses of the sockets to inspect now.
-    pub fn due(&mut self, table: &Table, now: u64) -> Vec<u64> {
+    pub fn due(&mut self, table: &ConnectionTable, now: u64) -> Vec<u64> {
         if self.asking.as_ref().is_some_and(|thread| !thread.is_finished()) {
             return Vec::new();
         }
@@ -206,7 +204,7 @@ impl StuckSockets {
         self.older_than(table, now)
     }
 
-    fn older_than(&mut self, table: &Table, now: u64) -> Vec<u64> {
+    fn older_than(&mut self, table: &ConnectionTable, now: u64) -> Vec<u64> {
         let Some(limit) = self.limit else { return Vec::new() };
         let mut present = HashMap::with_capacity_and_hasher(self.entries.len(), RandomState::default());
         let mut due = Vec::new();
@@ -214,8 +212,8 @@ impl StuckSockets {
             let known = self.entries.get(&address).filter(|known| known.since == since);
             let first = since.saturating_add(if since == BEFORE_TRACE { 0 } else { limit });
             let next = known.map_or(first, |known| known.next);
-            // A walk restarts where the key that it had reached is gone, and then sees sockets twice.
-            if present.insert(address, Entry { since, next }).is_none() && next <= now {
+            // A walk restarts if the key that it had reached was removed, and then sees sockets twice.
+            if present.insert(address, WatchedSocket { since, next }).is_none() && next <= now {
                 due.push(address);
             }
         }
@@ -224,9 +222,9 @@ impl StuckSockets {
     }
 
     /// The addresses of all sockets of the table, for the last inspection when the trace ends.
-    pub fn all(&mut self, table: &Table) -> Vec<u64> {
+    pub fn all(&mut self, table: &ConnectionTable) -> Vec<u64> {
         self.take_older();
-        // As after `due()`: no address twice, and no more than the table has room for.
+        // As after `due()`, no address occurs twice, and there are no more than the table has room for.
         self.older_than(table, u64::MAX)
     }
 
@@ -245,11 +243,11 @@ impl StuckSockets {
     /// The age of a socket that was inspected `now`, and when to inspect it next.
     pub fn inspected(&mut self, life: &Life, now: u64) -> Age {
         let mut age = Age::of(life, now);
-        // An event of a socket shows that the kernel half knows it.
+        // An event of the socket shows that the kernel half has an entry for it.
         self.orphans.forget(&life.endpoints);
         self.older.narrow(life, now, &mut age);
         if let (Some(limit), Some(entry)) = (self.limit, self.entries.get_mut(&life.id.address)) {
-            // Reported again at twice the age; or it has entered another state meanwhile.
+            // It is reported again at twice the age, unless it has entered another state meanwhile.
             let wait = if age.at_least < limit { limit - age.at_least } else { age.at_least };
             entry.next = now.saturating_add(wait);
         }
@@ -267,12 +265,12 @@ impl StuckSockets {
 pub struct Found(HashMap<SocketId, Stuck>);
 
 impl Found {
-    /// Takes in a socket as it was when it was inspected, `at`.
+    /// Adds a socket as it was when it was inspected, `at`.
     pub fn socket(&mut self, life: Box<Life>, at: u64, age: Age) {
         self.0.insert(life.id, Stuck { life, inspected: at, age, descriptors: Vec::new() });
     }
 
-    /// Takes in a descriptor of an inspected socket. Returns whether the socket is stuck and there was room.
+    /// Adds a descriptor of an inspected socket. Returns whether the socket is stuck and there was room.
     pub fn descriptor(&mut self, id: SocketId, descriptor: Descriptor) {
         if let Some(stuck) = self.0.get_mut(&id)
             && stuck.descriptors.len() < MAX_HOLDERS
@@ -286,8 +284,9 @@ impl Found {
         self.0.values().any(|stuck| stuck.life.inode.is_some())
     }
 
-    /// Looks the holders up in `/proc`, where the iterator cannot be run. Returns what was found.
-    pub fn look_up_holders(&self) -> Vec<(SocketId, u32, Arc<Holder>)> {
+    /// Looks up the holders in `/proc`, for kernels on which the iterator cannot be run. Returns those that
+    /// were found.
+    pub fn look_up_holders(&self) -> Vec<(SocketId, u32, Arc<ProcfsHolder>)> {
         let by_inode = self.0.values().filter_map(|stuck| Some((stuck.life.inode?, stuck.life.id)));
         let wanted: HashMap<u64, SocketId> = by_inode.collect();
         let mut found = Vec::new();
@@ -305,10 +304,10 @@ impl Found {
         found
     }
 
-    /// Takes the sockets out, the oldest first.
+    /// Removes and returns the sockets, the oldest first.
     pub fn take(&mut self) -> Vec<Stuck> {
         let mut found: Vec<_> = self.0.drain().map(|(_, stuck)| stuck).collect();
-        // By identity too, so that a replay has the same order.
+        // They are sorted by identity too, so that a replay has the same order.
         found.sort_by_key(|stuck| (std::cmp::Reverse(stuck.age.at_least), stuck.life.id.address));
         found
     }

@@ -1,4 +1,4 @@
-//! Sockets that were stuck before the trace began. The kernel keeps no time at which a state began, but
+//! Sockets that were stuck before the trace began. The kernel does not record when a state began, but
 //! `sock_diag` gives bounds for it (`sockets/entry.rs`).
 
 use std::{
@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// A socket, by network namespace and endpoints.
-type Identity = (u32, Endpoint, Endpoint);
+type SocketAddresses = (u32, Endpoint, Endpoint);
 
 /// Sockets that were stuck before the trace and have descriptors, by which the inventory finds them.
 #[derive(Default)]
@@ -24,15 +24,15 @@ pub struct Older {
     /// those of some moment in between.
     asked: u64,
     answered: u64,
-    sockets: HashMap<Identity, (State, sockets::AgeRange)>,
+    sockets: HashMap<SocketAddresses, (State, sockets::AgeRange)>,
 }
 
-/// Sockets that were stuck before the trace and have no descriptor. The kernel half knows nothing of them
-/// while they stay as they are, so the kernel is asked for its sockets again whenever one of these is due,
-/// and never when there are none.
+/// Sockets that were stuck before the trace and have no descriptor. The kernel half has no entries for them
+/// while they do not change, so the kernel is asked for its sockets again whenever one of them is due, but
+/// never if there are none.
 #[derive(Default)]
 pub struct Orphans {
-    waiting: HashMap<Identity, Waiting>,
+    waiting: HashMap<SocketAddresses, WaitingOrphan>,
     /// When to ask, nanoseconds of `CLOCK_BOOTTIME`.
     next: Option<u64>,
     /// `None` as long as there are none.
@@ -40,8 +40,8 @@ pub struct Orphans {
 }
 
 /// A thread that asks the kernel for the sockets in a teardown state. It is started before the tool gives up
-/// its privileges (`sandbox.rs`), because the questions need them: it enters network namespaces. It reads
-/// nothing that a traced process has written.
+/// its privileges (`sandbox.rs`), which it needs to enter network namespaces. It reads nothing that a traced
+/// process has written.
 struct Asker {
     questions: Sender<()>,
     answers: Receiver<Vec<Socket>>,
@@ -50,16 +50,16 @@ struct Asker {
 /// A socket without a descriptor that is due for a report, and the least that its age can be, nanoseconds.
 pub type Orphan = (Socket, u64);
 
-/// How an orphan was when it was first seen, and when to report it; times in nanoseconds of `CLOCK_BOOTTIME`.
+/// The state of an orphan when it was first seen, and when to report it. Times are nanoseconds of
+/// `CLOCK_BOOTTIME`.
 #[derive(Clone, Copy)]
-struct Waiting {
+struct WaitingOrphan {
     state: State,
     seen: u64,
     next: u64,
 }
 
-/// Asks the kernel which sockets are stuck now. `limit` is the age from which on they are reported,
-/// nanoseconds.
+/// Asks the kernel which sockets are stuck now. `limit` is the age from which they are reported, nanoseconds.
 pub fn find(limit: u64) -> (Older, Orphans) {
     let asked = now();
     let (orphans, held): (Vec<_>, Vec<_>) =
@@ -108,18 +108,18 @@ impl Asker {
 }
 
 impl Orphans {
-    /// What there was when the trace began; `seen` is a moment after that.
+    /// Makes the collection of those that existed when the trace began; `seen` is a moment after that.
     fn new(found: &[Socket], seen: u64, limit: u64) -> Self {
         let waiting = |socket: &Socket| {
             let next = seen.saturating_add(limit.saturating_sub(least_age(socket)));
-            (identity(socket), Waiting { state: socket.entry.state, seen, next })
+            (identity(socket), WaitingOrphan { state: socket.entry.state, seen, next })
         };
         let waiting: HashMap<_, _> = found.iter().map(waiting).collect();
         let next: Option<u64> = waiting.values().map(|orphan| orphan.next).min();
         Self { waiting, next, asker: next.and_then(|_| Asker::start()) }
     }
 
-    /// Leaves a socket to the kernel half, which has seen an event of it.
+    /// Removes a socket, because the kernel half has seen an event of it.
     pub fn forget(&mut self, endpoints: &Endpoints) {
         if let Some(identity) = identity_of(endpoints) {
             self.waiting.remove(&identity);
@@ -136,7 +136,8 @@ impl Orphans {
         self.take_in(found, asked, now(), limit)
     }
 
-    /// Takes in what there is, asked for at `asked` and received by `seen`. Returns what is due for a report.
+    /// Handles the sockets that exist, as requested at `asked` and received by `seen`. Returns those that are
+    /// due for a report.
     fn take_in(&mut self, found: Vec<Socket>, asked: u64, seen: u64, limit: u64) -> Vec<Orphan> {
         let mut waiting = HashMap::with_capacity(self.waiting.len());
         let mut due = Vec::new();
@@ -144,7 +145,7 @@ impl Orphans {
             let (identity, state) = (identity(&socket), socket.entry.state);
             let Some(mut orphan) = self.waiting.get(&identity).copied() else { continue };
             if orphan.state != state {
-                orphan = Waiting { state, seen, next: seen };
+                orphan = WaitingOrphan { state, seen, next: seen };
             }
             let at_least = least_age(&socket).max(asked.saturating_sub(orphan.seen));
             if orphan.next <= asked && at_least >= limit {
@@ -155,7 +156,7 @@ impl Orphans {
             }
             waiting.insert(identity, orphan);
         }
-        // One question serves all: those that are due soon can wait for the others.
+        // One request serves all: those that are due soon can wait for the others.
         let soonest = waiting.values().map(|orphan| orphan.next).min();
         self.next = soonest.map(|soonest| soonest.max(asked.saturating_add(limit)));
         self.waiting = waiting;
@@ -168,11 +169,11 @@ fn least_age(socket: &Socket) -> u64 {
     socket.entry.age().at_least.map_or(0, nanoseconds)
 }
 
-fn identity(socket: &Socket) -> Identity {
+fn identity(socket: &Socket) -> SocketAddresses {
     (socket.netns, socket.entry.local, socket.entry.remote)
 }
 
-fn identity_of(endpoints: &Endpoints) -> Option<Identity> {
+fn identity_of(endpoints: &Endpoints) -> Option<SocketAddresses> {
     Some((endpoints.netns?, endpoints.local?, endpoints.remote?))
 }
 

@@ -2,8 +2,8 @@
 //! pointer and the same return address at the top of the stack: five levels, each one of three functions with
 //! frames of the same size.
 //!
-//! `paths PORT`: for each number that it reads, makes and closes so many connections. The path follows from
-//! the client's port, so that whoever sees the connection knows it.
+//! `paths PORT`: for each number that it reads, it makes and closes that many connections. The path follows
+//! from the client's port, so it is known to everyone who sees the connection.
 
 use std::{
     env, hint,

@@ -18,8 +18,8 @@ fn serve(client: Client) -> usize {
     read + forget_about(client)
 }
 
-/// Its result keeps the compiler from ending it with a jump to `close()`, which would leave it out of the
-/// stack.
+/// It returns a result so that the compiler does not end it with a jump to `close()`, which would remove it
+/// from the stack.
 #[inline(never)]
 fn forget_about(client: Client) -> usize {
     drop(client.0);

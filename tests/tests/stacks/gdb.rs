@@ -25,7 +25,7 @@ struct Frame {
 pub(crate) struct Gdb(Program);
 
 impl Gdb {
-    /// Attaches to a process, whose `close()` of this descriptor will be in the backtrace.
+    /// Attaches to a process. The backtrace will be that of its `close()` of this descriptor.
     pub(crate) fn attach(namespace: &Namespace, pid: u32, descriptor: i32) -> Result<Self> {
         // The first argument of a system call.
         let register = if cfg!(target_arch = "x86_64") { "$rdi" } else { "$x0" };
@@ -92,7 +92,7 @@ fn parse(address: &str) -> Option<u64> {
     u64::from_str_radix(address.strip_prefix("0x")?, 16).ok()
 }
 
-/// What gdb saw, innermost first.
+/// The backtrace of gdb, innermost frame first.
 #[derive(Debug)]
 pub(crate) struct Backtrace(Vec<Frame>);
 
@@ -148,8 +148,8 @@ impl Backtrace {
         Ok(())
     }
 
-    /// Whether these reported frames are the innermost ones of the same stack, and the last of them says that
-    /// there are more.
+    /// Whether these reported frames are the innermost ones of the same stack, and the last of them is marked
+    /// as having callers.
     pub(crate) fn ensure_begins_with(&self, frames: &Value) -> Result<()> {
         let mut told = frames.as_array().context("no stack")?.clone();
         let last = told.last_mut().context("no frames")?;
@@ -178,9 +178,8 @@ impl Backtrace {
     }
 }
 
-/// The last part of a name, without parameters, without types in angle brackets, and without what symbol
-/// tables add: the hash of a Rust function, and a version. Debuggers name what is in front of it in different
-/// ways.
+/// The last part of a name, without parameters, without types in angle brackets, and without the additions of
+/// symbol tables: the hash of a Rust function, and a version. Debuggers differ in the part before it.
 fn plain(name: &str) -> String {
     let mut depth = 0_usize;
     let mut bare = String::new();

@@ -28,6 +28,7 @@ use tcpclose_tests::{
 };
 
 const PORT: u16 = NGINX_PORT;
+const GCC: &str = "/usr/bin/gcc";
 
 /// The path of a source file or configuration of these tests.
 fn part(name: &str) -> PathBuf {
@@ -40,7 +41,8 @@ fn compile(compiler: &str, options: &[&str], source: &str, folder: &Scratch) -> 
     Ok(program)
 }
 
-/// A program that connects, and hangs up when it is told to: its stack there, and what gdb sees.
+/// Runs a program that connects, and closes on request. Returns gdb's backtrace of the close, and the
+/// reported stack.
 fn hangs_up(program: &Path) -> Result<(gdb::Backtrace, Value)> {
     hangs_up_as(program, &[], Launch::new()?)
 }
@@ -83,11 +85,11 @@ fn told(tool: &Tool, which: &Value) -> Result<Value> {
 
 #[test]
 fn c_without_frame_pointers() -> Result<()> {
-    if is_missing(&[GDB, "/usr/bin/gcc"]) {
+    if is_missing(&[GDB, GCC]) {
         return Ok(());
     }
     let folder = Scratch::new()?;
-    let program = compile("/usr/bin/gcc", &["-O2", "-g", "-fomit-frame-pointer"], "hang_up.c", &folder)?;
+    let program = compile(GCC, &["-O2", "-g", "-fomit-frame-pointer"], "hang_up.c", &folder)?;
     let (backtrace, frames) = hangs_up(&program)?;
     backtrace.ensure_equals(&frames)?;
     for function in ["hang_up", "serve", "main"] {
@@ -96,14 +98,15 @@ fn c_without_frame_pointers() -> Result<()> {
     Ok(())
 }
 
-/// With frame pointers a walk along them leaves out the function that called `close()`.
+/// A walk along frame pointers leaves out the function that called `close()`, even if the program keeps frame
+/// pointers.
 #[test]
 fn c_with_frame_pointers() -> Result<()> {
-    if is_missing(&[GDB, "/usr/bin/gcc"]) {
+    if is_missing(&[GDB, GCC]) {
         return Ok(());
     }
     let folder = Scratch::new()?;
-    let program = compile("/usr/bin/gcc", &["-O2", "-g", "-fno-omit-frame-pointer"], "hang_up.c", &folder)?;
+    let program = compile(GCC, &["-O2", "-g", "-fno-omit-frame-pointer"], "hang_up.c", &folder)?;
     let (backtrace, frames) = hangs_up(&program)?;
     backtrace.ensure_equals(&frames)?;
     backtrace.ensure_names("hang_up", &frames)
@@ -112,11 +115,11 @@ fn c_with_frame_pointers() -> Result<()> {
 /// Its symbols are in another file, where distributions install it: by build id.
 #[test]
 fn stripped_with_a_debug_file() -> Result<()> {
-    if is_missing(&[GDB, "/usr/bin/gcc", "/usr/bin/objcopy"]) {
+    if is_missing(&[GDB, GCC, "/usr/bin/objcopy"]) {
         return Ok(());
     }
     let folder = Scratch::new()?;
-    let program = compile("/usr/bin/gcc", &["-O2", "-g", "-Wl,--build-id"], "hang_up.c", &folder)?;
+    let program = compile(GCC, &["-O2", "-g", "-Wl,--build-id"], "hang_up.c", &folder)?;
     let notes = netns::run(Command::new("readelf").arg("-n").arg(&program))?;
     let id = notes.lines().find_map(|line| line.trim().strip_prefix("Build ID: ")).context("no build id")?;
     let debug = PathBuf::from(format!("/usr/lib/debug/.build-id/{}/{}.debug", &id[..2], &id[2..]));
@@ -161,7 +164,8 @@ fn rust_with_inlined_functions() -> Result<()> {
     Ok(())
 }
 
-/// A server that closes the connection of a client that says something: its stack there, and what gdb sees.
+/// Runs a server that closes the connection of a client that sends something. Returns gdb's backtrace of the
+/// close, and the reported stack.
 fn server_hangs_up(
     namespace: &Namespace,
     tool: &Tool,
@@ -187,7 +191,7 @@ fn nginx_as_debian_ships_it() -> Result<()> {
     }
     let (namespace, folder) = (Namespace::new()?, Scratch::new()?);
     let tool = Launch::new()?.trace([&namespace]).start()?;
-    // There is no backend, so that it answers with an error, and closes.
+    // There is no backend, so it answers with an error and closes.
     let nginx = start_nginx(&namespace, folder.path())?;
     let request = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
     let (backtrace, frames) = server_hangs_up(&namespace, &tool, &nginx, request)?;
@@ -224,8 +228,8 @@ fn python_as_debian_ships_it() -> Result<()> {
     backtrace.without(LOOP).ensure_equals(&frames)
 }
 
-/// Functions that V8 compiled have no unwind tables, but keep frame pointers. gdb cannot follow them, so what
-/// is known is where the stack ends: in `main()`'s caller.
+/// Functions that V8 compiled have no unwind tables, but keep frame pointers. gdb cannot follow them, so only
+/// the end of the stack is known: the caller of `main()`.
 #[test]
 fn node_as_it_is_here() -> Result<()> {
     const NODE: &str = "/usr/bin/node";

@@ -17,9 +17,8 @@ use tcpclose_tests::{
     tool::Launch,
 };
 
-use super::{GDB, PORT, compile, gdb, hangs_up_as, told};
+use super::{GCC, GDB, PORT, compile, gdb, hangs_up_as, told};
 
-const GCC: &str = "/usr/bin/gcc";
 const OBJCOPY: &str = "/usr/bin/objcopy";
 const STRIP: &str = "/usr/bin/strip";
 
@@ -70,7 +69,7 @@ fn stripped_with_a_debug_link() -> Result<()> {
         let link = format!("--add-gnu-debuglink={}", debug.display());
         netns::run(Command::new(OBJCOPY).arg(link).arg(&program))?;
         ensure_named(&hangs_up_as(&program, &[], Launch::new()?)?, true)?;
-        // Another file in its place is not taken for it.
+        // Another file in its place is not accepted.
         fs::write(&debug, [fs::read(&debug)?, vec![0]].concat())?;
         if id.ends_with("none") {
             let (_, frames) = hangs_up_as(&program, &[], Launch::new()?)?;
@@ -143,7 +142,7 @@ fn perf_map_of_a_process_that_has_ended() -> Result<()> {
         program.ended()?;
         let map = format!("/tmp/perf-{}.map", program.pid());
         if when == "early" {
-            // What was seen while the process ran is kept.
+            // Names that were read while the process ran are kept.
             fs::remove_file(&map)?;
         }
         let line = told(&tool, &json!({"connection": {"role": "client"}, "process": {"pid": program.pid()}}));
@@ -153,8 +152,8 @@ fn perf_map_of_a_process_that_has_ended() -> Result<()> {
         let line = line?;
         let frames = line["stack"]["user"].as_array().context("no stack")?;
         let names: Vec<_> = frames.iter().map(|frame| frame["symbol"].as_str().unwrap_or("?")).collect();
-        // Its caller cannot be verified: whether that is behind a call is read from the memory of the
-        // process.
+        // Its caller cannot be verified: that takes reading, from the memory of the process, whether the
+        // address follows a call.
         ensure!(names.get(1) == Some(&"hangUp /app/server.js:12"), "{when}: {names:?}");
     }
     Ok(())

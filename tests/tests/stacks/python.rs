@@ -24,10 +24,10 @@ use super::{PORT, part};
 /// Steps of a path: see `frames.py`.
 const STEPS: &[u8] = b"lrsgfpx";
 
-/// How often each interpreter's program closes.
+/// The number of closes of each interpreter's program.
 const CLOSES: usize = 100;
 
-/// How many closes may come before a process has been examined.
+/// The number of closes that may precede the examination of the process.
 const FIRST: usize = 10;
 
 /// A function, its file and its line.
@@ -84,18 +84,20 @@ struct Close {
     /// The steps of the path.
     path: String,
     port: Value,
-    /// What the interpreter shows, innermost first.
+    /// The frames that the interpreter shows, innermost first.
     shown: Vec<Place>,
 }
 
 impl Close {
-    /// Compares the frames with the line about it. Returns how many have no name because their code was gone.
+    /// Compares the frames with the line about it. Returns how many have no name because their code objects
+    /// no longer existed.
     fn compare(&self, line: &Value) -> Result<usize> {
         let Self { path, port, shown } = self;
         let reported = functions(line)?;
         let difference = || format!("path {path}: not {shown:#?}\n{reported:#?}\n{}", shortened(line));
         ensure!(line["connection"]["local"]["port"] == *port, "another connection: {}", difference());
-        // Code that was made for this call may be gone. The call of the loop that ran it is shown instead.
+        // A code object that was made for this call may not exist any more. Then the call of the loop that
+        // ran it is shown instead.
         let is_made = |(_, file, _): &&Place| file.starts_with("<made");
         let named: Vec<_> = reported.iter().filter(|(name, ..)| !name.is_empty()).collect();
         let mut found = named.iter();
@@ -112,7 +114,7 @@ impl Close {
     }
 }
 
-/// Has a program close from many paths, in no order.
+/// Makes a program close from many paths, in random order.
 fn closes(
     program: &mut Program,
     tool: &Tool,
@@ -144,7 +146,7 @@ fn path(random: &mut u64) -> String {
     (0..length).map(|level| char::from(STEPS[digit(level)])).collect()
 }
 
-/// Has the program close a connection.
+/// Makes the program close a connection.
 fn close(listener: &TcpListener, program: &mut Program, path: &str) -> Result<Close> {
     let said: Value = serde_json::from_str(&program.ask(path)?)?;
     let _accepted = listener.accept()?;

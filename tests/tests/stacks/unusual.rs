@@ -20,9 +20,7 @@ use tcpclose_tests::{
     tool::Launch,
 };
 
-use super::{GDB, PORT, compile, gdb, hangs_up_as, part};
-
-const GCC: &str = "/usr/bin/gcc";
+use super::{GCC, GDB, PORT, compile, gdb, hangs_up_as, part};
 
 fn program(folder: &Scratch) -> Result<PathBuf> {
     compile(GCC, &["-O2", "-g", "-fomit-frame-pointer"], "unusual.c", folder)
@@ -46,7 +44,7 @@ fn signal_handler() -> Result<()> {
     backtrace.ensure_begins_with(&frames)
 }
 
-/// The copy of the stack's memory has the handler's stack, and not the one that the signal has interrupted.
+/// The copied memory is that of the handler's stack, and not of the stack that the signal has interrupted.
 #[test]
 fn signal_handler_with_a_stack_of_its_own() -> Result<()> {
     let Some((backtrace, frames)) = one("altstack")? else { return Ok(()) };
@@ -145,7 +143,7 @@ fn names(line: &Value) -> Result<(u16, Vec<String>)> {
     Ok((u16::try_from(port)?, names))
 }
 
-/// The function that closes connections to this port, and the one that does not.
+/// The function that closes connections to this port, and the one that does not close them.
 fn expected(port: u16) -> (&'static str, &'static str) {
     if port == PORT { ("first", "second") } else { ("second", "first") }
 }
@@ -159,7 +157,7 @@ fn ensure_each_is_its_own(shape: &str, outermost: &str) -> Result<()> {
     let (folder, namespace) = (Scratch::new()?, Namespace::new()?);
     let tool = Launch::new()?.trace([&namespace]).args(["--event", "close"]).start()?;
     let mut program = start(&folder, &namespace, shape, &[])?;
-    // Only so many whole copies find room in the ring, if the tool gets no CPU meanwhile. After a first few
+    // The ring has room for only this many whole copies, if the tool gets no CPU meanwhile. After a first few
     // closes the stacks are recognized.
     for done in (0..FEW).step_by(2) {
         ensure!(program.ask("go 1")? == "done");
@@ -194,14 +192,14 @@ fn coroutines_that_switch() -> Result<()> {
     ensure_each_is_its_own("switching", "coroutine")
 }
 
-/// Each library is loaded where the one before was. What is known of the mappings must not outlive them, nor
-/// may the first one's stack be recognized without a new look at them.
+/// Each library is loaded in the place of the previous one. Cached mappings must not be used after that, and
+/// the stack of the first library must not be recognized without reading the mappings again.
 #[test]
 fn libraries_that_take_turns() -> Result<()> {
     take_turns("libraries", |names, own| names.iter().any(|name| name == own))
 }
 
-/// Each library is gone before its mapping can be looked up.
+/// Each library is unloaded before its mapping can be read.
 #[test]
 fn libraries_that_are_unloaded_at_once() -> Result<()> {
     take_turns("unloaded", |_, _| true)

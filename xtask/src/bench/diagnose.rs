@@ -37,7 +37,7 @@ const CONNECTIONS: u64 = 10_000;
 /// Repeated lines are this far apart.
 const STEP: Duration = Duration::from_micros(50);
 
-/// What is to hold for ten million lines.
+/// The limits for ten million lines.
 const MOST_SECONDS: f64 = 60.0;
 const MOST_MIB: f64 = 200.0;
 
@@ -81,7 +81,7 @@ pub(crate) fn measure(bench: &mut Bench, args: &Args) -> Result<Value> {
             }
         }
         input.flush()?;
-        // What is left in the pipe is a hundredth of a second.
+        // The rest in the pipe takes a hundredth of a second.
         let (cpu, resident) = (cpu(child.id())?, most_resident(child.id())?);
         drop(input);
         let status = child.wait()?;

@@ -50,8 +50,8 @@ const OTHER_ROUTES: [&str; 5] =
     ["loopback_ipv4", "loopback_ipv6", "loopback_mapped", "veth_ipv4", "veth_mapped"];
 
 /// The test program whose tests run one at a time. The kernel skips a program on a function that another task
-/// is just executing, and the time to live is null then; two tests on one emulated processor make that
-/// happen.
+/// is just executing, and the time to live is null then; with two tests on one emulated processor, that
+/// happens.
 const ALONE: &str = "ttl";
 
 /// A test program that comes one place later than by its name, which makes it the first one on the third

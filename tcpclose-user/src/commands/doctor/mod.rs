@@ -20,7 +20,7 @@ use tcpclose_common::offsets::StructOffsets;
 use crate::{
     cli::ReportFormat,
     kernel::facts::{FACTS, Sources},
-    kernel::hooks::{HOOKS, Hook, Kind, Need, Variant},
+    kernel::hooks::{HOOKS, Hook, HookNeed, Kind, Variant},
     kernel::privilege::{self, PRIVILEGES},
     kernel::{TypeFacts, arguments, btf::Btf, tracefs},
     kernel::{
@@ -45,7 +45,7 @@ enum Mark {
 
 /// A line about the environment or about a capability.
 #[derive(Debug, Serialize)]
-struct Finding {
+struct Check {
     name: String,
     mark: Mark,
     found: String,
@@ -53,7 +53,7 @@ struct Finding {
     fix: Option<String>,
 }
 
-impl Finding {
+impl Check {
     fn new(name: impl Into<String>, mark: Mark, found: impl Into<String>) -> Self {
         Self { name: name.into(), mark, found: found.into(), lost: None, fix: None }
     }
@@ -116,7 +116,7 @@ struct Null {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-enum Verdict {
+enum Availability {
     Everything,
     Less,
     Nothing,
@@ -124,13 +124,13 @@ enum Verdict {
 
 /// The whole report, serialized as `-o json` prints it.
 #[derive(Debug, Serialize)]
-struct Report {
+struct DoctorReport {
     version: &'static str,
-    verdict: Verdict,
+    verdict: Availability,
     /// Why nothing can be traced.
     cannot: Option<String>,
-    place: Vec<Finding>,
-    capabilities: Vec<Finding>,
+    place: Vec<Check>,
+    capabilities: Vec<Check>,
     hooks: Vec<HookFinding>,
     null: Vec<Null>,
 }
@@ -141,7 +141,7 @@ struct Report {
 /// # Errors
 /// The report cannot be written.
 pub fn doctor(format: ReportFormat, btf: &BtfSource) -> Result<ExitCode> {
-    let report = Report::make(btf);
+    let report = DoctorReport::make(btf);
     let written = match format {
         ReportFormat::Text => text::write(&mut anstream::stdout().lock(), &report),
         ReportFormat::Json => {
@@ -154,13 +154,13 @@ pub fn doctor(format: ReportFormat, btf: &BtfSource) -> Result<ExitCode> {
         _ => {}
     }
     Ok(ExitCode::from(match report.verdict {
-        Verdict::Everything => 0,
-        Verdict::Less => 1,
-        Verdict::Nothing => 3,
+        Availability::Everything => 0,
+        Availability::Less => 1,
+        Availability::Nothing => 3,
     }))
 }
 
-impl Report {
+impl DoctorReport {
     fn make(btf: &BtfSource) -> Self {
         let facts = btf.facts().map_err(|error| format!("{error:#}"));
         // The hooks stay attached until the end of this function.
@@ -178,33 +178,33 @@ impl Report {
         let less = |mark: Mark| mark != Mark::Ok && mark != Mark::Note;
         let marks = place.iter().chain(&capabilities).map(|finding| finding.mark);
         let verdict = match loaded {
-            Err(_) => Verdict::Nothing,
+            Err(_) => Availability::Nothing,
             Ok(_) if !null.is_empty() || marks.chain(hooks.iter().map(|hook| hook.mark)).any(less) => {
-                Verdict::Less
+                Availability::Less
             }
-            Ok(_) => Verdict::Everything,
+            Ok(_) => Availability::Everything,
         };
         let cannot = loaded.err().map(|error| format!("{error:#}"));
         Self { version: env!("CARGO_PKG_VERSION"), verdict, cannot, place, capabilities, hooks, null }
     }
 }
 
-fn capability(privilege: &privilege::Privilege) -> Finding {
+fn capability(privilege: &privilege::Privilege) -> Check {
     let name = privilege.capability.to_string();
     if privilege::has(privilege.capability) {
-        return Finding::new(name, Mark::Ok, privilege.purpose);
+        return Check::new(name, Mark::Ok, privilege.purpose);
     }
     let is_included =
-        privilege.need == privilege::Need::Essential && privilege::has(Capability::CAP_SYS_ADMIN);
+        privilege.need == privilege::CapabilityNeed::Essential && privilege::has(Capability::CAP_SYS_ADMIN);
     if is_included {
-        return Finding::new(name, Mark::Ok, format!("{} (included in CAP_SYS_ADMIN)", privilege.purpose));
+        return Check::new(name, Mark::Ok, format!("{} (included in CAP_SYS_ADMIN)", privilege.purpose));
     }
     let mark = match privilege.need {
-        privilege::Need::Essential => Mark::No,
+        privilege::CapabilityNeed::Essential => Mark::No,
         _ if privilege.lost.is_empty() => Mark::Note,
-        privilege::Need::Useful | privilege::Need::Minor => Mark::Less,
+        privilege::CapabilityNeed::Useful | privilege::CapabilityNeed::Minor => Mark::Less,
     };
-    let finding = Finding::new(name, mark, format!("missing: {}", privilege.purpose));
+    let finding = Check::new(name, mark, format!("missing: {}", privilege.purpose));
     if privilege.lost.is_empty() { finding } else { finding.lost(privilege.lost).fix(privilege.grant()) }
 }
 
@@ -230,7 +230,7 @@ fn rehearsed(hook: &'static Hook, loaded: &KernelHalf) -> HookFinding {
         finding(variant, result, why)
     });
     let mark = match used {
-        None if hook.need == Need::Essential => Mark::No,
+        None if hook.need == HookNeed::Essential => Mark::No,
         Some(variant) if variant.worse.is_empty() && by_default(hook, variant) => Mark::Ok,
         _ => Mark::Less,
     };
@@ -245,12 +245,13 @@ fn rehearsed(hook: &'static Hook, loaded: &KernelHalf) -> HookFinding {
     }
 }
 
-/// Whether a variant is used without an option of its own. `-- COMMAND` brings its hooks along.
+/// Whether a variant is used without an option of its own. `-- COMMAND` needs no further option for its
+/// hooks.
 fn by_default(hook: &Hook, variant: &Variant) -> bool {
-    hook.need != Need::Extra || variant.when.option().is_none()
+    hook.need != HookNeed::Extra || variant.when.option().is_none()
 }
 
-/// What is known of a hook without attaching it.
+/// What is known about a hook without attaching it.
 fn untried(hook: &'static Hook, types: Option<&Btf<'_>>) -> HookFinding {
     let variants =
         hook.variants.iter().map(|variant| finding(variant, Tried::Untried, Some(outlook(variant, types))));

@@ -9,7 +9,7 @@ use std::{
 use caps::Capability;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 
-use super::{Finding, Mark};
+use super::{Check, Mark};
 use crate::{
     kernel::loader::BtfSource,
     kernel::privilege,
@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// All findings, in the order of the report.
-pub(super) fn findings(source: &BtfSource, facts: Result<&TypeFacts, String>) -> Vec<Finding> {
+pub(super) fn findings(source: &BtfSource, facts: Result<&TypeFacts, String>) -> Vec<Check> {
     vec![
         kernel(),
         architecture(),
@@ -34,63 +34,61 @@ pub(super) fn findings(source: &BtfSource, facts: Result<&TypeFacts, String>) ->
     ]
 }
 
-fn kernel() -> Finding {
+fn kernel() -> Check {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease");
-    Finding::new("kernel", Mark::Ok, release.as_deref().map_or("unknown", str::trim))
+    Check::new("kernel", Mark::Ok, release.as_deref().map_or("unknown", str::trim))
 }
 
-fn architecture() -> Finding {
+fn architecture() -> Check {
     let here = std::env::consts::ARCH;
     match here {
-        "x86_64" | "aarch64" => Finding::new("architecture", Mark::Ok, here),
-        _ => Finding::new("architecture", Mark::Less, here)
+        "x86_64" | "aarch64" => Check::new("architecture", Mark::Ok, here),
+        _ => Check::new("architecture", Mark::Less, here)
             .lost("the system call numbers of this architecture are not known, so `trigger` is null for most closes")
             .fix("x86_64 or aarch64"),
     }
 }
 
-fn types(source: &BtfSource, facts: Result<&TypeFacts, String>) -> Finding {
+fn types(source: &BtfSource, facts: Result<&TypeFacts, String>) -> Check {
     let place = match source {
         BtfSource::File(path) => path.display().to_string(),
         BtfSource::Kernel | BtfSource::None => btf::VMLINUX.to_owned(),
     };
     match facts {
-        Ok(facts) if facts.missing.is_empty() => Finding::new("BTF", Mark::Ok, place),
+        Ok(facts) if facts.missing.is_empty() => Check::new("BTF", Mark::Ok, place),
         Ok(facts) => {
             let missing: Vec<_> = facts.missing.iter().map(ToString::to_string).collect();
-            Finding::new("BTF", Mark::Ok, format!("{place}, without {}", missing.join(", ")))
+            Check::new("BTF", Mark::Ok, format!("{place}, without {}", missing.join(", ")))
         }
-        Err(error) => Finding::new("BTF", Mark::Less, error)
+        Err(error) => Check::new("BTF", Mark::Less, error)
             .lost("everything that is read from kernel structures")
             .fix("a kernel with CONFIG_DEBUG_INFO_BTF, or --btf FILE with the BTF of this kernel"),
     }
 }
 
-fn tracefs() -> Finding {
+fn tracefs() -> Check {
     const USE: &str = "needed only without BTF, and for --accept-hook syscall";
     match tracefs::find() {
         Ok(Some(tracefs)) => {
-            Finding::new("tracefs", Mark::Ok, format!("{}, readable", tracefs.root().display()))
+            Check::new("tracefs", Mark::Ok, format!("{}, readable", tracefs.root().display()))
         }
         Ok(None) if privilege::has(Capability::CAP_SYS_ADMIN) => {
-            Finding::new("tracefs", Mark::Ok, "not mounted; tcpclose mounts it privately when it needs it")
+            Check::new("tracefs", Mark::Ok, "not mounted; tcpclose mounts it privately when it needs it")
         }
-        Ok(None) => Finding::new("tracefs", Mark::Note, format!("not mounted; {USE}"))
+        Ok(None) => Check::new("tracefs", Mark::Note, format!("not mounted; {USE}"))
             .fix("sudo mount -t tracefs -o gid=$(id -g),mode=750 tracefs /sys/kernel/tracing"),
-        Err(error) => {
-            Finding::new("tracefs", Mark::Note, format!("{}: {}; {USE}", error.failed, error.found))
-                .fix(error.fix)
-        }
+        Err(error) => Check::new("tracefs", Mark::Note, format!("{}: {}; {USE}", error.failed, error.found))
+            .fix(error.fix),
     }
 }
 
-fn lockdown() -> Finding {
+fn lockdown() -> Check {
     match lockdown::mode() {
-        Some(mode) if mode == "confidentiality" => Finding::new("lockdown", Mark::No, mode)
+        Some(mode) if mode == "confidentiality" => Check::new("lockdown", Mark::No, mode)
             .lost("BPF programs may not read kernel memory, so nothing can be traced")
             .fix("boot with lockdown=integrity, or without lockdown"),
-        Some(mode) => Finding::new("lockdown", Mark::Ok, format!("{mode}: reading kernel memory is allowed")),
-        None => Finding::new(
+        Some(mode) => Check::new("lockdown", Mark::Ok, format!("{mode}: reading kernel memory is allowed")),
+        None => Check::new(
             "lockdown",
             Mark::Note,
             "unknown: securityfs is not mounted, or the kernel has no lockdown",
@@ -98,16 +96,16 @@ fn lockdown() -> Finding {
     }
 }
 
-fn memlock() -> Finding {
+fn memlock() -> Check {
     let limit = match getrlimit(Resource::RLIMIT_MEMLOCK) {
         Ok((RLIM_INFINITY, _)) => "unlimited".to_owned(),
         Ok((bytes, _)) => format!("{} KiB; maps count against it only before 5.11", bytes / 1024),
         Err(errno) => format!("unknown: {errno}"),
     };
-    Finding::new("RLIMIT_MEMLOCK", Mark::Ok, limit)
+    Check::new("RLIMIT_MEMLOCK", Mark::Ok, limit)
 }
 
-fn cgroups() -> Finding {
+fn cgroups() -> Check {
     // The file system type follows the separator: proc_pid_mountinfo(5).
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let kinds = mounts.lines().filter_map(|line| line.split_once(" - ")?.1.split(' ').next());
@@ -122,44 +120,44 @@ fn cgroups() -> Finding {
         (true, true) => "v1 and v2 (hybrid)",
         (false, false) => "not mounted",
     };
-    Finding::new("cgroups", Mark::Ok, version)
+    Check::new("cgroups", Mark::Ok, version)
 }
 
-fn pid_namespace() -> Finding {
+fn pid_namespace() -> Check {
     if privilege::in_initial_pid_namespace() {
-        return Finding::new("pid namespace", Mark::Ok, "the host's");
+        return Check::new("pid namespace", Mark::Ok, "the host's");
     }
-    Finding::new("pid namespace", Mark::Less, "a separate one")
+    Check::new("pid namespace", Mark::Less, "a separate one")
         .lost(privilege::OUTSIDE)
         .fix("in a container: --pid host")
 }
 
-fn sandbox() -> Finding {
+fn sandbox() -> Check {
     let actions = fs::read_to_string(sandbox::ACTIONS).unwrap_or_default();
     if actions.split_whitespace().any(|action| action == "errno") {
         let found = "a trace drops capabilities, sets no_new_privs and filters its system calls (--sandbox)";
-        return Finding::new("sandbox", Mark::Ok, found);
+        return Check::new("sandbox", Mark::Ok, found);
     }
-    Finding::new("sandbox", Mark::Note, "no filters of system calls (CONFIG_SECCOMP_FILTER)")
-        .lost("a trace drops capabilities, and no system calls")
+    Check::new("sandbox", Mark::Note, "no filters of system calls (CONFIG_SECCOMP_FILTER)")
+        .lost("a trace drops capabilities, but does not restrict system calls")
 }
 
-fn user_namespace() -> Finding {
+fn user_namespace() -> Check {
     if privilege::in_initial_user_namespace() {
-        return Finding::new("user namespace", Mark::Ok, "the host's");
+        return Check::new("user namespace", Mark::Ok, "the host's");
     }
-    Finding::new("user namespace", Mark::No, "a separate one")
+    Check::new("user namespace", Mark::No, "a separate one")
         .lost("its capabilities are not valid outside it, so programs cannot be loaded")
         .fix("run tcpclose as the host's root, in a container: rootful and without --userns")
 }
 
-fn kernel_symbols() -> Finding {
+fn kernel_symbols() -> Check {
     if kernel_symbols_are_shown() {
-        return Finding::new("/proc/kallsyms", Mark::Ok, "shows kernel addresses");
+        return Check::new("/proc/kallsyms", Mark::Ok, "shows kernel addresses");
     }
     let restrict = fs::read_to_string("/proc/sys/kernel/kptr_restrict");
     let restrict = restrict.as_deref().map_or("unknown", str::trim);
-    Finding::new(
+    Check::new(
         "/proc/kallsyms",
         Mark::Less,
         format!("hides kernel addresses (kernel.kptr_restrict={restrict})"),

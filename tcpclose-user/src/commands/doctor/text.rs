@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use anstyle::{AnsiColor, Style};
 
-use super::{Finding, HookFinding, Mark, Null, Report, Tried, VariantFinding, Verdict};
+use super::{Availability, Check, DoctorReport, HookFinding, Mark, Null, Tried, VariantFinding};
 
 const WIDTH: usize = 100;
 /// Widths of the columns of the mark and the name, and the column where the text begins.
@@ -15,11 +15,11 @@ const TEXT: usize = MARK + NAME;
 const HEADING: Style = Style::new().bold();
 
 /// Writes the report with colours, which `out` strips if they are not wanted.
-pub(super) fn write(out: &mut impl Write, report: &Report) -> io::Result<()> {
+pub(super) fn write(out: &mut impl Write, report: &DoctorReport) -> io::Result<()> {
     let verdict = match report.verdict {
-        Verdict::Everything => "works in full",
-        Verdict::Less => "works, with restrictions",
-        Verdict::Nothing => "cannot trace",
+        Availability::Everything => "works in full",
+        Availability::Less => "works, with restrictions",
+        Availability::Nothing => "cannot trace",
     };
     writeln!(out, "{HEADING}tcpclose {}: {verdict}{HEADING:#}", report.version)?;
     if let Some(cannot) = &report.cannot {
@@ -50,7 +50,7 @@ fn heading(out: &mut impl Write, text: &str) -> io::Result<()> {
     writeln!(out, "\n{HEADING}{text}{HEADING:#}")
 }
 
-fn finding(out: &mut impl Write, finding: &Finding) -> io::Result<()> {
+fn finding(out: &mut impl Write, finding: &Check) -> io::Result<()> {
     line(out, Some(finding.mark), &finding.name, &finding.found)?;
     consequences(out, finding.lost.as_deref(), finding.fix.as_deref())
 }
@@ -140,7 +140,7 @@ mod tests {
     #[test]
     fn text_is_aligned() {
         let mut out = Vec::new();
-        let found = Finding::new("RLIMIT_MEMLOCK", Mark::Less, "8 KiB").lost("words ".repeat(20)).fix("more");
+        let found = Check::new("RLIMIT_MEMLOCK", Mark::Less, "8 KiB").lost("words ".repeat(20)).fix("more");
         finding(&mut out, &found).unwrap();
         let text = anstream::adapter::strip_str(std::str::from_utf8(&out).unwrap()).to_string();
         let lines: Vec<_> = text.lines().collect();

@@ -1,5 +1,5 @@
-//! The pages of findings, in the form of the others. Two findings have the name of the cause that they are
-//! made of, and its page: `accept_overflow` and `refused`.
+//! The pages of findings, in the form of the others. Two findings, `accept_overflow` and `refused`, have the
+//! name of the cause that they consist of, and share its page.
 
 use super::Page;
 
@@ -29,6 +29,10 @@ mod tests {
     fn every_kind_has_a_page() {
         for kind in FindingKind::value_variants() {
             assert!(names().contains(&kind.to_string().as_str()), "{kind}");
+        }
+        for (name, _) in PAGES {
+            let is_kind = FindingKind::value_variants().iter().any(|kind| kind.to_string() == *name);
+            assert!(is_kind, "{name}: a page of no kind");
         }
     }
 

@@ -36,14 +36,15 @@ fn pages() -> impl Iterator<Item = &'static Page> {
 }
 
 /// The names of all pages.
-pub fn names() -> Vec<&'static str> {
+fn names() -> Vec<&'static str> {
     pages().chain(findings::PAGES).map(|(name, _)| *name).collect()
 }
 
 /// Writes the page of that name, or the list of all of them, to the standard output.
 ///
 /// # Errors
-/// The standard output cannot be written. A reader that has gone is none: `tcpclose explain | head -1`.
+/// The standard output cannot be written. It is no error if the reader has closed the pipe: `tcpclose explain
+/// | head -1`.
 pub fn print(name: Option<&str>) -> Result<()> {
     match write(&mut io::stdout().lock(), name) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
@@ -57,7 +58,7 @@ fn write(out: &mut impl Write, name: Option<&str>) -> io::Result<()> {
     out.flush()
 }
 
-/// The first lines of all pages, aligned, and how to read on.
+/// The first lines of all pages, aligned, and how to see a page.
 fn list() -> String {
     let width = names().into_iter().map(str::len).max().unwrap_or_default();
     let table = |pages: &[Page]| {
@@ -96,10 +97,10 @@ mod tests {
     const COLUMNS: usize = 80;
     const PARTS: [&str; 4] = ["What", "How", "Check", "Change"];
 
-    /// Sysctls of modules: there only once a firewall rule has loaded connection tracking.
+    /// Sysctls of modules, which exist only after a firewall rule has loaded connection tracking.
     const SYSCTLS_OF_MODULES: [&str; 1] = ["net.netfilter.nf_conntrack_tcp_be_liberal"];
 
-    /// Commands of one word: everything else in backticks is part of the output.
+    /// Commands of one word. Everything else in backticks is part of the output.
     const COMMANDS: [&str; 1] = ["execsnoop"];
 
     #[test]
@@ -112,7 +113,8 @@ mod tests {
         assert!(KINDS.iter().all(|(name, _)| kinds.contains(*name)), "a page of no kind");
     }
 
-    /// Words of a text that begin like `prefix`, as long as `also` goes on.
+    /// The words of a text that begin with `prefix`. They consist of letters, digits, and characters that
+    /// `also` accepts.
     fn words<'a>(text: &'a str, prefix: &'a str, also: fn(char) -> bool) -> impl Iterator<Item = &'a str> {
         text.split(move |c: char| !(c.is_ascii_alphanumeric() || also(c)))
             .map(move |word| word.trim_end_matches(also))

@@ -12,21 +12,22 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use crate::{
-    attribute::{self, process::Processes},
+    attribute,
     cli::{ListArgs, ReportFormat},
     event::{Attribution, Endpoint, Event, Lingering, Role},
     filter::Filter,
-    host::Program,
+    host::ProgramInfo,
+    processes::Processes,
     sink::{Format, Output, Palette, Written},
     sockets::{self, Gaps, Scan, Socket},
 };
-use report::Report;
+use report::ListReport;
 
-/// Scans the sockets once, writes them to the standard output, and what could not be read to the standard
+/// Scans the sockets once. Writes them to the standard output, and what could not be read to the standard
 /// error.
 ///
 /// # Errors
-/// The standard output cannot be written. A reader that has gone is none.
+/// The standard output cannot be written. It is no error if the reader has closed the pipe.
 pub fn list(args: ListArgs) -> Result<()> {
     let ListArgs { output, linger, filter } = args;
     let filter = Filter::from(filter);
@@ -41,7 +42,7 @@ pub fn list(args: ListArgs) -> Result<()> {
     match output {
         ReportFormat::Json => write_lines(lines),
         ReportFormat::Text => {
-            let mut report = Report::default();
+            let mut report = ListReport::default();
             for line in lines {
                 if let Event::Lingering(lingering) = line {
                     report.add(*lingering);
@@ -73,7 +74,7 @@ fn write_lines(lines: impl Iterator<Item = Event>) -> io::Result<()> {
     output.flush().map(|_| ())
 }
 
-/// A reader that has gone is no error: `tcpclose list | head`.
+/// It is no error if the reader has closed the pipe: `tcpclose list | head`.
 fn finish(written: io::Result<()>) -> io::Result<()> {
     match written {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
@@ -89,7 +90,7 @@ fn drop_filtered(scan: &mut Scan, filter: &Filter, processes: &mut Processes) {
             let process = attribute::listed(
                 &tally.process,
                 Attribution::Procfs,
-                Program::of(processes, tally.process.pid, 0),
+                ProgramInfo::of(processes, tally.process.pid, 0),
             );
             filter.wants_process(Some(&process))
         });
@@ -97,7 +98,7 @@ fn drop_filtered(scan: &mut Scan, filter: &Filter, processes: &mut Processes) {
     }
 }
 
-/// What could not be read, one sentence each.
+/// What could not be read, in one sentence for each gap.
 fn gaps(gaps: &Gaps) -> Vec<String> {
     let Gaps { processes, tables, namespaces, stuck, owned, holders } = gaps;
     let mut sentences = Vec::new();

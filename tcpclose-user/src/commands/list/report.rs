@@ -27,16 +27,16 @@ const SCARCE: f64 = 80.0;
 /// The lingering sockets, grouped by process and remote end. They are added in the order of their age, oldest
 /// first.
 #[derive(Default)]
-pub struct Report {
+pub struct ListReport {
     groups: Vec<Group>,
-    places: HashMap<Key, usize>,
+    places: HashMap<GroupKey, usize>,
     total: u64,
     /// Sockets in groups beyond [`MAX_GROUPS`].
     others: u64,
 }
 
 /// The pid of the process, the network namespace, the remote end.
-type Key = (Option<u32>, Option<u32>, Option<Towards>);
+type GroupKey = (Option<u32>, Option<u32>, Option<Towards>);
 
 struct Group {
     process: Option<Shared<Process>>,
@@ -46,7 +46,7 @@ struct Group {
     kinds: BTreeMap<(State, LingeringKind), u64>,
 }
 
-impl Report {
+impl ListReport {
     /// Adds a socket, which must not be older than those added before.
     pub fn add(&mut self, lingering: Lingering) {
         self.total += 1;
@@ -81,21 +81,21 @@ impl Report {
 
     /// Writes all tables.
     pub fn write(mut self, writer: &mut impl Write, palette: Palette, scan: &Scan) -> io::Result<()> {
-        // Groups of a process come together, in the order of the oldest of them.
+        // The groups of a process are together, ordered by the oldest socket.
         let mut ranks = HashMap::new();
         for group in &self.groups {
             let next = ranks.len();
             ranks.entry(group.pid()).or_insert(next);
         }
         self.groups.sort_by_key(|group| ranks.get(&group.pid()).copied());
-        let mut page = Page { writer: BufWriter::new(writer), palette };
+        let mut page = ReportPage { writer: BufWriter::new(writer), palette };
         self.lingering(&mut page)?;
         page.states(scan)?;
         page.time_wait(&scan.namespaces)?;
         page.writer.flush()
     }
 
-    fn lingering<W: Write>(&self, page: &mut Page<W>) -> io::Result<()> {
+    fn lingering<W: Write>(&self, page: &mut ReportPage<W>) -> io::Result<()> {
         if self.total == 0 {
             return page.line("No lingering sockets.");
         }
@@ -121,7 +121,7 @@ impl Group {
         self.process.as_ref().and_then(|process| process.pid)
     }
 
-    fn write<W: Write>(&self, page: &mut Page<W>) -> io::Result<()> {
+    fn write<W: Write>(&self, page: &mut ReportPage<W>) -> io::Result<()> {
         let total: u64 = self.kinds.values().sum();
         let mut title = match &self.process {
             Some(process) => format!("{} {}", process.shown_pid(), escape(&process.comm)),
@@ -157,12 +157,12 @@ impl Group {
     }
 }
 
-struct Page<W: Write> {
+struct ReportPage<W: Write> {
     writer: BufWriter<W>,
     palette: Palette,
 }
 
-impl<W: Write> Page<W> {
+impl<W: Write> ReportPage<W> {
     fn line(&mut self, text: &str) -> io::Result<()> {
         writeln!(self.writer, "{text}")
     }
@@ -184,7 +184,7 @@ impl<W: Write> Page<W> {
             _ => self.palette.peer,
         };
         let age = bounds(lingering.for_ms, lingering.for_ms_at_most);
-        // What waits: to be sent, or to be read.
+        // The bytes that wait to be sent or read.
         let waiting = match lingering.kind {
             LingeringKind::PeerNotReading => lingering.unsent_bytes,
             _ => lingering.unread_bytes,
@@ -267,14 +267,15 @@ impl<W: Write> Page<W> {
         match outgoing.first() {
             Some((namespace, most)) => self.hint(namespace, most),
             None => self.dim(
-                "This host closed first. For a minute, a socket that it had accepted costs some memory, and no port.",
+                "This host closed first. For a minute, a socket that it had accepted takes some memory, but no port.",
             ),
         }
     }
 
     fn hint(&mut self, namespace: &Unowned, most: &Outgoing) -> io::Result<()> {
         let Some((first, last)) = namespace.ports else {
-            return self.dim("The range of ports from which connect() chooses is not known there.");
+            return self
+                .dim("The range of ports from which connect() chooses is not known in that namespace.");
         };
         self.dim(&format!(
             "PORTS: the share of the {} ports that connect() chooses from ({first} to {last}) that is unusable\n\
@@ -293,7 +294,7 @@ impl<W: Write> Page<W> {
 }
 
 fn in_namespace(namespace: &Unowned) -> impl Iterator<Item = (&Unowned, Outgoing)> {
-    // No more than these can be shown.
+    // No more destinations than these can be shown.
     namespace
         .time_wait
         .outgoing()
@@ -351,9 +352,8 @@ impl Wrapped {
 mod tests {
     use super::*;
     use crate::{
-        event::{Event, Role},
+        event::{Event, Role, examples},
         kernel::clock::Clock,
-        sink::examples,
         sockets::Gaps,
     };
 
@@ -367,7 +367,7 @@ mod tests {
         }
     }
 
-    fn written(report: Report, palette: Palette) -> String {
+    fn written(report: ListReport, palette: Palette) -> String {
         let mut bytes = Vec::new();
         report.write(&mut bytes, palette, &nothing()).unwrap();
         String::from_utf8(bytes).unwrap()
@@ -383,11 +383,11 @@ mod tests {
 
     #[test]
     fn grouped_by_process_and_remote() {
-        let mut report = Report::default();
+        let mut report = ListReport::default();
         for (pid, role, remote_port) in [
             (1, Some(Role::Client), 443),
             (2, Some(Role::Client), 443),
-            // The same process and another remote end: follows the process's first group.
+            // A group of the same process with another remote end follows the process's first group.
             (1, Some(Role::Client), 444),
             // From one address and two ports.
             (3, Some(Role::Server), 50_000),
@@ -411,7 +411,7 @@ mod tests {
 
     #[test]
     fn bounded_and_as_wide_as_a_terminal() {
-        let mut report = Report::default();
+        let mut report = ListReport::default();
         for number in 0..15 {
             report.add(lingering(1, Some(Role::Server), 50_000 + number));
         }
@@ -430,7 +430,7 @@ mod tests {
         let mut evil = lingering(1, None, 1);
         evil.process.as_mut().unwrap().comm = "\x1b[2J\nfake".into();
         evil.process.as_mut().unwrap().container = Some("\x1b[2J".into());
-        let mut report = Report::default();
+        let mut report = ListReport::default();
         report.add(evil);
         let text = written(report, Palette::PLAIN);
         assert!(!text.contains('\x1b') && !text.lines().any(|line| line.starts_with("fake")), "{text}");

@@ -21,7 +21,7 @@ const THREADS: usize = 8;
 type Observations<'a> = Vec<Observation<'a>>;
 
 self_cell!(
-    struct Text {
+    struct ParsedText {
         owner: Vec<u8>,
         #[covariant]
         dependent: Observations,
@@ -30,7 +30,7 @@ self_cell!(
 
 /// What the lines of a block say.
 pub(super) struct Parsed {
-    text: Text,
+    text: ParsedText,
     /// The block.
     pub(super) block: Vec<u8>,
     /// The number of lines.
@@ -48,15 +48,15 @@ impl Parsed {
             None => block.clone(),
         };
         let (mut count, mut broken, mut first_broken) = (0, 0, None);
-        let text = Text::new(text, |text| {
+        let text = ParsedText::new(text, |text| {
             let mut observations = Vec::new();
             for line in lines(text) {
                 count += 1;
                 if line.trim_ascii().is_empty() {
                     continue;
                 }
-                // All of a line is checked at once for whether it is UTF-8, which takes a fraction of the time
-                // for each of its strings.
+                // All of a line is checked at once for whether it is UTF-8, which takes a fraction of the
+                // time for each of its strings.
                 let parsed = match str::from_utf8(line) {
                     Ok(line) => serde_json::from_str(line),
                     Err(_) => serde_json::from_slice(line),

@@ -1,14 +1,14 @@
-//! Language runtimes: code that no file has unwind tables or symbols for, because it was compiled or
+//! Language runtimes, for code without unwind tables and symbols in a file, because it was compiled or
 //! interpreted at run time.
 //!
-//! To support another runtime, add a directory that implements [`Program`] and [`Runtime`] and a line to
-//! [`RUNTIMES`]. The unwinder asks each runtime of a process about each frame:
+//! To support another runtime, add a directory that implements [`RuntimeBinary`] and [`Runtime`], and a line
+//! to [`RUNTIMES`]. The unwinder asks each runtime of a process about each frame:
 //!
 //! - A runtime whose code has no unwind tables, such as HotSpot or V8, owns the frames in its code, names
 //!   them and finds their callers.
 //! - An interpreter in C, such as CPython, owns no frames: its loop has unwind tables. The kernel half lists
-//!   the frames of the program that the loop runs, and the runtime says which of the loop's frames they take
-//!   the place of.
+//!   the frames of the program that the loop runs, and the runtime decides which of the loop's frames they
+//!   replace.
 
 pub mod hotspot;
 pub mod python;
@@ -21,15 +21,15 @@ use tcpclose_common::{interpreter::Interpreter, record::Interpreted};
 use super::memory::{ProcessMemory, StackMemory};
 use crate::event::Frame;
 
-/// All that are supported.
+/// All supported runtimes.
 const RUNTIMES: &[Recognize] = &[hotspot::recognize, python::recognize];
 
 /// Recognizes a runtime by the symbols of an executable or library. `symbol` looks up the addresses that a
 /// dynamic symbol has in the file.
-type Recognize = fn(symbol: &dyn Fn(&str) -> Option<Range<u64>>) -> Option<Box<dyn Program>>;
+type Recognize = fn(symbol: &dyn Fn(&str) -> Option<Range<u64>>) -> Option<Box<dyn RuntimeBinary>>;
 
 /// An executable or library that contains a runtime.
-pub trait Program: Send {
+pub trait RuntimeBinary: Send {
     /// Attaches to the runtime in process `pid`, where the file is mapped with the load bias `bias`. `None`
     /// if it cannot be read, has not been initialized yet, or is a version that is not supported.
     fn attach(&self, pid: u32, memory: ProcessMemory, bias: u64) -> Option<Box<dyn Runtime>>;
@@ -37,8 +37,8 @@ pub trait Program: Send {
 
 /// A runtime in a process.
 ///
-/// The process runs on while it is read, and anyone may have written it. Return nothing rather than what is
-/// inconsistent, read a bounded amount, and never panic.
+/// The process continues to run while it is read, and may be malicious. Return nothing rather than
+/// inconsistent data, read a bounded amount, and never panic.
 ///
 /// Frames must depend on nothing but the registers, the words read through `stack`, and memory of the process
 /// that does not change while they are live, so that a stack that is found again need not be unwound again.
@@ -46,11 +46,11 @@ pub trait Runtime {
     /// Called before each stack.
     fn begin_stack(&mut self) {}
 
-    /// Whether the frame at this address is the runtime's. Called for every frame, so it must be cheap.
+    /// Whether the frame at this address is the runtime's. It is called for every frame, so it must be cheap.
     fn owns(&self, address: u64) -> bool;
 
     /// Names a frame that the runtime owns: several frames, innermost first, where functions are inlined or
-    /// where an interpreter runs several. If there is none, the frame is left to the symbolizer.
+    /// where an interpreter runs several. If it returns none, the symbolizer names the frame.
     ///
     /// Words of the stack are to be read at addresses that follow from the frame pointer, or always at the
     /// same distance from the stack pointer.
@@ -59,21 +59,20 @@ pub trait Runtime {
     }
 
     /// How long a stack with frames of this runtime is recognized by the words that were read of it, before
-    /// it is unwound again: the memory of code or of a method that is not live any more may be used for
-    /// another one.
+    /// it is unwound again: the memory of code or of a method that is no longer live may be reused.
     fn lifetime(&self) -> Duration {
         Duration::from_secs(1)
     }
 
     /// Finds the caller of a frame that the runtime owns.
     ///
-    /// It is called a second time with another frame pointer, to see whether the result depends on it, so it
-    /// may have no effect but on caches.
+    /// It is called a second time with another frame pointer, to see whether the result depends on it, so its
+    /// only side effects may be on caches.
     fn caller(&mut self, _frame: &Registers, _stack: &StackMemory<'_>) -> Caller {
         Caller::ByTables
     }
 
-    /// For an interpreter: where the kernel half finds its frames.
+    /// For an interpreter: what the kernel half needs to find its frames.
     fn interpreter(&self) -> Option<Interpreter> {
         None
     }
@@ -92,19 +91,19 @@ pub trait Runtime {
 /// Frames that one call of an interpreter's loop runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Run {
-    /// Where that call is.
+    /// The place of that call.
     pub at: At,
     /// Innermost first.
     pub frames: Vec<Arc<Frame>>,
 }
 
-/// Where a call of an interpreter's loop is on the stack.
+/// The place of a call of an interpreter's loop on the stack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum At {
     /// Its part of the stack has this address.
     Stack(u64),
-    /// It is the next one, seen from the innermost frame. If there are several such runs, they belong to all
-    /// calls of the loop.
+    /// It is the next call, counted from the innermost frame. If there are several such runs, they belong to
+    /// all calls of the loop.
     NextLoop,
 }
 
@@ -136,12 +135,12 @@ pub enum Caller {
     },
     /// The unwind tables of the file at the frame's address are to be used.
     ByTables,
-    /// Not known: the stack ends here.
+    /// It is not known, and the stack ends here.
     Unknown,
 }
 
 /// The runtimes that a file contains.
-pub fn of<'data>(file: &object::File<'data, impl ReadRef<'data>>) -> Vec<Box<dyn Program>> {
+pub fn of<'data>(file: &object::File<'data, impl ReadRef<'data>>) -> Vec<Box<dyn RuntimeBinary>> {
     let symbol = |name: &str| {
         let symbol = file.dynamic_symbols().find(|symbol| symbol.name_bytes() == Ok(name.as_bytes()))?;
         Some(symbol.address()..symbol.address().checked_add(symbol.size())?)

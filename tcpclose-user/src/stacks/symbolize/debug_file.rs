@@ -1,6 +1,6 @@
-//! The separate file with the symbols and debug information of a stripped one: where distributions install
-//! it, where it says itself, and where debuginfod's clients (gdb, perf, `debuginfod-find`) have put what they
-//! have downloaded. Nothing is downloaded here.
+//! The separate file with the symbols and debug information of a stripped one: in the directories where
+//! distributions install it, at the place that the stripped file names, and in the caches of debuginfod's
+//! clients (gdb, perf, `debuginfod-find`). Nothing is downloaded here.
 //!
 //! <https://sourceware.org/gdb/current/onlinedocs/gdb.html/Separate-Debug-Files.html>
 //! <https://man7.org/linux/man-pages/man3/debuginfod_find_debuginfo.3.html> (the cache)
@@ -18,29 +18,29 @@ use std::{
 };
 
 use super::{MAX_SYMBOLS, has_cheap_lines, headers::Headers};
-use crate::attribute::mappings::{Identity, below};
+use crate::processes::mappings::{FileIdentity, below};
 
 /// Where distributions install debug files.
 const INSTALLED: &str = "/usr/lib/debug";
 
-/// Largest debug file whose checksum is computed, which takes 0.1 s. It is only needed for programs without a
-/// build id.
+/// Largest debug file whose checksum is computed, which takes 0.1 s. The checksum is needed only for programs
+/// without a build id.
 const MAX_CHECKED: u64 = 128 << 20;
 
 /// A debug file that belongs to the program.
 #[derive(Debug)]
 pub(super) struct DebugFile {
     pub(super) file: File,
-    /// Whether lines can be read from it, too.
+    /// Whether lines can be read from it as well.
     pub(super) with_lines: bool,
 }
 
-/// Where debug files may be.
+/// The directories in which debug files may be.
 #[derive(Debug, Default)]
 pub(super) struct Places {
     /// The caches of debuginfod's clients.
     caches: Vec<PathBuf>,
-    /// The user who has run sudo, whose cache may be read like root's.
+    /// The user who has run sudo, whose cache may be used like root's.
     caller: Option<u32>,
 }
 
@@ -72,7 +72,7 @@ impl Places {
             candidates.push(below(root, &path));
         }
         let link = headers.debug_link.as_ref().map(|(name, _)| Path::new(OsStr::from_bytes(name)));
-        // Anyone may have written the program, so the link must not lead elsewhere.
+        // The program may be malicious, so the link must not lead to another directory.
         let link = link.filter(|link| link.file_name() == Some(link.as_os_str()));
         if let Some((name, folder)) = link.zip(program.parent()) {
             let installed = below(Path::new(INSTALLED), folder);
@@ -88,7 +88,7 @@ impl Places {
     /// Opens a debug file if it is that of the program with these headers, and can be read in reasonable
     /// time.
     fn open(&self, headers: &Headers, path: &Path) -> Option<DebugFile> {
-        let file = Identity::of(&fs::metadata(path).ok()?)?.open(path)?;
+        let file = FileIdentity::of(&fs::metadata(path).ok()?)?.open(path)?;
         let found = Headers::read(&file)?;
         let is_its = match (&headers.build_id, &headers.debug_link) {
             (Some(id), _) => found.build_id.as_ref() == Some(id),
@@ -104,7 +104,7 @@ impl Places {
         Some(DebugFile { file, with_lines })
     }
 
-    /// Whether nobody could have written it who may not have anything read.
+    /// Whether only users who may read everything anyway could have written it.
     fn is_trusted(&self, file: &File) -> bool {
         let is_ours = |uid| uid == 0 || Some(uid) == self.caller;
         file.metadata().is_ok_and(|metadata| is_ours(metadata.uid()) && metadata.mode() & 0o022 == 0)
@@ -120,7 +120,8 @@ fn hexadecimal(id: &[u8]) -> String {
     text
 }
 
-/// The home directory in `/etc/passwd`. A static binary cannot ask the C library, which would load others.
+/// The home directory in `/etc/passwd`. A static binary cannot ask the C library for it, which would load
+/// other libraries.
 fn home_of(uid: u32) -> Option<PathBuf> {
     let users = fs::read_to_string("/etc/passwd").ok()?;
     home_in(&users, uid).map(PathBuf::from)

@@ -1,10 +1,11 @@
-//! Functions, files and lines of Go programs, from the table that their runtime prints stacks with. It stays
-//! when a program is stripped, as most Go programs are, so that it is often the only source of names.
+//! Functions, files and lines of Go programs, from the table that their runtime uses to print stacks. The
+//! table is kept when a program is stripped, as most Go programs are, so it is often the only source of
+//! names.
 //!
 //! The format is that of Go 1.18 and later:
 //! <https://github.com/golang/go/blob/go1.20/src/internal/abi/symtab.go>,
-//! <https://github.com/golang/go/blob/go1.20/src/runtime/symtab.go>. Nothing is kept in memory; looking an address up takes
-//! some thirty reads of the file.
+//! <https://github.com/golang/go/blob/go1.20/src/runtime/symtab.go>. Nothing is kept in memory; looking up an
+//! address takes some thirty reads of the file.
 
 use std::{fs::File, os::unix::fs::FileExt as _};
 
@@ -14,24 +15,24 @@ use super::{MAX_NAME, headers::Headers};
 const MAGIC_1_18: u32 = 0xffff_fff0;
 const MAGIC_1_20: u32 = 0xffff_fff1;
 
-/// Most bytes that are read of the places of one function. Beyond them the line is not known.
+/// The number of bytes that are read of the places of one function. Beyond them the line is not known.
 const MAX_PLACES: usize = 16 << 10;
 
-/// The number among the tables of a function, `PCDATA_InlTreeIndex`, of the one that says what is inlined.
+/// The index, among the tables of a function, of the one about inlined functions (`PCDATA_InlTreeIndex`).
 const INLINED: u64 = 2;
 
-/// What the program counter's tables have where nothing is inlined.
+/// The value in the program counter's tables where nothing is inlined.
 const NOT_INLINED: i32 = -1;
 
 /// The table of one file.
 #[derive(Debug)]
-pub(super) struct Table {
+pub(super) struct GoTable {
     /// Where it is in the file.
     start: u64,
     end: u64,
     /// The virtual address to which its addresses are relative.
     text: u64,
-    /// What the differences of addresses are multiples of.
+    /// The unit of differences of addresses.
     quantum: u64,
     functions: u64,
     /// Offsets in the table.
@@ -44,9 +45,9 @@ pub(super) struct Table {
     function: u64,
 }
 
-/// What is known of an address.
+/// The function at an address, and the line if there is one.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct GoLocation {
     pub(super) function: String,
     /// From the function's start to the address.
     pub(super) offset: u64,
@@ -54,8 +55,9 @@ pub(super) struct Place {
     pub(super) line: Option<(String, u32)>,
 }
 
-impl Table {
-    /// `None` if the file has none of a known format, or if it is not known which addresses it is about.
+impl GoTable {
+    /// `None` if the file has no table of a known format, or if it is not known which addresses the table is
+    /// about.
     pub(super) fn read(file: &File, headers: &Headers) -> Option<Self> {
         let (start, size) = headers.go_table?;
         let mut header = [0; 72];
@@ -89,15 +91,16 @@ impl Table {
         if table.text != 0 {
             return Some(table);
         }
-        // From Go 1.26 on, the start of the code is not in it. It is where the section begins if Go's own
-        // linker made the file, and then the program starts in a function of the table.
+        // From Go 1.26 on, the table does not contain the start of the code. If Go's own linker made the
+        // file, the code starts at the beginning of the section, and the program starts in a function of the
+        // table.
         let table = Self { text: headers.text, ..table };
         let first = table.find(file, headers.entry)?;
         (first.offset == 0 && first.function.starts_with("_rt0_")).then_some(table)
     }
 
     /// The function at a virtual address.
-    pub(super) fn find(&self, file: &File, address: u64) -> Option<Place> {
+    pub(super) fn find(&self, file: &File, address: u64) -> Option<GoLocation> {
         let wanted = u32::try_from(address.checked_sub(self.text)?).ok()?;
         let entry = |index: u64| self.number(file, self.entries.checked_add(index.checked_mul(8)?)?);
         // The last entry is the end of the last function.
@@ -128,17 +131,17 @@ impl Table {
             let path = self.text_at(file, self.files.checked_add(path.into())?)?;
             Some((path, u32::try_from(value(field(6)?)?).ok()?))
         };
-        Some(Place { function: name, offset: offset.into(), line: line() })
+        Some(GoLocation { function: name, offset: offset.into(), line: line() })
     }
 
-    /// What a table of values by program counter has for an offset in its function.
+    /// The value for an offset in a function, from its table of values by program counter.
     fn value(&self, file: &File, table: u32, wanted: u64) -> Option<i32> {
         let bytes = self.bytes(file, self.places.checked_add(table.into())?, MAX_PLACES)?;
         let mut rest = bytes.as_slice();
         let (mut value, mut offset) = (-1_i32, 0_u64);
         loop {
             let change = varint(&mut rest)?;
-            // The end; a first value of -1 has the same form.
+            // This is the end. A first value of -1 has the same form.
             if change == 0 && offset != 0 {
                 return None;
             }
@@ -240,16 +243,20 @@ mod tests {
         table
     }
 
-    fn read(table: &[u8], text: u64, entry: u64) -> Option<(Table, File)> {
+    fn read(table: &[u8], text: u64, entry: u64) -> Option<(GoTable, File)> {
         let mut file = File::from(memfd_create("table", MFdFlags::MFD_CLOEXEC).unwrap());
         file.write_all(table).unwrap();
         let go_table = Some((0, table.len() as u64));
         let headers = Headers { go_table, text, entry, ..Headers::default() };
-        Some((Table::read(&file, &headers)?, file))
+        Some((GoTable::read(&file, &headers)?, file))
     }
 
-    fn place(function: &str, offset: u64, line: Option<u32>) -> Place {
-        Place { function: function.to_owned(), offset, line: line.map(|line| ("main.go".to_owned(), line)) }
+    fn place(function: &str, offset: u64, line: Option<u32>) -> GoLocation {
+        GoLocation {
+            function: function.to_owned(),
+            offset,
+            line: line.map(|line| ("main.go".to_owned(), line)),
+        }
     }
 
     #[test]

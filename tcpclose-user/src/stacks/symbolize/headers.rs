@@ -1,4 +1,4 @@
-//! The parts of an ELF file that decide whether its symbols can be read, and in reasonable time.
+//! The parts of an ELF file that show whether its symbols can be read in reasonable time.
 
 use std::fs::File;
 
@@ -24,10 +24,10 @@ pub(super) struct Headers {
     pub(super) refers: bool,
     /// The name of the file with its debug information, and the checksum of that file.
     pub(super) debug_link: Option<(Vec<u8>, u32)>,
-    /// Where the compressed symbols of a stripped file are: offset, size and number of the section
+    /// The place of the compressed symbols of a stripped file: offset, size and number of the section
     /// `.gnu_debugdata`.
     pub(super) debug_data: Option<(u64, u64, usize)>,
-    /// Where the table of a Go program's functions is: offset and size.
+    /// The place of the table of a Go program's functions: offset and size.
     pub(super) go_table: Option<(u64, u64)>,
     /// The virtual address of the section `.text`, and the one at which the program starts.
     pub(super) text: u64,
@@ -100,7 +100,7 @@ mod tests {
     fn survives_what_is_not_a_program() {
         let whole = fs::read(std::env::current_exe().unwrap()).unwrap();
         let path = std::env::temp_dir().join(format!("tcpclose-elf-{}", std::process::id()));
-        // Cut short, and with each byte of the header made as large as it goes.
+        // The file is cut short, and each byte of the header is set to its maximum.
         let cuts = [0, 3, 51, 63, 64, 100, 4096, whole.len() / 2].map(|length| whole[..length].to_vec());
         let bent = (0..64).map(|index| {
             let mut bent = whole[..4096].to_vec();
@@ -115,7 +115,7 @@ mod tests {
         assert_eq!(Headers::read(&File::open("/proc/self/maps").unwrap()), None);
     }
 
-    /// `file` calls it `BuildID[sha1]`; rustc has the linker give one.
+    /// `file` calls it `BuildID[sha1]`; rustc makes the linker add one.
     #[test]
     fn knows_the_build_of_a_library() {
         let maps = fs::read_to_string("/proc/self/maps").unwrap();

@@ -1,7 +1,7 @@
 //! Names of the kernel's functions, from `/proc/kallsyms`.
 //!
-//! blazesym reads that file too, but drops the names of modules and takes the nearest symbol below an address
-//! however far away it is. As modules and BPF programs come and go, that yields wrong names.
+//! blazesym reads that file too, but it drops the names of modules, and takes the nearest symbol below an
+//! address, however far away it is. As modules and BPF programs come and go, that yields wrong names.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 /// The last known symbol of a module has no known end: an address must be in the same page.
 const PAGE: u64 = 4096;
 
-/// If an address is not found the file is read again, because a module may have been loaded; but not sooner
-/// than this, because reading takes 50 ms and code of just-in-time compilers is never in it.
+/// The shortest time between two reads. If an address is not found, the file is read again, because a module
+/// may have been loaded. Reading takes 50 ms, and the file never contains code of just-in-time compilers.
 const READ_AGAIN: Duration = Duration::from_mins(1);
 
 /// The kernel's functions.
@@ -42,7 +42,8 @@ pub(super) struct Function<'a> {
 }
 
 impl Kallsyms {
-    /// Reads those of the running kernel. There are none without `CAP_SYSLOG`, or with `kptr_restrict` at 2.
+    /// Reads those of the running kernel. The result is empty without `CAP_SYSLOG`, or if `kptr_restrict` is
+    /// 2.
     pub(super) fn read() -> Self {
         // Names are ASCII, except perhaps in an out-of-tree module.
         let text = fs::read("/proc/kallsyms").unwrap_or_default();

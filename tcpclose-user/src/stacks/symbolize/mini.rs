@@ -1,10 +1,10 @@
-//! Mini debug info: stripped programs of some distributions (Fedora, RHEL) carry the symbols of their
-//! functions along, in an ELF file that is compressed with xz and kept in the section `.gnu_debugdata`.
+//! Mini debug info: stripped programs of some distributions (Fedora, RHEL) contain the symbols of their
+//! functions in an ELF file that is compressed with xz, in the section `.gnu_debugdata`.
 //!
-//! blazesym decompresses without a limit, so that a small file could take all memory. It is built without xz
-//! here, and then it reads no symbols at all from a program with that section. It therefore gets two files in
-//! memory in the program's place: the decompressed symbols, and a copy of the program that has its dynamic
-//! symbols but not that section.
+//! blazesym decompresses without a limit, so that a small file could take all memory. It is therefore built
+//! without xz here, but then it reads no symbols at all from a program with that section. For this reason, it
+//! gets two files in memory instead of the program: the decompressed symbols, and a copy of the program that
+//! has its dynamic symbols but not that section.
 //!
 //! <https://sourceware.org/gdb/current/onlinedocs/gdb.html/MiniDebugInfo.html>
 
@@ -24,14 +24,13 @@ use super::headers::Headers;
 /// Largest section that is decompressed. bash's has 60 kB, that of a program of 100 MB some 2 MB.
 const MAX_COMPRESSED: u64 = 8 << 20;
 
-/// Most bytes that it is decompressed to, which takes about 0.3 s. Further ones are not read, and there are
-/// no symbols.
+/// The largest size after decompression, which takes about 0.3 s. If there is more, there are no symbols.
 const MAX_DECOMPRESSED: u64 = 32 << 20;
 
-/// Most memory that the decompressor may ask for, in KiB: what `xz -9` needs.
+/// The largest amount of memory for the decompressor, in KiB: `xz -9` needs as much.
 const MAX_MEMORY: u32 = 65 << 10;
 
-/// Most bytes of headers and of each table that are copied.
+/// The largest number of bytes of headers, and of each table, that are copied.
 const MAX_TABLE: u64 = 16 << 20;
 
 /// The compressed symbols of a program; `None` if it has none, or if they are malformed or too large.
@@ -39,7 +38,7 @@ pub(super) fn symbols(program: &File, headers: &Headers) -> Option<File> {
     let (offset, size, _) = headers.debug_data?;
     let mut compressed = vec![0; usize::try_from(size).ok().filter(|_| size <= MAX_COMPRESSED)?];
     program.read_exact_at(&mut compressed, offset).ok()?;
-    // Anyone may have written it.
+    // The file may be malicious.
     let result = catch_unwind(AssertUnwindSafe(|| decompressed(&compressed)));
     match result {
         Ok(Ok(symbols)) => in_memory(&[(0, &symbols)]),
@@ -64,7 +63,7 @@ fn decompressed(compressed: &[u8]) -> io::Result<Vec<u8>> {
     Ok(symbols)
 }
 
-/// What the dynamic symbols of a program need, in a file that does not have the section `.gnu_debugdata`.
+/// The parts of a program that its dynamic symbols need, in a file without the section `.gnu_debugdata`.
 pub(super) fn without(program: &File, headers: &Headers) -> Option<File> {
     let (.., section) = headers.debug_data?;
     let read = |offset: u64, size: u64| {
@@ -100,7 +99,7 @@ pub(super) fn without(program: &File, headers: &Headers) -> Option<File> {
     in_memory(&pieces)
 }
 
-/// A file in memory with these bytes at these offsets; what is between them takes no memory.
+/// A file in memory with these bytes at these offsets; the gaps between them take no memory.
 fn in_memory(pieces: &[(u64, &[u8])]) -> Option<File> {
     let mut file = File::from(memfd_create("tcpclose-symbols", MFdFlags::MFD_CLOEXEC).ok()?);
     for (offset, bytes) in pieces {

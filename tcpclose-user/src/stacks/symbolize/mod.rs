@@ -1,8 +1,8 @@
 //! Turns the addresses of stacks into functions, files and lines.
 //!
 //! A wrong name is worse than none. A name is reported only if the symbol's size shows that the address is in
-//! it, if the file is the one that the process has mapped, and if reading it does not require trust in what
-//! the file says about anything but its own names.
+//! it, if the file is the one that the process has mapped, and if the file has to be trusted only about its
+//! own names.
 //!
 //! Costs, on two shared 3 GHz cores: the first address in a file takes 0.2 ms if there are only dynamic
 //! symbols, 5 ms for node's 110 000 symbols, and with debug information about 1 ms for each MB of
@@ -29,9 +29,9 @@ use blazesym::symbolize::source::{Elf, Process, Source};
 use blazesym::symbolize::{self, CodeInfo, Input, Sym, Symbolized};
 use blazesym::{Pid, symbolize::Builder};
 
-use crate::attribute::mappings::{self, Backing, Identity, Mapping, Module};
-use crate::attribute::process::Image;
 use crate::event::Frame;
+use crate::processes::Image;
+use crate::processes::mappings::{self, Backing, FileIdentity, Mapping, Module};
 use crate::stacks::frame::{UnwoundFrame, UnwoundStack};
 
 use self::debug_file::{DebugFile, Places};
@@ -39,13 +39,13 @@ use self::headers::Headers;
 use self::kernel::Kallsyms;
 use self::perf::PerfMap;
 
-/// How many files' symbols are cached. Each takes up to four file descriptors.
+/// The number of files whose symbols are cached. Each takes up to four file descriptors.
 const MAX_FILES: usize = 48;
 
-/// How many addresses of a file are cached, and how many of the vDSO.
+/// The number of addresses of a file, and of the vDSO, that are cached.
 const MAX_ADDRESSES: usize = 8192;
 
-/// How many processes' perf maps are cached.
+/// The number of processes whose perf maps are cached.
 const MAX_PERF_MAPS: usize = 16;
 
 /// Largest symbol table that is read, in bytes: 2.8 million symbols. More take too long to sort.
@@ -59,7 +59,7 @@ const MAX_DEBUG_INFO: u64 = 128 << 20;
 const MAX_COMPRESSED: u64 = 16 << 20;
 
 /// The functions with which the stack of a goroutine begins, in Go's table and in symbol tables. They have no
-/// caller, and no unwind information that would say so.
+/// caller, but no unwind information shows that.
 const FIRST_OF_GO: [&str; 2] = ["runtime.goexit", "runtime.goexit.abi0"];
 
 /// Longest name, in bytes; longer ones are cut.
@@ -70,7 +70,7 @@ const MAX_NAME: usize = 2048;
 #[derive(Debug)]
 pub struct Symbolizer {
     debug_files: Places,
-    files: HashMap<Identity, Symbols>,
+    files: HashMap<FileIdentity, FileSymbols>,
     perf: HashMap<(u32, u64), (PerfMap, u64)>,
     vdso: Option<Vdso>,
     kernel: Option<Kallsyms>,
@@ -92,18 +92,18 @@ impl Default for Symbolizer {
 
 /// The symbols of one file.
 #[derive(Debug)]
-struct Symbols {
+struct FileSymbols {
     blazesym: symbolize::Symbolizer,
     headers: Headers,
-    /// Where to look, best first.
+    /// The sources of names, best first.
     sources: Vec<Source<'static>>,
-    /// Where to look if none of them has a name.
-    go: Option<go::Table>,
+    /// The source to use if none of them has a name.
+    go: Option<go::GoTable>,
     known: HashMap<u64, Arc<[Piece]>>,
-    /// Alive as long as a known process maps the file.
+    /// It is alive as long as a known process maps the file.
     module: Weak<Module>,
     used: u64,
-    identity: Identity,
+    identity: FileIdentity,
     /// `sources` refer to these by their descriptors.
     file: File,
     _others: Vec<File>,
@@ -118,8 +118,8 @@ struct Vdso {
     known: HashMap<u64, Arc<[Piece]>>,
 }
 
-/// A frame without what depends on the process. Several, innermost first, belong to one address if functions
-/// are inlined; the last is the function that was compiled.
+/// The part of a frame that does not depend on the process. Several, innermost first, belong to one address
+/// if functions are inlined; the last is the function that was compiled.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Piece {
     symbol: Option<String>,
@@ -130,8 +130,8 @@ struct Piece {
     inlined: bool,
 }
 
-impl From<go::Place> for Piece {
-    fn from(place: go::Place) -> Self {
+impl From<go::GoLocation> for Piece {
+    fn from(place: go::GoLocation) -> Self {
         let (file, line) = place.line.unzip();
         let symbol = Some(cut(&place.function));
         Self { symbol, offset: Some(place.offset), file, line, inlined: false }
@@ -153,7 +153,7 @@ impl<'a> Naming<'a> {
 }
 
 impl Symbolizer {
-    /// With empty caches.
+    /// Makes a symbolizer with empty caches.
     pub fn new() -> Self {
         Self::default()
     }
@@ -255,7 +255,7 @@ impl Symbolizer {
     }
 
     /// Closes files that no known process maps. Call it after
-    /// [`Processes::sweep`](crate::attribute::process::Processes::sweep).
+    /// [`Processes::sweep`](crate::processes::Processes::sweep).
     pub fn sweep(&mut self) {
         self.files.retain(|_, symbols| symbols.module.strong_count() > 0);
     }
@@ -276,7 +276,7 @@ impl Symbolizer {
                 oldest.and_then(|oldest| self.files.remove(&oldest));
             }
             let Backing::File { path, .. } = &mapping.backing else { return None };
-            let found = Symbols::open(file, module, |headers| {
+            let found = FileSymbols::open(file, module, |headers| {
                 debug_file(&self.debug_files, headers, image, module, path)
             });
             self.files.insert(identity, found);
@@ -291,7 +291,7 @@ impl Symbolizer {
 
     fn vdso(&mut self, mapping: &Mapping, address: u64) -> Option<Arc<[Piece]>> {
         let vdso = self.vdso.get_or_insert_with(Vdso::own);
-        // A 32-bit process has another one.
+        // A 32-bit process has another vDSO.
         let (start, end) = vdso.place.filter(|(start, end)| end - start == mapping.end - mapping.start)?;
         let offset = address - mapping.start;
         let Vdso { blazesym, known, .. } = vdso;
@@ -319,7 +319,7 @@ impl Symbolizer {
     }
 }
 
-impl Symbols {
+impl FileSymbols {
     /// `debug_file` finds the separate debug file of the one with these headers.
     fn open(
         file: File,
@@ -327,8 +327,8 @@ impl Symbols {
         debug_file: impl FnOnce(&Headers) -> Option<DebugFile>,
     ) -> Self {
         let headers = Headers::read(&file).unwrap_or_default();
-        // Decompression is not bounded, and a few MB can become many GB: not for a file that anyone may have
-        // written.
+        // Decompression is not bounded, and a few MB can become many GB, so it is not done for a file that
+        // any user may have written.
         let trusted = module.host_path().is_some() && is_roots(&file);
         let (mut sources, mut others) = (vec![], vec![]);
         if headers.debug_info == 0
@@ -353,7 +353,7 @@ impl Symbols {
         }
         Self {
             blazesym: builder().build(),
-            go: go::Table::read(&file, &headers),
+            go: go::GoTable::read(&file, &headers),
             headers,
             sources,
             known: HashMap::new(),
@@ -378,7 +378,7 @@ impl Symbols {
             let mut found = None;
             for source in sources.iter() {
                 let Some(pieces) = query(blazesym, source, Input::VirtOffset(address)) else { continue };
-                // A line without a function is better than nothing, and a function is better than that.
+                // A line without a function is better than nothing, but a function is better still.
                 found = Some(found.map_or_else(|| Arc::clone(&pieces), |known| completed(known, &pieces)));
                 if found.as_deref().and_then(<[Piece]>::last).is_some_and(|piece| piece.symbol.is_some()) {
                     return found;
@@ -391,7 +391,7 @@ impl Symbols {
 }
 
 /// These pieces with the name of the compiled function that `other` has, if they lack it. Debug information
-/// does not say how long a function is that the compiler has split, but the symbol table does.
+/// does not contain the length of a function that the compiler has split, but the symbol table does.
 fn completed(known: Arc<[Piece]>, other: &[Piece]) -> Arc<[Piece]> {
     match (known.last(), other.last()) {
         (Some(last), Some(named)) if last.symbol.is_none() && named.symbol.is_some() => {
@@ -414,7 +414,8 @@ impl Vdso {
 }
 
 fn builder() -> Builder {
-    // A file is compared with what was mapped once, before it is opened, so it must not be reopened later.
+    // A file is compared with the mapped one only once, before it is opened, so it must not be reopened
+    // later.
     symbolize::Symbolizer::builder().enable_auto_reload(false).set_debug_dirs(Some(["/usr/lib/debug"]))
 }
 
@@ -453,10 +454,10 @@ fn source(file: &File, with_lines: bool) -> Source<'static> {
     Source::Elf(elf)
 }
 
-/// What blazesym finds; `None` if that is nothing, or if it fails.
+/// The result of blazesym; `None` if it finds nothing or fails.
 fn query(blazesym: &symbolize::Symbolizer, source: &Source<'_>, input: Input<u64>) -> Option<Arc<[Piece]>> {
-    // Anyone may have written the files that it reads, and it relies in some places on their being well
-    // formed. A panic leaves nothing half done in its caches: entries are inserted whole.
+    // The files that it reads may be malicious, and in some places it assumes that they are well formed.
+    // After a panic its caches are consistent, because it inserts only complete entries.
     let result = catch_unwind(AssertUnwindSafe(|| blazesym.symbolize_single(source, input)));
     match result {
         Ok(Ok(Symbolized::Sym(symbol))) => pieces(&symbol),
@@ -494,7 +495,7 @@ fn pieces(symbol: &Sym<'_>) -> Option<Arc<[Piece]>> {
     is_known.then(|| pieces.into())
 }
 
-/// Finds something once. That nothing was found is cached too.
+/// Looks something up once. Failures are cached too.
 fn remember(
     known: &mut HashMap<u64, Arc<[Piece]>>,
     key: u64,
@@ -510,8 +511,8 @@ fn remember(
     known.get(&key).filter(|pieces| !pieces.is_empty()).cloned()
 }
 
-/// The address to symbolize: a return address is behind the call, and may be the first of another line or
-/// function.
+/// The address to symbolize: a return address follows the call, and may be the first address of another line
+/// or function.
 fn target(index: usize, address: u64) -> u64 {
     if index == 0 { address } else { address.saturating_sub(1) }
 }

@@ -9,15 +9,17 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 
-use crate::attribute::process::Image;
+use crate::processes::Image;
 
-/// Bytes that are read of one file: more than node and the JVM write in days. The rest is ignored.
+/// The number of bytes of one file that are read: more than node and the JVM write in days. The rest is
+/// ignored.
 const MAX_SIZE: u64 = 16 << 20;
 
-/// Bytes before the end of what was read that are compared before more is read: some ten lines of the JVM.
+/// The number of bytes that are read again, and compared, before new ones are read: some ten lines of the
+/// JVM.
 const TAIL: usize = 1024;
 
-/// What was read so far of one process's file.
+/// The content of one process's file, as far as it was read.
 #[derive(Debug, Default)]
 pub struct PerfMap {
     /// Device and inode number.
@@ -63,7 +65,7 @@ impl PerfMap {
         self.tail.drain(..self.tail.len().saturating_sub(TAIL));
         for line in added[..last].split(|byte| *byte == b'\n') {
             if let Some((start, end, name)) = parse(line) {
-                // Memory is reused: what was compiled to it before does not exist any more.
+                // Memory is reused: code that was compiled to the same place before does not exist any more.
                 while let Some((older, _)) =
                     self.functions.range(..end).next_back().filter(|it| it.1.0 > start)
                 {

@@ -4,13 +4,13 @@ use std::io::{Read as _, Write as _};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, Stdio};
 
-use crate::attribute::process::Processes;
+use crate::processes::Processes;
 
-/// Tells the test below that it is run as a process of its own.
+/// The variable that makes the test below wait, in a process of its own.
 const WAIT: &str = "TCPCLOSE_TEST_WAIT";
 
 const LANDMARK_LINE: u32 = line!() + 3;
-/// A function to be found. It must not be merged into anything, nor with anything.
+/// A function to be found. The compiler must neither inline it nor merge it with another one.
 #[inline(never)]
 fn landmark(number: u32) -> u32 {
     std::hint::black_box(number).wrapping_mul(31_337)
@@ -54,15 +54,15 @@ fn is_landmark(frame: &Frame) -> bool {
 }
 
 /// This test program again, in a process that waits.
-struct Waiting {
+struct WaitingTest {
     child: Child,
     stdin: Option<ChildStdin>,
 }
 
-impl Waiting {
+impl WaitingTest {
     fn start(program: &Path) -> Self {
         let path = module_path!();
-        let test = format!("{}::waits_to_be_told", path.split_once("::").unwrap().1);
+        let test = format!("{}::waits_for_the_end_of_its_input", path.split_once("::").unwrap().1);
         let mut child = Command::new(program)
             .args(["--exact", &test, "--nocapture"])
             .env(WAIT, "1")
@@ -87,14 +87,14 @@ impl Waiting {
     }
 }
 
-impl Drop for Waiting {
+impl Drop for WaitingTest {
     fn drop(&mut self) {
         self.end();
     }
 }
 
 #[test]
-fn waits_to_be_told() {
+fn waits_for_the_end_of_its_input() {
     if std::env::var_os(WAIT).is_some() {
         std::io::stdout().write_all(b"READY").unwrap();
         std::io::stdout().flush().unwrap();
@@ -130,7 +130,7 @@ fn names_functions_of_this_process() {
     assert!(is_landmark(&frames[2]));
     assert_eq!(frames[2].offset, Some(1), "of the address that is reported");
     assert_eq!(frames[3], Frame::nameless(8), "nothing is mapped there");
-    // The second time from memory.
+    // The second result comes from the cache.
     assert_eq!(symbolizer.user(Some(&image), &[here + 1, here, here + 1, 8]), frames);
     assert_eq!(symbolizer.user(None, &[here, 9]), [Frame::nameless(here), Frame::nameless(9)]);
 }
@@ -158,7 +158,7 @@ fn tells_merged_functions_apart() {
 #[test]
 fn names_functions_of_a_process_that_has_ended() {
     let mut processes = Processes::new();
-    let mut waiting = Waiting::start(&std::env::current_exe().unwrap());
+    let mut waiting = WaitingTest::start(&std::env::current_exe().unwrap());
     let pid = waiting.child.id();
     processes.notice(pid, 1, None);
     waiting.end();
@@ -178,7 +178,7 @@ fn never_reads_a_file_that_took_the_place_of_another() {
         fs::copy(&original, &program).unwrap();
         fs::copy(&original, &newer).unwrap();
         let mut processes = Processes::new();
-        let mut waiting = Waiting::start(&program);
+        let mut waiting = WaitingTest::start(&program);
         let pid = waiting.child.id();
         if !noticed_late {
             processes.notice(pid, 1, None);
@@ -194,7 +194,7 @@ fn never_reads_a_file_that_took_the_place_of_another() {
         let frames = Symbolizer::new().user(Some(&image), &[address]);
         assert_eq!(frames[0].module.as_deref(), program.to_str());
         if noticed_late {
-            // It was out of reach by its path, so it was held open.
+            // Its path did not lead to it, so it was kept open.
             assert!(is_landmark(&frames[0]), "{frames:#?}");
         } else {
             assert_eq!((&frames[0].symbol, frames[0].line), (&None, None), "{frames:#?}");
@@ -210,7 +210,7 @@ fn never_reads_a_file_that_was_written_to() {
     let program = directory.join("program");
     fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
     let mut processes = Processes::new();
-    let mut waiting = Waiting::start(&program);
+    let mut waiting = WaitingTest::start(&program);
     let image = processes.image(waiting.child.id(), 1).unwrap();
     waiting.end();
     let mut symbolizer = Symbolizer::new();
@@ -229,7 +229,7 @@ fn reads_a_removed_file_while_it_runs() {
     let program = directory.join("program");
     fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
     let mut processes = Processes::new();
-    let waiting = Waiting::start(&program);
+    let waiting = WaitingTest::start(&program);
     fs::remove_dir_all(directory).unwrap();
     let image = processes.image(waiting.child.id(), 1).unwrap();
     let mut symbolizer = Symbolizer::new();
@@ -284,12 +284,12 @@ fn names_functions_compiled_at_run_time() {
     let expected = (Some("LazyCompile:~end /app/server.js:12".to_owned()), Some(0x10), None);
     assert_eq!(name(&mut symbolizer, &image), expected);
 
-    // The JVM writes all of it anew, and may have put something else where that was.
+    // The JVM rewrites the whole file, and may have placed other code at the same addresses.
     fs::write(&path, "10000 100 Interpreter\n10100 80 java.lang.String Prices.price(int)\n").unwrap();
     let expected = (Some("java.lang.String Prices.price(int)".to_owned()), Some(0x10), None);
     assert_eq!(name(&mut symbolizer, &image), expected);
 
-    // Once the process has ended, its number and its file may be another's.
+    // Once the process has ended, its id and its file may belong to another process.
     fs::write(&path, "10100 100 somebody_elses_function_altogether__________\n10100 100 b\n").unwrap();
     image.started = None;
     assert_eq!(name(&mut symbolizer, &image), expected);
@@ -316,7 +316,7 @@ fn names_functions_of_the_kernel() {
     assert_eq!(frames, [Frame::nameless(1), Frame::nameless(u64::MAX)]);
 }
 
-/// Says what blazesym finds at an address of a file.
+/// Returns what blazesym finds at an address of a file.
 fn symbol_in(path: &Path, address: u64) -> Option<(String, u64)> {
     let file = File::open(path).unwrap();
     let pieces = query(&builder().build(), &source(&file, false), Input::VirtOffset(address))?;

@@ -6,29 +6,30 @@ use framehop::ExplicitModuleSectionInfo;
 use object::{Object, ObjectSection as _, ReadCache, ReadRef};
 
 use crate::{
-    attribute::{
-        mappings::{Backing, Identity, Mapping},
-        process::Image,
+    processes::{
+        Image,
+        mappings::{Backing, FileIdentity, Mapping},
     },
     stacks::{
         elf::Segments,
-        runtimes::{self, Program},
+        runtimes::{self, RuntimeBinary},
     },
 };
 
-/// Bytes of tables that are cached, of all files together. When they would become more, all are dropped.
+/// The number of bytes of tables that are cached, of all files together. When there would be more, all are
+/// dropped.
 const MAX_TABLES: usize = 256 << 20;
 
-/// Bytes of one table: those of a browser have 20 MB.
+/// The largest size of one table: those of a browser have 20 MB.
 const MAX_TABLE: u64 = 64 << 20;
 
-/// How many files are cached, those without tables included.
+/// The number of files that are cached, including those without tables.
 const MAX_FILES: usize = 1024;
 
 /// A cache of executables and libraries.
 #[derive(Default)]
 pub struct Binaries {
-    known: HashMap<Identity, Option<Arc<Binary>>>,
+    known: HashMap<FileIdentity, Option<Arc<Binary>>>,
     tables: usize,
 }
 
@@ -36,7 +37,7 @@ pub struct Binaries {
 pub struct Binary {
     pub(super) segments: Segments,
     pub(super) sections: ExplicitModuleSectionInfo<Arc<[u8]>>,
-    pub(super) runtimes: Vec<Box<dyn Program>>,
+    pub(super) runtimes: Vec<Box<dyn RuntimeBinary>>,
 }
 
 impl Binaries {
@@ -82,7 +83,7 @@ impl Binary {
         Some(Self { segments: Segments::read(&file), sections, runtimes: runtimes::of(&file) })
     }
 
-    /// Whether it says how to unwind its code.
+    /// Whether it has tables to unwind its code.
     pub(super) fn has_tables(&self) -> bool {
         self.sections.eh_frame.is_some() || self.sections.debug_frame.is_some()
     }

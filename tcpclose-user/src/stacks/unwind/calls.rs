@@ -1,11 +1,11 @@
-//! Return addresses are behind calls. Where nothing else says what a word of the stack is, that tells a
-//! return address from other numbers.
+//! Return addresses follow calls. If nothing else shows what a word of the stack is, this distinguishes
+//! return addresses from other numbers.
 
 use std::{cell::RefCell, collections::HashMap};
 
 use crate::stacks::memory::ProcessMemory;
 
-/// How many addresses are remembered. When there are more, all are forgotten and read again.
+/// The number of addresses that are remembered. When there are more, all are forgotten and read again.
 const MAX_KNOWN: usize = 4_096;
 
 /// Longest call instruction, in bytes: `call [base + index * scale + disp32]` on x86-64.
@@ -18,7 +18,7 @@ pub(super) struct Calls {
 }
 
 impl Calls {
-    /// Of a process, as long as it runs.
+    /// The calls in the code of a process, which can be read as long as it runs.
     pub(super) fn of(pid: u32) -> Self {
         Self { memory: ProcessMemory::open(pid), known: RefCell::default() }
     }
@@ -124,7 +124,7 @@ mod tests {
     #[inline(never)]
     fn return_address() -> u64 {
         let bytes: u64;
-        // SAFETY: it calls the next instruction and takes the return address back from the stack.
+        // SAFETY: it calls the next instruction and pops the return address from the stack.
         unsafe { std::arch::asm!("call 2f", "2: pop {}", out(reg) bytes) };
         bytes
     }

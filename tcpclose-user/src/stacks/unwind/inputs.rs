@@ -1,10 +1,10 @@
-//! What the frames of a stack follow from: the registers and words that unwinding needed. Listed in the order
-//! in which they were needed, they are the recipe by which the kernel half recognizes the stack.
+//! The inputs of unwinding: the registers and words from which the frames of a stack follow. In the order in
+//! which they were needed, they are the recipe by which the kernel half recognizes the stack.
 //!
 //! A word that was read is not always needed. The saved frame pointer of a function is read with its return
 //! address, and in a program without frame pointers it is any number; it matters only once another frame is
-//! found through it. Whether it does is found out by unwinding each frame a second time, with [`POISON`] for
-//! a frame pointer.
+//! found through it. To find out whether it matters, each frame is unwound a second time, with [`POISON`] as
+//! the frame pointer.
 
 use std::time::Duration;
 
@@ -13,9 +13,9 @@ use tcpclose_common::recipe::{MAX_WORDS, Word, source};
 /// A frame pointer that leads nowhere: no process has memory there.
 pub(super) const POISON: u64 = 0x5afe_0000_0000_0008;
 
-/// What unwinding one frame led to.
+/// The result of unwinding one frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Step {
+pub(super) enum UnwindStep {
     /// The caller's registers.
     Caller { pc: u64, sp: u64, fp: u64 },
     /// There is no caller.
@@ -24,10 +24,10 @@ pub(super) enum Step {
     Failed,
 }
 
-/// A word that was read: its address, and what is there.
+/// A word that was read: its address and its value.
 pub(super) type Read = (u64, u64);
 
-/// Collects what the frames of one stack follow from.
+/// Collects the inputs of one stack.
 #[derive(Debug)]
 pub(super) struct Inputs {
     sp: u64,
@@ -38,7 +38,7 @@ pub(super) struct Inputs {
     lifetime: Option<Duration>,
 }
 
-/// Where the frame pointer of the current frame comes from.
+/// The source of the current frame's frame pointer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Origin {
     /// The register, untouched since the system call.
@@ -49,25 +49,25 @@ enum Origin {
 }
 
 impl Inputs {
-    /// Of a stack whose stack pointer is `sp`.
+    /// Makes an empty list for a stack whose stack pointer is `sp`.
     pub(super) fn new(sp: u64) -> Self {
         Self { sp, words: Vec::new(), fp: Origin::Register, are_listed: sp.is_multiple_of(8), lifetime: None }
     }
 
-    /// The link register, of which the innermost frame's caller follows on arm64.
+    /// Adds the link register, from which the innermost frame's caller follows on arm64.
     pub(super) fn link_register(&mut self, lr: u64) {
         self.add(Word { expected: lr, offset: 0, source: source::LINK_REGISTER });
     }
 
-    /// The frame whose frame pointer is `fp` led to `step` with `reads`, and with [`POISON`] instead to
-    /// `poisoned` with `poisoned_reads`.
+    /// Adds the inputs of a frame whose frame pointer is `fp`. Unwinding it led to `step` with `reads`, and
+    /// with [`POISON`] as the frame pointer to `poisoned` with `poisoned_reads`.
     pub(super) fn step(
         &mut self,
         fp: u64,
-        (step, reads): (Step, &[Read]),
-        (poisoned, poisoned_reads): (Step, &[Read]),
+        (step, reads): (UnwindStep, &[Read]),
+        (poisoned, poisoned_reads): (UnwindStep, &[Read]),
     ) {
-        let Step::Caller { pc, sp, fp: saved } = step else {
+        let UnwindStep::Caller { pc, sp, fp: saved } = step else {
             if step != poisoned {
                 self.frame_pointer(fp, false);
             }
@@ -76,7 +76,7 @@ impl Inputs {
             }
             return;
         };
-        let Step::Caller { pc: other_pc, sp: other_sp, fp: other_saved } = poisoned else {
+        let UnwindStep::Caller { pc: other_pc, sp: other_sp, fp: other_saved } = poisoned else {
             return self.found_by_frame_pointer(fp, reads, (pc, sp, saved));
         };
         let places = |reads: &[Read]| reads.iter().map(|(address, _)| *address).collect::<Vec<_>>();
@@ -87,7 +87,7 @@ impl Inputs {
         self.words_of_caller(reads, (pc, sp, saved), is_kept);
     }
 
-    /// A language runtime read these words to name a frame whose frame pointer is `fp`.
+    /// Adds the words that a language runtime has read to name a frame whose frame pointer is `fp`.
     pub(super) fn named(&mut self, fp: u64, reads: &[Read]) {
         if !reads.is_empty() {
             self.frame_pointer(fp, true);
@@ -97,23 +97,23 @@ impl Inputs {
         }
     }
 
-    /// The interpreter's frames have this hash. Call it last.
+    /// Adds the hash of the interpreter's frames. Call it last.
     pub(super) fn interpreter(&mut self, hash: u64) {
         self.add(Word { expected: hash, offset: 0, source: source::INTERPRETER });
     }
 
-    /// The frames follow from something that cannot be listed.
+    /// Records that the frames depend on something that cannot be listed.
     pub(super) fn give_up(&mut self) {
         self.are_listed = false;
     }
 
-    /// The frames are certain for this long only.
+    /// Limits the time for which the frames are certain.
     pub(super) fn expire_after(&mut self, lifetime: Duration) {
         self.lifetime = Some(self.lifetime.map_or(lifetime, |known| known.min(lifetime)));
     }
 
-    /// The words of a recipe and how long it holds, `None` for ever. There is no recipe if a word cannot be
-    /// listed, or if there are too many.
+    /// The words of a recipe, and how long it is valid; `None` stands for ever. There is no recipe if a word
+    /// cannot be listed, or if there are too many words.
     pub(super) fn finish(self) -> Option<(Vec<Word>, Option<Duration>)> {
         (self.are_listed && !self.words.is_empty() && self.words.len() <= MAX_WORDS)
             .then_some((self.words, self.lifetime))
@@ -124,8 +124,8 @@ impl Inputs {
         self.words_of_caller(reads, caller, false);
     }
 
-    /// The words that a caller's registers were read from. With `is_kept` its frame pointer is that of the
-    /// frame.
+    /// Adds the words from which a caller's registers were read. With `is_kept`, its frame pointer is that of
+    /// the frame.
     fn words_of_caller(&mut self, reads: &[Read], (pc, sp, fp): (u64, u64, u64), is_kept: bool) {
         let mut saved = None;
         for &(address, word) in reads {
@@ -140,7 +140,8 @@ impl Inputs {
         }
     }
 
-    /// The frame pointer `fp` of the current frame was needed: as an address in the stack, or for what it is.
+    /// Adds the frame pointer `fp` of the current frame, which was needed: as an address in the stack, or as
+    /// a plain value.
     fn frame_pointer(&mut self, fp: u64, is_address: bool) {
         match (self.fp, is_address) {
             (Origin::Register, true) => self.add(Word {
@@ -186,8 +187,8 @@ mod tests {
         Word { expected, offset, source }
     }
 
-    fn caller(pc: u64, sp: u64, fp: u64) -> Step {
-        Step::Caller { pc, sp, fp }
+    fn caller(pc: u64, sp: u64, fp: u64) -> UnwindStep {
+        UnwindStep::Caller { pc, sp, fp }
     }
 
     fn words(inputs: Inputs) -> Vec<Word> {
@@ -210,9 +211,9 @@ mod tests {
         let before = words(Inputs { words: inputs.words.clone(), ..Inputs::new(SP) });
         assert_eq!(before, [word(source::MEMORY, 0, 1), word(source::MEMORY, 0x20, 2)]);
         // The function that keeps one.
-        inputs.step(0x7100, (caller(3, 0x7110, 0), &[(0x7100, 0), (0x7108, 3)]), (Step::Failed, &[]));
-        // Its caller ends the stack whatever its frame pointer is.
-        inputs.step(0, (Step::Outermost, &[]), (Step::Outermost, &[]));
+        inputs.step(0x7100, (caller(3, 0x7110, 0), &[(0x7100, 0), (0x7108, 3)]), (UnwindStep::Failed, &[]));
+        // Its caller ends the stack, whatever the frame pointer is.
+        inputs.step(0, (UnwindStep::Outermost, &[]), (UnwindStep::Outermost, &[]));
         assert_eq!(
             words(inputs),
             [
@@ -227,9 +228,9 @@ mod tests {
     #[test]
     fn the_register_and_the_value_that_ends_a_stack_count() {
         let mut inputs = Inputs::new(SP);
-        inputs.step(0x7010, (caller(1, 0x7020, 0), &[(0x7010, 0), (0x7018, 1)]), (Step::Failed, &[]));
+        inputs.step(0x7010, (caller(1, 0x7020, 0), &[(0x7010, 0), (0x7018, 1)]), (UnwindStep::Failed, &[]));
         // A chain of frame pointers that ends with 0.
-        inputs.step(0, (Step::Outermost, &[]), (Step::Failed, &[]));
+        inputs.step(0, (UnwindStep::Outermost, &[]), (UnwindStep::Failed, &[]));
         assert_eq!(
             words(inputs),
             [
@@ -240,7 +241,7 @@ mod tests {
         );
         let mut inputs = Inputs::new(SP);
         inputs.link_register(9);
-        inputs.step(0, (Step::Outermost, &[]), (Step::Failed, &[]));
+        inputs.step(0, (UnwindStep::Outermost, &[]), (UnwindStep::Failed, &[]));
         assert_eq!(
             words(inputs),
             [word(source::LINK_REGISTER, 0, 9), word(source::FRAME_POINTER_VALUE, 0, 0)]
@@ -276,7 +277,7 @@ mod tests {
         inputs.link_register(1);
         assert!(inputs.finish().is_none(), "words that are not aligned");
         let mut far = Inputs::new(SP);
-        far.step(0, (Step::Failed, &[(1 << 40, 0)]), (Step::Failed, &[]));
+        far.step(0, (UnwindStep::Failed, &[(1 << 40, 0)]), (UnwindStep::Failed, &[]));
         assert!(far.finish().is_none());
         // The frame pointer was computed, not read.
         let mut inputs = Inputs::new(SP);
@@ -285,11 +286,11 @@ mod tests {
             (caller(1, 0x7020, 0x7040), &[(0x7018, 1)]),
             (caller(1, 0x7020, 0x7041), &[(0x7018, 1)]),
         );
-        inputs.step(0x7040, (caller(2, 0x7050, 0), &[(0x7048, 2)]), (Step::Failed, &[]));
+        inputs.step(0x7040, (caller(2, 0x7050, 0), &[(0x7048, 2)]), (UnwindStep::Failed, &[]));
         assert!(inputs.finish().is_none());
         let mut long = Inputs::new(SP);
         for index in 0..=MAX_WORDS as u64 {
-            long.step(0, (Step::Failed, &[(SP + 8 * index, index)]), (Step::Failed, &[]));
+            long.step(0, (UnwindStep::Failed, &[(SP + 8 * index, index)]), (UnwindStep::Failed, &[]));
         }
         assert!(long.finish().is_none());
     }

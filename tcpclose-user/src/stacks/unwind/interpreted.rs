@@ -1,5 +1,5 @@
-//! Frames of interpreters among those of the stack: they take the places of the calls of the interpreter's
-//! loop that run them.
+//! Frames of interpreters among those of the stack: they replace the calls of the interpreter's loop that run
+//! them.
 
 use crate::stacks::{
     frame::UnwoundFrame,
@@ -9,17 +9,18 @@ use crate::stacks::{
 /// A frame of the stack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Spot {
-    /// Its place in the list of frames.
+    /// Its index in the list of frames.
     pub(super) index: usize,
     /// An address inside the instruction that it is at.
     pub(super) address: u64,
-    /// Its stack pointer. What it has on the stack ends at that of its caller.
+    /// Its stack pointer. Its part of the stack ends at the stack pointer of its caller.
     pub(super) sp: u64,
 }
 
-/// Puts each run of frames in the place of the call that runs it. A call stays as it is if it is not among
-/// `spots`, if none of its frames has a name, or if the order of calls has to say which one it is and not all
-/// are recognized: compilers move rarely used code of the loop elsewhere, and the stack may be cut short.
+/// Replaces each call by the run of frames that it runs. A call stays as it is if it is not among `spots`, if
+/// none of its frames has a name, or if the call can only be found by the order of calls and not all of them
+/// are recognized: compilers move rarely used code of the loop to other places, and the stack may be
+/// incomplete.
 pub(super) fn merge(
     runs: Vec<Run>,
     spots: &[Spot],
@@ -47,7 +48,7 @@ pub(super) fn merge(
             places.push((spots[found].index, run.frames));
         }
     }
-    // From the last one on, so that the places of the others stay.
+    // It begins with the last call, so that the indexes of the others do not change.
     for (index, run) in places.into_iter().rev() {
         frames.splice(index..=index, run.into_iter().map(UnwoundFrame::Named));
     }

@@ -1,5 +1,5 @@
 //! Copies of stacks → frames. Most programs are built without frame pointers, but all carry tables for
-//! exceptions (`.eh_frame`) that say where each function keeps its return address. Code that a language
+//! exceptions (`.eh_frame`) that describe where each function keeps its return address. Code that a language
 //! runtime compiled or interprets has neither: see [`runtimes`](super::runtimes).
 
 mod binary;
@@ -17,7 +17,7 @@ use std::{
 
 use tcpclose_common::{
     interpreter::Interpreter,
-    params::Registers,
+    params::RegisterOffsets,
     recipe::Word,
     record::{Interpreted, StackCopy},
     stack::MAX_FRAMES,
@@ -33,7 +33,7 @@ use super::{
     frame::{UnwoundFrame, UnwoundStack},
     memory::StackMemory,
 };
-use crate::{attribute::process::Image, event::Truncated};
+use crate::{event::Truncated, processes::Image};
 
 /// Offsets of the registers in `struct pt_regs`. It begins like `user_regs_struct`, which `ptrace` uses; the
 /// kernel itself converts between the two by offset.
@@ -41,12 +41,12 @@ use crate::{attribute::process::Image, event::Truncated};
 /// <https://elixir.bootlin.com/linux/v6.12/source/arch/x86/kernel/ptrace.c> (`pt_regs_access()`)
 /// <https://elixir.bootlin.com/linux/v6.12/source/arch/arm64/include/asm/ptrace.h> (`struct pt_regs`)
 #[expect(clippy::cast_possible_truncation, reason = "the structures have some 300 bytes")]
-pub const REGISTERS: Registers = {
+pub const REGISTERS: RegisterOffsets = {
     use std::mem::offset_of;
 
     use libc::user_regs_struct as Shown;
     #[cfg(target_arch = "x86_64")]
-    let registers = Registers {
+    let registers = RegisterOffsets {
         ip: offset_of!(Shown, rip) as u16,
         sp: offset_of!(Shown, rsp) as u16,
         fp: offset_of!(Shown, rbp) as u16,
@@ -59,7 +59,7 @@ pub const REGISTERS: Registers = {
         argument: offset_of!(Shown, rbx) as u16,
     };
     #[cfg(target_arch = "aarch64")]
-    let registers = Registers {
+    let registers = RegisterOffsets {
         ip: offset_of!(Shown, pc) as u16,
         sp: offset_of!(Shown, sp) as u16,
         fp: (offset_of!(Shown, regs) + 29 * 8) as u16,
@@ -75,12 +75,12 @@ pub const REGISTERS: Registers = {
     registers
 };
 
-/// How many processes' tables are kept ready. When there are more, those of the least recently used one are
-/// dropped.
+/// The number of processes whose tables are kept ready. When there are more, those of the least recently used
+/// one are dropped.
 const MAX_PROCESSES: usize = 64;
 
-/// How long an incomplete stack is recognized before it is unwound again: what is missing may be there by
-/// then.
+/// How long an incomplete stack is recognized before it is unwound again: the missing part may be available
+/// by then.
 const INCOMPLETE: Duration = Duration::from_secs(10);
 
 /// Unwinds stacks, and caches what unwinding further stacks of the same processes and files needs.
@@ -91,17 +91,17 @@ pub struct Unwinder {
     clock: u64,
 }
 
-/// What came of a copied stack.
+/// The result of unwinding a copied stack.
 #[derive(Debug)]
 pub struct Unwound {
     /// Its frames.
     pub stack: UnwoundStack,
-    /// The words that they follow from, in the order in which they were needed; empty if not all of them can
+    /// The words from which they follow, in the order in which they were needed; empty if not all of them can
     /// be listed.
     pub words: Vec<Word>,
-    /// For how long they do; `None` for as long as the mappings stay the same.
+    /// How long they are valid; `None` if that is as long as the mappings stay the same.
     pub lifetime: Option<Duration>,
-    /// An interpreter whose frames were not listed, because the kernel half does not know of it.
+    /// An interpreter whose frames were not listed, because it was not described to the kernel half.
     pub unlisted: Option<Interpreter>,
 }
 
@@ -110,7 +110,7 @@ impl Unwinder {
     /// is known of the process, with mappings that include the given addresses if the process has any there.
     ///
     /// The frames, innermost first, end where the stack or its copy does, after [`MAX_FRAMES`], or at an
-    /// address without code: no frame is reported that leads nowhere.
+    /// address without code: every frame that is reported has code at its address.
     pub fn unwind(
         &mut self,
         copy: &StackCopy,
@@ -120,8 +120,7 @@ impl Unwinder {
     ) -> Unwound {
         let (mut frames, mut inputs) = (Vec::new(), Inputs::new(copy.sp));
         let (mut spots, mut unlisted) = (Vec::new(), None);
-        // Anyone may have written the files that the tables come from, and framehop does not promise not to
-        // panic.
+        // The files with the tables may be malicious, and framehop does not guarantee that it never panics.
         let walk = AssertUnwindSafe(|| {
             let stack = StackMemory::new(copy.start, bytes);
             let end = self.walk(copy, &stack, image, &mut frames, &mut spots, &mut inputs);
@@ -136,7 +135,7 @@ impl Unwinder {
             self.processes.remove(&(copy.pid, copy.mm));
         }
         if frames.is_empty() {
-            // The instruction pointer is certain even if nothing is known of the process.
+            // The instruction pointer is certain even if nothing is known about the process.
             frames.push(UnwoundFrame::Address(copy.ip));
         }
         let is_done = result.is_ok();
@@ -181,7 +180,7 @@ impl Unwinder {
             let Some(caller) = process.caller(&cursor, stack, inputs)? else { return Ok(()) };
             let address = caller.address();
             if process.image().mapping(address).is_none() {
-                // It may have been mapped since.
+                // The code may have been mapped since.
                 let newer = image(&[address]).filter(|newer| newer.mapping(address).is_some());
                 process = self.process(key, newer.ok_or(Truncated::NoCode)?);
             }
@@ -216,7 +215,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        attribute::process::Processes,
+        processes::Processes,
         stacks::{memory::ProcessMemory, symbolize::Symbolizer},
     };
 
@@ -272,7 +271,7 @@ mod tests {
         let taken = outermost();
         let expected = ["innermost", "middle", "outermost", "unwinds_this_process"];
         assert_eq!(functions(&taken, 4), expected);
-        // A copy that ends early gives fewer frames, never others.
+        // A copy that ends early yields fewer frames, but never other frames.
         for length in (0..512).step_by(8) {
             let bytes = taken.bytes[..length].to_vec();
             let found = functions(&Taken { copy: taken.copy, bytes }, 4);

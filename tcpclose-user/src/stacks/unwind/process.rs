@@ -1,4 +1,4 @@
-//! A process: the unwind tables of all that it has mapped, and its language runtimes.
+//! A process: the unwind tables of all files that it has mapped, and its language runtimes.
 
 use std::{
     ops::Range,
@@ -18,15 +18,15 @@ use tcpclose_common::{
 use super::{
     binary::Binaries,
     calls::Calls,
-    inputs::{Inputs, POISON, Read, Step},
+    inputs::{Inputs, POISON, Read, UnwindStep},
     interpreted::{Spot, merge},
 };
 use crate::{
-    attribute::{
-        mappings::{Backing, Identity, Mapping},
-        process::Image,
-    },
     event::Truncated,
+    processes::{
+        Image,
+        mappings::{Backing, FileIdentity, Mapping},
+    },
     stacks::{
         frame::UnwoundFrame,
         memory::{ProcessMemory, StackMemory},
@@ -34,18 +34,18 @@ use crate::{
     },
 };
 
-/// How long after an interpreter was described there may still be copies that were made before.
+/// How long after the description of an interpreter there may still be copies that were made before it.
 const DESCRIBED_AFTER: Duration = Duration::from_secs(1);
 
-/// What it takes to unwind stacks of one process.
+/// Everything that is needed to unwind stacks of one process.
 pub(super) struct ProcessUnwinder {
     image: Arc<Image>,
     tables: UnwinderNative<Arc<[u8]>, MayAllocateDuringUnwind>,
     /// The mappings of files that have tables, in the order of addresses.
     with_tables: Vec<Range<u64>>,
     cache: CacheNative<MayAllocateDuringUnwind>,
-    /// Each with the file that it was recognized in.
-    runtimes: Vec<(Identity, Box<dyn Runtime>)>,
+    /// The runtimes, each with the file in which it was recognized.
+    runtimes: Vec<(FileIdentity, Box<dyn Runtime>)>,
     calls: Calls,
     /// When a stack without a list of the interpreter's frames first showed that the kernel half lacks a
     /// description of the interpreter.
@@ -65,7 +65,7 @@ pub(super) struct Cursor {
 }
 
 impl ProcessUnwinder {
-    /// A process with these mappings. `older` is what the same program image had before it mapped more.
+    /// A process with these mappings. `older` is the same program image before it mapped more.
     pub(super) fn new(image: Arc<Image>, older: Option<Self>, binaries: &mut Binaries) -> Self {
         let mut tables = UnwinderNative::new();
         let (mut runtimes, described) =
@@ -125,8 +125,8 @@ impl ProcessUnwinder {
         }
     }
 
-    /// Puts the frames of an interpreter where its loop runs them. Returns the interpreter if it has no list
-    /// of them.
+    /// Puts the frames of an interpreter in place of the calls of its loop. Returns the interpreter if there
+    /// is no list of its frames.
     pub(super) fn interpreted(
         &mut self,
         list: Option<&Interpreted>,
@@ -142,7 +142,7 @@ impl ProcessUnwinder {
             merge(runs, spots, |address| runtime.is_loop(address), frames);
             inputs.interpreter(list.hash);
         } else if self.described.get_or_insert_with(Instant::now).elapsed() < DESCRIBED_AFTER {
-            // The next stack like this one has a list, unless the thread runs none of the program.
+            // The next stack of this kind has a list, unless the thread runs no function of the program.
             inputs.give_up();
         }
         inputs.expire_after(runtime.lifetime());
@@ -161,8 +161,8 @@ impl ProcessUnwinder {
     ) -> Result<Option<Cursor>, Truncated> {
         let (mut found_caller, reads) = self.attempt(cursor, stack);
         let (other_caller, other_reads) = self.attempt(&cursor.poisoned(&self.image), stack);
-        // Where the tables of a file say nothing about an address, framehop takes a frame pointer of 0 for the
-        // end of the stack. Without tables for it, the register may hold anything.
+        // If the tables of a file do not cover an address, framehop takes a frame pointer of 0 for the end of
+        // the stack. Without tables for it, the register may contain anything.
         if let (Ok(None), Ok(Some(_)) | Err(_)) = (&found_caller, &other_caller)
             && self.has_tables(cursor.address())
         {
@@ -206,7 +206,7 @@ impl ProcessUnwinder {
     }
 
     /// The caller of a frame in code without unwind tables, such as code that was compiled at run time. A
-    /// return address counts only if it is behind a call, because the words might be anything.
+    /// return address counts only if it follows a call, because the words may be anything.
     fn by_frame_pointer(
         &mut self,
         cursor: &Cursor,
@@ -248,7 +248,7 @@ impl ProcessUnwinder {
 }
 
 impl Cursor {
-    /// The frame that the kernel half saw.
+    /// The frame at which the task entered the kernel.
     pub(super) fn innermost(copy: &StackCopy, image: &Image) -> Self {
         Self {
             at: FrameAddress::from_instruction_pointer(copy.ip),
@@ -256,7 +256,7 @@ impl Cursor {
         }
     }
 
-    /// The same frame with a frame pointer that leads nowhere.
+    /// The same frame with a frame pointer that is not valid anywhere.
     fn poisoned(&self, image: &Image) -> Self {
         let Registers { pc, sp, .. } = self.registers();
         Self { at: self.at, registers: registers(image, pc, sp, POISON, link_register(&self.registers)) }
@@ -267,7 +267,7 @@ impl Cursor {
         self.at.address_for_lookup()
     }
 
-    /// Its place in the stack, as the frame at `index` of the list.
+    /// The frame as the one at `index` of the list.
     pub(super) fn spot(&self, index: usize) -> Spot {
         Spot { index, address: self.address(), sp: self.registers.sp() }
     }
@@ -290,8 +290,8 @@ fn registers(_image: &Image, ip: u64, sp: u64, fp: u64, _lr: u64) -> UnwindRegsN
     UnwindRegsNative::new(ip, sp, fp)
 }
 
-/// Programs may sign return addresses, in the bits that no address of a process uses. How many those are
-/// depends on the kernel; what is mapped last, next to the stack, uses all others.
+/// Programs may sign return addresses in the bits that no address of a process uses. The number of these bits
+/// depends on the kernel; the last mapping, next to the stack, uses all others.
 #[cfg(target_arch = "aarch64")]
 fn registers(image: &Image, _ip: u64, sp: u64, fp: u64, lr: u64) -> UnwindRegsNative {
     let last = image.mappings.last().map_or(u64::MAX, |mapping| mapping.start);
@@ -299,19 +299,19 @@ fn registers(image: &Image, _ip: u64, sp: u64, fp: u64, lr: u64) -> UnwindRegsNa
     UnwindRegsNative::new_with_ptr_auth_mask(unsigned, lr, sp, fp)
 }
 
-/// What a caller means to the inputs of a stack.
-fn step(caller: &Result<Option<Cursor>, Truncated>) -> Step {
+/// Converts a caller for the inputs of a stack.
+fn step(caller: &Result<Option<Cursor>, Truncated>) -> UnwindStep {
     match caller {
         Ok(Some(cursor)) => {
             let Registers { pc, sp, fp, .. } = cursor.registers();
-            Step::Caller { pc, sp, fp }
+            UnwindStep::Caller { pc, sp, fp }
         }
-        Ok(None) => Step::Outermost,
-        Err(_) => Step::Failed,
+        Ok(None) => UnwindStep::Outermost,
+        Err(_) => UnwindStep::Failed,
     }
 }
 
-/// The reads that found something.
+/// The reads that succeeded.
 fn found(reads: &[(u64, Option<u64>)]) -> Vec<Read> {
     reads.iter().filter_map(|(address, word)| Some((*address, (*word)?))).collect()
 }
@@ -356,7 +356,7 @@ mod tests {
             let named = |symbol: &str| {
                 Arc::new(Frame { symbol: Some(symbol.to_owned()), ..Frame::nameless(frame.pc) })
             };
-            // An address that it owns but knows nothing of.
+            // An address that it owns but knows nothing about.
             if frame.inside < 0x1100 { Arc::new([]) } else { Arc::new([named("inner"), named("outer")]) }
         }
 
@@ -377,7 +377,7 @@ mod tests {
         let mut process = ProcessUnwinder::new(Arc::default(), None, &mut Binaries::default());
         let at = |pc| Caller::At { pc, sp: 0x9100, fp: 0x9200 };
         let metadata = std::fs::metadata("/proc/self/exe").unwrap();
-        let identity = Identity::of(&metadata).unwrap();
+        let identity = FileIdentity::of(&metadata).unwrap();
         let runtime = Fake(vec![Caller::Unknown, Caller::ByTables, at(0), at(0x5001)]);
         process.runtimes.push((identity, Box::new(runtime)));
         let bytes = 7u64.to_ne_bytes();

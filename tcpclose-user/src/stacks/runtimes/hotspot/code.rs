@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use super::layout::Layout;
+use super::layout::HotspotLayout;
 use crate::stacks::memory::ProcessMemory;
 
-/// JDK 9 to 25 have up to three.
+/// The number of heaps that are read: JDK 9 to 25 have up to three.
 const MAX_HEAPS: u32 = 16;
 
 /// Each step in a segment map goes back by 1 to 254 segments; no compiled method takes more steps than this.
@@ -14,7 +14,7 @@ const MAX_STEPS: usize = 4_096;
 /// Marks a segment that is not in use.
 const FREE: u8 = 0xff;
 
-/// Where the machine has code.
+/// The places where the machine has code.
 pub(super) struct CodeCache {
     bounds: (u64, u64),
     heaps: Vec<Heap>,
@@ -38,8 +38,8 @@ pub(super) struct Blob {
 }
 
 impl CodeCache {
-    /// Reads it. It grows while the machine runs.
-    pub(super) fn read(memory: &ProcessMemory, layout: &Layout) -> Option<Self> {
+    /// Reads the list of heaps. They grow while the machine runs.
+    pub(super) fn read(memory: &ProcessMemory, layout: &HotspotLayout) -> Option<Self> {
         let bounds = (memory.u64(layout.low_bound)?, memory.u64(layout.high_bound)?);
         let array = memory.u64(layout.heaps)?;
         let count = memory.u32(array.checked_add(layout.array_length)?)?;
@@ -75,7 +75,7 @@ impl CodeCache {
     }
 
     /// The piece of code at an address. See `CodeHeap::find_block_for()`.
-    pub(super) fn blob(&self, memory: &ProcessMemory, layout: &Layout, address: u64) -> Option<Blob> {
+    pub(super) fn blob(&self, memory: &ProcessMemory, layout: &HotspotLayout, address: u64) -> Option<Blob> {
         let heap = self.heap(address)?;
         let mut segment = (address - heap.low) >> heap.shift;
         let mut back = memory.u8(heap.segments.checked_add(segment)?)?;

@@ -4,30 +4,30 @@ use std::{collections::HashMap, ops::Range};
 
 use crate::stacks::memory::ProcessMemory;
 
-/// How many entries of a table are read: JDK 17 has 788 members and 600 types.
+/// The number of entries of a table that are read: JDK 17 has 788 members and 600 types.
 const MAX_ENTRIES: u64 = 4_096;
 
 /// Addresses, in the file, of the tables that the machine exports.
 #[derive(Clone, Debug)]
-pub(super) struct Symbols {
-    structs: Table<4>,
-    types: Table<2>,
+pub(super) struct HotspotSymbols {
+    structs: ExportedTable<4>,
+    types: ExportedTable<2>,
 }
 
 /// Addresses of variables that describe a table: its address, the size of its entries, and the offsets of
 /// their members.
 #[derive(Clone, Debug)]
-struct Table<const MEMBERS: usize> {
+struct ExportedTable<const MEMBERS: usize> {
     first: u64,
     stride: u64,
     members: [u64; MEMBERS],
 }
 
-impl Symbols {
+impl HotspotSymbols {
     /// Looks up their symbols; `None` for any file but a `libjvm.so`.
     pub(super) fn find(address: &dyn Fn(&str) -> Option<u64>) -> Option<Self> {
         Some(Self {
-            structs: Table {
+            structs: ExportedTable {
                 first: address("gHotSpotVMStructs")?,
                 stride: address("gHotSpotVMStructEntryArrayStride")?,
                 members: [
@@ -37,7 +37,7 @@ impl Symbols {
                     address("gHotSpotVMStructEntryAddressOffset")?,
                 ],
             },
-            types: Table {
+            types: ExportedTable {
                 first: address("gHotSpotVMTypes")?,
                 stride: address("gHotSpotVMTypeEntryArrayStride")?,
                 members: [
@@ -49,8 +49,8 @@ impl Symbols {
     }
 }
 
-impl<const MEMBERS: usize> Table<MEMBERS> {
-    /// The members of each entry. The first member of the entry behind the last is 0.
+impl<const MEMBERS: usize> ExportedTable<MEMBERS> {
+    /// The members of each entry. The first member of the entry after the last one is 0.
     fn read(&self, memory: &ProcessMemory, bias: u64) -> Option<Vec<[u64; MEMBERS]>> {
         let value = |symbol: u64| memory.u64(symbol.checked_add(bias)?);
         let (first, stride) = (value(self.first)?, value(self.stride)?);
@@ -81,17 +81,17 @@ macro_rules! layout {
     )*) => {
         /// Offsets of members, sizes of types and addresses of statics.
         #[derive(Debug)]
-        pub(super) struct Layout {
+        pub(super) struct HotspotLayout {
             /// The major version of the JDK.
             pub(super) version: u32,
             /// How compiled methods describe the methods inlined into them, if that is known.
             pub(super) scopes: Option<Scopes>,
-            /// Where the name of a class's source file is.
+            /// The place of the name of a class's source file.
             pub(super) source_file: SourceFile,
             $($(#[$doc])* pub(super) $member: u64),*
         }
 
-        impl Layout {
+        impl HotspotLayout {
             fn from(tables: &Tables, version: u32) -> Result<Self, &'static str> {
                 Ok(Self {
                     version,
@@ -147,12 +147,12 @@ pub(super) struct Scopes {
     pub(super) place_size: u64,
     pub(super) place_pc: u64,
     pub(super) place_scope: u64,
-    kept: Kept,
+    kept: TablePlacement,
 }
 
-/// Where the tables of compiled methods are.
+/// The place of the tables of compiled methods.
 #[derive(Debug)]
-enum Kept {
+enum TablePlacement {
     /// Behind its code, from JDK 9 to 22.
     Behind {
         code_begin: u64,
@@ -198,7 +198,7 @@ impl Scopes {
             place_size: tables.size("PcDesc")?,
             place_pc: tables.offset("PcDesc", "_pc_offset")?,
             place_scope: tables.offset("PcDesc", "_scope_decode_offset")?,
-            kept: Kept::behind(tables).or_else(|| Kept::apart(tables))?,
+            kept: TablePlacement::behind(tables).or_else(|| TablePlacement::apart(tables))?,
         })
     }
 
@@ -207,13 +207,13 @@ impl Scopes {
         let pointer = |member: u64| memory.u64(blob.checked_add(member)?);
         let number = |member: u64| memory.u32(blob.checked_add(member)?).map(u64::from);
         match self.kept {
-            Kept::Behind { code_begin, places, places_end, data, metadata } => Some(MethodTables {
+            TablePlacement::Behind { code_begin, places, places_end, data, metadata } => Some(MethodTables {
                 code: pointer(code_begin)?,
                 places: blob.checked_add(number(places)?)?..blob.checked_add(number(places_end)?)?,
                 data: pointer(data)?,
                 metadata: blob.checked_add(number(metadata)?)?,
             }),
-            Kept::Apart { code, immutable, places, data, mutable, metadata } => {
+            TablePlacement::Apart { code, immutable, places, data, mutable, metadata } => {
                 let immutable = pointer(immutable)?;
                 let data = immutable.checked_add(number(data)?)?;
                 Some(MethodTables {
@@ -227,7 +227,7 @@ impl Scopes {
     }
 }
 
-impl Kept {
+impl TablePlacement {
     /// <https://github.com/openjdk/jdk/blob/jdk-17-ga/src/hotspot/share/code/nmethod.hpp>
     fn behind(tables: &Tables) -> Option<Self> {
         Some(Self::Behind {
@@ -252,7 +252,7 @@ impl Kept {
     }
 }
 
-/// Where the constant pool index of a source file's name is.
+/// The place of the constant pool index of a source file's name.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum SourceFile {
     /// In the class, up to JDK 15.
@@ -279,7 +279,7 @@ struct Tables {
 }
 
 impl Tables {
-    fn read(memory: &ProcessMemory, bias: u64, symbols: &Symbols) -> Option<Self> {
+    fn read(memory: &ProcessMemory, bias: u64, symbols: &HotspotSymbols) -> Option<Self> {
         let mut members = HashMap::new();
         for [class, member, offset, address] in symbols.structs.read(memory, bias)? {
             if let (Some(class), Some(member)) = (memory.string(class), memory.string(member)) {
@@ -313,9 +313,13 @@ impl Tables {
     }
 }
 
-impl Layout {
-    /// Reads it from a process; the error is the first thing that is missing.
-    pub(super) fn read(memory: &ProcessMemory, bias: u64, symbols: &Symbols) -> Result<Self, &'static str> {
+impl HotspotLayout {
+    /// Reads the layout from a process. The error names the first member that is missing.
+    pub(super) fn read(
+        memory: &ProcessMemory,
+        bias: u64,
+        symbols: &HotspotSymbols,
+    ) -> Result<Self, &'static str> {
         let tables = Tables::read(memory, bias, symbols).ok_or("its structures")?;
         let version = tables
             .address("Abstract_VM_Version", "_vm_major_version")

@@ -2,7 +2,7 @@
 
 use super::{
     code::Blob,
-    layout::{Layout, MethodTables, Scopes, SourceFile},
+    layout::{HotspotLayout, MethodTables, Scopes, SourceFile},
 };
 use crate::stacks::memory::ProcessMemory;
 
@@ -15,10 +15,10 @@ const MAX_CONSTANT: u64 = 1 << 20;
 /// Largest table of places of a compiled method, in bytes.
 const MAX_PLACES: u64 = 4 << 20;
 
-/// How many methods inlined into each other are reported.
+/// The number of methods inlined into each other that are reported.
 const MAX_INLINED: usize = 64;
 
-/// Bytes of a scope that are read: three numbers of up to 5 bytes each.
+/// The number of bytes of a scope that are read: three numbers of up to 5 bytes each.
 const SCOPE: usize = 16;
 
 /// `ConstMethod::_has_linenumber_table`.
@@ -26,7 +26,7 @@ const HAS_LINES: u16 = 1;
 
 /// A place in a program.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct MethodLocation {
     pub(super) symbol: Option<String>,
     pub(super) file: Option<String>,
     pub(super) line: Option<u32>,
@@ -37,7 +37,7 @@ pub(super) struct Methods {
     compression: Compression,
 }
 
-/// How numbers are compressed.
+/// The compression of numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Compression {
     /// Up to JDK 19.
@@ -47,7 +47,7 @@ enum Compression {
 }
 
 impl Methods {
-    pub(super) fn new(layout: &Layout) -> Self {
+    pub(super) fn new(layout: &HotspotLayout) -> Self {
         Self { compression: if layout.version < 20 { Compression::Any } else { Compression::NoZero } }
     }
 
@@ -55,9 +55,9 @@ impl Methods {
     pub(super) fn interpreted(
         &self,
         memory: &ProcessMemory,
-        layout: &Layout,
+        layout: &HotspotLayout,
         (method, bytecode): (u64, u64),
-    ) -> Option<Place> {
+    ) -> Option<MethodLocation> {
         let code = memory.u64(method.checked_add(layout.method_const)?)?.checked_add(layout.const_size)?;
         self.place(memory, layout, method, bytecode.checked_sub(code))
     }
@@ -66,10 +66,10 @@ impl Methods {
     pub(super) fn compiled(
         &self,
         memory: &ProcessMemory,
-        layout: &Layout,
+        layout: &HotspotLayout,
         blob: &Blob,
         pc: u64,
-    ) -> Vec<Place> {
+    ) -> Vec<MethodLocation> {
         let found = layout.scopes.as_ref().and_then(|scopes| {
             if blob.name.starts_with("native") {
                 let method = memory.u64(blob.address.checked_add(scopes.method)?)?;
@@ -83,11 +83,11 @@ impl Methods {
     fn inlined(
         &self,
         memory: &ProcessMemory,
-        layout: &Layout,
+        layout: &HotspotLayout,
         scopes: &Scopes,
         blob: &Blob,
         pc: u64,
-    ) -> Option<Vec<Place>> {
+    ) -> Option<Vec<MethodLocation>> {
         let tables = scopes.of(memory, blob.address)?;
         let mut places = Vec::new();
         let mut next = scope(memory, scopes, &tables, pc)?;
@@ -96,8 +96,8 @@ impl Methods {
             let scope = memory.up_to(tables.data.checked_add(u64::from(next))?, SCOPE);
             let mut numbers = Numbers { bytes: &scope, compression: self.compression };
             let (sender, method, bytecode) = (numbers.next()?, numbers.next()?, numbers.next()?);
-            // Methods are numbered from 1. Bytecodes are numbered from -1, which is before the method begins,
-            // plus 1.
+            // Methods are numbered from 1. The number of a bytecode is its index plus 1, because the index -1
+            // stands for the time before the method begins.
             let method = tables.metadata.checked_add(u64::from(method.checked_sub(1)?) * 8)?;
             let index = u64::from(bytecode).checked_sub(1);
             places.push(self.place(memory, layout, memory.u64(method)?, index)?);
@@ -110,10 +110,10 @@ impl Methods {
     fn place(
         &self,
         memory: &ProcessMemory,
-        layout: &Layout,
+        layout: &HotspotLayout,
         method: u64,
         index: Option<u64>,
-    ) -> Option<Place> {
+    ) -> Option<MethodLocation> {
         let constant = memory.u64(method.checked_add(layout.method_const)?)?;
         let at = |offset: u64| constant.checked_add(offset);
         let pool = memory.u64(at(layout.const_constants)?)?;
@@ -141,11 +141,11 @@ impl Methods {
             let table = memory.up_to(at(table)?, usize::try_from(length).ok()?);
             line(&table, self.compression, u32::try_from(index).ok()?)
         });
-        Some(Place { symbol: Some(external(&class_name, &name, &signature)?), file, line })
+        Some(MethodLocation { symbol: Some(external(&class_name, &name, &signature)?), file, line })
     }
 }
 
-/// The offset of the scope of the code before `pc`. The table must have exactly that address: if it has not,
+/// The offset of the scope of the code before `pc`. The table must contain exactly that address. Otherwise
 /// the memory has been reused meanwhile.
 fn scope(memory: &ProcessMemory, scopes: &Scopes, tables: &MethodTables, pc: u64) -> Option<u32> {
     let size = tables.places.end.checked_sub(tables.places.start).filter(|size| *size <= MAX_PLACES)?;
@@ -161,7 +161,7 @@ fn scope(memory: &ProcessMemory, scopes: &Scopes, tables: &MethodTables, pc: u64
     number(place, scopes.place_scope)
 }
 
-fn symbol(memory: &ProcessMemory, layout: &Layout, address: u64) -> Option<String> {
+fn symbol(memory: &ProcessMemory, layout: &HotspotLayout, address: u64) -> Option<String> {
     let length =
         memory.u16(address.checked_add(layout.symbol_length)?).filter(|length| *length <= MAX_NAME)?;
     let mut bytes = vec![0; usize::from(length)];

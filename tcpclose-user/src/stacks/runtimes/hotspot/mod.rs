@@ -4,8 +4,8 @@
 //!
 //! <https://github.com/openjdk/jdk/blob/jdk-17-ga/src/hotspot/share/runtime/vmStructs.hpp>
 //!
-//! The machine runs on while it is read. What is inconsistent is left out: a frame then has its address only,
-//! and the stack ends if its caller is not known.
+//! The machine continues to run while it is read. Inconsistent data is left out: the frame then has only its
+//! address, and the stack ends if its caller is not known.
 
 mod code;
 mod layout;
@@ -20,24 +20,23 @@ use std::{
 
 use self::{
     code::{Blob, CodeCache},
-    layout::{Layout, Symbols},
+    layout::{HotspotLayout, HotspotSymbols},
     method::Methods,
 };
-use super::{Caller, Program, Registers, Runtime};
+use super::{Caller, Registers, Runtime, RuntimeBinary};
 use crate::{
     event::Frame,
     stacks::memory::{ProcessMemory, StackMemory},
 };
 
-/// How long names are cached while the machine runs. The memory of a class that is unloaded is used for
-/// others.
+/// How long names are cached while the machine runs. The memory of an unloaded class is reused for others.
 const CACHE_FOR: Duration = Duration::from_secs(1);
 
-/// How many are cached.
+/// The number of names that are cached.
 const MAX_NAMES: usize = 8_192;
 
-/// The slots of an interpreted frame, in words from its frame pointer; the same on x86-64 and arm64, from JDK
-/// 9 on.
+/// The slots of an interpreted frame, in words from its frame pointer. They are the same on x86-64 and arm64,
+/// from JDK 9 on.
 ///
 /// <https://github.com/openjdk/jdk/blob/jdk-17-ga/src/hotspot/cpu/x86/frame_x86.hpp>
 mod interpreted {
@@ -47,15 +46,15 @@ mod interpreted {
 }
 
 /// Recognizes `libjvm.so`.
-pub fn recognize(symbol: &dyn Fn(&str) -> Option<Range<u64>>) -> Option<Box<dyn Program>> {
-    Symbols::find(&|name| symbol(name).map(|range| range.start))
-        .map(|symbols| Box::new(Library(symbols)) as _)
+pub fn recognize(symbol: &dyn Fn(&str) -> Option<Range<u64>>) -> Option<Box<dyn RuntimeBinary>> {
+    HotspotSymbols::find(&|name| symbol(name).map(|range| range.start))
+        .map(|symbols| Box::new(HotspotLibrary(symbols)) as _)
 }
 
 /// A `libjvm.so`.
-struct Library(Symbols);
+struct HotspotLibrary(HotspotSymbols);
 
-impl Program for Library {
+impl RuntimeBinary for HotspotLibrary {
     fn attach(&self, pid: u32, memory: ProcessMemory, bias: u64) -> Option<Box<dyn Runtime>> {
         Vm::open(pid, memory, bias, &self.0).map(|vm| Box::new(vm) as _)
     }
@@ -64,7 +63,7 @@ impl Program for Library {
 /// A running virtual machine.
 struct Vm {
     memory: ProcessMemory,
-    layout: Layout,
+    layout: HotspotLayout,
     code: CodeCache,
     methods: Methods,
     /// The pieces of code at addresses of frames.
@@ -75,18 +74,18 @@ struct Vm {
     since: Instant,
 }
 
-/// Where a frame is.
+/// The position of a frame.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Position {
     pc: u64,
-    /// Addresses of the method and of its bytecode, if it is interpreted; else 0.
+    /// Addresses of the method and of its bytecode if it is interpreted; otherwise 0.
     interpreted: (u64, u64),
 }
 
 impl Vm {
     /// `None` if it cannot be read, or is of a version whose structures are not known.
-    fn open(pid: u32, memory: ProcessMemory, bias: u64, symbols: &Symbols) -> Option<Self> {
-        let layout = match Layout::read(&memory, bias, symbols) {
+    fn open(pid: u32, memory: ProcessMemory, bias: u64, symbols: &HotspotSymbols) -> Option<Self> {
+        let layout = match HotspotLayout::read(&memory, bias, symbols) {
             Ok(layout) => layout,
             Err(missing) => {
                 log::debug!(
@@ -107,7 +106,7 @@ impl Vm {
             return Some(known.clone());
         }
         if !code.is_committed(address) {
-            // It has grown since.
+            // The code cache has grown since.
             *code = CodeCache::read(memory, layout)?;
         }
         let blob = code.blob(memory, layout, address)?;
@@ -125,10 +124,13 @@ impl Vm {
             } else if blob.is_method() {
                 methods.compiled(memory, layout, blob, pc)
             } else {
-                vec![method::Place { symbol: Some(blob.name.to_string()), ..method::Place::default() }]
+                vec![method::MethodLocation {
+                    symbol: Some(blob.name.to_string()),
+                    ..method::MethodLocation::default()
+                }]
             };
             let outermost = found.len().saturating_sub(1);
-            let frame = |(index, place): (usize, method::Place)| {
+            let frame = |(index, place): (usize, method::MethodLocation)| {
                 Arc::new(Frame {
                     symbol: place.symbol,
                     file: place.file,
@@ -146,7 +148,7 @@ impl Vm {
 impl Runtime for Vm {
     fn begin_stack(&mut self) {
         let is_old = self.since.elapsed() >= CACHE_FOR || self.named.len() >= MAX_NAMES;
-        // Once the machine has exited, nothing can be read that is not cached.
+        // Once the machine has exited, only cached names are available.
         if is_old && self.memory.u64(self.layout.heaps).is_some() {
             self.named.clear();
             self.blobs.clear();
@@ -176,7 +178,8 @@ impl Runtime for Vm {
                 return Some(Caller::At { pc: slot(stack, frame.fp, 1)?, sp, fp: slot(stack, frame.fp, 0)? });
             }
             if blob.frame_words == 0 {
-                // Such as the stub by which the machine calls Java: it keeps a frame pointer.
+                // This is code such as the stub through which the machine calls Java, which keeps a frame
+                // pointer.
                 let sp = frame.fp.checked_add(16)?;
                 return Some(Caller::At { pc: slot(stack, frame.fp, 1)?, sp, fp: slot(stack, frame.fp, 0)? });
             }
@@ -187,7 +190,7 @@ impl Runtime for Vm {
     }
 }
 
-/// The word so many words from an address.
+/// The word at this many words from an address.
 fn slot(stack: &StackMemory<'_>, base: u64, words: i64) -> Option<u64> {
     stack.word(base.checked_add_signed(words * 8)?)
 }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use tcpclose_common::interpreter::{IDENTITY_WORDS, SEED, mix};
 
 use super::{
-    layout::{Frames, Layout, Words},
+    layout::{FrameStorage, PythonLayout, Words},
     lines,
 };
 use crate::stacks::memory::ProcessMemory;
@@ -19,29 +19,29 @@ const MAX_TABLE: u64 = 64 << 10;
 /// Characters of a name.
 const MAX_NAME: u64 = 1_024;
 
-/// A code object as the event had it: its address, and a hash of what tells it from others at the same
-/// address.
+/// A code object as it was at the event: its address, and a hash of the words that distinguish it from others
+/// at the same address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Key {
+pub(super) struct CodeKey {
     pub(super) address: u64,
     pub(super) identity: u64,
 }
 
-/// What is cached of one.
+/// The cached facts of one code object.
 struct Code {
     name: Option<String>,
     file: Option<String>,
     first_line: i32,
     table: Vec<u8>,
-    /// Address of the first instruction; 0 if instructions are told by their index.
+    /// Address of the first instruction; 0 if instructions are identified by their index.
     start: u64,
     /// Bytes of instructions.
     size: u64,
 }
 
-/// A function, and where in it a frame is.
+/// A function, and the place of a frame in it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct FunctionLocation {
     pub(super) symbol: String,
     pub(super) file: Option<String>,
     pub(super) line: Option<u32>,
@@ -49,16 +49,16 @@ pub(super) struct Place {
 
 /// The code objects of a process.
 #[derive(Default)]
-pub(super) struct Codes(HashMap<Key, Option<Code>>);
+pub(super) struct Codes(HashMap<CodeKey, Option<Code>>);
 
 impl Codes {
-    /// Names the function of a frame. `None` if the code object is another one by now, or cannot be read.
+    /// Names the function of a frame. `None` if there is another code object by now, or if it cannot be read.
     pub(super) fn place(
         &mut self,
-        (memory, layout, code_type): (&ProcessMemory, &Layout, u64),
-        key: Key,
+        (memory, layout, code_type): (&ProcessMemory, &PythonLayout, u64),
+        key: CodeKey,
         instruction: u64,
-    ) -> Option<Place> {
+    ) -> Option<FunctionLocation> {
         if self.0.len() >= MAX_CODE && !self.0.contains_key(&key) {
             self.0.clear();
         }
@@ -66,17 +66,17 @@ impl Codes {
         let code = code.as_ref()?;
         let offset = code.offset(layout, instruction)?;
         let line = lines::line(layout.lines, &code.table, code.first_line, offset);
-        Some(Place { symbol: code.name.clone()?, file: code.file.clone(), line })
+        Some(FunctionLocation { symbol: code.name.clone()?, file: code.file.clone(), line })
     }
 
-    /// Drops what was found to be missing, to look for it again.
+    /// Drops entries of code objects that could not be read, so that they are read again.
     pub(super) fn forget_missing(&mut self) {
         self.0.retain(|_, code| code.is_some());
     }
 }
 
 impl Code {
-    fn read(memory: &ProcessMemory, layout: &Layout, code_type: u64, key: Key) -> Option<Self> {
+    fn read(memory: &ProcessMemory, layout: &PythonLayout, code_type: u64, key: CodeKey) -> Option<Self> {
         let is_it = || {
             let the_type = memory.u64(key.address.checked_add(OBJECT_TYPE)?)?;
             let is_live = is_live(memory.u64(key.address)?);
@@ -86,8 +86,10 @@ impl Code {
         is_it()?;
         let word = |offset: u64| memory.u64(key.address.checked_add(offset)?);
         let (start, size) = match layout.frames {
-            Frames::Single(_) => (0, memory.u64(word(layout.code.instructions)?.checked_add(OBJECT_SIZE)?)?),
-            Frames::Marked | Frames::Entered => {
+            FrameStorage::Single(_) => {
+                (0, memory.u64(word(layout.code.instructions)?.checked_add(OBJECT_SIZE)?)?)
+            }
+            FrameStorage::Marked | FrameStorage::Entered => {
                 (key.address.checked_add(layout.code.instructions)?, word(OBJECT_SIZE)?.checked_mul(2)?)
             }
         };
@@ -102,30 +104,30 @@ impl Code {
         // It may have been replaced while it was read.
         is_it()?;
         // Programs make and drop code objects of such files one after the other, at the same addresses. If
-        // nothing but the content of the file's name tells them apart, that may have changed.
+        // only the content of the file's name distinguishes them, that may have changed.
         let is_made = code.file.as_deref().is_some_and(|file| file.starts_with('<') && !is_constant(file));
         (layout.code.is_unique || !is_made).then_some(code)
     }
 
     /// Bytes of instructions before the one that a frame is at; `None` if the code object has no such
     /// instruction.
-    fn offset(&self, layout: &Layout, instruction: u64) -> Option<u64> {
+    fn offset(&self, layout: &PythonLayout, instruction: u64) -> Option<u64> {
         let offset = match layout.frames {
-            // The other half of the word is another member.
-            Frames::Single(unit) => (instruction & 0xffff_ffff).checked_mul(unit)?,
-            Frames::Marked | Frames::Entered => instruction.checked_sub(self.start)?,
+            // The other half of the word belongs to another member.
+            FrameStorage::Single(unit) => (instruction & 0xffff_ffff).checked_mul(unit)?,
+            FrameStorage::Marked | FrameStorage::Entered => instruction.checked_sub(self.start)?,
         };
         (offset < self.size && offset.is_multiple_of(2)).then_some(offset)
     }
 }
 
-/// Whether a name in angle brackets is that of one source only.
+/// Whether a name in angle brackets belongs to a single source.
 fn is_constant(file: &str) -> bool {
     ["<string>", "<stdin>"].contains(&file) || file.starts_with("<frozen ")
 }
 
-/// The hash of what tells a code object from others, as the kernel half makes it.
-fn identity(memory: &ProcessMemory, layout: &Layout, address: u64) -> Option<u64> {
+/// The hash of the words that distinguish a code object from others, computed as in the kernel half.
+fn identity(memory: &ProcessMemory, layout: &PythonLayout, address: u64) -> Option<u64> {
     let Words { start, end } = layout.code.identity;
     let mut bytes = [0; 8 * IDENTITY_WORDS];
     let counting = bytes.get_mut(..usize::try_from(end.checked_sub(start)?).ok()?)?;
@@ -133,9 +135,9 @@ fn identity(memory: &ProcessMemory, layout: &Layout, address: u64) -> Option<u64
     Some(bytes.as_chunks().0.iter().copied().map(u64::from_ne_bytes).fold(SEED, mix))
 }
 
-/// Whether an object with this first word has not been freed: its strings may have been replaced otherwise.
-/// The word is a number of references, of which 3.14 uses 32 bits and has flags in the upper 16. In memory
-/// that is free it is the address of the next free memory, or 0.
+/// Whether an object with this first word is still allocated. If it was freed, its strings may have been
+/// replaced. The word is a number of references, of which 3.14 uses 32 bits and has flags in the upper 16. In
+/// memory that is free it is the address of the next free memory, or 0.
 fn is_live(references: u64) -> bool {
     let [count, between] = [references << 32, references << 16 >> 48];
     count != 0 && between == 0
@@ -151,7 +153,7 @@ const STRING_STATE: u64 = 32;
 const BYTES_DATA: u64 = 32;
 
 /// The text of a string object; `None` if it is not one of the common, compact kind.
-fn string(memory: &ProcessMemory, layout: &Layout, address: u64) -> Option<String> {
+fn string(memory: &ProcessMemory, layout: &PythonLayout, address: u64) -> Option<String> {
     let length = memory.u64(address.checked_add(STRING_LENGTH)?)?;
     let length = usize::try_from(length.min(MAX_NAME)).ok()?;
     let state = memory.u32(address.checked_add(STRING_STATE)?)? >> layout.kind_shift;

@@ -1,5 +1,5 @@
-//! Where CPython keeps its threads, frames and code objects. From 3.13 on a table in the interpreter says so;
-//! the structures of earlier versions never change after their first release.
+//! The layout of CPython's threads, frames and code objects. From 3.13 on, the interpreter contains a table
+//! with it. The structures of earlier versions do not change after their first release.
 
 use std::ops::Range;
 
@@ -7,8 +7,8 @@ use tcpclose_common::interpreter::{ABSENT, IDENTITY_WORDS, Interpreter};
 
 use crate::stacks::memory::ProcessMemory;
 
-/// Interpreters, and states of their threads, that are read to find out where threads keep the address of
-/// theirs.
+/// The number of interpreters, and of states of their threads, that are read to find out where threads keep
+/// the address of their state.
 const MAX_STATES: usize = 64;
 
 /// Bytes of a thread's control block that are searched for the address of its state: glibc keeps the first 32
@@ -17,29 +17,29 @@ const MAX_STATES: usize = 64;
 /// <https://sourceware.org/git/?p=glibc.git;a=blob;f=nptl/descr.h;hb=glibc-2.36> (`specific_1stblock`)
 const CONTROL_BLOCK: Range<usize> = 0x100..0x900;
 
-/// Kinds of frames from 3.12 on: those from this one on are no functions, but mark where a loop of the
-/// interpreter began.
+/// Kinds of frames from 3.12 on: those from this one on are not functions; they mark the place where a loop
+/// of the interpreter began.
 ///
 /// <https://github.com/python/cpython/blob/v3.12.0/Include/internal/pycore_frame.h> (`enum _frameowner`)
 pub(super) const OWNED_BY_C_STACK: u64 = 3;
 
-/// The symbols that say where to begin.
-pub(super) struct Symbols {
+/// The symbols at which reading begins.
+pub(super) struct PythonSymbols {
     pub(super) runtime: u64,
     pub(super) code_type: u64,
     pub(super) evaluate: Range<u64>,
     version: Version,
 }
 
-/// How to find out the version.
+/// The source of the version.
 enum Version {
     V3_9,
     V3_10,
-    /// From 3.11 on it is in memory, here.
+    /// From 3.11 on it is in memory, at this address.
     At(u64),
 }
 
-impl Symbols {
+impl PythonSymbols {
     /// Looks them up; `None` for any file but one that contains CPython 3.9 or later.
     pub(super) fn find(symbol: &dyn Fn(&str) -> Option<Range<u64>>) -> Option<Self> {
         let address = |name| symbol(name).map(|range| range.start);
@@ -57,32 +57,32 @@ impl Symbols {
     }
 }
 
-/// How frames are kept.
+/// The way in which frames are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Frames {
+pub(super) enum FrameStorage {
     /// One for each call of `_PyEval_EvalFrameDefault()`, with the index of the instruction in units of so
     /// many bytes.
     Single(u64),
-    /// Several for each, of which the last one says so.
+    /// Several for each; a mark shows the last one.
     Marked,
-    /// Several for each, and one more that is on the stack.
+    /// Several for each, and another one on the stack.
     Entered,
 }
 
 /// The structure on the stack that belongs to a call of `_PyEval_EvalFrameDefault()`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Call {
-    /// Where the state of a thread has the address of the innermost one.
+    /// The place, in the state of a thread, of the address of the innermost one.
     innermost: u64,
-    /// Where each has the address of that of the call before it.
+    /// The place, in each, of the address of the one of the call before it.
     pub(super) previous: u64,
-    /// Where it has the address of the innermost frame; `None` if the state of the thread has it.
+    /// The place in it of the address of the innermost frame; `None` if that is in the state of the thread.
     frame: Option<u64>,
 }
 
-/// How line numbers are kept.
+/// The way in which line numbers are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Lines {
+pub(super) enum LineTable {
     /// `co_lnotab`, up to 3.9.
     Increments,
     /// `co_linetable` of 3.10.
@@ -102,7 +102,7 @@ pub(super) struct Words {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct CodeLayout {
     pub(super) file: u64,
-    /// The qualified name, which there is from 3.11 on.
+    /// The qualified name, which exists from 3.11 on.
     pub(super) name: u64,
     pub(super) line_table: u64,
     pub(super) first_line: u64,
@@ -112,13 +112,13 @@ pub(super) struct CodeLayout {
     pub(super) identity: Words,
     /// Whether the last is among them.
     pub(super) is_unique: bool,
-    /// The instructions, from 3.11 on; the address of an object that has them before.
+    /// The instructions, from 3.11 on; before that, the address of an object with the instructions.
     pub(super) instructions: u64,
 }
 
-/// What there is to know of a version.
+/// The layout of a version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Layout {
+pub(super) struct PythonLayout {
     /// Of `interpreters.head` in the runtime; of `threads.head` and `next` in an interpreter.
     interpreters: u64,
     threads: u64,
@@ -134,19 +134,19 @@ pub(super) struct Layout {
     previous: u64,
     /// A byte; `None` if there is only one kind.
     kind: Option<u64>,
-    pub(super) frames: Frames,
-    pub(super) lines: Lines,
+    pub(super) frames: FrameStorage,
+    pub(super) lines: LineTable,
     pub(super) code: CodeLayout,
     /// Sizes of `PyASCIIObject` and of `PyCompactUnicodeObject`, which the characters follow.
     pub(super) ascii: u64,
     pub(super) compact: u64,
-    /// Where the three bits for the size of a character are in the state of a string. The next ones say
-    /// whether it is compact and whether it is ASCII.
+    /// The position, in the state of a string, of the three bits for the size of a character. The next bits
+    /// are flags for compact and ASCII strings.
     pub(super) kind_shift: u32,
 }
 
 /// The structures of 3.9, from which those of the next versions differ.
-const V3_9: Layout = Layout {
+const V3_9: PythonLayout = PythonLayout {
     interpreters: 32,
     threads: 8,
     next_interpreter: 0,
@@ -158,8 +158,8 @@ const V3_9: Layout = Layout {
     instruction: 104,
     previous: 24,
     kind: None,
-    frames: Frames::Single(1),
-    lines: Lines::Increments,
+    frames: FrameStorage::Single(1),
+    lines: LineTable::Increments,
     code: CodeLayout {
         file: 104,
         name: 112,
@@ -174,15 +174,15 @@ const V3_9: Layout = Layout {
     kind_shift: 2,
 };
 
-const V3_10: Layout = Layout {
+const V3_10: PythonLayout = PythonLayout {
     call: Some(Call { innermost: 48, previous: 8, frame: None }),
     instruction: 96,
-    frames: Frames::Single(2),
-    lines: Lines::Ranges,
+    frames: FrameStorage::Single(2),
+    lines: LineTable::Ranges,
     ..V3_9
 };
 
-const V3_11: Layout = Layout {
+const V3_11: PythonLayout = PythonLayout {
     interpreters: 40,
     threads: 16,
     thread_id: 152,
@@ -191,8 +191,8 @@ const V3_11: Layout = Layout {
     instruction: 56,
     previous: 48,
     kind: Some(68),
-    frames: Frames::Marked,
-    lines: Lines::Locations,
+    frames: FrameStorage::Marked,
+    lines: LineTable::Locations,
     code: CodeLayout {
         file: 112,
         name: 128,
@@ -205,14 +205,14 @@ const V3_11: Layout = Layout {
     ..V3_9
 };
 
-const V3_12: Layout = Layout {
+const V3_12: PythonLayout = PythonLayout {
     threads: 72,
     thread_id: 136,
     call: Some(Call { innermost: 56, previous: 8, frame: Some(0) }),
     frame_code: 0,
     previous: 8,
     kind: Some(70),
-    frames: Frames::Entered,
+    frames: FrameStorage::Entered,
     code: CodeLayout {
         first_line: 68,
         identity: Words { start: 64, end: 144 },
@@ -241,12 +241,12 @@ const V3_13: Structures = Structures { interpreter: 6, thread: 19, frame: 28, co
 
 const V3_14: Structures = Structures { interpreter: 6, thread: 22, frame: 31, code: 39 };
 
-impl Layout {
-    /// That of the interpreter whose file has these symbols, and is mapped with the load bias `bias`.
+impl PythonLayout {
+    /// The layout of the interpreter whose file has these symbols and is mapped with the load bias `bias`.
     ///
     /// # Errors
-    /// What is not known of it.
-    pub(super) fn read(memory: &ProcessMemory, bias: u64, symbols: &Symbols) -> Result<Self, String> {
+    /// The error says what is not known about it.
+    pub(super) fn read(memory: &ProcessMemory, bias: u64, symbols: &PythonSymbols) -> Result<Self, String> {
         let address = match symbols.version {
             Version::V3_9 => return Ok(V3_9),
             Version::V3_10 => return Ok(V3_10),
@@ -262,8 +262,8 @@ impl Layout {
         }
     }
 
-    /// By the table that the runtime begins with: for each structure its size, and the offsets of some
-    /// members.
+    /// The layout according to the table at the beginning of the runtime: for each structure its size, and
+    /// the offsets of some members.
     ///
     /// <https://github.com/python/cpython/blob/v3.13.0/Include/internal/pycore_runtime.h> (`_Py_DebugOffsets`)
     /// <https://github.com/python/cpython/blob/v3.14.0/Include/internal/pycore_debug_offsets.h>
@@ -318,8 +318,8 @@ impl Layout {
         table().filter(is_short).ok_or_else(|| "its table of offsets cannot be read".to_owned())
     }
 
-    /// What the kernel half has to know to list the frames of a thread; `None` if no thread has its state
-    /// where it is looked for.
+    /// What the kernel half needs to list the frames of a thread; `None` if no thread's state was found at
+    /// the expected place.
     pub(super) fn interpreter(&self, memory: &ProcessMemory, runtime: u64, pid: u32) -> Option<Interpreter> {
         let word = |offset: u64| u32::try_from(offset / 8).ok();
         let kind = self.kind.unwrap_or(self.previous);
@@ -347,11 +347,11 @@ impl Layout {
         self.kind.map_or(0, |offset| word >> (8 * (offset % 8)) & 0xff)
     }
 
-    /// Where each thread keeps the address of its state, from its thread pointer on: where the states that
-    /// the interpreters list are found in the control blocks of their threads.
+    /// The place, relative to its thread pointer, where each thread keeps the address of its state. It is
+    /// found by searching the threads' control blocks for the states that the interpreters list.
     fn state(&self, memory: &ProcessMemory, runtime: u64) -> Option<u32> {
         let mut found = vec![0_u32; CONTROL_BLOCK.end / 8];
-        // Lists in the memory of another process need not have an end.
+        // Lists in the memory of another process may be endless.
         let mut states = 0;
         let mut interpreter = memory.u64(runtime.checked_add(self.interpreters)?)?;
         while interpreter != 0 && states < MAX_STATES {
@@ -363,7 +363,7 @@ impl Layout {
                 let block = memory.up_to(thread_pointer, CONTROL_BLOCK.end);
                 let words: Vec<_> = block.as_chunks().0.iter().copied().map(u64::from_ne_bytes).collect();
                 for (index, pair) in words.windows(2).enumerate() {
-                    // A value is preceded by how often its key has been used.
+                    // A value is preceded by the number of times that its key was used.
                     if pair[1] == state && (1..1 << 32).contains(&pair[0]) {
                         found[index + 1] += 1;
                     }

@@ -1,19 +1,19 @@
-//! Tables of code objects → lines. An offset counts bytes of instructions; a table is damaged or of another
-//! code object if it does not reach that far, and there is no line then.
+//! Tables of code objects → lines. An offset counts bytes of instructions. A table that does not extend that
+//! far is damaged, or belongs to another code object, so there is no line.
 
-use super::layout::Lines;
+use super::layout::LineTable;
 
 /// The line of the instruction at an offset, in a function that begins at the line `first`.
-pub(super) fn line(kind: Lines, table: &[u8], first: i32, offset: u64) -> Option<u32> {
+pub(super) fn line(kind: LineTable, table: &[u8], first: i32, offset: u64) -> Option<u32> {
     let found = match kind {
-        Lines::Increments => increments(table, first, offset),
-        Lines::Ranges => ranges(table, first, offset),
-        Lines::Locations => locations(table, first, offset),
+        LineTable::Increments => increments(table, first, offset),
+        LineTable::Ranges => ranges(table, first, offset),
+        LineTable::Locations => locations(table, first, offset),
     };
     found.and_then(|line| u32::try_from(line).ok())
 }
 
-/// Pairs of how far the offset and the line increase. The last line lasts to the end.
+/// Pairs of the increases of the offset and of the line. The last line extends to the end.
 ///
 /// <https://github.com/python/cpython/blob/v3.9.0/Objects/lnotab_notes.txt>
 fn increments(table: &[u8], first: i32, offset: u64) -> Option<i32> {
@@ -28,7 +28,7 @@ fn increments(table: &[u8], first: i32, offset: u64) -> Option<i32> {
     Some(line)
 }
 
-/// Pairs of a length and how far the line increases before it; -128 stands for instructions without a line.
+/// Pairs of a length and of the increase of the line before it; -128 stands for instructions without a line.
 ///
 /// <https://github.com/python/cpython/blob/v3.10.0/Objects/lnotab_notes.txt>
 fn ranges(table: &[u8], first: i32, offset: u64) -> Option<i32> {
@@ -46,7 +46,7 @@ fn ranges(table: &[u8], first: i32, offset: u64) -> Option<i32> {
     None
 }
 
-/// Entries of a length in instructions, a kind, and what the kind says of line and column.
+/// Entries of a length in instructions, a kind, and data about line and column that depends on the kind.
 ///
 /// <https://github.com/python/cpython/blob/v3.11.0/Objects/locations.md>
 fn locations(table: &[u8], first: i32, offset: u64) -> Option<i32> {
@@ -67,13 +67,13 @@ fn locations(table: &[u8], first: i32, offset: u64) -> Option<i32> {
         if offset < end {
             return (kind != 15).then_some(line);
         }
-        // The rest of the entry: only its first byte has the highest bit.
+        // The rest of the entry: only the first byte of an entry has the highest bit.
         while bytes.next_if(|byte| byte & 0x80 == 0).is_some() {}
     }
     None
 }
 
-/// A signed number: six bits to a byte, the lowest first, and the sign in the lowest bit of all.
+/// A signed number: six bits in each byte, the lowest first, and the sign in the lowest bit of the number.
 fn signed(bytes: &mut impl Iterator<Item = u8>) -> Option<i32> {
     let mut number = 0_u32;
     for shift in (0..32).step_by(6) {
@@ -92,7 +92,7 @@ mod tests {
     use super::*;
 
     /// The lines of these offsets in a function that begins at line 1.
-    fn lines<const N: usize>(kind: Lines, table: &[u8], offsets: [u64; N]) -> [Option<u32>; N] {
+    fn lines<const N: usize>(kind: LineTable, table: &[u8], offsets: [u64; N]) -> [Option<u32>; N] {
         offsets.map(|offset| line(kind, table, 1, offset))
     }
 
@@ -100,21 +100,21 @@ mod tests {
     fn increments_go_both_ways() {
         let table = [0, 1, 2, 1, 4, 0xff, 4, 3];
         assert_eq!(
-            lines(Lines::Increments, &table, [0, 2, 4, 6, 8, 10, 12]),
+            lines(LineTable::Increments, &table, [0, 2, 4, 6, 8, 10, 12]),
             [2, 3, 3, 2, 2, 5, 5].map(Some)
         );
-        assert_eq!(line(Lines::Increments, &[], 7, 4), Some(7), "a function of one line");
-        assert_eq!(line(Lines::Increments, &[0, 0x80, 2, 0], 7, 4), None, "a line before the first");
+        assert_eq!(line(LineTable::Increments, &[], 7, 4), Some(7), "a function of one line");
+        assert_eq!(line(LineTable::Increments, &[0, 0x80, 2, 0], 7, 4), None, "a line before the first");
     }
 
     #[test]
     fn ranges_may_have_no_line() {
         let table = [2, 1, 4, 1, 2, 0x80, 0, 5, 4, 0xff];
         assert_eq!(
-            lines(Lines::Ranges, &table, [0, 2, 4, 6, 8, 10, 12]),
+            lines(LineTable::Ranges, &table, [0, 2, 4, 6, 8, 10, 12]),
             [Some(2), Some(3), Some(3), None, Some(7), Some(7), None]
         );
-        assert_eq!(line(Lines::Ranges, &table[..1], 1, 0), None, "cut short");
+        assert_eq!(line(LineTable::Ranges, &table[..1], 1, 0), None, "cut short");
     }
 
     #[test]
@@ -142,10 +142,10 @@ mod tests {
             1,
             1,
         ];
-        let found = [0, 2, 4, 6, 8, 10, 12].map(|offset| line(Lines::Locations, &table, 5, offset));
+        let found = [0, 2, 4, 6, 8, 10, 12].map(|offset| line(LineTable::Locations, &table, 5, offset));
         assert_eq!(found, [Some(5), Some(6), Some(6), Some(6), Some(3), None, Some(103)]);
-        assert_eq!(line(Lines::Locations, &table, 5, 14), None, "behind the last one");
-        assert_eq!(line(Lines::Locations, &[0x80 | 14 << 3, 0x7f], 5, 0), None, "cut short");
-        assert_eq!(line(Lines::Locations, &[1, 2, 3], 5, 0), None, "no beginning");
+        assert_eq!(line(LineTable::Locations, &table, 5, 14), None, "behind the last one");
+        assert_eq!(line(LineTable::Locations, &[0x80 | 14 << 3, 0x7f], 5, 0), None, "cut short");
+        assert_eq!(line(LineTable::Locations, &[1, 2, 3], 5, 0), None, "no beginning");
     }
 }

@@ -1,10 +1,10 @@
 //! CPython 3.9 to 3.14. Its functions have no frames on the stack: a loop, `_PyEval_EvalFrameDefault()`, runs
 //! them, and their frames are in the heap. The kernel half lists them at the event
 //! ([`tcpclose_common::interpreter`]); here they are named, from the code objects in the memory of the
-//! process, and take the place of the loop's frames on the stack.
+//! process, and replace the loop's frames on the stack.
 //!
-//! A frame gets a name only if its code object is still the one that it was at the event: by its address, its
-//! type, and a hash of some of its members ([`layout::CodeLayout::identity`]); and if it has the instruction
+//! A frame gets a name only if its code object is still the same as at the event, judged by its address, its
+//! type and a hash of some of its members ([`layout::CodeLayout::identity`]), and if it has the instruction
 //! that the frame is at.
 
 mod code;
@@ -24,33 +24,33 @@ use tcpclose_common::{
 };
 
 use self::{
-    code::{Codes, Key, Place},
-    layout::{Frames, Layout, OWNED_BY_C_STACK, Symbols},
+    code::{CodeKey, Codes, FunctionLocation},
+    layout::{FrameStorage, OWNED_BY_C_STACK, PythonLayout, PythonSymbols},
 };
-use super::{At, Program, Run, Runtime};
+use super::{At, Run, Runtime, RuntimeBinary};
 use crate::{
     event::Frame,
     stacks::memory::{ProcessMemory, StackMemory},
 };
 
-/// How long after one failed another try is made to read what was missing.
+/// How long after a failure to wait before reading again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// How long a stack is recognized by the hash of its frames. Code objects are part of the hash, so this is
-/// only to look again for names that were missing.
+/// How long a stack is recognized by the hash of its frames. Code objects are part of the hash, so the only
+/// purpose of this is to look again for names that were missing.
 const LIFETIME: Duration = Duration::from_secs(10);
 
 /// Recognizes an executable or library that contains CPython.
-pub fn recognize(symbol: &dyn Fn(&str) -> Option<Range<u64>>) -> Option<Box<dyn Program>> {
-    Symbols::find(symbol).map(|symbols| Box::new(Library(symbols)) as _)
+pub fn recognize(symbol: &dyn Fn(&str) -> Option<Range<u64>>) -> Option<Box<dyn RuntimeBinary>> {
+    PythonSymbols::find(symbol).map(|symbols| Box::new(PythonLibrary(symbols)) as _)
 }
 
 /// `libpython3.so`, or an interpreter that contains it.
-struct Library(Symbols);
+struct PythonLibrary(PythonSymbols);
 
-impl Program for Library {
+impl RuntimeBinary for PythonLibrary {
     fn attach(&self, pid: u32, memory: ProcessMemory, bias: u64) -> Option<Box<dyn Runtime>> {
-        let layout = match Layout::read(&memory, bias, &self.0) {
+        let layout = match PythonLayout::read(&memory, bias, &self.0) {
             Ok(layout) => layout,
             Err(why) => {
                 log::debug!("process {pid}: no names of Python functions: {why}");
@@ -78,7 +78,7 @@ impl Program for Library {
 /// A running interpreter.
 struct Python {
     memory: ProcessMemory,
-    layout: Layout,
+    layout: PythonLayout,
     interpreter: Interpreter,
     /// Address of the type of code objects.
     code_type: u64,
@@ -90,16 +90,16 @@ struct Python {
 
 impl Python {
     fn frame(&mut self, listed: &InterpretedFrame) -> Arc<Frame> {
-        let key = Key { address: listed.code, identity: listed.identity };
+        let key = CodeKey { address: listed.code, identity: listed.identity };
         let process = (&self.memory, &self.layout, self.code_type);
         let place = self.codes.place(process, key, listed.instruction);
         let (symbol, file, line) = match place {
-            Some(Place { symbol, file, line }) => (Some(symbol), file, line),
+            Some(FunctionLocation { symbol, file, line }) => (Some(symbol), file, line),
             None => (None, None, None),
         };
         let address = match self.layout.frames {
-            Frames::Single(_) => listed.code,
-            Frames::Marked | Frames::Entered => listed.instruction,
+            FrameStorage::Single(_) => listed.code,
+            FrameStorage::Marked | FrameStorage::Entered => listed.instruction,
         };
         Arc::new(Frame { symbol, file, line, ..Frame::nameless(address) })
     }
@@ -129,18 +129,18 @@ impl Runtime for Python {
             self.retry_at = Instant::now() + RETRY_AFTER;
         }
         let (mut runs, mut frames) = (Vec::new(), Vec::new());
-        // Of the call that runs the frames that come next.
+        // The address of the call that runs the next frames.
         let mut call = list.call;
         for listed in list.frames.iter().take(usize::try_from(list.count).unwrap_or(usize::MAX)) {
             let kind = self.layout.kind(listed.kind);
-            let is_entry = self.layout.frames == Frames::Entered && kind >= OWNED_BY_C_STACK;
+            let is_entry = self.layout.frames == FrameStorage::Entered && kind >= OWNED_BY_C_STACK;
             if !is_entry {
                 frames.push(self.frame(listed));
             }
             let is_last = match self.layout.frames {
-                Frames::Single(_) => true,
-                Frames::Marked => kind != 0,
-                Frames::Entered => is_entry,
+                FrameStorage::Single(_) => true,
+                FrameStorage::Marked => kind != 0,
+                FrameStorage::Entered => is_entry,
             };
             if !is_last {
                 continue;
@@ -152,7 +152,7 @@ impl Runtime for Python {
                 }
                 None if is_entry => At::Stack(listed.address),
                 None if list.is_cut == 0 => At::NextLoop,
-                // It cannot be seen whether all calls of the loop are recognized.
+                // There is no way to see whether all calls of the loop are recognized.
                 None => return runs,
             };
             runs.push(Run { at, frames: mem::take(&mut frames) });

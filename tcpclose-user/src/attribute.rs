@@ -3,30 +3,21 @@
 //! The order of trust: the task that acted on the socket in its own context; the task that connected or
 //! accepted it, if it still has it; the task that closed the descriptor after the end, or has it open; the
 //! process that listens where the connection was never accepted; and, for a socket older than the trace, the
-//! process that had its descriptor then. A task that merely ran on the CPU is never an owner.
-
-pub mod beneath;
-pub mod container;
-pub mod holder;
-pub mod mappings;
-pub mod perf_map;
-pub mod process;
-pub mod signals;
-pub mod watch;
+//! process that had its descriptor then. A task that merely happened to run on the CPU is never an owner.
 
 use std::collections::HashMap;
 
 use foldhash::fast::RandomState;
 
-use self::{holder::Holder, process::LocalPid};
 use crate::{
     event::{Attribution, Process, Shared},
-    host::{Host, Program},
+    host::{Host, ProgramInfo},
     ingest::life::{Claimant, Life, Task},
+    processes::{LocalPid, holder::ProcfsHolder},
     tcp::Role,
 };
 
-/// What a process has to do with a socket that it was not seen to act on.
+/// The relation of a process to a socket, if the process was not seen to act on it.
 #[derive(Clone, Copy, Debug)]
 pub enum Claim<'a> {
     /// It closed the descriptor of a socket that had already ended.
@@ -34,7 +25,7 @@ pub enum Claim<'a> {
     /// It has the socket open, as the iterator over all descriptors has shown.
     Holds(&'a Task),
     /// It has the socket open, as `/proc` has shown.
-    Procfs(&'a Holder),
+    Procfs(&'a ProcfsHolder),
 }
 
 impl Claim<'_> {
@@ -49,18 +40,18 @@ impl Claim<'_> {
 /// How many tasks are remembered. When there are more, all are forgotten, and the host is asked again.
 const MAX_TASKS: usize = 4096;
 
-/// Finds out whose socket it was. Remembers what it said about a task, because most connections of a host
+/// Finds the owner of a socket. It caches the description of a task, because most connections of a host
 /// belong to few tasks.
 #[derive(Default)]
 pub struct Attributor {
-    tasks: HashMap<Key, Known, RandomState>,
+    tasks: HashMap<TaskKey, Known, RandomState>,
     /// [`Host::programs_version`] when `tasks` were described.
     version: u64,
 }
 
-/// Which task, and what it has to do with the socket.
+/// A task, and its relation to the socket.
 #[derive(PartialEq, Eq, Hash)]
-struct Key {
+struct TaskKey {
     mm: u64,
     pid: u32,
     tid: Option<u32>,
@@ -75,7 +66,7 @@ enum Did {
     Have,
 }
 
-/// How a task was described, and by what it had that may change.
+/// The description of a task, and the values that it was made from and that may change.
 struct Known {
     uid: u32,
     comm: [u8; 16],
@@ -83,8 +74,8 @@ struct Known {
 }
 
 impl Attributor {
-    /// The owner of a socket. `claim` is that of a process which was found after the fact; with `unheld`, a
-    /// search of all descriptors has shown that nobody has the socket open any more.
+    /// The owner of a socket. `claim` is that of a process that was found after the end. With `unheld`, a
+    /// search of all descriptors has shown that no process has the socket open any more.
     pub fn owner(
         &mut self,
         life: &Life,
@@ -96,8 +87,8 @@ impl Attributor {
             let attribution = if life.is_unaccepted() { Attribution::Listener } else { Attribution::Syscall };
             return Some(self.acted(actor, attribution, host));
         }
-        // The task that opened it, unless the descriptor turned out to be another process's by now, or
-        // nobody's.
+        // The task that opened it, unless it was found that another process or none has the descriptor by
+        // now.
         if let Some(opener) = &life.opener
             && !unheld
             && claim.is_none_or(|claim| claim.pid() == opener.pid)
@@ -131,7 +122,7 @@ impl Attributor {
         self.process(task, Did::Act, attribution, host)
     }
 
-    /// The process of a task that has something to do with the socket, without having acted on it.
+    /// The process of a task that has or listens for the socket, without having acted on it.
     fn has(&mut self, task: &Task, attribution: Attribution, host: &mut impl Host) -> Shared<Process> {
         self.process(task, Did::Have, attribution, host)
     }
@@ -148,7 +139,7 @@ impl Attributor {
             self.tasks.clear();
             self.version = version;
         }
-        let key = Key { mm: task.mm, pid: task.pid, tid: task.tid, did, attribution };
+        let key = TaskKey { mm: task.mm, pid: task.pid, tid: task.tid, did, attribution };
         if let Some(known) = self.tasks.get(&key)
             && (known.uid, known.comm) == (task.uid, task.comm)
         {
@@ -161,19 +152,19 @@ impl Attributor {
 }
 
 /// The process of a task. `thread` is reported only for one that acted.
-fn describe(task: &Task, did: Did, attribution: Attribution, program: Program) -> Process {
-    let Program { comm, exe, container, pid } = program;
+fn describe(task: &Task, did: Did, attribution: Attribution, program: ProgramInfo) -> Process {
+    let ProgramInfo { comm, exe, container, pid } = program;
     let tid = match pid {
         LocalPid::Same => task.tid,
-        // Only the id of the main thread is known here: it is that of the process.
+        // Only the id of the main thread is known here, because it equals that of the process.
         LocalPid::Other(_) | LocalPid::None => pid.of(task.pid).filter(|_| task.tid == Some(task.pid)),
     };
     Process {
         pid: pid.of(task.pid),
         host_pid: Some(task.pid),
         tid,
-        // The main thread's own name is newer than what was read of the process: it may have been renamed
-        // since.
+        // The name in the record is that of the main thread itself, and newer than the one that was read: the
+        // thread may have been renamed since.
         comm: comm.filter(|_| task.tid != Some(task.pid)).unwrap_or_else(|| task.comm()),
         thread: Some(task.comm()).filter(|name| did == Did::Act && !name.is_empty()),
         exe,
@@ -184,8 +175,8 @@ fn describe(task: &Task, did: Did, attribution: Attribution, program: Program) -
 }
 
 /// A process that was found through `/proc`.
-pub fn listed(holder: &Holder, attribution: Attribution, program: Program) -> Process {
-    let Program { comm, exe, container, pid: _ } = program;
+pub fn listed(holder: &ProcfsHolder, attribution: Attribution, program: ProgramInfo) -> Process {
+    let ProgramInfo { comm, exe, container, pid: _ } = program;
     Process {
         pid: Some(holder.pid),
         host_pid: holder.host_pid(),
@@ -210,7 +201,7 @@ mod tests {
     use crate::{
         host::{Answer, Question, Recorded},
         ingest::life::{
-            Act, End, SocketId,
+            Activity, SocketEnd, SocketId,
             examples::{END, task, unknown},
         },
     };
@@ -223,7 +214,7 @@ mod tests {
     #[test]
     fn what_is_remembered_of_a_task_is_what_it_is_now() {
         let life = |comm: &[u8; 4], tid| {
-            let mut task = Task { tid: Some(tid), ..task(1, Act::Unknown) };
+            let mut task = Task { tid: Some(tid), ..task(1, Activity::Unknown) };
             task.comm[..4].copy_from_slice(comm);
             Life { end: Some(END), actor: Some(task), inode: Some(9), ..unknown() }
         };
@@ -238,7 +229,7 @@ mod tests {
         assert!(owner(&mut host, b"comm", 1).is_same(&first), "described once");
         assert_eq!(owner(&mut host, b"name", 1).comm, "name", "the thread was renamed");
         assert_eq!(owner(&mut host, b"name", 2).tid, Some(2));
-        let program = Program { exe: Some("/bin/true".to_owned()), ..Program::default() };
+        let program = ProgramInfo { exe: Some("/bin/true".to_owned()), ..ProgramInfo::default() };
         host.learn(Question::Program { pid: 1, mm: 0 }, Answer::Program(program));
         assert_eq!(owner(&mut host, b"name", 2).exe.as_deref(), Some("/bin/true"), "known by now");
         for tid in 0..2 * u32::try_from(MAX_TASKS).unwrap() {
@@ -248,7 +239,7 @@ mod tests {
 
     #[test]
     fn the_order_of_trust() {
-        let [acted, opened, held, listens] = [1, 2, 3, 4].map(|pid| task(pid, Act::Unknown));
+        let [acted, opened, held, listens] = [1, 2, 3, 4].map(|pid| task(pid, Activity::Unknown));
         let nobody = Life { id: SocketId { address: 1, born: 1 }, end: Some(END), ..unknown() };
         assert_eq!(owner(&nobody, None, false), None);
 
@@ -273,7 +264,7 @@ mod tests {
         assert_eq!(owner(&actor, Some(by_heir), true), Some((acted.pid, Attribution::Listener)));
         let had_descriptor = Life { inode: Some(9), ..actor.clone() };
         assert_eq!(owner(&had_descriptor, Some(by_heir), true), Some((acted.pid, Attribution::Syscall)));
-        let end = End { error: Some(libc::ECONNABORTED), ..END };
+        let end = SocketEnd { error: Some(libc::ECONNABORTED), ..END };
         let destroyed = Life { end: Some(end), actor: None, ..had_descriptor.clone() };
         assert_eq!(owner(&destroyed, None, false), Some((opened.pid, Attribution::Connect)));
         let shut_down = Life { end: Some(end), ..had_descriptor };

@@ -1,4 +1,4 @@
-//! Reads what is needed of a process as soon as the kernel half first sees it.
+//! Reads the facts about a process as soon as the kernel half reports it for the first time.
 //!
 //! This runs in a thread of its own: a command such as curl exits a millisecond after it has closed its
 //! socket, and the main loop may need longer than that to symbolize the stack of another one.
@@ -20,12 +20,12 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 
-use super::process::Processes;
 use crate::{
     ingest::{
         decode::{NewProcess, Record, decode},
         life::name,
     },
+    processes::{self, Processes},
     sandbox,
     stacks::interpreters::{self, Interpreters},
 };
@@ -38,7 +38,7 @@ pub fn undecodable() -> u64 {
     UNDECODABLE.load(Ordering::Relaxed)
 }
 
-/// Starts the thread, which gives up what it does not need if it is to `restrict` itself. It runs until this
+/// Starts the thread. With `restrict`, it gives up the privileges that it does not need. It runs until this
 /// process exits.
 ///
 /// # Errors
@@ -46,13 +46,13 @@ pub fn undecodable() -> u64 {
 pub fn start(
     mut ring: RingBuf<MapData>,
     processes: Arc<Mutex<Processes>>,
-    interpreters: Option<interpreters::Shared>,
+    interpreters: Option<interpreters::SharedInterpreters>,
     restrict: bool,
 ) -> Result<()> {
     let watch = move || {
         hurry();
         if restrict && let Err(error) = sandbox::enter() {
-            log::warn!("a thread goes on with all its privileges: {error:#}");
+            log::warn!("a thread continues with all its privileges: {error:#}");
         }
         loop {
             let noticed = drain(&mut ring, &processes);
@@ -78,7 +78,7 @@ pub fn start(
 /// lost more often.
 fn hurry() {
     let priority = libc::sched_param { sched_priority: 1 };
-    // SAFETY: the call reads one structure, which is there; 0 is the calling thread.
+    // SAFETY: the call reads one structure, which is valid; 0 is the calling thread.
     if unsafe { libc::sched_setscheduler(0, libc::SCHED_RR, &raw const priority) } != 0 {
         log::debug!("cannot raise a thread's priority: {}", io::Error::last_os_error());
     }
@@ -91,7 +91,7 @@ fn drain(ring: &mut RingBuf<MapData>, processes: &Mutex<Processes>) -> Vec<(u32,
         match decode(&item) {
             Ok(Record::Process(NewProcess { pid, local, mm, comm })) => {
                 let comm = Some(name(&comm)).filter(|comm| !comm.is_empty());
-                super::process::lock(processes).notice_as(pid, local, mm, comm);
+                processes::lock(processes).notice_as(pid, local, mm, comm);
                 if mm != 0 {
                     noticed.push((pid, mm));
                 }
@@ -108,9 +108,9 @@ fn drain(ring: &mut RingBuf<MapData>, processes: &Mutex<Processes>) -> Vec<(u32,
 /// have been noticed, because others may be about to exit.
 fn describe(noticed: &[(u32, u64)], processes: &Mutex<Processes>, interpreters: &Mutex<Interpreters>) {
     for (pid, mm) in noticed {
-        let Some(image) = super::process::lock(processes).image(*pid, *mm) else { continue };
+        let Some(image) = processes::lock(processes).image(*pid, *mm) else { continue };
         if let Err(error) = interpreters::lock(interpreters).noticed(*pid, *mm, &image) {
-            log::debug!("{error:#}; it is tried again with the first stack of process {pid}");
+            log::debug!("{error:#}; another attempt follows with the first stack of process {pid}");
         }
     }
 }

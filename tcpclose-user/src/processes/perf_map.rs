@@ -1,6 +1,6 @@
 //! The file in which a just-in-time compiler lists the functions that it has compiled: `/tmp/perf-PID.map`,
 //! as the process sees `/tmp` and its own id. It is opened when the process is first examined, because a
-//! short-lived process has ended when its stacks are named, and its mount namespace may be gone with it.
+//! short-lived process has ended when its stacks are named, and its mount namespace may not exist any more.
 
 use std::{
     fs::{self, File, Metadata},
@@ -20,7 +20,7 @@ use super::{
     mappings::{Held, Modules},
 };
 
-/// What is left of a process's perf map when the process has ended.
+/// The perf map of a process, for the time when the process has ended.
 #[derive(Clone, Debug, Default)]
 pub struct LeftBehind {
     /// The file, if it existed when the process was examined. It is kept open for a minute after the process
@@ -31,8 +31,8 @@ pub struct LeftBehind {
 }
 
 impl LeftBehind {
-    /// Prepares for the end of a process. There is none for a process whose id in its own pid namespace is
-    /// not known.
+    /// Opens or finds the perf map of a running process. There is none if the process's id in its own pid
+    /// namespace is not known.
     pub(super) fn of(pid: u32, inner_pid: Option<u32>, uid: Option<u32>, modules: &Modules) -> Self {
         let Some(inner_pid) = inner_pid else { return Self::default() };
         let held = open(pid, inner_pid, uid).and_then(|file| modules.hold(file)).map(Arc::new);
@@ -40,7 +40,7 @@ impl LeftBehind {
             let metadata = fs::metadata(format!("{root}/tmp")).ok()?;
             Some((metadata.dev(), metadata.ino()))
         };
-        // Elsewhere another process may have the same number.
+        // In another directory, the file of the same name may belong to another process.
         let is_shared = inner_pid == pid && tmp("").is_some() && tmp("") == tmp(&format!("/proc/{pid}/root"));
         let path = is_shared.then(|| path(pid));
         Self { held, path }
@@ -56,14 +56,14 @@ impl LeftBehind {
         self.held = None;
     }
 
-    /// Opens the map of a process that has ended, which started so many clock ticks after boot, as
-    /// far as that is known.
+    /// Opens the map of a process that has ended. `started` is the start of the process in clock ticks after
+    /// boot, if that is known.
     pub(super) fn reopen(&self, started: Option<u64>, uid: Option<u32>) -> Option<File> {
         if let Some(held) = &self.held {
             return held.file().try_clone().ok();
         }
-        // A file that an earlier process of this number has written has not been changed since this one
-        // started.
+        // If an earlier process with this id has written the file, the file was not changed after this
+        // process had started.
         let start = wall_clock(started?)?;
         let is_its = |metadata: &Metadata| metadata.modified().is_ok_and(|modified| modified >= start);
         open_at(std::process::id(), self.path.as_deref()?, uid)
@@ -77,7 +77,7 @@ pub(super) fn open(pid: u32, inner_pid: u32, uid: Option<u32>) -> Option<File> {
     open_at(pid, &path(inner_pid), uid)
 }
 
-/// The path, as the process with this id in its own pid namespace sees it.
+/// The path, as seen by the process with this id in its own pid namespace.
 fn path(inner_pid: u32) -> PathBuf {
     PathBuf::from(format!("/tmp/perf-{inner_pid}.map"))
 }
@@ -90,7 +90,7 @@ fn open_at(pid: u32, path: &Path, uid: Option<u32>) -> Option<File> {
     (owner == 0 || Some(owner) == uid).then_some(file)
 }
 
-/// The time of so many clock ticks after boot.
+/// The time at this many clock ticks after boot.
 fn wall_clock(ticks: u64) -> Option<SystemTime> {
     let frequency = u64::try_from(sysconf(SysconfVar::CLK_TCK).ok()??).ok().filter(|it| *it > 0)?;
     let since_boot = Duration::from(clock_gettime(ClockId::CLOCK_BOOTTIME).ok()?);

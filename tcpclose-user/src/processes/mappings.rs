@@ -2,7 +2,7 @@
 //!
 //! A path does not identify a file: in this process's mount namespace it may lead elsewhere, or to a newer
 //! version by now, and a function name read from the wrong file would be false. A mapped file is therefore
-//! identified by what `stat` reports, and nothing is read from a file that was not compared with that.
+//! identified by what `stat` reports, and no file is read that was not compared with that.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -35,13 +35,13 @@ pub struct Mapping {
     pub end: u64,
     /// Offset of `start` in the file, in bytes.
     pub offset: u64,
-    /// Address of the file's first byte, were all of it mapped here.
+    /// The address that the file's first byte would have if all of it were mapped here.
     pub base: u64,
     /// What is mapped.
     pub backing: Backing,
 }
 
-/// What is behind a mapping.
+/// The memory that a mapping refers to.
 #[derive(Clone, Debug)]
 pub enum Backing {
     /// A file.
@@ -53,13 +53,13 @@ pub enum Backing {
     },
     /// The vDSO, which the kernel maps into every process.
     Vdso,
-    /// No file, as with the code of a just-in-time compiler.
+    /// Not a file, such as the code of a just-in-time compiler.
     Anonymous,
 }
 
 impl Backing {
     /// Identifies the file, if it is one that could be inspected.
-    pub(super) fn identity(&self) -> Option<Identity> {
+    pub(super) fn identity(&self) -> Option<FileIdentity> {
         match self {
             Self::File { module, .. } => module.as_ref().map(|module| module.identity()),
             Self::Vdso | Self::Anonymous => None,
@@ -69,15 +69,15 @@ impl Backing {
 
 /// Identifies one version of one file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Identity {
+pub struct FileIdentity {
     device: u64,
     inode: u64,
     size: u64,
     modified: (i64, i64),
 }
 
-impl Identity {
-    /// `None` for what is not a regular file: only those are ever opened.
+impl FileIdentity {
+    /// `None` if it is not a regular file: only those are opened.
     pub(crate) fn of(metadata: &Metadata) -> Option<Self> {
         metadata.is_file().then(|| Self {
             device: metadata.dev(),
@@ -108,13 +108,13 @@ impl Identity {
 /// A file that processes have mapped.
 ///
 /// If its path leads to it in this process's mount namespace, it is opened when it is needed. If not, because
-/// it was removed or is in another mount namespace, it is kept open from the start: the process, and its
-/// namespace with it, may be gone when the file is needed. At most 192 files are kept open; further ones can
+/// it was removed or is in another mount namespace, it is kept open from the start: the process and its
+/// namespace may no longer exist when the file is needed. At most 192 files are kept open; further ones can
 /// be read only while a process maps them. An open file keeps its file system busy, so it is closed some time
 /// after the process has exited.
 #[derive(Debug)]
 pub struct Module {
-    identity: Identity,
+    identity: FileIdentity,
     host: Option<PathBuf>,
     held: Option<Held>,
 }
@@ -135,7 +135,7 @@ impl Held {
 
 impl Module {
     /// Identifies the file.
-    pub fn identity(&self) -> Identity {
+    pub fn identity(&self) -> FileIdentity {
         self.identity
     }
 
@@ -149,8 +149,9 @@ impl Module {
         self.host.as_deref()
     }
 
-    /// Opens it, through process `pid`, which maps it from `start` to `end`, if that still runs and there is
-    /// no other way. `None` if the file is not available any more as it was when it was first seen.
+    /// Opens it; if there is no other way, through process `pid`, which maps it from `start` to `end`, if
+    /// that process still runs. `None` if the file does not exist any more, or has changed since it was first
+    /// seen.
     pub fn open(&self, pid: u32, start: u64, end: u64) -> Option<File> {
         let held = || self.held.as_ref().and_then(|held| held.file.try_clone().ok());
         let host = || self.host.as_ref().and_then(|path| self.identity.open(path));
@@ -163,7 +164,7 @@ impl Module {
 /// All files that some mapping refers to.
 #[derive(Debug, Default)]
 pub struct Modules {
-    known: HashMap<Identity, Weak<Module>>,
+    known: HashMap<FileIdentity, Weak<Module>>,
     prune_at: usize,
     tickets: Arc<()>,
 }
@@ -218,12 +219,12 @@ impl Modules {
         map_file: &Path,
         exe: Option<&Path>,
     ) -> Option<Arc<Module>> {
-        // The link in map_files leads to the mapped file itself, whatever its path leads to by now; so does
+        // The link in map_files leads to the mapped file itself, wherever its path leads by now, and so does
         // the link to the program. Following the former needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE.
         // Without it the path is used, as the process sees it, if it leads to the inode that is mapped.
         // Device numbers are not compared: those in `maps` are the file system's, which `stat` does not
-        // report on btrfs and overlayfs. If the process has ended while it was examined, the path is used as
-        // it is here, and then they are compared.
+        // report on btrfs and overlayfs. If the process has ended meanwhile, the path is looked up in this
+        // process's root directory, and then device numbers are compared.
         let exe_link = PathBuf::from(format!("/proc/{pid}/exe"));
         // A path in `maps` has no symbolic links.
         let seen = (!deleted).then(|| beneath::open(pid, path).ok()).flatten();
@@ -243,11 +244,11 @@ impl Modules {
         } else {
             return None;
         };
-        let identity = Identity::of(&metadata)?;
+        let identity = FileIdentity::of(&metadata)?;
         if let Some(module) = self.known.get(&identity).and_then(Weak::upgrade) {
             return Some(module);
         }
-        let here = fs::metadata(path).ok().and_then(|metadata| Identity::of(&metadata));
+        let here = fs::metadata(path).ok().and_then(|metadata| FileIdentity::of(&metadata));
         let host = (here == Some(identity)).then(|| path.to_owned());
         let held = if host.is_none() { identity.open(link).and_then(|file| self.hold(file)) } else { None };
         let module = Arc::new(Module { identity, host, held });
@@ -272,7 +273,7 @@ pub struct Region<'a> {
     /// Major and minor number, as text.
     device: &'a [u8],
     inode: u64,
-    /// With the kernel's escapes and mark for removed files; empty if there is none.
+    /// The path, with the kernel's escapes and mark for removed files; empty if there is none.
     pub path: &'a [u8],
 }
 
@@ -334,7 +335,7 @@ pub fn undeleted(path: &[u8]) -> (&Path, bool) {
     }
 }
 
-/// A device number as `/proc/PID/maps` has it.
+/// A device number in the form of `/proc/PID/maps`.
 fn device_text(device: u64) -> String {
     format!("{:02x}:{:02x}", major(device), minor(device))
 }

@@ -1,7 +1,7 @@
 //! Opens files as a process sees them, without following its symbolic links.
 //!
-//! Whoever is root in a container decides what its directories are. A symbolic link there that is followed
-//! here leads to a file of the host: `/proc/PID/root` is left as soon as a link has an absolute path.
+//! Root in a container controls its directories. A symbolic link in them would lead to a file of the host if
+//! it were followed here: a link with an absolute path leaves `/proc/PID/root`.
 
 use std::{
     fs::File,
@@ -15,14 +15,15 @@ use nix::{
     sys::stat::Mode,
 };
 
-/// A descriptor of what `path` leads to for process `pid`. It cannot be read from; [`read`] can.
+/// A descriptor of the file that `path` leads to for process `pid`. It can only be passed to [`read`], not
+/// read from.
 ///
 /// # Errors
-/// A part of the path is a symbolic link (`ELOOP`, `ENOTDIR`), or is not there.
+/// A part of the path is a symbolic link (`ELOOP`, `ENOTDIR`), or does not exist.
 pub fn open(pid: u32, path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let root = format!("/proc/{pid}/root");
-    // The first one is a link of the kernel, which is to be followed.
+    // The first one is a link of the kernel, which has to be followed.
     let root =
         open_path(root.as_str(), OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
     let names = path.components().filter(|part| !matches!(part, Component::RootDir | Component::CurDir));
@@ -45,7 +46,7 @@ pub fn path(descriptor: &OwnedFd) -> PathBuf {
 /// Opens a regular file to read it. Nothing else is opened: a pipe would block, and a device might act.
 ///
 /// # Errors
-/// It is no regular file, or may not be read.
+/// It is not a regular file, or may not be read.
 pub fn read(descriptor: &OwnedFd) -> io::Result<File> {
     let path = path(descriptor);
     if !path.metadata()?.is_file() {

@@ -16,7 +16,7 @@ const MAX_HOLDERS: usize = 16_384;
 
 /// A process that has a socket open.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Holder {
+pub struct ProcfsHolder {
     /// Process id, in the pid namespace of this tool's `/proc`.
     pub pid: u32,
     /// Name of its main thread.
@@ -28,14 +28,14 @@ pub struct Holder {
     pub started: u64,
 }
 
-impl Holder {
-    /// Its process id in the initial pid namespace; `None` where `/proc` shows those of another one.
+impl ProcfsHolder {
+    /// Its process id in the initial pid namespace; `None` if `/proc` shows the ids of another one.
     pub fn host_pid(&self) -> Option<u32> {
         privilege::in_initial_pid_namespace().then_some(self.pid)
     }
 
     /// Replaces `owner`, another holder of the same socket, if this one started earlier. Processes are listed
-    /// by id, which does not tell their age.
+    /// by id, which does not show their age.
     pub fn replace_if_older(self: &Arc<Self>, owner: &mut Arc<Self>) {
         if self.started < owner.started {
             *owner = Arc::clone(self);
@@ -46,12 +46,12 @@ impl Holder {
 /// A process whose descriptors are being listed.
 pub struct Listed {
     process: process::Process,
-    holder: Option<Arc<Holder>>,
+    holder: Option<Arc<ProcfsHolder>>,
 }
 
 impl Listed {
     /// The process, read when this is first called; `None` if it has exited.
-    pub fn holder(&mut self) -> Option<&Arc<Holder>> {
+    pub fn holder(&mut self) -> Option<&Arc<ProcfsHolder>> {
         if self.holder.is_none() {
             self.holder = describe(&self.process).map(Arc::new);
         }
@@ -69,7 +69,7 @@ pub fn walk(mut socket: impl FnMut(&mut Listed, u32, u64)) -> usize {
         let descriptors = match process.fd() {
             Ok(descriptors) => descriptors,
             Err(error) => {
-                // On any other error the process has exited meanwhile.
+                // Any other error means that the process has exited meanwhile.
                 refused += usize::from(matches!(error, ProcError::PermissionDenied(_)));
                 continue;
             }
@@ -87,7 +87,7 @@ pub fn walk(mut socket: impl FnMut(&mut Listed, u32, u64)) -> usize {
 /// Finds the holders of sockets, and caches them.
 #[derive(Default)]
 pub struct Holders {
-    by_inode: HashMap<u64, Arc<Holder>>,
+    by_inode: HashMap<u64, Arc<ProcfsHolder>>,
     pace: Pace,
 }
 
@@ -117,15 +117,15 @@ impl Holders {
         inodes.iter().map(|inode| self.by_inode.contains_key(inode)).collect()
     }
 
-    /// The holder of a socket that was looked for, and found.
-    pub fn of(&self, inode: u64) -> Option<Arc<Holder>> {
+    /// The holder of a socket, if [`find`](Self::find) has found it.
+    pub fn of(&self, inode: u64) -> Option<Arc<ProcfsHolder>> {
         if inode == 0 { None } else { self.by_inode.get(&inode).cloned() }
     }
 }
 
-fn describe(process: &process::Process) -> Option<Holder> {
+fn describe(process: &process::Process) -> Option<ProcfsHolder> {
     let stat = process.stat().ok()?;
-    Some(Holder {
+    Some(ProcfsHolder {
         pid: u32::try_from(stat.pid).ok()?,
         comm: stat.comm,
         uid: process.status().ok().map(|status| status.ruid),

@@ -1,7 +1,15 @@
-//! What is known of processes, including those that have exited.
+//! What is known about processes, including those that have exited.
 //!
-//! A short-lived program has exited before the close of its connection is reported. What will be needed of
-//! its `/proc/PID` is therefore copied as soon as it first touches a socket: see [`Processes::notice`].
+//! A short-lived program has exited before the close of its connection is reported. The facts in its
+//! `/proc/PID` that will be needed are therefore copied as soon as it first touches a socket: see
+//! [`Processes::notice`].
+
+pub mod beneath;
+pub mod container;
+pub mod holder;
+pub mod mappings;
+pub mod perf_map;
+pub mod signals;
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -11,22 +19,23 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::container;
-use super::mappings::{Backing, Mapping, Modules, undeleted};
-use super::perf_map::{self, LeftBehind};
 use serde::{Deserialize, Serialize};
 
+use self::{
+    mappings::{Backing, Mapping, Modules, undeleted},
+    perf_map::LeftBehind,
+};
 use crate::{kernel::privilege, pace::Pace};
 
-/// How many program images are kept.
+/// The number of program images that are kept.
 const MAX_IMAGES: usize = 4096;
 
-/// How many mappings these may have in all. They take most of the memory, about 64 bytes each.
+/// The number of mappings of all these images together. They take most of the memory, about 64 bytes each.
 const MAX_MAPPINGS: usize = 1 << 20;
 
-/// Shortest time after which a process's name is read again, and its mappings because a stack has an address
-/// outside them. Such addresses are common: following frame pointers through code that keeps none yields
-/// arbitrary numbers.
+/// The shortest time between two reads of a process's name, and between two reads of its mappings because a
+/// stack has an address outside them. Such addresses are common: following frame pointers through code that
+/// keeps none yields arbitrary addresses.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// How long files stay open for a process that has exited.
@@ -49,7 +58,7 @@ pub enum LocalPid {
 }
 
 impl LocalPid {
-    /// The id here of the process with this id in the initial pid namespace.
+    /// The id in tcpclose's namespace of the process with this id in the initial pid namespace.
     pub fn of(self, pid: u32) -> Option<u32> {
         match self {
             Self::Same => Some(pid),
@@ -81,7 +90,7 @@ pub struct Image {
     pub uid: Option<u32>,
     /// Executable mappings in the order of addresses.
     pub mappings: Vec<Mapping>,
-    /// The perf map, for when the process has ended.
+    /// The perf map, which is needed when the process has ended.
     pub perf_map: LeftBehind,
 }
 
@@ -123,7 +132,8 @@ impl Image {
         self.mappings.iter().filter(is_lasting).all(is_there)
     }
 
-    /// Whether the same is mapped in the same places, apart from what could not be identified.
+    /// Whether both have the same mappings at the same addresses, apart from files that could not be
+    /// identified.
     fn has_mappings_of(&self, other: &Self) -> bool {
         let of = |image: &Self| -> Vec<_> {
             let place = |it: &Mapping| (it.start, it.end, it.offset, it.backing.identity());
@@ -154,7 +164,7 @@ fn holds_file(backing: &Backing) -> bool {
 }
 
 #[derive(Debug)]
-struct Entry {
+struct KnownImage {
     image: Arc<Image>,
     /// When it was last used, by [`Processes::clock`].
     used: u64,
@@ -172,7 +182,7 @@ struct Entry {
 /// that the least recently used are dropped; they are read again when needed if the process still runs.
 #[derive(Debug, Default)]
 pub struct Processes {
-    images: HashMap<(u32, u64), Entry>,
+    images: HashMap<(u32, u64), KnownImage>,
     /// The latest image of each process, by its `mm`.
     latest: HashMap<u32, u64>,
     modules: Modules,
@@ -186,13 +196,13 @@ pub struct Processes {
 }
 
 impl Processes {
-    /// Knows none yet.
+    /// Makes an empty collection.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// For the ids that the kernel half reports, those of the initial pid namespace. In any other one `/proc`
-    /// has other ids, which [`notice_as`](Self::notice_as) learns.
+    /// Makes an empty collection for the ids that the kernel half reports, which are those of the initial pid
+    /// namespace. In any other namespace, `/proc` has other ids, which [`notice_as`](Self::notice_as) adds.
     pub fn of_kernel_half() -> Self {
         let local_pids = (!privilege::in_initial_pid_namespace()).then(HashMap::new);
         Self { local_pids, ..Self::default() }
@@ -222,14 +232,14 @@ impl Processes {
         }
     }
 
-    /// Copies what will be needed of a process. Call it when the process first touches a socket, and again
-    /// after exec, with the `mm` that the kernel half reported: a later read would find the next program, or
-    /// nothing.
+    /// Copies the facts about a process that will be needed. Call it when the process first touches a socket,
+    /// and again after exec, with the `mm` that the kernel half reported: a later read would find the next
+    /// program, or nothing.
     pub fn notice(&mut self, pid: u32, mm: u64, comm: Option<String>) {
         let mut image = self.take(pid, mm);
-        // What the kernel half read is this image's in any case.
+        // The name that the kernel half has read is this image's in any case.
         image.comm = comm.or(image.comm);
-        // A second notice that came too late.
+        // This is a second notice, and it came too late.
         if image.started.is_none() && self.images.contains_key(&(pid, mm)) {
             return;
         }
@@ -251,8 +261,8 @@ impl Processes {
         Some(entry.image.clone())
     }
 
-    /// The name of the program that [`image`](Self::image) is, read again unless that was done within the
-    /// last second.
+    /// The name of the program of [`image`](Self::image), read again unless that was done within the last
+    /// second.
     pub fn comm(&mut self, pid: u32, mm: u64, now: Instant) -> Option<String> {
         let image = self.image(pid, mm)?;
         let key = self.key(pid, mm);
@@ -351,7 +361,7 @@ impl Processes {
         }
     }
 
-    /// A number that is another one whenever something has changed that [`image`](Self::image) returns.
+    /// A number that changes whenever the results of [`image`](Self::image) have changed.
     pub fn version(&self) -> Arc<AtomicU64> {
         Arc::clone(&self.version)
     }
@@ -380,7 +390,7 @@ impl Processes {
         self.latest.insert(key.0, key.1);
         self.images.insert(
             key,
-            Entry {
+            KnownImage {
                 image: Arc::new(image),
                 used: self.clock,
                 asked: None,
@@ -407,7 +417,7 @@ fn take(modules: &mut Modules, pid: u32, mm: u64) -> Image {
     for _ in 0..3 {
         let Some(before) = exe(pid) else { break };
         let image = read(modules, pid, mm, &before);
-        // If it exited meanwhile, all that was read was its own.
+        // If it has exited meanwhile, everything that was read belonged to it.
         if exe(pid).is_none_or(|after| after == before) {
             return image;
         }
@@ -415,7 +425,7 @@ fn take(modules: &mut Modules, pid: u32, mm: u64) -> Image {
     Image { pid, mm, started: started(pid), ..Image::default() }
 }
 
-/// Reads first what a process loses first when it exits: its memory, which may be gone within a tenth of a
+/// The memory is read first, because an exiting process loses it first, sometimes within a tenth of a
 /// millisecond.
 fn read(modules: &mut Modules, pid: u32, mm: u64, exe: &[u8]) -> Image {
     let text = |name: &str| fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
@@ -464,7 +474,7 @@ fn started_in(stat: &[u8]) -> Option<u64> {
     // The thread's name is in parentheses, and may contain parentheses and spaces itself.
     let name_end = stat.iter().rposition(|byte| *byte == b')')?;
     let mut fields = str::from_utf8(stat.get(name_end + 1..)?).ok()?.split_ascii_whitespace();
-    // The third field of the line; below, the twenty-second.
+    // This is the third field of the line; the one below is the twenty-second.
     let state = fields.next()?;
     if matches!(state, "Z" | "X" | "x") {
         return None;
@@ -478,8 +488,8 @@ fn status_field(status: &str, name: &str) -> Option<Vec<u32>> {
     numbers.split_ascii_whitespace().map(|number| number.parse().ok()).collect()
 }
 
-/// Locks the known processes. A thread that panicked while it held the lock has left at worst an image that
-/// was read halfway.
+/// Locks the known processes. A thread that panicked while it held the lock has at worst left an incomplete
+/// image.
 pub fn lock(processes: &Mutex<Processes>) -> MutexGuard<'_, Processes> {
     processes.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -494,17 +504,17 @@ mod tests {
     use std::process::{Child, ChildStdin, Command, Stdio};
 
     /// A program that waits until its standard input is closed.
-    struct Waiting {
+    struct WaitingProgram {
         child: Child,
         stdin: Option<ChildStdin>,
     }
 
-    impl Waiting {
+    impl WaitingProgram {
         fn start(program: &Path) -> Self {
             let mut child =
                 Command::new(program).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
             let mut stdin = child.stdin.take().unwrap();
-            // Once it answers, exec is over and its libraries are loaded.
+            // Once it answers, exec has finished and its libraries are loaded.
             std::io::Write::write_all(&mut stdin, b"!").unwrap();
             child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
             Self { child, stdin: Some(stdin) }
@@ -516,7 +526,7 @@ mod tests {
         }
     }
 
-    impl Drop for Waiting {
+    impl Drop for WaitingProgram {
         fn drop(&mut self) {
             self.end();
         }
@@ -568,7 +578,7 @@ mod tests {
     #[test]
     fn remembers_a_process_that_has_ended() {
         let mut processes = Processes::new();
-        let mut waiting = Waiting::start(Path::new("cat"));
+        let mut waiting = WaitingProgram::start(Path::new("cat"));
         let pid = waiting.child.id();
         processes.notice(pid, 1, None);
         waiting.end();
@@ -577,7 +587,7 @@ mod tests {
         assert!(image.exe.as_deref().is_some_and(|exe| exe.starts_with('/')), "{image:?}");
         assert!(image.mappings.len() > 1);
         assert!(!image.is_running());
-        // Without an address space, which an exiting process has given up, the latest image is meant.
+        // An exiting process has no address space any more, so its latest image is meant.
         assert!(Arc::ptr_eq(&image, &processes.image(pid, 0).unwrap()));
         // There is no other image of a process that has exited.
         assert!(processes.image(pid, 2).is_none());
@@ -586,7 +596,7 @@ mod tests {
     #[test]
     fn makes_do_without_the_process() {
         let mut processes = Processes::new();
-        let mut waiting = Waiting::start(Path::new("cat"));
+        let mut waiting = WaitingProgram::start(Path::new("cat"));
         waiting.end();
         let pid = waiting.child.id();
         assert!(processes.image(pid, 1).is_none());
@@ -637,7 +647,7 @@ mod tests {
         let program = directory.join("program");
         fs::copy("/bin/cat", &program).unwrap();
         let mut processes = Processes::new();
-        let mut waiting = Waiting::start(&program);
+        let mut waiting = WaitingProgram::start(&program);
         let pid = waiting.child.id();
         fs::remove_file(&program).unwrap();
         processes.notice(pid, 1, None);
@@ -661,7 +671,7 @@ mod tests {
     #[test]
     fn reads_mappings_again_when_one_is_missing() {
         let mut processes = Processes::new();
-        let mut waiting = Waiting::start(Path::new("cat"));
+        let mut waiting = WaitingProgram::start(Path::new("cat"));
         let pid = waiting.child.id();
         processes.notice(pid, 1, None);
         let address = processes.image(pid, 1).unwrap().mappings[0].start;

@@ -1,9 +1,9 @@
-//! Recordings (`--record FILE`): everything that the stages behind the ring were given, in order, so that
-//! `tcpclose replay FILE` makes the same lines of it without privilege.
+//! Recordings (`--record FILE`): all input of the stages behind the ring, in order, so that `tcpclose replay
+//! FILE` writes the same lines without privileges.
 //!
 //! A file is [`MAGIC`] followed by frames. A frame is one byte that says what it is, the length of the rest
-//! as a little-endian u32, and the rest: a record as it was in the ring, or a [`Step`] as JSON. Answers of
-//! the host follow the record or step that asked for them.
+//! as a little-endian u32, and the rest: a record as it was in the ring, or a [`RecordedStep`] as JSON.
+//! Answers of the host follow the record or step that asked for them.
 
 use std::{
     collections::BTreeMap,
@@ -17,23 +17,23 @@ use bytes::{Buf as _, Bytes};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    attribute::holder::Holder,
     event::{Lingering, Lost},
     host::{Answer, Question},
+    processes::holder::ProcfsHolder,
 };
 
-/// What a recording begins with; the number is the version of the format.
+/// The first bytes of a recording; the number is the version of the format.
 const MAGIC: &[u8] = b"tcpclose recording 1\n";
 
 const RECORD: u8 = b'R';
 const STEP: u8 = b'S';
 
-/// The longest frame, bytes: longer than any record, and than any stack's names.
+/// The longest frame, bytes: longer than any record, and than the names of any stack.
 const MAX_FRAME: usize = 16 << 20;
 
 /// What happened between two records.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub enum Step {
+pub enum RecordedStep {
     /// The trace began.
     Start {
         /// Names of the kernel's reset reasons, by number.
@@ -59,9 +59,9 @@ pub enum Step {
         at: u64,
         /// When it entered its state.
         since: Option<u64>,
-        /// The least age.
+        /// Its age at least.
         at_least: u64,
-        /// The most.
+        /// Its age at most.
         at_most: Option<u64>,
     },
     /// `/proc` showed a descriptor of an inspected socket.
@@ -73,15 +73,15 @@ pub enum Step {
         /// The descriptor.
         fd: u32,
         /// The process.
-        holder: Holder,
+        holder: ProcfsHolder,
     },
-    /// All descriptors were looked through after this many endings had arrived.
+    /// All descriptors were searched after this many endings had arrived.
     Searched(u64),
     /// The ring was read to its end.
     CaughtUp {
         /// `CLOCK_BOOTTIME` before that, nanoseconds.
         now: u64,
-        /// For each ending that lacked an owner, whether `/proc` gave one.
+        /// For each ending that lacked an owner, whether one was found in `/proc`.
         found: Vec<bool>,
     },
     /// The sockets that were inspected since the last such step were reported.
@@ -99,11 +99,11 @@ pub enum Step {
 
 /// A frame of a recording.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Frame {
+pub enum RecordingFrame {
     /// A record of the kernel half.
     Record(Bytes),
     /// What happened between two records.
-    Step(Box<Step>),
+    Step(Box<RecordedStep>),
 }
 
 /// Writes a recording.
@@ -132,7 +132,7 @@ impl Recorder {
     ///
     /// # Errors
     /// It cannot be written.
-    pub fn step(&mut self, step: &Step) -> io::Result<()> {
+    pub fn step(&mut self, step: &RecordedStep) -> io::Result<()> {
         self.frame(STEP, &serde_json::to_vec(step)?)
     }
 
@@ -143,7 +143,7 @@ impl Recorder {
         self.0.write_all(bytes)
     }
 
-    /// Hands what was written to the kernel.
+    /// Passes everything that was written to the kernel.
     ///
     /// # Errors
     /// It cannot be written.
@@ -152,12 +152,12 @@ impl Recorder {
     }
 }
 
-/// Takes the frames out of a recording. A last frame that was cut short is left out: the tool may have been
+/// Splits a recording into frames. A last frame that is incomplete is left out: the tool may have been
 /// killed.
 ///
 /// # Errors
-/// The bytes are not a recording, or a frame makes no sense.
-pub fn frames(mut recording: Bytes) -> Result<Vec<Frame>> {
+/// The bytes are not a recording, or a frame is invalid.
+pub fn frames(mut recording: Bytes) -> Result<Vec<RecordingFrame>> {
     if !recording.starts_with(MAGIC) {
         bail!("not a recording of this version of tcpclose (`tcpclose --record FILE` makes one)");
     }
@@ -174,8 +174,8 @@ pub fn frames(mut recording: Bytes) -> Result<Vec<Frame>> {
         }
         let bytes = recording.split_to(length);
         frames.push(match kind {
-            RECORD => Frame::Record(bytes),
-            STEP => Frame::Step(serde_json::from_slice(&bytes)?),
+            RECORD => RecordingFrame::Record(bytes),
+            STEP => RecordingFrame::Step(serde_json::from_slice(&bytes)?),
             unknown => bail!("frame {} is of the unknown kind {unknown}", frames.len()),
         });
     }
@@ -190,7 +190,7 @@ mod tests {
     fn frames_are_read_as_they_were_written() {
         let path = std::env::temp_dir().join(format!("tcpclose-recording-{}", std::process::id()));
         let mut recorder = Recorder::create(&path).unwrap();
-        let step = Step::CaughtUp { now: u64::MAX, found: vec![true, false] };
+        let step = RecordedStep::CaughtUp { now: u64::MAX, found: vec![true, false] };
         recorder.record(b"one").unwrap();
         recorder.step(&step).unwrap();
         recorder.record(b"").unwrap();
@@ -198,9 +198,9 @@ mod tests {
         let mut bytes = std::fs::read(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
         let expected = [
-            Frame::Record(Bytes::from_static(b"one")),
-            Frame::Step(Box::new(step)),
-            Frame::Record(Bytes::new()),
+            RecordingFrame::Record(Bytes::from_static(b"one")),
+            RecordingFrame::Step(Box::new(step)),
+            RecordingFrame::Record(Bytes::new()),
         ];
         assert_eq!(frames(Bytes::copy_from_slice(&bytes)).unwrap(), expected);
         bytes.pop();

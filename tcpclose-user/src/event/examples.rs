@@ -59,7 +59,7 @@ pub(crate) fn orderly() -> Event {
     }))
 }
 
-/// The worst that IPv4 has to offer.
+/// The longest values that occur with IPv4.
 pub(crate) fn unread_data() -> Event {
     let Event::Close(mut close) = orderly() else { unreachable!() };
     close.connection = connection("192.168.100.101:65535", "203.100.113.222:54321");
@@ -89,7 +89,7 @@ pub(crate) fn unread_data() -> Event {
     Event::Close(close)
 }
 
-/// An event about which next to nothing is known.
+/// An event about which almost nothing is known.
 pub(crate) fn unknown_owner() -> Event {
     Event::Close(Box::new(unknown_close()))
 }
@@ -141,7 +141,7 @@ pub(crate) fn reset_sent() -> Event {
     Event::Reset(reset)
 }
 
-/// A RST that somebody else may have sent.
+/// A RST that a device on the path may have sent.
 pub(crate) fn injected() -> Event {
     let Event::Reset(mut reset) = reset_sent() else { unreachable!() };
     reset.connection = connection("192.168.100.101:54321", "203.100.113.222:65535");

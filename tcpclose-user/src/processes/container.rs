@@ -1,9 +1,9 @@
 //! Identifies the container of a process from the text of its `/proc/PID/cgroup`.
 //!
 //! Each container runtime creates a control group for each container and puts the container's id into the
-//! group's name. No standard says how. The patterns here are those of Docker, containerd, nerdctl, CRI-O,
-//! Podman, BuildKit, LXC, systemd-nspawn, Amazon ECS, Garden and Mesos, with systemd as the cgroup driver and
-//! with cgroupfs.
+//! group's name. There is no standard for these names. The patterns here are those of Docker, containerd,
+//! nerdctl, CRI-O, Podman, BuildKit, LXC, systemd-nspawn, Amazon ECS, Garden and Mesos, with systemd as the
+//! cgroup driver and with cgroupfs.
 
 /// The part before the id in the name of a control group: `docker-ID.scope`, `libpod-ID`.
 const RUNTIMES: [&str; 8] =
@@ -27,8 +27,8 @@ pub fn id(cgroup: &str) -> Option<String> {
 /// The innermost container in one path.
 fn id_in(path: &str) -> Option<&str> {
     let segments: Vec<&str> = path.split('/').filter(|segment| !segment.is_empty()).collect();
-    // The monitor of a container in a pod: `/libpod_parent/POD/conmon`. The pod's id would be taken for a
-    // container's.
+    // The monitor of a container in a pod: `/libpod_parent/POD/conmon`. Otherwise the pod's id would be taken
+    // for a container's.
     if segments.last() == Some(&"conmon") {
         return None;
     }
@@ -50,7 +50,7 @@ fn segment_id<'a>(segment: &'a str, above: &[&str]) -> Option<&'a str> {
         Some(&"buildkit") if is_buildkit_id(segment) => return Some(segment),
         _ => {}
     }
-    // A driver for systemd that runs without it: `kubepods-podUID.slice:cri-containerd:ID`.
+    // The form of a systemd driver on a host without systemd: `kubepods-podUID.slice:cri-containerd:ID`.
     if let Some((before, id)) = segment.rsplit_once(':') {
         let runtime = before.rsplit(':').next()?;
         return is_named(runtime, id).then_some(id);
@@ -65,8 +65,8 @@ fn segment_id<'a>(segment: &'a str, above: &[&str]) -> Option<&'a str> {
     if above.contains(&"ecs") && is_fargate_id(segment) {
         return Some(segment);
     }
-    // An id of 64 digits is one wherever it is. A shorter one could be anything, unless a runtime's group is
-    // above it.
+    // A name of 64 hexadecimal digits is an id in any place. A shorter one is an id only below the group of a
+    // runtime.
     let runtime_above = || {
         above.iter().any(|name| {
             RUNTIMES.contains(name) || name.starts_with("kubepods") || name.starts_with("libpod_parent")
@@ -75,7 +75,7 @@ fn segment_id<'a>(segment: &'a str, above: &[&str]) -> Option<&'a str> {
     (is_id(segment) && (segment.len() == 64 || runtime_above())).then_some(segment)
 }
 
-/// Whether `runtime` gives a container a name that ends with this id.
+/// Whether containers of `runtime` have names that end with such an id.
 fn is_named(runtime: &str, id: &str) -> bool {
     // dockerd runs BuildKit's containers under its own name.
     let is_build = matches!(runtime, "docker" | "buildkit") && is_buildkit_id(id);

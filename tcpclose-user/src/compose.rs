@@ -1,14 +1,14 @@
-//! Endings and stuck sockets → events: puts facts and names into the words of the output contract. Pure:
-//! everything that has to be looked up has been looked up before.
+//! Endings and stuck sockets → events: turns facts and names into the values of the output contract. It is
+//! pure: everything that has to be looked up was looked up before.
 
 use std::collections::BTreeMap;
 
-use super::{
-    Act, Close, Connection, Event, Holder, LastData, Lingering, Opener, Process, Reset, Shared, SignalFrom,
-    Stack, Step, millis,
-};
 use crate::{
     correlate::Ending,
+    event::{
+        Act, Close, Connection, Event, Holder, LastData, Lingering, Opener, Process, Reset, Shared,
+        SignalFrom, Stack, Step, millis,
+    },
     ingest::life::{self, LaterAct, Life, Path, Sample, Task},
     judge,
     kernel::{ResetReasons, clock::Clock},
@@ -35,7 +35,7 @@ pub struct LookedUp {
     pub destroyed_by: Option<Shared<Process>>,
 }
 
-/// How long no data has gone over a connection.
+/// How long a connection has transferred no data.
 #[derive(Default)]
 struct Silence {
     idle_ms: Option<f64>,
@@ -54,7 +54,7 @@ pub struct Composer {
 }
 
 impl Composer {
-    /// With the names that the running kernel has for reset reasons.
+    /// Makes a composer that knows the running kernel's names of reset reasons.
     pub fn new(reasons: ResetReasons) -> Self {
         let names = reasons.0.iter().map(|(number, name)| (*number, name.clone().into()));
         Self { clock: Clock::new(), shared_reasons: names.collect(), reasons }
@@ -70,12 +70,12 @@ impl Composer {
         let of_close = looked_up.clone();
         let resets = ending.resets.iter().map(move |reset| {
             let mut looked_up = looked_up.clone();
-            // The last act of this side is the one that sent a RST. Where system calls cannot be read, later
-            // acts are not seen: then the first one, which left the socket in a state of the teardown, need
-            // not be the last.
+            // The last act of this side is the one that sent a RST. If system calls cannot be read, later
+            // acts are not seen, so the first act, which left the socket in a teardown state, need not be the
+            // last.
             if let Some((_, _, stack)) = looked_up.later_acts.pop() {
                 looked_up.stack = stack;
-            } else if life.own_actor().is_some_and(|task| task.act == life::Act::Unknown)
+            } else if life.own_actor().is_some_and(|task| task.act == life::Activity::Unknown)
                 && reset.state.is_some_and(has_sent_fin)
             {
                 looked_up.stack = None;
@@ -117,7 +117,7 @@ impl Composer {
         }))
     }
 
-    fn reset(&self, life: &Life, reset: &life::Reset, looked_up: LookedUp) -> Event {
+    fn reset(&self, life: &Life, reset: &life::Rst, looked_up: LookedUp) -> Event {
         let silence = self.silence(&life.sample);
         // This side did not act when a RST was received, or when the kernel answered a packet with one.
         let acted = reset.direction == Direction::Sent && !reset.answer;
@@ -170,7 +170,7 @@ impl Composer {
     }
 
     fn connection(&self, life: &Life, at: u64) -> Connection {
-        // Taken at the end, or, for a RST that ended nothing, at that moment.
+        // The sample was taken at the end or, for a RST that ended nothing, at the time of the RST.
         let sample = &life.sample;
         Connection {
             family: life.endpoints.family,
@@ -205,7 +205,7 @@ fn has_sent_fin(state: State) -> bool {
     matches!(state, State::FinWait1 | State::FinWait2 | State::Closing | State::LastAck)
 }
 
-/// What this side did, times relative to the first state.
+/// The acts of this side, with times relative to the first state.
 fn acts(
     life: &Life,
     pid: Option<u32>,
@@ -224,7 +224,7 @@ fn acts(
     first.into_iter().chain(later).collect()
 }
 
-/// The path of states, times relative to the first.
+/// The path of states, with times relative to the first.
 fn steps(path: &Path) -> Vec<Step> {
     let first = path.steps().first().map_or(0, |(_, at)| *at);
     let step = |&(state, at): &(State, u64)| Step { state, at_ms: millis(at.saturating_sub(first)) };

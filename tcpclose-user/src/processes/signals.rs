@@ -1,17 +1,17 @@
-//! Who sent the signal that a process died of.
+//! The sender of the signal that ended a process.
 
 use anyhow::Result;
 use aya::maps::{HashMap, MapData};
 use tcpclose_common::record::Signal;
 
-use super::process::LocalPid;
+use super::LocalPid;
 use crate::{event::SignalFrom, ingest::life::name, kernel::handle::KernelHalf};
 
 /// The kernel half's table of the last signal sent to each process that may have killed it.
 pub struct Signals(HashMap<MapData, u32, Signal>);
 
 impl Signals {
-    /// Takes the map that it needs out of the kernel half.
+    /// Takes the map that it needs from the kernel half.
     ///
     /// # Errors
     /// The object has no such map.
@@ -20,7 +20,7 @@ impl Signals {
     }
 
     /// Who sent signal `number` to process `pid`, which died of it. `None` if that was not seen, or if no
-    /// process sent it. `local_pid` says what id a process has in the pid namespace of tcpclose.
+    /// process sent it. `local_pid` returns the id that a process has in the pid namespace of tcpclose.
     pub fn from(&self, pid: u32, number: i32, local_pid: impl FnOnce(u32) -> LocalPid) -> Option<SignalFrom> {
         let signal = self.0.get(&pid, 0).ok()?;
         sender(&signal, number, local_pid(signal.pid))

@@ -1,5 +1,5 @@
-//! The last stage: decides which events are reported, writes them, and gathers what the summary and the
-//! findings at the end say about all of them.
+//! The last stage: decides which events are reported, writes them, and collects what the summary and the
+//! findings need.
 
 use std::{
     collections::HashMap,
@@ -9,12 +9,12 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::{Output, Palette, Written, flamegraph::FlameGraph, human_millis, summary::Summary};
 use crate::{
     diagnose::{self, Diagnosis},
     event::{Event, Finding, Lost, LostPlace},
     filter::Filter,
     metrics,
+    sink::{Output, Palette, Written, flamegraph::FlameGraph, human_millis, summary::Summary},
 };
 
 /// Whether to go on.
@@ -39,19 +39,19 @@ pub struct Report {
     /// With `--flamegraph`.
     flame_graph: Option<FlameGraph>,
     /// With `--metrics`.
-    metrics: Option<metrics::Shared>,
-    findings: Option<Box<Findings>>,
+    metrics: Option<metrics::SharedMetrics>,
+    findings: Option<Box<RunningDiagnosis>>,
 }
 
-/// What the events so far show together.
-struct Findings {
+/// The diagnosis of the events so far.
+struct RunningDiagnosis {
     diagnosis: Diagnosis,
-    /// How many connections each finding that was reported had then.
+    /// The number of connections of each finding when it was reported.
     reported: HashMap<String, u64>,
 }
 
-impl Findings {
-    /// The findings that more connections show than when they were reported.
+impl RunningDiagnosis {
+    /// The findings that are new, or that more connections show than when they were reported.
     fn news(&mut self) -> Vec<Finding> {
         let subject = |finding: &Finding| {
             let Finding { kind, process, remote, evidence, .. } = finding;
@@ -71,12 +71,12 @@ pub struct StackCounts {
     pub copied: u64,
     /// Recognized in the kernel half, so that they were not copied.
     pub recognized: u64,
-    /// Followed by frame pointers no further than the innermost frame.
+    /// Followed by frame pointers, and found to end at the innermost frame.
     pub without_callers: u64,
 }
 
 impl Report {
-    /// Writes to `output` what all `filters` let through, `count` events at most.
+    /// Writes the events that all `filters` let through to `output`, at most `count` of them.
     pub fn new(filters: Vec<Filter>, output: Output, count: Option<u64>) -> Self {
         Self {
             filters,
@@ -90,22 +90,22 @@ impl Report {
         }
     }
 
-    /// Has the events drawn as a flame graph, too.
+    /// Also draws the events as a flame graph.
     #[must_use]
     pub fn with_flame_graph(self, flame_graph: Option<FlameGraph>) -> Self {
         Self { flame_graph, ..self }
     }
 
-    /// Counts events in `metrics` too from now on.
-    pub fn count_in(&mut self, metrics: metrics::Shared) {
+    /// Begins to count events in `metrics`.
+    pub fn count_in(&mut self, metrics: metrics::SharedMetrics) {
         self.metrics = Some(metrics);
     }
 
-    /// Also looks for what the events show together. At the end this is written among the other lines, or to
-    /// stderr if the output is not made of JSON lines.
+    /// Also diagnoses the events. The findings are written at the end, among the other lines or, if the
+    /// output is not JSON lines, to stderr.
     #[must_use]
     pub fn with_findings(self) -> Self {
-        let findings = Findings { diagnosis: Diagnosis::of_trace(), reported: HashMap::new() };
+        let findings = RunningDiagnosis { diagnosis: Diagnosis::of_trace(), reported: HashMap::new() };
         Self { findings: Some(Box::new(findings)), ..self }
     }
 
@@ -174,7 +174,7 @@ impl Report {
         } else if !all.is_empty() {
             let totals = findings.diagnosis.totals();
             let mut text = Vec::new();
-            // As for the rest of the summary, it is no error that nobody reads it.
+            // As with the rest of the summary, it is not an error if nobody reads it.
             let _ = diagnose::report::write(
                 &mut text,
                 &all,
@@ -203,7 +203,7 @@ impl Report {
         }
     }
 
-    /// Writes an event, and has it diagnosed.
+    /// Writes an event, and adds it to the diagnosis.
     fn write(&mut self, event: Event) -> Result<Written> {
         if let Some(findings) = &mut self.findings {
             findings.diagnosis.add_event(&event, self.output.lines() + 1);
@@ -211,18 +211,27 @@ impl Report {
         self.output.write(event).context("cannot write to the standard output")
     }
 
-    /// Writes a `lost` line. It does not count as an event, and no filter applies to it.
+    /// Whether nobody reads the output any more, as far as is known.
+    pub fn is_reader_gone(&self) -> bool {
+        self.output.is_reader_gone()
+    }
+
+    /// Writes a `lost` line. It does not count as an event, and no filter applies to it. Once nobody reads
+    /// the output any more, the line is not written, and does not count as lost: the summary contains the
+    /// same count.
     ///
     /// # Errors
     /// The output cannot be written.
     pub fn lost(&mut self, lost: Lost) -> Result<()> {
         let event = Event::Lost(lost);
         self.count(&event, true);
-        let _ = self.write(event)?;
+        if !self.is_reader_gone() {
+            let _ = self.write(event)?;
+        }
         Ok(())
     }
 
-    /// Hands on all that was written.
+    /// Flushes the output.
     ///
     /// # Errors
     /// The output cannot be written.

@@ -1,5 +1,7 @@
-//! Feeds the pipeline from the loaded kernel half: reads the ring, has descriptors searched and sockets
-//! inspected, counts what is lost, and keeps all of it with `--record`.
+//! Feeds the pipeline from the loaded kernel half: reads the ring, starts searches of descriptors and
+//! inspections of sockets, counts losses and, with `--record`, records all of it.
+
+mod watch;
 
 use std::{
     sync::{Arc, Mutex},
@@ -9,30 +11,30 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use crate::{
-    attribute::{Attributor, process::Processes, signals::Signals, watch},
+    attribute::Attributor,
     cli::Linger,
+    compose::Composer,
     correlate::Correlator,
-    event::{Event, Lingering, compose::Composer, millis},
+    event::{Event, Lingering, millis},
     host::Running,
     ingest::{
         decode::{Record, decode},
         life::Life,
         reader::{GATHER, Records},
-        recording::{Recorder, Step},
     },
     kernel::{clock::Clock, followed::Followed, handle::KernelHalf, privilege},
     metrics::{self, Metrics},
     pace::Pace,
-    pipeline::{Pipeline, When},
-    sink::{
-        losses::{Losses, UserLosses},
-        report::{Going, Report, StackCounts},
-    },
+    pipeline::{Pipeline, StuckPhase},
+    processes::{Processes, signals::Signals},
+    recording::{RecordedStep, Recorder},
+    report::{Going, Report, StackCounts},
+    sink::losses::{Losses, UserLosses},
     stacks::{Stacks, interpreters::Interpreters, recipes::RecipeMaps, store::Store},
     stuck::{self, Descriptor, Found, FoundBy, StuckSockets, older::Orphan},
 };
 
-/// What a trace is to do, beyond what the kernel half was asked for when it was loaded.
+/// The options of a trace, apart from those with which the kernel half was loaded.
 pub struct Options {
     /// The age from which sockets in a teardown state are reported.
     pub linger: Linger,
@@ -40,13 +42,13 @@ pub struct Options {
     pub connections: u32,
     /// With `-- COMMAND`: its processes.
     pub followed: Option<Followed>,
-    /// Whether threads give up what they do not need.
+    /// Whether threads give up the privileges that they do not need.
     pub sandbox: bool,
-    /// With `--record`, and what the recording begins with.
-    pub recorder: Option<(Recorder, Step)>,
+    /// With `--record`: the recording, and its first step.
+    pub recorder: Option<(Recorder, RecordedStep)>,
 }
 
-/// How often the ring is read while descriptors are looked through.
+/// How often the ring is read during a search of descriptors.
 const SEARCH_STEP: Duration = Duration::from_millis(10);
 
 /// A trace that runs.
@@ -69,7 +71,7 @@ pub struct Live {
 
 impl Live {
     /// Takes the maps that it needs, begins to watch for new processes, and finds the open sockets that are
-    /// older than the trace. Must be called in a tokio runtime.
+    /// older than the trace. It must be called in a tokio runtime.
     ///
     /// # Errors
     /// The object lacks a map, a thread cannot be started, or the recording cannot be written.
@@ -123,8 +125,8 @@ impl Live {
         self.kernel.logger()
     }
 
-    /// Counts for `--metrics` from now on, and returns what is counted.
-    pub fn serve_metrics(&mut self) -> metrics::Shared {
+    /// Begins to count for `--metrics`, and returns the metrics.
+    pub fn serve_metrics(&mut self) -> metrics::SharedMetrics {
         let metrics = Arc::new(Mutex::new(Metrics::new(self.kernel.programs())));
         self.pipeline.report.count_in(Arc::clone(&metrics));
         metrics
@@ -138,7 +140,7 @@ impl Live {
         self.ring.ready().await
     }
 
-    /// Asks which sockets were stuck before the trace. Call it once the trace is ready.
+    /// Starts to look for sockets that were stuck before the trace. Call it once the trace is ready.
     ///
     /// # Errors
     /// A thread cannot be started.
@@ -174,11 +176,11 @@ impl Live {
             }
             self.owners_pace.took(self.search_time);
             if self.kernel.searches_whole_host() {
-                self.keep(|| Step::Searched(arrivals))?;
+                self.keep(|| RecordedStep::Searched(arrivals))?;
                 self.pipeline.correlator.searched(arrivals);
             }
-            // On a busy host a search may have waited long for a CPU. What has arrived meanwhile waits from now
-            // on for the next one.
+            // On a busy host, the search may have waited long for a CPU. For endings that have arrived
+            // meanwhile, the wait for an owner begins now.
             now = Clock::boot_now();
             if self.drain()? == Going::Done {
                 return Ok(Going::Done);
@@ -194,7 +196,7 @@ impl Live {
             }
             found
         })?;
-        self.keep(|| Step::CaughtUp { now, found: recorded })?;
+        self.keep(|| RecordedStep::CaughtUp { now, found: recorded })?;
         if going == Going::Done {
             return self.done();
         }
@@ -205,7 +207,7 @@ impl Live {
         self.flush()
     }
 
-    /// Looks through all descriptors, and reads the ring until that is done. Endings that need no owner are
+    /// Searches all descriptors, and reads the ring until that is done. Endings that need no owner are
     /// reported meanwhile.
     fn search_descriptors(&mut self) -> Result<Going> {
         let Some(search) = self.kernel.start_search() else { return Ok(Going::On) };
@@ -230,8 +232,8 @@ impl Live {
 
     /// Reads the ring to its end.
     fn drain(&mut self) -> Result<Going> {
-        // Each time, because what the inventory and the inspections write clears the request, and would be
-        // the only thing to wake the reader.
+        // The wake-up is requested each time, because records of the inventory and of inspections clear the
+        // request, and no later record would wake the reader.
         self.ring.request_wakeup()?;
         while let Some(bytes) = self.ring.next_record() {
             let record = match decode(bytes) {
@@ -249,7 +251,7 @@ impl Live {
                 }
                 Record::Stack(copy, stack) => {
                     self.pipeline.host.stack_copied(&copy, stack);
-                    // A recording holds the named frames instead.
+                    // A recording contains the named frames instead.
                     continue;
                 }
                 Record::Stuck(life) => {
@@ -270,7 +272,7 @@ impl Live {
         Ok(Going::On)
     }
 
-    /// Takes in a socket that was inspected.
+    /// Handles a socket that was inspected.
     fn inspected(&mut self, life: Box<Life>, record: &[u8]) -> Result<()> {
         let at = Clock::boot_now();
         let age = self.stuck.inspected(&life, at);
@@ -279,7 +281,7 @@ impl Live {
         }
         if let Some(recorder) = &mut self.recorder {
             let stuck::age::Age { since, at_least, at_most } = age;
-            recorder.step(&Step::Inspected { at, since, at_least, at_most }).context(UNWRITTEN)?;
+            recorder.step(&RecordedStep::Inspected { at, since, at_least, at_most }).context(UNWRITTEN)?;
             recorder.record(record).context(UNWRITTEN)?;
         }
         self.pipeline.found.socket(life, at, age);
@@ -305,12 +307,12 @@ impl Live {
     fn report_due(&mut self) -> Result<Going> {
         self.synchronize()?;
         let due = self.stuck.due(self.kernel.table(), Clock::boot_now());
-        if self.inspect(&due, When::Now)? == Going::Done {
+        if self.inspect(&due, StuckPhase::Now)? == Going::Done {
             return Ok(Going::Done);
         }
         for orphan in self.stuck.due_orphans() {
             let lingering = Box::new(self.orphan(&orphan));
-            self.keep(|| Step::Orphan(lingering.clone()))?;
+            self.keep(|| RecordedStep::Orphan(lingering.clone()))?;
             if self.pipeline.event(Event::Lingering(lingering))? == Going::Done {
                 return self.done();
             }
@@ -319,13 +321,13 @@ impl Live {
     }
 
     /// Inspects sockets in a teardown state and reports those that are stuck.
-    fn inspect(&mut self, addresses: &[u64], when: When) -> Result<Going> {
+    fn inspect(&mut self, addresses: &[u64], when: StuckPhase) -> Result<Going> {
         for addresses in addresses.chunks(stuck::BATCH) {
-            // Earlier records must not fill the ring.
+            // The ring must not be full of earlier records.
             if self.drain()? == Going::Done {
                 return Ok(Going::Done);
             }
-            // Results left over from a failed inspection are out of date.
+            // Results that are left from a failed inspection are out of date.
             self.pipeline.found = Found::default();
             let pass = self.stuck.begin()?;
             if !addresses.iter().all(|address| self.kernel.inspect(*address, pass)) {
@@ -338,7 +340,7 @@ impl Live {
                 return Ok(Going::Done);
             }
             let going = self.pipeline.stuck(when)?;
-            self.keep(|| Step::Stuck { at_end: when == When::AtEnd })?;
+            self.keep(|| RecordedStep::Stuck { at_end: when == StuckPhase::AtEnd })?;
             if going == Going::Done {
                 return self.done();
             }
@@ -352,12 +354,16 @@ impl Live {
             return self.search_descriptors();
         }
         if !privilege::in_initial_pid_namespace() {
-            // The ids in `/proc` are others than those of the kernel half.
+            // The ids in `/proc` are not those of the kernel half.
             return Ok(Going::On);
         }
         for (id, fd, holder) in self.pipeline.found.look_up_holders() {
-            let step =
-                || Step::Descriptor { address: id.address, born: id.born, fd, holder: (*holder).clone() };
+            let step = || RecordedStep::Descriptor {
+                address: id.address,
+                born: id.born,
+                fd,
+                holder: (*holder).clone(),
+            };
             self.keep(step)?;
             self.pipeline.found.descriptor(id, Descriptor { fd, holder: FoundBy::Procfs(holder) });
         }
@@ -383,13 +389,18 @@ impl Live {
         self.pipeline.report.new_findings()
     }
 
-    /// Reads what is left in the ring and reports what was held back, what all events together show, and what
-    /// is complete only now; sockets that are still stuck go to the summary.
+    /// Reads the rest of the ring, and reports what was held back, the findings, and output that is complete
+    /// only at the end. Sockets that are still stuck are counted in the summary.
     ///
     /// # Errors
     /// Those of [`Self::read`], and the flame graph cannot be written.
     pub fn finish(&mut self) -> Result<()> {
         self.read_rest()?;
+        if self.pipeline.report.is_reader_gone() {
+            // A recording is to contain what the output has lost.
+            self.report_losses()?;
+            let _ = self.flush()?;
+        }
         self.pipeline.report.finish()
     }
 
@@ -398,11 +409,11 @@ impl Live {
             return Ok(());
         }
         let addresses = self.stuck.all(self.kernel.table());
-        if self.inspect(&addresses, When::AtEnd)? == Going::Done {
+        if self.inspect(&addresses, StuckPhase::AtEnd)? == Going::Done {
             return Ok(());
         }
         while self.read()? == Going::On && self.pipeline.correlator.is_waiting() {
-            // What is held back is reported with the second read.
+            // Endings that are held back are reported with the second read.
             std::thread::sleep(GATHER / 10);
         }
         Ok(())
@@ -422,7 +433,7 @@ impl Live {
 
     fn report_losses(&mut self) -> Result<()> {
         for lost in self.losses.news(&self.kernel, self.user_losses()) {
-            self.keep(|| Step::Lost(lost.clone()))?;
+            self.keep(|| RecordedStep::Lost(lost.clone()))?;
             self.pipeline.report.lost(lost)?;
         }
         Ok(())
@@ -441,11 +452,11 @@ impl Live {
         let clock = &mut self.pipeline.composer.clock;
         clock.synchronize();
         let (wall_minus_boot, suspended) = clock.offsets();
-        self.keep(|| Step::Clock { wall_minus_boot, suspended })
+        self.keep(|| RecordedStep::Clock { wall_minus_boot, suspended })
     }
 
     /// Adds a step to the recording, if there is one, and the answers that the step needed.
-    fn keep(&mut self, step: impl FnOnce() -> Step) -> Result<()> {
+    fn keep(&mut self, step: impl FnOnce() -> RecordedStep) -> Result<()> {
         if let Some(recorder) = &mut self.recorder {
             recorder.step(&step()).context(UNWRITTEN)?;
             self.keep_answers()?;
@@ -456,7 +467,7 @@ impl Live {
     fn keep_answers(&mut self) -> Result<()> {
         if let Some(recorder) = &mut self.recorder {
             for (question, answer) in self.pipeline.host.fresh_answers() {
-                recorder.step(&Step::Answer(question, answer)).context(UNWRITTEN)?;
+                recorder.step(&RecordedStep::Answer(question, answer)).context(UNWRITTEN)?;
             }
         }
         Ok(())
