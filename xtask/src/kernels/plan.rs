@@ -8,14 +8,13 @@ use crate::{platform::Platform, suite::Suite};
 /// Test programs that do not run in virtual machines: tests of the tests' own code; the crowd, which an
 /// emulated processor cannot finish within the time limits; and tests with programs that the machine does not
 /// contain (nginx, Redis, Python, Java, gdb, compilers, podman, Prometheus).
-const LEFT_OUT: [&str; 10] = [
+const LEFT_OUT: [&str; 9] = [
     "tcpclose_tests",
     "harness",
     "crowd",
     "cases",
     "diagnose",
     "stacks",
-    "compat",
     "containers",
     "hostile",
     "metrics",
