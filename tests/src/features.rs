@@ -3,8 +3,9 @@
 //! distributions backport changes.
 
 use std::{
+    env,
     ffi::c_void,
-    env, fs, mem,
+    fs, mem,
     os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
     path::PathBuf,
     process::Command,

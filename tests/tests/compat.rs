@@ -32,7 +32,7 @@ fn calls_of_a_32_bit_program_have_their_names() -> Result<()> {
         let listener = namespace.inside(|| Ok(TcpListener::bind(("127.0.0.1", 0))?))?;
         let port = listener.local_addr()?.port();
         let mut command = Command::new(features::compat()?);
-        command.args([&port.to_string(), call]);
+        command.args([port.to_string().as_str(), call]);
         namespace.enter(&mut command)?;
         let mut child = command.spawn()?;
         let (mut server, _) = listener.accept()?;

@@ -252,24 +252,22 @@ fn unanswered(wait: f64) -> Value {
 /// did not wait for looks the same.
 #[test]
 fn what_follows_an_answer_may_be_no_request() {
-    let mut at_server =
-        json!({"last_data": "received", "idle_ms": 1000.0, "since_sent_ms": 1100.0, "since_received_ms": 1000.0});
+    let mut at_server = json!({"last_data": "received", "idle_ms": 1000.0, "since_sent_ms": 1100.0, "since_received_ms": 1000.0});
     let mut at_client =
         json!({"last_data": "sent", "idle_ms": 1000.0, "since_sent_ms": 1000.0, "since_received_ms": 1100.0});
     none(many(20, |at, port| server(at, port, &at_server)));
     none(many(20, |at, port| client(at, port, &at_client)));
-    none((0..20).flat_map(|n: u16| {
-        let (at, port) = (f64::from(n), 40_000 + n);
-        [server(at, port, &at_server), client(at, port, &at_client)]
-    }).collect());
-    // The answer to it came after the client had closed.
-    let teardown = |names: [&str; 3]| {
-        json!([{"state": names[0], "at_ms": 0.0}, {"state": names[1], "at_ms": 5000.0}, {"state": names[2], "at_ms": 5400.0}])
-    };
-    merge(
-        &mut at_server,
-        &json!({"ended": "reset_received", "cause": "peer_reset", "close_wait_ms": 400.0}),
+    none(
+        (0..20)
+            .flat_map(|n: u16| {
+                let (at, port) = (f64::from(n), 40_000 + n);
+                [server(at, port, &at_server), client(at, port, &at_client)]
+            })
+            .collect(),
     );
+    // The answer to it came after the client had closed.
+    let teardown = |names: [&str; 3]| json!([{"state": names[0], "at_ms": 0.0}, {"state": names[1], "at_ms": 5000.0}, {"state": names[2], "at_ms": 5400.0}]);
+    merge(&mut at_server, &json!({"ended": "reset_received", "cause": "peer_reset", "close_wait_ms": 400.0}));
     at_server["states"] = teardown(["ESTABLISHED", "CLOSE_WAIT", "CLOSE"]);
     merge(&mut at_client, &json!({"ended": "reset_sent", "cause": "data_after_close"}));
     at_client["states"] = teardown(["ESTABLISHED", "FIN_WAIT1", "CLOSE"]);

@@ -46,12 +46,7 @@ pub(crate) fn node_closes_what_nginx_keeps() -> Result<()> {
     Ok(())
 }
 
-fn node_closes(
-    tool: &Tool,
-    namespace: &Namespace,
-    folder: &Scratch,
-    node: &Program,
-) -> Result<()> {
+fn node_closes(tool: &Tool, namespace: &Namespace, folder: &Scratch, node: &Program) -> Result<()> {
     ensure!(node.line()? == "ready");
     let nginx = start_nginx(namespace, folder.path())?;
     let mut client = namespace.inside(|| Ok(TcpStream::connect(("127.0.0.1", NGINX_PORT))?))?;
