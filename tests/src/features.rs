@@ -3,12 +3,16 @@
 //! distributions backport changes.
 
 use std::{
+    env,
     ffi::c_void,
     fs, mem,
     os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+    path::PathBuf,
+    process::Command,
     sync::OnceLock,
 };
 
+use anyhow::{Context, Result};
 use nix::{
     libc,
     sys::resource::{RLIM_INFINITY, Resource, setrlimit},
@@ -42,6 +46,8 @@ pub enum Feature {
     UringShutdown,
     /// Maps do not count as locked memory (5.11).
     UnlockedMaps,
+    /// The kernel and the processor run 32-bit programs.
+    Programs32,
     /// The tool may read the kernel's BTF. [`TYPES_VARIABLE`] disables it.
     Types,
     /// The machine exists for the tests only, and tests may change it. [`MACHINE_VARIABLE`] says so.
@@ -59,13 +65,13 @@ const MAY_LACK_VARIABLE: &str = "TCPCLOSE_TESTS_MAY_LACK";
 
 /// The features that are missing although this kernel has to have them.
 pub fn unlawfully_missing() -> Vec<Feature> {
-    let Ok(lawful) = std::env::var(MAY_LACK_VARIABLE) else { return Vec::new() };
+    let Ok(lawful) = env::var(MAY_LACK_VARIABLE) else { return Vec::new() };
     let may_lack = |feature: &Feature| lawful.split(',').any(|name| name == format!("{feature:?}"));
     Feature::ALL.into_iter().filter(|feature| !feature.is_here() && !may_lack(feature)).collect()
 }
 
 impl Feature {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::EveryReset,
         Self::ReasonsOfOwnResets,
         Self::Cookies,
@@ -74,6 +80,7 @@ impl Feature {
         Self::Mptcp,
         Self::UringShutdown,
         Self::UnlockedMaps,
+        Self::Programs32,
         Self::Types,
         Self::OwnMachine,
     ];
@@ -96,8 +103,9 @@ impl Feature {
             Self::Mptcp => fs::exists("/proc/sys/net/mptcp").unwrap_or(false),
             Self::UringShutdown => has_name("IORING_OP_SHUTDOWN"),
             Self::UnlockedMaps => !has_name("bpf_map_charge_init"),
-            Self::Types => std::env::var_os(TYPES_VARIABLE).is_none_or(|value| value != "none"),
-            Self::OwnMachine => std::env::var_os(MACHINE_VARIABLE).is_some(),
+            Self::Programs32 => compat().is_ok_and(|program| Command::new(program).status().is_ok()),
+            Self::Types => env::var_os(TYPES_VARIABLE).is_none_or(|value| value != "none"),
+            Self::OwnMachine => env::var_os(MACHINE_VARIABLE).is_some(),
         }
     }
 
@@ -121,10 +129,17 @@ impl Feature {
             Self::Mptcp => "MPTCP",
             Self::UringShutdown => "shutdown by io_uring",
             Self::UnlockedMaps => "map that is not locked memory",
+            Self::Programs32 => "way to run 32-bit programs",
             Self::Types => "description of the kernel's types",
             Self::OwnMachine => "machine of the tests' own (TCPCLOSE_TESTS_MACHINE is not set)",
         }
     }
+}
+
+/// The 32-bit program, which `cargo xtask test` builds. Without arguments it does nothing.
+pub fn compat() -> Result<PathBuf> {
+    let program = env::var_os("TCPCLOSE_TESTS_COMPAT");
+    program.map(PathBuf::from).context("TCPCLOSE_TESTS_COMPAT does not name it: run `cargo xtask test`")
 }
 
 /// The expected `reason` of a RST: this name, where the kernel reports reasons.

@@ -34,6 +34,8 @@ pub const REDIS: &str = "/usr/bin/redis-check-rdb";
 
 /// The port on which nginx listens.
 pub const NGINX_PORT: u16 = 8080;
+/// The port on which nginx speaks HTTP/2, without TLS.
+pub const NGINX_HTTP2_PORT: u16 = 8081;
 /// The port on which nginx speaks TLS.
 pub const NGINX_TLS_PORT: u16 = 8443;
 /// The port to which nginx forwards requests.

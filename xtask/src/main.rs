@@ -103,7 +103,7 @@ fn start(task: Task) -> anyhow::Result<()> {
         }
         Task::Setup => {
             let tools = tools::for_building()?;
-            tools::for_testing()?;
+            tools::for_testing(Platform::host())?;
             tools::for_machines(Platform::host())?;
             println!("{tools}");
             Ok(())

@@ -22,6 +22,10 @@ pub(crate) struct Platform {
     pub(crate) gnu: &'static str,
     /// The linker command and the library for cross-linking, each with the package that contains it.
     pub(crate) linker: [(&'static str, Package); 2],
+    /// The compiler of 32-bit programs, with its package, if it is not the one of the platform's own programs.
+    pub(crate) compiler_32: Option<(&'static str, Package)>,
+    /// The compiler's option for 32-bit programs.
+    pub(crate) option_32: &'static str,
     /// The emulator, and the package that contains it.
     pub(crate) qemu: (&'static str, Package),
     /// The emulator's arguments for an emulated processor.
@@ -50,6 +54,8 @@ static PLATFORMS: [Platform; 2] = [
                 Package { name: "libc6-dev-amd64-cross", purpose: "the C library that they are linked to" },
             ),
         ],
+        compiler_32: None,
+        option_32: "-m32",
         qemu: (
             "qemu-system-x86_64",
             Package { name: "qemu-system-x86", purpose: "QEMU, in which tests run on other kernels" },
@@ -76,6 +82,15 @@ static PLATFORMS: [Platform; 2] = [
                 Package { name: "libc6-dev-arm64-cross", purpose: "the C library that they are linked to" },
             ),
         ],
+        compiler_32: Some((
+            "arm-linux-gnueabihf-gcc",
+            Package {
+                name: "gcc-arm-linux-gnueabihf",
+                purpose: "a compiler for arm32, whose programs run on arm64",
+            },
+        )),
+        // The instructions that the test program contains are those, not Thumb.
+        option_32: "-marm",
         qemu: (
             "qemu-system-aarch64",
             Package { name: "qemu-system-arm", purpose: "QEMU, in which tests run on kernels for arm64" },

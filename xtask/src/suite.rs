@@ -3,7 +3,7 @@
 
 use std::{
     collections::BTreeMap,
-    env,
+    env, fs,
     io::{BufRead, BufReader, Write},
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -21,12 +21,17 @@ use crate::{
 /// The package with the tests.
 pub(crate) const PACKAGE: &str = "tcpclose-tests";
 
+/// The variable with the path of the 32-bit program (`tests/src/features.rs`).
+const COMPAT: &str = "TCPCLOSE_TESTS_COMPAT";
+
 /// The built tests.
 pub(crate) struct Suite {
     /// Programs that contain tests, by file name.
     tests: BTreeMap<String, PathBuf>,
     /// Programs that tests start.
     helpers: BTreeMap<String, PathBuf>,
+    /// A 32-bit program that a test starts.
+    pub(crate) compat: PathBuf,
     folder: PathBuf,
 }
 
@@ -42,8 +47,12 @@ impl Suite {
         platform.choose(&mut cargo);
         let output = cargo.stderr(Stdio::inherit()).output().context("cannot start cargo")?;
         ensure!(output.status.success(), "this command failed ({}): {}", output.status, line(&cargo));
-        let mut suite =
-            Self { tests: BTreeMap::new(), helpers: BTreeMap::new(), folder: workspace.root.join("tests") };
+        let mut suite = Self {
+            tests: BTreeMap::new(),
+            helpers: BTreeMap::new(),
+            compat: build_compat(workspace, platform)?,
+            folder: workspace.root.join("tests"),
+        };
         for message in String::from_utf8_lossy(&output.stdout).lines() {
             let message: Value = serde_json::from_str(message).context("cargo said what is not JSON")?;
             let Some(executable) = message["executable"].as_str().map(PathBuf::from) else { continue };
@@ -76,7 +85,8 @@ impl Suite {
     /// The variables that the tests expect.
     pub(crate) fn variables(&self, tcpclose: &Path) -> BTreeMap<String, PathBuf> {
         let helpers = self.helpers.iter().map(|(name, path)| (format!("CARGO_BIN_EXE_{name}"), path.clone()));
-        helpers.chain([("TCPCLOSE_BIN".to_owned(), tcpclose.to_owned())]).collect()
+        let others = [("TCPCLOSE_BIN", tcpclose), (COMPAT, &self.compat)];
+        helpers.chain(others.map(|(name, path)| (name.to_owned(), path.to_owned()))).collect()
     }
 
     /// Runs the tests on this host; shows and returns their output. `tests/src/rerun.rs` marks where the
@@ -114,4 +124,18 @@ impl Suite {
         said.push_str("=== all\n");
         Ok(said)
     }
+}
+
+/// Builds the 32-bit program of `tests/tests/compat.rs`. It needs no library, so that the compiler alone is
+/// enough.
+fn build_compat(workspace: &Workspace, platform: &Platform) -> Result<PathBuf> {
+    let folder = platform.folder(&workspace.target.join("tests"));
+    fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    let program = folder.join("compat");
+    let compiler = platform.compiler_32.map_or_else(|| platform.tool("gcc"), |(name, _)| name.to_owned());
+    let mut compiler = Command::new(compiler);
+    compiler.arg(platform.option_32).args(["-nostdlib", "-static", "-no-pie", "-O1", "-fno-stack-protector"]);
+    compiler.arg("-fomit-frame-pointer").arg("-o").arg(&program);
+    command::run(compiler.arg(workspace.root.join("tests/tests/compat.c")))?;
+    Ok(program)
 }

@@ -56,7 +56,7 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
         "--target needs --kernel or --kernels, which select the kernels of that platform"
     );
     let everything = args.filters.is_empty() && here;
-    tools::for_testing()?;
+    tools::for_testing(platform)?;
     tools::for_platform(platform)?;
     let mut failed = Vec::new();
     let has_machines = elsewhere && {

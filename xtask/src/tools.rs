@@ -112,9 +112,10 @@ pub(crate) fn for_building() -> Result<Tools> {
     Ok(Tools { compiler, linker })
 }
 
-/// Installs missing tools that tests use.
-pub(crate) fn for_testing() -> Result<()> {
-    install_missing("the tests need", &FOR_TESTS)
+/// Installs missing tools that tests use, on a platform.
+pub(crate) fn for_testing(platform: &Platform) -> Result<()> {
+    let compiler: Vec<_> = platform.compiler_32.into_iter().collect();
+    install_missing("the tests need", &[&FOR_TESTS[..], &compiler].concat())
 }
 
 /// Installs missing commands that virtual machines need.

@@ -269,6 +269,40 @@ impl End {
         since.or(self.idle_ms)
     }
 
+    /// How long a request had been pending when its client gave it up. If the server had sent something before
+    /// it, the last data of the client may be no request: clients of HTTP/2 acknowledge settings and pings,
+    /// and return windows whenever they have read. Then only an answer that came too late shows that it was
+    /// one.
+    pub(crate) fn given_up_after_ms(&self) -> Option<f64> {
+        let wait = self.waited_ms().filter(|wait| *wait >= WAIT_MS)?;
+        (!self.had_answers() || self.was_answered_late()).then_some(wait)
+    }
+
+    /// Whether the server had sent something when the teardown began.
+    fn had_answers(&self) -> bool {
+        let (server, client) = match self.role {
+            Some(Role::Server) => (self.since_sent_ms, self.since_received_ms),
+            _ => (self.since_received_ms, self.since_sent_ms),
+        };
+        // Without both, the lines do not distinguish the directions.
+        server.is_some() || client.is_none() && self.sent_by_server() > 0
+    }
+
+    /// Whether the server sent something after the client had closed, which was answered with a RST, and
+    /// later than it would have answered a farewell.
+    fn was_answered_late(&self) -> bool {
+        let met_a_reset = match self.role {
+            Some(Role::Server) => self.ended == Some(Ended::ResetReceived),
+            _ => self.cause == Some(Cause::DataAfterClose),
+        };
+        met_a_reset && self.time.saturating_sub(self.moved) >= nanoseconds(WAIT_MS)
+    }
+
+    /// When the connection's first state was seen.
+    pub(crate) fn began(&self) -> i64 {
+        self.time.saturating_sub(nanoseconds(self.path.length_ms))
+    }
+
     /// How long the connection had been idle, after an answer or without any data, when the teardown began.
     pub(crate) fn idle_after_answer_ms(&self) -> Option<f64> {
         match (self.waited_ms(), self.sent.min(self.received)) {

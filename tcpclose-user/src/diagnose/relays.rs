@@ -1,9 +1,11 @@
 //! Clients that gave up while a proxy asked its own server for their answer, where the client's connection
-//! does not show it: the request came in the same tick of the kernel's clock as the answer before it, or the
-//! client said farewell (TLS `close_notify`), which makes the last data recent.
+//! does not show it: the request came after another one that was answered, so that it may as well have been no
+//! request ([`End::given_up_after_ms`]), or the client said farewell (TLS `close_notify`), which makes the last
+//! data recent.
 //!
-//! The proxy shows it. It gives up its own request, which is certainly pending, as soon as its client has
-//! closed, and it had sent the client nothing for at least as long.
+//! The proxy shows it. It gives up its own request as soon as its client has closed, and it had sent the
+//! client nothing for at least as long. What passes on only bytes, such as a TCP proxy, knows no requests, and
+//! its second connection says no more than its first.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -31,9 +33,30 @@ struct ProxyEnd {
     moved: i64,
     /// How long a request had been pending, or how long the client had been sent nothing.
     waited_ms: f64,
+    began: i64,
+    /// The number of bytes from the client, and to it.
+    bytes: (u64, u64),
+    /// The end shows by itself that the request was one.
+    is_certain: bool,
+    /// The last data is recent, as after a farewell.
+    is_recent: bool,
 }
 
-/// A client that gave up.
+impl ProxyEnd {
+    fn gave_up(&self, waited_ms: f64) -> GaveUp {
+        GaveUp { key: self.key, place: self.place, moved: self.moved, waited_ms }
+    }
+
+    /// Whether the client's end and the proxy's own may be those of a proxy that knows no requests: it opens
+    /// both connections at once, and forwards every byte, without TLS if it ends that for its clients.
+    fn may_only_forward(&self, dropped: &Self) -> bool {
+        let (own, other) = (self.bytes, dropped.bytes);
+        (self.began - dropped.began).abs() <= REACTION
+            && (self.is_recent || own.0 == other.0 || own.1 == other.1)
+    }
+}
+
+/// A client that gave up, seen from either end.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct GaveUp {
     pub(crate) key: ServiceKey,
@@ -56,28 +79,38 @@ impl Relays {
             return;
         }
         let Some(key) = ServiceKey::of(end) else { return };
-        let waited = end.waited_ms().filter(|wait| *wait >= WAIT_MS);
-        let side = |waited_ms| ProxyEnd {
+        let waited = end.waited_ms();
+        let is_certain = end.given_up_after_ms().is_some();
+        let side = |waited_ms, bytes| ProxyEnd {
             place: end.place,
             key,
             pid: end.pid,
             tid: end.tid,
             moved: end.moved,
             waited_ms,
+            began: end.began(),
+            bytes,
+            is_certain,
+            is_recent: waited.is_some_and(|wait| wait < WAIT_MS),
         };
-        match (end.role, waited) {
-            (Some(Role::Client), Some(wait)) if end.closed_here() => push(&mut self.dropped, side(wait)),
-            (Some(Role::Server), None) if end.closed_there() => {
+        match end.role {
+            Some(Role::Client) if end.closed_here() => {
+                if let Some(wait) = waited.filter(|wait| *wait >= WAIT_MS) {
+                    push(&mut self.dropped, side(wait, (end.sent, end.received)));
+                }
+            }
+            Some(Role::Server) if end.closed_there() && !is_certain => {
                 if let Some(silence) = end.since_sent_ms.or(end.idle_ms).filter(|silence| *silence >= WAIT_MS)
                 {
-                    push(&mut self.left, side(silence));
+                    push(&mut self.left, side(silence, (end.received, end.sent)));
                 }
             }
             _ => {}
         }
     }
 
-    /// Joins what both sides show, each end once.
+    /// Joins what both sides show, each end once: the client gave up, and the proxy did, if its own end does
+    /// not show that by itself.
     pub(crate) fn join(&mut self) -> Vec<GaveUp> {
         let mut left: HashMap<(u16, u32), Vec<ProxyEnd>> = HashMap::new();
         for side in self.left.drain(..) {
@@ -90,17 +123,16 @@ impl Relays {
             let fits = |side: &ProxyEnd| {
                 (-early..=REACTION).contains(&(dropped.moved - side.moved))
                     && side.waited_ms + TICKS_MS >= dropped.waited_ms
+                    && (dropped.is_certain || !side.may_only_forward(dropped))
             };
             // The one of the same thread, and of those the nearest in time.
             let distance = |side: &ProxyEnd| (side.tid != dropped.tid, (dropped.moved - side.moved).abs());
             let candidates = sides.iter().enumerate().filter(|(_, side)| fits(side));
             let Some((index, side)) = candidates.min_by_key(|(_, side)| distance(side)) else { return true };
-            found.push(GaveUp {
-                key: side.key,
-                place: side.place,
-                moved: side.moved,
-                waited_ms: dropped.waited_ms,
-            });
+            found.push(side.gave_up(dropped.waited_ms));
+            if !dropped.is_certain {
+                found.push(dropped.gave_up(dropped.waited_ms));
+            }
             sides.swap_remove(index);
             false
         });

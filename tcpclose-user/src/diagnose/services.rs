@@ -12,7 +12,7 @@ use foldhash::fast::RandomState;
 
 use crate::{
     diagnose::{
-        end::{End, IDLE_MS, Place, ServiceKey, WAIT_MS},
+        end::{End, IDLE_MS, Place, ServiceKey},
         marks::{Marks, Series},
         names::Who,
         pairs::PairKey,
@@ -234,7 +234,7 @@ impl Services {
         }
     }
 
-    /// Adds a client that gave up, as its proxy shows.
+    /// Adds an end whose client gave up, as a proxy shows.
     pub(crate) fn gave_up(&mut self, gave_up: &GaveUp) {
         self.get(gave_up.key).gave_up.add(gave_up.place, gave_up.moved, gave_up.waited_ms);
     }
@@ -318,7 +318,7 @@ impl Service {
         let client_died = peer.is_some_and(|peer| peer.death.is_some());
         if end.closed_there()
             && !client_died
-            && let Some(wait) = end.waited_ms().filter(|wait| *wait >= WAIT_MS)
+            && let Some(wait) = end.given_up_after_ms()
         {
             self.gave_up.add(place, end.moved, wait);
         }
@@ -331,7 +331,7 @@ impl Service {
             if end.death.is_some() {
                 return;
             }
-            if let Some(wait) = end.waited_ms().filter(|wait| *wait >= WAIT_MS) {
+            if let Some(wait) = end.given_up_after_ms() {
                 self.gave_up.add(place, end.moved, wait);
             } else if let Some(idle) = end.idle_after_answer_ms() {
                 // A peer that knew the connection would have acknowledged the FIN before resetting it.

@@ -235,8 +235,7 @@ fn keepalive_mismatch_seen_from_the_server_alone() {
 
 #[test]
 fn client_gave_up_at_its_timeout() {
-    let gone = json!({"last_data": "received", "idle_ms": 3000.0});
-    let mut lines = many(6, |at, port| server(at, port, &gone));
+    let mut lines = many(6, |at, port| server(at, port, &unanswered(3000.0)));
     lines.push(server(10.0, 50_000, &json!({})));
     let finding = only(lines, FindingKind::ClientGaveUp);
     assert_near(number(&finding, "timeout_ms"), 3000.0);
@@ -244,11 +243,49 @@ fn client_gave_up_at_its_timeout() {
     assert_eq!(finding.lines, [1, 2, 3, 4, 5, 6]);
 }
 
+/// A server's end whose client closed after this wait for its first answer.
+fn unanswered(wait: f64) -> Value {
+    json!({"connection": {"bytes_sent": 0}, "last_data": "received", "idle_ms": wait})
+}
+
+/// A client of HTTP/2 returns a window 100 ms after its answer, and closes a second later: a request that it
+/// did not wait for looks the same.
+#[test]
+fn what_follows_an_answer_may_be_no_request() {
+    let mut at_server = json!({"last_data": "received", "idle_ms": 1000.0, "since_sent_ms": 1100.0, "since_received_ms": 1000.0});
+    let mut at_client =
+        json!({"last_data": "sent", "idle_ms": 1000.0, "since_sent_ms": 1000.0, "since_received_ms": 1100.0});
+    none(many(20, |at, port| server(at, port, &at_server)));
+    none(many(20, |at, port| client(at, port, &at_client)));
+    none(
+        (0..20)
+            .flat_map(|n: u16| {
+                let (at, port) = (f64::from(n), 40_000 + n);
+                [server(at, port, &at_server), client(at, port, &at_client)]
+            })
+            .collect(),
+    );
+    // The answer to it came after the client had closed.
+    let teardown = |names: [&str; 3]| json!([{"state": names[0], "at_ms": 0.0}, {"state": names[1], "at_ms": 5000.0}, {"state": names[2], "at_ms": 5400.0}]);
+    merge(&mut at_server, &json!({"ended": "reset_received", "cause": "peer_reset", "close_wait_ms": 400.0}));
+    at_server["states"] = teardown(["ESTABLISHED", "CLOSE_WAIT", "CLOSE"]);
+    merge(&mut at_client, &json!({"ended": "reset_sent", "cause": "data_after_close"}));
+    at_client["states"] = teardown(["ESTABLISHED", "FIN_WAIT1", "CLOSE"]);
+    only(many(6, |at, port| server(at, port, &at_server)), FindingKind::ClientGaveUp);
+    only(many(6, |at, port| client(at, port, &at_client)), FindingKind::ClientGaveUp);
+    // So soon after that it may be the answer to a farewell, or to nothing.
+    at_server["states"][2]["at_ms"] = 5001.0.into();
+    at_client["states"][2]["at_ms"] = 5001.0.into();
+    none(many(20, |at, port| server(at, port, &at_server)));
+    none(many(20, |at, port| client(at, port, &at_client)));
+}
+
 /// The two ends of a proxy whose client gave up after three seconds: the client's second request came in the
 /// same tick as the answer before it, so that its own end does not show that it waited.
 fn client_of_a_proxy_gave_up(at: f64, port: u16) -> [Value; 2] {
     let front = json!({
-        "connection": {"local": {"port": 8080}}, "process": {"pid": 15, "tid": 15, "comm": "proxy", "exe": "/bin/proxy"},
+        "connection": {"local": {"port": 8080}, "bytes_sent": 250, "bytes_received": 110},
+        "process": {"pid": 15, "tid": 15, "comm": "proxy", "exe": "/bin/proxy"},
         "last_data": null, "idle_ms": 3000.0, "since_sent_ms": 3000.0, "since_received_ms": 3000.0,
     });
     let upstream = json!({
@@ -260,19 +297,40 @@ fn client_of_a_proxy_gave_up(at: f64, port: u16) -> [Value; 2] {
 
 #[test]
 fn a_client_of_a_proxy_gave_up_in_the_tick_of_its_first_answer() {
-    let mut lines: Vec<Value> =
+    let lines: Vec<Value> =
         (0..6).flat_map(|n: u16| client_of_a_proxy_gave_up(f64::from(n), 40_000 + n)).collect();
     let finding = only(lines.clone(), FindingKind::ClientGaveUp);
     assert_near(number(&finding, "timeout_ms"), 2999.0);
     assert_near(number(&finding, "local_port"), 8080.0);
     assert_near(number(&finding, "upstream_dropped"), 6.0);
+    let changed = |of: &str, fields: &Value| {
+        let mut lines = lines.clone();
+        let ends = lines.iter_mut().filter(|line| line["connection"]["role"] == of);
+        ends.for_each(|line| merge(line, fields));
+        lines
+    };
     // The proxy had answered after all, and had then been idle: the client only closed an idle connection.
-    for line in &mut lines {
-        if line["connection"]["role"] == "client" {
-            merge(line, &json!({"last_data": "received"}));
+    none(changed("client", &json!({"last_data": "received"})));
+    // It may forward bytes without knowing requests, of a client that returned a window,
+    let forwarded = json!({"connection": {"bytes_sent": 200, "bytes_received": 100}});
+    none(changed("server", &forwarded));
+    // or end TLS for a client that said farewell.
+    let farewell = json!({"last_data": "received", "since_received_ms": 0.0, "idle_ms": 0.0});
+    none(changed("server", &farewell));
+    // But such a proxy has no connections that are older than its clients'.
+    let older = json!([{"state": "ESTABLISHED", "at_ms": 0.0}, {"state": "CLOSE", "at_ms": 9000.0}]);
+    for fields in [forwarded, farewell] {
+        let mut lines = changed("server", &fields);
+        for line in lines.iter_mut().filter(|line| line["connection"]["role"] == "client") {
+            line["states"] = older.clone();
         }
+        only(lines, FindingKind::ClientGaveUp);
     }
-    none(lines);
+    // And what was asked first is a request.
+    only(
+        changed("client", &json!({"connection": {"bytes_received": 0}, "since_received_ms": null})),
+        FindingKind::ClientGaveUp,
+    );
 }
 
 #[test]
@@ -281,7 +339,7 @@ fn people_who_left() {
     let gone = |at: f64, port| {
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an index")]
         let wait = waits[at as usize];
-        server(at, port, &json!({"last_data": "received", "idle_ms": wait}))
+        server(at, port, &unanswered(wait))
     };
     let mut lines = many(6, gone);
     lines.push(server(10.0, 50_000, &json!({})));
@@ -292,21 +350,16 @@ fn people_who_left() {
 
 #[test]
 fn nobody_gave_up_below_the_bar() {
-    let gone = |wait: f64| json!({"last_data": "received", "idle_ms": wait});
     let answered = || server(10.0, 50_000, &json!({}));
-    let mut four = many(4, |at, port| server(at, port, &gone(3000.0)));
+    let mut four = many(4, |at, port| server(at, port, &unanswered(3000.0)));
     four.push(answered());
     none(four);
     // The end of a benchmark: pending requests were a fraction of a second old.
-    let mut benchmark = many(50, |at, port| server(1.0, port, &gone(at)));
+    let mut benchmark = many(50, |at, port| server(1.0, port, &unanswered(at)));
     benchmark.push(answered());
     none(benchmark);
     // Logs are sent in one direction.
-    none(many(20, |at, port| {
-        let mut line = server(at, port, &gone(3000.0));
-        line["connection"]["bytes_sent"] = 0.into();
-        line
-    }));
+    none(many(20, |at, port| server(at, port, &unanswered(3000.0))));
 }
 
 #[test]
@@ -314,9 +367,11 @@ fn both_views_of_a_wait_are_one_finding() {
     let mut lines = Vec::new();
     for number in 0..6_u16 {
         let (time, port) = (f64::from(number), 40_000 + number);
-        lines.push(client(time, port, &json!({"last_data": "sent", "idle_ms": 3000.0})));
-        lines.push(server(time, port, &json!({"last_data": "received", "idle_ms": 3000.0})));
+        let asked = json!({"connection": {"bytes_received": 0}, "last_data": "sent", "idle_ms": 3000.0});
+        lines.push(client(time, port, &asked));
+        lines.push(server(time, port, &unanswered(3000.0)));
     }
+    lines.extend([server(9.0, 50_000, &json!({})), client(9.0, 50_000, &json!({}))]);
     let finding = only(lines, FindingKind::ClientGaveUp);
     assert_eq!(finding.process.expect("known").comm, "backend");
     assert_eq!(finding.remote.expect("known").comm.as_deref(), Some("app"));

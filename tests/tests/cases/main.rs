@@ -6,6 +6,7 @@ mod farewell;
 mod go;
 mod health_check;
 mod idle_client;
+mod keep_alive;
 mod memory;
 mod pool;
 mod proxy;
@@ -54,6 +55,7 @@ cases! {
     go::goroutines_of_a_stripped_program
     health_check::haproxy_resets_its_health_checks
     idle_client::redis_closes_what_its_client_has_forgotten
+    keep_alive::node_closes_what_nginx_keeps
     memory::the_oom_killer_is_named
     upload::node_refuses_an_upload
     websocket::nginx_closes_a_silent_websocket

@@ -1,7 +1,16 @@
 //! Busy programs without a fault, which have no findings. Each is busy for a few seconds, or for as many as
 //! `TCPCLOSE_TESTS_BUSY` says.
 
-use std::{fs, os::unix::fs::chown, path::Path, process::Command, thread, time::Duration};
+use std::{
+    fs,
+    io::{Read, Write},
+    net::TcpStream,
+    os::unix::fs::chown,
+    path::Path,
+    process::Command,
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Context, Result, ensure};
 use tcpclose_tests::{
@@ -9,8 +18,8 @@ use tcpclose_tests::{
     netns::run,
     program::Program,
     servers::{
-        BACKEND_PORT, NGINX, NGINX_PORT, NGINX_TLS_PORT, OPENSSL, PYTHON, REDIS, is_missing,
-        start_nginx_with_tls, start_script, wait_for_listener,
+        BACKEND_PORT, NGINX, NGINX_HTTP2_PORT, NGINX_PORT, NGINX_TLS_PORT, OPENSSL, PYTHON, REDIS,
+        is_missing, start_nginx_with_tls, start_script, wait_for_listener,
     },
     until,
 };
@@ -143,6 +152,81 @@ fn clients_that_drop_idle_connections() -> Result<()> {
         ensure!(client.ask("part")? == "done");
     }
     none(&site.diagnose(NGINX_TLS_PORT, 2 * SEVERAL)?)
+}
+
+/// The connection of a client of HTTP/2 (RFC 9113).
+struct Http2(TcpStream);
+
+impl Http2 {
+    const DATA: u8 = 0;
+    const HEADERS: u8 = 1;
+    const SETTINGS: u8 = 4;
+    const WINDOW_UPDATE: u8 = 8;
+    /// `ACK` of settings, and `END_STREAM` of everything else.
+    const LAST: u8 = 1;
+    const END_HEADERS: u8 = 4;
+
+    fn send(&mut self, kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Result<()> {
+        let length = u8::try_from(payload.len())?;
+        let head = [0, 0, length, kind, flags, 0, 0, 0, stream];
+        Ok(self.0.write_all(&[&head, payload].concat())?)
+    }
+
+    /// The kind and the flags of the next frame.
+    fn frame(&mut self) -> Result<(u8, u8)> {
+        let mut head = [0; 9];
+        self.0.read_exact(&mut head)?;
+        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+        self.0.read_exact(&mut vec![0; length.try_into()?])?;
+        Ok((head[3], head[4]))
+    }
+
+    /// Requests `/`, and reads the answer.
+    fn ask(&mut self) -> Result<()> {
+        // From the table of headers that every client knows (RFC 7541): GET, http, `/`, and a host.
+        let headers = [b"\x82\x86\x84\x41\x09".as_slice(), b"localhost"].concat();
+        self.0.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")?;
+        self.send(Self::SETTINGS, 0, 0, &[])?;
+        self.send(Self::HEADERS, Self::END_HEADERS | Self::LAST, 1, &headers)?;
+        loop {
+            match self.frame()? {
+                (Self::SETTINGS, 0) => self.send(Self::SETTINGS, Self::LAST, 0, &[])?,
+                (Self::DATA, flags) if flags & Self::LAST != 0 => return Ok(()),
+                _ => {}
+            }
+        }
+    }
+
+    /// Returns the window that the answer took.
+    fn return_window(&mut self) -> Result<()> {
+        self.send(Self::WINDOW_UPDATE, 0, 0, &[0, 0, 0, 2])
+    }
+}
+
+/// Clients of HTTP/2 that have been busy before they read their answers, and return the window only then.
+/// They keep their connections for a second, and close them.
+#[test]
+fn clients_that_return_a_window_late() -> Result<()> {
+    if is_missing(&[PYTHON, NGINX]) {
+        return Ok(());
+    }
+    let site = Site::open()?;
+    let _app = site.app("60")?;
+    let nginx = site.nginx()?;
+    let mut clients = Vec::new();
+    for stream in site.connect_several(NGINX_HTTP2_PORT)? {
+        let mut client = Http2(stream);
+        client.ask()?;
+        ensure!(nginx.line()? == "200 GET / HTTP/2.0");
+        clients.push(client);
+    }
+    // How long they are busy: longer than a tick of the kernel's clock.
+    thread::sleep(Duration::from_millis(100));
+    clients.iter_mut().try_for_each(Http2::return_window)?;
+    // How long they keep them.
+    thread::sleep(Duration::from_secs(1));
+    drop(clients);
+    none(&site.diagnose(NGINX_HTTP2_PORT, 2 * SEVERAL)?)
 }
 
 /// A JVM that requests pages through a pool.

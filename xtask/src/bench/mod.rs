@@ -31,6 +31,7 @@ use serde_json::Value;
 use crate::{
     apt::{self, Package},
     command::{self, line, say},
+    platform::Platform,
     run, tools,
     workspace::{Workspace, cargo_program},
 };
@@ -111,7 +112,7 @@ pub(crate) fn bench(workspace: &Workspace, args: &Args) -> Result<()> {
     let common = &args.common;
     let is_built = common.load.is_some();
     if !is_built {
-        tools::for_testing()?;
+        tools::for_testing(Platform::host())?;
         for (program, package) in OPTIONAL {
             if command::find(program).is_none() && !apt::install(&[package]).unwrap_or(false) {
                 say(&format!("there is no {}, and apt-get does not offer it", package.purpose));

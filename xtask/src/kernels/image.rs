@@ -74,6 +74,7 @@ pub(crate) fn common(folder: &Path, plan: &Plan) -> Result<Vec<u8>> {
     } else {
         add_from_packages(&root, plan.platform)?;
     }
+    copy_to(&suite.compat, &under(&root, &place(&suite.compat)))?;
     fs::copy(suite.helper("init")?, root.join("init"))?;
     let variables = suite
         .variables(tcpclose)

@@ -8,18 +8,8 @@ use crate::{platform::Platform, suite::Suite};
 /// Test programs that do not run in virtual machines: tests of the tests' own code; the crowd, which an
 /// emulated processor cannot finish within the time limits; and tests with programs that the machine does not
 /// contain (nginx, Redis, Python, Java, gdb, compilers, podman, Prometheus).
-const LEFT_OUT: [&str; 10] = [
-    "tcpclose_tests",
-    "harness",
-    "crowd",
-    "cases",
-    "diagnose",
-    "stacks",
-    "compat",
-    "containers",
-    "hostile",
-    "metrics",
-];
+const LEFT_OUT: [&str; 9] =
+    ["tcpclose_tests", "harness", "crowd", "cases", "diagnose", "stacks", "containers", "hostile", "metrics"];
 
 /// A test that needs bash, which the machine does not contain.
 const NEEDS_BASH: &str = "completions_are_scripts_of_the_shell";

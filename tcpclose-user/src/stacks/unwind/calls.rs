@@ -1,5 +1,6 @@
 //! Return addresses follow calls. If nothing else shows what a word of the stack is, this distinguishes
-//! return addresses from other numbers.
+//! return addresses from other numbers. Go has one that follows no call: every goroutine seems to have been
+//! called by `runtime.goexit`, from behind its first instruction.
 
 use std::{cell::RefCell, collections::HashMap};
 
@@ -23,7 +24,8 @@ impl Calls {
         Self { memory: ProcessMemory::open(pid), known: RefCell::default() }
     }
 
-    /// Whether there is a call just before this address. `false` if the memory there cannot be read.
+    /// Whether there is a call just before this address, or whether it is that of Go's `runtime.goexit`.
+    /// `false` if the memory there cannot be read.
     pub(super) fn has(&self, address: u64) -> bool {
         let Some(memory) = &self.memory else { return false };
         let mut known = self.known.borrow_mut();
@@ -33,7 +35,8 @@ impl Calls {
         *known.entry(address).or_insert_with(|| {
             let mut code = [0; LONGEST];
             let start = address.checked_sub(LONGEST as u64);
-            start.and_then(|start| memory.read(start, &mut code)).is_some() && ends_with_call(code)
+            let is_behind = start.and_then(|start| memory.read(start, &mut code)).is_some();
+            is_behind && ends_with_call(code) || is_in_goexit(memory, address)
         })
     }
 }
@@ -61,6 +64,26 @@ fn ends_with_call(code: [u8; LONGEST]) -> bool {
         is_call && length == 2 + usize::from(has_index) + displacement
     };
     opcode == 0xe8 || (2..=LONGEST).any(indirect)
+}
+
+/// Whether `runtime.goexit` continues at this address, behind the NOP with which it begins.
+///
+/// <https://go.googlesource.com/go/+/refs/tags/go1.19/src/runtime/asm_amd64.s>: NOP, a call, NOP.
+#[cfg(target_arch = "x86_64")]
+fn is_in_goexit(memory: &ProcessMemory, address: u64) -> bool {
+    let mut code = [0; 7];
+    let start = address.checked_sub(1);
+    start.and_then(|start| memory.read(start, &mut code)).is_some()
+        && matches!(code, [0x90, 0xe8, _, _, _, _, 0x90])
+}
+
+/// <https://go.googlesource.com/go/+/refs/tags/go1.19/src/runtime/asm_arm64.s>: MOVD R0, R0, then BL.
+#[cfg(target_arch = "aarch64")]
+fn is_in_goexit(memory: &ProcessMemory, address: u64) -> bool {
+    let mut code = [0; 8];
+    let start = address.checked_sub(4);
+    start.and_then(|start| memory.read(start, &mut code)).is_some()
+        && matches!(code, [0xe0, 0x03, 0x00, 0xaa, _, _, _, 0x94..=0x97])
 }
 
 /// Whether these bytes end with `BL` or `BLR`, the latter perhaps with an authenticated address.
@@ -119,6 +142,17 @@ mod tests {
         assert!(!calls.has(here + 1) || !calls.has(here + 2), "not every address is behind a call");
         assert!(!calls.has(0) && !calls.has(7) && !calls.has(u64::MAX));
         assert!(!Calls::of(0).has(here));
+    }
+
+    /// As objdump shows the function.
+    #[test]
+    fn goroutines_return_to_goexit() {
+        static GOEXIT: [u8; 16] =
+            [0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0x90, 0xe8, 0x9a, 0x25, 0, 0, 0x90, 0xcc];
+        let calls = Calls::of(std::process::id());
+        let address = GOEXIT.as_ptr() as u64;
+        let found: Vec<u64> = (7..14).filter(|offset| calls.has(address + offset)).collect();
+        assert_eq!(found, [9], "behind the first instruction");
     }
 
     #[inline(never)]
