@@ -380,7 +380,7 @@ impl Live {
     /// # Errors
     /// The output cannot be written.
     pub fn report_findings(&mut self) -> Result<Going> {
-        self.pipeline.report.new_findings()
+        self.pipeline.report.new_findings(Clock::now())
     }
 
     /// Reads what is left in the ring and reports what was held back, what all events together show, and what

@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result};
 use super::{Output, Palette, Written, flamegraph::FlameGraph, human_millis, summary::Summary};
 use crate::{
     diagnose::{self, Diagnosis},
-    event::{Event, Finding, Lost, LostPlace},
+    event::{Event, Finding, Lost, LostPlace, Time},
     filter::Filter,
     metrics,
 };
@@ -52,11 +52,12 @@ struct Findings {
 
 impl Findings {
     /// The findings that more connections show than when they were reported.
-    fn news(&mut self) -> Vec<Finding> {
+    fn news(&mut self, now: Time) -> Vec<Finding> {
         let subject = |finding: &Finding| {
             let Finding { kind, process, remote, evidence, .. } = finding;
             format!("{:?}", (kind, process, remote, evidence.get("local_port")))
         };
+        self.diagnosis.is_now(now);
         let all = self.diagnosis.findings(false);
         let counts = all.iter().map(|finding| (subject(finding), finding.count)).collect();
         let before = std::mem::replace(&mut self.reported, counts);
@@ -155,8 +156,8 @@ impl Report {
     ///
     /// # Errors
     /// The output cannot be written.
-    pub fn new_findings(&mut self) -> Result<Going> {
-        let new = self.findings.as_mut().map(|findings| findings.news()).unwrap_or_default();
+    pub fn new_findings(&mut self, now: Time) -> Result<Going> {
+        let new = self.findings.as_mut().map(|findings| findings.news(now)).unwrap_or_default();
         self.write_findings(new)?;
         self.flush()
     }

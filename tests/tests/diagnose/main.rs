@@ -2,7 +2,9 @@
 //! programs themselves report, and programs without a fault have none.
 
 mod firewall;
+mod faults;
 mod healthy;
+mod last_words;
 mod page;
 mod pools;
 
