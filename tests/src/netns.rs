@@ -96,12 +96,12 @@ impl Namespace {
     pub fn join(ends: [(&Self, &str, &str); 2]) -> Result<()> {
         let [(near, near_device, _), (far, far_device, _)] = ends;
         let there = format!("/proc/{}/fd/{}", std::process::id(), far.file.as_raw_fd());
-        near.ip(&[format!("link add {near_device} index 2001 type veth peer name {far_device} index 2002 netns {there}")])?;
+        near.ip(&[format!(
+            "link add {near_device} index 2001 type veth peer name {far_device} index 2002 netns {there}"
+        )])?;
         for (namespace, device, address) in ends {
-            namespace.ip(&[
-                format!("address add {address} dev {device}"),
-                format!("link set {device} up"),
-            ])?;
+            namespace
+                .ip(&[format!("address add {address} dev {device}"), format!("link set {device} up")])?;
         }
         for (namespace, device, _) in ends {
             until("the veth pair is up", || namespace.inside(|| Ok(carries_packets(device)?.then_some(()))))?;

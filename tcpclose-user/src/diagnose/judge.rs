@@ -337,11 +337,8 @@ impl Diagnosis {
         let count = marks.count;
         let closed_by_code = faults.iter().map(|part| part.closed_by_code).sum::<u64>();
         let mut draft = self.draft(FindingKind::BackendDied, key, service, &marks);
-        draft.confidence = if closed_by_code * 2 > count {
-            Confidence::Proven
-        } else {
-            confidence(count, None)
-        };
+        draft.confidence =
+            if closed_by_code * 2 > count { Confidence::Proven } else { confidence(count, None) };
         draft.evidence.extend(times("wait", &spread));
         draft.evidence.extend([
             ("connections", service.ends.into()),
@@ -565,19 +562,16 @@ impl Diagnosis {
             let key = ServiceKey { who: process.who, is_server: true, address: None, port };
             self.services.all.get(&key).is_none_or(|service| service.answered > 0)
         });
-        let is_missed = || {
-            chains.keys().any(|route| route.root.0 == process.who && route.root.1 == Some(process.death))
-        };
+        let is_missed =
+            || chains.keys().any(|route| route.root.0 == process.who && route.root.1 == Some(process.death));
         if answers || is_missed() {
             return lost;
         }
         match process.death {
             Death::Crashed(_) | Death::OutOfMemory => Lost { is_one_way: true, ..lost },
-            Death::Stopped | Death::Killed => Lost {
-                undecided: lost.undecided + lost.marks.count,
-                is_one_way: true,
-                ..Lost::default()
-            },
+            Death::Stopped | Death::Killed => {
+                Lost { undecided: lost.undecided + lost.marks.count, is_one_way: true, ..Lost::default() }
+            }
         }
     }
 
@@ -646,6 +640,13 @@ impl Diagnosis {
             return None;
         }
         let name = self.name(who);
+        let what = if is_one_way {
+            let sent_nothing = "connected that it had sent nothing";
+            counted(lost.count, &format!("client {sent_nothing}"), &format!("clients {sent_nothing}"))
+        } else {
+            let at_least = if undecided > 0 { "at least " } else { "" };
+            format!("{at_least}{} unanswered", counted(lost.count, "request", "requests"))
+        };
         let times = counted(processes.len() as u64, "time", "times");
         let mut killer = Single::None;
         processes.iter().filter_map(|process| process.killer.get()).for_each(|who| killer.add(who));
@@ -668,10 +669,7 @@ impl Diagnosis {
                 ("how", death.verb().into()),
                 ("killed_by", killer.clone().into()),
             ],
-            summary: format!(
-                "{name} {}{by} {times}, with {what}.",
-                death.verb()
-            ),
+            summary: format!("{name} {}{by} {times}, with {what}.", death.verb()),
             advice: match death {
                 Death::OutOfMemory => {
                     format!("Give {name} more memory, or find what takes it: the kernel log has the numbers.")
@@ -751,7 +749,9 @@ impl Diagnosis {
         let server = std::net::SocketAddr::new(at.address, at.port);
         let until_all = ports.seconds_to_all();
         let run_out = match until_all {
-            Some(seconds) => format!("at that rate all are after {}, and connects fail", human_millis(seconds * 1_000.0)),
+            Some(seconds) => {
+                format!("at that rate all are after {}, and connects fail", human_millis(seconds * 1_000.0))
+            }
             None => "connects fail when all are, which this rate does not lead to".to_owned(),
         };
         let share = ports.share() * 100.0;

@@ -125,13 +125,7 @@ impl<T: Copy + PartialEq> Single<T> {
 
 impl Service {
     fn shown(&self) -> u64 {
-        let series = [
-            &self.idle_by_peer,
-            &self.gave_up,
-            &self.no_answer,
-            &self.cut,
-            &self.half_closed_cut,
-        ];
+        let series = [&self.idle_by_peer, &self.gave_up, &self.no_answer, &self.cut, &self.half_closed_cut];
         let marks =
             [&self.unread, &self.overflow, &self.unaccepted, &self.refused, &self.forged, &self.raced];
         series.iter().map(|series| series.marks.count).sum::<u64>()

@@ -11,7 +11,13 @@ use std::{
 
 use anyhow::{Result, ensure};
 use serde_json::Value;
-use tcpclose_tests::{PATIENCE, netns::Namespace, scratch::Scratch, servers::is_missing, tool::{Launch, Tool}};
+use tcpclose_tests::{
+    PATIENCE,
+    netns::Namespace,
+    scratch::Scratch,
+    servers::is_missing,
+    tool::{Launch, Tool},
+};
 
 use super::{SEVERAL, findings_of_files, only, told};
 
@@ -191,14 +197,19 @@ fn a_nat_that_forgets_idle_connections() -> Result<()> {
     const SERVER: &str = "10.78.0.2";
     let hosts = routed(NAT)?;
     forget_soon(&hosts[1])?;
-    let tool = Launch::new()?.trace([&hosts[0], &hosts[2]]).args(["--linger", "off", "--stack", "none"]).start()?;
+    let tool =
+        Launch::new()?.trace([&hosts[0], &hosts[2]]).args(["--linger", "off", "--stack", "none"]).start()?;
     let server = serve(&hosts[2], SERVER, 2 * SEVERAL)?;
     use_again_after_silences(&hosts[0], SERVER)?;
     joined(server)?;
     let (_, lines) = idle_cut(tool)?;
     let is_servers = |line: &&Value| line["connection"]["netns"] == hosts[2].inode();
-    let seen: Vec<_> = lines.iter().filter(is_servers).map(|line| &line["connection"]["remote"]["address"]).collect();
-    ensure!(!seen.is_empty() && seen.iter().all(|address| **address == "10.78.0.254"), "there is no NAT: {seen:?}");
+    let seen: Vec<_> =
+        lines.iter().filter(is_servers).map(|line| &line["connection"]["remote"]["address"]).collect();
+    ensure!(
+        !seen.is_empty() && seen.iter().all(|address| **address == "10.78.0.254"),
+        "there is no NAT: {seen:?}"
+    );
     Ok(())
 }
 
