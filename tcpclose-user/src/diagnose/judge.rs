@@ -286,9 +286,15 @@ impl Diagnosis {
     /// Whether other lines show the same with more facts: the server's end of these connections, or the
     /// client's own client, which gave up first.
     fn is_seen_better(&self, key: &ServiceKey, service: &Service, spread: &Spread) -> bool {
-        let client = if key.is_server { service.peer.get() } else { key.who };
+        let (client, server) = match key.is_server {
+            true => (service.peer.get(), key.who),
+            false => (key.who, service.peer.get()),
+        };
         let in_the_wake = self.services.all.iter().any(|(other, front)| {
+            // The server's end of these connections; a program may be its own client.
+            let is_other_end = other.who == server && other.port == key.port;
             other.is_server
+                && !is_other_end
                 && client.is_some()
                 && other.who == client
                 && front.gave_up.marks.count >= ENOUGH

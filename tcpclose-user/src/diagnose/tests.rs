@@ -330,6 +330,23 @@ fn both_views_of_a_wait_are_one_finding() {
     assert_eq!(finding.remote.expect("known").comm.as_deref(), Some("app"));
 }
 
+/// Two programs that have the same name, as interpreters do.
+#[test]
+fn a_client_and_a_server_of_one_name() {
+    let mut lines = Vec::new();
+    for number in 0..6_u16 {
+        let (time, port) = (f64::from(number), 40_000 + number);
+        let python = json!({"process": {"comm": "python3", "exe": "/usr/bin/python3"}, "idle_ms": 3000.0});
+        let mut ends = [
+            client(time, port, &json!({"last_data": "sent"})),
+            server(time, port, &json!({"last_data": "received"})),
+        ];
+        ends.iter_mut().for_each(|end| merge(end, &python));
+        lines.extend(ends);
+    }
+    only(lines, FindingKind::ClientGaveUp);
+}
+
 #[test]
 fn a_server_that_crashes_is_a_finding_at_the_first_request_lost() {
     let crash =

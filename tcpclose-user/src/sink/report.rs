@@ -53,9 +53,13 @@ struct Findings {
 impl Findings {
     /// The findings that more connections show than when they were reported.
     fn news(&mut self, now: Time) -> Vec<Finding> {
+        // A finding keeps the time of its first connection, while it may lose its process: another process of
+        // the same program may join it.
         let subject = |finding: &Finding| {
-            let Finding { kind, process, remote, evidence, .. } = finding;
-            format!("{:?}", (kind, process, remote, evidence.get("local_port")))
+            let Finding { kind, process, remote, evidence, first, .. } = finding;
+            let comm = process.as_ref().map(|process| &process.comm);
+            let remote = remote.as_ref().map(|remote| (remote.address, remote.port));
+            format!("{:?}", (kind, comm, remote, evidence.get("local_port"), first))
         };
         self.diagnosis.is_now(now);
         let all = self.diagnosis.findings(false);
