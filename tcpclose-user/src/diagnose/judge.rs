@@ -479,12 +479,12 @@ impl Diagnosis {
         draft.confidence = Confidence::Proven;
         draft.evidence.push(("connected", service.ends.into()));
         let (client, server) = (self.name(key.who), self.service_name(key, service));
-        let others = match service.ends {
-            0 => "none got through".to_owned(),
-            ends => format!("{ends} got through"),
+        let (when, others) = match service.ends {
+            0 => ("listens there", "none got through".to_owned()),
+            ends => ("listened there at the time", format!("{ends} got through")),
         };
         draft.summary = format!(
-            "{} connects of {client} to {server} were refused: nothing listens there; {others}.",
+            "{} connects of {client} to {server} were refused: nothing {when}; {others}.",
             service.refused.count
         );
         draft.advice =
