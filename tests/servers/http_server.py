@@ -66,6 +66,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         if self.path == "/full":
+            # The body arrives meanwhile.
+            time.sleep(0.2)
             self.send_error(507)
             return
         self.rfile.read(int(self.headers["Content-Length"]))

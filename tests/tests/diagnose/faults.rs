@@ -29,6 +29,11 @@ fn people_who_leave() -> Result<()> {
     let site = Site::open()?;
     let _app = site.app("60")?;
     let nginx = site.nginx()?;
+    // Somebody is answered.
+    let mut client = site.connect(NGINX_PORT)?;
+    ask(&mut client, "GET /")?;
+    ensure!(status(&mut client)? == 200 && nginx.line()?.starts_with("200 "));
+    drop(client);
     let mut clients = site.connect_several(NGINX_PORT)?;
     clients.iter_mut().try_for_each(|client| ask(client, "GET /slow"))?;
     for client in clients {
@@ -74,8 +79,9 @@ fn uploads_that_are_refused_unread() -> Result<()> {
     const BODY: usize = 64 << 10;
     let site = Site::open()?;
     let _app = site.app("60")?;
-    for _ in 0..SEVERAL {
-        let mut client = site.connect(BACKEND_PORT)?;
+    // None of them closes before the server has.
+    let mut clients = site.connect_several(BACKEND_PORT)?;
+    for client in &mut clients {
         let head = format!("POST /full HTTP/1.1\r\nHost: localhost\r\nContent-Length: {BODY}\r\n\r\n");
         let mut request = head.into_bytes();
         request.resize(request.len() + BODY, 0);
@@ -86,6 +92,10 @@ fn uploads_that_are_refused_unread() -> Result<()> {
             Err(error) => ensure!(error.kind() == ErrorKind::ConnectionReset, "{error}"),
         }
     }
+    let is_reset = |line: &&Value| line["event"] == "reset" && line["direction"] == "sent";
+    let came = site.tool.wait_until(|lines| lines.iter().filter(is_reset).count() >= SEVERAL);
+    ensure!(came, "no RSTs\n{}", site.tool.said_so_far());
+    drop(clients);
     let finding = only(&site.diagnose(BACKEND_PORT, 2 * SEVERAL)?, "unread_close")?;
     ensure!(finding["process"]["comm"] == "python3" && finding["count"] == SEVERAL, "{finding:#}");
     ensure!(finding["evidence"]["unread_bytes"].as_u64().is_some_and(|bytes| bytes > 0), "{finding:#}");
@@ -188,8 +198,8 @@ fn two_tools_on_two_hosts_find_what_one_finds() -> Result<()> {
     let mut app = start_script(&hosts[1], "http_server.py", &args)?;
     let connect = || hosts[0].inside(|| Ok(TcpStream::connect((ADDRESS, BACKEND_PORT))?));
     let mut clients: Vec<TcpStream> = (0..SEVERAL).map(|_| connect()).collect::<Result<_>>()?;
+    clients.iter_mut().try_for_each(|client| ask(client, "GET /busy"))?;
     for client in &mut clients {
-        ask(client, "GET /busy")?;
         ensure!(status(client)? == 200);
     }
     for client in &mut clients {
