@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result};
 
 use crate::{
     diagnose::{self, Diagnosis},
-    event::{Event, Finding, Lost, LostPlace},
+    event::{Event, Finding, Lost, LostPlace, Time},
     filter::Filter,
     metrics,
     sink::{Output, Palette, Written, flamegraph::FlameGraph, human_millis, summary::Summary},
@@ -51,12 +51,17 @@ struct RunningDiagnosis {
 }
 
 impl RunningDiagnosis {
-    /// The findings that are new, or that more connections show than when they were reported.
-    fn news(&mut self) -> Vec<Finding> {
+    /// The findings that more connections show than when they were reported.
+    fn news(&mut self, now: Time) -> Vec<Finding> {
+        // A finding keeps the time of its first connection, while it may lose its process: another process of
+        // the same program may join it.
         let subject = |finding: &Finding| {
-            let Finding { kind, process, remote, evidence, .. } = finding;
-            format!("{:?}", (kind, process, remote, evidence.get("local_port")))
+            let Finding { kind, process, remote, evidence, first, .. } = finding;
+            let comm = process.as_ref().map(|process| &process.comm);
+            let remote = remote.as_ref().map(|remote| (remote.address, remote.port));
+            format!("{:?}", (kind, comm, remote, evidence.get("local_port"), first))
         };
+        self.diagnosis.is_now(now);
         let all = self.diagnosis.findings(false);
         let counts = all.iter().map(|finding| (subject(finding), finding.count)).collect();
         let before = std::mem::replace(&mut self.reported, counts);
@@ -155,8 +160,8 @@ impl Report {
     ///
     /// # Errors
     /// The output cannot be written.
-    pub fn new_findings(&mut self) -> Result<Going> {
-        let new = self.findings.as_mut().map(|findings| findings.news()).unwrap_or_default();
+    pub fn new_findings(&mut self, now: Time) -> Result<Going> {
+        let new = self.findings.as_mut().map(|findings| findings.news(now)).unwrap_or_default();
         self.write_findings(new)?;
         self.flush()
     }

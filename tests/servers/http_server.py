@@ -1,12 +1,14 @@
-"""An HTTP server: `http_server.py PORT SECONDS [DATABASE]`.
+"""An HTTP server: `http_server.py PORT SECONDS [DATABASE [ADDRESS]]`.
 
-It prints `ready` once it listens, and closes connections that have had no request for SECONDS. The path of a
-request decides how it is answered:
+It prints `ready` once it listens at ADDRESS, and closes connections that have had no request for SECONDS. The
+path of a request decides how it is answered:
 
 - `/` at once; a POST without a body.
 - `/busy` after a fifth of a second, so that requests at the same time need a connection each.
 - `/slow` never; the server prints `asked`.
-- `/broken` with status 500, `/missing` with 404; then the connection is closed.
+- `/memory` never; the server takes all the memory it gets.
+- `/broken` with status 500, `/missing` with 404, a POST to `/full` with 507 before its body is read; then the connection is
+  closed.
 - `/chat` by changing to the protocol WebSocket, in which nothing is said.
 - `/query` when the server at the port DATABASE has answered; if that closes instead, so does this one.
 """
@@ -39,6 +41,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/slow":
             print("asked", flush=True)
             threading.Event().wait()
+        elif self.path == "/memory":
+            taken = []
+            while True:
+                taken.append(bytearray(b"x" * (1 << 20)))
         elif self.path == "/broken":
             # This class closes the connection after it has sent an error.
             self.send_error(500)
@@ -59,6 +65,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"42")
 
     def do_POST(self):
+        if self.path == "/full":
+            # The body arrives meanwhile.
+            time.sleep(0.2)
+            self.send_error(507)
+            return
         self.rfile.read(int(self.headers["Content-Length"]))
         if self.path == "/":
             self.send_response(204)
@@ -77,6 +88,7 @@ class Server(ThreadingHTTPServer):
         pass
 
 
-server = Server(("127.0.0.1", int(sys.argv[1])), Handler)
+address = sys.argv[4] if len(sys.argv) > 4 else "127.0.0.1"
+server = Server((address, int(sys.argv[1])), Handler)
 print("ready", flush=True)
 server.serve_forever()

@@ -3,15 +3,16 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU32, Ordering},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, unshare},
 };
 
-use crate::{scratch::Scratch, until};
+use crate::{program::Program, scratch::Scratch, servers::is_missing, until};
 
 /// A mounted hierarchy; unmounted on drop.
 #[derive(Debug)]
@@ -94,5 +95,51 @@ impl Drop for Group {
                 eprintln!("removing {}: {error:#}", path.display());
             }
         }
+    }
+}
+
+/// Where control groups with a limit of memory are made, and the file with the limit: version 1, and
+/// version 2.
+const HIERARCHIES: [(&str, &str); 2] =
+    [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")];
+
+/// More than the programs of the tests need before they take more.
+const LIMIT: &str = "64M";
+
+/// The number of groups that this process has made.
+static MADE: AtomicU32 = AtomicU32::new(0);
+
+/// A control group of the host's hierarchy whose processes have a limit of memory; removed on drop, when they
+/// have ended.
+#[derive(Debug)]
+pub struct MemoryLimit(PathBuf);
+
+impl MemoryLimit {
+    /// `None` if this host has no hierarchy with limits of memory, which is printed as a skip.
+    pub fn new() -> Result<Option<Self>> {
+        let name = format!("tcpclose-tests-{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
+        for (hierarchy, limit) in HIERARCHIES {
+            let folder = Path::new(hierarchy).join(&name);
+            if Path::new(hierarchy).join("cgroup.procs").exists() && fs::create_dir(&folder).is_ok() {
+                let group = Self(folder);
+                if fs::write(group.0.join(limit), LIMIT).is_ok() {
+                    return Ok(Some(group));
+                }
+            }
+        }
+        let [(first, _), _] = HIERARCHIES;
+        ensure!(is_missing(&[first]), "no control group with a limit of memory can be made");
+        Ok(None)
+    }
+
+    /// Moves a program into the group.
+    pub fn add(&self, program: &Program) -> Result<()> {
+        fs::write(self.0.join("cgroup.procs"), program.pid().to_string()).context("joining the group")
+    }
+}
+
+impl Drop for MemoryLimit {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
     }
 }

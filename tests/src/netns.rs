@@ -91,6 +91,24 @@ impl Namespace {
         Ok(pair)
     }
 
+    /// Joins two namespaces by a further veth pair, each end with a name and an address (`eth1`,
+    /// `10.78.0.1/24`), and waits until both ends carry packets.
+    pub fn join(ends: [(&Self, &str, &str); 2]) -> Result<()> {
+        let [(near, near_device, _), (far, far_device, _)] = ends;
+        let there = format!("/proc/{}/fd/{}", std::process::id(), far.file.as_raw_fd());
+        near.ip(&[format!(
+            "link add {near_device} index 2001 type veth peer name {far_device} index 2002 netns {there}"
+        )])?;
+        for (namespace, device, address) in ends {
+            namespace
+                .ip(&[format!("address add {address} dev {device}"), format!("link set {device} up")])?;
+        }
+        for (namespace, device, _) in ends {
+            until("the veth pair is up", || namespace.inside(|| Ok(carries_packets(device)?.then_some(()))))?;
+        }
+        Ok(())
+    }
+
     /// The inode number, by which the tool identifies a namespace.
     pub fn inode(&self) -> u64 {
         self.inode

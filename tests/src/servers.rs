@@ -1,5 +1,5 @@
-//! Servers that people run in production, for tests of what the tool reports about them: nginx, redis, and
-//! the scripts in `tests/servers`.
+//! Servers that people run in production, for tests of what the tool reports about them: nginx, redis,
+//! memcached, MariaDB, and the scripts in `tests/servers`.
 
 use std::{
     fs,
@@ -32,10 +32,13 @@ pub const OPENSSL: &str = "/usr/bin/openssl";
 /// tool's package has no service that would start with it.
 pub const REDIS: &str = "/usr/bin/redis-check-rdb";
 
+/// memcached.
+pub const MEMCACHED: &str = "/usr/bin/memcached";
+
 /// The port on which nginx listens.
 pub const NGINX_PORT: u16 = 8080;
-/// The port on which nginx speaks HTTP/2, without TLS.
-pub const NGINX_HTTP2_PORT: u16 = 8081;
+/// The port on which nginx speaks HTTP/2.
+pub const NGINX_HTTP2_PORT: u16 = 8082;
 /// The port on which nginx speaks TLS.
 pub const NGINX_TLS_PORT: u16 = 8443;
 /// The port to which nginx forwards requests.
@@ -98,6 +101,15 @@ pub fn start_redis(namespace: &Namespace, folder: &Path, port: u16, timeout: u64
     let redis = Program::start(namespace, command)?;
     wait_for_listener(namespace, port)?;
     Ok(redis)
+}
+
+/// Starts memcached in a namespace.
+pub fn start_memcached(namespace: &Namespace, port: u16) -> Result<Program> {
+    let mut command = Command::new(MEMCACHED);
+    command.args(["-u", "root", "-U", "0", "-l", "127.0.0.1", "-p", &port.to_string()]);
+    let memcached = Program::start(namespace, command)?;
+    wait_for_listener(namespace, port)?;
+    Ok(memcached)
 }
 
 /// MariaDB, and its program that creates a data directory.

@@ -23,7 +23,7 @@ const DEBIAN_COMPILER: [Package; 2] = [
 ];
 
 /// Commands or files that tests use, and the packages that contain them.
-const FOR_TESTS: [(&str, Package); 16] = [
+const FOR_TESTS: [(&str, Package); 21] = [
     (
         "ip",
         Package { name: "iproute2", purpose: "`ip`, which makes the network namespaces that tests run in" },
@@ -56,6 +56,20 @@ const FOR_TESTS: [(&str, Package); 16] = [
         "/usr/bin/redis-check-rdb",
         Package { name: "redis-tools", purpose: "redis and its client, in tests; without a service" },
     ),
+    (
+        "/usr/bin/memcached",
+        Package {
+            name: "memcached",
+            purpose: "memcached, in tests; its package starts it as a service (`systemctl disable --now memcached` ends that)",
+        },
+    ),
+    (
+        "/usr/sbin/mariadbd",
+        Package { name: "mariadb-server-core", purpose: "MariaDB, in tests; without a service" },
+    ),
+    ("/usr/bin/mariadb", Package { name: "mariadb-client-core", purpose: "its client" }),
+    ("/usr/bin/wrk", Package { name: "wrk", purpose: "wrk, which keeps servers in tests busy" }),
+    ("/usr/bin/ab", Package { name: "apache2-utils", purpose: "`ab`, which does so with short connections" }),
     ("/usr/bin/gdb", Package { name: "gdb", purpose: "gdb, which the tests compare stacks with" }),
     (
         "/usr/bin/gcc",

@@ -13,8 +13,9 @@ use crate::{
         marks::Marks,
         names::Who,
         pairs::PairKey,
+        unanswered::is_farewell,
     },
-    event::{ClosedBy, Ended, Role},
+    event::{ClosedBy, Ended, Role, Trigger},
 };
 
 /// The number of candidate ends that are kept; 3 MiB.
@@ -89,14 +90,17 @@ impl Chains {
             peer_death: peer.and_then(|peer| peer.death),
             was_reset: matches!(end.ended, Some(Ended::ResetSent | Ended::ResetReceived)),
         };
-        let was_asked = end.waited_ms().is_some();
+        let waited = end.waited_ms();
+        // What a proxy passes on to its server may be a farewell, which ends both connections in order.
+        let is_dead = peer.is_some_and(|peer| peer.death.is_some() && peer.trigger != Some(Trigger::Exit));
+        let was_needed = waited.is_some_and(|waited| is_dead || !is_farewell(end, waited));
         match end.role {
             Some(Role::Client)
-                if was_asked && matches!(end.closed_by, Some(ClosedBy::Peer | ClosedBy::Kernel)) =>
+                if was_needed && matches!(end.closed_by, Some(ClosedBy::Peer | ClosedBy::Kernel)) =>
             {
                 push(&mut self.lost, link());
             }
-            Some(Role::Server) if was_asked && end.closed_here() && end.death.is_none() => {
+            Some(Role::Server) if waited.is_some() && end.closed_here() && end.death.is_none() => {
                 push(&mut self.left, link());
             }
             _ => {}

@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 
 use crate::{
     diagnose::{
-        end::{Death, End},
+        end::{Death, End, Pending},
         marks::Marks,
         names::Who,
         services::Single,
@@ -15,6 +15,10 @@ use crate::{
 
 /// The number of ended processes that are kept.
 const MOST: usize = 4_096;
+
+/// The longest wait after which the client's last word counts as a request although it followed directly
+/// upon the server's.
+const YOUNG_MS: f64 = 1_000.0;
 
 /// A process that ended.
 #[derive(Clone, Debug)]
@@ -29,7 +33,49 @@ pub(crate) struct EndedProcess {
     /// Its connections, by the time at which they were closed.
     pub(crate) ends: Marks,
     /// The connections with a pending request.
-    pub(crate) requests_lost: Marks,
+    asked: Marks,
+    /// Those whose client had the last word for less than [`YOUNG_MS`], directly after the server; and the
+    /// number of those where it was longer ago.
+    just_spoken: Marks,
+    long_silent: u64,
+    /// The number of those whose two ends do not show who had the last word.
+    unknown: u64,
+    /// The number of those that the process closed by exiting just after the client's last word.
+    pub(crate) farewells: u64,
+}
+
+/// The connections of an ended process whose clients waited for an answer.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Lost {
+    pub(crate) marks: Marks,
+    /// The number of further connections of which it is not known.
+    pub(crate) undecided: u64,
+    /// Whether nobody was ever seen to get an answer, so that what clients had sent need not be requests.
+    pub(crate) is_one_way: bool,
+}
+
+impl Lost {
+    /// Adds those of another process.
+    pub(crate) fn merge(&mut self, other: &Self) {
+        self.marks.merge(&other.marks);
+        self.undecided += other.undecided;
+        self.is_one_way |= other.is_one_way;
+    }
+}
+
+impl EndedProcess {
+    /// The connections with a pending request. A client that speaks directly after the server may also
+    /// acknowledge the answer, as HTTP/2 does (`WINDOW_UPDATE`) and then be silent: if that is seen on any of
+    /// the connections, the last word of these clients is no sign of a request.
+    pub(crate) fn lost(&self) -> Lost {
+        let mut lost = Lost { marks: self.asked.clone(), undecided: self.unknown, is_one_way: false };
+        if self.long_silent == 0 {
+            lost.marks.merge(&self.just_spoken);
+        } else {
+            lost.undecided += self.just_spoken.count + self.long_silent;
+        }
+        lost
+    }
 }
 
 type DeathKey = (u16, u32, Death);
@@ -63,7 +109,11 @@ impl Deaths {
             port: Single::None,
             peer: Single::None,
             ends: Marks::default(),
-            requests_lost: Marks::default(),
+            asked: Marks::default(),
+            just_spoken: Marks::default(),
+            long_silent: 0,
+            unknown: 0,
+            farewells: 0,
         });
         if let Some(killer) = end.killer {
             process.killer.add(killer);
@@ -75,10 +125,16 @@ impl Deaths {
         process.ends.add(end.place, end.moved);
         // One that exits by itself as soon as it has received data does what its client asked for, with
         // PostgreSQL's Terminate or SMTP's QUIT, and its client closes without seeing that.
-        let least = if end.trigger == Some(Trigger::Exit) { TICKS_MS } else { 0.0 };
-        let was_waiting = |end: &End| end.waited_ms().is_some_and(|waited| waited >= least);
-        if was_waiting(end) || peer.is_some_and(was_waiting) {
-            process.requests_lost.add(end.place, end.moved);
+        let is_asked_to = end.trigger == Some(Trigger::Exit);
+        match peer.map_or(end.pending(), |peer| end.pending().or(peer.pending())) {
+            Pending::No => {}
+            Pending::Unknown => process.unknown += 1,
+            Pending::Perhaps(waited) | Pending::Yes(waited) if is_asked_to && waited < TICKS_MS => {
+                process.farewells += 1;
+            }
+            Pending::Perhaps(waited) if waited >= YOUNG_MS => process.long_silent += 1,
+            Pending::Perhaps(_) => process.just_spoken.add(end.place, end.moved),
+            Pending::Yes(_) => process.asked.add(end.place, end.moved),
         }
     }
 

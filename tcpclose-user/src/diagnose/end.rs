@@ -16,6 +16,37 @@ pub(crate) const IDLE_MS: f64 = 500.0;
 /// The shortest wait for an answer that counts; shorter ones are races between an answer and an orderly end.
 pub(crate) const WAIT_MS: f64 = 50.0;
 
+/// The longest time from the server's last data to what the client says about it, such as that it has room
+/// for more (HTTP/2's `WINDOW_UPDATE`), round trip included. The client's next request may be as quick.
+const REPLY_MS: f64 = 50.0;
+
+/// Whether a request was pending when the teardown began.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Pending {
+    /// None was: the server had spoken last, or nobody had said anything.
+    No,
+    /// Both had spoken within one tick of the kernel's clock.
+    Unknown,
+    /// The client had spoken last, this long ago, but so soon after the server that it need not have been a
+    /// request.
+    Perhaps(f64),
+    /// The client had spoken last, this long ago.
+    Yes(f64),
+}
+
+impl Pending {
+    /// What both ends of a connection show together.
+    pub(crate) fn or(self, other: Self) -> Self {
+        let rank = |pending: &Self| match pending {
+            Self::No => 0,
+            Self::Unknown => 1,
+            Self::Perhaps(_) => 2,
+            Self::Yes(_) => 3,
+        };
+        if rank(&other) > rank(&self) { other } else { self }
+    }
+}
+
 /// The position of a line: the number of its file, and its own number.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Place {
@@ -267,6 +298,19 @@ impl End {
             return None;
         }
         since.or(self.idle_ms)
+    }
+
+    /// Whether a request was pending at this end when the teardown began.
+    pub(crate) fn pending(&self) -> Pending {
+        let Some(waited) = self.waited_ms() else {
+            let is_tick = self.last_data.is_none() && self.idle_ms.is_some();
+            return if is_tick { Pending::Unknown } else { Pending::No };
+        };
+        let is_reply = self
+            .since_sent_ms
+            .zip(self.since_received_ms)
+            .is_some_and(|(sent, received)| (sent - received).abs() < REPLY_MS);
+        if is_reply { Pending::Perhaps(waited) } else { Pending::Yes(waited) }
     }
 
     /// How long a request had been pending when its client gave it up. If the server had sent something before

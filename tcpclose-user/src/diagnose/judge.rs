@@ -11,7 +11,7 @@ use crate::{
     diagnose::{
         Diagnosis,
         chains::{Chain, Route},
-        deaths,
+        deaths::{EndedProcess, Lost},
         end::{Death, ServiceKey},
         leaks::Leak,
         marks::{Marks, SECOND, Series},
@@ -59,12 +59,13 @@ impl Diagnosis {
     /// All findings, the most costly first.
     pub(crate) fn judge(&self) -> Vec<Ranked> {
         let mut drafts = Vec::new();
+        let chains = self.chains.all();
         let mut services: Vec<_> = self.services.all.iter().collect();
         services.sort_unstable_by_key(|(key, _)| **key);
         for (key, service) in services {
             drafts.extend(self.keepalive(key, service));
             drafts.extend(self.gave_up(key, service));
-            drafts.extend(self.unanswered(key, service));
+            drafts.extend(self.unanswered(key, service, &chains));
             drafts.extend(self.unread(key, service));
             drafts.extend(self.overflow(key, service));
             drafts.extend(self.cut(key, service));
@@ -73,10 +74,10 @@ impl Diagnosis {
             drafts.extend(self.no_answer(key, service));
             drafts.extend(self.forged(key, service));
         }
-        drafts.extend(self.deaths());
+        drafts.extend(self.deaths(&chains));
         drafts.extend(self.leaks.all().iter().map(|leak| self.leak(leak)));
         drafts.extend(self.time_wait.pressed().into_iter().map(|(at, ports)| self.ports(at, ports)));
-        drafts.extend(self.chains.all().iter().filter_map(|(route, chain)| self.chain(route, chain)));
+        drafts.extend(chains.iter().filter_map(|(route, chain)| self.chain(route, chain)));
         let mut ranked: Vec<Ranked> = drafts.into_iter().map(|draft| self.finish(draft)).collect();
         ranked.sort_by_key(|ranked| std::cmp::Reverse((ranked.class, ranked.finding.count)));
         ranked
@@ -285,9 +286,15 @@ impl Diagnosis {
     /// Whether other lines show the same with more facts: the server's end of these connections, or the
     /// client's own client, which gave up first.
     fn is_seen_better(&self, key: &ServiceKey, service: &Service, spread: &Spread) -> bool {
-        let client = if key.is_server { service.peer.get() } else { key.who };
+        let (client, server) = match key.is_server {
+            true => (service.peer.get(), key.who),
+            false => (key.who, service.peer.get()),
+        };
         let in_the_wake = self.services.all.iter().any(|(other, front)| {
+            // The server's end of these connections; a program may be its own client.
+            let is_other_end = other.who == server && other.port == key.port;
             other.is_server
+                && !is_other_end
                 && client.is_some()
                 && other.who == client
                 && front.gave_up.marks.count >= ENOUGH
@@ -318,46 +325,50 @@ impl Diagnosis {
         upstream.map(|(_, service)| service.gave_up.marks.count).sum()
     }
 
-    fn unanswered(&self, key: &ServiceKey, service: &Service) -> Option<Draft> {
-        let series = &service.unanswered;
-        // If a protocol ends with a message of the client, every connection ends like this. A chain already
-        // explains its own.
-        let is_rule = series.marks.count * 2 > service.ends;
-        let is_explained = service.resets + service.closed_by_code >= series.marks.count;
-        if series.marks.count < ENOUGH || is_rule && !is_explained || self.is_a_link(key) {
+    fn unanswered(
+        &self,
+        key: &ServiceKey,
+        service: &Service,
+        chains: &BTreeMap<Route, Chain>,
+    ) -> Option<Draft> {
+        let faults = service.unanswered.faults(service.context());
+        let most = faults.iter().max_by_key(|part| part.count())?;
+        // A chain explains its own.
+        if self.is_a_link(key, chains) {
             return None;
         }
-        let spread = series.sample.spread()?;
-        let mut draft = self.draft(FindingKind::BackendDied, key, service, &series.marks);
-        draft.confidence = if service.closed_by_code * 2 > series.marks.count {
-            Confidence::Proven
-        } else {
-            confidence(spread.count, None)
-        };
+        let spread = most.waits.sample.spread()?;
+        let mut marks = Marks::default();
+        faults.iter().for_each(|part| marks.merge(&part.waits.marks));
+        let count = marks.count;
+        let closed_by_code = faults.iter().map(|part| part.closed_by_code).sum::<u64>();
+        let mut draft = self.draft(FindingKind::BackendDied, key, service, &marks);
+        draft.confidence =
+            if closed_by_code * 2 > count { Confidence::Proven } else { confidence(count, None) };
         draft.evidence.extend(times("wait", &spread));
         draft.evidence.extend([
             ("connections", service.ends.into()),
-            ("resets", service.resets.into()),
-            ("closed_by_its_own_code", service.closed_by_code.into()),
+            ("resets", service.unanswered.resets.count().into()),
+            ("closed_by_its_own_code", closed_by_code.into()),
         ]);
         let (client, server) = (self.name(key.who), self.service_name(key, service));
-        let how = if service.closed_by_code * 2 > series.marks.count {
+        let how = if closed_by_code * 2 > count {
             "its own code closed them"
         } else {
             "how is not known from these lines"
         };
         draft.summary = format!(
-            "{server} ended {} of {} connections of {client} before it had answered; {how}.",
-            spread.count, service.ends
+            "{server} ended {count} of {} connections of {client} before it had answered; {how}.",
+            service.ends
         );
         draft.advice = format!("Look at the log of {server} at these moments, and trace its host as well.");
         Some(draft)
     }
 
     /// Whether these lost answers are part of a chain that has a finding.
-    fn is_a_link(&self, key: &ServiceKey) -> bool {
-        self.chains.all().iter().any(|(route, chain)| {
-            is_chain(route, chain)
+    fn is_a_link(&self, key: &ServiceKey, chains: &BTreeMap<Route, Chain>) -> bool {
+        chains.iter().any(|(route, chain)| {
+            self.is_chain(route, chain)
                 && (route.through.iter().any(|(_, port)| *port == key.port) || route.root.2 == key.port)
         })
     }
@@ -468,12 +479,12 @@ impl Diagnosis {
         draft.confidence = Confidence::Proven;
         draft.evidence.push(("connected", service.ends.into()));
         let (client, server) = (self.name(key.who), self.service_name(key, service));
-        let others = match service.ends {
-            0 => "none got through".to_owned(),
-            ends => format!("{ends} got through"),
+        let (when, others) = match service.ends {
+            0 => ("listens there", "none got through".to_owned()),
+            ends => ("listened there at the time", format!("{ends} got through")),
         };
         draft.summary = format!(
-            "{} connects of {client} to {server} were refused: nothing listens there; {others}.",
+            "{} connects of {client} to {server} were refused: nothing {when}; {others}.",
             service.refused.count
         );
         draft.advice =
@@ -520,36 +531,60 @@ impl Diagnosis {
         Some(draft)
     }
 
-    fn deaths(&self) -> Vec<Draft> {
+    fn deaths(&self, chains: &BTreeMap<Route, Chain>) -> Vec<Draft> {
         let mut drafts = Vec::new();
         // All crashes of a program are one finding; each restart is a finding of its own.
-        let mut crashes: BTreeMap<(Option<Who>, Death), Vec<&deaths::EndedProcess>> = BTreeMap::new();
-        let mut exits: BTreeMap<Option<Who>, Vec<&deaths::EndedProcess>> = BTreeMap::new();
+        let mut crashes: BTreeMap<(Option<Who>, Death), Vec<&EndedProcess>> = BTreeMap::new();
+        let mut exits: BTreeMap<Option<Who>, Vec<&EndedProcess>> = BTreeMap::new();
         for process in self.deaths.all() {
             let at_once = process.ends.count >= ENOUGH && process.ends.last - process.ends.first <= SECOND;
+            let is_restart = match process.death {
+                Death::Stopped => at_once,
+                Death::Killed => at_once && self.lost(process, chains).marks.count == 0,
+                Death::OutOfMemory | Death::Crashed(_) => false,
+            };
             match process.death {
-                Death::Stopped | Death::Killed if at_once && process.death == Death::Stopped => {
-                    drafts.push(self.deploy(process));
-                }
-                Death::Killed if at_once && process.requests_lost.count == 0 => {
-                    drafts.push(self.deploy(process));
-                }
+                _ if is_restart => drafts.push(self.deploy(process, chains)),
                 Death::Stopped => exits.entry(process.who).or_default().push(process),
                 death => crashes.entry((process.who, death)).or_default().push(process),
             }
         }
         for ((who, death), processes) in crashes {
-            drafts.extend(self.died(who, death, &processes, 1));
+            drafts.extend(self.died(who, death, &processes, 1, chains));
         }
         for (who, processes) in exits {
-            drafts.extend(self.died(who, Death::Stopped, &processes, ENOUGH));
+            // If most exit just after their clients' last word, the others are slow to.
+            let farewells = processes.iter().map(|process| process.farewells).sum::<u64>();
+            drafts.extend(self.died(who, Death::Stopped, &processes, ENOUGH.max(farewells), chains));
         }
         drafts
     }
 
-    fn deploy(&self, process: &deaths::EndedProcess) -> Draft {
+    /// The connections with a pending request. A server that never sends anything (logs, metrics) owes no
+    /// answer, unless a client is seen to have needed it; but a crash is a fault of any server.
+    fn lost(&self, process: &EndedProcess, chains: &BTreeMap<Route, Chain>) -> Lost {
+        let lost = process.lost();
+        let answers = process.port.get().is_none_or(|port| {
+            let key = ServiceKey { who: process.who, is_server: true, address: None, port };
+            self.services.all.get(&key).is_none_or(|service| service.answered > 0)
+        });
+        let is_missed =
+            || chains.keys().any(|route| route.root.0 == process.who && route.root.1 == Some(process.death));
+        if answers || is_missed() {
+            return lost;
+        }
+        match process.death {
+            Death::Crashed(_) | Death::OutOfMemory => Lost { is_one_way: true, ..lost },
+            Death::Stopped | Death::Killed => {
+                Lost { undecided: lost.undecided + lost.marks.count, is_one_way: true, ..Lost::default() }
+            }
+        }
+    }
+
+    fn deploy(&self, process: &EndedProcess, chains: &BTreeMap<Route, Chain>) -> Draft {
         let name = self.name(process.who);
-        let lost = process.requests_lost.count;
+        let Lost { marks, undecided, .. } = self.lost(process, chains);
+        let lost = marks.count;
         let mut summary = format!(
             "{name} (pid {}) {} with {} connections open: a restart",
             process.pid,
@@ -557,11 +592,15 @@ impl Diagnosis {
             process.ends.count
         );
         let advice = if lost > 0 {
-            let _ =
-                write!(summary, "; {}.", counted(lost, "request was under way", "requests were under way"));
+            let at_least = if undecided > 0 { "at least " } else { "" };
+            let requests = counted(lost, "request was under way", "requests were under way");
+            let _ = write!(summary, "; {at_least}{requests}.");
             format!("Have {name} stop accepting and finish what it has begun before it exits.")
         } else {
-            summary.push_str(", and nothing was lost.");
+            summary.push_str(match undecided {
+                0 => ", and nothing was lost.",
+                _ => ", and no request is known to be lost.",
+            });
             "Nothing: this is how a restart looks.".to_owned()
         };
         Draft {
@@ -576,6 +615,7 @@ impl Diagnosis {
             evidence: vec![
                 ("local_port", process.port.get().map(u64::from).into()),
                 ("requests_lost", lost.into()),
+                ("undecided_connections", undecided.into()),
                 ("within_ms", millis(process.ends.last - process.ends.first).into()),
             ],
             summary,
@@ -583,7 +623,7 @@ impl Diagnosis {
         }
     }
 
-    fn clients(&self, process: &deaths::EndedProcess) -> Option<Remote> {
+    fn clients(&self, process: &EndedProcess) -> Option<Remote> {
         let comm = process.peer.get().map(|who| self.names.get(who).comm.clone())?;
         Some(Remote { address: None, port: None, comm: Some(comm) })
     }
@@ -592,18 +632,27 @@ impl Diagnosis {
         &self,
         who: Option<Who>,
         death: Death,
-        processes: &[&deaths::EndedProcess],
+        processes: &[&EndedProcess],
         bar: u64,
+        chains: &BTreeMap<Route, Chain>,
     ) -> Option<Draft> {
-        let mut lost = Marks::default();
+        let mut lost = Lost::default();
         for process in processes {
-            lost.merge(&process.requests_lost);
+            lost.merge(&self.lost(process, chains));
         }
+        let Lost { marks: lost, undecided, is_one_way } = lost;
         let one = processes.first()?;
         if lost.count < bar {
             return None;
         }
         let name = self.name(who);
+        let what = if is_one_way {
+            let sent_nothing = "connected that it had sent nothing";
+            counted(lost.count, &format!("client {sent_nothing}"), &format!("clients {sent_nothing}"))
+        } else {
+            let at_least = if undecided > 0 { "at least " } else { "" };
+            format!("{at_least}{} unanswered", counted(lost.count, "request", "requests"))
+        };
         let times = counted(processes.len() as u64, "time", "times");
         let mut killer = Single::None;
         processes.iter().filter_map(|process| process.killer.get()).for_each(|who| killer.add(who));
@@ -620,16 +669,13 @@ impl Diagnosis {
             evidence: vec![
                 ("local_port", one.port.get().map(u64::from).into()),
                 ("deaths", (processes.len() as u64).into()),
-                ("requests_lost", lost.count.into()),
+                ("requests_lost", Some(lost.count).filter(|_| !is_one_way).into()),
+                ("undecided_connections", undecided.into()),
                 ("connections", processes.iter().map(|process| process.ends.count).sum::<u64>().into()),
                 ("how", death.verb().into()),
                 ("killed_by", killer.clone().into()),
             ],
-            summary: format!(
-                "{name} {}{by} {times}, with {} unanswered.",
-                death.verb(),
-                counted(lost.count, "request", "requests")
-            ),
+            summary: format!("{name} {}{by} {times}, with {what}.", death.verb()),
             advice: match death {
                 Death::OutOfMemory => {
                     format!("Give {name} more memory, or find what takes it: the kernel log has the numbers.")
@@ -707,7 +753,13 @@ impl Diagnosis {
         let who = ports.who.get();
         let name = who.map_or_else(|| "Programs here".to_owned(), |who| self.name(Some(who)));
         let server = std::net::SocketAddr::new(at.address, at.port);
-        let per_second = ports.peak as f64 / time_wait::LASTS as f64;
+        let until_all = ports.seconds_to_all();
+        let run_out = match until_all {
+            Some(seconds) => {
+                format!("at that rate all are after {}, and connects fail", human_millis(seconds * 1_000.0))
+            }
+            None => "connects fail when all are, which this rate does not lead to".to_owned(),
+        };
         let share = ports.share() * 100.0;
         Draft {
             kind: FindingKind::TimeWaitPressure,
@@ -721,12 +773,13 @@ impl Diagnosis {
                 ("time_wait_peak", ports.peak.into()),
                 ("ports", time_wait::PORTS.into()),
                 ("ports_used_percent", share.into()),
-                ("connections_per_second", per_second.into()),
+                ("connections_per_second", ports.rate().into()),
                 ("connections_per_second_limit", (time_wait::PORTS as f64 / time_wait::LASTS as f64).into()),
+                ("seconds_to_all_ports", until_all.into()),
             ],
             summary: format!(
                 "{name} opens a connection to {server} for each request and closes first: {} ports were in TIME_WAIT at \
-                 once, {share:.0} % of the {} that Linux gives out by default; connects fail when all are.",
+                 once, {share:.0} % of the {} that Linux gives out by default; {run_out}.",
                 ports.peak,
                 time_wait::PORTS
             ),
@@ -735,8 +788,27 @@ impl Diagnosis {
         }
     }
 
+    /// Whether a chain began with a process that was not terminated on request; or occurred often enough, and
+    /// began with a server whose answers were needed.
+    fn is_chain(&self, route: &Route, chain: &Chain) -> bool {
+        let (_, death, port) = route.root;
+        if death.is_some_and(|death| death != Death::Stopped) {
+            return true;
+        }
+        let first = route.through.first().and_then(|(who, _)| *who);
+        let may_be_a_cause = || {
+            self.services.all.iter().any(|(key, service)| {
+                !key.is_server
+                    && key.who == first
+                    && key.port == port
+                    && service.unanswered.may_be_a_cause(service.context())
+            })
+        };
+        chain.marks.count >= ENOUGH && (death.is_some() || may_be_a_cause())
+    }
+
     fn chain(&self, route: &Route, chain: &Chain) -> Option<Draft> {
-        if !is_chain(route, chain) {
+        if !self.is_chain(route, chain) {
             return None;
         }
         let (root, death, port) = route.root;
@@ -853,9 +925,4 @@ fn millis(nanoseconds: i64) -> f64 {
 
 fn time(nanoseconds: i64) -> Time {
     Time(jiff::Timestamp::from_nanosecond(i128::from(nanoseconds)).unwrap_or_default())
-}
-
-/// Whether a chain occurred often enough, or began with a process that was not terminated on request.
-fn is_chain(route: &Route, chain: &Chain) -> bool {
-    chain.marks.count >= ENOUGH || route.root.1.is_some_and(|death| death != Death::Stopped)
 }

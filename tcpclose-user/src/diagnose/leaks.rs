@@ -196,7 +196,8 @@ fn opener(json: &str) -> Option<String> {
     let exe = opener.process.and_then(|process| process.exe);
     let is_in_exe = |frame: &&FrameFields<'_>| frame.symbol.is_some() && frame.module_is(exe.as_ref());
     let is_named = |frame: &&FrameFields<'_>| frame.symbol.is_some() && !frame.is_of_libc();
-    let own = own_java_frame(&frames).or_else(|| frames.iter().find(is_in_exe));
+    let own = own_java_frame(&frames).or_else(|| own_python_frame(&frames));
+    let own = own.or_else(|| frames.iter().find(is_in_exe));
     own.or_else(|| frames.iter().find(is_named)).or(frames.first()).and_then(FrameFields::name)
 }
 
@@ -214,6 +215,15 @@ fn own_java_frame<'a, 'b>(frames: &'b [FrameFields<'a>]) -> Option<&'b FrameFiel
     let package = |class: &'b str| class.match_indices('.').nth(1).map_or(class, |(end, _)| &class[..end]);
     let own = frames.iter().rev().find_map(class).map(package)?;
     frames.iter().find(|frame| class(frame).map(package) == Some(own))
+}
+
+/// The innermost Python function that is not in a library.
+fn own_python_frame<'a, 'b>(frames: &'b [FrameFields<'a>]) -> Option<&'b FrameFields<'a>> {
+    const LIBRARIES: [&str; 3] = ["/lib/python3", "/site-packages/", "/dist-packages/"];
+    let is_own = |file: &str| file.ends_with(".py") && !LIBRARIES.iter().any(|part| file.contains(part));
+    frames
+        .iter()
+        .find(|frame| frame.module.is_none() && frame.file.as_ref().is_some_and(|file| is_own(&file.0)))
 }
 
 /// The names in a stack.
@@ -267,9 +277,10 @@ mod tests {
     fn opened_in(exe: &str, frames: &[(&str, &str, Option<&str>)]) -> Option<String> {
         let frames: Vec<_> = frames
             .iter()
-            .map(
-                |(symbol, module, file)| json!({"symbol": symbol, "module": module, "file": file, "line": 7}),
-            )
+            .map(|(symbol, module, file)| {
+                let module = Some(module).filter(|module| !module.is_empty());
+                json!({"symbol": symbol, "module": module, "file": file, "line": 7})
+            })
             .collect();
         opener(
             &json!({"process": {"pid": 1, "comm": "x", "exe": exe}, "stack": {"user": frames}}).to_string(),
@@ -284,6 +295,21 @@ mod tests {
         assert_eq!(opened_in("/bin/app", &[connect, curl, own]).as_deref(), Some("fetch (fetch.c:7)"));
         assert_eq!(opened_in("/bin/other", &[connect, curl, own]).as_deref(), Some("Curl_connect"));
         assert_eq!(opened_in("/bin/other", &[connect]).as_deref(), Some("__connect"));
+    }
+
+    #[test]
+    fn the_function_of_a_python_program_is_named() {
+        let python = "/usr/bin/python3.11";
+        let call = ("PyObject_Vectorcall", python, None);
+        let standard = ("create_connection", "", Some("/usr/lib/python3.11/socket.py"));
+        let package = ("get", "", Some("/srv/venv/lib/python3.11/site-packages/requests/api.py"));
+        let own = ("fetch", "", Some("/srv/crawler.py"));
+        let outer = ("main", "", Some("/srv/crawler.py"));
+        assert_eq!(
+            opened_in(python, &[call, standard, package, own, outer]).as_deref(),
+            Some("fetch (/srv/crawler.py:7)")
+        );
+        assert_eq!(opened_in(python, &[call, standard]).as_deref(), Some("PyObject_Vectorcall"));
     }
 
     #[test]

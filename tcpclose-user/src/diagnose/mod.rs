@@ -27,6 +27,7 @@ pub mod report;
 mod services;
 mod statistics;
 mod time_wait;
+mod unanswered;
 
 #[cfg(test)]
 mod tests;
@@ -34,10 +35,10 @@ mod tests;
 use crate::{
     diagnose::{
         end::{End, Place},
-        observation::{Line, Observation},
+        observation::{Line, Observation, to_nanoseconds},
         pairs::PairKey,
     },
-    event::{Cause, Direction, Event, Finding, LingeringKind, State},
+    event::{Cause, Direction, Event, Finding, LingeringKind, Role, State, Time},
 };
 
 /// The age after which an end is judged without its peer, in nanoseconds of the lines' own time.
@@ -144,6 +145,10 @@ impl Diagnosis {
             return self.services.ordinary(&end);
         }
         let Self { pairs, services, deaths, chains, relays, .. } = self;
+        if end.role == Some(Role::Client) && !end.path.established {
+            // There is no other end to wait for.
+            return services.settle(&end, None);
+        }
         pairs.add(end, |end, peer| {
             services.settle(end, peer);
             deaths.settle(end, peer);
@@ -179,6 +184,11 @@ impl Diagnosis {
             }
             _ => {}
         }
+    }
+
+    /// Tells the time, which passes without lines as well.
+    pub fn is_now(&mut self, time: Time) {
+        self.latest = self.latest.max(to_nanoseconds(time.0));
     }
 
     /// The findings so far, the most costly first. An end whose peer has not been read counts only after a

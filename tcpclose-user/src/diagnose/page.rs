@@ -52,7 +52,7 @@ section.finding{border-left:4px solid #c0392b;padding:.2em 1em;margin:1.2em 0;ba
 section.deploy{border-color:#2e7d4f}
 h3{margin:.3em 0}small,.note{color:#57606a}p{margin:.4em 0}
 table{border-collapse:collapse;font-size:.9em}td{padding:0 1.2em 0 0}td+td{font-variant-numeric:tabular-nums}
-svg{width:100%;height:auto;font:11px system-ui,sans-serif}
+.wide{overflow-x:auto}svg{width:100%;min-width:56em;height:auto;font:11px system-ui,sans-serif}
 .key{display:inline-block;width:.8em;height:.8em;margin:0 .3em 0 1em}
 @media(prefers-color-scheme:dark){body{color:#e6e6e6;background:#16181c}section.finding{background:#20242a}
 small,.note{color:#9aa4af}svg text{fill:#e6e6e6}svg .flame text{fill:#1b1f24}}
@@ -75,7 +75,7 @@ pub fn write(
         out,
         "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n\
          <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n\
-         <meta name=\"viewport\" content=\"width=device-width\"><title>tcpclose diagnose</title>\n\
+         <meta name=\"viewport\" content=\"width=device-width,initial-scale=1\"><title>tcpclose diagnose</title>\n\
          <style>{STYLE}</style></head><body>\n<h1>How connections ended</h1>"
     )?;
     writeln!(
@@ -173,7 +173,7 @@ fn bars(out: &mut impl Write, timeline: &Timeline) -> io::Result<()> {
             below += height;
         }
     }
-    writeln!(out, "</svg><p>")?;
+    writeln!(out, "</svg></div><p>")?;
     for (position, name) in timeline.series.keys().enumerate() {
         write!(
             out,
@@ -198,7 +198,7 @@ fn begin(out: &mut impl Write, most: i64, timeline: &Timeline, length: usize) ->
     let end = timeline.start.saturating_add(timeline.step.saturating_mul(length));
     writeln!(
         out,
-        "<svg viewBox=\"0 0 {WIDTH} {}\" role=\"img\"><text x=\"0\" y=\"12\">{most}</text><text x=\"0\" y=\"{HEIGHT}\">0</text>\
+        "<div class=\"wide\"><svg viewBox=\"0 0 {WIDTH} {}\" role=\"img\"><text x=\"0\" y=\"12\">{most}</text><text x=\"0\" y=\"{HEIGHT}\">0</text>\
          <text x=\"{LEFT}\" y=\"{}\">{}</text><text x=\"{WIDTH}\" y=\"{1}\" text-anchor=\"end\">{} UTC</text>\
          <line x1=\"{LEFT}\" y1=\"{HEIGHT}\" x2=\"{WIDTH}\" y2=\"{HEIGHT}\" stroke=\"#888\"/>",
         HEIGHT + 22.0,
@@ -238,7 +238,7 @@ fn level(out: &mut impl Write, changes: &Timeline, whole: &Timeline) -> io::Resu
     }
     writeln!(
         out,
-        "<path d=\"{path}L{WIDTH},{HEIGHT}Z\" fill=\"#4e79a7\" fill-opacity=\".5\" stroke=\"#4e79a7\"/></svg>"
+        "<path d=\"{path}L{WIDTH},{HEIGHT}Z\" fill=\"#4e79a7\" fill-opacity=\".5\" stroke=\"#4e79a7\"/></svg></div>"
     )
 }
 
@@ -274,14 +274,17 @@ fn flames(out: &mut impl Write, pictures: &Pictures) -> io::Result<()> {
         return writeln!(out, "<p>No stacks in these lines.</p>");
     }
     let height = (root.depth() - 1) as f64 * ROW;
-    writeln!(out, "<svg class=\"flames\" viewBox=\"0 0 {WIDTH} {height}\" role=\"img\"><g class=\"flame\">")?;
+    writeln!(
+        out,
+        "<div class=\"wide\"><svg class=\"flames\" viewBox=\"0 0 {WIDTH} {height}\" role=\"img\"><g class=\"flame\">"
+    )?;
     let mut left = 0.0;
     for (name, node) in &root.calls {
         let width = node.count as f64 * WIDTH / root.count as f64;
         flame(out, name, node, &Rectangle { left, bottom: height, width, total: root.count })?;
         left += width;
     }
-    writeln!(out, "</g></svg>")
+    writeln!(out, "</g></svg></div>")
 }
 
 struct Rectangle {
@@ -312,7 +315,7 @@ fn flame(out: &mut impl Write, name: &str, node: &Node, place: &Rectangle) -> io
     )?;
     // The approximate number of letters that fit.
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a few letters")]
-    let room = (place.width / 6.2) as usize;
+    let room = (place.width / 6.6) as usize;
     if room >= 3 {
         let mut short: String = name.chars().take(room).collect();
         if short.len() < name.len() {

@@ -17,6 +17,7 @@ use crate::{
         names::Who,
         pairs::PairKey,
         relays::GaveUp,
+        unanswered::{Context, Unanswered},
     },
     event::{Cause, Ended, LastData, Role},
 };
@@ -61,11 +62,8 @@ pub(crate) struct Service {
     pub(crate) raced: Marks,
     /// Waits after which the side with the request closed before the answer.
     pub(crate) gave_up: Series,
-    /// Clients: waits after which the server closed or reset the connection before it answered.
-    pub(crate) unanswered: Series,
-    /// The number of those that were resets, and of those that the server's own code is known to have closed.
-    pub(crate) resets: u64,
-    pub(crate) closed_by_code: u64,
+    /// Clients: connections that the server ended before it answered.
+    pub(crate) unanswered: Unanswered,
     /// Servers: closes with unread data after an answer was sent, and the number of bytes.
     pub(crate) unread: Marks,
     pub(crate) unread_bytes: u64,
@@ -127,18 +125,17 @@ impl<T: Copy + PartialEq> Single<T> {
 
 impl Service {
     fn shown(&self) -> u64 {
-        let series = [
-            &self.idle_by_peer,
-            &self.gave_up,
-            &self.unanswered,
-            &self.no_answer,
-            &self.cut,
-            &self.half_closed_cut,
-        ];
+        let series = [&self.idle_by_peer, &self.gave_up, &self.no_answer, &self.cut, &self.half_closed_cut];
         let marks =
             [&self.unread, &self.overflow, &self.unaccepted, &self.refused, &self.forged, &self.raced];
         series.iter().map(|series| series.marks.count).sum::<u64>()
             + marks.iter().map(|marks| marks.count).sum::<u64>()
+            + self.unanswered.count()
+    }
+
+    /// What the connections that seem to have lost an answer are compared with.
+    pub(crate) fn context(&self) -> Context {
+        Context { ends: self.ends, answered: self.answered }
     }
 }
 
@@ -301,7 +298,15 @@ impl Service {
     fn settle_server(&mut self, end: &End, peer: Option<&End>) {
         let place = end.place;
         self.half_closed(end);
-        if end.cause == Some(Cause::UnreadData) && end.closed_here() && end.sent > 0 && end.death.is_none() {
+        // A client whose last message is a request to close (MySQL's COM_QUIT) says farewell in TLS right after
+        // it, which nobody reads.
+        let is_farewell = end.unread.is_some_and(|bytes| FAREWELLS.contains(&bytes));
+        if end.cause == Some(Cause::UnreadData)
+            && end.closed_here()
+            && end.sent > 0
+            && end.death.is_none()
+            && !is_farewell
+        {
             self.unread.add(place, end.time);
             self.unread_bytes += end.unread.unwrap_or_default();
         }
@@ -372,6 +377,8 @@ impl Service {
             if was_reset {
                 self.idle_by_peer.add(place, end.moved, silence);
                 self.lost_request(end);
+            } else {
+                self.unanswered.add_farewell();
             }
         } else if let Some(idle) =
             // Some servers end idle connections with a RST, as MariaDB does.
@@ -388,10 +395,7 @@ impl Service {
                 }
             }
         } else if let Some(wait) = end.waited_ms().filter(|_| end.last_data == Some(LastData::Sent)) {
-            self.unanswered.add(place, end.moved, wait);
-            self.resets += u64::from(was_reset);
-            self.closed_by_code +=
-                u64::from(peer.is_some_and(|peer| peer.closed_here() && peer.trigger.is_some()));
+            self.unanswered.add(end, peer, wait);
         }
     }
 

@@ -195,9 +195,17 @@ fn a_server_that_resets_idle_connections() {
     let finding = only(many(6, |at, port| client(at, port, &reset)), FindingKind::KeepaliveMismatch);
     assert_near(number(&finding, "peer_timeout_ms"), 2000.0);
     assert_near(number(&finding, "raced_requests"), 0.0);
-    // The RST came instead of an answer.
+    // The last message was one that needs no answer, such as MySQL's COM_STMT_CLOSE.
     reset["last_data"] = "sent".into();
-    only(many(6, |at, port| client(at, port, &reset)), FindingKind::BackendDied);
+    none(many(6, |at, port| client(at, port, &reset)));
+    // The RST came instead of an answer.
+    only(
+        many(6, |at, port| {
+            reset["idle_ms"] = (700.0 * (at + 1.0)).into();
+            client(at, port, &reset)
+        }),
+        FindingKind::BackendDied,
+    );
 }
 
 #[test]
@@ -377,6 +385,23 @@ fn both_views_of_a_wait_are_one_finding() {
     assert_eq!(finding.remote.expect("known").comm.as_deref(), Some("app"));
 }
 
+/// Two programs that have the same name, as interpreters do.
+#[test]
+fn a_client_and_a_server_of_one_name() {
+    let mut lines = Vec::new();
+    for number in 0..6_u16 {
+        let (time, port) = (f64::from(number), 40_000 + number);
+        let python = json!({"process": {"comm": "python3", "exe": "/usr/bin/python3"}, "idle_ms": 3000.0});
+        let mut ends = [
+            client(time, port, &json!({"last_data": "sent"})),
+            server(time, port, &json!({"last_data": "received"})),
+        ];
+        ends.iter_mut().for_each(|end| merge(end, &python));
+        lines.extend(ends);
+    }
+    only(lines, FindingKind::ClientGaveUp);
+}
+
 #[test]
 fn a_server_that_crashes_is_a_finding_at_the_first_request_lost() {
     let crash =
@@ -400,17 +425,138 @@ fn a_server_that_crashes_is_a_finding_at_the_first_request_lost() {
     assert!(finding.summary.contains("OOM killer"), "{}", finding.summary);
 }
 
+/// Ends of clients, of which the server has closed six this long after their last data, and of which it has
+/// answered others.
+fn closed_instead_of_an_answer(wait: impl Fn(f64) -> f64, others: u16) -> Vec<Value> {
+    let mut lines = many(6, |at, port| {
+        let mut gone = closed_by_peer(wait(at));
+        merge(&mut gone, &json!({"last_data": "sent"}));
+        client(at, port, &gone)
+    });
+    lines.extend((0..others).map(|number: u16| client(20.0, 50_000 + number, &json!({}))));
+    lines
+}
+
 #[test]
 fn servers_that_close_before_they_answer() {
-    let mut gone = closed_by_peer(40.0);
-    merge(&mut gone, &json!({"last_data": "sent"}));
-    let mut lines = many(6, |at, port| client(at, port, &gone));
+    let wait = |at: f64| 90.0 + 40.0 * at;
     // A protocol that ends with a message of the client looks the same.
-    none(lines.clone());
-    lines.extend((0..20).map(|number: u16| client(20.0, 50_000 + number, &json!({}))));
-    let finding = only(lines, FindingKind::BackendDied);
-    assert_near(number(&finding, "wait_ms"), 40.0);
+    none(closed_instead_of_an_answer(wait, 0));
+    let finding = only(closed_instead_of_an_answer(wait, 20), FindingKind::BackendDied);
+    assert_near(number(&finding, "wait_ms"), 190.0);
     assert_near(number(&finding, "connections"), 26.0);
+}
+
+#[test]
+fn what_a_client_says_last_need_not_be_a_request() {
+    // A farewell, such as memcached's `quit`, to which most servers answer at once.
+    none(closed_instead_of_an_answer(|at| at, 20));
+    let mut lines = closed_instead_of_an_answer(|at| at, 60);
+    let slow = closed_instead_of_an_answer(|at| 60.0 + 70.0 * at, 0);
+    lines.extend(slow.into_iter().take(5).zip(60_000_u16..).map(|(mut line, port)| {
+        merge(&mut line, &json!({"connection": {"local": {"port": port}}}));
+        line
+    }));
+    none(lines);
+    // The server closes a while after it: an idle timeout.
+    none(closed_instead_of_an_answer(|at| 5000.0 + at, 20));
+    // Clients that are never answered, which send logs, whatever their server does. Its end is known as well.
+    let mut logs = closed_instead_of_an_answer(|at| 5000.0 * (at + 1.0), 20);
+    for line in &mut logs {
+        merge(line, &json!({"connection": {"bytes_received": 0}}));
+    }
+    let ends: Vec<Value> = logs
+        .iter()
+        .filter(|line| line["closed_by"] == "peer")
+        .map(|line| {
+            let port = line["connection"]["local"]["port"].as_u64().and_then(|port| port.try_into().ok());
+            let closed = json!({
+                "connection": {"bytes_sent": 0}, "closed_by": "local", "last_data": "received", "idle_ms": line["idle_ms"],
+                "states": steps(&["ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "CLOSE"]), "time": line["time"],
+            });
+            server(0.0, port.expect("a port"), &closed)
+        })
+        .collect();
+    logs.extend(ends);
+    none(logs);
+}
+
+/// What a proxy passes on may be a farewell: the server ends its connection, and the proxy the client's.
+#[test]
+fn a_farewell_through_a_proxy_is_no_chain() {
+    let through_a_proxy = |wait: f64| {
+        (0..6_u16).flat_map(move |number| {
+            let (at, port) = (f64::from(number), 40_000 + number);
+            let proxy = json!({"process": {"pid": 15, "tid": 15, "comm": "proxy", "exe": "/bin/proxy"}, "idle_ms": wait});
+            let mut upstream = closed_by_peer(wait);
+            merge(&mut upstream, &proxy);
+            merge(&mut upstream, &json!({"last_data": "sent", "connection": {"local": {"port": port + 10_000}}}));
+            let mut front = json!({
+                "connection": {"local": {"port": 8080}}, "closed_by": "local", "last_data": "received",
+                "states": steps(&["ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "CLOSE"]),
+            });
+            merge(&mut front, &proxy);
+            [client(at, port, &upstream), server(at + 0.001, port, &front)]
+        })
+    };
+    none(through_a_proxy(2.0).collect());
+    only(through_a_proxy(300.0).collect(), FindingKind::Chain);
+}
+
+/// The end of a process that had these connections.
+fn died(signal: &str, ends: &[Value]) -> Vec<Value> {
+    let died = json!({"closed_by": "local", "trigger": "signal", "signal": signal});
+    let ends = ends.iter().zip(40_000_u16..).map(|(end, port)| {
+        let mut line = server(1.0, port, &died);
+        merge(&mut line, end);
+        line
+    });
+    ends.collect()
+}
+
+/// The client's last data, and how long after the server's it came.
+fn asked(since_ms: f64, after_ms: f64) -> Value {
+    json!({
+        "last_data": "received", "idle_ms": since_ms, "since_received_ms": since_ms,
+        "since_sent_ms": since_ms + after_ms,
+    })
+}
+
+/// Requests that came in the same tick as the answer before them cannot be told from idle connections.
+#[test]
+fn requests_that_may_have_been_lost_are_not_counted_but_told() {
+    let idle = json!({"last_data": null, "idle_ms": 40.0, "since_received_ms": 40.0, "since_sent_ms": 40.0});
+    let mut ends = vec![asked(40.0, 8.0), asked(300.0, 2000.0), asked(90.0, 4.0)];
+    ends.extend(vec![idle; 5]);
+    let finding = only(died("SIGKILL", &ends), FindingKind::BackendDied);
+    assert!(finding.summary.contains("with at least 3 requests unanswered"), "{}", finding.summary);
+    assert_near(number(&finding, "requests_lost"), 3.0);
+    assert_near(number(&finding, "undecided_connections"), 5.0);
+    let finding = only(died("SIGTERM", &ends), FindingKind::Deploy);
+    assert!(finding.summary.ends_with("at least 3 requests were under way."), "{}", finding.summary);
+}
+
+/// Clients that acknowledge the answer (HTTP/2's `WINDOW_UPDATE`) and are then silent.
+#[test]
+fn the_last_word_on_an_idle_connection_is_no_request() {
+    let ends: Vec<_> = (0..8_u32).map(|n| asked(200.0 + 900.0 * f64::from(n), 4.0)).collect();
+    let finding = only(died("SIGKILL", &ends), FindingKind::Deploy);
+    assert!(finding.summary.ends_with("and no request is known to be lost."), "{}", finding.summary);
+    assert_near(number(&finding, "undecided_connections"), 8.0);
+    none(died("SIGSEGV", &ends));
+}
+
+/// A server that receives logs has none to answer; that it crashes is a fault all the same.
+#[test]
+fn a_process_that_answers_nobody() {
+    let mut end = asked(300.0, 0.0);
+    merge(&mut end, &json!({"since_sent_ms": null, "connection": {"bytes_sent": 0}}));
+    let ends = vec![end; 4];
+    none(died("SIGKILL", &ends));
+    none(died("SIGTERM", &ends));
+    let finding = only(died("SIGSEGV", &ends), FindingKind::BackendDied);
+    assert!(finding.summary.contains("4 clients connected that it had sent nothing"), "{}", finding.summary);
+    assert_eq!(finding.evidence["requests_lost"], Evidence::Unknown);
 }
 
 /// A server with a process for each connection, as PostgreSQL, which exits when its client says goodbye.
@@ -428,6 +574,14 @@ fn processes_that_exit_when_they_are_asked_to() {
     none(exits(0.0));
     none(exits(4.0));
     only(exits(500.0), FindingKind::BackendDied);
+    // Some are slow to.
+    let mut mixed = exits(4.0);
+    mixed.extend(exits(25.0).into_iter().take(8).map(|mut line| {
+        let port = line["connection"]["remote"]["port"].as_u64().unwrap_or_default() + 100;
+        merge(&mut line, &json!({"process": {"pid": port}, "connection": {"remote": {"port": port}}}));
+        line
+    }));
+    none(mixed);
 }
 
 /// The signal ends a request however young it is.
@@ -534,6 +688,13 @@ fn time_wait_pressure() {
     assert_near(number(&pressed[0], "time_wait_peak"), 17_000.0);
     assert_near(number(&pressed[0], "ports_used_percent"), 60.215);
     assert!(short(17_000, 100.0).is_empty(), "60 s after, a port is free");
+    // 340 a second never take all of 28,232 ports.
+    assert_eq!(pressed[0].evidence["seconds_to_all_ports"], Evidence::Unknown);
+    assert_near(number(&pressed[0], "connections_per_second"), 333.333);
+    let quick = short(17_000, 16.5);
+    assert_near(number(&quick[0], "connections_per_second"), 1000.0);
+    assert_near(number(&quick[0], "seconds_to_all_ports"), 28.232);
+    assert!(quick[0].summary.contains("at that rate all are after 28.2s"), "{}", quick[0].summary);
     assert!(short(10_000, 10.0).is_empty());
 }
 
@@ -544,6 +705,11 @@ fn unread_close() {
     let finding = only(many(5, |at, port| server(at, port, &unread)), FindingKind::UnreadClose);
     assert_near(number(&finding, "unread_bytes"), 350.0);
     none(many(4, |at, port| server(at, port, &unread)));
+    // The farewell of TLS, which a server leaves unread that was asked to close before it.
+    let farewell = json!({
+        "closed_by": "local", "ended": "reset_sent", "cause": "unread_data", "unread_bytes": 24,
+    });
+    none(many(50, |at, port| server(at, port, &farewell)));
     // A client that gives up loses only its own answer.
     none(many(50, |at, port| client(at, port, &unread)));
 }

@@ -45,9 +45,12 @@ pub(crate) struct Destination {
 pub(crate) struct Ports {
     /// The connections of each of the last seconds, by the second modulo [`LASTS`].
     seconds: [u32; LASTS],
+    first: i64,
     latest: i64,
     now: u64,
     pub(crate) peak: u64,
+    /// The number of seconds in which the connections of the peak were closed.
+    peak_seconds: i64,
     pub(crate) marks: Marks,
     pub(crate) who: Single<Who>,
     pub(crate) pid: Single<u32>,
@@ -66,9 +69,11 @@ impl Ports {
     fn new(second: i64) -> Self {
         Self {
             seconds: [0; LASTS],
+            first: second,
             latest: second,
             now: 0,
             peak: 0,
+            peak_seconds: 1,
             marks: Marks::default(),
             who: Single::None,
             pid: Single::None,
@@ -84,7 +89,10 @@ impl Ports {
         self.latest = second;
         self.seconds[slot(second)] += 1;
         self.now += 1;
-        self.peak = self.peak.max(self.now);
+        if self.now > self.peak {
+            self.peak = self.now;
+            self.peak_seconds = (second - self.first + 1).min(LASTS_SECONDS);
+        }
     }
 }
 
@@ -124,8 +132,19 @@ impl TimeWaitPorts {
     }
 }
 
+#[expect(clippy::cast_precision_loss, reason = "as many as there are ports, or not many more")]
 impl Ports {
-    #[expect(clippy::cast_precision_loss, reason = "as many as there are ports, or not many more")]
+    /// Connections a second, on the way to the peak.
+    pub(crate) fn rate(&self) -> f64 {
+        self.peak as f64 / self.peak_seconds as f64
+    }
+
+    /// The number of seconds in which this rate takes all ports; `None` if ports are free again before that.
+    pub(crate) fn seconds_to_all(&self) -> Option<f64> {
+        let seconds = PORTS as f64 / self.rate();
+        (seconds < LASTS as f64).then_some(seconds)
+    }
+
     pub(crate) fn share(&self) -> f64 {
         self.peak as f64 / PORTS as f64
     }

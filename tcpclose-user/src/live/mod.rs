@@ -386,7 +386,7 @@ impl Live {
     /// # Errors
     /// The output cannot be written.
     pub fn report_findings(&mut self) -> Result<Going> {
-        self.pipeline.report.new_findings()
+        self.pipeline.report.new_findings(Clock::now())
     }
 
     /// Reads the rest of the ring, and reports what was held back, the findings, and output that is complete

@@ -5,19 +5,48 @@ use std::{
     io::{Read, Write},
     net::{Shutdown, TcpListener, TcpStream},
     process::{Command, Stdio},
-    thread,
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
 use anyhow::{Result, ensure};
 use serde_json::Value;
-use tcpclose_tests::{PATIENCE, netns::Namespace, scratch::Scratch, servers::is_missing, tool::Launch};
+use tcpclose_tests::{
+    PATIENCE,
+    netns::Namespace,
+    scratch::Scratch,
+    servers::is_missing,
+    tool::{Launch, Tool},
+};
 
 use super::{SEVERAL, findings_of_files, only, told};
 
 const NFT: &str = "/usr/sbin/nft";
 const PORT: u16 = 7000;
 const SERVER: &str = "10.77.0.2";
+
+/// Something between two networks that makes the connections through it its own, and resets what it does not
+/// know.
+const NAT: &str = "table ip nat {
+    chain postrouting {
+        type nat hook postrouting priority 100;
+        oifname eth1 masquerade
+    }
+}
+table inet filter {
+    chain forward {
+        type filter hook forward priority 0;
+        meta l4proto tcp ct state invalid reject with tcp reset
+    }
+}";
+
+/// Something between two networks that resets every connection on which a client has asked for something.
+const MIDDLEBOX: &str = "table inet filter {
+    chain forward {
+        type filter hook forward priority 0;
+        iifname eth0 tcp flags & (syn | fin | rst) == 0 meta length > 52 reject with tcp reset
+    }
+}";
 
 /// A firewall that forgets a connection after two seconds without a packet, and resets what it does not know.
 const RULES: &str = "table inet filter {
@@ -31,23 +60,49 @@ const RULES: &str = "table inet filter {
 /// Two hosts, the second behind the firewall.
 fn hosts() -> Result<[Namespace; 2]> {
     let hosts = Namespace::pair([&["10.77.0.1/24"], &["10.77.0.2/24"]])?;
-    let mut nft = Command::new(NFT);
-    hosts[1].enter(&mut nft)?;
-    let mut nft = nft.args(["-f", "-"]).stdin(Stdio::piped()).spawn()?;
-    if let Some(mut rules) = nft.stdin.take() {
-        rules.write_all(RULES.as_bytes())?;
-    }
-    ensure!(nft.wait()?.success(), "nft refuses the rules");
-    for (timeout, seconds) in [("established", "2"), ("close_wait", "2"), ("fin_wait", "2")] {
-        hosts[1].set_sysctl(&format!("net/netfilter/nf_conntrack_tcp_timeout_{timeout}"), seconds)?;
-    }
-    // A connection that it does not know is not picked up.
-    hosts[1].set_sysctl("net/netfilter/nf_conntrack_tcp_loose", "0")?;
+    filter(&hosts[1], RULES)?;
+    forget_soon(&hosts[1])?;
     Ok(hosts)
 }
 
+/// A client's host, a router with these rules, and a server's host.
+fn routed(rules: &str) -> Result<[Namespace; 3]> {
+    let [client, router] = Namespace::pair([&["10.77.0.1/24"], &["10.77.0.254/24"]])?;
+    let server = Namespace::new()?;
+    Namespace::join([(&router, "eth1", "10.78.0.254/24"), (&server, "eth0", "10.78.0.2/24")])?;
+    router.set_sysctl("net/ipv4/ip_forward", "1")?;
+    client.ip(&["route add default via 10.77.0.254"])?;
+    server.ip(&["route add default via 10.78.0.254"])?;
+    filter(&router, rules)?;
+    Ok([client, router, server])
+}
+
+fn filter(host: &Namespace, rules: &str) -> Result<()> {
+    let mut nft = Command::new(NFT);
+    host.enter(&mut nft)?;
+    let mut nft = nft.args(["-f", "-"]).stdin(Stdio::piped()).spawn()?;
+    if let Some(mut input) = nft.stdin.take() {
+        input.write_all(rules.as_bytes())?;
+    }
+    ensure!(nft.wait()?.success(), "nft refuses the rules");
+    Ok(())
+}
+
+/// A host forgets a connection after two seconds without a packet.
+fn forget_soon(host: &Namespace) -> Result<()> {
+    for (timeout, seconds) in [("established", "2"), ("close_wait", "2"), ("fin_wait", "2")] {
+        host.set_sysctl(&format!("net/netfilter/nf_conntrack_tcp_timeout_{timeout}"), seconds)?;
+    }
+    // A connection that it does not know is not picked up.
+    host.set_sysctl("net/netfilter/nf_conntrack_tcp_loose", "0")
+}
+
 fn connect(host: &Namespace) -> Result<TcpStream> {
-    let stream = host.inside(|| Ok(TcpStream::connect((SERVER, PORT))?))?;
+    connect_to(host, SERVER)
+}
+
+fn connect_to(host: &Namespace, server: &str) -> Result<TcpStream> {
+    let stream = host.inside(|| Ok(TcpStream::connect((server, PORT))?))?;
     stream.set_read_timeout(Some(PATIENCE))?;
     Ok(stream)
 }
@@ -57,26 +112,24 @@ fn ask(stream: &mut TcpStream) -> std::io::Result<()> {
     stream.read_exact(&mut [0; 2])
 }
 
-/// Six connections are closed after a second, and six are used again after more than two.
-#[test]
-fn a_firewall_that_forgets_idle_connections() -> Result<()> {
-    if is_missing(&[NFT]) {
-        return Ok(());
-    }
-    let hosts = hosts()?;
-    let tool = Launch::new()?.trace(&hosts).args(["--linger", "off", "--stack", "none"]).start()?;
-    let listener = hosts[1].inside(|| Ok(TcpListener::bind((SERVER, PORT))?))?;
-    let server = thread::spawn(move || {
-        for connection in listener.incoming().take(2 * SEVERAL).flatten() {
+/// A server that answers each request at once, for this many connections.
+fn serve(host: &Namespace, address: &str, connections: usize) -> Result<JoinHandle<()>> {
+    let listener = host.inside(|| Ok(TcpListener::bind((address, PORT))?))?;
+    Ok(thread::spawn(move || {
+        for connection in listener.incoming().take(connections).flatten() {
             thread::spawn(move || {
                 let mut connection = connection;
                 while connection.read_exact(&mut [0; 4]).is_ok() && connection.write_all(b"42").is_ok() {}
             });
         }
-    });
+    }))
+}
+
+/// Six connections are closed after a second, and six are used again after more than two.
+fn use_again_after_silences(client: &Namespace, server: &str) -> Result<()> {
     let mut waiting = Vec::new();
     for _ in 0..SEVERAL {
-        let (mut short, mut long) = (connect(&hosts[0])?, connect(&hosts[0])?);
+        let (mut short, mut long) = (connect_to(client, server)?, connect_to(client, server)?);
         ask(&mut short)?;
         ask(&mut long)?;
         waiting.push((short, long, Instant::now()));
@@ -91,7 +144,11 @@ fn a_firewall_that_forgets_idle_connections() -> Result<()> {
         ensure!(ask(&mut long).is_err(), "the firewall has not forgotten it");
         thread::sleep(Duration::from_millis(1100));
     }
-    server.join().map_err(|_| anyhow::anyhow!("the server panicked"))?;
+    Ok(())
+}
+
+/// The only finding, which gives the bounds of the two seconds, and the lines of all events.
+fn idle_cut(tool: Tool) -> Result<(Vec<Value>, Vec<Value>)> {
     let is_end = |line: &&Value| line["event"] == "close" && line["connection"]["role"] == "client";
     ensure!(tool.wait_until(|lines| lines.iter().filter(is_end).count() >= 2 * SEVERAL), "not all ended");
     let ended = tool.stop()?;
@@ -102,6 +159,24 @@ fn a_firewall_that_forgets_idle_connections() -> Result<()> {
     let (died, lived) =
         (milliseconds("shortest_idle_that_died_ms"), milliseconds("longest_idle_that_lived_ms"));
     ensure!((900.0..2000.0).contains(&lived) && died > 2000.0, "{finding:#}");
+    Ok((own, lines))
+}
+
+fn joined(server: JoinHandle<()>) -> Result<()> {
+    server.join().map_err(|_| anyhow::anyhow!("the server panicked"))
+}
+
+#[test]
+fn a_firewall_that_forgets_idle_connections() -> Result<()> {
+    if is_missing(&[NFT]) {
+        return Ok(());
+    }
+    let hosts = hosts()?;
+    let tool = Launch::new()?.trace(&hosts).args(["--linger", "off", "--stack", "none"]).start()?;
+    let server = serve(&hosts[1], SERVER, 2 * SEVERAL)?;
+    use_again_after_silences(&hosts[0], SERVER)?;
+    joined(server)?;
+    let (own, lines) = idle_cut(tool)?;
 
     // As if each host had been traced by itself.
     let of = |host: &Namespace| -> Vec<Value> {
@@ -109,6 +184,57 @@ fn a_firewall_that_forgets_idle_connections() -> Result<()> {
     };
     let apart = findings_of_files(&Scratch::new()?, &[&of(&hosts[0]), &of(&hosts[1])])?;
     ensure!(told(&apart) == told(&own), "the files of both hosts have {apart:#?}");
+    Ok(())
+}
+
+/// The same with a NAT in between, so that the ends of a connection have other addresses on each side and are
+/// not joined.
+#[test]
+fn a_nat_that_forgets_idle_connections() -> Result<()> {
+    if is_missing(&[NFT]) {
+        return Ok(());
+    }
+    const SERVER: &str = "10.78.0.2";
+    let hosts = routed(NAT)?;
+    forget_soon(&hosts[1])?;
+    let tool =
+        Launch::new()?.trace([&hosts[0], &hosts[2]]).args(["--linger", "off", "--stack", "none"]).start()?;
+    let server = serve(&hosts[2], SERVER, 2 * SEVERAL)?;
+    use_again_after_silences(&hosts[0], SERVER)?;
+    joined(server)?;
+    let (_, lines) = idle_cut(tool)?;
+    let is_servers = |line: &&Value| line["connection"]["netns"] == hosts[2].inode();
+    let seen: Vec<_> =
+        lines.iter().filter(is_servers).map(|line| &line["connection"]["remote"]["address"]).collect();
+    ensure!(
+        !seen.is_empty() && seen.iter().all(|address| **address == "10.78.0.254"),
+        "there is no NAT: {seen:?}"
+    );
+    Ok(())
+}
+
+/// A middlebox resets connections in the server's name. Its packets have another TTL than the server's.
+#[test]
+fn a_middlebox_that_forges_resets() -> Result<()> {
+    if is_missing(&[NFT]) {
+        return Ok(());
+    }
+    const SERVER: &str = "10.78.0.2";
+    let hosts = routed(MIDDLEBOX)?;
+    hosts[1].set_sysctl("net/ipv4/ip_default_ttl", "200")?;
+    let tool = Launch::new()?.trace([&hosts[0]]).args(["--ttl", "--stack", "none"]).start()?;
+    let server = serve(&hosts[2], SERVER, SEVERAL)?;
+    for _ in 0..SEVERAL {
+        let mut client = connect_to(&hosts[0], SERVER)?;
+        ensure!(ask(&mut client).is_err(), "the middlebox lets it through");
+    }
+    joined(server)?;
+    let is_end = |line: &&Value| line["event"] == "close";
+    ensure!(tool.wait_until(|lines| lines.iter().filter(is_end).count() >= SEVERAL), "not all ended");
+    let ended = tool.stop()?;
+    let own: Vec<_> = ended.lines.into_iter().filter(|line| line["event"] == "finding").collect();
+    let finding = only(&own, "forged")?;
+    ensure!(finding["count"] == SEVERAL && finding["remote"]["port"] == PORT, "{finding:#}");
     Ok(())
 }
 

@@ -1,8 +1,10 @@
 //! `tcpclose diagnose` on the connections of real programs. A fault has a finding with the numbers that the
 //! programs themselves report, and programs without a fault have none.
 
+mod faults;
 mod firewall;
 mod healthy;
+mod last_words;
 mod page;
 mod pools;
 
