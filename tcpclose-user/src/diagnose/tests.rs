@@ -388,17 +388,14 @@ fn both_views_of_a_wait_are_one_finding() {
 /// Two programs that have the same name, as interpreters do.
 #[test]
 fn a_client_and_a_server_of_one_name() {
-    let mut lines = Vec::new();
+    let mut lines = vec![client(9.0, 50_000, &json!({})), server(9.0, 50_000, &json!({}))];
     for number in 0..6_u16 {
         let (time, port) = (f64::from(number), 40_000 + number);
-        let python = json!({"process": {"comm": "python3", "exe": "/usr/bin/python3"}, "idle_ms": 3000.0});
-        let mut ends = [
-            client(time, port, &json!({"last_data": "sent"})),
-            server(time, port, &json!({"last_data": "received"})),
-        ];
-        ends.iter_mut().for_each(|end| merge(end, &python));
-        lines.extend(ends);
+        let asked = json!({"connection": {"bytes_received": 0}, "last_data": "sent", "idle_ms": 3000.0});
+        lines.extend([client(time, port, &asked), server(time, port, &unanswered(3000.0))]);
     }
+    let python = json!({"process": {"comm": "python3", "exe": "/usr/bin/python3"}});
+    lines.iter_mut().for_each(|line| merge(line, &python));
     only(lines, FindingKind::ClientGaveUp);
 }
 
