@@ -341,7 +341,9 @@ fn a_client_and_a_server_of_one_name() {
             client(time, port, &json!({"last_data": "sent"})),
             server(time, port, &json!({"last_data": "received"})),
         ];
-        ends.iter_mut().for_each(|end| merge(end, &python));
+        for end in &mut ends {
+            merge(end, &python);
+        }
         lines.extend(ends);
     }
     only(lines, FindingKind::ClientGaveUp);
