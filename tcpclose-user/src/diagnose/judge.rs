@@ -286,10 +286,8 @@ impl Diagnosis {
     /// Whether other lines show the same with more facts: the server's end of these connections, or the
     /// client's own client, which gave up first.
     fn is_seen_better(&self, key: &ServiceKey, service: &Service, spread: &Spread) -> bool {
-        let (client, server) = match key.is_server {
-            true => (service.peer.get(), key.who),
-            false => (key.who, service.peer.get()),
-        };
+        let peer = service.peer.get();
+        let (client, server) = if key.is_server { (peer, key.who) } else { (key.who, peer) };
         let in_the_wake = self.services.all.iter().any(|(other, front)| {
             // The server's end of these connections; a program may be its own client.
             let is_other_end = other.who == server && other.port == key.port;
@@ -339,7 +337,9 @@ impl Diagnosis {
         }
         let spread = most.waits.sample.spread()?;
         let mut marks = Marks::default();
-        faults.iter().for_each(|part| marks.merge(&part.waits.marks));
+        for part in &faults {
+            marks.merge(&part.waits.marks);
+        }
         let count = marks.count;
         let closed_by_code = faults.iter().map(|part| part.closed_by_code).sum::<u64>();
         let mut draft = self.draft(FindingKind::BackendDied, key, service, &marks);

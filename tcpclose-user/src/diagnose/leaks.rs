@@ -1,6 +1,6 @@
 //! Sockets in `CLOSE_WAIT` that their programs do not close.
 
-use std::{collections::HashMap, net::SocketAddr};
+use std::{collections::HashMap, net::SocketAddr, path::Path};
 
 use serde::Deserialize;
 
@@ -220,7 +220,8 @@ fn own_java_frame<'a, 'b>(frames: &'b [FrameFields<'a>]) -> Option<&'b FrameFiel
 /// The innermost Python function that is not in a library.
 fn own_python_frame<'a, 'b>(frames: &'b [FrameFields<'a>]) -> Option<&'b FrameFields<'a>> {
     const LIBRARIES: [&str; 3] = ["/lib/python3", "/site-packages/", "/dist-packages/"];
-    let is_own = |file: &str| file.ends_with(".py") && !LIBRARIES.iter().any(|part| file.contains(part));
+    let is_python = |file: &str| Path::new(file).extension().is_some_and(|extension| extension == "py");
+    let is_own = |file: &str| is_python(file) && !LIBRARIES.iter().any(|part| file.contains(part));
     frames
         .iter()
         .find(|frame| frame.module.is_none() && frame.file.as_ref().is_some_and(|file| is_own(&file.0)))

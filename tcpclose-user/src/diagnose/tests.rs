@@ -395,7 +395,9 @@ fn a_client_and_a_server_of_one_name() {
         lines.extend([client(time, port, &asked), server(time, port, &unanswered(3000.0))]);
     }
     let python = json!({"process": {"comm": "python3", "exe": "/usr/bin/python3"}});
-    lines.iter_mut().for_each(|line| merge(line, &python));
+    for line in &mut lines {
+        merge(line, &python);
+    }
     only(lines, FindingKind::ClientGaveUp);
 }
 

@@ -1,9 +1,9 @@
 //! Connections of clients that the server ended while a request seemed to be pending.
 //!
 //! Not all that a client says last is a request. Some protocols end with a message of the client (`quit` in
-//! memcached), some clients never get an answer (logs), and some messages need none (`COM_STMT_CLOSE` in
-//! MySQL, `WINDOW_UPDATE` in HTTP/2). What follows from that looks like a lost answer on one connection, and is
-//! told apart by what the other connections to the service show.
+//! memcached), some clients never get an answer (logs), and some messages need none (a `WINDOW_UPDATE` in
+//! HTTP/2, a `COM_STMT_CLOSE` to a database). What follows from that looks like a lost answer on one
+//! connection, and is told apart by what the other connections to the service show.
 
 use crate::{
     diagnose::{

@@ -20,6 +20,12 @@ use tcpclose_tests::{
 
 use super::{DATABASE, SEVERAL, Site, ask, findings_of_files, is_about, only, status, told};
 
+/// The address of the host of an application.
+const ADDRESS: &str = "10.77.0.2";
+
+/// The length of an upload.
+const BODY: usize = 64 << 10;
+
 /// People wait for a page of nginx as long as they please.
 #[test]
 fn people_who_leave() -> Result<()> {
@@ -76,7 +82,6 @@ fn uploads_that_are_refused_unread() -> Result<()> {
     if is_missing(&[PYTHON]) {
         return Ok(());
     }
-    const BODY: usize = 64 << 10;
     let site = Site::open()?;
     let _app = site.app("60")?;
     // None of them closes before the server has.
@@ -191,7 +196,6 @@ fn two_tools_on_two_hosts_find_what_one_finds() -> Result<()> {
     if is_missing(&[PYTHON]) {
         return Ok(());
     }
-    const ADDRESS: &str = "10.77.0.2";
     let hosts = Namespace::pair([&["10.77.0.1/24"], &["10.77.0.2/24"]])?;
     let tools = [trace(&[&hosts[0]])?, trace(&[&hosts[1]])?, trace(&[&hosts[0], &hosts[1]])?];
     let args = [&BACKEND_PORT.to_string(), "1", "0", ADDRESS];

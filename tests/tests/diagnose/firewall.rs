@@ -24,6 +24,8 @@ use super::{SEVERAL, findings_of_files, only, told};
 const NFT: &str = "/usr/sbin/nft";
 const PORT: u16 = 7000;
 const SERVER: &str = "10.77.0.2";
+/// Behind a router.
+const FAR_SERVER: &str = "10.78.0.2";
 
 /// Something between two networks that makes the connections through it its own, and resets what it does not
 /// know.
@@ -194,13 +196,12 @@ fn a_nat_that_forgets_idle_connections() -> Result<()> {
     if is_missing(&[NFT]) {
         return Ok(());
     }
-    const SERVER: &str = "10.78.0.2";
     let hosts = routed(NAT)?;
     forget_soon(&hosts[1])?;
     let tool =
         Launch::new()?.trace([&hosts[0], &hosts[2]]).args(["--linger", "off", "--stack", "none"]).start()?;
-    let server = serve(&hosts[2], SERVER, 2 * SEVERAL)?;
-    use_again_after_silences(&hosts[0], SERVER)?;
+    let server = serve(&hosts[2], FAR_SERVER, 2 * SEVERAL)?;
+    use_again_after_silences(&hosts[0], FAR_SERVER)?;
     joined(server)?;
     let (_, lines) = idle_cut(tool)?;
     let is_servers = |line: &&Value| line["connection"]["netns"] == hosts[2].inode();
@@ -219,13 +220,12 @@ fn a_middlebox_that_forges_resets() -> Result<()> {
     if is_missing(&[NFT]) {
         return Ok(());
     }
-    const SERVER: &str = "10.78.0.2";
     let hosts = routed(MIDDLEBOX)?;
     hosts[1].set_sysctl("net/ipv4/ip_default_ttl", "200")?;
     let tool = Launch::new()?.trace([&hosts[0]]).args(["--ttl", "--stack", "none"]).start()?;
-    let server = serve(&hosts[2], SERVER, SEVERAL)?;
+    let server = serve(&hosts[2], FAR_SERVER, SEVERAL)?;
     for _ in 0..SEVERAL {
-        let mut client = connect_to(&hosts[0], SERVER)?;
+        let mut client = connect_to(&hosts[0], FAR_SERVER)?;
         ensure!(ask(&mut client).is_err(), "the middlebox lets it through");
     }
     joined(server)?;
