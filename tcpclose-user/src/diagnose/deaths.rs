@@ -46,7 +46,7 @@ pub(crate) struct EndedProcess {
 
 /// The connections of an ended process whose clients waited for an answer.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Lost {
+pub(crate) struct LostAnswers {
     pub(crate) marks: Marks,
     /// The number of further connections of which it is not known.
     pub(crate) undecided: u64,
@@ -54,7 +54,7 @@ pub(crate) struct Lost {
     pub(crate) is_one_way: bool,
 }
 
-impl Lost {
+impl LostAnswers {
     /// Adds those of another process.
     pub(crate) fn merge(&mut self, other: &Self) {
         self.marks.merge(&other.marks);
@@ -67,8 +67,8 @@ impl EndedProcess {
     /// The connections with a pending request. A client that speaks directly after the server may also
     /// acknowledge the answer, as HTTP/2 does (`WINDOW_UPDATE`) and then be silent: if that is seen on any of
     /// the connections, the last word of these clients is no sign of a request.
-    pub(crate) fn lost(&self) -> Lost {
-        let mut lost = Lost { marks: self.asked.clone(), undecided: self.unknown, is_one_way: false };
+    pub(crate) fn lost(&self) -> LostAnswers {
+        let mut lost = LostAnswers { marks: self.asked.clone(), undecided: self.unknown, is_one_way: false };
         if self.long_silent == 0 {
             lost.marks.merge(&self.just_spoken);
         } else {

@@ -11,7 +11,7 @@ use crate::{
     diagnose::{
         Diagnosis,
         chains::{Chain, Route},
-        deaths::{EndedProcess, Lost},
+        deaths::{EndedProcess, LostAnswers},
         end::{Death, ServiceKey},
         leaks::Leak,
         marks::{Marks, SECOND, Series},
@@ -562,7 +562,7 @@ impl Diagnosis {
 
     /// The connections with a pending request. A server that never sends anything (logs, metrics) owes no
     /// answer, unless a client is seen to have needed it; but a crash is a fault of any server.
-    fn lost(&self, process: &EndedProcess, chains: &BTreeMap<Route, Chain>) -> Lost {
+    fn lost(&self, process: &EndedProcess, chains: &BTreeMap<Route, Chain>) -> LostAnswers {
         let lost = process.lost();
         let answers = process.port.get().is_none_or(|port| {
             let key = ServiceKey { who: process.who, is_server: true, address: None, port };
@@ -574,16 +574,18 @@ impl Diagnosis {
             return lost;
         }
         match process.death {
-            Death::Crashed(_) | Death::OutOfMemory => Lost { is_one_way: true, ..lost },
-            Death::Stopped | Death::Killed => {
-                Lost { undecided: lost.undecided + lost.marks.count, is_one_way: true, ..Lost::default() }
-            }
+            Death::Crashed(_) | Death::OutOfMemory => LostAnswers { is_one_way: true, ..lost },
+            Death::Stopped | Death::Killed => LostAnswers {
+                undecided: lost.undecided + lost.marks.count,
+                is_one_way: true,
+                ..LostAnswers::default()
+            },
         }
     }
 
     fn deploy(&self, process: &EndedProcess, chains: &BTreeMap<Route, Chain>) -> Draft {
         let name = self.name(process.who);
-        let Lost { marks, undecided, .. } = self.lost(process, chains);
+        let LostAnswers { marks, undecided, .. } = self.lost(process, chains);
         let lost = marks.count;
         let mut summary = format!(
             "{name} (pid {}) {} with {} connections open: a restart",
@@ -636,11 +638,11 @@ impl Diagnosis {
         bar: u64,
         chains: &BTreeMap<Route, Chain>,
     ) -> Option<Draft> {
-        let mut lost = Lost::default();
+        let mut lost = LostAnswers::default();
         for process in processes {
             lost.merge(&self.lost(process, chains));
         }
-        let Lost { marks: lost, undecided, is_one_way } = lost;
+        let LostAnswers { marks: lost, undecided, is_one_way } = lost;
         let one = processes.first()?;
         if lost.count < bar {
             return None;

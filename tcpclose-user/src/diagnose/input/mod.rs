@@ -16,7 +16,7 @@ use std::{
 
 use self::{
     blocks::Blocks,
-    parsers::{Parsed, Parsers, Pending},
+    parsers::{Parsed, ParsedLater, Parsers},
 };
 use crate::diagnose::observation::Observation;
 
@@ -35,7 +35,7 @@ pub struct Broken {
 struct Source {
     name: String,
     blocks: Blocks,
-    ahead: VecDeque<Pending>,
+    ahead: VecDeque<ParsedLater>,
     /// The block with the current line.
     parsed: Option<Parsed>,
     /// The number of the current line among the events of the block.

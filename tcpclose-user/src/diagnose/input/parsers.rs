@@ -99,7 +99,7 @@ pub(super) struct Parsers {
 }
 
 /// A block that is being parsed.
-pub(super) struct Pending(Receiver<Parsed>);
+pub(super) struct ParsedLater(Receiver<Parsed>);
 
 impl Parsers {
     /// Starts the threads. `with_stacks` says whether stacks of ends are needed.
@@ -121,11 +121,11 @@ impl Parsers {
     }
 
     /// Has a block parsed.
-    pub(super) fn parse(&self, block: Vec<u8>) -> Pending {
+    pub(super) fn parse(&self, block: Vec<u8>) -> ParsedLater {
         let (done, pending) = mpsc::sync_channel(1);
         // If no thread is left, waiting for the result says so.
         let _ = self.jobs.send(Job { block, done });
-        Pending(pending)
+        ParsedLater(pending)
     }
 }
 
@@ -133,7 +133,7 @@ fn next(jobs: &Mutex<Receiver<Job>>) -> Result<Job, mpsc::RecvError> {
     jobs.lock().unwrap_or_else(PoisonError::into_inner).recv()
 }
 
-impl Pending {
+impl ParsedLater {
     /// Waits until it is parsed.
     pub(super) fn wait(self) -> io::Result<Parsed> {
         self.0.recv().map_err(|_| io::Error::other("a thread that parses lines has failed"))
