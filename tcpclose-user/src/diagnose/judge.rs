@@ -312,7 +312,10 @@ impl Diagnosis {
             return 0;
         }
         let upstream = self.services.all.iter().filter(|(other, service)| {
+            // The client's end of these connections; a program may be its own client.
+            let is_other_end = service.peer.get() == key.who && other.port == key.port;
             !other.is_server
+                && !is_other_end
                 && other.who == key.who
                 && service
                     .gave_up
@@ -599,11 +602,20 @@ impl Diagnosis {
             let _ = write!(summary, "; {at_least}{requests}.");
             format!("Have {name} stop accepting and finish what it has begun before it exits.")
         } else {
-            summary.push_str(match undecided {
-                0 => ", and nothing was lost.",
-                _ => ", and no request is known to be lost.",
-            });
-            "Nothing: this is how a restart looks.".to_owned()
+            match undecided {
+                0 => {
+                    summary.push_str(", and nothing was lost.");
+                    "Nothing: this is how a restart looks.".to_owned()
+                }
+                _ => {
+                    let _ = write!(
+                        summary,
+                        "; whether requests were under way on {undecided} of them is not known."
+                    );
+                    "Nothing, if somebody restarted it; the logs of its clients tell whether requests were lost."
+                        .to_owned()
+                }
+            }
         };
         Draft {
             kind: FindingKind::Deploy,
