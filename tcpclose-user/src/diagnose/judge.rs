@@ -601,21 +601,13 @@ impl Diagnosis {
             let requests = counted(lost, "request was under way", "requests were under way");
             let _ = write!(summary, "; {at_least}{requests}.");
             format!("Have {name} stop accepting and finish what it has begun before it exits.")
+        } else if undecided > 0 {
+            let _ = write!(summary, "; whether requests were under way on {undecided} of them is not known.");
+            "Nothing, if somebody restarted it; the logs of its clients tell whether requests were lost."
+                .to_owned()
         } else {
-            match undecided {
-                0 => {
-                    summary.push_str(", and nothing was lost.");
-                    "Nothing: this is how a restart looks.".to_owned()
-                }
-                _ => {
-                    let _ = write!(
-                        summary,
-                        "; whether requests were under way on {undecided} of them is not known."
-                    );
-                    "Nothing, if somebody restarted it; the logs of its clients tell whether requests were lost."
-                        .to_owned()
-                }
-            }
+            summary.push_str(", and nothing was lost.");
+            "Nothing: this is how a restart looks.".to_owned()
         };
         Draft {
             kind: FindingKind::Deploy,

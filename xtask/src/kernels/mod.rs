@@ -17,6 +17,7 @@ use std::{
 use anyhow::{Result, anyhow, bail};
 
 use self::debian::Kernel;
+use self::plan::List;
 pub(crate) use self::plan::{Extent, Plan, is_left_out};
 use crate::{command::say, platform::Platform, report::Report, workspace::Workspace};
 
@@ -72,6 +73,8 @@ impl Entry {
 const MAY_LACK: &str = "TCPCLOSE_TESTS_MAY_LACK";
 /// The variable that limits for how long pid 1 starts test programs (`tests/src/bin/init.rs`).
 const SECONDS: &str = "TCPCLOSE_TESTS_SECONDS";
+/// The variable that says how many programs it starts whatever the time.
+const SHARE: &str = "TCPCLOSE_TESTS_SHARE";
 
 /// Machines that run at the same time. Tests sometimes wait for timers, which leaves a processor to others.
 const AT_ONCE: usize = 2;
@@ -105,12 +108,7 @@ pub(crate) fn run(workspace: &Workspace, plan: &Plan, chosen: &[String]) -> Resu
         let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
         let rounds = u32::try_from(queue.len().div_ceil(AT_ONCE)).unwrap_or(u32::MAX);
         let time = plan.time.map(|time| time.saturating_sub(start.elapsed()) / rounds.max(1));
-        queue.next().map(|(index, (entry, kernel))| {
-            // Machines that run at the same time start at places of the list that are far apart.
-            let all = kernels.len().div_ceil(AT_ONCE);
-            let tests = plan.list(index / AT_ONCE + index % AT_ONCE * all, AT_ONCE * all);
-            (entry, kernel, tests, time)
-        })
+        queue.next().map(|(index, (entry, kernel))| (entry, kernel, plan.list(index, kernels.len()), time))
     };
     thread::scope(|scope| {
         let worker = || {
@@ -137,20 +135,20 @@ struct Machine<'a> {
 
 impl Machine<'_> {
     /// Boots a kernel, and reports the results of the tests there. When the time is over, no more programs
-    /// are started.
+    /// are started, except those of this machine's share.
     fn test(
         &self,
         entry: &Entry,
         kernel: &Kernel,
-        tests: &str,
+        tests: &List,
         time: Option<Duration>,
     ) -> Result<(String, Report)> {
         let start = Instant::now();
-        let own = image::own(self.folder, kernel, tests)?;
+        let own = image::own(self.folder, kernel, &tests.lines)?;
         // The kernel passes arguments that it does not know to pid 1 as variables.
         let mut variables = format!("{MAY_LACK}={}", entry.may_lack_on(self.platform).join(","));
         if let Some(time) = time {
-            let _ = write!(variables, " {SECONDS}={}", time.as_secs());
+            let _ = write!(variables, " {SECONDS}={} {SHARE}={}", time.as_secs(), tests.share);
         }
         let left = vm::run(self.platform, self.folder, kernel, &[self.common, &own], &variables)?;
         let mut report = Report::parse(&left.results);

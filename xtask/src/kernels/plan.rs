@@ -1,6 +1,6 @@
 //! The tests that a virtual machine runs, and how it runs them.
 
-use std::{fmt::Write, path::Path, time::Duration};
+use std::{cmp::Reverse, collections::BTreeSet, fmt::Write, path::Path, time::Duration};
 
 use super::image;
 use crate::{platform::Platform, suite::Suite};
@@ -44,10 +44,34 @@ const OTHER_ROUTES: [&str; 5] =
 /// happens.
 const ALONE: &str = "ttl";
 
-/// A test program that comes one place later than by its name, which makes it the first one on the third
-/// kernel: a test of it cannot run on the oldest kernel, and it takes so long that others would not come to
-/// it in time.
-const LATER: &str = "degraded";
+/// A test program that is not in the share of the oldest kernel, on which a test of it cannot run.
+const NOT_ON_THE_OLDEST: &str = "degraded";
+
+/// About how many seconds each program took on an emulated processor. Shares are balanced by it.
+const COSTS: [(&str, u32); 19] = [
+    ("cli", 83),
+    ("close", 118),
+    ("close-without-types", 46),
+    ("compat", 20),
+    ("degraded", 190),
+    ("faults", 75),
+    ("features", 1),
+    ("linger", 95),
+    ("list", 60),
+    ("load", 60),
+    ("mptcp", 32),
+    ("options", 197),
+    ("orphans", 25),
+    ("ownership", 83),
+    ("recipes", 86),
+    ("replay", 21),
+    ("stray", 57),
+    ("timeouts", 43),
+    ("ttl", 40),
+];
+
+/// The cost of a program that is not listed there.
+const USUAL_COST: u32 = 50;
 
 /// A program and its only scenario that requires the loopback, with one of those routes.
 const OVER_LOOPBACK: (&str, &str) = ("close", "client_connects_to_itself::loopback_ipv6");
@@ -102,14 +126,20 @@ pub(crate) struct Plan<'a> {
 }
 
 impl Plan<'_> {
-    /// The list that `tests/src/bin/init.rs` executes. Each machine starts at another place of the list, the
-    /// last program excepted, so that every program runs on one of the machines even if none has time for
-    /// all.
-    pub(crate) fn list(&self, place: usize, places: usize) -> String {
+    /// The list that `tests/src/bin/init.rs` executes on one of several machines, the oldest kernel's first.
+    /// Each machine has a share of the programs, which it runs whether or not it has time, so that every
+    /// program runs on one of the machines; the others follow, those that take less time first. A single
+    /// machine has no share. The last program comes last, and always runs.
+    pub(crate) fn list(&self, machine: usize, machines: usize) -> List {
         let lines = self.lines();
-        let (last, others): (Vec<_>, Vec<_>) = lines.lines().partition(|line| line.starts_with(LAST));
-        let (later, first) = others.split_at(others.len() * place / places);
-        [first, later, &last].concat().iter().flat_map(|line| [*line, "\n"]).collect()
+        let (last, others): (Vec<_>, Vec<_>) = lines.lines().partition(|line| name(line) == LAST);
+        let names: BTreeSet<_> = others.iter().map(|line| name(line)).collect();
+        let share = shares(&names, machines).swap_remove(machine);
+        let (own, mut rest): (Vec<_>, Vec<_>) =
+            others.into_iter().partition(|line| share.contains(name(line)));
+        rest.sort_by_key(|line| cost(name(line)));
+        let share = if machines > 1 { own.len() } else { 0 };
+        List { lines: [own, rest, last].concat().iter().flat_map(|line| [*line, "\n"]).collect(), share }
     }
 
     fn lines(&self) -> String {
@@ -125,12 +155,7 @@ impl Plan<'_> {
             Extent::Brief => [skip(&OTHER_ROUTES), skip(&LESS)].concat(),
             Extent::Full => skip(&[NEEDS_BASH, NEEDS_GREP]),
         };
-        let mut tests: Vec<_> = self.suite.tests().filter(|(name, _)| !LEFT_OUT.contains(name)).collect();
-        if let Some(at) = tests.iter().position(|(name, _)| *name == LATER)
-            && at + 1 < tests.len()
-        {
-            tests.swap(at, at + 1);
-        }
+        let tests: Vec<_> = self.suite.tests().filter(|(name, _)| !LEFT_OUT.contains(name)).collect();
         for (name, program) in tests.iter().filter(|(name, _)| *name != LAST) {
             let alone: &[&str] = if *name == ALONE { &["--test-threads=1"] } else { &[] };
             add(name, "", program, &[alone, filters.as_slice(), &routes].concat());
@@ -156,6 +181,57 @@ impl Plan<'_> {
     }
 }
 
+/// The programs that a machine runs.
+pub(crate) struct List {
+    /// One line for each.
+    pub(crate) lines: String,
+    /// How many of the first lines do not depend on the time.
+    pub(crate) share: usize,
+}
+
+/// The name of the program of a line.
+fn name(line: &str) -> &str {
+    line.split(' ').next().unwrap_or_default()
+}
+
+fn cost(name: &str) -> u32 {
+    COSTS.iter().find(|(known, _)| *known == name).map_or(USUAL_COST, |(_, cost)| *cost)
+}
+
+/// Distributes programs to machines, so that each has about as much to do: the most expensive first, each to
+/// the machine that has the least.
+fn shares<'a>(names: &BTreeSet<&'a str>, machines: usize) -> Vec<BTreeSet<&'a str>> {
+    let mut names: Vec<_> = names.iter().copied().collect();
+    names.sort_by_key(|name| Reverse(cost(name)));
+    let mut shares = vec![(0, BTreeSet::new()); machines.max(1)];
+    for name in names {
+        let first = usize::from(name == NOT_ON_THE_OLDEST && machines > 1);
+        if let Some((load, share)) = shares[first..].iter_mut().min_by_key(|(load, _)| *load) {
+            *load += cost(name);
+            share.insert(name);
+        }
+    }
+    shares.into_iter().map(|(_, share)| share).collect()
+}
+
 fn skip(names: &[&'static str]) -> Vec<&'static str> {
     names.iter().flat_map(|name| ["--skip", name]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_program_is_in_one_share_and_the_shares_are_alike() {
+        let names: BTreeSet<_> = COSTS.iter().map(|(name, _)| *name).collect();
+        let shares = shares(&names, 4);
+        let mut all: Vec<_> = shares.iter().flatten().copied().collect();
+        all.sort_unstable();
+        assert_eq!(all, names.iter().copied().collect::<Vec<_>>());
+        assert!(!shares[0].contains(NOT_ON_THE_OLDEST));
+        let loads = shares.iter().map(|share| share.iter().map(|name| cost(name)).sum::<u32>());
+        let (least, most) = (loads.clone().min().unwrap(), loads.max().unwrap());
+        assert!(most < least + least / 5, "{shares:?}");
+    }
 }
