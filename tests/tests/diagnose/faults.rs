@@ -167,7 +167,7 @@ fn a_host_that_does_not_answer() -> Result<()> {
     let lines = lines_after(tool, SEVERAL)?;
     let findings: Vec<_> = lines.iter().filter(|line| line["event"] == "finding").collect();
     let [finding] = findings[..] else {
-        anyhow::bail!("{} findings", findings.len());
+        anyhow::bail!("{} findings, of {lines:#?}", findings.len());
     };
     let is_complete = finding["kind"] == "connect_unanswered" && finding["count"] == SEVERAL;
     ensure!(is_complete, "{finding:#}, of {lines:#?}");
