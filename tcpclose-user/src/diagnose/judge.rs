@@ -757,7 +757,9 @@ impl Diagnosis {
     #[expect(clippy::cast_precision_loss, reason = "numbers of ports")]
     fn ports(&self, at: &Destination, ports: &Ports) -> Draft {
         let who = ports.who.get();
-        let name = who.map_or_else(|| "Programs here".to_owned(), |who| self.name(Some(who)));
+        let name = who.map(|who| self.name(Some(who)));
+        let subject = name.as_deref().unwrap_or("Something on this host");
+        let object = name.as_deref().unwrap_or("it");
         let server = std::net::SocketAddr::new(at.address, at.port);
         let until_all = ports.seconds_to_all();
         let run_out = match until_all {
@@ -784,12 +786,12 @@ impl Diagnosis {
                 ("seconds_to_all_ports", until_all.into()),
             ],
             summary: format!(
-                "{name} opens a connection to {server} for each request and closes first: {} ports were in TIME_WAIT at \
+                "{subject} opens a connection to {server} for each request and closes first: {} ports were in TIME_WAIT at \
                  once, {share:.0} % of the {} that Linux gives out by default; {run_out}.",
                 ports.peak,
                 time_wait::PORTS
             ),
-            advice: format!("Have {name} keep connections to {server} open and use them again."),
+            advice: format!("Have {object} keep connections to {server} open and use them again."),
             marks: ports.marks.clone(),
         }
     }

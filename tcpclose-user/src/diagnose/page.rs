@@ -85,7 +85,7 @@ pub fn write(
         totals.lines, totals.ends, totals.joined
     )?;
     if totals.lost > 0 {
-        writeln!(out, " {} events were lost in tracing: counts are too low.", totals.lost)?;
+        writeln!(out, " Events lost in tracing: {}; counts are too low.", totals.lost)?;
     }
     writeln!(out, "</p>\n<h2>Findings</h2>")?;
     if findings.is_empty() {

@@ -68,7 +68,7 @@ pub fn write(
 fn read(totals: Totals) -> String {
     let mut text = format!("{} lines, {} ends of connections", totals.lines, totals.ends);
     if totals.lost > 0 {
-        let _ = write!(text, " ({} events were lost in tracing)", totals.lost);
+        let _ = write!(text, " (events lost in tracing: {})", totals.lost);
     }
     text
 }
