@@ -62,10 +62,15 @@ impl RunningDiagnosis {
             format!("{:?}", (kind, comm, remote, evidence.get("local_port"), first))
         };
         self.diagnosis.is_now(now);
-        let all = self.diagnosis.findings(false);
-        let counts = all.iter().map(|finding| (subject(finding), finding.count)).collect();
-        let before = std::mem::replace(&mut self.reported, counts);
-        all.into_iter().filter(|finding| before.get(&subject(finding)) != Some(&finding.count)).collect()
+        let before = std::mem::take(&mut self.reported);
+        let mut news = self.diagnosis.findings(false);
+        news.retain(|finding| {
+            let subject = subject(finding);
+            let is_new = before.get(&subject) != Some(&finding.count);
+            self.reported.insert(subject, finding.count);
+            is_new
+        });
+        news
     }
 }
 

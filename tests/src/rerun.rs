@@ -1,5 +1,5 @@
 //! Runs a test program, and repeats those of its failed tests that have an excuse. This is the only place
-//! where tests are repeated. `cargo xtask test` lists the tests that passed at the second attempt.
+//! where failed tests are repeated. `cargo xtask test` lists the tests that passed at the second attempt.
 
 use std::{
     env, fs,
@@ -24,7 +24,8 @@ const TESTS_PER_PROCESSOR: usize = 4;
 /// The variable from which libtest reads how many tests may run concurrently.
 const THREADS_VARIABLE: &str = "RUST_TEST_THREADS";
 
-/// This test program accounts for the blind spot itself.
+/// This test program accounts for the blind spot itself, end by end: nothing else in it has an excuse. It traces
+/// a second crowd if the blind spot took too many of the first.
 const NEVER_REPEATED: &str = "crowd";
 
 /// The reason why a failed test may be repeated.

@@ -164,6 +164,16 @@ fn idle_cut(tool: Tool) -> Result<(Vec<Value>, Vec<Value>)> {
     Ok((own, lines))
 }
 
+/// The findings of a trace of both hosts are those of two files, as if each host had been traced by itself.
+fn are_those_of_files_of_each(hosts: &[Namespace; 2], own: &[Value], lines: &[Value]) -> Result<()> {
+    let of = |host: &Namespace| -> Vec<Value> {
+        lines.iter().filter(|line| line["connection"]["netns"] == host.inode()).cloned().collect()
+    };
+    let apart = findings_of_files(&Scratch::new()?, &[&of(&hosts[0]), &of(&hosts[1])])?;
+    ensure!(told(&apart) == told(own), "the files of both hosts have {apart:#?}");
+    Ok(())
+}
+
 fn joined(server: JoinHandle<()>) -> Result<()> {
     server.join().map_err(|_| anyhow::anyhow!("the server panicked"))
 }
@@ -179,14 +189,7 @@ fn a_firewall_that_forgets_idle_connections() -> Result<()> {
     use_again_after_silences(&hosts[0], SERVER)?;
     joined(server)?;
     let (own, lines) = idle_cut(tool)?;
-
-    // As if each host had been traced by itself.
-    let of = |host: &Namespace| -> Vec<Value> {
-        lines.iter().filter(|line| line["connection"]["netns"] == host.inode()).cloned().collect()
-    };
-    let apart = findings_of_files(&Scratch::new()?, &[&of(&hosts[0]), &of(&hosts[1])])?;
-    ensure!(told(&apart) == told(&own), "the files of both hosts have {apart:#?}");
-    Ok(())
+    are_those_of_files_of_each(&hosts, &own, &lines)
 }
 
 /// The same with a NAT in between, so that the ends of a connection have other addresses on each side and are
@@ -289,12 +292,5 @@ fn a_firewall_that_cuts_half_closed_connections() -> Result<()> {
     let died = milliseconds("shortest_half_closed_that_died_ms");
     let lived = milliseconds("longest_half_closed_that_lived_ms");
     ensure!(died > 2000.0 && lived < 2000.0, "{finding:#}");
-
-    // As if each host had been traced by itself.
-    let of = |host: &Namespace| -> Vec<Value> {
-        lines.iter().filter(|line| line["connection"]["netns"] == host.inode()).cloned().collect()
-    };
-    let apart = findings_of_files(&Scratch::new()?, &[&of(&hosts[0]), &of(&hosts[1])])?;
-    ensure!(told(&apart) == told(&own), "the files of both hosts have {apart:#?}");
-    Ok(())
+    are_those_of_files_of_each(&hosts, &own, &lines)
 }

@@ -34,35 +34,32 @@ fn one(shape: &str) -> Result<Option<(gdb::Backtrace, Value)>> {
     hangs_up_as(&program(&folder)?, &[shape], Launch::new()?).map(Some)
 }
 
-/// The function that a signal handler returns to is not followed further, and the stack says so.
-#[test]
-fn signal_handler() -> Result<()> {
-    let Some((backtrace, frames)) = one("signal")? else { return Ok(()) };
-    for function in ["hang_up", "on_signal"] {
+/// The frames are the first of gdb's, and those of these functions are among them.
+fn begins_with(shape: &str, functions: [&str; 2]) -> Result<()> {
+    let Some((backtrace, frames)) = one(shape)? else { return Ok(()) };
+    for function in functions {
         backtrace.ensure_names(function, &frames)?;
     }
     backtrace.ensure_begins_with(&frames)
 }
 
+/// The function that a signal handler returns to is not followed further, and the stack says so.
+#[test]
+fn signal_handler() -> Result<()> {
+    begins_with("signal", ["hang_up", "on_signal"])
+}
+
 /// The copied memory is that of the handler's stack, and not of the stack that the signal has interrupted.
 #[test]
 fn signal_handler_with_a_stack_of_its_own() -> Result<()> {
-    let Some((backtrace, frames)) = one("altstack")? else { return Ok(()) };
-    for function in ["hang_up", "on_signal"] {
-        backtrace.ensure_names(function, &frames)?;
-    }
-    backtrace.ensure_begins_with(&frames)
+    begins_with("altstack", ["hang_up", "on_signal"])
 }
 
 /// It ends in a function of libc without unwind tables; gdb goes on to what it takes for frames, at address 0
 /// in the end.
 #[test]
 fn coroutine() -> Result<()> {
-    let Some((backtrace, frames)) = one("coroutine")? else { return Ok(()) };
-    for function in ["hang_up", "body"] {
-        backtrace.ensure_names(function, &frames)?;
-    }
-    backtrace.ensure_begins_with(&frames)
+    begins_with("coroutine", ["hang_up", "body"])
 }
 
 #[test]

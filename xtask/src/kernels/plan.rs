@@ -48,7 +48,7 @@ const ALONE: &str = "ttl";
 const NOT_ON_THE_OLDEST: &str = "degraded";
 
 /// About how many seconds each program took on an emulated processor. Shares are balanced by it.
-const COSTS: [(&str, u32); 19] = [
+const COSTS: [(&str, u32); 18] = [
     ("cli", 83),
     ("close", 118),
     ("close-without-types", 46),
@@ -57,8 +57,7 @@ const COSTS: [(&str, u32); 19] = [
     ("faults", 75),
     ("features", 1),
     ("linger", 95),
-    ("list", 60),
-    ("load", 60),
+    ("load", 77),
     ("mptcp", 32),
     ("options", 197),
     ("orphans", 25),
