@@ -39,7 +39,7 @@ pub fn open(pid: u32, path: &Path) -> io::Result<OwnedFd> {
 }
 
 /// The path at which a descriptor can be opened again, to be read.
-pub fn path(descriptor: &OwnedFd) -> PathBuf {
+pub fn path(descriptor: &impl AsRawFd) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", descriptor.as_raw_fd()))
 }
 

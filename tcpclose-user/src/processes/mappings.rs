@@ -128,8 +128,10 @@ pub(super) struct Held {
 }
 
 impl Held {
-    pub(super) fn file(&self) -> &File {
-        &self.file
+    /// Opens the file once more. A duplicate of the descriptor would share its position, and two threads read
+    /// the same file at the same time: the one that learns about new processes, and the one that unwinds.
+    pub(super) fn open(&self) -> Option<File> {
+        File::open(beneath::path(&self.file)).ok()
     }
 }
 
@@ -153,7 +155,7 @@ impl Module {
     /// that process still runs. `None` if the file does not exist any more, or has changed since it was first
     /// seen.
     pub fn open(&self, pid: u32, start: u64, end: u64) -> Option<File> {
-        let held = || self.held.as_ref().and_then(|held| held.file.try_clone().ok());
+        let held = || self.held.as_ref().and_then(Held::open);
         let host = || self.host.as_ref().and_then(|path| self.identity.open(path));
         let mapped = || self.identity.open(&map_file(pid, start, end));
         // A file that is kept open may have been written to as well.
@@ -356,6 +358,8 @@ fn map_file(pid: u32, start: u64, end: u64) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read as _;
+
     use super::*;
 
     #[test]
@@ -384,6 +388,25 @@ mod tests {
         let text = b"\n-\nzz-1 r-xp 0 0 0\n2-1 r-xp 0 0:0 0\n1-2\n1-2 r-xp\n1-2 r-xp 0 0:0 x /a\n1-2 r-xp 0 0:0 9 /a\xff";
         let found: Vec<_> = parse(text).map(|it| it.path.to_vec()).collect();
         assert_eq!(found, [b"/a\xff"]);
+    }
+
+    #[test]
+    fn each_reader_of_a_removed_file_has_its_own_position() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        fs::write(&path, "text").unwrap();
+        let held = Modules::default().hold(File::open(&path).unwrap()).unwrap();
+        fs::remove_file(&path).unwrap();
+        let readers = [held.open().unwrap(), held.open().unwrap()];
+        let read = |mut reader: &File| {
+            let mut half = [0; 2];
+            reader.read_exact(&mut half).unwrap();
+            half
+        };
+        assert_eq!(
+            [&readers[0], &readers[1], &readers[0], &readers[1]].map(read),
+            [*b"te", *b"te", *b"xt", *b"xt"]
+        );
     }
 
     #[test]

@@ -60,7 +60,7 @@ impl LeftBehind {
     /// boot, if that is known.
     pub(super) fn reopen(&self, started: Option<u64>, uid: Option<u32>) -> Option<File> {
         if let Some(held) = &self.held {
-            return held.file().try_clone().ok();
+            return held.open();
         }
         // If an earlier process with this id has written the file, the file was not changed after this
         // process had started.
