@@ -13,6 +13,7 @@ use crate::{
         marks::Marks,
         names::Who,
         pairs::PairKey,
+        pending::Pending,
         unanswered::is_farewell,
     },
     event::{ClosedBy, Ended, Role, Trigger},
@@ -41,6 +42,7 @@ struct Link {
     peer_who: Option<Who>,
     peer_death: Option<Death>,
     was_reset: bool,
+    is_request: bool,
 }
 
 #[derive(Debug, Default)]
@@ -68,13 +70,17 @@ pub(crate) struct Chain {
     pub(crate) marks: Marks,
     /// How many of the last clients received a RST.
     pub(crate) resets: u64,
+    /// How many of them are known to have waited for an answer.
+    pub(crate) unanswered: u64,
     /// The longest time from the first end to the last.
     pub(crate) took_ns: i64,
 }
 
 impl Chains {
     pub(crate) fn settle(&mut self, end: &End, peer: Option<&End>) {
-        if end.pid == 0 || !end.path.established {
+        // A process that connects to itself, to wake up its event loop, does not wait for an answer.
+        let is_own = peer.is_some_and(|peer| end.is_of_same_process(peer));
+        if end.pid == 0 || !end.path.established || is_own {
             return;
         }
         let link = || Link {
@@ -89,6 +95,7 @@ impl Chains {
             peer_who: peer.and_then(|peer| peer.who),
             peer_death: peer.and_then(|peer| peer.death),
             was_reset: matches!(end.ended, Some(Ended::ResetSent | Ended::ResetReceived)),
+            is_request: matches!(end.pending(), Pending::Yes(_)),
         };
         let waited = end.waited_ms();
         // What a proxy passes on to its server may be a farewell, which ends both connections in order.
@@ -157,6 +164,7 @@ impl Chains {
                 }
             }
             chain.resets += u64::from(last.was_reset);
+            chain.unanswered += u64::from(last.is_request);
             chain.took_ns = chain.took_ns.max(last.moved - root.moved);
         }
         chains

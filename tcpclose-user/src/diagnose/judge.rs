@@ -243,7 +243,7 @@ impl Diagnosis {
             return None;
         }
         let regular = series.sample.regular();
-        if regular.is_none() && (spread.median < PATIENCE_MS || series.marks.seconds < ENOUGH) {
+        if regular.is_none() && (spread.median < PATIENCE_MS || !series.marks.are_spread()) {
             return None;
         }
         let mut draft = self.draft(FindingKind::ClientGaveUp, key, service, &series.marks);
@@ -543,7 +543,10 @@ impl Diagnosis {
             let at_once = process.ends.count >= ENOUGH && process.ends.last - process.ends.first <= SECOND;
             let is_restart = match process.death {
                 Death::Stopped => at_once,
-                Death::Killed => at_once && self.lost(process, chains).marks.count == 0,
+                Death::Killed => {
+                    let was_needed = was_needed(process.who, process.death, chains);
+                    at_once && !was_needed && self.lost(process, chains).marks.count == 0
+                }
                 Death::OutOfMemory | Death::Crashed(_) => false,
             };
             match process.death {
@@ -566,30 +569,25 @@ impl Diagnosis {
     /// The connections with a pending request. A server that never sends anything (logs, metrics) owes no
     /// answer, unless a client is seen to have needed it; but a crash is a fault of any server.
     fn lost(&self, process: &EndedProcess, chains: &BTreeMap<Route, Chain>) -> LostAnswers {
-        let lost = process.lost();
+        let mut lost = process.lost.clone();
         let answers = process.port.get().is_none_or(|port| {
             let key = ServiceKey { who: process.who, is_server: true, address: None, port };
             self.services.all.get(&key).is_none_or(|service| service.answered > 0)
         });
-        let is_missed =
-            || chains.keys().any(|route| route.root.0 == process.who && route.root.1 == Some(process.death));
-        if answers || is_missed() {
+        if answers || was_needed(process.who, process.death, chains) {
             return lost;
         }
-        match process.death {
-            Death::Crashed(_) | Death::OutOfMemory => LostAnswers { is_one_way: true, ..lost },
-            Death::Stopped | Death::Killed => LostAnswers {
-                undecided: lost.undecided + lost.marks.count,
-                is_one_way: true,
-                ..LostAnswers::default()
-            },
+        lost.is_one_way = true;
+        if matches!(process.death, Death::Stopped | Death::Killed) {
+            lost.undecided.merge(&std::mem::take(&mut lost.marks));
         }
+        lost
     }
 
     fn deploy(&self, process: &EndedProcess, chains: &BTreeMap<Route, Chain>) -> Draft {
         let name = self.name(process.who);
         let LostAnswers { marks, undecided, .. } = self.lost(process, chains);
-        let lost = marks.count;
+        let (lost, undecided) = (marks.count, undecided.count);
         let mut summary = format!(
             "{name} (pid {}) {} with {} connections open: a restart",
             process.pid,
@@ -597,9 +595,7 @@ impl Diagnosis {
             process.ends.count
         );
         let advice = if lost > 0 {
-            let at_least = if undecided > 0 { "at least " } else { "" };
-            let requests = counted(lost, "request was under way", "requests were under way");
-            let _ = write!(summary, "; {at_least}{requests}.");
+            let _ = write!(summary, "; {} under way.", between(lost, undecided));
             format!("Have {name} stop accepting and finish what it has begun before it exits.")
         } else if undecided > 0 {
             let _ = write!(summary, "; whether requests were under way on {undecided} of them is not known.");
@@ -648,7 +644,9 @@ impl Diagnosis {
         }
         let LostAnswers { marks: lost, undecided, is_one_way } = lost;
         let one = processes.first()?;
-        if lost.count < bar {
+        // The end of the process is certain, unless it was asked to terminate.
+        let is_told = lost.count >= bar || death != Death::Stopped && !is_one_way && undecided.count > 0;
+        if !is_told {
             return None;
         }
         let name = self.name(who);
@@ -656,13 +654,13 @@ impl Diagnosis {
             let sent_nothing = "connected that it had sent nothing";
             counted(lost.count, &format!("client {sent_nothing}"), &format!("clients {sent_nothing}"))
         } else {
-            let at_least = if undecided > 0 { "at least " } else { "" };
-            format!("{at_least}{} unanswered", counted(lost.count, "request", "requests"))
+            format!("{} unanswered", between(lost.count, undecided.count))
         };
         let times = counted(processes.len() as u64, "time", "times");
         let mut killer = Single::None;
         processes.iter().filter_map(|process| process.killer.get()).for_each(|who| killer.add(who));
         let killer = killer.get().map(|who| self.name(Some(who)));
+        let marks = if lost.count > 0 { lost.clone() } else { undecided.clone() };
         let by = killer.as_ref().map(|killer| format!(" by {killer}")).unwrap_or_default();
         Some(Draft {
             kind: FindingKind::BackendDied,
@@ -670,13 +668,13 @@ impl Diagnosis {
             who,
             pid: (processes.len() == 1).then_some(one.pid),
             remote: self.clients(one),
-            count: lost.count,
+            count: marks.count,
             confidence: Confidence::Proven,
             evidence: vec![
                 ("local_port", one.port.get().map(u64::from).into()),
                 ("deaths", (processes.len() as u64).into()),
                 ("requests_lost", Some(lost.count).filter(|_| !is_one_way).into()),
-                ("undecided_connections", undecided.into()),
+                ("undecided_connections", undecided.count.into()),
                 ("connections", processes.iter().map(|process| process.ends.count).sum::<u64>().into()),
                 ("how", death.verb().into()),
                 ("killed_by", killer.clone().into()),
@@ -695,7 +693,7 @@ impl Diagnosis {
                 },
                 Death::Stopped => format!("Have {name} answer what it has taken on before it exits."),
             },
-            marks: lost,
+            marks,
         })
     }
 
@@ -831,13 +829,13 @@ impl Diagnosis {
         for (who, own_port) in &route.through {
             let _ = write!(
                 sentence,
-                " → {} lost its answer and closed its client's connection at port {own_port}",
+                " → {} lost its connection and closed its client's at port {own_port}",
                 self.name(*who)
             );
         }
         let victim = route.victim.map_or_else(|| "clients".to_owned(), |who| self.name(Some(who)));
-        let _ =
-            write!(sentence, " → {victim} got no answer, {}.", counted(chain.marks.count, "time", "times"));
+        let missed = if chain.unanswered > 0 { "got no answer" } else { "lost its connection" };
+        let _ = write!(sentence, " → {victim} {missed}, {}.", counted(chain.marks.count, "time", "times"));
         let last = route.through.last().copied();
         Some(Draft {
             kind: FindingKind::Chain,
@@ -887,7 +885,7 @@ fn cut_after(cut: &Series, lived: Lived) -> Option<Spread> {
     let died = cut.sample.spread().filter(|died| died.count >= ENOUGH && lived.count >= ENOUGH)?;
     // One bound must be above the other, apart from clock ticks; and they must not have died at the same
     // time, as when the peer's host restarts.
-    (lived.longest_ms <= died.least * 1.05 && cut.marks.seconds >= ENOUGH).then_some(died)
+    (lived.longest_ms <= died.least * 1.05 && cut.marks.are_spread()).then_some(died)
 }
 
 /// Whether the waits of a proxy for its server equal those of the proxy's own clients.
@@ -916,6 +914,21 @@ fn times(of: &str, spread: &Spread) -> Vec<(&'static str, Evidence)> {
         (names[1], spread.deviation.into()),
         ("samples", spread.count.into()),
     ]
+}
+
+/// Whether a chain began with these processes: then a client is known to have waited for them.
+fn was_needed(who: Option<Who>, death: Death, chains: &BTreeMap<Route, Chain>) -> bool {
+    chains.keys().any(|route| route.root.0 == who && route.root.1 == Some(death))
+}
+
+/// A number of requests, of which it is known of some, and not known of others.
+fn between(known: u64, undecided: u64) -> String {
+    let most = counted(known + undecided, "request", "requests");
+    match (known, undecided) {
+        (_, 0) => most,
+        (0, _) => format!("at most {most}"),
+        (known, _) => format!("at least {known} and at most {most}"),
+    }
 }
 
 fn counted(count: u64, one: &str, many: &str) -> String {

@@ -1,6 +1,9 @@
 //! Connections with a property in common: their number, their times, and some of their lines.
 
-use crate::diagnose::{end::Place, statistics::Reservoir};
+use crate::diagnose::{
+    end::Place,
+    statistics::{ENOUGH, Reservoir},
+};
 
 /// The number of lines that a finding names.
 const LINES: usize = 10;
@@ -27,6 +30,11 @@ impl Marks {
         if self.lines.len() < LINES {
             self.lines.push(place);
         }
+    }
+
+    /// Whether they are many and occurred at many moments: what happens to all at once has one cause.
+    pub(crate) fn are_spread(&self) -> bool {
+        self.seconds >= ENOUGH && self.last - self.first > SECOND
     }
 
     /// Names lines of `other` first, each line once: at most half as many as a finding names.

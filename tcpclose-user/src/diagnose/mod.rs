@@ -21,6 +21,7 @@ mod names;
 pub mod observation;
 pub mod page;
 mod pairs;
+mod pending;
 pub mod pictures;
 mod relays;
 pub mod report;

@@ -1,14 +1,15 @@
 //! Connections of clients that the server ended while a request seemed to be pending.
 //!
-//! Not all that a client says last is a request. Some protocols end with a message of the client (`quit` in
-//! memcached), some clients never get an answer (logs), and some messages need none (a `WINDOW_UPDATE` in
-//! HTTP/2, a `COM_STMT_CLOSE` to a database). What follows from that looks like a lost answer on one
-//! connection, and is told apart by what the other connections to the service show.
+//! Not all that a client says last is a request ([`Pending`]). In addition, some protocols end with a message
+//! of the client (`quit` in memcached), and some clients never get an answer (logs). What follows from that
+//! looks like a lost answer on one connection, and is told apart by what the other connections to the service
+//! show.
 
 use crate::{
     diagnose::{
         end::{End, IDLE_MS, WAIT_MS},
         marks::Series,
+        pending::Pending,
         statistics::ENOUGH,
     },
     event::Ended,
@@ -55,7 +56,7 @@ impl Unanswered {
         part.waits.add(end.place, end.moved, wait);
         part.closed_by_code +=
             u64::from(peer.is_some_and(|peer| peer.closed_here() && peer.trigger.is_some()));
-        part.first += u64::from(end.received == 0);
+        part.first += u64::from(is_first(end));
     }
 
     /// Counts a client's end that its server ended in answer to a farewell.
@@ -75,14 +76,14 @@ impl Unanswered {
             return Vec::new();
         }
         let mut faults = Vec::new();
-        if self.resets.count() >= ENOUGH && !self.resets.is_idle_timeout() {
+        if self.resets.are_requests() && !self.resets.is_idle_timeout() {
             faults.push(&self.resets);
         }
         // If every connection ends like this, the protocol does, and some servers are slow to answer a
         // farewell.
         let closes = self.closes.count();
         let is_rule = (closes + self.farewells) * 2 > context.ends || self.farewells > closes;
-        if closes >= ENOUGH && !is_rule && !self.closes.is_idle_timeout() {
+        if self.closes.are_requests() && !is_rule && !self.closes.is_idle_timeout() {
             faults.push(&self.closes);
         }
         faults
@@ -103,6 +104,12 @@ impl Part {
         self.waits.marks.count
     }
 
+    /// Whether enough of them had a pending request, rather than a heartbeat as the last message: a server that
+    /// ends, or a device on the way, ends connections at any point of that, but all of them at once.
+    fn are_requests(&self) -> bool {
+        self.first >= ENOUGH || self.waits.marks.are_spread()
+    }
+
     /// Whether the server closes after a fixed time of silence, which it also does after a message that needs
     /// no answer. If it had not sent anything before, the message was a request.
     fn is_idle_timeout(&self) -> bool {
@@ -114,8 +121,13 @@ impl Part {
 /// Whether the server ended the connection as soon as the client had said something. If it had not sent
 /// anything before and resets the connection, it turns the client away.
 pub(crate) fn is_farewell(end: &End, wait: f64) -> bool {
-    let turned_away = was_reset_at_once(end) && end.received == 0;
+    let turned_away = was_reset_at_once(end) && is_first(end);
     wait < WAIT_MS && !turned_away
+}
+
+/// Whether the server had not sent anything before.
+fn is_first(end: &End) -> bool {
+    matches!(end.pending(), Pending::Yes(_))
 }
 
 /// Whether the RST came first. After a FIN, only data that is sent then causes a RST, such as the farewell of
