@@ -68,6 +68,7 @@ scenarios! {
     run_older on [loopback_ipv4 veth_ipv6]:
     older_connection_closes
     older_connection_is_reset
+    older_connection_dies_with_a_thread
 }
 
 /// Runs a scenario on a connection that is older than the trace.
@@ -657,6 +658,20 @@ fn older_connection_is_reset(bed: &mut Bed, connection: &Connection) -> Result<V
         line["process"]["attribution"] = json!("descriptors");
     }
     Ok(lines)
+}
+
+/// The tool has not seen the process before, and the thread that is left has a name of its own. The main thread
+/// is a zombie by then.
+fn older_connection_dies_with_a_thread(bed: &mut Bed, connection: &Connection) -> Result<Vec<Value>> {
+    let this = json!({
+        "trigger": "signal",
+        "signal": "SIGKILL",
+        "signal_from": itself(bed)?,
+        "process": {"tid": known(), "thread": "peer-last", "exe": one_of(&[json!(null), known()])},
+        "stack": one_of(&[json!(null), json!({"user": null, "kernel": null})]),
+    });
+    bed.peer(Side::Client).end_by("die-in-thread SIGKILL")?;
+    Ok(unseen(orderly_lines(bed, connection, Side::Client, this)?))
 }
 
 /// The lines of a connection whose handshake precedes the trace. Its role may be inferred from the ports.

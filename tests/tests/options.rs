@@ -96,6 +96,29 @@ fn filters_keep_others_out() -> Result<()> {
     Ok(())
 }
 
+/// A thread of the client closes, and `--comm` has the name of the thread, or that of the program.
+#[test]
+fn a_thread_passes_by_its_name_and_by_that_of_its_program() -> Result<()> {
+    let mut bed = Bed::new(routes::loopback_ipv4())?;
+    for name in ["peer-thread", "peer-client"] {
+        let connection = bed.established()?;
+        let tool = Launch::new()?.trace(bed.namespaces()).args(["--comm", name]).start()?;
+        bed.peer(Side::Client).ask("thread-close")?;
+        bed.peer(Side::Server).ask("receive-end")?;
+        bed.peer(Side::Server).ask("close")?;
+        tool.wait_until(|lines| !lines.is_empty());
+        let ended = tool.stop()?;
+        let client = json!({
+            "event": "close",
+            "connection": {"local": endpoint(connection.address(Side::Client))},
+            "process": {"comm": "peer-client", "thread": "peer-thread"},
+        });
+        let mismatches = mismatches(&ended.lines, &[client]);
+        ensure!(mismatches.is_empty(), "--comm {name}: {mismatches}\n{ended}");
+    }
+    Ok(())
+}
+
 #[test]
 fn netns_keeps_the_other_end_out() -> Result<()> {
     let mut bed = Bed::new(routes::veth_ipv6())?;

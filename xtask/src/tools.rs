@@ -23,7 +23,7 @@ const DEBIAN_COMPILER: [Package; 2] = [
 ];
 
 /// Commands or files that tests use, and the packages that contain them.
-const FOR_TESTS: [(&str, Package); 21] = [
+const FOR_TESTS: [(&str, Package); 22] = [
     (
         "ip",
         Package { name: "iproute2", purpose: "`ip`, which makes the network namespaces that tests run in" },
@@ -68,6 +68,13 @@ const FOR_TESTS: [(&str, Package); 21] = [
         Package { name: "mariadb-server-core", purpose: "MariaDB, in tests; without a service" },
     ),
     ("/usr/bin/mariadb", Package { name: "mariadb-client-core", purpose: "its client" }),
+    (
+        "/usr/lib/rabbitmq/bin/rabbitmq-server",
+        Package {
+            name: "rabbitmq-server",
+            purpose: "RabbitMQ, in tests (`systemctl disable --now rabbitmq-server` ends its service)",
+        },
+    ),
     ("/usr/bin/wrk", Package { name: "wrk", purpose: "wrk, which keeps servers in tests busy" }),
     ("/usr/bin/ab", Package { name: "apache2-utils", purpose: "`ab`, which does so with short connections" }),
     ("/usr/bin/gdb", Package { name: "gdb", purpose: "gdb, which the tests compare stacks with" }),

@@ -217,7 +217,8 @@ impl Processes {
             known.insert(pid, local.unwrap_or(0));
             self.version.fetch_add(1, Ordering::Release);
         }
-        if mm != 0 {
+        // Of a process that is about to exit, what was known before says more.
+        if mm != 0 || !self.latest.contains_key(&pid) {
             self.notice(pid, mm, comm);
         }
     }
