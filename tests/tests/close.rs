@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tcpclose_tests::{
     bed::{Bed, Connection, Route, Side, user_stack},
     expect::{but, known, one_of, path},
-    features::reason,
+    features::{Feature, reason},
     netns,
     peer::Peer,
     scenario::{Trace, aborted, fin_without_socket, orderly_lines, reset_in_close_wait, reset_lines, run},
@@ -661,13 +661,17 @@ fn older_connection_is_reset(bed: &mut Bed, connection: &Connection) -> Result<V
 }
 
 /// The tool has not seen the process before, and the thread that is left has a name of its own. The main thread
-/// is a zombie by then.
+/// is a zombie by then, whose name only the kernel's types make readable at that moment.
 fn older_connection_dies_with_a_thread(bed: &mut Bed, connection: &Connection) -> Result<Vec<Value>> {
+    let mut names = vec![json!(bed.peer(Side::Client).name()?)];
+    names.extend((!Feature::Types.is_here()).then_some(json!("peer-last")));
     let this = json!({
         "trigger": "signal",
         "signal": "SIGKILL",
         "signal_from": itself(bed)?,
-        "process": {"tid": known(), "thread": "peer-last", "exe": one_of(&[json!(null), known()])},
+        "process": {
+            "tid": known(), "thread": "peer-last", "comm": one_of(&names), "exe": one_of(&[json!(null), known()]),
+        },
         "stack": one_of(&[json!(null), json!({"user": null, "kernel": null})]),
     });
     bed.peer(Side::Client).end_by("die-in-thread SIGKILL")?;

@@ -158,11 +158,7 @@ impl Chains {
                 Route { root: (root.peer_who, root.peer_death, root.port), through, victim: last.peer_who };
             let chain = chains.entry(route).or_default();
             chain.marks.add(root.place, root.moved);
-            for place in places.into_iter().rev().filter(|place| *place != root.place) {
-                if chain.marks.lines.len() < 10 {
-                    chain.marks.lines.push(place);
-                }
-            }
+            places.into_iter().rev().for_each(|place| chain.marks.name(place));
             chain.resets += u64::from(last.was_reset);
             chain.unanswered += u64::from(last.is_request);
             chain.took_ns = chain.took_ns.max(last.moved - root.moved);

@@ -27,7 +27,12 @@ impl Marks {
         self.first = if self.count == 0 { time } else { self.first.min(time) };
         self.last = if self.count == 0 { time } else { self.last.max(time) };
         self.count += 1;
-        if self.lines.len() < LINES {
+        self.name(place);
+    }
+
+    /// Names a line, once, if there is room.
+    pub(crate) fn name(&mut self, place: Place) {
+        if self.lines.len() < LINES && !self.lines.contains(&place) {
             self.lines.push(place);
         }
     }

@@ -949,6 +949,10 @@ fn chain_from_cause_to_victim() {
     let order: Vec<_> =
         ["database", "SIGKILL", "backend", "proxy"].iter().map(|name| chain.summary.find(name)).collect();
     assert!(order.is_sorted() && order[0].is_some(), "{}", chain.summary);
+    let mut lines = chain.lines.clone();
+    lines.sort_unstable();
+    lines.dedup();
+    assert_eq!(lines.len(), chain.lines.len(), "each is named once: {:?}", chain.lines);
     assert_eq!(found[1].process.as_ref().expect("known").comm, "database");
     assert_eq!(chain.process.as_ref().expect("known").comm, "database");
 }
