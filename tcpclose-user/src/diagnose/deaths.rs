@@ -1,4 +1,4 @@
-//! Processes that ended while they had connections of clients.
+//! Processes that ended while clients were connected to them.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -16,8 +16,8 @@ use crate::{
 /// The number of ended processes that are kept.
 const MOST: usize = 4_096;
 
-/// The longest wait after which the client's last word counts as a request although it followed directly
-/// upon the server's.
+/// The longest time since the client's last data for which this data counts as a request although it directly
+/// followed data of the server.
 const YOUNG_MS: f64 = 1_000.0;
 
 /// A process that ended.
@@ -30,17 +30,17 @@ pub(crate) struct EndedProcess {
     pub(crate) port: Single<u16>,
     /// The programs at the other ends.
     pub(crate) peer: Single<Who>,
-    /// Its connections, by the time at which they were closed.
+    /// Its connections, at the times at which they were closed.
     pub(crate) ends: Marks,
     /// The connections with a pending request.
     asked: Marks,
-    /// Those whose client had the last word for less than [`YOUNG_MS`], directly after the server; and the
-    /// number of those where it was longer ago.
+    /// The connections on which the client sent the last data, directly after the server, less than
+    /// [`YOUNG_MS`] ago; and the number of those on which that was longer ago.
     just_spoken: Marks,
     long_silent: u64,
-    /// The number of those whose two ends do not show who had the last word.
+    /// The number of connections whose two ends do not show which end sent the last data.
     unknown: u64,
-    /// The number of those that the process closed by exiting just after the client's last word.
+    /// The number of connections that the process closed by exiting just after the client's last data.
     pub(crate) farewells: u64,
 }
 
@@ -48,14 +48,14 @@ pub(crate) struct EndedProcess {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct LostAnswers {
     pub(crate) marks: Marks,
-    /// The number of further connections of which it is not known.
+    /// The number of further connections for which it is not known whether the client waited.
     pub(crate) undecided: u64,
-    /// Whether nobody was ever seen to get an answer, so that what clients had sent need not be requests.
+    /// Whether no client ever got an answer, so that the data of clients may not have been requests.
     pub(crate) is_one_way: bool,
 }
 
 impl LostAnswers {
-    /// Adds those of another process.
+    /// Adds the connections of another process.
     pub(crate) fn merge(&mut self, other: &Self) {
         self.marks.merge(&other.marks);
         self.undecided += other.undecided;
@@ -64,9 +64,9 @@ impl LostAnswers {
 }
 
 impl EndedProcess {
-    /// The connections with a pending request. A client that speaks directly after the server may also
-    /// acknowledge the answer, as HTTP/2 does (`WINDOW_UPDATE`) and then be silent: if that is seen on any of
-    /// the connections, the last word of these clients is no sign of a request.
+    /// The connections with a pending request. If a client sends data directly after the server, it may only
+    /// acknowledge the answer, as HTTP/2 does (`WINDOW_UPDATE`), and send nothing more. If any connection has
+    /// been silent for long after such data, none of these connections counts as one with a request.
     pub(crate) fn lost(&self) -> LostAnswers {
         let mut lost = LostAnswers { marks: self.asked.clone(), undecided: self.unknown, is_one_way: false };
         if self.long_silent == 0 {
@@ -123,8 +123,8 @@ impl Deaths {
             process.peer.add(who);
         }
         process.ends.add(end.place, end.moved);
-        // One that exits by itself as soon as it has received data does what its client asked for, with
-        // PostgreSQL's Terminate or SMTP's QUIT, and its client closes without seeing that.
+        // A process that exits by itself as soon as it has received data does what its client asked for, as
+        // after PostgreSQL's Terminate or SMTP's QUIT. The client does not wait for it.
         let is_asked_to = end.trigger == Some(Trigger::Exit);
         match peer.map_or(end.pending(), |peer| end.pending().or(peer.pending())) {
             Pending::No => {}

@@ -16,21 +16,21 @@ pub(crate) const IDLE_MS: f64 = 500.0;
 /// The shortest wait for an answer that counts; shorter ones are races between an answer and an orderly end.
 pub(crate) const WAIT_MS: f64 = 50.0;
 
-/// The longest time from the server's last data to what the client says about it, such as that it has room
-/// for more (HTTP/2's `WINDOW_UPDATE`), round trip included. The client's next request may be as quick.
+/// The longest time, round trip included, from the server's last data to a message with which the client
+/// acknowledges it, such as HTTP/2's `WINDOW_UPDATE`. The client's next request may come as soon.
 const REPLY_MS: f64 = 50.0;
 
 /// Whether a request was pending when the teardown began.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Pending {
-    /// None was: the server had spoken last, or nobody had said anything.
+    /// No request was pending: the server had sent the last data, or neither end had sent any.
     No,
-    /// Both had spoken within one tick of the kernel's clock.
+    /// The last data of both ends came within one tick of the kernel's clock.
     Unknown,
-    /// The client had spoken last, this long ago, but so soon after the server that it need not have been a
-    /// request.
+    /// The client had sent the last data, this long ago, but so soon after the server's data that it may not
+    /// have been a request.
     Perhaps(f64),
-    /// The client had spoken last, this long ago.
+    /// The client had sent the last data, this long ago.
     Yes(f64),
 }
 
@@ -54,7 +54,7 @@ pub(crate) struct Place {
     pub(crate) seq: u64,
 }
 
-/// How a process died of a signal.
+/// How a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Death {
     /// It was asked to terminate, or ended by itself.
@@ -251,10 +251,10 @@ impl End {
         })
     }
 
-    /// Whether this end, like most, can be evidence of nothing: the connection ended in order, within a
+    /// Whether this end is evidence of nothing, as most ends are: the connection ended in order, within a
     /// fraction of a second after its last data, and no answer was pending. Such ends are only counted, which
-    /// keeps a diagnosis cheap. What is decisive looks the same from both ends, so that both are ordinary or
-    /// neither is, except at the bounds.
+    /// keeps a diagnosis cheap. Both ends of a connection show these facts, so that either both are ordinary
+    /// or neither is, except where a time is close to its bound.
     pub(crate) fn is_ordinary(&self) -> bool {
         let client_closed = match self.role {
             Some(Role::Client) => self.closed_here(),
@@ -313,10 +313,10 @@ impl End {
         if is_reply { Pending::Perhaps(waited) } else { Pending::Yes(waited) }
     }
 
-    /// How long a request had been pending when its client gave it up. If the server had sent something before
-    /// it, the last data of the client may be no request: clients of HTTP/2 acknowledge settings and pings,
-    /// and return windows whenever they have read. Then only an answer that came too late shows that it was
-    /// one.
+    /// How long a request had been pending when its client gave up. If the server had sent something before,
+    /// the last data of the client may not be a request: HTTP/2 clients acknowledge settings and pings, and
+    /// send a `WINDOW_UPDATE` when they have read data. Then only an answer that came too late shows that
+    /// there was a request.
     pub(crate) fn given_up_after_ms(&self) -> Option<f64> {
         let wait = self.waited_ms().filter(|wait| *wait >= WAIT_MS)?;
         (!self.had_answers() || self.was_answered_late()).then_some(wait)
@@ -332,8 +332,8 @@ impl End {
         server.is_some() || client.is_none() && self.sent_by_server() > 0
     }
 
-    /// Whether the server sent something after the client had closed, which was answered with a RST, and
-    /// later than it would have answered a farewell.
+    /// Whether the server sent data after the client had closed, which was answered with a RST, and so late
+    /// that it was no reply to a closing message of the client.
     fn was_answered_late(&self) -> bool {
         let met_a_reset = match self.role {
             Some(Role::Server) => self.ended == Some(Ended::ResetReceived),
@@ -362,14 +362,14 @@ impl End {
         (self.last_data == Some(LastData::Sent)).then_some(received - sent)
     }
 
-    /// How long a server kept its answer back after its client had shut down sending; `None` if it had sent
-    /// something before, because the time of what it sent later is not known.
+    /// How long a server took to answer after its client had shut down sending; `None` if it had sent
+    /// something before, because the time of its later data is then not known.
     pub(crate) fn half_closed_ms(&self) -> Option<f64> {
         let answered_later = self.closed_there() && self.sent > 0 && self.since_sent_ms.is_none();
         self.close_wait_ms.filter(|_| self.role == Some(Role::Server) && answered_later)
     }
 
-    /// A socket that stays in `TIME_WAIT`, which holds the connection's ports.
+    /// Whether this end stays in `TIME_WAIT`, which keeps the ports of the connection in use.
     pub(crate) fn leaves_time_wait(&self) -> bool {
         matches!(self.closed_by, Some(ClosedBy::Local | ClosedBy::Both))
             && self.ended == Some(Ended::Fin)
