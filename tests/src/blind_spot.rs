@@ -124,8 +124,8 @@ mod tests {
             \x20 agent-70 [001] ..s2. 1321.932031: inet_sock_set_state: family=AF_INET protocol=IPPROTO_TCP \
             sport=10722 dport=40153 saddr=127.0.2.1 daddr=127.0.1.1 saddrv6=::ffff:127.0.2.1 \
             daddrv6=::ffff:127.0.1.1 oldstate=TCP_FIN_WAIT1 newstate=TCP_FIN_WAIT2\n\
-            \x20 agent-70 [001] ..s2. 1321.932032: tcp_send_reset: skbaddr=00000000d8c4d5a2 skaddr=0000000000000000 \
-            src=127.0.1.1:7 dest=127.0.2.1:10723 state=UNKNOWN reason=NO_SOCKET\n";
+            \x20 agent-70 [001] ..s2. 1321.932032: tcp_send_reset: skbaddr=00000000d8c4d5a2 \
+            skaddr=0000000000000000 src=127.0.1.1:7 dest=127.0.2.1:10723 state=UNKNOWN reason=NO_SOCKET\n";
         let end = |local: &str, remote: &str| (local.parse().unwrap(), remote.parse().unwrap());
         let reset = end("127.0.1.1:7", "127.0.2.1:10723");
         let ends = [end("127.0.2.1:10722", "127.0.1.1:40153"), reset].into();

@@ -163,7 +163,12 @@ impl Deeds {
         let mut dead = json!({"comm": "python3", "container": self.id});
         dead["pid"] = victim;
         vec![
-            json!({"event": "close", "connection": at(self.reset), "process": process, "cause": "linger_zero"}),
+            json!({
+                "event": "close",
+                "connection": at(self.reset),
+                "process": process,
+                "cause": "linger_zero",
+            }),
             json!({
                 "event": "lingering",
                 "connection": at(self.leak),

@@ -130,7 +130,8 @@ impl fmt::Display for Outcome {
         let Self { ends, excused } = self;
         write!(
             f,
-            "{} of {ends} ends are wrong where the kernel ran no BPF program, and {} are allowed: {excused:#?}",
+            "{} of {ends} ends are wrong where the kernel ran no BPF program, and {} are allowed: \
+             {excused:#?}",
             excused.len(),
             self.allowed()
         )

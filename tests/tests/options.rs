@@ -184,7 +184,10 @@ fn tables_lead_where_frame_pointers_lead() -> Result<()> {
         ensure!(missing.is_empty() && more.len() >= fewer.len(), "{place}: {fewer:?}\nand {more:?}");
         ensure!(more.last().is_some_and(|function| function.contains("start")), "cut short: {more:?}");
     }
-    let callers = json!({"stack": user_stack("peer_closes_socket"), "opener": {"stack": user_stack("peer_connects_socket")}});
+    let callers = json!({
+        "stack": user_stack("peer_closes_socket"),
+        "opener": {"stack": user_stack("peer_connects_socket")},
+    });
     let differences = differences(&by_tables, &callers);
     ensure!(differences.is_empty(), "{}", differences.join("\n"));
     Ok(())

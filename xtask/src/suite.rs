@@ -37,12 +37,7 @@ pub(crate) struct Suite {
 
 impl Suite {
     pub(crate) fn build(workspace: &Workspace, platform: &Platform) -> Result<Self> {
-        // The tests' own programs are traced, and the kernel walks their stacks along the frame pointers. The
-        // flag would cause a rebuild of everything, so the tests have a separate target directory.
-        let mut cargo = workspace.with_cargo(&cargo_program(), "test", &workspace.target.join("tests"));
-        let mut flags = env::var("RUSTFLAGS").unwrap_or_default();
-        flags.push_str(" -C force-frame-pointers=yes");
-        cargo.env("RUSTFLAGS", flags.trim_start()).env_remove("CARGO_ENCODED_RUSTFLAGS");
+        let mut cargo = cargo_test(workspace);
         cargo.args(["--package", PACKAGE, "--no-run", "--message-format=json-render-diagnostics"]);
         platform.choose(&mut cargo);
         let output = cargo.stderr(Stdio::inherit()).output().context("cannot start cargo")?;
@@ -124,6 +119,17 @@ impl Suite {
         said.push_str("=== all\n");
         Ok(said)
     }
+}
+
+/// `cargo test` with the flags that the suite is built with. The tests' own programs are traced, and the kernel
+/// walks their stacks along the frame pointers. The flag would cause a rebuild of everything, so the tests have
+/// a separate target directory; those without root share it, so that the crates they need are compiled once.
+pub(crate) fn cargo_test(workspace: &Workspace) -> Command {
+    let mut cargo = workspace.with_cargo(&cargo_program(), "test", &workspace.target.join("tests"));
+    let mut flags = env::var("RUSTFLAGS").unwrap_or_default();
+    flags.push_str(" -C force-frame-pointers=yes");
+    cargo.env("RUSTFLAGS", flags.trim_start()).env_remove("CARGO_ENCODED_RUSTFLAGS");
+    cargo
 }
 
 /// Builds the 32-bit program of `tests/tests/compat.rs`. It needs no library, so that the compiler alone is

@@ -39,7 +39,7 @@ pub(crate) struct Args {
     /// With --kernels or --kernel: for how long test programs are started there, all machines together.
     /// Programs that are left over are reported, and count as failed if no machine ran them. 0 means without
     /// limit
-    #[arg(long, default_value_t = 12, default_value_if("all_routes", ArgPredicate::Equals("true".into()), "0"))]
+    #[arg(long, default_value_t = 7, default_value_if("all_routes", ArgPredicate::Equals("true".into()), "0"))]
     minutes: u64,
     /// More arguments for the test programs, such as --nocapture
     #[arg(last = true)]
@@ -73,7 +73,7 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
     let tcpclose = run::build_user_half(workspace, platform, true)?;
 
     if here {
-        let mut plain = workspace.cargo("test");
+        let mut plain = suite::cargo_test(workspace);
         plain.args(["--workspace", "--exclude", suite::PACKAGE, "--no-fail-fast", "--"]);
         note("tests without root", command::run(plain.args(&args.filters).args(&args.more)), &mut failed);
     }
@@ -174,7 +174,7 @@ mod tests {
     /// A flag that is not given has a value too, `false`.
     #[test]
     fn only_all_routes_have_no_time_limit() {
-        assert_eq!(minutes(&[]), 12);
+        assert_eq!(minutes(&[]), 7);
         assert_eq!(minutes(&["--all-routes"]), 0);
         assert_eq!(minutes(&["--all-routes", "--minutes", "3"]), 3);
     }

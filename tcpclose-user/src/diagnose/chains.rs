@@ -1,5 +1,5 @@
-//! Chains: a process lost its connection to a server during a request, and then closed the connection to its
-//! own client without an answer.
+//! Chains of causes: a process lost its connection to a server during a request, and then closed the
+//! connection to its own client without an answer.
 //!
 //! Two ends are linked if they belong to the same process, one was lost while a request was pending, and the
 //! process closed the other within [`REACTION`] while a request was pending there. Processes are linked by
@@ -47,9 +47,9 @@ struct Link {
 
 #[derive(Debug, Default)]
 pub(crate) struct Chains {
-    /// Client ends that were lost during a request.
+    /// Connections to servers that were lost during a request.
     lost: VecDeque<Link>,
-    /// Server ends that were closed without an answer.
+    /// Connections of clients that were closed without an answer.
     left: VecDeque<Link>,
 }
 
@@ -98,7 +98,8 @@ impl Chains {
             is_request: matches!(end.pending(), Pending::Yes(_)),
         };
         let waited = end.waited_ms();
-        // What a proxy passes on to its server may be a farewell, which ends both connections in order.
+        // The message that a proxy forwards to its server may be a closing message, after which both
+        // connections end in order.
         let is_dead = peer.is_some_and(|peer| peer.death.is_some() && peer.trigger != Some(Trigger::Exit));
         let was_needed = waited.is_some_and(|waited| is_dead || !is_farewell(end, waited));
         match end.role {
@@ -123,7 +124,8 @@ impl Chains {
         for links in lost.values_mut() {
             links.sort_unstable_by_key(|link| link.moved);
         }
-        // The cause of each of them.
+        // For each connection that a process closed without an answer, the lost connection that was the
+        // cause.
         let reasons: HashMap<PairKey, (&Link, &Link)> = self
             .left
             .iter()

@@ -1,4 +1,4 @@
-//! Processes that ended while they had connections of clients.
+//! Processes that ended while clients were connected to them.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -27,10 +27,10 @@ pub(crate) struct EndedProcess {
     pub(crate) port: Single<u16>,
     /// The programs at the other ends.
     pub(crate) peer: Single<Who>,
-    /// Its connections, by the time at which they were closed.
+    /// Its connections, at the times at which they were closed.
     pub(crate) ends: Marks,
     pub(crate) lost: LostAnswers,
-    /// The number of those that the process closed by exiting just after the client's last word.
+    /// The number of connections that the process closed by exiting just after the client's last data.
     pub(crate) farewells: u64,
 }
 
@@ -38,14 +38,14 @@ pub(crate) struct EndedProcess {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct LostAnswers {
     pub(crate) marks: Marks,
-    /// The further connections of which it is not known.
+    /// The further connections for which it is not known whether the client waited.
     pub(crate) undecided: Marks,
-    /// Whether nobody was ever seen to get an answer, so that what clients had sent need not be requests.
+    /// Whether no client ever got an answer, so that the data of clients may not have been requests.
     pub(crate) is_one_way: bool,
 }
 
 impl LostAnswers {
-    /// Adds those of another process.
+    /// Adds the connections of another process.
     pub(crate) fn merge(&mut self, other: &Self) {
         self.marks.merge(&other.marks);
         self.undecided.merge(&other.undecided);
@@ -97,8 +97,8 @@ impl Deaths {
             process.peer.add(who);
         }
         process.ends.add(end.place, end.moved);
-        // One that exits by itself as soon as it has received data does what its client asked for, with
-        // PostgreSQL's Terminate or SMTP's QUIT, and its client closes without seeing that.
+        // A process that exits by itself as soon as it has received data does what its client asked for, as
+        // after PostgreSQL's Terminate or SMTP's QUIT. The client does not wait for it.
         let is_asked_to = end.trigger == Some(Trigger::Exit);
         match peer.map_or(end.pending(), |peer| end.pending().or(peer.pending())) {
             Pending::No => {}

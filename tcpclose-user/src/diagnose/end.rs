@@ -23,7 +23,7 @@ pub(crate) struct Place {
     pub(crate) seq: u64,
 }
 
-/// How a process died of a signal.
+/// How a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Death {
     /// It was asked to terminate, or ended by itself.
@@ -220,10 +220,10 @@ impl End {
         })
     }
 
-    /// Whether this end, like most, can be evidence of nothing: the connection ended in order, within a
+    /// Whether this end is evidence of nothing, as most ends are: the connection ended in order, within a
     /// fraction of a second after its last data, and no answer was pending. Such ends are only counted, which
-    /// keeps a diagnosis cheap. What is decisive looks the same from both ends, so that both are ordinary or
-    /// neither is, except at the bounds.
+    /// keeps a diagnosis cheap. Both ends of a connection show these facts, so that either both are ordinary
+    /// or neither is, except where a time is close to its bound.
     pub(crate) fn is_ordinary(&self) -> bool {
         let client_closed = match self.role {
             Some(Role::Client) => self.closed_here(),
@@ -289,14 +289,14 @@ impl End {
         (self.last_data == Some(LastData::Sent)).then_some(received - sent)
     }
 
-    /// How long a server kept its answer back after its client had shut down sending; `None` if it had sent
-    /// something before, because the time of what it sent later is not known.
+    /// How long a server took to answer after its client had shut down sending; `None` if it had sent
+    /// something before, because the time of its later data is then not known.
     pub(crate) fn half_closed_ms(&self) -> Option<f64> {
         let answered_later = self.closed_there() && self.sent > 0 && self.since_sent_ms.is_none();
         self.close_wait_ms.filter(|_| self.role == Some(Role::Server) && answered_later)
     }
 
-    /// A socket that stays in `TIME_WAIT`, which holds the connection's ports.
+    /// Whether this end stays in `TIME_WAIT`, which keeps the ports of the connection in use.
     pub(crate) fn leaves_time_wait(&self) -> bool {
         matches!(self.closed_by, Some(ClosedBy::Local | ClosedBy::Both))
             && self.ended == Some(Ended::Fin)

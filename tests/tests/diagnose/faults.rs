@@ -11,6 +11,7 @@ use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use tcpclose_tests::{
+    descriptors,
     groups::MemoryLimit,
     netns::Namespace,
     scratch::Scratch,
@@ -153,6 +154,7 @@ fn an_application_that_is_not_there() -> Result<()> {
 /// A host that does not exist, and clients that wait a second for it.
 #[test]
 fn a_host_that_does_not_answer() -> Result<()> {
+    descriptors::keep_to_this_thread()?;
     let timeout = Duration::from_secs(1);
     let [client, _network] = Namespace::pair([&["10.77.0.1/24"], &["10.77.0.2/24"]])?;
     // Its neighbours would notice that nobody has the address.
@@ -199,6 +201,7 @@ fn two_tools_on_two_hosts_find_what_one_finds() -> Result<()> {
     if is_missing(&[PYTHON]) {
         return Ok(());
     }
+    descriptors::keep_to_this_thread()?;
     let hosts = Namespace::pair([&["10.77.0.1/24"], &["10.77.0.2/24"]])?;
     let tools = [trace(&[&hosts[0]])?, trace(&[&hosts[1]])?, trace(&[&hosts[0], &hosts[1]])?];
     let args = [&BACKEND_PORT.to_string(), "1", "0", ADDRESS];

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Result, ensure};
 use serde_json::Value;
 use tcpclose_tests::{
-    PATIENCE,
+    PATIENCE, descriptors,
     netns::Namespace,
     scratch::Scratch,
     servers::is_missing,
@@ -61,6 +61,7 @@ const RULES: &str = "table inet filter {
 
 /// Two hosts, the second behind the firewall.
 fn hosts() -> Result<[Namespace; 2]> {
+    descriptors::keep_to_this_thread()?;
     let hosts = Namespace::pair([&["10.77.0.1/24"], &["10.77.0.2/24"]])?;
     filter(&hosts[1], RULES)?;
     forget_soon(&hosts[1])?;
@@ -69,6 +70,7 @@ fn hosts() -> Result<[Namespace; 2]> {
 
 /// A client's host, a router with these rules, and a server's host.
 fn routed(rules: &str) -> Result<[Namespace; 3]> {
+    descriptors::keep_to_this_thread()?;
     let [client, router] = Namespace::pair([&["10.77.0.1/24"], &["10.77.0.254/24"]])?;
     let server = Namespace::new()?;
     Namespace::join([(&router, "eth1", "10.78.0.254/24"), (&server, "eth0", "10.78.0.2/24")])?;

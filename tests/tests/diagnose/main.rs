@@ -25,6 +25,7 @@ use serde_json::Value;
 use tcpclose_tests::{
     PATIENCE,
     contract::Checker,
+    descriptors,
     netns::Namespace,
     program::Program,
     scratch::Scratch,
@@ -55,6 +56,7 @@ impl Site {
     }
 
     fn open_with(args: &[&str]) -> Result<Self> {
+        descriptors::keep_to_this_thread()?;
         let namespace = Namespace::new()?;
         let tool = Launch::new()?.trace([&namespace]).args(["--linger", "1s"]).args(args).start()?;
         Ok(Self { tool, namespace, folder: Scratch::new()? })

@@ -42,7 +42,8 @@ pub(crate) fn measure(bench: &mut Bench, args: &Args) -> Result<Value> {
         let available = available_memory()?;
         if available < needed {
             say(&format!(
-                "{connections} connections are left out: they need {needed:.0} MiB, and {available:.0} MiB are available"
+                "{connections} connections are left out: they need {needed:.0} MiB, and {available:.0} MiB \
+                 are available"
             ));
             continue;
         }
