@@ -660,8 +660,8 @@ fn older_connection_is_reset(bed: &mut Bed, connection: &Connection) -> Result<V
     Ok(lines)
 }
 
-/// The tool has not seen the process before, and the thread that is left has a name of its own. The main thread
-/// is a zombie by then, whose name only the kernel's types make readable at that moment.
+/// The tool has not seen the process before, and the thread that is left has a name of its own. The main
+/// thread is a zombie by then. Its name can be read at that moment only with the kernel's types.
 fn older_connection_dies_with_a_thread(bed: &mut Bed, connection: &Connection) -> Result<Vec<Value>> {
     let mut names = vec![json!(bed.peer(Side::Client).name()?)];
     names.extend((!Feature::Types.is_here()).then_some(json!("peer-last")));
@@ -670,7 +670,8 @@ fn older_connection_dies_with_a_thread(bed: &mut Bed, connection: &Connection) -
         "signal": "SIGKILL",
         "signal_from": itself(bed)?,
         "process": {
-            "tid": known(), "thread": "peer-last", "comm": one_of(&names), "exe": one_of(&[json!(null), known()]),
+            "tid": known(), "thread": "peer-last", "comm": one_of(&names),
+            "exe": one_of(&[json!(null), known()]),
         },
         "stack": one_of(&[json!(null), json!({"user": null, "kernel": null})]),
     });

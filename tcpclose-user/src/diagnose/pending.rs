@@ -1,11 +1,11 @@
 //! Whether a request was pending when the teardown of a connection began.
 //!
-//! The lines show which side sent the last data, and when. If it was the client and the server had sent nothing
-//! before, it was a request. After something from the server it need not be one: HTTP/2 acknowledges settings
-//! and returns windows, consumers of a message broker acknowledge messages, publishers need no answer, and AMQP
-//! sends heartbeats in both directions, each whatever the other side does. One connection does not show the
-//! difference, and neither do the times of many. So it counts as a request only with other evidence, which is
-//! for each finding to have.
+//! The lines show which end sent the last data, and when. If it was the client, and the server had sent
+//! nothing before, that data was a request. If the server had sent something, it may be anything else: HTTP/2
+//! clients acknowledge settings and send a `WINDOW_UPDATE`, consumers of a message broker acknowledge
+//! messages, publishers need no answer, and with AMQP both ends send heartbeats, each at times of its own.
+//! One connection does not show the difference, nor do the times on many. Such data therefore counts as a
+//! request only with other evidence, which each finding looks for itself.
 
 use crate::{
     diagnose::end::{End, WAIT_MS, nanoseconds},
@@ -17,8 +17,8 @@ use crate::{
 pub(crate) enum Pending {
     /// The server had sent the last data, or nobody had sent any.
     No,
-    /// The client had sent the last data, this long ago, but the server had sent something before. Or both had
-    /// within one tick of the kernel's clock.
+    /// The client had sent the last data, this long ago, but the server had sent something before. Or the
+    /// last data of both came within one tick of the kernel's clock.
     Perhaps(f64),
     /// The client had sent data, the last of it this long ago, and the server had not.
     Yes(f64),
@@ -60,8 +60,8 @@ impl End {
         since.or(self.idle_ms)
     }
 
-    /// How long a request had been pending when its client gave it up. After something from the server, only an
-    /// answer that came too late shows that it was one.
+    /// How long a request had been pending when its client gave up. If the server had sent something before,
+    /// only an answer that came too late shows that there was a request.
     pub(crate) fn given_up_after_ms(&self) -> Option<f64> {
         let wait = self.waited_ms().filter(|wait| *wait >= WAIT_MS)?;
         (!self.had_answers() || self.was_answered_late()).then_some(wait)
@@ -77,8 +77,8 @@ impl End {
         server.is_some() || client.is_none() && self.sent_by_server() > 0
     }
 
-    /// Whether the server sent something after the client had closed, which was answered with a RST, and
-    /// later than it would have answered a farewell.
+    /// Whether the server sent data after the client had closed, which was answered with a RST, and so late
+    /// that it was no reply to a closing message of the client.
     fn was_answered_late(&self) -> bool {
         let met_a_reset = match self.role {
             Some(Role::Server) => self.ended == Some(Ended::ResetReceived),

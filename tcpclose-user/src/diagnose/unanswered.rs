@@ -1,8 +1,9 @@
 //! Connections of clients that the server ended while a request seemed to be pending.
 //!
-//! The last data of a client is not always a request ([`Pending`]). Besides, some protocols end with a message
-//! of the client, a farewell (`quit` in memcached), and some clients never get an answer (they send logs). On
-//! one connection this looks like a lost answer. The other connections to the service show the difference.
+//! The last data of a client is not always a request ([`Pending`]). Besides, some protocols end with a
+//! message of the client, a farewell (`quit` in memcached), and some clients never get an answer (they send
+//! logs). On one connection this looks like a lost answer. The other connections to the service show the
+//! difference.
 
 use crate::{
     diagnose::{
@@ -103,8 +104,8 @@ impl Part {
         self.waits.marks.count
     }
 
-    /// Whether enough of them had a pending request, and not a heartbeat as the last data: if a server ends, or
-    /// a device on the way, connections with heartbeats end in any state, but all of them at once.
+    /// Whether enough of them had a pending request, and not a heartbeat as the last data. If a server ends,
+    /// or a device on the way, connections with heartbeats end as well, but all of them at once.
     fn are_requests(&self) -> bool {
         self.first >= ENOUGH || self.waits.marks.are_spread()
     }

@@ -13,8 +13,8 @@ use super::{SEVERAL, Site, healthy, none, only};
 
 const BROKER: u16 = 5672;
 
-/// Seconds after two of which without a word of a client the broker ends its connection; it sends a heartbeat
-/// itself every half of them.
+/// In seconds. The broker sends a heartbeat twice in this time, and ends connections on which it has received
+/// nothing for twice this time.
 const HEARTBEAT: &str = "2";
 
 fn clients(site: &Site) -> Result<Program> {
@@ -22,7 +22,7 @@ fn clients(site: &Site) -> Result<Program> {
     start_script(&site.namespace, "amqp_client.py", &args)
 }
 
-/// The broker is killed while nobody waits for anything. On about half of the connections the last that was said
+/// The broker is killed while no client waits for anything. On about half of the connections, the last data
 /// is a heartbeat of the client.
 #[test]
 fn a_broker_is_killed() -> Result<()> {

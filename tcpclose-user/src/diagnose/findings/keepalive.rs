@@ -168,8 +168,8 @@ mod tests {
         );
     }
 
-    /// A broker resets a consumer that has sent no heartbeat for six seconds. It sent its own last heartbeat a
-    /// second before, which is not how long the connection was idle.
+    /// A broker resets a consumer that has sent no heartbeat for six seconds. It sent its own last heartbeat
+    /// one second before, which is not the time for which the connection was idle.
     #[test]
     fn missed_heartbeats_are_no_idle_timeout() {
         let mut reset = closed_by_peer(1000.0);

@@ -280,8 +280,8 @@ mod tests {
         assert!(finding.summary.ends_with(text), "{}", finding.summary);
     }
 
-    /// Clients acknowledge the answer (HTTP/2's `WINDOW_UPDATE`) and then send nothing more; or both ends send
-    /// heartbeats (AMQP), each at times of its own.
+    /// Clients acknowledge the answer (HTTP/2's `WINDOW_UPDATE`) and then send nothing more; or both ends
+    /// send heartbeats (AMQP), each at times of its own.
     #[test]
     fn the_last_data_on_an_idle_connection_is_no_request() {
         let acknowledged: Vec<_> = (0..8_u32).map(|n| asked(200.0 + 900.0 * f64::from(n), 4.0)).collect();
