@@ -22,7 +22,7 @@ const EVENTS: [&str; 4] =
     ["sock/inet_sock_set_state", "tcp/tcp_receive_reset", "tcp/tcp_send_reset", "tcp/tcp_destroy_sock"];
 
 /// An end of a connection: its local and its remote address.
-pub type End = (SocketAddr, SocketAddr);
+pub type EndAddresses = (SocketAddr, SocketAddr);
 
 /// An ftrace instance that records the threads of pid 1; removed on drop.
 #[derive(Debug)]
@@ -37,9 +37,9 @@ pub struct Hidden {
     /// Number of events.
     pub events: usize,
     /// The ends that an event was about.
-    pub ends: BTreeSet<End>,
+    pub ends: BTreeSet<EndAddresses>,
     /// The RSTs sent, by source and destination.
-    pub resets: Vec<End>,
+    pub resets: Vec<EndAddresses>,
 }
 
 impl BlindSpot {
@@ -103,7 +103,7 @@ fn parse(trace: &str) -> Hidden {
 }
 
 /// The end that an event is about. `tcp_send_reset` has its own format.
-fn end(event: &str) -> Option<End> {
+fn end(event: &str) -> Option<EndAddresses> {
     let value =
         |name: &str| event.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
     if let (Some(source), Some(destination)) = (value("src"), value("dest")) {

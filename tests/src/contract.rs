@@ -79,12 +79,12 @@ pub fn has_field(event: &str, field: &str) -> bool {
 #[derive(Debug, Default)]
 pub struct Checker {
     lines: u64,
-    ends: HashMap<String, End>,
+    ends: HashMap<String, ReportedEnd>,
 }
 
 /// What the lines so far report about one end of a connection.
 #[derive(Debug, Default)]
-struct End {
+struct ReportedEnd {
     closes: usize,
     resets_received: usize,
     /// The close line reports that this end was reset by its own host.

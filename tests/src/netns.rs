@@ -21,7 +21,7 @@ use nix::{
     ifaddrs::getifaddrs,
     net::if_::InterfaceFlags,
     sched::{CloneFlags, setns, unshare},
-    unistd::geteuid,
+    unistd::{geteuid, gettid},
 };
 
 use crate::until;
@@ -73,7 +73,7 @@ impl Namespace {
     /// retransmission would appear in the results.
     pub fn pair(addresses: [&[&str]; 2]) -> Result<[Self; 2]> {
         let pair = [Self::bare()?, Self::bare()?];
-        let there = format!("/proc/{}/fd/{}", std::process::id(), pair[1].file.as_raw_fd());
+        let there = pair[1].path();
         // If the interface indexes of both ends are equal, the kernel reports the second end as down for up
         // to a second although it is up (`linkwatch_urgent_event()` in `net/core/link_watch.c`).
         let mut orders = vec![format!(
@@ -95,7 +95,7 @@ impl Namespace {
     /// `10.78.0.1/24`), and waits until both ends carry packets.
     pub fn join(ends: [(&Self, &str, &str); 2]) -> Result<()> {
         let [(near, near_device, _), (far, far_device, _)] = ends;
-        let there = format!("/proc/{}/fd/{}", std::process::id(), far.file.as_raw_fd());
+        let there = far.path();
         near.ip(&[format!(
             "link add {near_device} index 2001 type veth peer name {far_device} index 2002 netns {there}"
         )])?;
@@ -107,6 +107,11 @@ impl Namespace {
             until("the veth pair is up", || namespace.inside(|| Ok(carries_packets(device)?.then_some(()))))?;
         }
         Ok(())
+    }
+
+    /// A path by which another process finds it. This thread may have a descriptor table of its own.
+    fn path(&self) -> String {
+        format!("/proc/{}/task/{}/fd/{}", std::process::id(), gettid(), self.file.as_raw_fd())
     }
 
     /// The inode number, by which the tool identifies a namespace.

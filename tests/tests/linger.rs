@@ -18,10 +18,10 @@ use tcpclose_tests::{
 /// An age that no socket reaches before its test is done with it, but that all remaining sockets reach soon.
 const SOON: [&str; 2] = ["--linger", "300ms"];
 
-type Scenario = fn(&mut Bed) -> Result<Value>;
+type LingeringScenario = fn(&mut Bed) -> Result<Value>;
 
 /// Makes a socket linger, and waits for the line that reports it.
-fn run(route: Route, scenario: Scenario) -> Result<()> {
+fn run(route: Route, scenario: LingeringScenario) -> Result<()> {
     let mut bed = Bed::new(route)?;
     let trace = Trace::start(&bed, &SOON)?;
     let expected = scenario(&mut bed)?;

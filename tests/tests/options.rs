@@ -14,7 +14,7 @@ use tcpclose_tests::{
 
 /// The lines that a filter lets through. One connection is reset by its client; another one ends in order
 /// between other processes at other addresses.
-struct Filter {
+struct FilterCase {
     /// Derives the option from the connection that must pass and the pid of its client.
     option: fn(&Connection, u32) -> [String; 2],
     /// The ends whose close line passes.
@@ -28,28 +28,32 @@ const CLIENT: &[Side] = &[Side::Client];
 const SERVER: &[Side] = &[Side::Server];
 const NEITHER: &[Side] = &[];
 
-const FILTERS: &[Filter] = &[
-    Filter { option: |_, pid| option("pid", &pid), close: CLIENT, reset: CLIENT },
-    Filter { option: |_, _| option("comm", &"peer-client"), close: CLIENT, reset: CLIENT },
-    Filter { option: |_, _| option("comm", &"peer-client,peer-server"), close: BOTH, reset: BOTH },
-    Filter { option: |to, _| option("port", &to.address(Side::Client).port()), close: BOTH, reset: BOTH },
-    Filter { option: |to, _| option("port", &to.address(Side::Server).port()), close: BOTH, reset: BOTH },
-    Filter {
+const FILTERS: &[FilterCase] = &[
+    FilterCase { option: |_, pid| option("pid", &pid), close: CLIENT, reset: CLIENT },
+    FilterCase { option: |_, _| option("comm", &"peer-client"), close: CLIENT, reset: CLIENT },
+    FilterCase { option: |_, _| option("comm", &"peer-client,peer-server"), close: BOTH, reset: BOTH },
+    FilterCase { option: |to, _| option("port", &to.address(Side::Client).port()), close: BOTH, reset: BOTH },
+    FilterCase { option: |to, _| option("port", &to.address(Side::Server).port()), close: BOTH, reset: BOTH },
+    FilterCase {
         option: |to, _| option("local-port", &to.address(Side::Server).port()),
         close: SERVER,
         reset: SERVER,
     },
-    Filter {
+    FilterCase {
         option: |to, _| option("remote-port", &to.address(Side::Server).port()),
         close: CLIENT,
         reset: CLIENT,
     },
-    Filter { option: |to, _| option("address", &to.address(Side::Server).ip()), close: BOTH, reset: BOTH },
-    Filter { option: |_, _| option("address", &"10.77.0.0/24"), close: BOTH, reset: BOTH },
-    Filter { option: |_, _| option("address", &"10.78.0.0/16"), close: NEITHER, reset: NEITHER },
-    Filter { option: |_, _| option("cause", &"linger_zero"), close: CLIENT, reset: CLIENT },
-    Filter { option: |_, _| option("cause", &"linger_zero,peer_reset"), close: BOTH, reset: BOTH },
-    Filter { option: |_, _| option("event", &"reset"), close: NEITHER, reset: BOTH },
+    FilterCase {
+        option: |to, _| option("address", &to.address(Side::Server).ip()),
+        close: BOTH,
+        reset: BOTH,
+    },
+    FilterCase { option: |_, _| option("address", &"10.77.0.0/24"), close: BOTH, reset: BOTH },
+    FilterCase { option: |_, _| option("address", &"10.78.0.0/16"), close: NEITHER, reset: NEITHER },
+    FilterCase { option: |_, _| option("cause", &"linger_zero"), close: CLIENT, reset: CLIENT },
+    FilterCase { option: |_, _| option("cause", &"linger_zero,peer_reset"), close: BOTH, reset: BOTH },
+    FilterCase { option: |_, _| option("event", &"reset"), close: NEITHER, reset: BOTH },
 ];
 
 fn option(name: &str, value: &dyn Display) -> [String; 2] {

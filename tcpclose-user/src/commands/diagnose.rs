@@ -91,7 +91,8 @@ fn report_gaps(broken: &Broken, diagnosis: &Diagnosis) {
         eprintln!("tcpclose: no events; `diagnose` reads what `tcpclose -o json` writes");
     }
     if totals.lost > 0 {
-        eprintln!("tcpclose: the traces lost events ({}), so counts are too low", totals.lost);
+        let events = if totals.lost == 1 { "event was" } else { "events were" };
+        eprintln!("tcpclose: {} {events} lost in tracing, so counts are too low", totals.lost);
     }
     if totals.left_out > 0 {
         eprintln!(

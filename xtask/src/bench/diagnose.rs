@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use super::{
     Bench,
-    bed::{Ends, Extent},
+    bed::{Ends, LoadExtent},
     compare::tcpclose,
     table,
     table::{Row, rounded},
@@ -55,7 +55,7 @@ pub(crate) fn measure(bench: &mut Bench, args: &Args) -> Result<Value> {
         bed.renew()?;
         let command = tcpclose(&tool, &["--stack", stacks, "--findings", "off"])?;
         let mut tracer = Tracer::start(bed, Kind::Tcpclose, &command)?;
-        bed.churn(Extent::Connections(CONNECTIONS), ends)?;
+        bed.churn(LoadExtent::Connections(CONNECTIONS), ends)?;
         tracer.settle()?;
         tracer.stop()?;
         let text = fs::read_to_string(bed.path("output"))?;

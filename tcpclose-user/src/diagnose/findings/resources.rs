@@ -40,7 +40,7 @@ impl Diagnosis {
             );
         }
         if let Some((opener, times)) = &leak.opener {
-            let _ = write!(summary, "; {times} of them were opened in {opener}");
+            let _ = write!(summary, "; {times} of the connections were opened in {opener}");
         }
         summary.push('.');
         Draft {
@@ -83,11 +83,13 @@ impl Diagnosis {
         let run_out = match until_all {
             Some(seconds) => {
                 format!(
-                    "at this rate all of them are after {}, and connect() fails",
+                    "at this rate all of them are in use after {}, and connect() fails",
                     human_millis(seconds * 1_000.0)
                 )
             }
-            None => "connect() fails when all of them are, which does not happen at this rate".to_owned(),
+            None => {
+                "connect() fails once all of them are in use, which does not happen at this rate".to_owned()
+            }
         };
         let share = ports.share() * 100.0;
         Draft {
@@ -217,7 +219,7 @@ mod tests {
         assert_near(number(&quick[0], "connections_per_second"), 1000.0);
         assert_near(number(&quick[0], "seconds_to_all_ports"), 28.232);
         let summary = &quick[0].summary;
-        assert!(summary.contains("at this rate all of them are after 28.2s"), "{summary}");
+        assert!(summary.contains("at this rate all of them are in use after 28.2s"), "{summary}");
         assert!(short(10_000, 10.0).is_empty());
     }
 }
