@@ -51,7 +51,8 @@ fn a_busy_nginx() -> Result<()> {
         return Ok(());
     }
     let site = Site::open()?;
-    let _app = site.app("60")?;
+    // For longer than nginx keeps its connections, which is a minute.
+    let _app = site.app("120")?;
     let _nginx = site.nginx()?;
     let url = format!("http://127.0.0.1:{NGINX_PORT}/");
     let mut wrk = Command::new(WRK);
