@@ -26,7 +26,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let bytes = fs::read(&object).unwrap_or_default();
     if bytes.is_empty() {
         println!(
-            "cargo::warning=this build of tcpclose has no kernel half and cannot trace: `cargo xtask build` makes one"
+            "cargo::warning=this build of tcpclose has no kernel half and cannot trace: `cargo xtask build` \
+             makes one"
         );
     }
     let stripped = if bytes.is_empty() { bytes } else { without_dwarf(&bytes)? };

@@ -17,9 +17,10 @@
         clippy::needless_borrows_for_generic_args,
         clippy::needless_pass_by_value,
         clippy::upper_case_acronyms,
-        reason = "a BPF program is one function as far as possible; helpers return u64 and i64 for values of all kinds, \
-                  and the ring's entries as bytes that are aligned to 8; a map value that is passed by value would be copied \
-                  to the stack, which has 512 bytes; aya's macros pass contexts by value and make types of the maps' names"
+        reason = "a BPF program is one function as far as possible; helpers return u64 and i64 for values of \
+                  all kinds, and the ring's entries as bytes that are aligned to 8; a map value that is \
+                  passed by value would be copied to the stack, which has 512 bytes; aya's macros pass \
+                  contexts by value and make types of the maps' names"
     )
 )]
 
@@ -67,7 +68,8 @@ mod ttl;
 #[cfg(not(target_arch = "bpf"))]
 fn main() {
     eprintln!(
-        "This is the kernel half of tcpclose, built for the wrong target. `cargo xtask build` builds both halves."
+        "This is the kernel half of tcpclose, built for the wrong target. `cargo xtask build` builds both \
+         halves."
     );
 }
 

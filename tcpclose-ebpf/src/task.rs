@@ -121,10 +121,8 @@ fn comm(task: impl Object) -> Option<[u8; 16]> {
 /// process lives. `address` yields the address of the `struct task_struct`.
 #[inline(always)]
 pub fn notice(task: &RawTask, address: impl FnOnce() -> u64) {
-    // In another pid namespace, the reader needs the id there even if there is nothing left to read.
-    if task.mm == 0 && !namespace::is_other() {
-        return;
-    }
+    // If it is about to exit, there is little left to read, but the name of its program is in the notice, and
+    // in another pid namespace its id there.
     if let Some(known) = NOTICED.get_ptr(task.pid) {
         // SAFETY: a valid map value.
         if unsafe { *known } == task.mm || task.mm == 0 {

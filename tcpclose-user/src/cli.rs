@@ -249,7 +249,12 @@ pub struct TraceArgs {
     ///
     /// Each takes about 750 bytes of kernel memory. Beyond this number sockets that have had no event for
     /// long are evicted, and counted as lost.
-    #[arg(long, value_name = "N", default_value_t = DEFAULT_CONNECTIONS, value_parser = clap::value_parser!(u32).range(128..=4_194_304))]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = DEFAULT_CONNECTIONS,
+        value_parser = clap::value_parser!(u32).range(128..=4_194_304)
+    )]
     pub connections: u32,
     /// Where the descriptions of the kernel's types come from: `kernel`, a file of raw BTF, or `none`
     #[arg(long, value_name = "SOURCE", default_value = "kernel")]

@@ -26,8 +26,8 @@ fn main() -> ExitCode {
         Some(Command::Man) => man::page().map(|()| ExitCode::SUCCESS),
         Some(Command::Completions { shell }) => man::completions(shell).map(|()| ExitCode::SUCCESS),
         Some(Command::List(args)) => list::list(*args).map(|()| ExitCode::SUCCESS),
-        Some(Command::Trace(args)) => return trace(*args),
-        None => return trace(cli.trace),
+        Some(Command::Trace(args)) => return trace(&args),
+        None => return trace(&cli.trace),
     };
     result.unwrap_or_else(|error| {
         report(&error);
@@ -35,7 +35,7 @@ fn main() -> ExitCode {
     })
 }
 
-fn trace(args: TraceArgs) -> ExitCode {
+fn trace(args: &TraceArgs) -> ExitCode {
     let has_command = !args.command.is_empty();
     run(args).unwrap_or_else(|error| {
         report(&error);
@@ -43,7 +43,7 @@ fn trace(args: TraceArgs) -> ExitCode {
     })
 }
 
-fn run(args: TraceArgs) -> anyhow::Result<ExitCode> {
+fn run(args: &TraceArgs) -> anyhow::Result<ExitCode> {
     if args.debug {
         debug::to_stderr();
     }

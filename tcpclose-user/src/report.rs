@@ -61,7 +61,7 @@ impl RunningDiagnosis {
             let remote = remote.as_ref().map(|remote| (remote.address, remote.port));
             format!("{:?}", (kind, comm, remote, evidence.get("local_port"), first))
         };
-        self.diagnosis.is_now(now);
+        self.diagnosis.advance_to(now);
         let before = std::mem::take(&mut self.reported);
         let mut news = self.diagnosis.findings(false);
         news.retain(|finding| {
@@ -268,8 +268,8 @@ impl Report {
         eprint!("{}", self.summary);
         if stacks.without_callers > 0 {
             eprintln!(
-                "tcpclose: some stacks end at the system call, because their programs keep no frame pointers; \
-                 `--call-graph auto`, the default, follows them without where the kernel has BTF"
+                "tcpclose: some stacks end at the system call, because their programs keep no frame \
+                 pointers; `--call-graph auto`, the default, follows them without where the kernel has BTF"
             );
         }
         if stacks.copied > 0 {

@@ -396,9 +396,10 @@ impl Bed {
 
     /// The expected lingering line of a side whose socket is older than the trace, overridden by `this`.
     pub fn listed_line(&self, connection: &Connection, side: Side, this: Value) -> Result<Value> {
+        let not_traced = json!({"opened": null, "age_ms": null, "cookie": known()});
         let line = json!({
             "event": "lingering",
-            "connection": but(self.identity(connection, side), json!({"opened": null, "age_ms": null, "cookie": known()})),
+            "connection": but(self.identity(connection, side), not_traced),
             "process": but(self.owner(side)?, json!({"tid": null, "attribution": "procfs"})),
             "since": null,
             "unsent_bytes": 0,
@@ -417,7 +418,10 @@ impl Bed {
     /// The acts of a client that shut down its half, and closed later.
     pub fn shut_and_closed(&mut self) -> Value {
         let pid = self.peer(Side::Client).pid();
-        let act = |trigger: &str, function: &str| json!({"trigger": trigger, "at_ms": known(), "pid": pid, "stack": user_stack(function)});
+        let act = |trigger: &str, function: &str| {
+            let stack = user_stack(function);
+            json!({"trigger": trigger, "at_ms": known(), "pid": pid, "stack": stack})
+        };
         json!([act("shutdown", "peer_shuts_socket_outer"), act("close", "peer_closes_socket_outer")])
     }
 

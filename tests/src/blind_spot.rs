@@ -22,7 +22,7 @@ const EVENTS: [&str; 4] =
     ["sock/inet_sock_set_state", "tcp/tcp_receive_reset", "tcp/tcp_send_reset", "tcp/tcp_destroy_sock"];
 
 /// An end of a connection: its local and its remote address.
-pub type End = (SocketAddr, SocketAddr);
+pub type EndAddresses = (SocketAddr, SocketAddr);
 
 /// An ftrace instance that records the threads of pid 1; removed on drop.
 #[derive(Debug)]
@@ -37,9 +37,9 @@ pub struct Hidden {
     /// Number of events.
     pub events: usize,
     /// The ends that an event was about.
-    pub ends: BTreeSet<End>,
+    pub ends: BTreeSet<EndAddresses>,
     /// The RSTs sent, by source and destination.
-    pub resets: Vec<End>,
+    pub resets: Vec<EndAddresses>,
 }
 
 impl BlindSpot {
@@ -103,7 +103,7 @@ fn parse(trace: &str) -> Hidden {
 }
 
 /// The end that an event is about. `tcp_send_reset` has its own format.
-fn end(event: &str) -> Option<End> {
+fn end(event: &str) -> Option<EndAddresses> {
     let value =
         |name: &str| event.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
     if let (Some(source), Some(destination)) = (value("src"), value("dest")) {
@@ -124,8 +124,8 @@ mod tests {
             \x20 agent-70 [001] ..s2. 1321.932031: inet_sock_set_state: family=AF_INET protocol=IPPROTO_TCP \
             sport=10722 dport=40153 saddr=127.0.2.1 daddr=127.0.1.1 saddrv6=::ffff:127.0.2.1 \
             daddrv6=::ffff:127.0.1.1 oldstate=TCP_FIN_WAIT1 newstate=TCP_FIN_WAIT2\n\
-            \x20 agent-70 [001] ..s2. 1321.932032: tcp_send_reset: skbaddr=00000000d8c4d5a2 skaddr=0000000000000000 \
-            src=127.0.1.1:7 dest=127.0.2.1:10723 state=UNKNOWN reason=NO_SOCKET\n";
+            \x20 agent-70 [001] ..s2. 1321.932032: tcp_send_reset: skbaddr=00000000d8c4d5a2 \
+            skaddr=0000000000000000 src=127.0.1.1:7 dest=127.0.2.1:10723 state=UNKNOWN reason=NO_SOCKET\n";
         let end = |local: &str, remote: &str| (local.parse().unwrap(), remote.parse().unwrap());
         let reset = end("127.0.1.1:7", "127.0.2.1:10723");
         let ends = [end("127.0.2.1:10722", "127.0.1.1:40153"), reset].into();

@@ -79,12 +79,12 @@ pub fn has_field(event: &str, field: &str) -> bool {
 #[derive(Debug, Default)]
 pub struct Checker {
     lines: u64,
-    ends: HashMap<String, End>,
+    ends: HashMap<String, ReportedEnd>,
 }
 
 /// What the lines so far report about one end of a connection.
 #[derive(Debug, Default)]
-struct End {
+struct ReportedEnd {
     closes: usize,
     resets_received: usize,
     /// The close line reports that this end was reset by its own host.
@@ -286,7 +286,8 @@ mod tests {
     use super::{Checker, causes, check_relations, has_field};
 
     fn lost() -> Value {
-        json!({"event": "lost", "time": "2026-01-31T12:34:56.123456789Z", "seq": 1, "where": "stacks", "count": 3})
+        let time = "2026-01-31T12:34:56.123456789Z";
+        json!({"event": "lost", "time": time, "seq": 1, "where": "stacks", "count": 3})
     }
 
     fn reset() -> Value {
@@ -343,7 +344,10 @@ mod tests {
 
     #[test]
     fn every_deviation_is_reported() {
-        let frame = json!({"address": "1", "symbol": null, "module": null, "offset": null, "file": null, "line": null, "inlined": false, "truncated": null});
+        let frame = json!({
+            "address": "1", "symbol": null, "module": null, "offset": null, "file": null, "line": null,
+            "inlined": false, "truncated": null,
+        });
         let cases = [
             (lost(), "/where", Some(json!("elsewhere")), "/where: \"elsewhere\""),
             (lost(), "/count", Some(Value::Null), "/count: null"),

@@ -304,7 +304,7 @@ fn load(function: &str, when: u32, instructions: &[u64]) -> Option<OwnedFd> {
     /// The part of `union bpf_attr` that `BPF_PROG_LOAD` needs here.
     #[repr(C)]
     #[derive(Default)]
-    struct Attributes {
+    struct LoadAttributes {
         prog_type: u32,
         insn_cnt: u32,
         insns: u64,
@@ -320,14 +320,14 @@ fn load(function: &str, when: u32, instructions: &[u64]) -> Option<OwnedFd> {
         line_info: [u32; 4],
         attach_btf_id: u32,
     }
-    let attributes = Attributes {
+    let attributes = LoadAttributes {
         prog_type: TRACING,
         insn_cnt: u32::try_from(instructions.len()).ok()?,
         insns: instructions.as_ptr() as u64,
         license: c"GPL".as_ptr() as u64,
         expected_attach_type: when,
         attach_btf_id: function_id(function)?,
-        ..Attributes::default()
+        ..LoadAttributes::default()
     };
     // Before 5.11 programs count as locked memory. If the limit cannot be raised, loading fails and shows it.
     let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
@@ -341,12 +341,12 @@ fn attach(program: &OwnedFd) -> Option<OwnedFd> {
 
     /// `union bpf_attr` for `BPF_RAW_TRACEPOINT_OPEN`.
     #[repr(C)]
-    struct Attributes {
+    struct LinkAttributes {
         name: u64,
         prog_fd: RawFd,
         padding: u32,
     }
-    let attributes = Attributes { name: 0, prog_fd: program.as_raw_fd(), padding: 0 };
+    let attributes = LinkAttributes { name: 0, prog_fd: program.as_raw_fd(), padding: 0 };
     // SAFETY: these attributes contain no pointers.
     unsafe { bpf(RAW_TRACEPOINT_OPEN, &attributes) }
 }

@@ -24,8 +24,8 @@ const TESTS_PER_PROCESSOR: usize = 4;
 /// The variable from which libtest reads how many tests may run concurrently.
 const THREADS_VARIABLE: &str = "RUST_TEST_THREADS";
 
-/// This test program accounts for the blind spot itself, end by end: nothing else in it has an excuse. It traces
-/// a second crowd if the blind spot took too many of the first.
+/// This test program accounts for the blind spot itself, end by end: nothing else in it has an excuse. It
+/// traces a second crowd if the blind spot took too many of the first.
 const NEVER_REPEATED: &str = "crowd";
 
 /// The reason why a failed test may be repeated.
@@ -171,7 +171,8 @@ mod tests {
         let first = "=== a\nargs: a::\ntest a::b ... FAILED\ntest a::c ... ok\n=== a ended: exit status: 1\n";
         assert_eq!(attempts(&Excuse::None), first);
         let rest = "running a::b once more: the processor is emulated\n=== a\n\
-            args: --exact --test-threads=1 --show-output a::b\ntest a::b ... ok\n=== a ended: exit status: 0\n";
+            args: --exact --test-threads=1 --show-output a::b\ntest a::b ... ok\n\
+            === a ended: exit status: 0\n";
         assert_eq!(attempts(&Excuse::Emulation), format!("{first}{rest}"));
     }
 }

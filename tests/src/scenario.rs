@@ -114,8 +114,8 @@ impl Trace {
         let expected = features::reportable(expected);
         let count = expected.len();
         let mut ended = self.finish(bed, |lines| lines.len() >= count)?;
-        // On two processors a late segment may arrive when a socket is gone and its TIME_WAIT is not there yet
-        // (`tcp_time_wait()`). The kernel answers it with a RST, which it has counted.
+        // On two processors a late segment may arrive when a socket is gone and its TIME_WAIT is not there
+        // yet (`tcp_time_wait()`). The kernel answers it with a RST, which it has counted.
         let mut surplus = ended.lines.len().saturating_sub(count);
         ended.lines.retain(|line| {
             let is_answer = surplus > 0 && is_answer_without_socket(line);

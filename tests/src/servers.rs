@@ -1,5 +1,5 @@
 //! Servers that people run in production, for tests of what the tool reports about them: nginx, redis,
-//! memcached, MariaDB, and the scripts in `tests/servers`.
+//! memcached, MariaDB, a message broker, and the scripts in `tests/servers`.
 
 use std::{
     fs,
@@ -133,6 +133,34 @@ pub fn start_mariadb(namespace: &Namespace, folder: &Path, port: u16, timeout: u
     let mariadb = Program::start(namespace, command)?;
     wait_for_listener(namespace, port)?;
     Ok(mariadb)
+}
+
+/// A message broker. The script of this name in the path would change to another user.
+pub const RABBITMQ: &str = "/usr/lib/rabbitmq/bin/rabbitmq-server";
+/// Erlang's name server, without which it does not start.
+pub const EPMD: &str = "/usr/bin/epmd";
+
+/// Starts the message broker in a namespace, with its files in `folder`. The second program is its name server.
+pub fn start_rabbitmq(namespace: &Namespace, folder: &Path, port: u16) -> Result<[Program; 2]> {
+    const NAMES: u16 = 4369;
+    let mut names = Command::new(EPMD);
+    names.args(["-address", "127.0.0.1", "-port", &NAMES.to_string()]);
+    let names = Program::start(namespace, names)?;
+    wait_for_listener(namespace, NAMES)?;
+    let configuration = folder.join("rabbitmq.conf");
+    fs::write(&configuration, format!("listeners.tcp.1 = 127.0.0.1:{port}\n"))?;
+    let mut command = Command::new(RABBITMQ);
+    command.env("RABBITMQ_NODENAME", "rabbit@localhost").env("RABBITMQ_CONFIG_FILE", configuration);
+    // Then the script becomes the broker, instead of starting it.
+    command.env("RUNNING_UNDER_SYSTEMD", "1");
+    let places = ["HOME", "RABBITMQ_MNESIA_BASE", "RABBITMQ_LOG_BASE", "RABBITMQ_GENERATED_CONFIG_DIR"];
+    command.envs(places.map(|place| (place, folder)));
+    for (name, file) in [("RABBITMQ_ENABLED_PLUGINS_FILE", "plugins"), ("RABBITMQ_PID_FILE", "pid")] {
+        command.env(name, folder.join(file));
+    }
+    let broker = Program::start(namespace, command)?;
+    wait_for_listener(namespace, port)?;
+    Ok([broker, names])
 }
 
 /// Waits until a process listens on a port.

@@ -136,7 +136,8 @@ mod tests {
 
     #[test]
     fn lines_become_sockets() {
-        let line = "   0: 0100007F:0016 0200007F:D431 0A 00000000:0000001F 00:00000000 00000000     0        0 4711 1";
+        let line = "   0: 0100007F:0016 0200007F:D431 0A 00000000:0000001F \
+                    00:00000000 00000000     0        0 4711 1";
         let ipv4 = parse(line).unwrap();
         assert_eq!(ipv4.local, "127.0.0.1:22".parse().unwrap());
         assert_eq!(ipv4.remote, "127.0.0.2:54321".parse().unwrap());

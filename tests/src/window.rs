@@ -28,8 +28,8 @@ use crate::{
 /// How long the tool keeps an ending back at most, from the read that found it.
 pub const PATIENCE: Duration = Duration::from_millis(100);
 
-/// Connections that are ended and reported, one after the other, once that time is over and before a window is
-/// closed. The read that reports the first of them may have begun before, and lines that the read of the
+/// Connections that are ended and reported, one after the other, once that time is over and before a window
+/// is closed. The read that reports the first of them may have begun before, and lines that the read of the
 /// second one releases may follow that one's.
 const ROUNDS: usize = 3;
 

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tcpclose_tests::{
     bed::{Bed, Connection, Route, Side, user_stack},
     expect::{but, known, one_of, path},
-    features::reason,
+    features::{Feature, reason},
     netns,
     peer::Peer,
     scenario::{Trace, aborted, fin_without_socket, orderly_lines, reset_in_close_wait, reset_lines, run},
@@ -68,6 +68,7 @@ scenarios! {
     run_older on [loopback_ipv4 veth_ipv6]:
     older_connection_closes
     older_connection_is_reset
+    older_connection_dies_with_a_thread
 }
 
 /// Runs a scenario on a connection that is older than the trace.
@@ -657,6 +658,25 @@ fn older_connection_is_reset(bed: &mut Bed, connection: &Connection) -> Result<V
         line["process"]["attribution"] = json!("descriptors");
     }
     Ok(lines)
+}
+
+/// The tool has not seen the process before, and the thread that is left has a name of its own. The main
+/// thread is a zombie by then. Its name can be read at that moment only with the kernel's types.
+fn older_connection_dies_with_a_thread(bed: &mut Bed, connection: &Connection) -> Result<Vec<Value>> {
+    let mut names = vec![json!(bed.peer(Side::Client).name()?)];
+    names.extend((!Feature::Types.is_here()).then_some(json!("peer-last")));
+    let this = json!({
+        "trigger": "signal",
+        "signal": "SIGKILL",
+        "signal_from": itself(bed)?,
+        "process": {
+            "tid": known(), "thread": "peer-last", "comm": one_of(&names),
+            "exe": one_of(&[json!(null), known()]),
+        },
+        "stack": one_of(&[json!(null), json!({"user": null, "kernel": null})]),
+    });
+    bed.peer(Side::Client).end_by("die-in-thread SIGKILL")?;
+    Ok(unseen(orderly_lines(bed, connection, Side::Client, this)?))
 }
 
 /// The lines of a connection whose handshake precedes the trace. Its role may be inferred from the ports.

@@ -37,9 +37,9 @@ fn podman(args: &[&str]) -> Result<String> {
 }
 
 /// An image without a distribution; removed on drop.
-struct Image(String);
+struct ContainerImage(String);
 
-impl Image {
+impl ContainerImage {
     /// Makes an image that consists of these files, each with its place there.
     fn of(name: &str, files: &[(PathBuf, PathBuf)]) -> Result<Self> {
         let context = Scratch::new()?;
@@ -69,7 +69,7 @@ impl Image {
     }
 }
 
-impl Drop for Image {
+impl Drop for ContainerImage {
     fn drop(&mut self) {
         // It is of no use to the host, and nothing depends on its removal.
         let _ = podman(&["rmi", "--force", &self.0]);
@@ -91,7 +91,7 @@ struct Container {
 impl Container {
     /// Runs `command` in a container of this image. Its processes are few, and its limits are those that this
     /// host allows.
-    fn start(name: &str, image: &Image, options: &[&str], command: &[&str]) -> Result<Self> {
+    fn start(name: &str, image: &ContainerImage, options: &[&str], command: &[&str]) -> Result<Self> {
         let name = unique(name);
         let mut podman = Command::new(PODMAN);
         podman.args(["--runtime", RUNC, "run", "--interactive", "--rm", "--name", &name]);
@@ -103,7 +103,7 @@ impl Container {
     }
 
     /// A container in which the tenant runs and has reported that it is ready.
-    fn tenant(name: &str, image: &Image) -> Result<Self> {
+    fn tenant(name: &str, image: &ContainerImage) -> Result<Self> {
         let servers = format!("{}/servers:/servers:ro", env!("CARGO_MANIFEST_DIR"));
         let programs = PROGRAMS.map(|folder| format!("{folder}:{folder}:ro"));
         let mut options = vec!["--network", "none", "--memory", "96m", "--memory-swap", "96m"];
@@ -163,7 +163,12 @@ impl Deeds {
         let mut dead = json!({"comm": "python3", "container": self.id});
         dead["pid"] = victim;
         vec![
-            json!({"event": "close", "connection": at(self.reset), "process": process, "cause": "linger_zero"}),
+            json!({
+                "event": "close",
+                "connection": at(self.reset),
+                "process": process,
+                "cause": "linger_zero",
+            }),
             json!({
                 "event": "lingering",
                 "connection": at(self.leak),
@@ -183,14 +188,14 @@ impl Deeds {
 }
 
 /// The tool in a container.
-struct Tool {
+struct ContainedTool {
     container: Container,
     lines: Vec<Value>,
     _ready: Scratch,
 }
 
-impl Tool {
-    fn start(image: &Image, namespaces: &[&str], arguments: &[&str]) -> Result<Self> {
+impl ContainedTool {
+    fn start(image: &ContainerImage, namespaces: &[&str], arguments: &[&str]) -> Result<Self> {
         let ready = Scratch::new()?;
         let volume = format!("{}:/ready", ready.path().display());
         // As in deploy/kubernetes.
@@ -242,11 +247,11 @@ fn a_sidecar_reports_its_neighbour_by_the_ids_inside() -> Result<()> {
     if is_impossible() {
         return Ok(());
     }
-    let (empty, image) = (Image::of("tenant", &[])?, Image::of_tool()?);
+    let (empty, image) = (ContainerImage::of("tenant", &[])?, ContainerImage::of_tool()?);
     let (mut tenant, mut stranger) =
         (Container::tenant("tenant", &empty)?, Container::tenant("stranger", &empty)?);
     let shared = format!("container:{}", tenant.name);
-    let mut tool = Tool::start(&image, &["--pid", &shared, "--network", &shared], &[])?;
+    let mut tool = ContainedTool::start(&image, &["--pid", &shared, "--network", &shared], &[])?;
     let strange = stranger.act()?;
     let deeds = tenant.act()?;
     let mut netns = None;
@@ -271,10 +276,11 @@ fn with_the_pids_of_the_host_all_containers_are_reported() -> Result<()> {
     if is_impossible() {
         return Ok(());
     }
-    let (empty, image) = (Image::of("tenant", &[])?, Image::of_tool()?);
+    let (empty, image) = (ContainerImage::of("tenant", &[])?, ContainerImage::of_tool()?);
     let mut tenants = [Container::tenant("one", &empty)?, Container::tenant("other", &empty)?];
     let ids = tenants.iter().map(|tenant| tenant.inspect("{{.Id}}")).collect::<Result<Vec<_>>>()?.join(",");
-    let mut tool = Tool::start(&image, &["--pid", "host", "--network", "none"], &["--container", &ids])?;
+    let mut tool =
+        ContainedTool::start(&image, &["--pid", "host", "--network", "none"], &["--container", &ids])?;
     for tenant in &mut tenants {
         let pid: u64 = tenant.inspect("{{.State.Pid}}")?.parse()?;
         let deeds = tenant.act()?;

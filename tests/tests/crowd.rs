@@ -11,7 +11,7 @@ use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use tcpclose_tests::{
     bed::{Bed, Side, endpoint},
-    blind_spot::{BlindSpot, End, Hidden},
+    blind_spot::{BlindSpot, EndAddresses, Hidden},
     crowd::{Claim, Kind, connections},
     expect::{but, differences, one_of},
     features::Feature,
@@ -112,7 +112,7 @@ fn every_end_is_reported_once_with_its_owner() -> Result<()> {
 struct Outcome {
     ends: usize,
     /// Complaints about ends that the kernel ran no BPF program for.
-    excused: BTreeMap<End, Vec<String>>,
+    excused: BTreeMap<EndAddresses, Vec<String>>,
 }
 
 impl Outcome {
@@ -130,7 +130,8 @@ impl fmt::Display for Outcome {
         let Self { ends, excused } = self;
         write!(
             f,
-            "{} of {ends} ends are wrong where the kernel ran no BPF program, and {} are allowed: {excused:#?}",
+            "{} of {ends} ends are wrong where the kernel ran no BPF program, and {} are allowed: \
+             {excused:#?}",
             excused.len(),
             self.allowed()
         )
@@ -189,7 +190,7 @@ struct Comparison<'a> {
     lines: Index<'a>,
     complaints: Complaints,
     /// Complaints about ends that the kernel ran no BPF program for.
-    excused: BTreeMap<End, Vec<String>>,
+    excused: BTreeMap<EndAddresses, Vec<String>>,
 }
 
 impl<'a> Comparison<'a> {

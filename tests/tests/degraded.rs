@@ -42,9 +42,8 @@ fn tells_something(launch: Launch) -> Result<(Value, Ended)> {
     let mut bed = Bed::new(routes::loopback_ipv4())?;
     let tool = launch.args(["-o", "json"]).start()?;
     let connection = reset_by_client(&mut bed)?;
-    let ends = json!({"event": "close", "connection": {
-        "local": endpoint(connection.address(Side::Client)), "remote": endpoint(connection.address(Side::Server)),
-    }});
+    let [local, remote] = [Side::Client, Side::Server].map(|side| endpoint(connection.address(side)));
+    let ends = json!({"event": "close", "connection": {"local": local, "remote": remote}});
     let line = tool.wait_for("the client's close", |line| differences(line, &ends).is_empty())?;
     Ok((line, tool.stop()?))
 }

@@ -48,20 +48,20 @@ fn is_loaded(id: u32) -> Result<bool> {
     const BPF_PROG_GET_FD_BY_ID: libc::c_int = 13;
     /// The first members of `union bpf_attr` for this command.
     #[repr(C)]
-    struct Attributes {
+    struct IdAttributes {
         id: u32,
         next: u32,
         flags: u32,
         reserved: u32,
     }
-    let attributes = Attributes { id, next: 0, flags: 0, reserved: 0 };
+    let attributes = IdAttributes { id, next: 0, flags: 0, reserved: 0 };
     // SAFETY: the kernel reads as many bytes as the structure has.
     let result = unsafe {
         libc::syscall(
             libc::SYS_bpf,
             BPF_PROG_GET_FD_BY_ID,
             &raw const attributes,
-            mem::size_of::<Attributes>(),
+            mem::size_of::<IdAttributes>(),
         )
     };
     match Errno::result(result) {

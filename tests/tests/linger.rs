@@ -10,16 +10,18 @@ use tcpclose_tests::{
     expect::{but, differences, known, one_of},
     features::Feature,
     scenario::{Trace, routes, shut_window, watch},
-    scenarios, sockets, until,
+    scenarios, sockets,
+    tool::Launch,
+    until,
 };
 
 /// An age that no socket reaches before its test is done with it, but that all remaining sockets reach soon.
 const SOON: [&str; 2] = ["--linger", "300ms"];
 
-type Scenario = fn(&mut Bed) -> Result<Value>;
+type LingeringScenario = fn(&mut Bed) -> Result<Value>;
 
 /// Makes a socket linger, and waits for the line that reports it.
-fn run(route: Route, scenario: Scenario) -> Result<()> {
+fn run(route: Route, scenario: LingeringScenario) -> Result<()> {
     let mut bed = Bed::new(route)?;
     let trace = Trace::start(&bed, &SOON)?;
     let expected = scenario(&mut bed)?;
@@ -51,6 +53,22 @@ scenarios! {
     nobody_answers_the_fin
     nobody_answers_the_last_fin
     fins_cross_and_one_is_lost
+}
+
+/// `--kind` selects among lines of sockets that linger, and `--cause` does not apply to them: they have none.
+#[test]
+fn kinds_are_filtered_and_causes_are_not() -> Result<()> {
+    let (mut leaks, mut reads_not) = (Bed::new(routes::loopback_ipv4())?, Bed::new(routes::loopback_ipv4())?);
+    let namespaces = leaks.namespaces().chain(reads_not.namespaces());
+    let tool = Launch::new()?.trace(namespaces).args(SOON);
+    let tool = tool.args(["--kind", "unread", "--cause", "linger_zero"]).start()?;
+    // It lingers for longer, so that its line would come first.
+    server_forgets_to_close(&mut leaks)?;
+    let expected = server_never_reads(&mut reads_not)?;
+    tool.wait_for(&format!("like {expected}"), |line| differences(line, &expected).is_empty())?;
+    let ended = tool.stop()?;
+    ensure!(ended.lines.iter().all(|line| line["kind"] == "unread"), "{ended}");
+    Ok(())
 }
 
 /// The holder of a side's socket: the process itself.

@@ -95,8 +95,8 @@ fn prometheus_collects_what_the_lines_say() -> Result<()> {
     fs::write(
         &configuration,
         format!(
-            "global: {{scrape_interval: 1s}}\nrule_files: ['{}']\nscrape_configs:\n  - job_name: tcpclose\n    \
-             static_configs: [{{targets: ['127.0.0.1:{METRICS}']}}]\n",
+            "global: {{scrape_interval: 1s}}\nrule_files: ['{}']\nscrape_configs:\n  \
+             - job_name: tcpclose\n    static_configs: [{{targets: ['127.0.0.1:{METRICS}']}}]\n",
             deployed("prometheus/alerts.yml")
         ),
     )?;

@@ -21,7 +21,7 @@ scenarios! {
 }
 
 /// What each side does to end a connection, in order.
-type Ending = fn() -> &'static [(Side, &'static str)];
+type EndingCalls = fn() -> &'static [(Side, &'static str)];
 
 fn client_closes_first() -> &'static [(Side, &'static str)] {
     &[(Side::Client, "close"), (Side::Server, "receive-end"), (Side::Server, "close")]
@@ -41,7 +41,7 @@ fn client_lingers_not() -> &'static [(Side, &'static str)] {
 }
 
 /// Ends a connection with one path, and another with two, for which the client's host gets a second address.
-fn run(route: Route, ending: Ending) -> Result<()> {
+fn run(route: Route, ending: EndingCalls) -> Result<()> {
     if Feature::Mptcp.is_missed() {
         return Ok(());
     }

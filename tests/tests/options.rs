@@ -14,7 +14,7 @@ use tcpclose_tests::{
 
 /// The lines that a filter lets through. One connection is reset by its client; another one ends in order
 /// between other processes at other addresses.
-struct Filter {
+struct FilterCase {
     /// Derives the option from the connection that must pass and the pid of its client.
     option: fn(&Connection, u32) -> [String; 2],
     /// The ends whose close line passes.
@@ -28,28 +28,32 @@ const CLIENT: &[Side] = &[Side::Client];
 const SERVER: &[Side] = &[Side::Server];
 const NEITHER: &[Side] = &[];
 
-const FILTERS: &[Filter] = &[
-    Filter { option: |_, pid| option("pid", &pid), close: CLIENT, reset: CLIENT },
-    Filter { option: |_, _| option("comm", &"peer-client"), close: CLIENT, reset: CLIENT },
-    Filter { option: |_, _| option("comm", &"peer-client,peer-server"), close: BOTH, reset: BOTH },
-    Filter { option: |to, _| option("port", &to.address(Side::Client).port()), close: BOTH, reset: BOTH },
-    Filter { option: |to, _| option("port", &to.address(Side::Server).port()), close: BOTH, reset: BOTH },
-    Filter {
+const FILTERS: &[FilterCase] = &[
+    FilterCase { option: |_, pid| option("pid", &pid), close: CLIENT, reset: CLIENT },
+    FilterCase { option: |_, _| option("comm", &"peer-client"), close: CLIENT, reset: CLIENT },
+    FilterCase { option: |_, _| option("comm", &"peer-client,peer-server"), close: BOTH, reset: BOTH },
+    FilterCase { option: |to, _| option("port", &to.address(Side::Client).port()), close: BOTH, reset: BOTH },
+    FilterCase { option: |to, _| option("port", &to.address(Side::Server).port()), close: BOTH, reset: BOTH },
+    FilterCase {
         option: |to, _| option("local-port", &to.address(Side::Server).port()),
         close: SERVER,
         reset: SERVER,
     },
-    Filter {
+    FilterCase {
         option: |to, _| option("remote-port", &to.address(Side::Server).port()),
         close: CLIENT,
         reset: CLIENT,
     },
-    Filter { option: |to, _| option("address", &to.address(Side::Server).ip()), close: BOTH, reset: BOTH },
-    Filter { option: |_, _| option("address", &"10.77.0.0/24"), close: BOTH, reset: BOTH },
-    Filter { option: |_, _| option("address", &"10.78.0.0/16"), close: NEITHER, reset: NEITHER },
-    Filter { option: |_, _| option("cause", &"linger_zero"), close: CLIENT, reset: CLIENT },
-    Filter { option: |_, _| option("cause", &"linger_zero,peer_reset"), close: BOTH, reset: BOTH },
-    Filter { option: |_, _| option("event", &"reset"), close: NEITHER, reset: BOTH },
+    FilterCase {
+        option: |to, _| option("address", &to.address(Side::Server).ip()),
+        close: BOTH,
+        reset: BOTH,
+    },
+    FilterCase { option: |_, _| option("address", &"10.77.0.0/24"), close: BOTH, reset: BOTH },
+    FilterCase { option: |_, _| option("address", &"10.78.0.0/16"), close: NEITHER, reset: NEITHER },
+    FilterCase { option: |_, _| option("cause", &"linger_zero"), close: CLIENT, reset: CLIENT },
+    FilterCase { option: |_, _| option("cause", &"linger_zero,peer_reset"), close: BOTH, reset: BOTH },
+    FilterCase { option: |_, _| option("event", &"reset"), close: NEITHER, reset: BOTH },
 ];
 
 fn option(name: &str, value: &dyn Display) -> [String; 2] {
@@ -92,6 +96,29 @@ fn filters_keep_others_out() -> Result<()> {
         let ended = tool.stop()?;
         let mismatches = mismatches(&ended.lines, &expected);
         ensure!(mismatches.is_empty(), "{}: {mismatches}\n{ended}", option.join(" "));
+    }
+    Ok(())
+}
+
+/// A thread of the client closes, and `--comm` has the name of the thread, or that of the program.
+#[test]
+fn a_thread_passes_by_its_name_and_by_that_of_its_program() -> Result<()> {
+    let mut bed = Bed::new(routes::loopback_ipv4())?;
+    for name in ["peer-thread", "peer-client"] {
+        let connection = bed.established()?;
+        let tool = Launch::new()?.trace(bed.namespaces()).args(["--comm", name]).start()?;
+        bed.peer(Side::Client).ask("thread-close")?;
+        bed.peer(Side::Server).ask("receive-end")?;
+        bed.peer(Side::Server).ask("close")?;
+        tool.wait_until(|lines| !lines.is_empty());
+        let ended = tool.stop()?;
+        let client = json!({
+            "event": "close",
+            "connection": {"local": endpoint(connection.address(Side::Client))},
+            "process": {"comm": "peer-client", "thread": "peer-thread"},
+        });
+        let mismatches = mismatches(&ended.lines, &[client]);
+        ensure!(mismatches.is_empty(), "--comm {name}: {mismatches}\n{ended}");
     }
     Ok(())
 }
@@ -161,7 +188,10 @@ fn tables_lead_where_frame_pointers_lead() -> Result<()> {
         ensure!(missing.is_empty() && more.len() >= fewer.len(), "{place}: {fewer:?}\nand {more:?}");
         ensure!(more.last().is_some_and(|function| function.contains("start")), "cut short: {more:?}");
     }
-    let callers = json!({"stack": user_stack("peer_closes_socket"), "opener": {"stack": user_stack("peer_connects_socket")}});
+    let callers = json!({
+        "stack": user_stack("peer_closes_socket"),
+        "opener": {"stack": user_stack("peer_connects_socket")},
+    });
     let differences = differences(&by_tables, &callers);
     ensure!(differences.is_empty(), "{}", differences.join("\n"));
     Ok(())

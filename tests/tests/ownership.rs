@@ -18,11 +18,11 @@ enum Accepts {
     Seen,
 }
 
-type Scenario = fn(&mut Bed, Accepts) -> Result<Vec<Value>>;
+type OwnershipScenario = fn(&mut Bed, Accepts) -> Result<Vec<Value>>;
 
 /// Runs a scenario twice: once with the acceptor of the socket known to the tool, once without. The owner at
 /// the end must be known both times.
-fn run(route: Route, scenario: Scenario) -> Result<()> {
+fn run(route: Route, scenario: OwnershipScenario) -> Result<()> {
     // Tracing every system call would be slow on an emulated processor.
     let hook = if Feature::FunctionReturns.is_here() { "fexit" } else { "syscall" };
     for (accepts, args) in

@@ -45,8 +45,8 @@ fn removed(simulation: &str) -> Vec<&str> {
     simulation.lines().filter_map(|line| line.strip_prefix("Remv ")?.split_whitespace().next()).collect()
 }
 
-/// Whether installing may remove other packages. It may where the machine is thrown away afterwards; elsewhere
-/// it could replace what is in use, such as another compiler.
+/// Whether installing may remove other packages. It may where the machine is thrown away afterwards;
+/// elsewhere it could replace what is in use, such as another compiler.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Removal {
     Allowed,
@@ -81,7 +81,8 @@ pub(crate) fn install(packages: &[Package]) -> Result<bool> {
             let removed = removed(&simulation).join(", ");
             ensure!(
                 command::is_ci(),
-                "the packages that are missing conflict with others: {removed}. This installs them and removes those:\n  {}",
+                "the packages that are missing conflict with others: {removed}. This installs them and \
+                 removes those:\n  {}",
                 advice(packages)
             );
             say(&format!("the missing packages conflict with others, which are removed: {removed}"));

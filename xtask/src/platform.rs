@@ -22,7 +22,8 @@ pub(crate) struct Platform {
     pub(crate) gnu: &'static str,
     /// The linker command and the library for cross-linking, each with the package that contains it.
     pub(crate) linker: [(&'static str, Package); 2],
-    /// The compiler of 32-bit programs, with its package, if it is not the one of the platform's own programs.
+    /// The compiler of 32-bit programs, with its package, if it is not the one of the platform's own
+    /// programs.
     pub(crate) compiler_32: Option<(&'static str, Package)>,
     /// The compiler's option for 32-bit programs.
     pub(crate) option_32: &'static str,

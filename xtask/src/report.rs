@@ -211,8 +211,9 @@ mod tests {
 
     #[test]
     fn failed_tests_keep_their_output() {
-        let text = "=== stray\nrunning 1 test\ntest a ... FAILED\n\nfailures:\n\n---- a stdout ----\nError: it\nbroke\n\n\
-            failures:\n    a\n\ntest result: FAILED. 0 passed\n=== stray ended: exit status: 101\n=== all\n";
+        let text = "=== stray\nrunning 1 test\ntest a ... FAILED\n\nfailures:\n\n\
+            ---- a stdout ----\nError: it\nbroke\n\nfailures:\n    a\n\ntest result: FAILED. 0 passed\n\
+            === stray ended: exit status: 101\n=== all\n";
         let report = Report::parse(text);
         assert_eq!(report.failed["stray::a"].trim(), "Error: it\nbroke");
         assert_eq!(report.summary(), "0 passed, 1 failed");

@@ -23,7 +23,7 @@ const DEBIAN_COMPILER: [Package; 2] = [
 ];
 
 /// Commands or files that tests use, and the packages that contain them.
-const FOR_TESTS: [(&str, Package); 21] = [
+const FOR_TESTS: [(&str, Package); 22] = [
     (
         "ip",
         Package { name: "iproute2", purpose: "`ip`, which makes the network namespaces that tests run in" },
@@ -37,8 +37,8 @@ const FOR_TESTS: [(&str, Package); 21] = [
         "/usr/sbin/nginx",
         Package {
             name: "nginx",
-            purpose: "nginx, a proxy in tests; where port 80 is free, its package starts it there as a service \
-                      (`systemctl disable --now nginx` ends that)",
+            purpose: "nginx, a proxy in tests; where port 80 is free, its package starts it there as a \
+                      service (`systemctl disable --now nginx` ends that)",
         },
     ),
     (
@@ -49,7 +49,8 @@ const FOR_TESTS: [(&str, Package); 21] = [
         "/usr/sbin/haproxy",
         Package {
             name: "haproxy",
-            purpose: "HAProxy, which checks a server in a test; its package has a service, which has no port to listen on",
+            purpose: "HAProxy, which checks a server in a test; its package has a service, which has no port \
+                      to listen on",
         },
     ),
     (
@@ -60,7 +61,8 @@ const FOR_TESTS: [(&str, Package); 21] = [
         "/usr/bin/memcached",
         Package {
             name: "memcached",
-            purpose: "memcached, in tests; its package starts it as a service (`systemctl disable --now memcached` ends that)",
+            purpose: "memcached, in tests; its package starts it as a service (`systemctl disable --now \
+                      memcached` ends that)",
         },
     ),
     (
@@ -68,6 +70,13 @@ const FOR_TESTS: [(&str, Package); 21] = [
         Package { name: "mariadb-server-core", purpose: "MariaDB, in tests; without a service" },
     ),
     ("/usr/bin/mariadb", Package { name: "mariadb-client-core", purpose: "its client" }),
+    (
+        "/usr/lib/rabbitmq/bin/rabbitmq-server",
+        Package {
+            name: "rabbitmq-server",
+            purpose: "RabbitMQ, in tests (`systemctl disable --now rabbitmq-server` ends its service)",
+        },
+    ),
     ("/usr/bin/wrk", Package { name: "wrk", purpose: "wrk, which keeps servers in tests busy" }),
     ("/usr/bin/ab", Package { name: "apache2-utils", purpose: "`ab`, which does so with short connections" }),
     ("/usr/bin/gdb", Package { name: "gdb", purpose: "gdb, which the tests compare stacks with" }),
@@ -91,7 +100,8 @@ const FOR_TESTS: [(&str, Package); 21] = [
         "/usr/bin/prometheus",
         Package {
             name: "prometheus",
-            purpose: "Prometheus, which collects metrics in a test (`systemctl disable --now prometheus` ends its service)",
+            purpose: "Prometheus, which collects metrics in a test (`systemctl disable --now prometheus` \
+                      ends its service)",
         },
     ),
 ];
@@ -150,8 +160,8 @@ pub(crate) fn for_platform(platform: &Platform) -> Result<()> {
     }
     ensure!(
         platform.has_std(),
-        "the Rust compiler has no standard library for {triple}: `rustup target add {triple}` installs it, or for \
-         Debian's compiler the package libstd-rust-dev:{}",
+        "the Rust compiler has no standard library for {triple}: `rustup target add {triple}` installs it, \
+         or for Debian's compiler the package libstd-rust-dev:{}",
         platform.debian
     );
     Ok(())
@@ -166,7 +176,8 @@ fn install_missing(who: &str, commands: &[(&str, Package)]) -> Result<()> {
     if !apt::install(&missing)? {
         let programs = missing.iter().map(|package| package.purpose).collect::<Vec<_>>().join("; ");
         bail!(
-            "{who} tools that are missing, and that apt-get does not offer: {programs}. On Debian this installs them:\n  {}",
+            "{who} tools that are missing, and that apt-get does not offer: {programs}. On Debian this \
+             installs them:\n  {}",
             apt::advice(&missing)
         );
     }
@@ -199,7 +210,8 @@ fn advice(refused: &[String], failed: &str) -> String {
     let found = if refused.is_empty() { "no Rust compiler at all".into() } else { refused.join("\n  ") };
     let toolchain = env::var("RUSTUP_TOOLCHAIN").unwrap_or_else(|_| "stable".into());
     format!(
-        "the kernel half needs a Rust compiler with `core` for {TARGET}, or with the source of it. Found:\n  {found}\n\
+        "the kernel half needs a Rust compiler with `core` for {TARGET}, or with the source of it. Found:\n  \
+         {found}\n\
          Installing one failed: {failed}.\n\
          One of these commands installs one:\n  {}\n  rustup component add rust-src --toolchain {toolchain}",
         apt::advice(&DEBIAN_COMPILER),

@@ -2,13 +2,13 @@
 
 use std::{
     error::Error,
-    ffi::OsString,
-    fmt,
-    io::{self, ErrorKind},
+    ffi::{OsStr, OsString},
+    fmt, future, io,
     os::{fd::AsFd as _, unix::process::ExitStatusExt as _},
     process::ExitStatus,
 };
 
+use anyhow::{Context as _, Result};
 use nix::errno::Errno;
 use tokio::process::{Child, Command};
 
@@ -16,7 +16,7 @@ use crate::sink::Format;
 
 /// The command could not be started.
 #[derive(Debug)]
-pub struct NotStarted(io::Error);
+struct NotStarted(io::Error);
 
 impl fmt::Display for NotStarted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -31,28 +31,48 @@ const NOT_FOUND: u8 = 127;
 const CANNOT_BE_RUN: u8 = 126;
 const OWN_FAILURE: u8 = 125;
 
-/// Starts the command. The kernel half already follows tcpclose itself, so it follows the command from its
-/// first instruction on.
-///
-/// With lines for programs on the standard output, the command's output goes to the standard error.
-///
-/// # Errors
-/// The command is not found or cannot be run, or there is no room for another process.
-pub fn start(command: &[OsString], format: Format) -> Result<Child, NotStarted> {
-    let Some((program, args)) = command.split_first() else {
-        return Err(NotStarted(ErrorKind::InvalidInput.into()));
-    };
-    let mut child = Command::new(program);
-    child.args(args);
-    if format != Format::Text {
-        child.stdout(io::stderr().as_fd().try_clone_to_owned().map_err(NotStarted)?);
+/// The command after `--`, until it has ended; `None` afterwards, and if there is no command.
+pub struct TracedCommand(Option<Child>);
+
+impl TracedCommand {
+    /// Starts the command, if there is one. The kernel half already follows tcpclose itself, so it follows
+    /// the command from its first instruction on.
+    ///
+    /// If the standard output of tcpclose has lines for programs, the output of the command goes to the
+    /// standard error.
+    ///
+    /// # Errors
+    /// The command is not found or cannot be run, or there is no room for another process.
+    pub fn start(command: &[OsString], format: Format) -> Result<Self> {
+        let Some((program, arguments)) = command.split_first() else { return Ok(Self(None)) };
+        let child = spawn(program, arguments, format).map_err(NotStarted);
+        child.map(|child| Self(Some(child))).with_context(|| format!("cannot run {}", program.display()))
     }
-    child.spawn().map_err(NotStarted)
+
+    /// Waits until the command has ended, and returns the exit status to end with in its place. Without a
+    /// command that runs it waits for ever. Safe to cancel.
+    ///
+    /// # Errors
+    /// The command cannot be waited for.
+    pub async fn ended(&mut self) -> io::Result<u8> {
+        let Some(child) = &mut self.0 else { return future::pending().await };
+        let status = child.wait().await?;
+        self.0 = None;
+        Ok(exit_code(status))
+    }
 }
 
-/// The exit status to end with in the command's place. If a signal killed it, that is 128 plus the signal's
-/// number, as in shells.
-pub fn exit_code(status: ExitStatus) -> u8 {
+fn spawn(program: &OsStr, arguments: &[OsString], format: Format) -> io::Result<Child> {
+    let mut command = Command::new(program);
+    command.args(arguments);
+    if format != Format::Text {
+        command.stdout(io::stderr().as_fd().try_clone_to_owned()?);
+    }
+    command.spawn()
+}
+
+/// The exit status of the command. If a signal killed it, that is 128 plus the signal's number, as in shells.
+fn exit_code(status: ExitStatus) -> u8 {
     let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
     u8::try_from(code & 0xff).unwrap_or(1)
 }
@@ -73,13 +93,11 @@ pub fn exit_code_of_failure(error: &anyhow::Error) -> u8 {
 mod tests {
     use anyhow::anyhow;
 
-    use anyhow::Context as _;
-
     use super::*;
 
     /// The status after trying to start `program`, which must fail.
     fn status_of(program: &str) -> u8 {
-        let result = start(&[program.into()], Format::Text).with_context(|| format!("cannot run {program}"));
+        let result = TracedCommand::start(&[program.into()], Format::Text);
         exit_code_of_failure(&result.map(drop).expect_err("it cannot be started"))
     }
 

@@ -91,11 +91,12 @@ fn report_gaps(broken: &Broken, diagnosis: &Diagnosis) {
         eprintln!("tcpclose: no events; `diagnose` reads what `tcpclose -o json` writes");
     }
     if totals.lost > 0 {
-        eprintln!("tcpclose: {} events were lost when these were traced; counts are too low", totals.lost);
+        let events = if totals.lost == 1 { "event was" } else { "events were" };
+        eprintln!("tcpclose: {} {events} lost in tracing, so counts are too low", totals.lost);
     }
     if totals.left_out > 0 {
         eprintln!(
-            "tcpclose: too many different services; {} that showed little are left out",
+            "tcpclose: there are too many different services; {} that showed little are left out",
             totals.left_out
         );
     }

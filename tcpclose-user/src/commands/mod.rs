@@ -7,6 +7,7 @@ pub mod doctor;
 pub mod explain;
 pub mod list;
 pub mod man;
+pub mod output_pipe;
 pub mod ready;
 pub mod replay;
 pub mod trace;

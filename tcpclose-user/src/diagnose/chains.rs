@@ -1,5 +1,5 @@
-//! Chains: a process lost its connection to a server during a request, and then closed the connection to its
-//! own client without an answer.
+//! Chains of causes: a process lost its connection to a server during a request, and then closed the
+//! connection to its own client without an answer.
 //!
 //! Two ends are linked if they belong to the same process, one was lost while a request was pending, and the
 //! process closed the other within [`REACTION`] while a request was pending there. Processes are linked by
@@ -13,6 +13,7 @@ use crate::{
         marks::Marks,
         names::Who,
         pairs::PairKey,
+        pending::Pending,
         unanswered::is_farewell,
     },
     event::{ClosedBy, Ended, Role, Trigger},
@@ -41,13 +42,14 @@ struct Link {
     peer_who: Option<Who>,
     peer_death: Option<Death>,
     was_reset: bool,
+    is_request: bool,
 }
 
 #[derive(Debug, Default)]
 pub(crate) struct Chains {
-    /// Client ends that were lost during a request.
+    /// Connections to servers that were lost during a request.
     lost: VecDeque<Link>,
-    /// Server ends that were closed without an answer.
+    /// Connections of clients that were closed without an answer.
     left: VecDeque<Link>,
 }
 
@@ -68,13 +70,17 @@ pub(crate) struct Chain {
     pub(crate) marks: Marks,
     /// How many of the last clients received a RST.
     pub(crate) resets: u64,
+    /// How many of them are known to have waited for an answer.
+    pub(crate) unanswered: u64,
     /// The longest time from the first end to the last.
     pub(crate) took_ns: i64,
 }
 
 impl Chains {
     pub(crate) fn settle(&mut self, end: &End, peer: Option<&End>) {
-        if end.pid == 0 || !end.path.established {
+        // A process that connects to itself, to wake up its event loop, does not wait for an answer.
+        let is_own = peer.is_some_and(|peer| end.is_of_same_process(peer));
+        if end.pid == 0 || !end.path.established || is_own {
             return;
         }
         let link = || Link {
@@ -89,9 +95,11 @@ impl Chains {
             peer_who: peer.and_then(|peer| peer.who),
             peer_death: peer.and_then(|peer| peer.death),
             was_reset: matches!(end.ended, Some(Ended::ResetSent | Ended::ResetReceived)),
+            is_request: matches!(end.pending(), Pending::Yes(_)),
         };
         let waited = end.waited_ms();
-        // What a proxy passes on to its server may be a farewell, which ends both connections in order.
+        // The message that a proxy forwards to its server may be a closing message, after which both
+        // connections end in order.
         let is_dead = peer.is_some_and(|peer| peer.death.is_some() && peer.trigger != Some(Trigger::Exit));
         let was_needed = waited.is_some_and(|waited| is_dead || !is_farewell(end, waited));
         match end.role {
@@ -116,7 +124,8 @@ impl Chains {
         for links in lost.values_mut() {
             links.sort_unstable_by_key(|link| link.moved);
         }
-        // The cause of each of them.
+        // For each connection that a process closed without an answer, the lost connection that was the
+        // cause.
         let reasons: HashMap<PairKey, (&Link, &Link)> = self
             .left
             .iter()
@@ -151,12 +160,9 @@ impl Chains {
                 Route { root: (root.peer_who, root.peer_death, root.port), through, victim: last.peer_who };
             let chain = chains.entry(route).or_default();
             chain.marks.add(root.place, root.moved);
-            for place in places.into_iter().rev().filter(|place| *place != root.place) {
-                if chain.marks.lines.len() < 10 {
-                    chain.marks.lines.push(place);
-                }
-            }
+            places.into_iter().rev().for_each(|place| chain.marks.name(place));
             chain.resets += u64::from(last.was_reset);
+            chain.unanswered += u64::from(last.is_request);
             chain.took_ns = chain.took_ns.max(last.moved - root.moved);
         }
         chains

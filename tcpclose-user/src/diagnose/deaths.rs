@@ -1,12 +1,13 @@
-//! Processes that ended while they had connections of clients.
+//! Processes that ended while clients were connected to them.
 
 use std::collections::{HashMap, VecDeque};
 
 use crate::{
     diagnose::{
-        end::{Death, End, Pending},
+        end::{Death, End},
         marks::Marks,
         names::Who,
+        pending::Pending,
         services::Single,
         statistics::TICKS_MS,
     },
@@ -15,10 +16,6 @@ use crate::{
 
 /// The number of ended processes that are kept.
 const MOST: usize = 4_096;
-
-/// The longest wait after which the client's last word counts as a request although it followed directly
-/// upon the server's.
-const YOUNG_MS: f64 = 1_000.0;
 
 /// A process that ended.
 #[derive(Clone, Debug)]
@@ -30,17 +27,10 @@ pub(crate) struct EndedProcess {
     pub(crate) port: Single<u16>,
     /// The programs at the other ends.
     pub(crate) peer: Single<Who>,
-    /// Its connections, by the time at which they were closed.
+    /// Its connections, at the times at which they were closed.
     pub(crate) ends: Marks,
-    /// The connections with a pending request.
-    asked: Marks,
-    /// Those whose client had the last word for less than [`YOUNG_MS`], directly after the server; and the
-    /// number of those where it was longer ago.
-    just_spoken: Marks,
-    long_silent: u64,
-    /// The number of those whose two ends do not show who had the last word.
-    unknown: u64,
-    /// The number of those that the process closed by exiting just after the client's last word.
+    pub(crate) lost: LostAnswers,
+    /// The number of connections that the process closed by exiting just after the client's last data.
     pub(crate) farewells: u64,
 }
 
@@ -48,33 +38,18 @@ pub(crate) struct EndedProcess {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct LostAnswers {
     pub(crate) marks: Marks,
-    /// The number of further connections of which it is not known.
-    pub(crate) undecided: u64,
-    /// Whether nobody was ever seen to get an answer, so that what clients had sent need not be requests.
+    /// The further connections for which it is not known whether the client waited.
+    pub(crate) undecided: Marks,
+    /// Whether no client ever got an answer, so that the data of clients may not have been requests.
     pub(crate) is_one_way: bool,
 }
 
 impl LostAnswers {
-    /// Adds those of another process.
+    /// Adds the connections of another process.
     pub(crate) fn merge(&mut self, other: &Self) {
         self.marks.merge(&other.marks);
-        self.undecided += other.undecided;
+        self.undecided.merge(&other.undecided);
         self.is_one_way |= other.is_one_way;
-    }
-}
-
-impl EndedProcess {
-    /// The connections with a pending request. A client that speaks directly after the server may also
-    /// acknowledge the answer, as HTTP/2 does (`WINDOW_UPDATE`) and then be silent: if that is seen on any of
-    /// the connections, the last word of these clients is no sign of a request.
-    pub(crate) fn lost(&self) -> LostAnswers {
-        let mut lost = LostAnswers { marks: self.asked.clone(), undecided: self.unknown, is_one_way: false };
-        if self.long_silent == 0 {
-            lost.marks.merge(&self.just_spoken);
-        } else {
-            lost.undecided += self.just_spoken.count + self.long_silent;
-        }
-        lost
     }
 }
 
@@ -89,7 +64,9 @@ pub(crate) struct Deaths {
 impl Deaths {
     pub(crate) fn settle(&mut self, end: &End, peer: Option<&End>) {
         let Some(death) = end.death else { return };
-        if end.role != Some(Role::Server) || end.closed_there() || end.pid == 0 {
+        // Nobody is left of a connection of a process with itself, which wakes up its own event loop.
+        let is_own = peer.is_some_and(|peer| end.is_of_same_process(peer));
+        if end.role != Some(Role::Server) || end.closed_there() || end.pid == 0 || is_own {
             return;
         }
         let key = (end.place.source, end.pid, death);
@@ -109,10 +86,7 @@ impl Deaths {
             port: Single::None,
             peer: Single::None,
             ends: Marks::default(),
-            asked: Marks::default(),
-            just_spoken: Marks::default(),
-            long_silent: 0,
-            unknown: 0,
+            lost: LostAnswers::default(),
             farewells: 0,
         });
         if let Some(killer) = end.killer {
@@ -123,18 +97,16 @@ impl Deaths {
             process.peer.add(who);
         }
         process.ends.add(end.place, end.moved);
-        // One that exits by itself as soon as it has received data does what its client asked for, with
-        // PostgreSQL's Terminate or SMTP's QUIT, and its client closes without seeing that.
+        // A process that exits by itself as soon as it has received data does what its client asked for, as
+        // after PostgreSQL's Terminate or SMTP's QUIT. The client does not wait for it.
         let is_asked_to = end.trigger == Some(Trigger::Exit);
         match peer.map_or(end.pending(), |peer| end.pending().or(peer.pending())) {
             Pending::No => {}
-            Pending::Unknown => process.unknown += 1,
             Pending::Perhaps(waited) | Pending::Yes(waited) if is_asked_to && waited < TICKS_MS => {
                 process.farewells += 1;
             }
-            Pending::Perhaps(waited) if waited >= YOUNG_MS => process.long_silent += 1,
-            Pending::Perhaps(_) => process.just_spoken.add(end.place, end.moved),
-            Pending::Yes(_) => process.asked.add(end.place, end.moved),
+            Pending::Perhaps(_) => process.lost.undecided.add(end.place, end.moved),
+            Pending::Yes(_) => process.lost.marks.add(end.place, end.moved),
         }
     }
 

@@ -16,37 +16,6 @@ pub(crate) const IDLE_MS: f64 = 500.0;
 /// The shortest wait for an answer that counts; shorter ones are races between an answer and an orderly end.
 pub(crate) const WAIT_MS: f64 = 50.0;
 
-/// The longest time from the server's last data to what the client says about it, such as that it has room
-/// for more (HTTP/2's `WINDOW_UPDATE`), round trip included. The client's next request may be as quick.
-const REPLY_MS: f64 = 50.0;
-
-/// Whether a request was pending when the teardown began.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Pending {
-    /// None was: the server had spoken last, or nobody had said anything.
-    No,
-    /// Both had spoken within one tick of the kernel's clock.
-    Unknown,
-    /// The client had spoken last, this long ago, but so soon after the server that it need not have been a
-    /// request.
-    Perhaps(f64),
-    /// The client had spoken last, this long ago.
-    Yes(f64),
-}
-
-impl Pending {
-    /// What both ends of a connection show together.
-    pub(crate) fn or(self, other: Self) -> Self {
-        let rank = |pending: &Self| match pending {
-            Self::No => 0,
-            Self::Unknown => 1,
-            Self::Perhaps(_) => 2,
-            Self::Yes(_) => 3,
-        };
-        if rank(&other) > rank(&self) { other } else { self }
-    }
-}
-
 /// The position of a line: the number of its file, and its own number.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Place {
@@ -54,7 +23,7 @@ pub(crate) struct Place {
     pub(crate) seq: u64,
 }
 
-/// How a process died of a signal.
+/// How a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Death {
     /// It was asked to terminate, or ended by itself.
@@ -251,10 +220,10 @@ impl End {
         })
     }
 
-    /// Whether this end, like most, can be evidence of nothing: the connection ended in order, within a
+    /// Whether this end is evidence of nothing, as most ends are: the connection ended in order, within a
     /// fraction of a second after its last data, and no answer was pending. Such ends are only counted, which
-    /// keeps a diagnosis cheap. What is decisive looks the same from both ends, so that both are ordinary or
-    /// neither is, except at the bounds.
+    /// keeps a diagnosis cheap. Both ends of a connection show these facts, so that either both are ordinary
+    /// or neither is, except where a time is close to its bound.
     pub(crate) fn is_ordinary(&self) -> bool {
         let client_closed = match self.role {
             Some(Role::Client) => self.closed_here(),
@@ -281,65 +250,14 @@ impl End {
         self.closed_by == Some(ClosedBy::Peer)
     }
 
+    /// Whether a process has both ends of the connection.
+    pub(crate) fn is_of_same_process(&self, peer: &Self) -> bool {
+        self.pid != 0 && (self.place.source, self.pid) == (peer.place.source, peer.pid)
+    }
+
     /// The number of bytes that the server sent.
     pub(crate) fn sent_by_server(&self) -> u64 {
         if self.role == Some(Role::Server) { self.sent } else { self.received }
-    }
-
-    /// How long a request had been pending at this end when the teardown began; `None` if none was, which is
-    /// inferred from the direction of the last data. Data in both directions within one tick of the kernel's
-    /// clock counts as an answer.
-    pub(crate) fn waited_ms(&self) -> Option<f64> {
-        let (request, since) = match self.role? {
-            Role::Client => (LastData::Sent, self.since_sent_ms),
-            Role::Server => (LastData::Received, self.since_received_ms),
-        };
-        if self.last_data != Some(request) {
-            return None;
-        }
-        since.or(self.idle_ms)
-    }
-
-    /// Whether a request was pending at this end when the teardown began.
-    pub(crate) fn pending(&self) -> Pending {
-        let Some(waited) = self.waited_ms() else {
-            let is_tick = self.last_data.is_none() && self.idle_ms.is_some();
-            return if is_tick { Pending::Unknown } else { Pending::No };
-        };
-        let is_reply = self
-            .since_sent_ms
-            .zip(self.since_received_ms)
-            .is_some_and(|(sent, received)| (sent - received).abs() < REPLY_MS);
-        if is_reply { Pending::Perhaps(waited) } else { Pending::Yes(waited) }
-    }
-
-    /// How long a request had been pending when its client gave it up. If the server had sent something before
-    /// it, the last data of the client may be no request: clients of HTTP/2 acknowledge settings and pings,
-    /// and return windows whenever they have read. Then only an answer that came too late shows that it was
-    /// one.
-    pub(crate) fn given_up_after_ms(&self) -> Option<f64> {
-        let wait = self.waited_ms().filter(|wait| *wait >= WAIT_MS)?;
-        (!self.had_answers() || self.was_answered_late()).then_some(wait)
-    }
-
-    /// Whether the server had sent something when the teardown began.
-    fn had_answers(&self) -> bool {
-        let (server, client) = match self.role {
-            Some(Role::Server) => (self.since_sent_ms, self.since_received_ms),
-            _ => (self.since_received_ms, self.since_sent_ms),
-        };
-        // Without both, the lines do not distinguish the directions.
-        server.is_some() || client.is_none() && self.sent_by_server() > 0
-    }
-
-    /// Whether the server sent something after the client had closed, which was answered with a RST, and
-    /// later than it would have answered a farewell.
-    fn was_answered_late(&self) -> bool {
-        let met_a_reset = match self.role {
-            Some(Role::Server) => self.ended == Some(Ended::ResetReceived),
-            _ => self.cause == Some(Cause::DataAfterClose),
-        };
-        met_a_reset && self.time.saturating_sub(self.moved) >= nanoseconds(WAIT_MS)
     }
 
     /// When the connection's first state was seen.
@@ -348,11 +266,20 @@ impl End {
     }
 
     /// How long the connection had been idle, after an answer or without any data, when the teardown began.
+    /// `None` if the server had been sending for longer than that while the client was silent, such as
+    /// heartbeats: then the connection was not idle.
     pub(crate) fn idle_after_answer_ms(&self) -> Option<f64> {
         match (self.waited_ms(), self.sent.min(self.received)) {
-            (None, 1..) => self.idle_ms,
+            (None, 1..) => {
+                self.idle_ms.filter(|idle| self.client_silent_ms().is_none_or(|it| it <= 2.0 * idle))
+            }
             _ => None,
         }
+    }
+
+    /// How long the client had sent nothing when the teardown began.
+    fn client_silent_ms(&self) -> Option<f64> {
+        if self.role == Some(Role::Server) { self.since_received_ms } else { self.since_sent_ms }
     }
 
     /// The silence before the last data that this end sent: the time since data was last received. `None` if
@@ -362,14 +289,14 @@ impl End {
         (self.last_data == Some(LastData::Sent)).then_some(received - sent)
     }
 
-    /// How long a server kept its answer back after its client had shut down sending; `None` if it had sent
-    /// something before, because the time of what it sent later is not known.
+    /// How long a server took to answer after its client had shut down sending; `None` if it had sent
+    /// something before, because the time of its later data is then not known.
     pub(crate) fn half_closed_ms(&self) -> Option<f64> {
         let answered_later = self.closed_there() && self.sent > 0 && self.since_sent_ms.is_none();
         self.close_wait_ms.filter(|_| self.role == Some(Role::Server) && answered_later)
     }
 
-    /// A socket that stays in `TIME_WAIT`, which holds the connection's ports.
+    /// Whether this end stays in `TIME_WAIT`, which keeps the ports of the connection in use.
     pub(crate) fn leaves_time_wait(&self) -> bool {
         matches!(self.closed_by, Some(ClosedBy::Local | ClosedBy::Both))
             && self.ended == Some(Ended::Fin)

@@ -1,6 +1,6 @@
-//! Converts a RST or a lingering socket of this process directly into what a diagnosis would read from its
-//! line. Ends of connections are far more frequent, and have a shorter way:
-//! [`End::of_event`](super::end::End::of_event).
+//! Converts a `reset` or `lingering` event of this process into the observation that a diagnosis would read
+//! from its line. Ends of connections are far more frequent, and are converted directly
+//! ([`End::of_event`](super::end::End::of_event)).
 
 use std::borrow::Cow;
 
@@ -49,7 +49,7 @@ impl<'a> From<&'a Lingering> for Observation<'a> {
     }
 }
 
-/// What the lines about a socket have in common.
+/// The facts that all lines about a socket have.
 fn of_socket<'a>(
     event: Line,
     at: Time,

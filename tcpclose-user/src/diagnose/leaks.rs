@@ -22,7 +22,7 @@ const PROCESSES: usize = 4_096;
 /// The number of places in the code that are distinguished per process.
 const OPENERS: usize = 64;
 
-/// The time after which a socket counts as leaked although its end of file has not been read: pools check
+/// The time after which a socket counts as leaked even if its end of file has not been read. Pools check
 /// their idle connections more often than this.
 const FORGOTTEN_MS: f64 = 300_000.0;
 
@@ -64,8 +64,8 @@ pub(crate) struct Leak {
     pub(crate) key: ProcessKey,
     pub(crate) marks: Marks,
     pub(crate) told_of_end: u64,
-    /// Sockets that were opened towards an address when one from there was already in `CLOSE_WAIT`, and still
-    /// is.
+    /// The number of sockets that were opened to an address while another socket to the same address was in
+    /// `CLOSE_WAIT`, and still is.
     pub(crate) opened_later: u64,
     pub(crate) closed: u64,
     /// The time from the first leaked socket to the last.
@@ -116,7 +116,7 @@ impl Leaks {
             .insert(pair, LeakedSocket { process: key, remote, opened, since, for_ms, kind, place, time });
     }
 
-    /// Whether no socket is open that lingers.
+    /// Whether no open socket lingers.
     pub(crate) fn is_empty(&self) -> bool {
         self.open.is_empty()
     }
@@ -135,7 +135,7 @@ impl Leaks {
         let mut leaks: HashMap<ProcessKey, Leak> = HashMap::new();
         let mut sockets: Vec<_> = self.open.values().collect();
         sockets.sort_unstable_by_key(|socket| (socket.since, socket.place.seq));
-        // The first of each process towards each address.
+        // The time since which the first socket of each process to each address has been in CLOSE_WAIT.
         let mut oldest: HashMap<(ProcessKey, SocketAddr), i64> = HashMap::new();
         for socket in sockets {
             let leak = leaks.entry(socket.process).or_insert_with(|| {
@@ -174,9 +174,8 @@ impl Leaks {
 
 impl Leak {
     fn is_one(&self) -> bool {
-        // An idle connection in a healthy pool looks the same for a while. It is closed at its next use;
-        // until then the program has not read the end of file. But a pool tries all that it has before it
-        // opens others.
+        // An idle connection in a healthy pool looks the same until its next use, when the program reads the
+        // end of file and closes it. But a pool tries all connections that it has before it opens new ones.
         let is_sure = self.told_of_end > 0 || self.opened_later >= ENOUGH || self.longest_ms >= FORGOTTEN_MS;
         self.marks.count >= ENOUGH && self.closed * 4 < self.marks.count && is_sure
     }
@@ -201,9 +200,9 @@ fn opener(json: &str) -> Option<String> {
     own.or_else(|| frames.iter().find(is_named)).or(frames.first()).and_then(FrameFields::name)
 }
 
-/// The innermost Java method in a package of the application: the one of the outermost method that is not the
-/// JDK's. A package is recognized by the first two parts of its name; what is between them and the JDK are
-/// libraries.
+/// The innermost Java method of the application. The outermost method that is not part of the JDK belongs to
+/// the application, and so do all methods whose packages have the same first two parts in their names. Other
+/// methods are those of libraries.
 fn own_java_frame<'a, 'b>(frames: &'b [FrameFields<'a>]) -> Option<&'b FrameFields<'a>> {
     const JDK: [&str; 6] = ["java.", "javax.", "jdk.", "sun.", "com.sun.", "jakarta."];
     let class = |frame: &'b FrameFields<'a>| {

@@ -1,26 +1,27 @@
 //! Finds faults that only many lines together show.
 //!
-//! A pure function from lines ([`observation`]) to findings ([`crate::event::Finding`]): each line is added
-//! to tables of bounded size ([`Diagnosis::add`]), from which findings are derived on request
+//! A diagnosis is a pure function from lines ([`observation`]) to findings ([`crate::event::Finding`]). Each
+//! line is added to tables of bounded size ([`Diagnosis::add`]), from which findings are derived on request
 //! ([`Diagnosis::findings`]). The two ends of a connection are joined first ([`pairs`]). They are then
-//! grouped by program and service ([`services`]), by process that died ([`deaths`]), by destination
+//! grouped by program and service ([`services`]), by process that ended ([`deaths`]), by destination
 //! ([`time_wait`]), by process that leaks sockets ([`leaks`]), and by cause and effect ([`chains`],
-//! [`relays`]). [`judge`] has the thresholds and the sentences.
+//! [`relays`]). The module [`findings`] has the thresholds and the sentences.
 //!
 //! The tables together never exceed 150 MiB; a few MiB is usual.
 
 mod chains;
 mod deaths;
 mod end;
+mod findings;
 mod from_event;
 pub mod input;
-mod judge;
 mod leaks;
 mod marks;
 mod names;
 pub mod observation;
 pub mod page;
 mod pairs;
+mod pending;
 pub mod pictures;
 mod relays;
 pub mod report;
@@ -76,7 +77,7 @@ pub struct Totals {
     pub joined: u64,
     /// Events that the trace lost.
     pub lost: u64,
-    /// Services for which there was no room.
+    /// Services that were dropped because there was no room for them.
     pub left_out: u64,
 }
 
@@ -186,8 +187,8 @@ impl Diagnosis {
         }
     }
 
-    /// Tells the time, which passes without lines as well.
-    pub fn is_now(&mut self, time: Time) {
+    /// Sets the time, which also passes while there are no lines.
+    pub fn advance_to(&mut self, time: Time) {
         self.latest = self.latest.max(to_nanoseconds(time.0));
     }
 
@@ -205,7 +206,7 @@ impl Diagnosis {
         for gave_up in relays.join() {
             services.gave_up(&gave_up);
         }
-        self.judge().into_iter().map(|ranked| ranked.finding).collect()
+        self.all_findings()
     }
 
     /// Statistics of the input.

@@ -9,10 +9,10 @@ use crate::{
     event::{self, Shared},
 };
 
-/// The number of programs that are distinguished; further ones share one entry without a name.
+/// The number of programs that are distinguished. Further programs share the entry `(others)`.
 const MOST: usize = 16_384;
 
-/// The number of processes of events that are remembered; without room, all are forgotten.
+/// The number of processes of events that are remembered. When there is no room, all are forgotten.
 const SHARED: usize = 1_024;
 
 /// The index of a program in the table.
@@ -35,7 +35,8 @@ pub(crate) struct Name {
 pub(crate) struct Names {
     all: Vec<Name>,
     by_comm: HashMap<String, Vec<Who>, RandomState>,
-    /// Processes that events share, by their addresses, which remain theirs as long as they are kept here.
+    /// Processes that events share, by their addresses in memory. While they are kept here, no other process
+    /// can have the same address.
     shared: HashMap<usize, (Shared<event::Process>, Who), RandomState>,
 }
 
@@ -71,7 +72,7 @@ impl Names {
         who
     }
 
-    /// A program of which only the name is known.
+    /// The program with this name, of which nothing else is known.
     pub(crate) fn of_comm(&mut self, comm: &str) -> Who {
         self.of(&ProcessFields { pid: 0, tid: None, comm: Text(comm.into()), exe: None, container: None })
     }

@@ -82,7 +82,7 @@ pub struct Observation<'a> {
     /// `direction` of a RST.
     #[serde(default, deserialize_with = "lenient")]
     pub direction: Option<Direction>,
-    /// `state` of a lingering socket, or of one that a RST was about.
+    /// `state` of a lingering socket, or of the socket of a RST.
     #[serde(default, deserialize_with = "lenient")]
     pub state: Option<State>,
     /// `kind` of a lingering socket. A finding has a kind as well, which is none of these.
@@ -102,7 +102,7 @@ pub struct Observation<'a> {
     pub count: Option<u64>,
 }
 
-/// The kinds of line that a diagnosis uses. It ignores findings of an earlier run.
+/// The kinds of lines that a diagnosis uses. It ignores findings of an earlier run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Line {
@@ -142,7 +142,7 @@ pub struct ConnectionFields {
     pub bytes_received: Option<u64>,
 }
 
-/// A number, or 0 for null: a process that is not in the pid namespace of the trace has no id there.
+/// A number, or 0 instead of null: a process outside the pid namespace of the trace has no id in it.
 fn or_zero<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
@@ -256,7 +256,7 @@ impl<'de> Deserialize<'de> for StatesSeen {
     }
 }
 
-/// A value of a closed list; `None` for null and for a value that a later version added.
+/// A value of a closed list; `None` for null and for a value that a later version has added.
 fn lenient<'de, D: Deserializer<'de>, T: DeserializeOwned>(deserializer: D) -> Result<Option<T>, D::Error> {
     let text = Option::<Text<'de>>::deserialize(deserializer)?;
     Ok(text.and_then(|text| {

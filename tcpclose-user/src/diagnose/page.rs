@@ -46,7 +46,8 @@ impl Display for Escaped<'_> {
 }
 
 const STYLE: &str = "
-body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:62em;padding:0 1em;color:#1b1f24;background:#fff}
+body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:62em;padding:0 1em}
+body{color:#1b1f24;background:#fff}
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}
 section.finding{border-left:4px solid #c0392b;padding:.2em 1em;margin:1.2em 0;background:#f7f8fa}
 section.deploy{border-color:#2e7d4f}
@@ -74,14 +75,16 @@ pub fn write(
     writeln!(
         out,
         "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n\
-         <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n\
-         <meta name=\"viewport\" content=\"width=device-width,initial-scale=1\"><title>tcpclose diagnose</title>\n\
+         <meta http-equiv=\"Content-Security-Policy\" \
+         content=\"default-src 'none'; style-src 'unsafe-inline'\">\n\
+         <meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\n\
+         <title>tcpclose diagnose</title>\n\
          <style>{STYLE}</style></head><body>\n<h1>How connections ended</h1>"
     )?;
     writeln!(
         out,
-        "<p class=\"note\">{} lines, {} ends of connections; both ends of {} connections were joined by their addresses, \
-         which does not work through NAT.",
+        "<p class=\"note\">{} lines, {} ends of connections. Both ends of {} connections were joined by \
+         their addresses, which is not possible through NAT.",
         totals.lines, totals.ends, totals.joined
     )?;
     if totals.lost > 0 {
@@ -101,13 +104,15 @@ pub fn write(
     level(out, &pictures.close_wait, &pictures.ends)?;
     writeln!(
         out,
-        "<h2>Sockets in TIME_WAIT</h2>\n<p class=\"note\">Those whose end was traced; each stays for 60 s.</p>"
+        "<h2>Sockets in TIME_WAIT</h2>\n<p class=\"note\">Those whose end was traced; each stays for 60 \
+         s.</p>"
     )?;
     level(out, &pictures.time_wait, &pictures.ends)?;
     writeln!(
         out,
-        "<h2>Where programs closed</h2>\n<p class=\"note\">Flame graph of the stacks that ended connections: the program \
-         below, what it called above, as wide as it is frequent. Point at a frame for its name.</p>"
+        "<h2>Where programs closed</h2>\n<p class=\"note\">Flame graph of the stacks that ended connections: \
+         the program below, what it called above, as wide as it is frequent. Point at a frame for its \
+         name.</p>"
     )?;
     flames(out, pictures)?;
     writeln!(out, "</body></html>")
@@ -118,8 +123,8 @@ fn write_finding(out: &mut impl Write, finding: &Finding) -> io::Result<()> {
     let clock = |time: crate::event::Time| time.0.strftime("%Y-%m-%d %H:%M:%S").to_string();
     writeln!(
         out,
-        "<section class=\"finding {0}\"><h3>{0}</h3>\n<p>{1}</p>\n<p><b>What to change.</b> {2}</p>\n<details><summary>\
-         <small>{3} · {4} to {5} UTC · {6}</small></summary><table>",
+        "<section class=\"finding {0}\"><h3>{0}</h3>\n<p>{1}</p>\n<p><b>What to change.</b> \
+         {2}</p>\n<details><summary><small>{3} · {4} to {5} UTC · {6}</small></summary><table>",
         Escaped(&kind),
         Escaped(&finding.summary),
         Escaped(&finding.advice),
@@ -163,7 +168,8 @@ fn bars(out: &mut impl Write, timeline: &Timeline) -> io::Result<()> {
             let height = count as f64 * HEIGHT / most as f64;
             writeln!(
                 out,
-                "<rect x=\"{:.1}\" y=\"{:.1}\" width=\"{:.2}\" height=\"{height:.2}\" fill=\"{}\"><title>{}: {count}</title></rect>",
+                "<rect x=\"{:.1}\" y=\"{:.1}\" width=\"{:.2}\" height=\"{height:.2}\" fill=\"{}\"><title>{}: \
+                 {count}</title></rect>",
                 LEFT + index as f64 * width,
                 HEIGHT - below - height,
                 (width * 0.92).max(0.5),
@@ -198,9 +204,10 @@ fn begin(out: &mut impl Write, most: i64, timeline: &Timeline, length: usize) ->
     let end = timeline.start.saturating_add(timeline.step.saturating_mul(length));
     writeln!(
         out,
-        "<div class=\"wide\"><svg viewBox=\"0 0 {WIDTH} {}\" role=\"img\"><text x=\"0\" y=\"12\">{most}</text><text x=\"0\" y=\"{HEIGHT}\">0</text>\
-         <text x=\"{LEFT}\" y=\"{}\">{}</text><text x=\"{WIDTH}\" y=\"{1}\" text-anchor=\"end\">{} UTC</text>\
-         <line x1=\"{LEFT}\" y1=\"{HEIGHT}\" x2=\"{WIDTH}\" y2=\"{HEIGHT}\" stroke=\"#888\"/>",
+        "<div class=\"wide\"><svg viewBox=\"0 0 {WIDTH} {}\" role=\"img\"><text x=\"0\" \
+         y=\"12\">{most}</text><text x=\"0\" y=\"{HEIGHT}\">0</text><text x=\"{LEFT}\" \
+         y=\"{}\">{}</text><text x=\"{WIDTH}\" y=\"{1}\" text-anchor=\"end\">{} UTC</text><line \
+         x1=\"{LEFT}\" y1=\"{HEIGHT}\" x2=\"{WIDTH}\" y2=\"{HEIGHT}\" stroke=\"#888\"/>",
         HEIGHT + 22.0,
         HEIGHT + 16.0,
         clock(timeline.start),
@@ -238,7 +245,8 @@ fn level(out: &mut impl Write, changes: &Timeline, whole: &Timeline) -> io::Resu
     }
     writeln!(
         out,
-        "<path d=\"{path}L{WIDTH},{HEIGHT}Z\" fill=\"#4e79a7\" fill-opacity=\".5\" stroke=\"#4e79a7\"/></svg></div>"
+        "<path d=\"{path}L{WIDTH},{HEIGHT}Z\" fill=\"#4e79a7\" fill-opacity=\".5\" \
+         stroke=\"#4e79a7\"/></svg></div>"
     )
 }
 
@@ -276,7 +284,8 @@ fn flames(out: &mut impl Write, pictures: &Pictures) -> io::Result<()> {
     let height = (root.depth() - 1) as f64 * ROW;
     writeln!(
         out,
-        "<div class=\"wide\"><svg class=\"flames\" viewBox=\"0 0 {WIDTH} {height}\" role=\"img\"><g class=\"flame\">"
+        "<div class=\"wide\"><svg class=\"flames\" viewBox=\"0 0 {WIDTH} {height}\" role=\"img\"><g \
+         class=\"flame\">"
     )?;
     let mut left = 0.0;
     for (name, node) in &root.calls {

@@ -1,8 +1,9 @@
 //! The two ends of a connection, joined by their addresses.
 //!
-//! An end waits until its peer is read, from the same file or another, so that both can be judged together;
-//! or until [`ROOM`] further ends have been read; or until it is a minute old when findings are requested. An
-//! end is judged alone if its peer was not traced, or if NAT changes the addresses between the two.
+//! An end waits for its peer, which may come from the same file or from another, so that both can be judged
+//! together. It stops waiting when [`ROOM`] further ends have been read, or when findings are requested and
+//! it is a minute old. It is then judged alone: its peer was not traced, or NAT changes the addresses between
+//! the two.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -16,8 +17,8 @@ use crate::diagnose::end::End;
 /// The number of ends that may wait for their peers; 16 MiB.
 const ROOM: usize = 32_768;
 
-/// The local and remote address of the peer. Loopback addresses are unique only within a network namespace of
-/// one host.
+/// The local and remote address of an end. Loopback addresses are unique only within one network namespace of
+/// one host, which is then part of the key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct PairKey {
     local: SocketAddr,
@@ -80,7 +81,8 @@ impl Pairs {
             return;
         }
         let key = PairKey::of(&end);
-        // The same addresses again: the port has been reused, and the peer of the first end will not be read.
+        // If there is an earlier end with the same addresses, the port has been reused, and the peer of the
+        // earlier end will not be read.
         if let Some(former) = self.waiting.insert(key, end) {
             self.alone += 1;
             settle(&former, None);
@@ -91,7 +93,7 @@ impl Pairs {
         }
     }
 
-    /// Adds an end that waits.
+    /// The end with this key, if it waits for its peer.
     pub(crate) fn waiting(&self, key: PairKey) -> Option<&End> {
         self.waiting.get(&key)
     }
@@ -106,7 +108,7 @@ impl Pairs {
         }
     }
 
-    /// Passes to `settle` the ends from before `time`.
+    /// Passes the ends from before `time` to `settle`, without their peers.
     pub(crate) fn give_up_before(&mut self, time: i64, mut settle: impl FnMut(&End, Option<&End>)) {
         while self.order.front().is_some_and(|(_, oldest)| *oldest < time) {
             self.give_up_oldest(&mut settle);

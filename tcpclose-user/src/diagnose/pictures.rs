@@ -13,10 +13,10 @@ use crate::{
     event::{ClosedBy, Ended, State},
 };
 
-/// The number of points in time. When the trace outgrows them, each two are merged into one.
+/// The number of points in time. When the trace is longer than they cover, each pair of points is merged.
 const POINTS: usize = 240;
 
-/// The same number, for times.
+/// The same number, for calculations with times.
 const POINTS_OF_TIME: i64 = 240;
 
 /// The number of different stacks, and of frames of each; further stacks are counted as `(others)`.
@@ -32,7 +32,7 @@ pub struct Pictures {
     pub(crate) time_wait: Timeline,
     /// Stacks, outermost frame first.
     pub(crate) stacks: HashMap<Vec<String>, u64>,
-    /// Sockets that linger in `CLOSE_WAIT`: local and remote address, and the time since when.
+    /// Sockets that linger in `CLOSE_WAIT`: local and remote address, and the time at which the state began.
     stuck: HashMap<(std::net::SocketAddr, std::net::SocketAddr), i64>,
 }
 
@@ -40,7 +40,7 @@ pub struct Pictures {
 #[derive(Debug)]
 pub(crate) struct Timeline {
     pub(crate) start: i64,
-    /// Nanoseconds from one point to the next.
+    /// The time from one point to the next, in nanoseconds.
     pub(crate) step: i64,
     pub(crate) series: BTreeMap<String, Vec<i64>>,
     begun: bool,
@@ -53,7 +53,7 @@ impl Default for Timeline {
 }
 
 impl Timeline {
-    /// Fixes the first point in time; later calls have no effect.
+    /// Sets the first point in time. Only the first call has an effect.
     fn begin(&mut self, time: i64) {
         if !self.begun {
             self.begun = true;
@@ -61,7 +61,8 @@ impl Timeline {
         }
     }
 
-    /// Adds to the point of a time; times before the first point count there.
+    /// Adds `by` to a series at the point of this time. Times before the first point count as the first
+    /// point.
     pub(crate) fn add(&mut self, time: i64, series: &str, by: i64) {
         self.begin(time);
         let offset = time.saturating_sub(self.start).max(0);
@@ -101,7 +102,7 @@ impl Pictures {
     /// Adds a line.
     pub fn add(&mut self, observation: &Observation<'_>) {
         if observation.event.is_some() {
-            // One axis for all of them.
+            // All diagrams have the same time axis.
             for timeline in [&mut self.ends, &mut self.close_wait, &mut self.time_wait] {
                 timeline.begin(observation.time);
             }
@@ -170,7 +171,7 @@ impl Pictures {
     }
 }
 
-/// The cause; without one, who closed.
+/// The cause, or who closed if there is no cause.
 fn name(observation: &Observation<'_>) -> String {
     match (observation.cause, observation.closed_by) {
         (Some(cause), _) => cause.to_string(),

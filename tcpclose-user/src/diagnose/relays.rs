@@ -1,11 +1,11 @@
-//! Clients that gave up while a proxy asked its own server for their answer, where the client's connection
-//! does not show it: the request came after another one that was answered, so that it may as well have been no
-//! request ([`End::given_up_after_ms`]), or the client said farewell (TLS `close_notify`), which makes the last
-//! data recent.
+//! Clients that gave up while a proxy waited for its own server, and whose connections do not show it. There
+//! was an earlier answer on the connection, so that the last data may not have been a request
+//! ([`End::given_up_after_ms`]). Or the client sent a TLS `close_notify`, so that the last data is recent.
 //!
-//! The proxy shows it. It gives up its own request as soon as its client has closed, and it had sent the
-//! client nothing for at least as long. What passes on only bytes, such as a TCP proxy, knows no requests, and
-//! its second connection says no more than its first.
+//! The proxy's connection to its server shows it instead: the proxy gave up its own request as soon as its
+//! client had closed, and had sent nothing to the client for at least as long as that request was pending. A
+//! proxy that only forwards bytes, such as a TCP proxy, does not know requests. Its connection to the server
+//! shows no more than that to the client.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -23,7 +23,7 @@ const ROOM: usize = 16_384;
 /// The longest time from the close of the client to that of the proxy's own connection, in nanoseconds.
 const REACTION: i64 = 100_000_000;
 
-/// An end of a proxy.
+/// An end of a connection of a process that may be a proxy.
 #[derive(Clone, Copy, Debug)]
 struct ProxyEnd {
     place: Place,
@@ -31,14 +31,14 @@ struct ProxyEnd {
     pid: u32,
     tid: u32,
     moved: i64,
-    /// How long a request had been pending, or how long the client had been sent nothing.
+    /// How long a request of the proxy had been pending, or how long it had sent nothing to its client.
     waited_ms: f64,
     began: i64,
-    /// The number of bytes from the client, and to it.
+    /// The number of bytes from the client to the server, and in the other direction.
     bytes: (u64, u64),
-    /// The end shows by itself that the request was one.
+    /// Whether the end alone shows that a request was pending.
     is_certain: bool,
-    /// The last data is recent, as after a farewell.
+    /// Whether the last data is recent, as after a `close_notify`.
     is_recent: bool,
 }
 
@@ -47,8 +47,8 @@ impl ProxyEnd {
         GaveUp { key: self.key, place: self.place, moved: self.moved, waited_ms }
     }
 
-    /// Whether the client's end and the proxy's own may be those of a proxy that knows no requests: it opens
-    /// both connections at once, and forwards every byte, without TLS if it ends that for its clients.
+    /// Whether the two connections may be those of a proxy that only forwards bytes: it opens both at the
+    /// same time, and forwards every byte, or what is left of them if it terminates TLS.
     fn may_only_forward(&self, dropped: &Self) -> bool {
         let (own, other) = (self.bytes, dropped.bytes);
         (self.began - dropped.began).abs() <= REACTION
@@ -56,7 +56,7 @@ impl ProxyEnd {
     }
 }
 
-/// A client that gave up, seen from either end.
+/// A client that gave up, as one of the two ends shows.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct GaveUp {
     pub(crate) key: ServiceKey,
@@ -109,8 +109,8 @@ impl Relays {
         }
     }
 
-    /// Joins what both sides show, each end once: the client gave up, and the proxy did, if its own end does
-    /// not show that by itself.
+    /// Joins the connections of clients with those of the proxy to its servers, each at most once. The result
+    /// has the end of each client that gave up, and the end of the proxy if that alone does not show it.
     pub(crate) fn join(&mut self) -> Vec<GaveUp> {
         let mut left: HashMap<(u16, u32), Vec<ProxyEnd>> = HashMap::new();
         for side in self.left.drain(..) {
@@ -125,7 +125,7 @@ impl Relays {
                     && side.waited_ms + TICKS_MS >= dropped.waited_ms
                     && (dropped.is_certain || !side.may_only_forward(dropped))
             };
-            // The one of the same thread, and of those the nearest in time.
+            // A connection of the same thread is preferred, and among several the nearest in time.
             let distance = |side: &ProxyEnd| (side.tid != dropped.tid, (dropped.moved - side.moved).abs());
             let candidates = sides.iter().enumerate().filter(|(_, side)| fits(side));
             let Some((index, side)) = candidates.min_by_key(|(_, side)| distance(side)) else { return true };
@@ -136,7 +136,7 @@ impl Relays {
             sides.swap_remove(index);
             false
         });
-        // Those that are left over may still find the other side.
+        // The others may be joined with ends that come later.
         let mut rest: Vec<ProxyEnd> = left.into_values().flatten().collect();
         rest.sort_unstable_by_key(|side| (side.moved, side.place.source, side.place.seq));
         self.left.extend(rest);

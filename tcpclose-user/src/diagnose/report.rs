@@ -10,18 +10,18 @@ use crate::{
     sink::{COLUMNS, Palette, escape, wrap},
 };
 
-/// The number of findings that are written; the rest is counted, and JSON output has all.
+/// The number of findings that are written. The rest is counted, and JSON output has all of them.
 const MOST: usize = 8;
 
-/// The width of the column with the number.
+/// The width of the column that numbers the findings.
 const INDENT: usize = 3;
 
-/// Whether the lines that show a finding are named by their numbers, which only JSON lines have.
+/// Whether the lines that show a finding are listed by their numbers, which only JSON lines have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seqs {
-    /// They are.
+    /// They are listed.
     Named,
-    /// They are not.
+    /// They are not listed.
     Hidden,
 }
 
@@ -58,7 +58,8 @@ pub fn write(
     if !findings.is_empty() {
         writeln!(
             out,
-            "\n{dim}`tcpclose explain KIND` says how each is found. Behind NAT the two ends of a connection have{dim:#}"
+            "\n{dim}`tcpclose explain KIND` says how each is found. Behind NAT the two ends of a connection \
+             have{dim:#}"
         )?;
         writeln!(out, "{dim}different addresses, and are judged apart.{dim:#}")?;
     }

@@ -1,7 +1,7 @@
 //! Ends of connections, grouped by program, side and service.
 //!
-//! [`Services::settle`] adds an end to the series it belongs to; [`crate::diagnose::judge`] derives findings
-//! from them.
+//! [`Services::settle`] adds an end to the series it belongs to; [`findings`](crate::diagnose::findings) are
+//! derived from them.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -22,8 +22,8 @@ use crate::{
     event::{Cause, Ended, LastData, Role},
 };
 
-/// The number of services that are distinguished. Without room, those with the fewest and oldest marks are
-/// evicted.
+/// The number of services that are distinguished. When there is no room, those with the fewest marks are
+/// dropped.
 const MOST: usize = 8_192;
 
 /// The number of idle ends closed by a server that are kept, to match requests that arrive too late.
@@ -33,12 +33,12 @@ const RECENT: usize = 8_192;
 /// name.
 const ATTEMPT_MS: f64 = 500.0;
 
-/// The longest time before the peer's FIN at which data may have been sent and still have crossed with it,
-/// round trip included.
+/// The longest time, round trip included, before the peer's FIN arrives, at which data may have been sent
+/// that crossed with the FIN.
 const CROSSING_MS: f64 = 50.0;
 
-/// Bytes of a `close_notify`: of TLS 1.2 with `ChaCha20` and with AES-GCM, and of TLS 1.3 (RFC 8446, section
-/// 5.2).
+/// The length of a `close_notify`, in bytes: of TLS 1.2 with `ChaCha20` and with AES-GCM, and of TLS 1.3 (RFC
+/// 8446, section 5.2).
 const FAREWELLS: [u64; 3] = [23, 31, 24];
 
 /// The shortest silence after which a device may have forgotten a connection.
@@ -54,17 +54,17 @@ pub(crate) struct Service {
     pub(crate) remote: Single<IpAddr>,
     /// The program at the other end.
     pub(crate) peer: Single<Who>,
-    /// Clients: idle times after which the server closed.
+    /// Of a client: idle times after which the server closed.
     pub(crate) idle_by_peer: Series,
     /// Idle times after which this end closed.
     pub(crate) idle_own: Series,
-    /// Requests that crossed with the other end's close.
+    /// Connections on which a request crossed with the FIN of the other end.
     pub(crate) raced: Marks,
-    /// Waits after which the side with the request closed before the answer.
+    /// Waits after which the client closed before it had an answer.
     pub(crate) gave_up: Series,
-    /// Clients: connections that the server ended before it answered.
+    /// Of a client: connections that the server ended before it answered.
     pub(crate) unanswered: Unanswered,
-    /// Servers: closes with unread data after an answer was sent, and the number of bytes.
+    /// Of a server: closes with unread data after an answer was sent, and the number of unread bytes.
     pub(crate) unread: Marks,
     pub(crate) unread_bytes: u64,
     pub(crate) overflow: Marks,
@@ -74,16 +74,16 @@ pub(crate) struct Service {
     pub(crate) no_answer: Series,
     pub(crate) unreachable: u64,
     pub(crate) forged: Marks,
-    /// Silences after which a connection was reset or not answered when it was used again.
+    /// Silences after which a connection was used again, and the data was answered with a RST or not at all.
     pub(crate) cut: Series,
     /// Silences after which a connection still worked.
     pub(crate) lived: Lived,
-    /// Servers: the same for connections whose client had shut down sending.
+    /// Of a server: the same for connections whose client had shut down sending.
     pub(crate) half_closed_cut: Series,
     pub(crate) half_closed_lived: Lived,
 }
 
-/// Silences that connections survived.
+/// Silences after which connections still worked.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Lived {
     pub(crate) count: u64,
@@ -97,7 +97,7 @@ impl Lived {
     }
 }
 
-/// A value that may be the same every time.
+/// A value that is kept as long as it is the same every time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Single<T> {
     #[default]
@@ -169,7 +169,7 @@ impl Services {
             let mut shown: Vec<u64> = self.all.values().map(Service::shown).collect();
             let (_, middle, _) = shown.select_nth_unstable(before / 2);
             let bar = *middle;
-            // At least half of them; all if they are equal.
+            // At least half of the services are dropped, and all of them if they have equally many marks.
             self.all.retain(|_, service| service.shown() > bar);
             self.left_out += (before - self.all.len()) as u64;
         }
@@ -190,7 +190,7 @@ impl Services {
         }
     }
 
-    /// Adds an end, together with its peer if that is known.
+    /// Adds an end. Its peer, if it is known, is only consulted.
     pub(crate) fn settle(&mut self, end: &End, peer: Option<&End>) {
         let Some(key) = ServiceKey::of(end) else { return };
         let place = end.place;
@@ -221,7 +221,7 @@ impl Services {
         if key.is_server {
             service.settle_server(end, peer);
             if end.closed_here() && end.idle_after_answer_ms().is_some_and(|idle| idle >= IDLE_MS) {
-                // The peer, if it is known, shows whether a request was lost.
+                // If the peer is known, its line shows whether a request was lost.
                 if peer.is_none() {
                     self.remember(end, key);
                 }
@@ -231,7 +231,7 @@ impl Services {
         }
     }
 
-    /// Adds an end whose client gave up, as a proxy shows.
+    /// Adds an end whose client gave up, as the behaviour of a proxy shows.
     pub(crate) fn gave_up(&mut self, gave_up: &GaveUp) {
         self.get(gave_up.key).gave_up.add(gave_up.place, gave_up.moved, gave_up.waited_ms);
     }
@@ -247,8 +247,8 @@ impl Services {
         }
     }
 
-    /// Adds a RST that answered data for a connection which the local side had closed. Its end may still wait
-    /// for its peer.
+    /// Adds a RST with which this host answered data for a connection that it had closed. The `close` line of
+    /// this end may still be `waiting` for that of its peer.
     pub(crate) fn too_late(&mut self, pair: PairKey, waiting: Option<&End>, place: Place, time: i64) {
         let waiting = waiting.filter(|end| {
             end.role == Some(Role::Server)
@@ -281,9 +281,8 @@ impl Service {
         self.answered += u64::from(end.sent_by_server() > 0);
     }
 
-    /// A client that has shut down sending says nothing more but that it has received the answer. If it does
-    /// not even say that, and sends no RST, what the server sent has not reached it, or its packets do not
-    /// reach the server.
+    /// A client that has shut down sending only acknowledges the answer. If it does not even do that, and
+    /// sends no RST, the data of the server has not reached it, or its packets do not reach the server.
     fn half_closed(&mut self, end: &End) {
         let Some(waited) = end.half_closed_ms() else { return };
         match end.ended {
@@ -298,8 +297,8 @@ impl Service {
     fn settle_server(&mut self, end: &End, peer: Option<&End>) {
         let place = end.place;
         self.half_closed(end);
-        // A client whose last message is a request to close (MySQL's COM_QUIT) says farewell in TLS right after
-        // it, which nobody reads.
+        // A client whose last message is a request to close (MySQL's COM_QUIT) sends a TLS close_notify right
+        // after it, which the server does not read.
         let is_farewell = end.unread.is_some_and(|bytes| FAREWELLS.contains(&bytes));
         if end.cause == Some(Cause::UnreadData)
             && end.closed_here()
@@ -315,7 +314,7 @@ impl Service {
             && let Some(idle) = end.idle_after_answer_ms().filter(|idle| *idle >= IDLE_MS)
         {
             self.idle_own.add(place, end.time, idle);
-            // Between its shutdown() and its close().
+            // The request arrived between the server's shutdown() and its close().
             if end.cause == Some(Cause::DataAfterClose) {
                 self.raced.add(place, end.time);
             }
@@ -354,7 +353,7 @@ impl Service {
         }
         let server_died = peer.is_some_and(|peer| peer.death.is_some());
         if server_died {
-            // The end of the process is the cause.
+            // The end of the process explains the end of the connection.
             return;
         }
         let silence = end.silence_before_last_sent_ms();
@@ -371,9 +370,9 @@ impl Service {
         if let Some(silence) =
             silence.filter(|silence| end.path.close_wait && crossing && *silence >= IDLE_MS)
         {
-            // A request that crossed with the FIN is answered with a RST. Without one the server has read
-            // what came, such as the farewell (TLS close_notify) of a client that drops an idle connection
-            // and waits for the server's.
+            // A request that crossed with the FIN is answered with a RST. If there was no RST, the server has
+            // read the data, which may be the close_notify of a client that closes an idle TLS connection and
+            // waits for that of the server.
             if was_reset {
                 self.idle_by_peer.add(place, end.moved, silence);
                 self.lost_request(end);
@@ -399,15 +398,15 @@ impl Service {
         }
     }
 
-    /// Counts the data that the RST answered as a request, unless it was a farewell, which programs also send
-    /// in answer to the other end's.
+    /// Counts the data that the RST answered as a request, unless it was a `close_notify`, which programs
+    /// also send in reply to that of the other end.
     fn lost_request(&mut self, end: &End) {
         if !end.unacked.is_some_and(|bytes| FAREWELLS.contains(&bytes)) {
             self.raced.add(end.place, end.time);
         }
     }
 
-    /// Whether the other end is not known to have ended the connection itself.
+    /// Adds a connection that failed after a silence, unless its peer is known to have ended it.
     fn cut_unless_ended(&mut self, end: &End, peer: Option<&End>, silence: f64) {
         let ended_there = peer.is_some_and(|peer| peer.trigger.is_some() && peer.moved < end.moved);
         if !ended_there {

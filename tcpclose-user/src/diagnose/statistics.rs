@@ -6,9 +6,9 @@ const ROOM: usize = 256;
 /// The smallest number of values that can show regularity.
 pub(crate) const ENOUGH: u64 = 5;
 
-/// The permitted distance of values from their median, as a fraction of it: the median distance is at most
-/// `DEVIATION`, and four of five values lie within `WITHIN`. Five exponentially distributed waits pass about
-/// once in a hundred cases.
+/// The permitted distances of regular values from their median, as fractions of the median: the median
+/// distance is at most `DEVIATION`, and four of five values are within `WITHIN`. Five exponentially
+/// distributed waits pass this test in about one of a hundred cases.
 const DEVIATION: f64 = 0.10;
 const WITHIN: f64 = 0.20;
 

@@ -17,19 +17,19 @@ use crate::{
     event::Role,
 };
 
-/// The number of destinations that are kept; without room, those with the lowest peaks are evicted.
+/// The number of destinations that are kept. When there is no room, those with the lowest peaks are dropped.
 const MOST: usize = 4_096;
 
 /// `TCP_TIMEWAIT_LEN`, in seconds.
 pub(crate) const LASTS: usize = 60;
 
-/// The same number, for times in seconds.
+/// The same number, for calculations with times.
 pub(crate) const LASTS_SECONDS: i64 = 60;
 
 /// The ports of `net.ipv4.ip_local_port_range` as Linux sets it, 32768 to 60999.
 pub(crate) const PORTS: u64 = 28_232;
 
-/// The share of the ports from which on it is a finding.
+/// The share of the ports above which there is a finding.
 const SHARE: f64 = 0.5;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -134,12 +134,13 @@ impl TimeWaitPorts {
 
 #[expect(clippy::cast_precision_loss, reason = "as many as there are ports, or not many more")]
 impl Ports {
-    /// Connections a second, on the way to the peak.
+    /// The number of connections per second up to the peak.
     pub(crate) fn rate(&self) -> f64 {
         self.peak as f64 / self.peak_seconds as f64
     }
 
-    /// The number of seconds in which this rate takes all ports; `None` if ports are free again before that.
+    /// The number of seconds after which all ports are in use at this rate; `None` if ports become free
+    /// before that.
     pub(crate) fn seconds_to_all(&self) -> Option<f64> {
         let seconds = PORTS as f64 / self.rate();
         (seconds < LASTS as f64).then_some(seconds)

@@ -1,43 +1,44 @@
 //! Connections of clients that the server ended while a request seemed to be pending.
 //!
-//! Not all that a client says last is a request. Some protocols end with a message of the client (`quit` in
-//! memcached), some clients never get an answer (logs), and some messages need none (a `WINDOW_UPDATE` in
-//! HTTP/2, a `COM_STMT_CLOSE` to a database). What follows from that looks like a lost answer on one
-//! connection, and is told apart by what the other connections to the service show.
+//! The last data of a client is not always a request ([`Pending`]). Besides, some protocols end with a
+//! message of the client, a farewell (`quit` in memcached), and some clients never get an answer (they send
+//! logs). On one connection this looks like a lost answer. The other connections to the service show the
+//! difference.
 
 use crate::{
     diagnose::{
         end::{End, IDLE_MS, WAIT_MS},
         marks::Series,
+        pending::Pending,
         statistics::ENOUGH,
     },
     event::Ended,
 };
 
-/// The ends that seem to have lost an answer, by how the server ended them.
+/// The ends that seem to have lost an answer, by the way in which the server ended them.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Unanswered {
-    /// With a RST that nothing preceded.
+    /// Those that the server ended with a RST, and without a FIN before it.
     pub(crate) resets: Part,
-    /// With a FIN.
+    /// Those that the server ended with a FIN.
     pub(crate) closes: Part,
-    /// The number of connections that the server ended as soon as the client had said something: the answer
-    /// to a farewell.
+    /// The number of connections that the server ended as soon as the client had sent data, which was
+    /// therefore a farewell.
     farewells: u64,
 }
 
-/// Those that the server ended in the same way.
+/// The ends that the server ended in the same way.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Part {
     /// The waits for the answer.
     pub(crate) waits: Series,
-    /// The number of those that the server's own code is known to have closed.
+    /// The number of ends that the server's own code is known to have closed.
     pub(crate) closed_by_code: u64,
-    /// The number of those on which the server had not sent anything.
+    /// The number of ends on which the server had not sent anything.
     first: u64,
 }
 
-/// What to believe of the ends of a service.
+/// The other ends of the service, with which those that seem to have lost an answer are compared.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Context {
     /// The number of all ends, and of those on which the server sent something.
@@ -55,7 +56,7 @@ impl Unanswered {
         part.waits.add(end.place, end.moved, wait);
         part.closed_by_code +=
             u64::from(peer.is_some_and(|peer| peer.closed_here() && peer.trigger.is_some()));
-        part.first += u64::from(end.received == 0);
+        part.first += u64::from(is_first(end));
     }
 
     /// Counts a client's end that its server ended in answer to a farewell.
@@ -75,21 +76,21 @@ impl Unanswered {
             return Vec::new();
         }
         let mut faults = Vec::new();
-        if self.resets.count() >= ENOUGH && !self.resets.is_idle_timeout() {
+        if self.resets.are_requests() && !self.resets.is_idle_timeout() {
             faults.push(&self.resets);
         }
-        // If every connection ends like this, the protocol does, and some servers are slow to answer a
-        // farewell.
+        // If most connections end like this, it is a part of the protocol. Some servers take a while to close
+        // after a farewell.
         let closes = self.closes.count();
         let is_rule = (closes + self.farewells) * 2 > context.ends || self.farewells > closes;
-        if closes >= ENOUGH && !is_rule && !self.closes.is_idle_timeout() {
+        if self.closes.are_requests() && !is_rule && !self.closes.is_idle_timeout() {
             faults.push(&self.closes);
         }
         faults
     }
 
-    /// Whether the server's answers were needed, if it is known that each loss made the client fail: then all
-    /// of its connections may have ended like this.
+    /// Whether the lost answers may have been needed. The caller knows that the client failed after each
+    /// loss, so that, unlike in [`Self::faults`], all connections may have ended like this.
     pub(crate) fn may_be_a_cause(&self, context: Context) -> bool {
         let is_fault = |part: &Part| part.count() > 0 && !part.is_idle_timeout();
         context.answered > 0
@@ -103,23 +104,34 @@ impl Part {
         self.waits.marks.count
     }
 
-    /// Whether the server closes after a fixed time of silence, which it also does after a message that needs
-    /// no answer. If it had not sent anything before, the message was a request.
+    /// Whether enough of them had a pending request, and not a heartbeat as the last data. If a server ends,
+    /// or a device on the way, connections with heartbeats end as well, but all of them at once.
+    fn are_requests(&self) -> bool {
+        self.first >= ENOUGH || self.waits.marks.are_spread()
+    }
+
+    /// Whether the server closes after a fixed time of silence, as it also does after a message that needs no
+    /// answer. If the server had not sent anything before, that message was a request.
     fn is_idle_timeout(&self) -> bool {
         let regular = self.waits.sample.regular();
         self.first * 2 < self.count() && regular.is_some_and(|spread| spread.median >= IDLE_MS)
     }
 }
 
-/// Whether the server ended the connection as soon as the client had said something. If it had not sent
-/// anything before and resets the connection, it turns the client away.
+/// Whether the server ended the connection as soon as the client had sent data, which was therefore a
+/// farewell. If the server had not sent anything before, and resets the connection, it rejects the client.
 pub(crate) fn is_farewell(end: &End, wait: f64) -> bool {
-    let turned_away = was_reset_at_once(end) && end.received == 0;
+    let turned_away = was_reset_at_once(end) && is_first(end);
     wait < WAIT_MS && !turned_away
 }
 
-/// Whether the RST came first. After a FIN, only data that is sent then causes a RST, such as the farewell of
-/// TLS.
+/// Whether the server had not sent anything before.
+fn is_first(end: &End) -> bool {
+    matches!(end.pending(), Pending::Yes(_))
+}
+
+/// Whether no FIN came before the RST. After a FIN, the RST is the reply to data that this end has sent then,
+/// such as a TLS `close_notify`.
 fn was_reset_at_once(end: &End) -> bool {
     end.ended == Some(Ended::ResetReceived) && !end.path.close_wait
 }

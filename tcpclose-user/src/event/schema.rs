@@ -148,8 +148,9 @@ mod tests {
         let first = checked_in.lines().zip(generated.lines()).find(differs);
         assert!(
             checked_in == generated,
-            "docs/schema.json is not the schema that the types generate. If the change to the output contract is \
-             intended, rewrite the file and commit it: UPDATE_DOCS=1 cargo test --package tcpclose-user schema\n\
+            "docs/schema.json is not the schema that the types generate. If the change to the output \
+             contract is intended, rewrite the file and commit it: \
+             UPDATE_DOCS=1 cargo test --package tcpclose-user schema\n\
              First difference (file, types): {first:?}"
         );
     }

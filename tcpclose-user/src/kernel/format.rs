@@ -299,8 +299,9 @@ mod tests {
         assert_eq!(states.get(&7).map(String::as_str), Some("TCP_CLOSE"));
 
         // 6.10 had other numbers from 11 on.
-        let v6_10 = "field:int reason;offset:28;size:4;signed:0;\nprint fmt: \"reason=%s\", __print_symbolic(REC->reason, \
-                     { 10, \"INVALID_SYN\" }, { 11, \"MPTCP_RST_EUNSPEC\" }, { 0x12, \"ERROR\" })";
+        let v6_10 = "field:int reason;offset:28;size:4;signed:0;\nprint fmt: \"reason=%s\", \
+                     __print_symbolic(REC->reason, { 10, \"INVALID_SYN\" }, { 11, \"MPTCP_RST_EUNSPEC\" }, { \
+                     0x12, \"ERROR\" })";
         let names = TracepointFormat::parse(v6_10).unwrap().value_names("reason");
         let expected = [(10, "INVALID_SYN"), (11, "MPTCP_RST_EUNSPEC"), (18, "ERROR")];
         assert_eq!(names, expected.map(|(value, name)| (value, name.to_owned())).into());

@@ -125,10 +125,12 @@ impl Kind {
                 "tracefs (mounted, or CAP_SYS_ADMIN to mount it), CAP_BPF, CAP_PERFMON"
             }
             Self::SystemCall => {
-                "tracefs (mounted, or CAP_SYS_ADMIN to mount it), CONFIG_FTRACE_SYSCALLS, CAP_BPF, CAP_PERFMON"
+                "tracefs (mounted, or CAP_SYS_ADMIN to mount it), CONFIG_FTRACE_SYSCALLS, CAP_BPF, \
+                 CAP_PERFMON"
             }
             Self::FunctionEntry | Self::FunctionReturn => {
-                "BTF, BPF trampolines (x86-64 from 5.5, arm64 from 6.4) that the kernel allows, CAP_BPF, CAP_PERFMON"
+                "BTF, BPF trampolines (x86-64 from 5.5, arm64 from 6.4) that the kernel allows, CAP_BPF, \
+                 CAP_PERFMON"
             }
             Self::Iterator => "BTF, 5.8, CAP_BPF, CAP_PERFMON",
             Self::TestRun => "5.10, CAP_BPF, CAP_PERFMON",
@@ -220,7 +222,8 @@ pub static HOOKS: &[Hook] = &[
                 kind: Kind::Procfs,
                 programs: &[],
                 when: When::Always,
-                worse: "owners of older sockets are looked up in /proc when the sockets end, which may be too late",
+                worse: "owners of older sockets are looked up in /proc when the sockets end, which may be \
+                        too late",
             },
         ],
         need: HookNeed::Useful,
@@ -257,11 +260,13 @@ pub static HOOKS: &[Hook] = &[
                     ("accept_syscall", "syscalls:sys_exit_accept4"),
                 ],
                 when: When::Accept(&[AcceptHook::Syscall]),
-                worse: "every system call of the host takes about 40 ns longer, and accepts by io_uring are not seen",
+                worse: "every system call of the host takes about 40 ns longer, and accepts by io_uring are \
+                        not seen",
             },
         ],
         need: HookNeed::Extra,
-        lost: "who accepted a connection, and where in the code; owners are known once they act on it, or by a lookup",
+        lost: "who accepted a connection, and where in the code; owners are known once they act on it, or by \
+               a lookup",
         null: &["opener"],
         fix: "--accept-hook syscall, which slows every system call of the host by about 40 ns",
     },

@@ -213,7 +213,8 @@ impl RunningKernel {
                 code_pages: ABSENT,
                 thread_pointer: ABSENT,
                 losses: vec![format!(
-                    "no BTF, so bytes, idle times, namespaces, triggers, causes and most owners are null: {error:#}"
+                    "no BTF, so bytes, idle times, namespaces, triggers, causes and most owners are null: \
+                     {error:#}"
                 )],
             },
         })
@@ -410,14 +411,13 @@ fn prepare(
     for (global, layout) in &layouts.records {
         loader.override_global(global, layout, true);
     }
-    loader.load(OBJECT).context(
-        if privilege::is_filtered() {
-            "the kernel refuses the maps (a filter of system calls is installed, which may forbid bpf(); in a container \
-             try --security-opt seccomp=unconfined)"
-        } else {
-            "the kernel refuses the maps (before 5.11 they count against RLIMIT_MEMLOCK; raise it with `ulimit -l unlimited`)"
-        },
-    )
+    loader.load(OBJECT).context(if privilege::is_filtered() {
+        "the kernel refuses the maps (a filter of system calls is installed, which may forbid bpf(); in \
+             a container try --security-opt seccomp=unconfined)"
+    } else {
+        "the kernel refuses the maps (before 5.11 they count against RLIMIT_MEMLOCK; raise it with \
+             `ulimit -l unlimited`)"
+    })
 }
 
 /// Attaches every requested hook, each by its first variant that works. Either all tracepoints are typed, or
@@ -439,8 +439,8 @@ fn attach(
     losses.extend(kernel.losses.iter().cloned());
     if request.params.stack_bytes != 0 && params.stack_bytes == 0 {
         losses.push(
-            "user stacks are followed by frame pointers alone, which leaves out the caller of a system call wrapper: \
-             --call-graph auto and dwarf need BTF"
+            "user stacks are followed by frame pointers alone, which leaves out the caller of a system call \
+             wrapper: --call-graph auto and dwarf need BTF"
                 .to_owned(),
         );
     }

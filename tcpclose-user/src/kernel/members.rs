@@ -48,8 +48,9 @@ fn members_c() -> String {
     }
     insert(&mut types, BIT_FIELD, TypeTree::Bit);
     let mut text = "\
-/* Generated from src/kernel/offsets.rs by `cargo xtask fixtures`. It touches, by CO-RE relocation, the kernel types
- * that tcpclose looks up, so that `bpftool gen min_core_btf` keeps them and nothing else. See README.md. */
+/* Generated from src/kernel/offsets.rs by `cargo xtask fixtures`. It touches, by CO-RE relocation, the kernel
+ * types that tcpclose looks up, so that `bpftool gen min_core_btf` keeps them and nothing else. See
+ * README.md. */
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 
 "

@@ -54,7 +54,8 @@ pub const PRIVILEGES: &[Privilege] = &[
         capability: Capability::CAP_SYS_PTRACE,
         purpose: "to look up other users' processes in /proc",
         need: CapabilityNeed::Useful,
-        lost: "other users' processes cannot be looked up in /proc: `exe`, symbols, and owners known only there are null",
+        lost: "other users' processes cannot be looked up in /proc: `exe`, symbols, and owners known only \
+               there are null",
     },
     Privilege {
         capability: Capability::CAP_DAC_READ_SEARCH,
@@ -182,8 +183,8 @@ pub fn grant() -> String {
     let program =
         std::env::current_exe().map_or_else(|_| "tcpclose".to_owned(), |path| path.display().to_string());
     format!(
-        "sudo {program}, or once: sudo setcap cap_bpf,cap_perfmon,cap_sys_ptrace=ep {program}; in a container: \
-         --cap-add BPF --cap-add PERFMON --cap-add SYS_PTRACE"
+        "sudo {program}, or once: sudo setcap cap_bpf,cap_perfmon,cap_sys_ptrace=ep {program}; in a \
+         container: --cap-add BPF --cap-add PERFMON --cap-add SYS_PTRACE"
     )
 }
 

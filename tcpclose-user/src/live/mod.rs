@@ -1,6 +1,7 @@
 //! Feeds the pipeline from the loaded kernel half: reads the ring, starts searches of descriptors and
 //! inspections of sockets, counts losses and, with `--record`, records all of it.
 
+mod start;
 mod watch;
 
 use std::{
@@ -35,17 +36,17 @@ use crate::{
 };
 
 /// The options of a trace, apart from those with which the kernel half was loaded.
-pub struct Options {
+struct Options {
     /// The age from which sockets in a teardown state are reported.
-    pub linger: Linger,
+    linger: Linger,
     /// Size of the kernel half's table of connections.
-    pub connections: u32,
+    connections: u32,
     /// With `-- COMMAND`: its processes.
-    pub followed: Option<Followed>,
+    followed: Option<Followed>,
     /// Whether threads give up the privileges that they do not need.
-    pub sandbox: bool,
+    sandbox: bool,
     /// With `--record`: the recording, and its first step.
-    pub recorder: Option<(Recorder, RecordedStep)>,
+    recorder: Option<(Recorder, RecordedStep)>,
 }
 
 /// How often the ring is read during a search of descriptors.
@@ -71,11 +72,8 @@ pub struct Live {
 
 impl Live {
     /// Takes the maps that it needs, begins to watch for new processes, and finds the open sockets that are
-    /// older than the trace. It must be called in a tokio runtime.
-    ///
-    /// # Errors
-    /// The object lacks a map, a thread cannot be started, or the recording cannot be written.
-    pub fn new(mut kernel: KernelHalf, report: Report, options: Options) -> Result<Self> {
+    /// older than the trace.
+    fn new(mut kernel: KernelHalf, report: Report, options: Options) -> Result<Self> {
         let ring = Records::new(&mut kernel)?;
         let store = Store::new(kernel.take_map("STACKS")?, options.connections);
         let new_processes = kernel.take_map("PROCESSES")?;

@@ -385,7 +385,8 @@ mod tests {
 
     #[test]
     fn leaves_out_what_it_does_not_understand() {
-        let text = b"\n-\nzz-1 r-xp 0 0 0\n2-1 r-xp 0 0:0 0\n1-2\n1-2 r-xp\n1-2 r-xp 0 0:0 x /a\n1-2 r-xp 0 0:0 9 /a\xff";
+        let text = b"\n-\nzz-1 r-xp 0 0 0\n2-1 r-xp 0 0:0 0\n1-2\n1-2 r-xp\n1-2 r-xp 0 0:0 x /a\n1-2 r-xp 0 \
+                     0:0 9 /a\xff";
         let found: Vec<_> = parse(text).map(|it| it.path.to_vec()).collect();
         assert_eq!(found, [b"/a\xff"]);
     }

@@ -217,7 +217,8 @@ impl Processes {
             known.insert(pid, local.unwrap_or(0));
             self.version.fetch_add(1, Ordering::Release);
         }
-        if mm != 0 {
+        // Of a process that is about to exit, what was known before says more.
+        if mm != 0 || !self.latest.contains_key(&pid) {
             self.notice(pid, mm, comm);
         }
     }
@@ -422,7 +423,13 @@ fn take(modules: &mut Modules, pid: u32, mm: u64) -> Image {
             return image;
         }
     }
-    Image { pid, mm, started: started(pid), ..Image::default() }
+    // What has exited has its name until its parent asks how.
+    let comm = comm_in(&fs::read(format!("/proc/{pid}/comm")).unwrap_or_default());
+    Image { pid, mm, started: started(pid), comm, ..Image::default() }
+}
+
+fn comm_in(text: &[u8]) -> Option<String> {
+    Some(String::from_utf8_lossy(text.trim_ascii_end()).into_owned()).filter(|comm| !comm.is_empty())
 }
 
 /// The memory is read first, because an exiting process loses it first, sometimes within a tenth of a
@@ -444,8 +451,7 @@ fn read(modules: &mut Modules, pid: u32, mm: u64, exe: &[u8]) -> Image {
         pid,
         mm,
         started,
-        comm: Some(String::from_utf8_lossy(comm.trim_ascii_end()).into_owned())
-            .filter(|comm| !comm.is_empty()),
+        comm: comm_in(&comm),
         exe: Some(display(exe)),
         container: container::id(&String::from_utf8_lossy(&cgroup)),
         inner_pid,

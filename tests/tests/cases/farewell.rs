@@ -21,7 +21,7 @@ pub(crate) const NEEDS: &[&str] = &[NGINX, PYTHON, OPENSSL];
 /// `keepalive_timeout` in `nginx-tls.conf`, and the client's own patience.
 const SILENCE: Duration = Duration::from_secs(1);
 
-struct Site {
+struct TlsSite {
     tool: Tool,
     nginx: Program,
     backend: Program,
@@ -29,7 +29,7 @@ struct Site {
     _folder: Scratch,
 }
 
-impl Site {
+impl TlsSite {
     fn open() -> Result<Self> {
         let namespace = Namespace::new()?;
         let folder = Scratch::new()?;
@@ -43,7 +43,7 @@ impl Site {
 
 /// nginx closes after its keepalive timeout. Its `close_notify` is the last data, sent just before.
 pub(crate) fn nginx_closes_an_idle_tls_connection() -> Result<()> {
-    let mut site = Site::open()?;
+    let mut site = TlsSite::open()?;
     ensure!(site.client.ask("ask /")? == "done");
     ensure!(site.nginx.line()? == "200 GET / HTTP/1.1");
     ensure!(site.client.ask("end")? == "done", "nginx has not closed");
@@ -67,7 +67,7 @@ pub(crate) fn nginx_closes_an_idle_tls_connection() -> Result<()> {
 /// The client gives up before the answer, and says goodbye. On both ends the silence is in the direction of
 /// the answer.
 pub(crate) fn tls_client_gives_up() -> Result<()> {
-    let mut site = Site::open()?;
+    let mut site = TlsSite::open()?;
     ensure!(site.client.ask("send /slow")? == "done");
     ensure!(site.backend.line()? == "asked");
     // The client's timeout, which is what this test is about.
@@ -105,7 +105,7 @@ pub(crate) fn tls_client_gives_up() -> Result<()> {
 /// A client closes a connection that it has kept for reuse. The silence is the same as if it had given up;
 /// what differs is that nginx reads the farewell.
 pub(crate) fn tls_client_closes_an_idle_connection() -> Result<()> {
-    let mut site = Site::open()?;
+    let mut site = TlsSite::open()?;
     ensure!(site.client.ask("ask /kept")? == "done");
     ensure!(site.nginx.line()? == "200 GET /kept HTTP/1.1");
     // How long the client keeps the connection.

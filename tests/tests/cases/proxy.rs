@@ -31,7 +31,7 @@ pub(crate) const NEEDS: &[&str] = &[NGINX, PYTHON];
 /// The keepalive timeout of the backend.
 const KEPT: Duration = Duration::from_secs(1);
 
-struct Site {
+struct ProxySite {
     tool: Tool,
     nginx: Program,
     backend: Program,
@@ -39,7 +39,7 @@ struct Site {
     folder: Scratch,
 }
 
-impl Site {
+impl ProxySite {
     fn open() -> Result<Self> {
         let namespace = Namespace::new()?;
         let folder = Scratch::new()?;
@@ -99,7 +99,7 @@ impl Client {
 /// The backend closes an idle connection while a request for it is on its way. nginx, which is busy for a
 /// moment, sees the client's request first, and sends it over a connection that the backend has closed.
 pub(crate) fn backend_closes_what_nginx_is_about_to_use() -> Result<()> {
-    let site = Site::open()?;
+    let site = ProxySite::open()?;
     let mut client = site.client()?;
     let upstream = until("a request waits in nginx before the backend has closed", || {
         client.send("POST /")?;
@@ -168,7 +168,7 @@ pub(crate) fn backend_closes_what_nginx_is_about_to_use() -> Result<()> {
 
 /// The client closes before the backend has answered.
 pub(crate) fn client_gives_up() -> Result<()> {
-    let site = Site::open()?;
+    let site = ProxySite::open()?;
     let mut client = site.client()?;
     client.send("GET /slow")?;
     ensure!(site.backend.line()? == "asked");

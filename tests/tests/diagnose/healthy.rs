@@ -39,6 +39,11 @@ fn seconds() -> String {
     std::env::var("TCPCLOSE_TESTS_BUSY").unwrap_or_else(|_| "3".to_owned())
 }
 
+/// How long programs are busy.
+pub(crate) fn duration() -> Result<Duration> {
+    Ok(Duration::from_secs(seconds().parse()?))
+}
+
 /// Many connections that are kept, from wrk; then one for each request, from ab, few enough for the ports.
 #[test]
 fn a_busy_nginx() -> Result<()> {
@@ -46,7 +51,8 @@ fn a_busy_nginx() -> Result<()> {
         return Ok(());
     }
     let site = Site::open()?;
-    let _app = site.app("60")?;
+    // For longer than nginx keeps its connections, which is a minute.
+    let _app = site.app("120")?;
     let _nginx = site.nginx()?;
     let url = format!("http://127.0.0.1:{NGINX_PORT}/");
     let mut wrk = Command::new(WRK);
@@ -244,8 +250,8 @@ fn a_busy_java_pool() -> Result<()> {
     command.arg("-cp").arg(format!("{HTTP_CLIENT}:{}", folder.display())).args(["Prices", "5"]);
     let mut jvm = Program::start(&site.namespace, command)?;
     let start = std::time::Instant::now();
-    let seconds = seconds().parse()?;
-    while start.elapsed().as_secs() < seconds {
+    let duration = duration()?;
+    while start.elapsed() < duration {
         let answer = jvm.ask(&format!("500 http://127.0.0.1:{BACKEND_PORT}/"))?;
         ensure!(answer == "answered=500 failed=0 refused=0 leased=0", "{answer}");
     }

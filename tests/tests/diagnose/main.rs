@@ -4,6 +4,7 @@
 mod faults;
 mod firewall;
 mod healthy;
+mod heartbeats;
 mod last_words;
 mod page;
 mod pools;

@@ -14,7 +14,7 @@ const SIGNAL: &str = "<signal handler called>";
 
 /// A frame of a backtrace.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Frame {
+struct GdbFrame {
     /// The return address; `None` in an inlined function, and in the innermost frame.
     address: Option<u64>,
     /// The function without its parameters; `None` if gdb does not know it.
@@ -77,7 +77,7 @@ impl Gdb {
 }
 
 /// `#1  0x000055d5 in hang_up (...) at hang_up.c:10`, or without an address.
-fn frame(line: &str) -> Option<Frame> {
+fn frame(line: &str) -> Option<GdbFrame> {
     let (_, rest) = line.strip_prefix('#')?.split_once(' ')?;
     let rest = rest.trim_start();
     let (address, rest) = match rest.split_once(" in ") {
@@ -85,7 +85,7 @@ fn frame(line: &str) -> Option<Frame> {
         _ => (None, rest),
     };
     let name = rest.split(" (").next()?.trim();
-    Some(Frame { address, function: (name != "??").then(|| name.to_owned()) })
+    Some(GdbFrame { address, function: (name != "??").then(|| name.to_owned()) })
 }
 
 fn parse(address: &str) -> Option<u64> {
@@ -94,7 +94,7 @@ fn parse(address: &str) -> Option<u64> {
 
 /// The backtrace of gdb, innermost frame first.
 #[derive(Debug)]
-pub(crate) struct Backtrace(Vec<Frame>);
+pub(crate) struct Backtrace(Vec<GdbFrame>);
 
 impl Backtrace {
     /// Leaves out the frames of a function.

@@ -31,7 +31,7 @@ const CLOSES: usize = 100;
 const FIRST: usize = 10;
 
 /// A function, its file and its line.
-type Place = (String, String, u64);
+type PythonPlace = (String, String, u64);
 
 /// Interpreters: Debian's, and those that pyenv has built.
 fn interpreters() -> Vec<PathBuf> {
@@ -80,15 +80,15 @@ fn python_functions_are_those_that_the_interpreter_shows() -> Result<()> {
 }
 
 /// A connection that a program closed.
-struct Close {
+struct PythonClose {
     /// The steps of the path.
     path: String,
     port: Value,
     /// The frames that the interpreter shows, innermost first.
-    shown: Vec<Place>,
+    shown: Vec<PythonPlace>,
 }
 
-impl Close {
+impl PythonClose {
     /// Compares the frames with the line about it. Returns how many have no name because their code objects
     /// no longer existed.
     fn compare(&self, line: &Value) -> Result<usize> {
@@ -98,7 +98,7 @@ impl Close {
         ensure!(line["connection"]["local"]["port"] == *port, "another connection: {}", difference());
         // A code object that was made for this call may not exist any more. Then the call of the loop that
         // ran it is shown instead.
-        let is_made = |(_, file, _): &&Place| file.starts_with("<made");
+        let is_made = |(_, file, _): &&PythonPlace| file.starts_with("<made");
         let named: Vec<_> = reported.iter().filter(|(name, ..)| !name.is_empty()).collect();
         let mut found = named.iter();
         let mut next = found.next();
@@ -120,7 +120,7 @@ fn closes(
     tool: &Tool,
     listener: &TcpListener,
     seen: &mut usize,
-) -> Result<Vec<Close>> {
+) -> Result<Vec<PythonClose>> {
     ensure!(program.line()? == "ready");
     // The first close may come before the process has been examined.
     for _ in 0..FIRST {
@@ -147,7 +147,7 @@ fn path(random: &mut u64) -> String {
 }
 
 /// Makes the program close a connection.
-fn close(listener: &TcpListener, program: &mut Program, path: &str) -> Result<Close> {
+fn close(listener: &TcpListener, program: &mut Program, path: &str) -> Result<PythonClose> {
     let said: Value = serde_json::from_str(&program.ask(path)?)?;
     let _accepted = listener.accept()?;
     let place = |frame: &Value| {
@@ -155,7 +155,7 @@ fn close(listener: &TcpListener, program: &mut Program, path: &str) -> Result<Cl
     };
     let shown = said["frames"].as_array().context("no frames")?.iter().map(place);
     let shown = shown.collect::<Option<Vec<_>>>().with_context(|| format!("{said}"))?;
-    Ok(Close { path: path.to_owned(), port: said["port"].clone(), shown })
+    Ok(PythonClose { path: path.to_owned(), port: said["port"].clone(), shown })
 }
 
 /// The ends of the programs' connections.
@@ -164,13 +164,13 @@ fn of_clients(lines: &[Value]) -> impl Iterator<Item = &Value> {
 }
 
 /// The functions of the program, without those of `socket.py`; one without a name is empty.
-fn functions(line: &Value) -> Result<Vec<Place>> {
+fn functions(line: &Value) -> Result<Vec<PythonPlace>> {
     let frames = line["stack"]["user"].as_array().with_context(|| format!("no stack: {line}"))?;
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     // Those of files that are mapped have modules.
     let of_program = frames.iter().filter(|frame| frame["module"].is_null());
     let place =
         |frame: &Value| (text(&frame["symbol"]), text(&frame["file"]), frame["line"].as_u64().unwrap_or(0));
-    let is_own = |(_, file, _): &Place| !file.ends_with("/socket.py");
+    let is_own = |(_, file, _): &PythonPlace| !file.ends_with("/socket.py");
     Ok(of_program.map(place).filter(is_own).collect())
 }

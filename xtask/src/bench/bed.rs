@@ -47,7 +47,7 @@ impl Bed {
         let mut bed = Self { name, folder, inode: 0, load: load.to_owned(), janitor };
         bed.renew()?;
         // A warm-up, so that the first round does not include initial delays.
-        bed.churn(Extent::Seconds(1), Ends::Rst)?;
+        bed.churn(LoadExtent::Seconds(1), Ends::Rst)?;
         Ok(bed)
     }
 
@@ -84,10 +84,10 @@ impl Bed {
     }
 
     /// Opens and closes connections.
-    pub(crate) fn churn(&self, extent: Extent, ends: Ends) -> Result<Churn> {
+    pub(crate) fn churn(&self, extent: LoadExtent, ends: Ends) -> Result<Churn> {
         let (option, number) = match extent {
-            Extent::Seconds(seconds) => ("--seconds", u64::from(seconds)),
-            Extent::Connections(connections) => ("--connections", connections),
+            LoadExtent::Seconds(seconds) => ("--seconds", u64::from(seconds)),
+            LoadExtent::Connections(connections) => ("--connections", connections),
         };
         let number = number.to_string();
         let mut arguments = vec!["churn", option, &number];
@@ -178,7 +178,7 @@ impl Ends {
 
 /// The amount of load.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Extent {
+pub(crate) enum LoadExtent {
     /// As many connections as possible in this time.
     Seconds(u32),
     /// This many connections.

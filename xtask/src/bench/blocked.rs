@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::{
     Bench,
-    bed::{CLOSES, Ends, Extent},
+    bed::{CLOSES, Ends, LoadExtent},
     compare::tcpclose,
     output::Totals,
     table,
@@ -33,7 +33,7 @@ pub(crate) struct Args {
 pub(crate) fn measure(bench: &mut Bench, args: &Args) -> Result<Value> {
     let command = tcpclose(bench.tool()?, &[])?;
     let bed = &mut bench.bed;
-    let extent = Extent::Seconds(args.seconds);
+    let extent = LoadExtent::Seconds(args.seconds);
     let mut untraced = Vec::new();
     for _ in 0..args.rounds {
         bed.renew()?;

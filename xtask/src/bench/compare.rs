@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 use super::{
     Bench,
-    bed::{Bed, CLOSES, Ends, Extent},
+    bed::{Bed, CLOSES, Ends, LoadExtent},
     output::Totals,
     programs::{self, Cost, Program},
     table,
@@ -231,7 +231,7 @@ fn candidates(args: &Args, tools: &[PathBuf]) -> Result<Vec<Candidate>> {
 }
 
 fn measure_round(bed: &mut Bed, comparison: &mut Comparison, seconds: u32, round: u32) -> Result<()> {
-    let (ends, extent) = (comparison.ends, Extent::Seconds(seconds));
+    let (ends, extent) = (comparison.ends, LoadExtent::Seconds(seconds));
     bed.renew()?;
     let untraced = bed.churn(extent, ends)?.rate();
     comparison.untraced.push(untraced);
@@ -263,7 +263,13 @@ fn measure_round(bed: &mut Bed, comparison: &mut Comparison, seconds: u32, round
 }
 
 /// One phase with a tool.
-fn traced(bed: &mut Bed, candidate: &mut Candidate, extent: Extent, ends: Ends, untraced: f64) -> Result<()> {
+fn traced(
+    bed: &mut Bed,
+    candidate: &mut Candidate,
+    extent: LoadExtent,
+    ends: Ends,
+    untraced: f64,
+) -> Result<()> {
     bed.renew()?;
     let mut tracer = Tracer::start(bed, candidate.kind, &candidate.command)?;
     let cost = Cost::measure(&mut tracer, bed, extent, ends)?;

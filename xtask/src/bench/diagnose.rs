@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use super::{
     Bench,
-    bed::{Ends, Extent},
+    bed::{Ends, LoadExtent},
     compare::tcpclose,
     table,
     table::{Row, rounded},
@@ -55,7 +55,7 @@ pub(crate) fn measure(bench: &mut Bench, args: &Args) -> Result<Value> {
         bed.renew()?;
         let command = tcpclose(&tool, &["--stack", stacks, "--findings", "off"])?;
         let mut tracer = Tracer::start(bed, Kind::Tcpclose, &command)?;
-        bed.churn(Extent::Connections(CONNECTIONS), ends)?;
+        bed.churn(LoadExtent::Connections(CONNECTIONS), ends)?;
         tracer.settle()?;
         tracer.stop()?;
         let text = fs::read_to_string(bed.path("output"))?;
@@ -176,11 +176,17 @@ mod tests {
 
     #[test]
     fn time_network_and_program_are_replaced() {
-        let line = r#"{"time":"2026-01-01T00:00:00.000000000Z","remote":{"address":"127.0.0.1"},"process":{"comm":"load"},"seq":1}"#;
+        let line = concat!(
+            r#"{"time":"2026-01-01T00:00:00.000000000Z","remote":{"address":"127.0.0.1"},"#,
+            r#""process":{"comm":"load"},"seq":1}"#
+        );
         let mut written = Vec::new();
         let template = Template::new(line).expect("a line");
         let length = template.write(&mut written, Duration::from_millis(3_661_500), 258).expect("memory");
-        let expected = r#"{"time":"2026-03-01T01:01:01.500000000Z","remote":{"address":"127.2.0.1"},"process":{"comm":"load-258"},"seq":1}"#;
+        let expected = concat!(
+            r#"{"time":"2026-03-01T01:01:01.500000000Z","remote":{"address":"127.2.0.1"},"#,
+            r#""process":{"comm":"load-258"},"seq":1}"#
+        );
         assert_eq!(String::from_utf8(written).expect("text"), format!("{expected}\n"));
         assert_eq!(length, expected.len() as u64 + 1);
     }

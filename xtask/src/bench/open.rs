@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::{
     Bench,
-    bed::{Bed, CLOSES, Ends, Extent, available_memory},
+    bed::{Bed, CLOSES, Ends, LoadExtent, available_memory},
     compare::{tcpclose, totals},
     programs::{self, Cost},
     table,
@@ -42,7 +42,8 @@ pub(crate) fn measure(bench: &mut Bench, args: &Args) -> Result<Value> {
         let available = available_memory()?;
         if available < needed {
             say(&format!(
-                "{connections} connections are left out: they need {needed:.0} MiB, and {available:.0} MiB are available"
+                "{connections} connections are left out: they need {needed:.0} MiB, and {available:.0} MiB \
+                 are available"
             ));
             continue;
         }
@@ -60,7 +61,7 @@ fn row(bed: &mut Bed, command: &[String], connections: u64, table: u64, seconds:
     bed.renew()?;
     let mut tracer = Tracer::start(bed, Kind::Tcpclose, command)?;
     let held = bed.hold(connections, false)?;
-    let cost = Cost::measure(&mut tracer, bed, Extent::Seconds(seconds), Ends::Rst)?;
+    let cost = Cost::measure(&mut tracer, bed, LoadExtent::Seconds(seconds), Ends::Rst)?;
     let (resident, maps) = (tracer.peak_resident()?, programs::maps(&tracer)?);
     tracer.stop()?;
     let totals = totals(bed, Kind::Tcpclose, cost.load.port)?;

@@ -103,7 +103,8 @@ mod tests {
     #[test]
     fn tcplife_is_read_by_its_columns() {
         let text = "PID COMM LADDR LPORT RADDR RPORT TX_KB RX_KB MS\n\
-                    12 load 127.0.0.1 4000 127.0.0.2 80 0 0 0.1\n12 load 127.0.0.2 80 127.0.0.1 4000 0 0 0.1\n\
+                    12 load 127.0.0.1 4000 127.0.0.2 80 0 0 0.1\n\
+                    12 load 127.0.0.2 80 127.0.0.1 4000 0 0 0.1\n\
                     13 sshd 10.0.0.1 22 10.0.0.2 5000 0 0 1\nlost 12 events on CPU #0!\n";
         let mut totals = Totals::default();
         totals.read(Kind::Tcplife, text.as_bytes(), 7, 80).unwrap();

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::{
     Bench,
-    bed::{Bed, Ends, Extent},
+    bed::{Bed, Ends, LoadExtent},
     compare::tcpclose,
     table,
     table::{Row, rounded},
@@ -78,7 +78,7 @@ fn replay(bed: &mut Bed, tool: &Path, connections: u64, ends: Ends) -> Result<Re
     let _ = fs::remove_file(&record);
     let record = record.to_str().context("the path of the recording is not UTF-8")?;
     let mut tracer = Tracer::start(bed, Kind::Tcpclose, &tcpclose(tool, &["--record", record])?)?;
-    bed.churn(Extent::Connections(connections), ends)?;
+    bed.churn(LoadExtent::Connections(connections), ends)?;
     tracer.settle()?;
     tracer.stop()?;
 

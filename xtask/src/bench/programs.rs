@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::{
-    bed::{Bed, Churn, Ends, Extent},
+    bed::{Bed, Churn, Ends, LoadExtent},
     tool::{Tracer, field},
 };
 use crate::command;
@@ -66,7 +66,7 @@ pub(crate) struct Cost {
 
 impl Cost {
     /// Runs the load on a tool, and waits until the tool has processed it.
-    pub(crate) fn measure(tracer: &mut Tracer, bed: &Bed, extent: Extent, ends: Ends) -> Result<Self> {
+    pub(crate) fn measure(tracer: &mut Tracer, bed: &Bed, extent: LoadExtent, ends: Ends) -> Result<Self> {
         tracer.settle().context("waiting until it is idle before the load")?;
         let (cpu, before) = (tracer.cpu()?, of(tracer)?);
         let load = bed.churn(extent, ends)?;

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{
     Bench,
-    bed::{CLOSES, Ends, Extent},
+    bed::{CLOSES, Ends, LoadExtent},
     compare::tcpclose,
     output::Totals,
     table,
@@ -45,7 +45,7 @@ pub(crate) fn measure(bench: &mut Bench, args: &Args) -> Result<Value> {
     for slice in 0..slices {
         // RSTs, which are the more expensive end, and FINs every fourth time.
         let ends = if slice % 4 == 3 { Ends::Fin } else { Ends::Rst };
-        let load = bed.churn(Extent::Connections(SLICE), ends)?;
+        let load = bed.churn(LoadExtent::Connections(SLICE), ends)?;
         tracer.settle()?;
         made += u64::from(load.connections);
         expected += u64::from(load.connections * CLOSES);

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 use super::{
     Bench,
-    bed::{Ends, Extent},
+    bed::{Ends, LoadExtent},
     compare::{tcpclose, totals},
     table,
     table::{Row, rounded},
@@ -70,7 +70,7 @@ fn count(bench: &mut Bench, args: &Args, ends: Ends) -> Result<Vec<Row>> {
         ensure!(start.elapsed() < PATIENCE, "strace did not attach within {PATIENCE:?}");
         thread::sleep(Duration::from_millis(5));
     }
-    let load = bed.churn(Extent::Seconds(args.seconds), ends)?;
+    let load = bed.churn(LoadExtent::Seconds(args.seconds), ends)?;
     tracer.settle()?;
     kill(Pid::from_raw(i32::try_from(strace.id())?), Signal::SIGINT)?;
     strace.wait()?;

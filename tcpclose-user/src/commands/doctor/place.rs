@@ -44,7 +44,10 @@ fn architecture() -> Check {
     match here {
         "x86_64" | "aarch64" => Check::new("architecture", Mark::Ok, here),
         _ => Check::new("architecture", Mark::Less, here)
-            .lost("the system call numbers of this architecture are not known, so `trigger` is null for most closes")
+            .lost(
+                "the system call numbers of this architecture are not known, so `trigger` is null for most \
+                   closes",
+            )
             .fix("x86_64 or aarch64"),
     }
 }

@@ -24,8 +24,8 @@ macro_rules! pages {
 const CAUSES: &[Page] = pages! {
     "no_listener" "refused" "unread_data" "linger_zero" "data_after_close" "disconnect" "keepalive_timeout"
     "retransmit_timeout" "connect_timeout" "user_timeout" "fin_timeout" "connect_abandoned" "accept_overflow"
-    "listener_closed" "timewait" "invalid_segment" "destroyed" "out_of_memory" "peer_reset" "suspected_injection"
-    "host_unreachable" "unknown"
+    "listener_closed" "timewait" "invalid_segment" "destroyed" "out_of_memory" "peer_reset"
+    "suspected_injection" "host_unreachable" "unknown"
 };
 
 /// The kinds of lingering sockets, but for `unknown`, which is among the causes.

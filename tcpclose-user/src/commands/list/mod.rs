@@ -104,15 +104,16 @@ fn gaps(gaps: &Gaps) -> Vec<String> {
     let mut sentences = Vec::new();
     if *processes > 0 {
         sentences.push(format!(
-            "the file descriptors of {processes} processes may not be read, so their sockets are listed without an \
-             owner, and network namespaces that contain only such processes are missing; run it as root (sudo tcpclose \
-             list) to see everything"
+            "the file descriptors of {processes} processes may not be read, so their sockets are listed \
+             without an owner, and network namespaces that contain only such processes are missing; run it \
+             as root (sudo tcpclose list) to see everything"
         ));
     }
     if !tables.is_empty() {
         sentences.push(format!(
-            "ages, bytes and cookies of sockets in the network namespaces {} are not known: they were read from \
-             /proc/PID/net/tcp, because sock_diag could not be used there (it needs CAP_SYS_ADMIN and CONFIG_INET_DIAG)",
+            "ages, bytes and cookies of sockets in the network namespaces {} are not known: they were read \
+             from /proc/PID/net/tcp, because sock_diag could not be used there (it needs CAP_SYS_ADMIN and \
+             CONFIG_INET_DIAG)",
             some(tables)
         ));
     }

@@ -267,7 +267,8 @@ impl<W: Write> ReportPage<W> {
         match outgoing.first() {
             Some((namespace, most)) => self.hint(namespace, most),
             None => self.dim(
-                "This host closed first. For a minute, a socket that it had accepted takes some memory, but no port.",
+                "This host closed first. For a minute, a socket that it had accepted takes some memory, but \
+                 no port.",
             ),
         }
     }
@@ -278,7 +279,8 @@ impl<W: Write> ReportPage<W> {
                 .dim("The range of ports from which connect() chooses is not known in that namespace.");
         };
         self.dim(&format!(
-            "PORTS: the share of the {} ports that connect() chooses from ({first} to {last}) that is unusable\n\
+            "PORTS: the share of the {} ports that connect() chooses from ({first} to {last}) that is \
+             unusable\n\
              for another connection to the same address and port, each for a minute.",
             u32::from(last - first) + 1
         ))?;

@@ -1,4 +1,4 @@
-//! A file in blocks of whole lines.
+//! Reads a file in blocks of whole lines.
 
 use std::{
     fs::File,
@@ -9,7 +9,7 @@ use std::{
 
 use nix::fcntl::{FcntlArg, fcntl};
 
-/// What is read at once.
+/// The number of bytes that are read at once.
 const BLOCK: usize = 1 << 18;
 
 /// The size of a pipe, in bytes: the largest that needs no privilege.
@@ -23,9 +23,9 @@ pub(super) struct Blocks {
     reader: Box<dyn Read>,
     /// The beginning of the next line.
     rest: Vec<u8>,
-    /// Blocks that are no longer needed. Their memory is used again, because the kernel clears new memory.
+    /// Blocks that are no longer needed. Their memory is reused, because the kernel has to clear new memory.
     spare: Vec<Vec<u8>>,
-    /// Whether the next bytes are those of a line that was longer than any may be.
+    /// Whether the next bytes belong to a line that was too long.
     is_skipping: bool,
     is_at_end: bool,
 }
@@ -34,14 +34,14 @@ impl Blocks {
     /// Opens a file; `-` means the standard input.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
         let file = if path == Path::new("-") {
-            // `Stdin` has a buffer of its own, through which all would be copied.
+            // `Stdin` has a buffer of its own, through which all data would be copied.
             io::stdin().as_fd().try_clone_to_owned().map(File::from)
         } else {
             File::open(path)
         };
         let file = file?;
-        // A pipe that holds more makes its writer wait less often. The kernel may refuse that, and other
-        // files do.
+        // With a larger pipe, its writer has to wait less often. The kernel may refuse the size, and it does
+        // for files that are not pipes.
         let _ = fcntl(&file, FcntlArg::F_SETPIPE_SZ(PIPE));
         Ok(Self::new(Box::new(file)))
     }
@@ -50,8 +50,8 @@ impl Blocks {
         Self { reader, rest: Vec::new(), spare: Vec::new(), is_skipping: false, is_at_end: false }
     }
 
-    /// The next lines; `None` at the end. The last line of a block may have no end: then it is the last of
-    /// the file, or the beginning of one that is too long.
+    /// The next lines; `None` at the end of the file. If the last line of a block has no line end, it is the
+    /// last line of the file, or the beginning of a line that is too long.
     pub(super) fn next(&mut self) -> io::Result<Option<Vec<u8>>> {
         let mut block = self.spare.pop().unwrap_or_default();
         block.clear();
@@ -76,7 +76,7 @@ impl Blocks {
         Ok((!block.is_empty()).then_some(block))
     }
 
-    /// Takes a block back that is no longer needed.
+    /// Takes back a block that is no longer needed.
     pub(super) fn reuse(&mut self, block: Vec<u8>) {
         self.spare.push(block);
     }

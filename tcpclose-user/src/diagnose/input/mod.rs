@@ -1,7 +1,7 @@
-//! Lines from the files of one host or several, in the order of their times.
+//! Reads lines from the files of one host or several, in the order of their times.
 //!
-//! One thread reads [`blocks`] of whole lines, others parse them ([`parsers`]), and the first uses what they
-//! say in the order of the lines, so that the findings do not depend on the threads.
+//! One thread reads [`blocks`] of whole lines, and others parse them ([`parsers`]). The first thread then
+//! uses the parsed lines in their order in the files, so that the findings do not depend on the threads.
 
 mod blocks;
 mod parsers;
@@ -20,7 +20,7 @@ use self::{
 };
 use crate::diagnose::observation::Observation;
 
-/// The number of blocks that are parsed ahead of their use, for each thread that parses.
+/// The number of blocks that are parsed in advance, for each thread that parses.
 const AHEAD: usize = 2;
 
 /// Lines that could not be read.
@@ -38,7 +38,7 @@ struct Source {
     ahead: VecDeque<ParsedLater>,
     /// The block with the current line.
     parsed: Option<Parsed>,
-    /// The number of the current line among the events of the block.
+    /// The index of the current line among the events of the block.
     index: usize,
     /// The number of lines up to the end of the block.
     lines: u64,
@@ -78,8 +78,8 @@ impl Input {
         self.sources.iter().map(|source| source.name.clone()).collect()
     }
 
-    /// Passes on every line with the number of its file. A trace writes its lines in order, so each file is
-    /// sorted; lines of several files are merged by their times.
+    /// Passes every line to `each`, with the number of its file. A trace writes its lines in order, so each
+    /// file is sorted. Lines of several files are merged by their times.
     pub fn read(&mut self, mut each: impl FnMut(&Observation<'_>, u16)) -> io::Result<()> {
         let Self { sources, parsers, broken } = self;
         let ahead = (AHEAD * parsers.count).div_ceil(sources.len().max(1));

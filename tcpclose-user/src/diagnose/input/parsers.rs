@@ -15,7 +15,7 @@ use self_cell::self_cell;
 use super::{lines, repeated::KnownStacks};
 use crate::diagnose::observation::Observation;
 
-/// The largest number of threads. More would wait for the thread that reads.
+/// The largest number of threads. More of them would wait for the thread that reads.
 const THREADS: usize = 8;
 
 type Observations<'a> = Vec<Observation<'a>>;
@@ -28,14 +28,14 @@ self_cell!(
     }
 );
 
-/// What the lines of a block say.
+/// The parsed lines of a block.
 pub(super) struct Parsed {
     text: ParsedText,
     /// The block.
     pub(super) block: Vec<u8>,
     /// The number of lines.
     pub(super) lines: u64,
-    /// The number of those that are not events.
+    /// The number of lines that are not events.
     pub(super) broken: u64,
     /// The first of them: its number, and the error.
     pub(super) first_broken: Option<(u64, String)>,
@@ -55,8 +55,8 @@ impl Parsed {
                 if line.trim_ascii().is_empty() {
                     continue;
                 }
-                // All of a line is checked at once for whether it is UTF-8, which takes a fraction of the
-                // time for each of its strings.
+                // Checking at once whether the whole line is UTF-8 takes a fraction of the time that checking
+                // each of its strings takes.
                 let parsed = match str::from_utf8(line) {
                     Ok(line) => serde_json::from_str(line),
                     Err(_) => serde_json::from_slice(line),
@@ -71,7 +71,7 @@ impl Parsed {
             }
             observations
         });
-        // Without its stacks, the line is an error in another column.
+        // The error is that of the original line, because without its stacks the column is another one.
         let first_broken = first_broken.map(|(number, error)| {
             let line = lines(&block).zip(1..).find(|(_, other)| *other == number).map(|(line, _)| line);
             let whole = line.and_then(|line| serde_json::from_slice::<Observation<'_>>(line).err());
@@ -91,7 +91,8 @@ struct Job {
     done: SyncSender<Parsed>,
 }
 
-/// Threads that parse blocks, each the next one that none has begun. They end when this is dropped.
+/// Threads that parse blocks. Each takes the next block that no other thread has taken. They end when this is
+/// dropped.
 pub(super) struct Parsers {
     jobs: Sender<Job>,
     /// The number of threads.
@@ -112,7 +113,7 @@ impl Parsers {
             let mut stacks = (!with_stacks).then(KnownStacks::default);
             thread::Builder::new().name("parse".to_owned()).spawn(move || {
                 while let Ok(Job { block, done }) = next(&jobs) {
-                    // Nobody waits for it if reading has failed.
+                    // If reading has failed, nobody waits for the result.
                     let _ = done.send(Parsed::of(block, stacks.as_mut()));
                 }
             })?;
@@ -120,10 +121,10 @@ impl Parsers {
         Ok(Self { jobs: sender, count })
     }
 
-    /// Has a block parsed.
+    /// Passes a block to the threads.
     pub(super) fn parse(&self, block: Vec<u8>) -> ParsedLater {
         let (done, pending) = mpsc::sync_channel(1);
-        // If no thread is left, waiting for the result says so.
+        // If no thread is left, `ParsedLater::wait()` returns an error.
         let _ = self.jobs.send(Job { block, done });
         ParsedLater(pending)
     }
@@ -134,7 +135,7 @@ fn next(jobs: &Mutex<Receiver<Job>>) -> Result<Job, mpsc::RecvError> {
 }
 
 impl ParsedLater {
-    /// Waits until it is parsed.
+    /// Waits until the block is parsed.
     pub(super) fn wait(self) -> io::Result<Parsed> {
         self.0.recv().map_err(|_| io::Error::other("a thread that parses lines has failed"))
     }

@@ -1,30 +1,31 @@
-//! Leaves the stacks out of lines before they are parsed.
+//! Removes the stacks from lines before the lines are parsed.
 //!
-//! They are most of a line, and a diagnosis does not use those of ends. The few places where a program closes
-//! sockets repeat, and so does their text: comparing it with what was read before is much faster than parsing
-//! it again.
+//! Stacks are the largest part of a line, and a diagnosis does not use those of ends. A program closes
+//! sockets in few places, so the same text occurs again and again. Comparing it with text that was read
+//! before is much faster than parsing it again.
 
 use std::{collections::BTreeSet, ops::Bound};
 
 use memchr::memmem::Finder;
 use serde::de::IgnoredAny;
 
-/// The different stacks that are kept, and the bytes of all of them. Without room, all are forgotten.
+/// The number of different stacks that are kept, and of the bytes of all of them. When there is no room, all
+/// are forgotten.
 const STACKS: usize = 4_096;
 const BYTES: usize = 8 << 20;
 
-/// What the line of an end begins with. Other lines are parsed whole, also those of ends whose fields another
-/// program has put in another order.
+/// The beginning of the line of an end. Other lines are parsed as a whole. So are lines of ends in which
+/// another program has changed the order of the fields.
 const END: &[u8] = br#"{"event":"close","#;
 
-/// What comes before a stack. It is never part of a string, in which the quotation marks would be escaped.
+/// The text before a stack. It is never part of a string, because quotation marks in strings are escaped.
 const KEY: &[u8] = br#""stack":"#;
 
-/// Leaves stacks out.
+/// Replaces stacks by `null`, and remembers their text.
 pub(super) struct KnownStacks {
     key: Finder<'static>,
-    /// The text of stacks. No complete JSON object begins with another one, so the only one that a text can
-    /// begin with is the greatest that is not greater than the text.
+    /// The text of stacks. No complete JSON object is the beginning of another one. So the only known stack
+    /// with which a text can begin is the greatest that is not greater than the text.
     known: BTreeSet<Vec<u8>>,
     bytes: usize,
 }
@@ -60,7 +61,7 @@ impl KnownStacks {
         kept
     }
 
-    /// The length of the object that a text begins with; `None` if it begins with something else.
+    /// The length of the object at the beginning of a text; `None` if the text begins with something else.
     fn length(&mut self, text: &[u8]) -> Option<usize> {
         if text.first() != Some(&b'{') {
             return None;

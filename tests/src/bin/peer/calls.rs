@@ -50,7 +50,8 @@ two_frames! {
     }
 
     /// `sendto()` with `MSG_FASTOPEN`, which connects and sends the data with the SYN.
-    peer_connects_fast_outer > peer_connects_fast(socket: &TcpStream, to: SocketAddr, data: &[u8]) -> nix::Result<usize> {
+    peer_connects_fast_outer >
+    peer_connects_fast(socket: &TcpStream, to: SocketAddr, data: &[u8]) -> nix::Result<usize> {
         let to = SockaddrStorage::from(to);
         socket::sendto(socket.as_raw_fd(), data, &to, MsgFlags::from_bits_retain(libc::MSG_FASTOPEN))
     }

@@ -14,7 +14,7 @@ use nix::{
         prctl,
         signal::{self, SaFlags, SigAction, SigHandler, SigSet, Signal},
     },
-    unistd::{ForkResult, fork, gettid, pause, pipe, read, write},
+    unistd::{ForkResult, fork, getpid, gettid, pause, pipe, read, write},
 };
 
 use crate::calls;
@@ -36,6 +36,20 @@ pub(crate) fn send_on(name: Signal) -> Result<()> {
     let action = SigAction::new(SigHandler::Handler(handler), SaFlags::SA_RESETHAND, SigSet::empty());
     // SAFETY: the handler calls nothing but `raise()`.
     unsafe { signal::sigaction(name, &action) }?;
+    Ok(())
+}
+
+/// Dies of a signal in a thread that has its own name, when the main thread has exited.
+pub(crate) fn die_in_thread(name: Signal) -> Result<()> {
+    let main = format!("/proc/self/task/{}/stat", getpid());
+    thread::Builder::new().name("peer-last".to_owned()).spawn(move || {
+        while !fs::read_to_string(&main).is_ok_and(|stat| stat.contains(") Z ")) {
+            thread::yield_now();
+        }
+        signal::kill(getpid(), name)
+    })?;
+    // SAFETY: the thread that is left uses nothing of this one.
+    unsafe { libc::syscall(libc::SYS_exit, 0) };
     Ok(())
 }
 

@@ -227,6 +227,7 @@ impl Peer {
             "exit" => process::exit(words.next()?),
             "raise" => death::raise(words.next()?)?,
             "send-on" => death::send_on(words.next()?)?,
+            "die-in-thread" => death::die_in_thread(words.next()?)?,
             "burst" => return burst::connect_all(words.address()?, words.next()?),
             "close-many" => return burst::close_all(words.address()?, words.next()?),
             "serve" => return burst::serve(self.listener()?, words.next()?),
