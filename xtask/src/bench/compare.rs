@@ -2,12 +2,17 @@
 
 use std::{
     collections::BTreeMap,
-    fs::File,
-    io::BufReader,
+    fs::{self, File},
+    io::{BufReader, Write as _},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
+use nix::{
+    errno::Errno,
+    time::{ClockId, clock_gettime},
+};
 use serde_json::{Value, json};
 
 use super::{
@@ -46,6 +51,8 @@ enum Figure {
     Ratio,
     BpfTime,
     CpuTime,
+    Written,
+    WriteTime,
     AgainstPeer,
     Expected,
     Closes,
@@ -58,11 +65,13 @@ enum Figure {
 }
 
 impl Figure {
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 15] = [
         Self::Rate,
         Self::Ratio,
         Self::BpfTime,
         Self::CpuTime,
+        Self::Written,
+        Self::WriteTime,
         Self::AgainstPeer,
         Self::Expected,
         Self::Closes,
@@ -84,6 +93,10 @@ impl Figure {
             }
             Self::CpuTime => {
                 ("cpu_us", "CPU time of the tool, us/connection", "whole process, until idle again", 2)
+            }
+            Self::Written => ("written_bytes", "bytes written/connection", "both ends", 0),
+            Self::WriteTime => {
+                ("write_us", "... CPU time to write them, us", "a floor: as many bytes, by a plain write", 2)
             }
             Self::AgainstPeer => {
                 ("of_tcplife", "BPF + CPU time, of tcplife's", "median of the rounds' ratios", 2)
@@ -273,8 +286,16 @@ fn traced(
         candidate.note(Figure::Ready, ready.as_secs_f64() * 1e3);
     }
     tracer.stop()?;
+    let written = fs::metadata(bed.path("output"))?.len();
+    let connections = f64::from(cost.load.connections);
+    #[expect(clippy::cast_precision_loss, reason = "a size far below 2^52")]
+    candidate.note(Figure::Written, written as f64 / connections);
+    candidate.note(
+        Figure::WriteTime,
+        time_to_write(&bed.path("plain"), written)?.as_secs_f64() * 1e6 / connections,
+    );
     let totals = totals(bed, candidate.kind, cost.load.port)?;
-    candidate.note(Figure::Expected, f64::from(CLOSES) * f64::from(cost.load.connections));
+    candidate.note(Figure::Expected, f64::from(CLOSES) * connections);
     #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
     for (figure, count) in [
         (Figure::Closes, totals.closes),
@@ -285,6 +306,24 @@ fn traced(
         candidate.note(figure, count as f64);
     }
     Ok(())
+}
+
+/// The CPU time of this thread for writing this many bytes to a new file, most of which the kernel takes for
+/// copying them to the page cache.
+fn time_to_write(path: &Path, bytes: u64) -> Result<Duration> {
+    static BLOCK: [u8; 1 << 16] = [b' '; 1 << 16];
+    let now = || Ok::<_, Errno>(Duration::from(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?));
+    let mut file = File::create(path).with_context(|| format!("cannot create {}", path.display()))?;
+    let start = now()?;
+    let mut left = bytes;
+    while left > 0 {
+        let size = BLOCK.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        file.write_all(&BLOCK[..size])?;
+        left -= size as u64;
+    }
+    let taken = now()?.saturating_sub(start);
+    fs::remove_file(path)?;
+    Ok(taken)
 }
 
 /// The output of a tool that has ended.
