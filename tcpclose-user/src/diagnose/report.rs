@@ -58,10 +58,10 @@ pub fn write(
     if !findings.is_empty() {
         writeln!(
             out,
-            "\n{dim}`tcpclose explain KIND` says how each is found. Behind NAT the two ends of a connection \
-             have{dim:#}"
+            "\n{dim}`tcpclose explain KIND` explains how a finding is derived. Behind NAT, the two ends of a \
+             connection{dim:#}"
         )?;
-        writeln!(out, "{dim}different addresses, and are judged apart.{dim:#}")?;
+        writeln!(out, "{dim}have different addresses, and are judged separately.{dim:#}")?;
     }
     Ok(())
 }

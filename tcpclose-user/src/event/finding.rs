@@ -34,7 +34,7 @@ pub struct Finding {
     pub evidence: BTreeMap<String, Evidence>,
     /// What happened, in a sentence or two.
     pub summary: String,
-    /// What to change, in one sentence.
+    /// What to change, in a sentence or two.
     pub advice: String,
     /// `seq` of up to ten lines that show it.
     pub lines: Vec<u64>,
@@ -68,23 +68,23 @@ pub enum FindingKind {
     BackendDied,
     /// Sockets that a program never closes.
     Leak,
-    /// Short connections take up the ports.
+    /// Short connections use up the local ports.
     TimeWaitPressure,
-    /// A server closed with data unread, which may destroy the answer on its way.
+    /// A server closed with unread data, and may lose its answer.
     UnreadClose,
     /// The accept queue is full.
     AcceptOverflow,
     /// A device on the path forgets idle connections.
     IdleCut,
-    /// Connects are refused.
+    /// Connection attempts are refused.
     Refused,
-    /// Connects are not answered.
+    /// Connection attempts are not answered.
     ConnectUnanswered,
     /// RSTs that the peer does not seem to have sent.
     Forged,
     /// A process was stopped with its connections open: a restart.
     Deploy,
-    /// The end of one connection led to the end of others, from process to process.
+    /// One lost connection caused the end of others, from process to process.
     Chain,
 }
 
