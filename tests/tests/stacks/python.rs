@@ -19,7 +19,7 @@ use tcpclose_tests::{
     tool::{Launch, Tool},
 };
 
-use super::{PORT, part};
+use super::{PORT, part, path};
 
 /// Steps of a path: see `frames.py`.
 const STEPS: &[u8] = b"lrsgfpx";
@@ -131,19 +131,10 @@ fn closes(
         let line = of_clients(&said.lines).last().context("no line")?;
         if !functions(line)?.is_empty() {
             let mut random = 1_u64;
-            return (0..CLOSES).map(|_| close(listener, program, &path(&mut random))).collect();
+            return (0..CLOSES).map(|_| close(listener, program, &path(&mut random, STEPS))).collect();
         }
     }
     bail!("the first {FIRST} closes show no function of the program")
-}
-
-/// A random path.
-fn path(random: &mut u64) -> String {
-    // <https://en.wikipedia.org/wiki/Linear_congruential_generator>
-    *random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-    let length = (*random >> 60) % 4;
-    let digit = |level| usize::try_from((*random >> (33 + 6 * level)) % 64).unwrap_or(0) % STEPS.len();
-    (0..length).map(|level| char::from(STEPS[digit(level)])).collect()
 }
 
 /// Makes the program close a connection.
