@@ -14,6 +14,9 @@ pub(crate) const GDB: &str = "/usr/bin/gdb";
 /// The frame that the kernel makes for a signal handler.
 const SIGNAL: &str = "<signal handler called>";
 
+/// The register with the first argument of a system call.
+const FIRST_ARGUMENT: &str = if cfg!(target_arch = "x86_64") { "$rdi" } else { "$x0" };
+
 /// A frame of a backtrace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Frame {
@@ -29,23 +32,28 @@ pub(crate) struct Gdb(Program);
 impl Gdb {
     /// Attaches to a process. The backtrace will be that of its `close()` of this descriptor.
     pub(crate) fn attach(namespace: &Namespace, pid: u32, descriptor: i32) -> Result<Self> {
-        Self::attach_with(namespace, pid, descriptor, None)
+        Self::attach_with(namespace, pid, &format!("{FIRST_ARGUMENT} == {descriptor}"), None)
     }
 
-    /// The same, with a script that lets gdb follow frame pointers in code without unwind tables.
+    /// The same for an i386 program.
+    pub(crate) fn attach_to_i386(namespace: &Namespace, pid: u32, descriptor: i32) -> Result<Self> {
+        Self::attach_with(namespace, pid, &format!("$ebx == {descriptor}"), None)
+    }
+
+    /// The same as [`Self::attach`], with a script that lets gdb follow frame pointers in code without unwind
+    /// tables.
     pub(crate) fn attach_to_compiler(namespace: &Namespace, pid: u32, descriptor: i32) -> Result<Self> {
-        Self::attach_with(namespace, pid, descriptor, Some(part("frame_pointers.py")))
+        let script = part("frame_pointers.py");
+        Self::attach_with(namespace, pid, &format!("{FIRST_ARGUMENT} == {descriptor}"), Some(script))
     }
 
     fn attach_with(
         namespace: &Namespace,
         pid: u32,
-        descriptor: i32,
+        condition: &str,
         script: Option<PathBuf>,
     ) -> Result<Self> {
-        // The first argument of a system call.
-        let register = if cfg!(target_arch = "x86_64") { "$rdi" } else { "$x0" };
-        let condition = format!("condition 1 {register} == {descriptor}");
+        let condition = format!("condition 1 {condition}");
         let mut command = Command::new(GDB);
         command.args(["-nx", "-q", "-batch", "-p", &pid.to_string()]);
         if let Some(script) = script {

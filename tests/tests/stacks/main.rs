@@ -60,6 +60,16 @@ fn hangs_up(program: &Path) -> Result<(gdb::Backtrace, Value)> {
 
 /// The same with further arguments of the program, and with a launch of the tool.
 fn hangs_up_as(program: &Path, args: &[&str], launch: Launch) -> Result<(gdb::Backtrace, Value)> {
+    hangs_up_under(program, args, launch, Gdb::attach)
+}
+
+/// The same with a way to attach gdb.
+fn hangs_up_under(
+    program: &Path,
+    args: &[&str],
+    launch: Launch,
+    attach: impl FnOnce(&Namespace, u32, i32) -> Result<Gdb>,
+) -> Result<(gdb::Backtrace, Value)> {
     let namespace = Namespace::new()?;
     let tool = launch.trace([&namespace]).start()?;
     let listener = namespace.inside(|| Ok(TcpListener::bind(("127.0.0.1", PORT))?))?;
@@ -69,7 +79,7 @@ fn hangs_up_as(program: &Path, args: &[&str], launch: Launch) -> Result<(gdb::Ba
     ensure!(program.line()? == "connected");
     let _accepted = listener.accept()?;
     let descriptor = descriptor(&namespace, program.pid(), |socket| socket.remote.port() == PORT)?;
-    let gdb = Gdb::attach(&namespace, program.pid(), descriptor)?;
+    let gdb = attach(&namespace, program.pid(), descriptor)?;
     program.tell("go")?;
     let backtrace = gdb.backtrace()?;
     let line = told(&tool, &json!({"connection": {"role": "client"}, "process": {"pid": program.pid()}}))?;
