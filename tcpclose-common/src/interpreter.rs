@@ -16,6 +16,10 @@ pub const IDENTITY_WORDS: usize = 11;
 /// for longest is dropped.
 pub const MAX_INTERPRETERS: u32 = 1_024;
 
+/// The number of names of programs for which the interpreter is remembered. When there are more, the one that
+/// has been absent for longest is dropped.
+pub const MAX_PROGRAMS: u32 = 64;
+
 /// A value of the map `INTERPRETERS`, whose key is the address of an `mm_struct`: where a thread finds its
 /// frames.
 ///

@@ -6,12 +6,14 @@ use core::arch::asm;
 use aya_ebpf::{helpers::generated::bpf_probe_read_user, macros::map, maps::LruHashMap};
 use tcpclose_common::{
     interpreter::{
-        ABSENT, FRAME_WORDS, IDENTITY_WORDS, Interpreter, MAX_INTERPRETED, MAX_INTERPRETERS, SEED, mix,
+        ABSENT, FRAME_WORDS, IDENTITY_WORDS, Interpreter, MAX_INTERPRETED, MAX_INTERPRETERS, MAX_PROGRAMS,
+        SEED, mix,
     },
     record::{Header, Interpreted, InterpretedFrame, STACK_STEP, VERSION, tag},
 };
 
 use crate::{
+    comm,
     current::with_current,
     emit,
     kernel::member,
@@ -21,6 +23,26 @@ use crate::{
 /// Interpreters by the address of the `mm_struct` of their process.
 #[map]
 pub static INTERPRETERS: LruHashMap<u64, Interpreter> = LruHashMap::with_max_entries(MAX_INTERPRETERS, 0);
+
+/// The interpreter of the last program of a name.
+#[map]
+pub static PROGRAMS: LruHashMap<[u8; 16], Interpreter> = LruHashMap::with_max_entries(MAX_PROGRAMS, 0);
+
+/// Expects the process `pid`, which is new and has the memory `mm` and a thread at `task`, to have the
+/// interpreter of the last program of its name, until the user half has examined it: the process may end
+/// before. If it has another one, the frames that are listed meanwhile have no meaning, and get no names.
+///
+/// It is a global function, for the reason that `recipe::recognized()` gives.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn expect(pid: u64, mm: u64, task: u64) -> u64 {
+    let Some(known) = PROGRAMS.get_ptr(comm::program_of(task)) else { return 0 };
+    // SAFETY: a map value, which stays readable until the program ends.
+    let interpreter = Interpreter { pid: pid as u32, ..unsafe { *known } };
+    // If this fails, the user half describes the process a moment later.
+    let _ = INTERPRETERS.insert(mm, interpreter, 0);
+    0
+}
 
 /// The number of bytes in the words that distinguish a code object from others.
 const IDENTITY_BYTES: u32 = 8 * IDENTITY_WORDS as u32;

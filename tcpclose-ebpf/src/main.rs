@@ -27,6 +27,8 @@
 #[cfg(target_arch = "bpf")]
 mod acts;
 #[cfg(target_arch = "bpf")]
+mod comm;
+#[cfg(target_arch = "bpf")]
 mod connection;
 #[cfg(target_arch = "bpf")]
 mod current;

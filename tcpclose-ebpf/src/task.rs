@@ -9,8 +9,9 @@ use tcpclose_common::{
 };
 
 use crate::{
+    comm,
     current::{self, Current, with_current},
-    iterator,
+    interpreter, iterator,
     kernel::{Object, member},
     maps::{NOTICED, PROCESSES, count, global},
     namespace,
@@ -40,7 +41,7 @@ pub fn identify(task: &mut RawTask) {
 /// Fills in the name of the task `current`, and what it is doing.
 #[inline(always)]
 fn doing(current: impl Current, task: &mut RawTask) {
-    if let Some(comm) = comm(current) {
+    if let Some(comm) = comm::of(current) {
         task.comm = comm;
     } else {
         // SAFETY: the buffer is as long as we say. On failure the helper leaves it all zero.
@@ -91,32 +92,6 @@ fn is_none(current: impl Current) -> bool {
         || call == i32::from(global!(ITERATORS.read)) && iterator::is_read()
 }
 
-/// The current program's name, which is that of its main thread; all zero if it cannot be read.
-#[inline(always)]
-pub fn program() -> [u8; 16] {
-    program_of(current::address())
-}
-
-#[inline(always)]
-fn program_of(task: u64) -> [u8; 16] {
-    let leader: u64 = member(task, global!(STRUCTS.task_group_leader)).unwrap_or(0);
-    comm(leader).unwrap_or(NAMELESS)
-}
-
-/// A name that is not known.
-const NAMELESS: [u8; 16] = [0; 16];
-
-/// The name of a task, read as two words, because single bytes would take a load each.
-#[inline(always)]
-fn comm(task: impl Object) -> Option<[u8; 16]> {
-    let words: [u64; 2] = member(task, global!(STRUCTS.task_comm))?;
-    let mut comm = NAMELESS;
-    for (to, word) in comm.chunks_exact_mut(8).zip(words) {
-        to.copy_from_slice(&word.to_ne_bytes());
-    }
-    Some(comm)
-}
-
 /// Notifies the reader at once of a new process or program image, so that it can read `/proc` while the
 /// process lives. `address` yields the address of the `struct task_struct`.
 #[inline(always)]
@@ -130,12 +105,15 @@ pub fn notice(task: &RawTask, address: impl FnOnce() -> u64) {
         }
     }
     let address = address();
+    if global!(PARAMS.recipes) != 0 {
+        interpreter::expect(task.pid.into(), task.mm, address);
+    }
     let notice = ProcessRecord {
         header: Header { tag: tag::PROCESS, version: VERSION, length: size_of::<ProcessRecord>() as u32 },
         pid: task.pid,
         local: if namespace::is_other() { namespace::local(address) } else { 0 },
         mm: task.mm,
-        comm: program_of(address),
+        comm: comm::program_of(address),
     };
     // Without flags, the kernel wakes the reader unless it is awake.
     if PROCESSES.output::<ProcessRecord>(&notice, 0).is_err() {

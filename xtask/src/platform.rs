@@ -27,6 +27,9 @@ pub(crate) struct Platform {
     pub(crate) compiler_32: Option<(&'static str, Package)>,
     /// The compiler's option for 32-bit programs.
     pub(crate) option_32: &'static str,
+    /// A file of the C library of the 32-bit programs that tests run on a host of this platform, with the
+    /// package that contains it.
+    pub(crate) library_32: Option<(&'static str, Package)>,
     /// The emulator, and the package that contains it.
     pub(crate) qemu: (&'static str, Package),
     /// The emulator's arguments for an emulated processor.
@@ -57,6 +60,14 @@ static PLATFORMS: [Platform; 2] = [
         ],
         compiler_32: None,
         option_32: "-m32",
+        library_32: Some((
+            "/usr/lib32/crt1.o",
+            // Not gcc-multilib, which conflicts with the compilers of other platforms.
+            Package {
+                name: "libc6-dev-i386",
+                purpose: "the C library of 32-bit programs, one of which a test runs",
+            },
+        )),
         qemu: (
             "qemu-system-x86_64",
             Package { name: "qemu-system-x86", purpose: "QEMU, in which tests run on other kernels" },
@@ -92,6 +103,7 @@ static PLATFORMS: [Platform; 2] = [
         )),
         // The instructions that the test program contains are those, not Thumb.
         option_32: "-marm",
+        library_32: None,
         qemu: (
             "qemu-system-aarch64",
             Package { name: "qemu-system-arm", purpose: "QEMU, in which tests run on kernels for arm64" },

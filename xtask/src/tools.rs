@@ -138,8 +138,9 @@ pub(crate) fn for_building() -> Result<Tools> {
 
 /// Installs missing tools that tests use, on a platform.
 pub(crate) fn for_testing(platform: &Platform) -> Result<()> {
-    let compiler: Vec<_> = platform.compiler_32.into_iter().collect();
-    install_missing("the tests need", &[&FOR_TESTS[..], &compiler].concat())
+    let library = platform.library_32.filter(|_| platform.is_host());
+    let of_platform: Vec<_> = platform.compiler_32.into_iter().chain(library).collect();
+    install_missing("the tests need", &[&FOR_TESTS[..], &of_platform].concat())
 }
 
 /// Installs missing commands that virtual machines need.

@@ -11,7 +11,7 @@ use aya_ebpf::{
 use tcpclose_common::record::Signal;
 
 use crate::{
-    connection,
+    comm, connection,
     kernel::{member, read},
     maps::{SIGNALS, global},
     task,
@@ -64,7 +64,7 @@ pub fn signal_generate(ctx: RawTracePointContext) -> i32 {
     if by_process && !task::is_nobody() {
         signal.pid = (bpf_get_current_pid_tgid() >> 32) as u32;
         signal.uid = bpf_get_current_uid_gid() as u32;
-        signal.comm = task::program();
+        signal.comm = comm::program();
     }
     if signal.pid == victim && is_sent_on(victim, &signal) {
         return 0;

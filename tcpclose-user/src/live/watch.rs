@@ -84,16 +84,16 @@ fn hurry() {
     }
 }
 
-/// Returns the processes that were noticed, with their `mm_struct`.
-fn drain(ring: &mut RingBuf<MapData>, processes: &Mutex<Processes>) -> Vec<(u32, u64)> {
+/// Returns the processes that were noticed and have an `mm_struct`.
+fn drain(ring: &mut RingBuf<MapData>, processes: &Mutex<Processes>) -> Vec<NewProcess> {
     let mut noticed = Vec::new();
     while let Some(item) = ring.next() {
         match decode(&item) {
             Ok(Record::Process(NewProcess { pid, local, mm, comm })) => {
-                let comm = Some(name(&comm)).filter(|comm| !comm.is_empty());
-                processes::lock(processes).notice_as(pid, local, mm, comm);
+                let named = Some(name(&comm)).filter(|name| !name.is_empty());
+                processes::lock(processes).notice_as(pid, local, mm, named);
                 if mm != 0 {
-                    noticed.push((pid, mm));
+                    noticed.push(NewProcess { pid, local, mm, comm });
                 }
             }
             Ok(_) | Err(_) => {
@@ -106,10 +106,10 @@ fn drain(ring: &mut RingBuf<MapData>, processes: &Mutex<Processes>) -> Vec<(u32,
 
 /// Describes interpreters of processes that were noticed, before these close a socket. It comes after all
 /// have been noticed, because others may be about to exit.
-fn describe(noticed: &[(u32, u64)], processes: &Mutex<Processes>, interpreters: &Mutex<Interpreters>) {
-    for (pid, mm) in noticed {
+fn describe(noticed: &[NewProcess], processes: &Mutex<Processes>, interpreters: &Mutex<Interpreters>) {
+    for NewProcess { pid, mm, comm, .. } in noticed {
         let Some(image) = processes::lock(processes).image(*pid, *mm) else { continue };
-        if let Err(error) = interpreters::lock(interpreters).noticed(*pid, *mm, &image) {
+        if let Err(error) = interpreters::lock(interpreters).noticed((*pid, *mm), *comm, &image) {
             log::debug!("{error:#}; another attempt follows with the first stack of process {pid}");
         }
     }

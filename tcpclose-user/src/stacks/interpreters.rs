@@ -2,7 +2,8 @@
 //! [`tcpclose_common::interpreter`].
 //!
 //! A process is described as soon as it is noticed, if a file that it has mapped has the name of an
-//! interpreter, so that even its first stack has the functions of the program. Other processes, such as
+//! interpreter. Until then, the kernel half expects it to be that of the last program of the same name, so
+//! that even the first stack of a program that ends at once has its functions. Other processes, such as
 //! servers that embed an interpreter, are described when a stack shows that they have one.
 
 use std::{
@@ -36,10 +37,12 @@ const MAX_FILES: usize = 64;
 /// The beginnings of the names of interpreters' files.
 const NAMES: [&str; 2] = ["python", "libpython"];
 
-/// The map of the kernel half that describes interpreters, and the files that contain some.
+/// The maps of the kernel half that describe interpreters, and the files that contain some.
 pub struct Interpreters {
     /// By the address of their process's `mm_struct`.
     described: BpfHashMap<MapData, u64, Interpreter>,
+    /// By the name of their program.
+    programs: BpfHashMap<MapData, [u8; 16], Interpreter>,
     /// `None` for one that cannot be read.
     files: HashMap<FileIdentity, Option<Contents>>,
 }
@@ -60,12 +63,16 @@ pub fn lock(interpreters: &Mutex<Interpreters>) -> MutexGuard<'_, Interpreters> 
 }
 
 impl Interpreters {
-    /// Takes the map from the kernel half.
+    /// Takes the maps from the kernel half.
     ///
     /// # Errors
-    /// The object lacks it.
+    /// The object lacks one.
     pub fn new(kernel: &mut KernelHalf) -> Result<Self> {
-        Ok(Self { described: kernel.take_map("INTERPRETERS")?, files: HashMap::new() })
+        Ok(Self {
+            described: kernel.take_map("INTERPRETERS")?,
+            programs: kernel.take_map("PROGRAMS")?,
+            files: HashMap::new(),
+        })
     }
 
     /// Makes the kernel half list the frames of the interpreter of process `pid`, with this `mm_struct`. The
@@ -79,13 +86,21 @@ impl Interpreters {
             .context("cannot describe an interpreter to the kernel half")
     }
 
-    /// Describes the interpreter of process `pid`, if the names of its files show that it has one.
+    /// Describes the interpreter of a process, if the names of its files show that it has one. `program` is
+    /// the name of its main thread, all zero if that is not known.
     ///
     /// # Errors
     /// Those of [`Self::describe`].
-    pub fn noticed(&mut self, pid: u32, mm: u64, image: &Image) -> Result<()> {
+    pub fn noticed(&mut self, process: (u32, u64), program: [u8; 16], image: &Image) -> Result<()> {
         let found = image.mappings.iter().find_map(|mapping| self.interpreter(image, mapping));
-        found.map_or(Ok(()), |interpreter| self.describe((pid, mm), interpreter))
+        let Some(interpreter) = found else { return Ok(()) };
+        self.describe(process, interpreter)?;
+        if program == [0; 16] {
+            return Ok(());
+        }
+        self.programs
+            .insert(program, interpreter, 0)
+            .context("cannot describe the interpreter of a program to the kernel half")
     }
 
     /// The interpreter in a mapped file.

@@ -25,6 +25,13 @@ impl<'a> StackMemory<'a> {
         word
     }
 
+    /// The word at an address, for a 32-bit program; `None` if it was not copied. It is not recorded.
+    pub fn word_32(&self, address: u64) -> Option<u32> {
+        let offset = usize::try_from(address.checked_sub(self.start)?).ok()?;
+        let word = self.bytes.get(offset..offset.checked_add(4)?)?;
+        Some(u32::from_ne_bytes(word.try_into().ok()?))
+    }
+
     /// The addresses that were read since the last call, in order, with their values.
     pub fn take_reads(&self) -> Vec<(u64, Option<u64>)> {
         self.read.take()

@@ -1,16 +1,21 @@
 //! The truth about a stack: gdb's backtrace, taken while the program is stopped in the system call that
 //! tcpclose reports.
 
-use std::process::Command;
+use std::{path::PathBuf, process::Command};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use tcpclose_tests::{expect::shortened, netns::Namespace, program::Program};
 
+use super::part;
+
 pub(crate) const GDB: &str = "/usr/bin/gdb";
 
 /// The frame that the kernel makes for a signal handler.
 const SIGNAL: &str = "<signal handler called>";
+
+/// The register with the first argument of a system call.
+const FIRST_ARGUMENT: &str = if cfg!(target_arch = "x86_64") { "$rdi" } else { "$x0" };
 
 /// A frame of a backtrace.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,11 +32,33 @@ pub(crate) struct Gdb(Program);
 impl Gdb {
     /// Attaches to a process. The backtrace will be that of its `close()` of this descriptor.
     pub(crate) fn attach(namespace: &Namespace, pid: u32, descriptor: i32) -> Result<Self> {
-        // The first argument of a system call.
-        let register = if cfg!(target_arch = "x86_64") { "$rdi" } else { "$x0" };
-        let condition = format!("condition 1 {register} == {descriptor}");
+        Self::attach_with(namespace, pid, &format!("{FIRST_ARGUMENT} == {descriptor}"), None)
+    }
+
+    /// The same for an i386 program.
+    pub(crate) fn attach_to_i386(namespace: &Namespace, pid: u32, descriptor: i32) -> Result<Self> {
+        Self::attach_with(namespace, pid, &format!("$ebx == {descriptor}"), None)
+    }
+
+    /// The same as [`Self::attach`], with a script that lets gdb follow frame pointers in code without unwind
+    /// tables.
+    pub(crate) fn attach_to_compiler(namespace: &Namespace, pid: u32, descriptor: i32) -> Result<Self> {
+        let script = part("frame_pointers.py");
+        Self::attach_with(namespace, pid, &format!("{FIRST_ARGUMENT} == {descriptor}"), Some(script))
+    }
+
+    fn attach_with(
+        namespace: &Namespace,
+        pid: u32,
+        condition: &str,
+        script: Option<PathBuf>,
+    ) -> Result<Self> {
+        let condition = format!("condition 1 {condition}");
         let mut command = Command::new(GDB);
         command.args(["-nx", "-q", "-batch", "-p", &pid.to_string()]);
+        if let Some(script) = script {
+            command.arg("-x").arg(script);
+        }
         for order in [
             "set debuginfod enabled off",
             "set pagination off",
@@ -40,6 +67,8 @@ impl Gdb {
             "set backtrace past-main on",
             "set backtrace past-entry on",
             "handle SIGUSR1 nostop noprint pass",
+            // A JVM catches it when it waits for its threads.
+            "handle SIGSEGV nostop noprint pass",
             "catch syscall close",
             &condition,
             "echo attached\\n",
@@ -85,7 +114,7 @@ fn frame(line: &str) -> Option<GdbFrame> {
         _ => (None, rest),
     };
     let name = rest.split(" (").next()?.trim();
-    Some(GdbFrame { address, function: (name != "??").then(|| name.to_owned()) })
+    Some(GdbFrame { address, function: (!["??", ""].contains(&name)).then(|| name.to_owned()) })
 }
 
 fn parse(address: &str) -> Option<u64> {

@@ -2,7 +2,9 @@
 //! are built in different ways, for servers as Debian ships them, and for stacks of unusual shape.
 
 mod gdb;
+mod java;
 mod names;
+mod node;
 mod python;
 mod unusual;
 
@@ -41,6 +43,15 @@ fn compile(compiler: &str, options: &[&str], source: &str, folder: &Scratch) -> 
     Ok(program)
 }
 
+/// A random call path: up to three of these steps.
+fn path(random: &mut u64, steps: &[u8]) -> String {
+    // <https://en.wikipedia.org/wiki/Linear_congruential_generator>
+    *random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    let length = (*random >> 60) % 4;
+    let digit = |level| usize::try_from((*random >> (33 + 6 * level)) % 64).unwrap_or(0) % steps.len();
+    (0..length).map(|level| char::from(steps[digit(level)])).collect()
+}
+
 /// Runs a program that connects, and closes on request. Returns gdb's backtrace of the close, and the
 /// reported stack.
 fn hangs_up(program: &Path) -> Result<(gdb::Backtrace, Value)> {
@@ -49,6 +60,16 @@ fn hangs_up(program: &Path) -> Result<(gdb::Backtrace, Value)> {
 
 /// The same with further arguments of the program, and with a launch of the tool.
 fn hangs_up_as(program: &Path, args: &[&str], launch: Launch) -> Result<(gdb::Backtrace, Value)> {
+    hangs_up_under(program, args, launch, Gdb::attach)
+}
+
+/// The same with a way to attach gdb.
+fn hangs_up_under(
+    program: &Path,
+    args: &[&str],
+    launch: Launch,
+    attach: impl FnOnce(&Namespace, u32, i32) -> Result<Gdb>,
+) -> Result<(gdb::Backtrace, Value)> {
     let namespace = Namespace::new()?;
     let tool = launch.trace([&namespace]).start()?;
     let listener = namespace.inside(|| Ok(TcpListener::bind(("127.0.0.1", PORT))?))?;
@@ -58,7 +79,7 @@ fn hangs_up_as(program: &Path, args: &[&str], launch: Launch) -> Result<(gdb::Ba
     ensure!(program.line()? == "connected");
     let _accepted = listener.accept()?;
     let descriptor = descriptor(&namespace, program.pid(), |socket| socket.remote.port() == PORT)?;
-    let gdb = Gdb::attach(&namespace, program.pid(), descriptor)?;
+    let gdb = attach(&namespace, program.pid(), descriptor)?;
     program.tell("go")?;
     let backtrace = gdb.backtrace()?;
     let line = told(&tool, &json!({"connection": {"role": "client"}, "process": {"pid": program.pid()}}))?;
@@ -226,32 +247,4 @@ fn python_as_debian_ships_it() -> Result<()> {
     let frames_of_c = |frame: &Value| !frame["module"].is_null() && frame["symbol"] != LOOP;
     frames.as_array_mut().context("no stack")?.retain(frames_of_c);
     backtrace.without(LOOP).ensure_equals(&frames)
-}
-
-/// Functions that V8 compiled have no unwind tables, but keep frame pointers. gdb cannot follow them, so only
-/// the end of the stack is known: the caller of `main()`.
-#[test]
-fn node_as_it_is_here() -> Result<()> {
-    const NODE: &str = "/usr/bin/node";
-    if is_missing(&[NODE]) {
-        return Ok(());
-    }
-    let namespace = Namespace::new()?;
-    let tool = Launch::new()?.trace([&namespace]).start()?;
-    let mut command = Command::new(NODE);
-    command.arg(part("server.js")).arg(PORT.to_string());
-    let node = Program::start(&namespace, command)?;
-    ensure!(node.line()? == "ready");
-    let mut client = namespace.inside(|| Ok(TcpStream::connect(("127.0.0.1", PORT))?))?;
-    client.write_all(b"x")?;
-    let which = json!({"connection": {"role": "server"}, "process": {"pid": node.pid()}});
-    let line = told(&tool, &which)?;
-    let frames = line["stack"]["user"].as_array().context("no stack")?;
-    let names: Vec<_> = frames.iter().map(|frame| frame["symbol"].as_str().unwrap_or("?")).collect();
-    let last = frames.last().context("no frames")?;
-    ensure!(
-        last["truncated"].is_null() && names.contains(&"main") || names.contains(&"_start"),
-        "{names:#?}\n{last}"
-    );
-    Ok(())
 }

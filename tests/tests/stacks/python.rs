@@ -19,7 +19,7 @@ use tcpclose_tests::{
     tool::{Launch, Tool},
 };
 
-use super::{PORT, part};
+use super::{PORT, part, path};
 
 /// Steps of a path: see `frames.py`.
 const STEPS: &[u8] = b"lrsgfpx";
@@ -58,10 +58,8 @@ fn python_functions_are_those_that_the_interpreter_shows() -> Result<()> {
     let listener = namespace.inside(|| Ok(TcpListener::bind(("127.0.0.1", PORT))?))?;
     let mut seen = 0;
     for interpreter in interpreters() {
-        let mut command = Command::new(&interpreter);
-        command.arg(part("frames.py")).arg(PORT.to_string());
         // Names are read from its memory, so it has to run until all lines are there.
-        let mut program = Program::start(&namespace, command)?;
+        let mut program = start(&namespace, &interpreter)?;
         let closes = closes(&mut program, &tool, &listener, &mut seen)
             .with_context(|| format!("{} does not close", interpreter.display()))?;
         seen += closes.len();
@@ -79,6 +77,36 @@ fn python_functions_are_those_that_the_interpreter_shows() -> Result<()> {
     Ok(())
 }
 
+/// The first stack of a process comes before the process can be examined. If a program of the same name has
+/// run before, it has the functions of the program all the same.
+#[test]
+fn first_stack_of_the_next_python_program() -> Result<()> {
+    if is_missing(&[PYTHON]) {
+        return Ok(());
+    }
+    let namespace = Namespace::new()?;
+    let tool = Launch::new()?.trace([&namespace]).start()?;
+    let listener = namespace.inside(|| Ok(TcpListener::bind(("127.0.0.1", PORT))?))?;
+    closes(&mut start(&namespace, Path::new(PYTHON))?, &tool, &listener, &mut 0)?;
+    let mut next = start(&namespace, Path::new(PYTHON))?;
+    ensure!(next.line()? == "ready");
+    let PythonClose { port, .. } = close(&listener, &mut next, "")?;
+    let pid = next.pid();
+    let is_it = |line: &&Value| line["connection"]["local"]["port"] == port && line["process"]["pid"] == pid;
+    ensure!(tool.wait_until(|lines| of_clients(lines).any(|line| is_it(&line))), "no line");
+    let said = tool.said_so_far();
+    let line = of_clients(&said.lines).find(is_it).context("no line")?;
+    let reported = functions(&line["opener"]["stack"])?;
+    ensure!(reported.iter().any(|(name, ..)| name == "<module>"), "{reported:#?}\n{}", shortened(line));
+    Ok(())
+}
+
+fn start(namespace: &Namespace, interpreter: &Path) -> Result<Program> {
+    let mut command = Command::new(interpreter);
+    command.arg(part("frames.py")).arg(PORT.to_string());
+    Program::start(namespace, command)
+}
+
 /// A connection that a program closed.
 struct PythonClose {
     /// The steps of the path.
@@ -93,7 +121,7 @@ impl PythonClose {
     /// no longer existed.
     fn compare(&self, line: &Value) -> Result<usize> {
         let Self { path, port, shown } = self;
-        let reported = functions(line)?;
+        let reported = functions(&line["stack"])?;
         let difference = || format!("path {path}: not {shown:#?}\n{reported:#?}\n{}", shortened(line));
         ensure!(line["connection"]["local"]["port"] == *port, "another connection: {}", difference());
         // A code object that was made for this call may not exist any more. Then the call of the loop that
@@ -129,21 +157,12 @@ fn closes(
         ensure!(tool.wait_until(|lines| of_clients(lines).count() >= *seen), "a close was not reported");
         let said = tool.said_so_far();
         let line = of_clients(&said.lines).last().context("no line")?;
-        if !functions(line)?.is_empty() {
+        if !functions(&line["stack"])?.is_empty() {
             let mut random = 1_u64;
-            return (0..CLOSES).map(|_| close(listener, program, &path(&mut random))).collect();
+            return (0..CLOSES).map(|_| close(listener, program, &path(&mut random, STEPS))).collect();
         }
     }
     bail!("the first {FIRST} closes show no function of the program")
-}
-
-/// A random path.
-fn path(random: &mut u64) -> String {
-    // <https://en.wikipedia.org/wiki/Linear_congruential_generator>
-    *random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-    let length = (*random >> 60) % 4;
-    let digit = |level| usize::try_from((*random >> (33 + 6 * level)) % 64).unwrap_or(0) % STEPS.len();
-    (0..length).map(|level| char::from(STEPS[digit(level)])).collect()
 }
 
 /// Makes the program close a connection.
@@ -164,8 +183,8 @@ fn of_clients(lines: &[Value]) -> impl Iterator<Item = &Value> {
 }
 
 /// The functions of the program, without those of `socket.py`; one without a name is empty.
-fn functions(line: &Value) -> Result<Vec<PythonPlace>> {
-    let frames = line["stack"]["user"].as_array().with_context(|| format!("no stack: {line}"))?;
+fn functions(stack: &Value) -> Result<Vec<PythonPlace>> {
+    let frames = stack["user"].as_array().context("no stack")?;
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     // Those of files that are mapped have modules.
     let of_program = frames.iter().filter(|frame| frame["module"].is_null());

@@ -4,6 +4,7 @@
 
 mod binary;
 mod calls;
+mod i386;
 mod inputs;
 mod interpreted;
 mod process;
@@ -25,6 +26,7 @@ use tcpclose_common::{
 
 use self::{
     binary::Binaries,
+    i386::I386,
     inputs::Inputs,
     interpreted::Spot,
     process::{Cursor, ProcessUnwinder},
@@ -88,6 +90,7 @@ const INCOMPLETE: Duration = Duration::from_secs(10);
 pub struct Unwinder {
     processes: HashMap<(u32, u64), ProcessUnwinder>,
     binaries: Binaries,
+    i386: I386,
     clock: u64,
 }
 
@@ -160,6 +163,10 @@ impl Unwinder {
         spots: &mut Vec<Spot>,
         inputs: &mut Inputs,
     ) -> Result<(), Truncated> {
+        if let Some(end) = self.i386.walk(copy, stack, &mut image, frames) {
+            inputs.give_up();
+            return end;
+        }
         let key = (copy.pid, copy.mm);
         let found = image(&[copy.ip]).ok_or(Truncated::NoMappings)?;
         if found.mappings.is_empty() {
