@@ -415,6 +415,10 @@ layout! {
 /// pointer, so that no step crosses the end of a page.
 pub const STACK_STEP: usize = 1024;
 
+/// The largest copy of a stack, in bytes, when stacks are recognized by recipes and an eighth of the ring is
+/// in use.
+pub const CROWDED_STACK_BYTES: usize = 4 << 10;
+
 /// The largest copy of a stack, bytes.
 pub const MAX_STACK_BYTES: u32 = 64 << 10;
 

@@ -4,7 +4,8 @@ use aya_ebpf::bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEU
 use aya_ebpf::helpers::generated::bpf_probe_read_user;
 use aya_ebpf::maps::ring_buf::RingBufEntry;
 use tcpclose_common::record::{
-    ActRecord, ConnectionRecord, Header, Interpreted, OwnerRecord, STACK_STEP, StackCopy, VERSION, tag,
+    ActRecord, CROWDED_STACK_BYTES, ConnectionRecord, Header, Interpreted, OwnerRecord, STACK_STEP,
+    StackCopy, VERSION, tag,
 };
 
 use crate::{
@@ -68,10 +69,6 @@ impl Usage {
         self.used <= self.size / 2
     }
 }
-
-/// The largest copy of a stack, bytes, when stacks are recognized by recipes and an eighth of the ring is in
-/// use.
-const CROWDED_STACK_BYTES: usize = 4 << 10;
 
 /// Writes `copy`, followed by the current task's memory from `copy.start` on. Returns `false` if the ring has
 /// no room for stacks.

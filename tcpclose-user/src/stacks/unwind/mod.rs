@@ -20,7 +20,7 @@ use tcpclose_common::{
     interpreter::Interpreter,
     params::RegisterOffsets,
     recipe::Word,
-    record::{Interpreted, StackCopy},
+    record::{CROWDED_STACK_BYTES, Interpreted, StackCopy},
     stack::MAX_FRAMES,
 };
 
@@ -145,6 +145,10 @@ impl Unwinder {
         let mut truncated = result.unwrap_or(Err(Truncated::NoUnwindInformation)).err();
         if truncated.is_some() {
             inputs.expire_after(INCOMPLETE);
+        }
+        if truncated == Some(Truncated::CopyEnded) && bytes.len() <= CROWDED_STACK_BYTES {
+            // The ring had no room for a longer copy, but may have for that of the next stack.
+            inputs.give_up();
         }
         if frames.len() > MAX_FRAMES {
             frames.truncate(MAX_FRAMES);
@@ -285,6 +289,20 @@ mod tests {
             assert_eq!(found, expected[..found.len()], "{length} bytes");
             assert!(!found.is_empty());
         }
+    }
+
+    /// A recipe for what a short copy shows would take the place of one for the whole stack.
+    #[test]
+    fn a_copy_that_was_cut_short_for_lack_of_room_is_not_recognized() {
+        let Taken { copy, bytes } = outermost();
+        let image = Processes::new().image(copy.pid, 1).unwrap();
+        let unwind =
+            |length| Unwinder::default().unwind(&copy, &bytes[..length], None, |_| Some(Arc::clone(&image)));
+        let (cut, whole) = (unwind(256), unwind(bytes.len()));
+        assert_eq!(cut.stack.truncated, Some(Truncated::CopyEnded));
+        assert_eq!(cut.words, []);
+        assert_eq!(whole.stack.truncated, None);
+        assert_ne!(whole.words, []);
     }
 
     #[test]
