@@ -4,9 +4,10 @@
 use std::{
     collections::BTreeMap,
     env, fs,
-    io::{BufRead, BufReader, Write},
+    io::{self, BufRead, BufReader, Write},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    thread,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -103,16 +104,22 @@ impl Suite {
                 .args(arguments)
                 .current_dir(&self.folder)
                 .envs(self.variables(tcpclose))
-                .stdout(Stdio::piped());
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped());
             let mut child = command.spawn().with_context(|| format!("cannot start {}", line(&command)))?;
             let output = child.stdout.take().context("a test has no standard output")?;
+            // A test starts programs such as node, which make the pipe that they inherit non-blocking for all
+            // that have it. If it were this program's, printing to it would fail whenever it is full.
+            if let Some(mut errors) = child.stderr.take() {
+                thread::spawn(move || io::copy(&mut errors, &mut io::stderr()));
+            }
             println!();
             for text in BufReader::new(output).split(b'\n') {
                 let text = String::from_utf8_lossy(&text?).into_owned();
                 println!("{text}");
                 said.extend([&text, "\n"]);
             }
-            std::io::stdout().flush()?;
+            io::stdout().flush()?;
             child.wait()?;
             ensure!(said.contains(&format!("=== {name} ended: ")), "{name} was not run: see above");
         }
