@@ -86,9 +86,9 @@ fn java_methods_are_those_that_the_jvm_shows() -> Result<()> {
         let of_port = |line: &Value| expected.get(&line["connection"]["local"]["port"].as_u64()?);
         let is_close = |line: &&Value| line["connection"]["role"] == "client" && of_port(line).is_some();
         let are_there =
-            tool.wait_until(|lines| lines[earlier..].iter().filter(is_close).count() == expected.len());
+            tool.wait_until(|lines| lines.iter().skip(earlier).filter(is_close).count() == expected.len());
         ensure!(are_there, "round {round}: closes were not reported");
-        for line in tool.said_so_far().lines[earlier..].iter().filter(is_close) {
+        for line in tool.said_so_far().lines.iter().skip(earlier).filter(is_close) {
             let (path, shown) = of_port(line).context("not a port of the program")?;
             let reported = methods(line)?;
             let difference = || format!("not {shown:#?}\n{reported:#?}\n{}", shortened(line));
