@@ -105,7 +105,8 @@ pub fn notice(task: &RawTask, address: impl FnOnce() -> u64) {
         }
     }
     let address = address();
-    if global!(PARAMS.recipes) != 0 {
+    // Without memory there is no interpreter in it.
+    if task.mm != 0 && global!(PARAMS.recipes) != 0 {
         interpreter::expect(task.pid.into(), task.mm, address);
     }
     let notice = ProcessRecord {

@@ -22,8 +22,8 @@ use nix::{
 pub fn keep_to_this_thread() -> Result<()> {
     thread_local! { static DONE: Cell<bool> = const { Cell::new(false) } }
     if !DONE.replace(true) {
-        // SAFETY: the call copies the descriptor table without the entries from 3 on, and closes nothing in the
-        // table of the other threads. Nothing that this thread owns has a descriptor yet.
+        // SAFETY: the call copies the descriptor table without the entries from 3 on, and closes nothing in
+        // the table of the other threads. Nothing that this thread owns has a descriptor yet.
         let result =
             unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_UNSHARE) };
         Errno::result(result).map_err(io::Error::from)?;

@@ -140,7 +140,8 @@ pub const RABBITMQ: &str = "/usr/lib/rabbitmq/bin/rabbitmq-server";
 /// Erlang's name server, without which it does not start.
 pub const EPMD: &str = "/usr/bin/epmd";
 
-/// Starts the message broker in a namespace, with its files in `folder`. The second program is its name server.
+/// Starts the message broker in a namespace, with its files in `folder`. The second program is its name
+/// server.
 pub fn start_rabbitmq(namespace: &Namespace, folder: &Path, port: u16) -> Result<[Program; 2]> {
     const NAMES: u16 = 4369;
     let mut names = Command::new(EPMD);

@@ -128,9 +128,10 @@ impl Suite {
     }
 }
 
-/// `cargo test` with the flags that the suite is built with. The tests' own programs are traced, and the kernel
-/// walks their stacks along the frame pointers. The flag would cause a rebuild of everything, so the tests have
-/// a separate target directory; those without root share it, so that the crates they need are compiled once.
+/// `cargo test` with the flags that the suite is built with. The tests' own programs are traced, and the
+/// kernel walks their stacks along the frame pointers. The flag would cause a rebuild of everything, so the
+/// tests have a separate target directory; those without root share it, so that the crates they need are
+/// compiled once.
 pub(crate) fn cargo_test(workspace: &Workspace) -> Command {
     let mut cargo = workspace.with_cargo(&cargo_program(), "test", &workspace.target.join("tests"));
     let mut flags = env::var("RUSTFLAGS").unwrap_or_default();

@@ -20,16 +20,14 @@ impl<'a> StackMemory<'a> {
 
     /// The word at an address; `None` if it was not copied.
     pub fn word(&self, address: u64) -> Option<u64> {
-        let word = self.find(address);
+        let word = self.copied(address).map(u64::from_ne_bytes);
         self.read.borrow_mut().push((address, word));
         word
     }
 
     /// The word at an address, for a 32-bit program; `None` if it was not copied. It is not recorded.
     pub fn word_32(&self, address: u64) -> Option<u32> {
-        let offset = usize::try_from(address.checked_sub(self.start)?).ok()?;
-        let word = self.bytes.get(offset..offset.checked_add(4)?)?;
-        Some(u32::from_ne_bytes(word.try_into().ok()?))
+        self.copied(address).map(u32::from_ne_bytes)
     }
 
     /// The addresses that were read since the last call, in order, with their values.
@@ -42,10 +40,10 @@ impl<'a> StackMemory<'a> {
         address.checked_sub(self.start).is_some_and(|offset| offset >= self.bytes.len() as u64)
     }
 
-    fn find(&self, address: u64) -> Option<u64> {
+    /// The bytes at an address; `None` if not all of them were copied.
+    fn copied<const SIZE: usize>(&self, address: u64) -> Option<[u8; SIZE]> {
         let offset = usize::try_from(address.checked_sub(self.start)?).ok()?;
-        let word = self.bytes.get(offset..offset.checked_add(8)?)?;
-        Some(u64::from_ne_bytes(word.try_into().ok()?))
+        self.bytes.get(offset..)?.first_chunk().copied()
     }
 }
 

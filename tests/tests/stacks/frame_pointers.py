@@ -1,6 +1,7 @@
-"""Lets gdb follow code that has no unwind tables but keeps frame pointers, as just-in-time compilers make it: code in
-memory that no file is mapped to, and what V8 has made ahead of time (`Builtins_...`). Leaves out the functions that gdb adds
-between a caller and the function that was jumped to: they have no frame on the stack."""
+"""Lets gdb follow code that has no unwind tables but keeps frame pointers, as just-in-time compilers make
+it: code in memory that no file is mapped to, and what V8 has made ahead of time (`Builtins_...`). Leaves out
+the functions that gdb adds between a caller and the function that was jumped to: they have no frame on the
+stack."""
 from collections import namedtuple
 
 import gdb

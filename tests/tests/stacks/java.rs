@@ -30,8 +30,8 @@ const JVM: &str = "/usr/bin/java";
 /// Steps of a path: see `Frames.java`.
 const STEPS: &[u8] = b"lrsfgmt";
 
-/// How often the program closes before its lines are waited for: the ring has room for whole copies of so many
-/// stacks.
+/// How often the program closes before its lines are waited for: the ring has room for whole copies of so
+/// many stacks.
 const CLOSES: usize = 20;
 
 /// So many rounds of these while methods are interpreted, and as many while they are compiled.

@@ -55,8 +55,8 @@ fn hangs_up(options: &[&str]) -> Result<(Backtrace, Vec<ScriptPlace>, Value)> {
     ))
 }
 
-/// `at Server.takes (/x/server.js:21:14)`, or `at /x/server.js:21:14` if the function has no name. `None` is a
-/// function that is part of V8, such as `Array.forEach()`.
+/// `at Server.takes (/x/server.js:21:14)`, or `at /x/server.js:21:14` if the function has no name. `None` is
+/// a function that is part of V8, such as `Array.forEach()`.
 fn shown_place(line: &str) -> Option<ScriptPlace> {
     let line = line.trim().strip_prefix("at ")?;
     let (name, place) = line.strip_suffix(')').and_then(|line| line.split_once(" (")).unwrap_or(("", line));

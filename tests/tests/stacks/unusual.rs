@@ -83,8 +83,8 @@ fn ten_thousand_mappings_of_code() -> Result<()> {
     backtrace.ensure_equals(&frames)
 }
 
-/// Its system calls are made from the vDSO, and `main()` aligns its stack, so that an expression of the tables
-/// yields the address of its frame.
+/// Its system calls are made from the vDSO, and `main()` aligns its stack, so that an expression of the
+/// tables yields the address of its frame.
 #[test]
 fn i386() -> Result<()> {
     if is_missing(&[GDB, GCC, BEGINNING_32]) {

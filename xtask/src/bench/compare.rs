@@ -179,8 +179,8 @@ pub(crate) fn measure(bench: &mut Bench, args: &Args) -> Result<Value> {
         let candidates = candidates(args, &bench.tools)?;
         comparisons.push(Comparison { ends, untraced: Vec::new(), candidates });
     }
-    // The first time that a virtual machine touches a page of its memory, its host has to find one. Until then,
-    // writing a file takes five to ten times as long.
+    // The first time that a virtual machine touches a page of its memory, its host has to find one. Until
+    // then, writing a file takes five to ten times as long.
     time_to_write(&bench.bed.path("plain"), MEMORY)?;
     for round in 1..=args.rounds {
         say(&format!("round {round} of {}", args.rounds));
