@@ -9,8 +9,8 @@ import socket
 import sys
 
 PIECES = [
-    b"\x1b[2J", b"\x1b]0;x\x07", b"\n", b"\r", b"\t", b"\x08", b"\x7f", b"\x9b31m", b"\xc2\x9b2J", b"\xff\xfe", b"\xe2\x80\xae",
-    b'"', b"\\", b"{}", b"}\n", b",", b"\\u001b", b"%s", b"a", b"0", b" ", b"\xf0\x9f\x92\xa9"[:3],
+    b"\x1b[2J", b"\x1b]0;x\x07", b"\n", b"\r", b"\t", b"\x08", b"\x7f", b"\x9b31m", b"\xc2\x9b2J",
+    b"\xff\xfe", b"\xe2\x80\xae", b'"', b"\\", b"{}", b"}\n", b",", b"\\u001b", b"%s", b"a", b"0", b" ", b"\xf0\x9f\x92\xa9"[:3],
 ]
 
 port = int(sys.argv[1])

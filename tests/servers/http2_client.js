@@ -1,5 +1,6 @@
-// HTTP/2 clients that keep their connections: `http2_client.js PORT`. It prints `ready`. At each line `PATH` it connects,
-// requests that path, and prints the status; the connections stay open until the server closes them.
+// HTTP/2 clients that keep their connections: `http2_client.js PORT`. It prints `ready`. At each line
+// `PATH` it connects, requests that path, and prints the status; the connections stay open until the server closes
+// them.
 
 const http2 = require("http2");
 const sessions = [];

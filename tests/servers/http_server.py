@@ -7,8 +7,8 @@ path of a request decides how it is answered:
 - `/busy` after a fifth of a second, so that requests at the same time need a connection each.
 - `/slow` never; the server prints `asked`.
 - `/memory` never; the server takes all the memory it gets.
-- `/broken` with status 500, `/missing` with 404, a POST to `/full` with 507 before its body is read; then the connection is
-  closed.
+- `/broken` with status 500, `/missing` with 404, a POST to `/full` with 507 before its body is read;
+  then the connection is closed.
 - `/chat` by changing to the protocol WebSocket, in which nothing is said.
 - `/query` when the server at the port DATABASE has answered; if that closes instead, so does this one.
 """

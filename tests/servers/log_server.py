@@ -1,7 +1,7 @@
 """A server that receives logs and never answers: `log_server.py PORT SECONDS`.
 
-It prints `ready` once it listens, and each line that it receives. It closes a connection on which it has received nothing
-for SECONDS.
+It prints `ready` once it listens, and each line that it receives. It closes a connection on which it has
+received nothing for SECONDS.
 """
 
 import socketserver

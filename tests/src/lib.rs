@@ -15,6 +15,7 @@ use anyhow::{Result, ensure};
 
 pub mod bed;
 pub mod blind_spot;
+pub mod chromium;
 pub mod contract;
 pub mod crowd;
 pub mod decoy;

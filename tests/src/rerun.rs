@@ -25,8 +25,8 @@ const TESTS_PER_PROCESSOR: usize = 4;
 /// The variable from which libtest reads how many tests may run concurrently.
 const THREADS_VARIABLE: &str = "RUST_TEST_THREADS";
 
-/// This test program accounts for the blind spot itself, end by end: nothing else in it has an excuse. It
-/// traces a second crowd if the blind spot took too many of the first.
+/// This test program accounts for the blind spot itself, end by end, and fails if it took more than one end in
+/// ten thousand: nothing in it has another excuse.
 const NEVER_REPEATED: &str = "crowd";
 
 /// The reason why a failed test may be repeated.

@@ -1,5 +1,5 @@
-/* A 32-bit program that ends a connection by system calls of its own table: `compat PORT CALL`. It needs no library, and
-   does nothing without arguments. */
+/* A 32-bit program that ends a connection by system calls of its own table: `compat PORT CALL`. It needs no
+   library, and does nothing without arguments. */
 
 #ifdef __arm__
 /* arch/arm/tools/syscall.tbl of the kernel. */
@@ -17,12 +17,15 @@ static long call(long number, long first, long second, long third) {
 __asm__(".globl _start\n_start: mov r0, sp\n bl run\n");
 #else
 /* arch/x86/entry/syscalls/syscall_32.tbl of the kernel. */
-enum { EXIT = 1, READ = 3, CLOSE = 6, DUP2 = 63, SOCKETCALL = 102, SOCKET = 359, CONNECT = 362, SHUTDOWN = 373 };
-enum { SYS_SHUTDOWN = 13 };
+enum { EXIT = 1, READ = 3, CLOSE = 6, DUP2 = 63, SOCKETCALL = 102, SOCKET = 359, CONNECT = 362 };
+enum { SHUTDOWN = 373, SYS_SHUTDOWN = 13 };
 
 static long call(long number, long first, long second, long third) {
     long result;
-    __asm__ volatile("int $0x80" : "=a"(result) : "0"(number), "b"(first), "c"(second), "d"(third) : "memory");
+    __asm__ volatile("int $0x80"
+                     : "=a"(result)
+                     : "0"(number), "b"(first), "c"(second), "d"(third)
+                     : "memory");
     return result;
 }
 

@@ -7,10 +7,12 @@ use crate::event::{Frame, Truncated};
 /// A frame of a stack that was unwound here.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum UnwoundFrame {
-    /// Still to be symbolized. The innermost frame has the address of an instruction, all others a return
-    /// address.
-    Address(u64),
-    /// Named by the program's language runtime.
+    /// Still to be symbolized: the address of the next instruction, in the innermost frame and in one that a
+    /// signal interrupted.
+    Instruction(u64),
+    /// Still to be symbolized: the return address of a call.
+    Return(u64),
+    /// Named by the program's language runtime, or the frame of a signal handler.
     Named(Arc<Frame>),
 }
 

@@ -11,9 +11,9 @@ import org.apache.http.impl.conn.PoolingHttpClientConnectionManager;
 import org.apache.http.util.EntityUtils;
 
 /**
- * Requests prices from a server: {@code Prices LIMIT}, with at most LIMIT connections. For each line {@code TIMES URL} of
- * its input it sends TIMES requests, and prints how many were answered, failed, or found no connection left, and how many
- * connections are in use.
+ * Requests prices from a server: {@code Prices LIMIT}, with at most LIMIT connections. For each line
+ * {@code TIMES URL} of its input it sends TIMES requests, and prints how many were answered, failed, or found no
+ * connection left, and how many connections are in use.
  */
 public final class Prices {
     private final PoolingHttpClientConnectionManager pool = new PoolingHttpClientConnectionManager();

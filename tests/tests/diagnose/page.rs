@@ -1,20 +1,17 @@
 //! The page of `diagnose --html`, opened in Chromium.
 
-use std::{fs, process::Command};
+use std::fs;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use tcpclose_tests::{
-    netns::run,
+    chromium::{CHROMIUM, Page},
     servers::{BACKEND_PORT, PYTHON, is_missing},
     tool::Launch,
 };
 
 use super::{SEVERAL, Site, ask, json_lines, status};
 
-const CHROMIUM: &str = "/usr/bin/chromium";
-
-/// Chromium reads the page without a network, finds no error in it, and has all parts of it. With
-/// `TCPCLOSE_TESTS_SCREENSHOT=FILE` it also takes a picture.
+/// Chromium reads the page without a network, finds no error in it, and has all parts of it.
 #[test]
 fn chromium_shows_the_page() -> Result<()> {
     if is_missing(&[PYTHON, CHROMIUM]) {
@@ -45,19 +42,7 @@ fn chromium_shows_the_page() -> Result<()> {
         Launch::new()?.args(["diagnose".as_ref(), "--html".as_ref(), page.as_os_str(), events.as_os_str()]);
     ensure!(output.output()?.status.success(), "the page was not written");
 
-    let url = format!("file://{}", page.display());
-    let chromium = || {
-        let mut command = Command::new(CHROMIUM);
-        command.args(["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1100,2600"]);
-        command.arg(format!("--user-data-dir={}", site.folder.path().join("profile").display()));
-        site.namespace.enter(&mut command)?;
-        anyhow::Ok(command)
-    };
-    if let Some(file) = std::env::var_os("TCPCLOSE_TESTS_SCREENSHOT") {
-        let file = file.into_string().ok().context("the name of the file is not text")?;
-        run(chromium()?.arg(format!("--screenshot={file}")).arg(&url))?;
-    }
-    let dom = run(chromium()?.arg("--dump-dom").arg(&url))?;
+    let dom = Page::of(&page, "", &site.namespace, site.folder.path()).elements()?;
     for part in [
         "<h3>refused</h3>",
         "<h3>keepalive_mismatch</h3>",

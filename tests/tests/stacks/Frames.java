@@ -8,9 +8,9 @@ import java.util.TreeSet;
 import java.util.stream.Stream;
 
 /**
- * Does what standard input tells. `connect` connects to the port that is the argument. A call path, as the letters of its
- * steps, closes the connection at its end, and says first what the JVM itself thinks of its frames at that moment. `warm`
- * takes all steps so often that they are compiled.
+ * Obeys standard input. `connect` connects to the port that is the argument. A call path, as the letters of its
+ * steps, closes the connection at its end, and first prints the frames that the JVM itself shows at that moment.
+ * `warm` takes all steps so often that they are compiled.
  */
 final class Frames {
     private static final String STEPS = "lrsfgmt";
@@ -22,7 +22,8 @@ final class Frames {
 
     static void say(Closeable connection) throws Exception {
         if (connection instanceof SocketChannel socket) {
-            StringBuilder line = new StringBuilder().append(((InetSocketAddress) socket.getLocalAddress()).getPort());
+            StringBuilder line = new StringBuilder();
+            line.append(((InetSocketAddress) socket.getLocalAddress()).getPort());
             StackTraceElement[] frames = new Throwable().getStackTrace();
             // The first is this method's own.
             for (int i = 1; i < frames.length; i++) {

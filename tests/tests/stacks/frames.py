@@ -1,5 +1,5 @@
-"""Connects to a port and closes the connection at the end of a call path, whose steps standard input tells. Says first what
-the interpreter itself thinks of its frames at that moment."""
+"""Connects to a port and closes the connection at the end of a call path, whose steps it reads from standard input.
+First prints the frames that the interpreter itself shows at that moment."""
 import json
 import socket
 import sys

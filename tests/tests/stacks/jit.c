@@ -1,5 +1,6 @@
-// A just-in-time compiler of the smallest kind: closes a connection from a function that it has compiled to anonymous
-// memory, and ends at once. The function keeps a frame pointer, as those of V8 do; its only name is in /tmp/perf-PID.map.
+// A just-in-time compiler of the smallest kind: closes a connection from a function that it has compiled to
+// anonymous memory, and ends at once. The function keeps a frame pointer, as those of V8 do; its only name is in
+// /tmp/perf-PID.map.
 //
 // jit PORT early|late: the map is written before it connects, or after that. Waits for a line before it closes.
 #include <arpa/inet.h>

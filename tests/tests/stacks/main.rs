@@ -1,6 +1,8 @@
 //! Whole stacks by default: each is compared with gdb's backtrace of the same system call, for programs that
 //! are built in different ways, for servers as Debian ships them, and for stacks of unusual shape.
 
+mod damaged;
+mod flames;
 mod gdb;
 mod java;
 mod names;
@@ -43,12 +45,17 @@ fn compile(compiler: &str, options: &[&str], source: &str, folder: &Scratch) -> 
     Ok(program)
 }
 
+/// <https://en.wikipedia.org/wiki/Linear_congruential_generator>
+fn next_random(random: &mut u64) -> u64 {
+    *random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    *random
+}
+
 /// A random call path: up to three of these steps.
 fn path(random: &mut u64, steps: &[u8]) -> String {
-    // <https://en.wikipedia.org/wiki/Linear_congruential_generator>
-    *random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-    let length = (*random >> 60) % 4;
-    let digit = |level| usize::try_from((*random >> (33 + 6 * level)) % 64).unwrap_or(0) % steps.len();
+    let random = next_random(random);
+    let length = (random >> 60) % 4;
+    let digit = |level| usize::try_from((random >> (33 + 6 * level)) % 64).unwrap_or(0) % steps.len();
     (0..length).map(|level| char::from(steps[digit(level)])).collect()
 }
 
@@ -70,20 +77,41 @@ fn hangs_up_under(
     launch: Launch,
     attach: impl FnOnce(&Namespace, u32, i32) -> Result<Gdb>,
 ) -> Result<(gdb::Backtrace, Value)> {
-    let namespace = Namespace::new()?;
-    let tool = launch.trace([&namespace]).start()?;
-    let listener = namespace.inside(|| Ok(TcpListener::bind(("127.0.0.1", PORT))?))?;
-    let mut command = Command::new(program);
-    command.arg(PORT.to_string()).args(args);
-    let mut program = Program::start(&namespace, command)?;
-    ensure!(program.line()? == "connected");
-    let _accepted = listener.accept()?;
-    let descriptor = descriptor(&namespace, program.pid(), |socket| socket.remote.port() == PORT)?;
-    let gdb = attach(&namespace, program.pid(), descriptor)?;
-    program.tell("go")?;
+    let mut connected = Connected::start(program, args, launch)?;
+    let Connected { namespace, program, .. } = &connected;
+    let descriptor = descriptor(namespace, program.pid(), |socket| socket.remote.port() == PORT)?;
+    let gdb = attach(namespace, program.pid(), descriptor)?;
+    connected.program.tell("go")?;
     let backtrace = gdb.backtrace()?;
-    let line = told(&tool, &json!({"connection": {"role": "client"}, "process": {"pid": program.pid()}}))?;
-    Ok((backtrace, line["stack"]["user"].clone()))
+    Ok((backtrace, connected.reported()?))
+}
+
+/// A traced program that has connected, and closes on request.
+struct Connected {
+    tool: Tool,
+    program: Program,
+    _accepted: TcpStream,
+    namespace: Namespace,
+}
+
+impl Connected {
+    fn start(program: &Path, args: &[&str], launch: Launch) -> Result<Self> {
+        let namespace = Namespace::new()?;
+        let tool = launch.trace([&namespace]).start()?;
+        let listener = namespace.inside(|| Ok(TcpListener::bind(("127.0.0.1", PORT))?))?;
+        let mut command = Command::new(program);
+        command.arg(PORT.to_string()).args(args);
+        let program = Program::start(&namespace, command)?;
+        ensure!(program.line()? == "connected");
+        let (accepted, _) = listener.accept()?;
+        Ok(Self { tool, program, _accepted: accepted, namespace })
+    }
+
+    /// Waits until the close is reported, and returns its stack.
+    fn reported(&self) -> Result<Value> {
+        let which = json!({"connection": {"role": "client"}, "process": {"pid": self.program.pid()}});
+        Ok(told(&self.tool, &which)?["stack"]["user"].clone())
+    }
 }
 
 /// The descriptor that a process has of such a socket, once it has one.

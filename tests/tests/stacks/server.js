@@ -1,4 +1,5 @@
-// Closes each connection once it has received something. Says first what V8 itself thinks of its frames at that moment.
+// Closes each connection once it has received something. First prints the frames that V8 itself shows at that
+// moment.
 const net = require("net");
 
 Error.stackTraceLimit = Infinity;

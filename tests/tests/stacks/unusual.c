@@ -4,10 +4,11 @@
 //   signal     in a signal handler
 //   altstack   in a signal handler that has a stack of its own
 //   coroutine  in a function that runs on memory from malloc(), after swapcontext()
+//   edge       the same on memory that ends right after the stack
 //   mappings   with 10,000 more mappings
 //   code       with 10,000 more mappings of code
-// unusual PORT SHAPE orders: for each line "go COUNT" that it reads, makes and closes so many connections each way. Those
-// to PORT are closed by first(), and those to PORT + 1 by second(). The libraries make one connection a line.
+// unusual PORT SHAPE orders: for each line "go COUNT" that it reads, makes and closes so many connections each way.
+// Those to PORT are closed by first(), and those to PORT + 1 by second(). The libraries make one connection a line.
 //   threads    two threads
 //   switching  two coroutines, which switch after each connection
 //   libraries  a library that is loaded for the connection, and unloaded before the next (A and B name the two)
@@ -69,16 +70,25 @@ static void body(void) {
     kept++;
 }
 
-static void make(ucontext_t *context, void (*function)(void)) {
+static void make_on(void *stack, ucontext_t *context, void (*function)(void)) {
     must(getcontext(context) == 0, "getcontext");
-    context->uc_stack.ss_sp = malloc(STACK);
+    context->uc_stack.ss_sp = stack;
     context->uc_stack.ss_size = STACK;
     context->uc_link = &outside;
     makecontext(context, function, 0);
 }
 
+static void make(ucontext_t *context, void (*function)(void)) { make_on(malloc(STACK), context, function); }
+
 static __attribute__((noinline)) int coroutine(void) {
     make(&inside[0], body);
+    return swapcontext(&outside, &inside[0]) + 1;
+}
+
+static __attribute__((noinline)) int edge(void) {
+    char *memory = mmap(NULL, 2 * STACK, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    must(memory != MAP_FAILED && mprotect(memory, STACK, PROT_READ | PROT_WRITE) == 0, "mmap");
+    make_on(memory, &inside[0], body);
     return swapcontext(&outside, &inside[0]) + 1;
 }
 
@@ -171,6 +181,8 @@ int main(int argc, char **argv) {
             sum += handle(SA_ONSTACK);
         else if (strcmp(shape, "coroutine") == 0)
             sum += coroutine();
+        else if (strcmp(shape, "edge") == 0)
+            sum += edge();
         else if (strcmp(shape, "mappings") == 0)
             sum += mapped(PROT_READ | PROT_WRITE);
         else if (strcmp(shape, "code") == 0)

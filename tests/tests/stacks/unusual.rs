@@ -51,13 +51,20 @@ fn begins_with(shape: &str, functions: [&str; 2]) -> Result<()> {
     backtrace.ensure_begins_with(&frames)
 }
 
-/// The function that a signal handler returns to is not followed further, and the stack says so.
+/// The frames of the function that the signal interrupted follow those of the handler.
 #[test]
 fn signal_handler() -> Result<()> {
-    begins_with("signal", ["hang_up", "on_signal"])
+    let Some((backtrace, frames)) = one("signal")? else { return Ok(()) };
+    for function in ["hang_up", "on_signal", "handle", "main"] {
+        backtrace.ensure_names(function, &frames)?;
+    }
+    let is_handler = |frame: &Value| frame["symbol"] == gdb::SIGNAL;
+    ensure!(frames.as_array().is_some_and(|frames| frames.iter().any(is_handler)), "{frames:#}");
+    backtrace.ensure_equals(&frames)
 }
 
-/// The copied memory is that of the handler's stack, and not of the stack that the signal has interrupted.
+/// The copied memory is that of the handler's stack. Of the one that the signal has interrupted, the innermost
+/// frame is known.
 #[test]
 fn signal_handler_with_a_stack_of_its_own() -> Result<()> {
     begins_with("altstack", ["hang_up", "on_signal"])
@@ -68,6 +75,12 @@ fn signal_handler_with_a_stack_of_its_own() -> Result<()> {
 #[test]
 fn coroutine() -> Result<()> {
     begins_with("coroutine", ["hang_up", "body"])
+}
+
+/// Copying it fails where the memory ends, which is a few words after the outermost frame.
+#[test]
+fn coroutine_at_the_end_of_memory() -> Result<()> {
+    begins_with("edge", ["hang_up", "body"])
 }
 
 #[test]

@@ -157,8 +157,8 @@ impl Apt {
     fn with_lists(platform: &Platform, suite: &str, within: &Path) -> Result<Self> {
         ensure!(
             apt::is_here() && Path::new(KEYS).exists(),
-            "Debian's packages are fetched with apt-get and checked with {KEYS}; on Debian and its relatives this \
-             installs it:\n  sudo apt-get install debian-archive-keyring"
+            "Debian's packages are fetched with apt-get and checked with {KEYS}; on Debian and its relatives \
+             this installs it:\n  sudo apt-get install debian-archive-keyring"
         );
         let archive = archive()?;
         let folder = within.join("apt");

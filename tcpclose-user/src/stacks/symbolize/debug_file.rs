@@ -192,7 +192,8 @@ mod tests {
 
     #[test]
     fn knows_homes() {
-        let users = "root:x:0:0:root:/root:/bin/sh\n\nbroken\n+:::\nme:x:1000:1000:Me,,:/home/me:/bin/sh\nx:x:7:7::rel:\n";
+        let users = "root:x:0:0:root:/root:/bin/sh\n\nbroken\n+:::\n\
+                     me:x:1000:1000:Me,,:/home/me:/bin/sh\nx:x:7:7::rel:\n";
         assert_eq!(home_in(users, 1000), Some("/home/me"));
         assert_eq!(home_in(users, 0), Some("/root"));
         assert_eq!((home_in(users, 7), home_in(users, 8)), (None, None));

@@ -177,9 +177,10 @@ impl Symbolizer {
     /// Symbolizes those frames of an unwound stack that have no name yet, as [`user`](Self::user) does.
     pub fn unwound(&mut self, image: Option<&Image>, stack: &UnwoundStack) -> Vec<Frame> {
         let mut naming = Naming::of(image);
-        for (index, frame) in stack.frames.iter().enumerate() {
+        for frame in stack.frames.iter() {
             match frame {
-                UnwoundFrame::Address(address) => self.code(&mut naming, *address, target(index, *address)),
+                UnwoundFrame::Instruction(address) => self.code(&mut naming, *address, *address),
+                UnwoundFrame::Return(address) => self.code(&mut naming, *address, address.saturating_sub(1)),
                 UnwoundFrame::Named(frame) => naming.named.push(Frame::clone(frame)),
             }
         }

@@ -85,7 +85,9 @@ impl I386 {
         let mut mapped = image(&[copy.ip])?;
         let mut found = Some(self.tables(&mapped, copy.ip)?);
         loop {
-            frames.push(UnwoundFrame::Address(registers.ip.into()));
+            let address = registers.ip.into();
+            let is_innermost = frames.is_empty();
+            frames.push(if is_innermost { UnwoundFrame::Instruction } else { UnwoundFrame::Return }(address));
             if frames.len() >= MAX_FRAMES {
                 return Some(Err(Truncated::FrameLimit));
             }

@@ -68,12 +68,12 @@ mod tests {
     /// Four frames with 16 bytes of stack each; the loop is at 0x2000.
     fn merged(runs: Vec<Run>) -> Vec<String> {
         let addresses = [0x1000, 0x2000, 0x1100, 0x2010];
-        let mut frames: Vec<_> = addresses.into_iter().map(UnwoundFrame::Address).collect();
+        let mut frames: Vec<_> = addresses.into_iter().map(UnwoundFrame::Return).collect();
         let spot = |(index, address)| Spot { index, address, sp: 0x7000 + 16 * index as u64 };
         let spots: Vec<_> = addresses.into_iter().enumerate().map(spot).collect();
         merge(runs, &spots, |address| (0x2000..0x2100).contains(&address), &mut frames);
         let text = |frame: &UnwoundFrame| match frame {
-            UnwoundFrame::Address(address) => format!("{address:x}"),
+            UnwoundFrame::Instruction(address) | UnwoundFrame::Return(address) => format!("{address:x}"),
             UnwoundFrame::Named(frame) => frame.symbol.clone().unwrap_or_else(|| "?".to_owned()),
         };
         frames.iter().map(text).collect()

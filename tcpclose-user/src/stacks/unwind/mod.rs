@@ -8,6 +8,7 @@ mod i386;
 mod inputs;
 mod interpreted;
 mod process;
+mod signal;
 
 use std::{
     collections::HashMap,
@@ -139,7 +140,7 @@ impl Unwinder {
         }
         if frames.is_empty() {
             // The instruction pointer is certain even if nothing is known about the process.
-            frames.push(UnwoundFrame::Address(copy.ip));
+            frames.push(UnwoundFrame::Instruction(copy.ip));
         }
         let is_done = result.is_ok();
         let mut truncated = result.unwrap_or(Err(Truncated::NoUnwindInformation)).err();
@@ -183,12 +184,25 @@ impl Unwinder {
         }
         process.begin_stack();
         loop {
-            spots.push(cursor.spot(frames.len()));
+            let index = frames.len();
+            spots.push(cursor.spot(index));
             process.name(&cursor, stack, inputs, frames);
             if frames.len() >= MAX_FRAMES {
                 return Err(Truncated::FrameLimit);
             }
-            let Some(caller) = process.caller(&cursor, stack, inputs)? else { return Ok(()) };
+            let caller = match process.caller(&cursor, stack, inputs) {
+                Ok(None) => return Ok(()),
+                Ok(Some(caller)) => caller,
+                Err(why) => {
+                    let (frame, interrupted) = process.interrupted(&cursor, stack).ok_or(why)?;
+                    // By its return address, it would get the name of the function in front of it.
+                    frames.truncate(index);
+                    frames.push(frame);
+                    // Closing in a signal handler is rare, so such stacks are copied each time.
+                    inputs.give_up();
+                    interrupted
+                }
+            };
             let address = caller.address();
             if process.image().mapping(address).is_none() {
                 // The code may have been mapped since.
@@ -312,7 +326,7 @@ mod tests {
         let empty = Arc::new(Image::default());
         for image in [None, Some(empty)] {
             let unwound = Unwinder::default().unwind(&copy, &[0; 64], None, |_| image.clone());
-            assert_eq!(unwound.stack.frames[..], [UnwoundFrame::Address(0x1234)]);
+            assert_eq!(unwound.stack.frames[..], [UnwoundFrame::Instruction(0x1234)]);
             assert_eq!(unwound.stack.truncated, Some(Truncated::NoMappings));
             assert_eq!(unwound.words, []);
         }

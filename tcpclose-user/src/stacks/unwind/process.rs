@@ -20,6 +20,7 @@ use super::{
     calls::Calls,
     inputs::{Inputs, POISON, Read, UnwindStep},
     interpreted::{Spot, merge},
+    signal::{self, Interrupted},
 };
 use crate::{
     event::Truncated,
@@ -62,6 +63,8 @@ type Attempt = (Result<Option<Cursor>, Truncated>, Vec<(u64, Option<u64>)>);
 pub(super) struct Cursor {
     at: FrameAddress,
     registers: UnwindRegsNative,
+    /// Whether a signal interrupted the function there.
+    is_interrupted: bool,
 }
 
 impl ProcessUnwinder {
@@ -121,7 +124,8 @@ impl ProcessUnwinder {
         }
         match named {
             Some(named) => frames.extend(named.iter().cloned().map(UnwoundFrame::Named)),
-            None => frames.push(UnwoundFrame::Address(cursor.at.address())),
+            None if cursor.at.is_return_address() => frames.push(UnwoundFrame::Return(registers.pc)),
+            None => frames.push(UnwoundFrame::Instruction(registers.pc)),
         }
     }
 
@@ -193,12 +197,34 @@ impl ProcessUnwinder {
         (caller, stack.take_reads())
     }
 
+    /// If the cursor is at the trampoline of a signal handler: its frame, and the code that the signal
+    /// interrupted.
+    pub(super) fn interrupted(
+        &self,
+        cursor: &Cursor,
+        stack: &StackMemory<'_>,
+    ) -> Option<(UnwoundFrame, Cursor)> {
+        let Registers { pc: trampoline, sp, .. } = cursor.registers();
+        let memory = ProcessMemory::open(self.image.pid)?;
+        if !signal::is_trampoline(&memory, trampoline) {
+            return None;
+        }
+        let Interrupted { pc, sp, fp, lr } = signal::interrupted(stack, sp)?;
+        let interrupted = Cursor {
+            at: FrameAddress::from_instruction_pointer(pc),
+            registers: registers(&self.image, pc, sp, fp, lr),
+            is_interrupted: true,
+        };
+        Some((UnwoundFrame::Named(signal::frame(trampoline)), interrupted))
+    }
+
     fn by_tables(&mut self, cursor: &Cursor, stack: &StackMemory<'_>) -> Result<Option<Cursor>, Truncated> {
-        let Cursor { at, mut registers } = cursor.clone();
+        let Cursor { at, mut registers, .. } = cursor.clone();
         let mut read = |address| stack.word(address).ok_or(());
         match self.tables.unwind_frame(at, &mut registers, &mut self.cache, &mut read) {
             Ok(Some(caller)) => {
-                Ok(FrameAddress::from_return_address(caller).map(|at| Cursor { at, registers }))
+                let at = FrameAddress::from_return_address(caller);
+                Ok(at.map(|at| Cursor { at, registers, is_interrupted: false }))
             }
             Ok(None) => Ok(None),
             Err(_) => Err(Truncated::NoUnwindInformation),
@@ -213,6 +239,10 @@ impl ProcessUnwinder {
         stack: &StackMemory<'_>,
     ) -> Result<Option<Cursor>, Truncated> {
         let Registers { sp, fp, .. } = cursor.registers();
+        if cursor.is_interrupted {
+            // It may be at its first instruction, where the frame pointer is still its caller's.
+            return Err(Truncated::NoUnwindInformation);
+        }
         // A function that makes a system call and nothing else keeps no frame pointer.
         if !cursor.at.is_return_address()
             && let Some(pc) = stack.word(sp).filter(|pc| self.calls.has(*pc))
@@ -231,7 +261,7 @@ impl ProcessUnwinder {
 
     fn cursor(&self, pc: u64, sp: u64, fp: u64) -> Option<Cursor> {
         let at = FrameAddress::from_return_address(pc)?;
-        Some(Cursor { at, registers: registers(&self.image, pc, sp, fp, pc) })
+        Some(Cursor { at, registers: registers(&self.image, pc, sp, fp, pc), is_interrupted: false })
     }
 
     /// Whether the file that is mapped at an address has unwind tables.
@@ -253,13 +283,15 @@ impl Cursor {
         Self {
             at: FrameAddress::from_instruction_pointer(copy.ip),
             registers: registers(image, copy.ip, copy.sp, copy.fp, copy.lr),
+            is_interrupted: false,
         }
     }
 
     /// The same frame with a frame pointer that is not valid anywhere.
     fn poisoned(&self, image: &Image) -> Self {
         let Registers { pc, sp, .. } = self.registers();
-        Self { at: self.at, registers: registers(image, pc, sp, POISON, link_register(&self.registers)) }
+        let registers = registers(image, pc, sp, POISON, link_register(&self.registers));
+        Self { registers, ..self.clone() }
     }
 
     /// An address inside the instruction that the frame is at.
@@ -389,7 +421,7 @@ mod tests {
         }
         let symbol = |frame: &UnwoundFrame| match frame {
             UnwoundFrame::Named(frame) => frame.symbol.clone().unwrap(),
-            UnwoundFrame::Address(address) => format!("{address:x}"),
+            UnwoundFrame::Instruction(address) | UnwoundFrame::Return(address) => format!("{address:x}"),
         };
         assert_eq!(frames.iter().map(symbol).collect::<Vec<_>>(), ["inner", "outer", "1000", "5000"]);
 
