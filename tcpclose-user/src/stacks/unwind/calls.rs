@@ -4,7 +4,8 @@
 
 use std::{cell::RefCell, collections::HashMap};
 
-use crate::stacks::memory::ProcessMemory;
+use super::code::ProcessCode;
+use crate::processes::Image;
 
 /// The number of addresses that are remembered. When there are more, all are forgotten and read again.
 const MAX_KNOWN: usize = 4_096;
@@ -12,22 +13,30 @@ const MAX_KNOWN: usize = 4_096;
 /// Longest call instruction, in bytes: `call [base + index * scale + disp32]` on x86-64.
 const LONGEST: usize = 7;
 
+/// Bytes by which `runtime.goexit` is recognized, and of the NOP among them.
+const GOEXIT: usize = if cfg!(target_arch = "x86_64") { 7 } else { 8 };
+const NOP: u64 = if cfg!(target_arch = "x86_64") { 1 } else { 4 };
+
 /// The calls in the code of one process.
 pub(super) struct Calls {
-    memory: Option<ProcessMemory>,
+    code: ProcessCode,
     known: RefCell<HashMap<u64, bool>>,
 }
 
 impl Calls {
-    /// The calls in the code of a process, which can be read as long as it runs.
-    pub(super) fn of(pid: u32) -> Self {
-        Self { memory: ProcessMemory::open(pid), known: RefCell::default() }
+    /// The calls in this code.
+    pub(super) fn of(code: ProcessCode) -> Self {
+        Self { code, known: RefCell::default() }
+    }
+
+    /// The code.
+    pub(super) fn code(&self) -> &ProcessCode {
+        &self.code
     }
 
     /// Whether there is a call just before this address, or whether it is that of Go's `runtime.goexit`.
-    /// `false` if the memory there cannot be read.
-    pub(super) fn has(&self, address: u64) -> bool {
-        let Some(memory) = &self.memory else { return false };
+    /// `false` if the code there cannot be read.
+    pub(super) fn has(&self, image: &Image, address: u64) -> bool {
         let mut known = self.known.borrow_mut();
         if known.len() >= MAX_KNOWN {
             known.clear();
@@ -35,9 +44,16 @@ impl Calls {
         *known.entry(address).or_insert_with(|| {
             let mut code = [0; LONGEST];
             let start = address.checked_sub(LONGEST as u64);
-            let is_behind = start.and_then(|start| memory.read(start, &mut code)).is_some();
-            is_behind && ends_with_call(code) || is_in_goexit(memory, address)
+            let is_behind = start.and_then(|start| self.code.read(image, start, &mut code)).is_some();
+            is_behind && ends_with_call(code) || self.is_in_goexit(image, address)
         })
+    }
+
+    /// Whether `runtime.goexit` continues at this address, behind the NOP with which it begins.
+    fn is_in_goexit(&self, image: &Image, address: u64) -> bool {
+        let mut code = [0; GOEXIT];
+        let start = address.checked_sub(NOP);
+        start.and_then(|start| self.code.read(image, start, &mut code)).is_some() && is_goexit(code)
     }
 }
 
@@ -66,24 +82,18 @@ fn ends_with_call(code: [u8; LONGEST]) -> bool {
     opcode == 0xe8 || (2..=LONGEST).any(indirect)
 }
 
-/// Whether `runtime.goexit` continues at this address, behind the NOP with which it begins.
+/// Whether these bytes are the beginning of `runtime.goexit`, a NOP of one byte first.
 ///
 /// <https://go.googlesource.com/go/+/refs/tags/go1.19/src/runtime/asm_amd64.s>: NOP, a call, NOP.
 #[cfg(target_arch = "x86_64")]
-fn is_in_goexit(memory: &ProcessMemory, address: u64) -> bool {
-    let mut code = [0; 7];
-    let start = address.checked_sub(1);
-    start.and_then(|start| memory.read(start, &mut code)).is_some()
-        && matches!(code, [0x90, 0xe8, _, _, _, _, 0x90])
+fn is_goexit(code: [u8; GOEXIT]) -> bool {
+    matches!(code, [0x90, 0xe8, _, _, _, _, 0x90])
 }
 
 /// <https://go.googlesource.com/go/+/refs/tags/go1.19/src/runtime/asm_arm64.s>: MOVD R0, R0, then BL.
 #[cfg(target_arch = "aarch64")]
-fn is_in_goexit(memory: &ProcessMemory, address: u64) -> bool {
-    let mut code = [0; 8];
-    let start = address.checked_sub(4);
-    start.and_then(|start| memory.read(start, &mut code)).is_some()
-        && matches!(code, [0xe0, 0x03, 0x00, 0xaa, _, _, _, 0x94..=0x97])
+fn is_goexit(code: [u8; GOEXIT]) -> bool {
+    matches!(code, [0xe0, 0x03, 0x00, 0xaa, _, _, _, 0x94..=0x97])
 }
 
 /// Whether these bytes end with `BL` or `BLR`, the latter perhaps with an authenticated address.
@@ -99,6 +109,7 @@ fn ends_with_call(code: [u8; LONGEST]) -> bool {
 #[cfg(all(test, target_arch = "x86_64"))]
 mod tests {
     use super::*;
+    use crate::processes::Processes;
 
     fn is_call(bytes: &[u8]) -> bool {
         let mut code = [0x90; LONGEST];
@@ -136,22 +147,36 @@ mod tests {
 
     #[test]
     fn reads_the_code_of_a_process() {
-        let calls = Calls::of(std::process::id());
+        let calls = Calls::of(ProcessCode::of(std::process::id()));
+        let has = |address| calls.has(&Image::default(), address);
         let here = return_address();
-        assert!(calls.has(here));
-        assert!(!calls.has(here + 1) || !calls.has(here + 2), "not every address is behind a call");
-        assert!(!calls.has(0) && !calls.has(7) && !calls.has(u64::MAX));
-        assert!(!Calls::of(0).has(here));
+        assert!(has(here));
+        assert!(!has(here + 1) || !has(here + 2), "not every address is behind a call");
+        assert!(!has(0) && !has(7) && !has(u64::MAX));
+    }
+
+    /// As after the end of the process.
+    #[test]
+    fn reads_the_code_in_files() {
+        let image = Processes::new().image(std::process::id(), 1).unwrap();
+        let calls = Calls::of(ProcessCode::of(0));
+        let here = return_address();
+        assert!(calls.has(&image, here));
+        assert!(!calls.has(&image, here + 1) || !calls.has(&image, here + 2));
+        assert!(!Calls::of(ProcessCode::of(0)).has(&Image::default(), here), "without mappings");
+        let end = image.mapping(here).unwrap().end;
+        assert!(!calls.has(&image, end + 1), "not all of the bytes are mapped");
     }
 
     /// As objdump shows the function.
     #[test]
     fn goroutines_return_to_goexit() {
-        static GOEXIT: [u8; 16] =
+        static FUNCTION: [u8; 16] =
             [0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0x90, 0xe8, 0x9a, 0x25, 0, 0, 0x90, 0xcc];
-        let calls = Calls::of(std::process::id());
-        let address = GOEXIT.as_ptr() as u64;
-        let found: Vec<u64> = (7..14).filter(|offset| calls.has(address + offset)).collect();
+        let calls = Calls::of(ProcessCode::of(std::process::id()));
+        let address = FUNCTION.as_ptr() as u64;
+        let is_there = |offset: &u64| calls.has(&Image::default(), address + offset);
+        let found: Vec<u64> = (7..14).filter(is_there).collect();
         assert_eq!(found, [9], "behind the first instruction");
     }
 

@@ -4,6 +4,7 @@
 
 mod binary;
 mod calls;
+mod code;
 mod i386;
 mod inputs;
 mod interpreted;

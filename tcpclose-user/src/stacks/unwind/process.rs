@@ -18,6 +18,7 @@ use tcpclose_common::{
 use super::{
     binary::Binaries,
     calls::Calls,
+    code::ProcessCode,
     inputs::{Inputs, POISON, Read, UnwindStep},
     interpreted::{Spot, merge},
     signal::{self, Interrupted},
@@ -92,7 +93,7 @@ impl ProcessUnwinder {
             }
             tables.add_module(Module::new(path(mapping), range, bias, binary.sections.clone()));
         }
-        let calls = Calls::of(image.pid);
+        let calls = Calls::of(ProcessCode::of(image.pid));
         Self { image, tables, with_tables, cache: CacheNative::new(), runtimes, calls, described, used: 0 }
     }
 
@@ -205,8 +206,7 @@ impl ProcessUnwinder {
         stack: &StackMemory<'_>,
     ) -> Option<(UnwoundFrame, Cursor)> {
         let Registers { pc: trampoline, sp, .. } = cursor.registers();
-        let memory = ProcessMemory::open(self.image.pid)?;
-        if !signal::is_trampoline(&memory, trampoline) {
+        if !signal::is_trampoline(self.calls.code(), &self.image, trampoline) {
             return None;
         }
         let Interrupted { pc, sp, fp, lr } = signal::interrupted(stack, sp)?;
@@ -245,7 +245,7 @@ impl ProcessUnwinder {
         }
         // A function that makes a system call and nothing else keeps no frame pointer.
         if !cursor.at.is_return_address()
-            && let Some(pc) = stack.word(sp).filter(|pc| self.calls.has(*pc))
+            && let Some(pc) = stack.word(sp).filter(|pc| self.calls.has(&self.image, *pc))
         {
             return Ok(self.cursor(pc, sp.wrapping_add(8), fp));
         }
@@ -254,7 +254,7 @@ impl ProcessUnwinder {
         }
         let caller = || {
             let (caller_fp, pc) = (stack.word(fp)?, stack.word(fp.checked_add(8)?)?);
-            (fp >= sp && self.calls.has(pc)).then(|| self.cursor(pc, fp + 16, caller_fp))?
+            (fp >= sp && self.calls.has(&self.image, pc)).then(|| self.cursor(pc, fp + 16, caller_fp))?
         };
         caller().map(Some).ok_or(Truncated::NoUnwindInformation)
     }

@@ -4,10 +4,8 @@
 
 use std::sync::Arc;
 
-use crate::{
-    event::Frame,
-    stacks::memory::{ProcessMemory, StackMemory},
-};
+use super::code::ProcessCode;
+use crate::{event::Frame, processes::Image, stacks::memory::StackMemory};
 
 /// The name by which gdb shows the frame. The trampoline has a name in few programs, and it is not the
 /// function before it, to which a return address would belong.
@@ -59,9 +57,9 @@ pub(super) struct Interrupted {
 }
 
 /// Whether there is a trampoline at this address of a process.
-pub(super) fn is_trampoline(memory: &ProcessMemory, address: u64) -> bool {
-    let mut code = [0; TRAMPOLINE.len()];
-    memory.read(address, &mut code).is_some() && code == TRAMPOLINE
+pub(super) fn is_trampoline(code: &ProcessCode, image: &Image, address: u64) -> bool {
+    let mut bytes = [0; TRAMPOLINE.len()];
+    code.read(image, address, &mut bytes).is_some() && bytes == TRAMPOLINE
 }
 
 /// What the kernel has saved for the trampoline whose stack pointer is `sp`; `None` if it was not copied.
