@@ -12,7 +12,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::value::RawValue;
 
 /// The name of the newtype in which finished JSON is handed to a serializer. One that knows it copies the
-/// text ([`sink::serializer`](crate::sink::serializer)); for any other it means nothing.
+/// text (`sink/serializer.rs`); for any other it means nothing.
 pub const FINISHED: &str = "tcpclose::Finished";
 
 /// A value that many events have in common, such as a process, or the frames of a stack: programs have few
