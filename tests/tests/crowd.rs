@@ -148,6 +148,20 @@ impl fmt::Display for Outcome {
     }
 }
 
+#[test]
+fn a_crowd_without_hidden_ends_does_not_wipe_out_another() {
+    let end = || "127.0.0.1:1".parse().expect("an address");
+    let crowd = |ends, hidden| Outcome { ends, excused: vec![((end(), end()), Vec::new()); hidden] };
+    let mut all = crowd(20_010, 6);
+    assert!(!all.is_within_limit());
+    all.add(crowd(20_010, 0));
+    assert!(!all.is_within_limit(), "6 of 40,020");
+    all.add(crowd(20_010, 0));
+    assert!(all.is_within_limit(), "6 of 60,030");
+    all.add(crowd(20_010, 3));
+    assert!(!all.is_within_limit(), "9 of 80,040");
+}
+
 /// Traces a crowd, and compares every line with the claims of its processes.
 fn trace_crowd() -> Result<Outcome> {
     let bed = Bed::new(routes::loopback_ipv4())?;
