@@ -39,6 +39,11 @@ pub const MEMCACHED: &str = "/usr/bin/memcached";
 pub const NGINX_PORT: u16 = 8080;
 /// The port on which nginx speaks HTTP/2.
 pub const NGINX_HTTP2_PORT: u16 = 8082;
+/// The port of nginx with a short accept queue, which connections enter only with their first request, and
+/// how many connections there is room for.
+pub const NGINX_DEFERRED_PORT: u16 = 8083;
+/// One more than the backlog (`sk_acceptq_is_full()` in `include/net/sock.h`).
+pub const NGINX_DEFERRED_ROOM: usize = 9;
 /// The port on which nginx speaks TLS.
 pub const NGINX_TLS_PORT: u16 = 8443;
 /// The port to which nginx forwards requests.

@@ -2,11 +2,12 @@
 
 use std::{
     fs::File,
-    io::{self, BufWriter, ErrorKind, Write},
+    io::{self, BufWriter, ErrorKind, IsTerminal as _, Write},
     path::Path,
 };
 
 use anyhow::{Context as _, Result};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
 use crate::{
     cli::{DiagnoseArgs, ReportFormat},
@@ -26,6 +27,10 @@ use crate::{
 /// # Errors
 /// A file cannot be opened or read, or the output cannot be written.
 pub fn diagnose(args: &DiagnoseArgs) -> Result<()> {
+    let reads_stdin = args.files.is_empty() || args.files.iter().any(|file| file == Path::new("-"));
+    if reads_stdin && !io::stdin().is_terminal() {
+        outlast_the_writer().context("cannot catch SIGINT")?;
+    }
     let mut input = Input::open(&args.files, args.html.is_some())?;
     let mut diagnosis = Diagnosis::new(input.names());
     let mut pictures = args.html.as_ref().map(|_| Pictures::default());
@@ -56,6 +61,16 @@ pub fn diagnose(args: &DiagnoseArgs) -> Result<()> {
     }
     report_gaps(&input.broken, &diagnosis);
     Ok(())
+}
+
+/// Lets the first SIGINT pass. In `tcpclose -o json | tcpclose diagnose`, Ctrl-C ends the trace, and the
+/// findings follow when everything that it wrote has been read. A second SIGINT ends this process.
+fn outlast_the_writer() -> nix::Result<()> {
+    extern "C" fn nothing(_: nix::libc::c_int) {}
+    let once = SaFlags::SA_RESETHAND | SaFlags::SA_RESTART;
+    let action = SigAction::new(SigHandler::Handler(nothing), once, SigSet::empty());
+    // SAFETY: the handler does nothing, which is safe at any time.
+    unsafe { sigaction(Signal::SIGINT, &action) }.map(drop)
 }
 
 fn write_page(

@@ -16,6 +16,14 @@ pub(crate) const IDLE_MS: f64 = 500.0;
 /// The shortest wait for an answer that counts; shorter ones are races between an answer and an orderly end.
 pub(crate) const WAIT_MS: f64 = 50.0;
 
+/// The longest time from one retransmission to the next, in milliseconds (`TCP_RTO_MAX` in Linux); one that is
+/// nearly as long may have been cut to it.
+const LONGEST_RTO_MS: f64 = 120_000.0 * 0.99;
+
+/// The longest time from the first time that data is sent to the last, in milliseconds: with the default of
+/// `net.ipv4.tcp_retries2`, the kernel sends nothing again 924.6 s after it has sent it a second time.
+const LONGEST_RETRANSMISSION_MS: f64 = 926_000.0;
+
 /// The position of a line: the number of its file, and its own number.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Place {
@@ -97,6 +105,7 @@ pub(crate) struct End {
     pub(crate) last_data: Option<LastData>,
     pub(crate) sent: u64,
     pub(crate) received: u64,
+    pub(crate) retransmits: Option<u32>,
     pub(crate) unread: Option<u64>,
     pub(crate) unacked: Option<u64>,
     pub(crate) close_wait_ms: Option<f64>,
@@ -167,6 +176,7 @@ impl End {
             last_data: observation.last_data,
             sent: connection.bytes_sent.unwrap_or_default(),
             received: connection.bytes_received.unwrap_or_default(),
+            retransmits: connection.retransmits,
             unread: observation.unread_bytes,
             unacked: observation.unacked_bytes,
             close_wait_ms: observation.close_wait_ms,
@@ -213,6 +223,7 @@ impl End {
             last_data: close.last_data,
             sent: connection.bytes_sent.unwrap_or_default(),
             received: connection.bytes_received.unwrap_or_default(),
+            retransmits: connection.retransmits,
             unread: close.unread_bytes,
             unacked: close.unacked_bytes,
             close_wait_ms: close.close_wait_ms,
@@ -287,6 +298,26 @@ impl End {
     pub(crate) fn silence_before_last_sent_ms(&self) -> Option<f64> {
         let (sent, received) = self.since_sent_ms.zip(self.since_received_ms)?;
         (self.last_data == Some(LastData::Sent)).then_some(received - sent)
+    }
+
+    /// The silence before data that was answered with a RST, or never, and so ended the connection: at least
+    /// this long. `None` if it is not known, because a retransmission counts as the last data sent.
+    pub(crate) fn silence_before_failure_ms(&self) -> Option<f64> {
+        let silence = self.silence_before_last_sent_ms()?;
+        match (self.ended?, self.cause) {
+            // What acknowledges data knows the connection.
+            (Ended::ResetReceived, _) => {
+                (self.retransmits == Some(0) && self.unacked != Some(0)).then_some(silence)
+            }
+            // The time from one retransmission to the next doubles, so that all of them together took no
+            // longer than the kernel then waited.
+            (Ended::Timeout, Some(Cause::RetransmitTimeout)) => {
+                let waited = self.since_sent_ms?;
+                let is_cut = waited >= LONGEST_RTO_MS;
+                Some(silence - if is_cut { LONGEST_RETRANSMISSION_MS } else { waited })
+            }
+            _ => None,
+        }
     }
 
     /// How long a server took to answer after its client had shut down sending; `None` if it had sent

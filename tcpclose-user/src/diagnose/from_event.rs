@@ -75,6 +75,7 @@ fn connection(connection: &event::Connection) -> ConnectionFields {
         age_ms: connection.age_ms,
         bytes_sent: connection.bytes_sent,
         bytes_received: connection.bytes_received,
+        retransmits: connection.retransmits,
     }
 }
 

@@ -159,10 +159,25 @@ impl Diagnosis {
     }
 
     fn reset(&mut self, observation: &Observation<'_>, source: u16) {
-        let too_late = matches!(observation.cause, Some(Cause::Timewait | Cause::NoListener));
-        if observation.direction != Some(Direction::Sent) || !too_late {
+        if observation.direction != Some(Direction::Sent) {
             return;
         }
+        match observation.cause {
+            Some(Cause::AcceptOverflow) => self.not_accepted(observation, source),
+            Some(Cause::Timewait | Cause::NoListener) => self.too_late(observation, source),
+            _ => {}
+        }
+    }
+
+    /// Adds a RST with which the kernel refused a connection for which the accept queue had no room. This end
+    /// has no other line, because the program never had it. Its peer had been connected.
+    fn not_accepted(&mut self, observation: &Observation<'_>, source: u16) {
+        if let Some(end) = End::of_line(observation, source, &mut self.names) {
+            self.end(End { role: Some(Role::Server), ..end });
+        }
+    }
+
+    fn too_late(&mut self, observation: &Observation<'_>, source: u16) {
         if let Some((local, remote)) = observation.connection.local.zip(observation.connection.remote) {
             let pair = PairKey::seen(local, remote, source, observation.connection.netns);
             let place = Place { source, seq: observation.seq };

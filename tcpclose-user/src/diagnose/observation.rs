@@ -140,6 +140,9 @@ pub struct ConnectionFields {
     /// Payload received.
     #[serde(default)]
     pub bytes_received: Option<u64>,
+    /// Segments sent again.
+    #[serde(default)]
+    pub retransmits: Option<u32>,
 }
 
 /// A number, or 0 instead of null: a process outside the pid namespace of the trace has no id in it.

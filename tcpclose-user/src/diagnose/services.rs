@@ -351,15 +351,13 @@ impl Service {
             }
             return;
         }
-        let server_died = peer.is_some_and(|peer| peer.death.is_some());
-        if server_died {
-            // The end of the process explains the end of the connection.
+        // The end of the process explains the end of the connection, and so does a full accept queue.
+        let explains = |peer: &End| peer.death.is_some() || peer.cause == Some(Cause::AcceptOverflow);
+        if peer.is_some_and(explains) {
             return;
         }
-        let silence = end.silence_before_last_sent_ms();
         if !end.path.close_wait
-            && (was_reset || end.ended == Some(Ended::Timeout))
-            && let Some(silence) = silence.filter(|silence| *silence >= CUT_MS)
+            && let Some(silence) = end.silence_before_failure_ms().filter(|silence| *silence >= CUT_MS)
         {
             return self.cut_unless_ended(end, peer, silence);
         }
@@ -367,8 +365,9 @@ impl Service {
             return;
         }
         let crossing = end.since_sent_ms.is_some_and(|since| since <= CROSSING_MS);
-        if let Some(silence) =
-            silence.filter(|silence| end.path.close_wait && crossing && *silence >= IDLE_MS)
+        if let Some(silence) = end
+            .silence_before_last_sent_ms()
+            .filter(|silence| end.path.close_wait && crossing && *silence >= IDLE_MS)
         {
             // A request that crossed with the FIN is answered with a RST. If there was no RST, the server has
             // read the data, which may be the close_notify of a client that closes an idle TLS connection and

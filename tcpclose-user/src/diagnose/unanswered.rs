@@ -69,6 +69,12 @@ impl Unanswered {
         self.resets.count() + self.closes.count()
     }
 
+    /// Whether most of them were reset after their first request, as the kernel does if the accept queue is
+    /// full and `net.ipv4.tcp_abort_on_overflow` is set.
+    pub(crate) fn were_turned_away(&self) -> bool {
+        self.resets.first * 2 > self.count()
+    }
+
     /// The parts that show a fault of the server.
     pub(crate) fn faults(&self, context: Context) -> Vec<&Part> {
         // A service that never sends anything (logs, metrics) cannot owe an answer.

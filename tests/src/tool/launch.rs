@@ -16,6 +16,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use nix::{
     errno::Errno,
+    fcntl::OFlag,
     libc,
     mount::{MsFlags, mount},
     sched::{CloneFlags, setns, unshare},
@@ -43,6 +44,8 @@ pub struct Launch {
     in_pid_namespace: bool,
     scratch: Scratch,
     most_lines: usize,
+    /// Where its standard input comes from; there is none if that is nowhere.
+    stdin: Option<File>,
     /// Where its lines go; to the tests if that is nowhere.
     stdout: Option<File>,
 }
@@ -98,6 +101,7 @@ impl Launch {
             in_pid_namespace: false,
             scratch: Scratch::new()?,
             most_lines: usize::MAX,
+            stdin: None,
             stdout: None,
         })
     }
@@ -163,6 +167,14 @@ impl Launch {
         Ok(self)
     }
 
+    /// Joins two tools as a shell does: the second reads what the first writes.
+    pub fn piped_into(mut self, mut reader: Self) -> Result<[Self; 2]> {
+        let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+        self.stdout = Some(write.into());
+        reader.stdin = Some(read.into());
+        Ok([self, reader])
+    }
+
     /// Runs the tool as `nobody` with only these capabilities.
     pub fn as_nobody(mut self, capabilities: &[Capability]) -> Result<Self> {
         // The build directory may not be accessible to `nobody`.
@@ -226,7 +238,8 @@ impl Launch {
         let mut command = Command::new(&self.program);
         command.args(&self.args).envs(self.variables.iter().map(|(name, value)| (name, value)));
         let stdout = self.stdout.take().map_or_else(Stdio::piped, Stdio::from);
-        command.stdin(Stdio::null()).stdout(stdout).stderr(Stdio::piped());
+        let stdin = self.stdin.take().map_or_else(Stdio::null, Stdio::from);
+        command.stdin(stdin).stdout(stdout).stderr(Stdio::piped());
         let steps = mem::take(&mut self.steps);
         // SAFETY: a step only makes system calls and does not allocate.
         unsafe { command.pre_exec(move || steps.iter().try_for_each(Step::take)) };

@@ -11,15 +11,20 @@ use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use tcpclose_tests::{
-    descriptors,
+    PATIENCE, descriptors,
+    features::Feature,
     groups::MemoryLimit,
     netns::Namespace,
     scratch::Scratch,
-    servers::{BACKEND_PORT, NGINX, NGINX_PORT, PYTHON, is_missing, start_script},
+    servers::{
+        BACKEND_PORT, NGINX, NGINX_DEFERRED_PORT, NGINX_DEFERRED_ROOM, NGINX_PORT, PYTHON, is_missing,
+        start_nginx, start_script,
+    },
+    snmp::Counters,
     tool::{Launch, Tool},
 };
 
-use super::{DATABASE, SEVERAL, Site, ask, findings_of_files, is_about, only, status, told};
+use super::{DATABASE, SEVERAL, Site, ask, connect_in_vain, findings_of_files, is_about, only, status, told};
 
 /// The address of the host of an application.
 const ADDRESS: &str = "10.77.0.2";
@@ -129,6 +134,67 @@ fn connections_that_are_not_accepted() -> Result<()> {
     let finding = only(&findings, "accept_overflow")?;
     ensure!(finding["evidence"]["waiting_connections"] == SEVERAL, "{finding:#}");
     ensure!(finding["evidence"]["local_port"] == DATABASE, "{finding:#}");
+    Ok(())
+}
+
+/// nginx is stuck, and its accept queue is full. The kernel resets further connections, because an
+/// administrator has told it to. The findings are the same on the server's host and on both hosts together;
+/// the client's host alone shows only that its connections were reset.
+#[test]
+fn a_full_accept_queue_that_resets_connections() -> Result<()> {
+    if is_missing(&[PYTHON, NGINX]) || Feature::ReasonsOfOwnResets.is_missed() {
+        return Ok(());
+    }
+    descriptors::keep_to_this_thread()?;
+    let hosts = Namespace::pair([&["10.77.0.1/24"], &["10.77.0.2/24"]])?;
+    hosts[1].set_sysctl("net/ipv4/tcp_abort_on_overflow", "1")?;
+    let (tool, folder) = (trace(&[&hosts[0], &hosts[1]])?, Scratch::new()?);
+    let _app = start_script(&hosts[1], "http_server.py", &[&BACKEND_PORT.to_string(), "60", "0"])?;
+    let nginx = start_nginx(&hosts[1], folder.path())?;
+    let connect = || -> Result<TcpStream> {
+        let stream = hosts[0].inside(|| Ok(TcpStream::connect((ADDRESS, NGINX_DEFERRED_PORT))?))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        Ok(stream)
+    };
+    let before = Counters::read(&hosts[1])?;
+    nginx.signal(Signal::SIGSTOP)?;
+    let mut late: Vec<_> = (0..SEVERAL).map(|_| connect()).collect::<Result<_>>()?;
+    let mut in_time = Vec::new();
+    for _ in 0..NGINX_DEFERRED_ROOM {
+        let mut client = connect()?;
+        ask(&mut client, "GET /")?;
+        in_time.push(client);
+    }
+    for client in &mut late {
+        ask(client, "GET /")?;
+        let error = client.read(&mut [0]).err().map(|error| error.kind());
+        ensure!(error == Some(ErrorKind::ConnectionReset), "{error:?}");
+    }
+    let reset = Counters::read(&hosts[1])?.since(&before, "TcpExtListenOverflows")?;
+    ensure!(usize::try_from(reset)? == SEVERAL, "{reset} connections found the queue full");
+    drop(late);
+    nginx.signal(Signal::SIGCONT)?;
+    for client in &mut in_time {
+        ensure!(status(client)? == 200);
+    }
+    drop(in_time);
+
+    let lines = lines_after(tool, SEVERAL + 2 * NGINX_DEFERRED_ROOM)?;
+    let (own, lines): (Vec<_>, Vec<_>) = lines.into_iter().partition(|line| line["event"] == "finding");
+    let finding = only(&own, "accept_overflow")?;
+    ensure!(finding["count"] == SEVERAL && finding["process"]["pid"] == nginx.pid(), "{finding:#}");
+    ensure!(finding["evidence"]["local_port"] == NGINX_DEFERRED_PORT, "{finding:#}");
+    ensure!(finding["evidence"]["reset_connections"] == SEVERAL, "{finding:#}");
+    let of = |host: &Namespace| -> Vec<Value> {
+        lines.iter().filter(|line| line["connection"]["netns"] == host.inode()).cloned().collect()
+    };
+    let server = findings_of_files(&folder, &[&of(&hosts[1])])?;
+    ensure!(only(&server, "accept_overflow")?["count"] == SEVERAL, "{server:#?}");
+    let apart = findings_of_files(&folder, &[&of(&hosts[0]), &of(&hosts[1])])?;
+    ensure!(told(&apart) == told(&own), "the files of both hosts have {apart:#?}");
+    let client = only(&findings_of_files(&folder, &[&of(&hosts[0])])?, "backend_died")?;
+    let advice = client["advice"].as_str().unwrap_or_default();
+    ensure!(client["count"] == SEVERAL && advice.contains("TcpExtListenOverflows"), "{client:#}");
     Ok(())
 }
 
@@ -275,9 +341,7 @@ fn findings_come_while_a_trace_runs() -> Result<()> {
 #[test]
 fn findings_are_left_out_where_nobody_wants_them() -> Result<()> {
     let site = Site::open_with(&["--stack", "none", "--findings", "off"])?;
-    for _ in 0..SEVERAL {
-        ensure!(site.connect(1).is_err(), "something listens at port 1");
-    }
+    connect_in_vain(&site.namespace)?;
     let is_end = |line: &&Value| line["event"] == "close";
     ensure!(site.tool.wait_until(|lines| lines.iter().filter(is_end).count() >= SEVERAL), "not all ended");
     let ended = site.tool.stop()?;

@@ -19,13 +19,16 @@ use tcpclose_tests::{
     tool::{Launch, Tool},
 };
 
-use super::{SEVERAL, findings_of_files, only, told};
+use super::{SEVERAL, findings_of_files, none, only, told};
 
 const NFT: &str = "/usr/sbin/nft";
 const PORT: u16 = 7000;
 const SERVER: &str = "10.77.0.2";
 /// Behind a router.
 const FAR_SERVER: &str = "10.78.0.2";
+
+/// `net.ipv4.tcp_retries2` of clients: their kernel gives up after three seconds.
+const RETRIES: &str = "3";
 
 /// Something between two networks that makes the connections through it its own, and resets what it does not
 /// know.
@@ -39,6 +42,21 @@ table inet filter {
     chain forward {
         type filter hook forward priority 0;
         meta l4proto tcp ct state invalid reject with tcp reset
+    }
+}";
+
+/// A firewall between two networks that silently drops what belongs to no connection that it knows.
+const SILENT: &str = "table inet filter {
+    chain forward {
+        type filter hook forward priority 0;
+        meta l4proto tcp ct state invalid drop
+    }
+}";
+
+/// A router between two networks that passes on everything.
+const ROUTER: &str = "table inet filter {
+    chain forward {
+        type filter hook forward priority 0;
     }
 }";
 
@@ -129,8 +147,9 @@ fn serve(host: &Namespace, address: &str, connections: usize) -> Result<JoinHand
     }))
 }
 
-/// Six connections are closed after a second, and six are used again after more than two.
-fn use_again_after_silences(client: &Namespace, server: &str) -> Result<()> {
+/// Six connections are closed after a second, and six are used again after more than two. Returns the
+/// shortest silence before one of these was used again.
+fn use_again_after_silences(client: &Namespace, server: &str) -> Result<Duration> {
     let mut waiting = Vec::new();
     for _ in 0..SEVERAL {
         let (mut short, mut long) = (connect_to(client, server)?, connect_to(client, server)?);
@@ -143,12 +162,14 @@ fn use_again_after_silences(client: &Namespace, server: &str) -> Result<()> {
         let short = waiting.last().map(|(short, ..)| short);
         short.map(|short| short.shutdown(Shutdown::Both)).transpose()?;
     }
+    let mut shortest = Duration::MAX;
     for (_, mut long, since) in waiting {
         thread::sleep(Duration::from_secs(5).saturating_sub(since.elapsed()));
+        shortest = shortest.min(since.elapsed());
         ensure!(ask(&mut long).is_err(), "the firewall has not forgotten it");
         thread::sleep(Duration::from_millis(1100));
     }
-    Ok(())
+    Ok(shortest)
 }
 
 /// The only finding, which gives the bounds of the two seconds, and the lines of all events.
@@ -217,6 +238,67 @@ fn a_nat_that_forgets_idle_connections() -> Result<()> {
         "there is no NAT: {seen:?}"
     );
     Ok(())
+}
+
+/// A firewall that drops the packets of connections that it has forgotten. The client's kernel sends its data
+/// again until it gives up, which is no part of the silence.
+#[test]
+fn a_firewall_that_drops_what_it_has_forgotten() -> Result<()> {
+    if is_missing(&[NFT]) {
+        return Ok(());
+    }
+    let hosts = routed(SILENT)?;
+    forget_soon(&hosts[1])?;
+    hosts[0].set_sysctl("net/ipv4/tcp_retries2", RETRIES)?;
+    let tool = Launch::new()?.trace([&hosts[0]]).args(["--linger", "off", "--stack", "none"]).start()?;
+    let server = serve(&hosts[2], FAR_SERVER, 2 * SEVERAL)?;
+    let silence = use_again_after_silences(&hosts[0], FAR_SERVER)?;
+    joined(server)?;
+    let (own, lines) = idle_cut(tool)?;
+    let timeouts = lines.iter().filter(|line| line["cause"] == "retransmit_timeout").count();
+    ensure!(timeouts == SEVERAL, "{timeouts} of them timed out: {lines:#?}");
+    // How long the kernel sent the data again is known only to within its first wait.
+    let died = own[0]["evidence"]["shortest_idle_that_died_ms"].as_f64().unwrap_or_default();
+    let silence = silence.as_secs_f64() * 1000.0;
+    ensure!((silence - 500.0..silence + 100.0).contains(&died), "{silence} ms were silent: {own:#?}");
+    Ok(())
+}
+
+/// The paths of connections to a server fail one after the other while their clients are busy. Nothing was
+/// idle, although the kernel sends for seconds what nobody receives.
+#[test]
+fn paths_that_fail_are_no_idle_timeout() -> Result<()> {
+    if is_missing(&[NFT]) {
+        return Ok(());
+    }
+    let hosts = routed(ROUTER)?;
+    hosts[0].set_sysctl("net/ipv4/tcp_retries2", RETRIES)?;
+    let tool = Launch::new()?.trace([&hosts[0]]).args(["--linger", "off", "--stack", "none"]).start()?;
+    let server = serve(&hosts[2], FAR_SERVER, 2 * SEVERAL)?;
+    for _ in 0..SEVERAL {
+        let mut client = connect_to(&hosts[0], FAR_SERVER)?;
+        ask(&mut client)?;
+        // Some silence that does no harm.
+        thread::sleep(Duration::from_millis(200));
+    }
+    let mut busy = Vec::new();
+    for _ in 0..SEVERAL {
+        let mut client = connect_to(&hosts[0], FAR_SERVER)?;
+        let port = client.local_addr()?.port();
+        busy.push((port, thread::spawn(move || while ask(&mut client).is_ok() {})));
+    }
+    joined(server)?;
+    for (port, client) in busy {
+        filter(&hosts[1], &format!("add rule inet filter forward tcp sport {port} drop"))?;
+        joined(client)?;
+    }
+    let is_end = |line: &&Value| line["event"] == "close";
+    ensure!(tool.wait_until(|lines| lines.iter().filter(is_end).count() >= 2 * SEVERAL), "not all ended");
+    let (own, lines): (Vec<_>, Vec<_>) =
+        tool.stop()?.lines.into_iter().partition(|line| line["event"] == "finding");
+    let timeouts = lines.iter().filter(|line| line["cause"] == "retransmit_timeout").count();
+    ensure!(timeouts == SEVERAL, "{timeouts} of them timed out: {lines:#?}");
+    none(&own)
 }
 
 /// A middlebox resets connections in the server's name. Its packets have another TTL than the server's.

@@ -8,6 +8,7 @@ mod heartbeats;
 mod last_words;
 mod page;
 mod pools;
+mod standard_input;
 
 use std::{
     fs,
@@ -165,6 +166,15 @@ fn is_about(value: &Value, least: Duration, most: Duration) -> Result<()> {
     let range = least.as_secs_f64() * 970.0..most.as_secs_f64() * 1500.0;
     let found = value.as_f64().with_context(|| format!("{value} is no number"))?;
     ensure!(range.contains(&found), "{found} ms, which is not within {range:?}");
+    Ok(())
+}
+
+/// Connects several times to a port at which nothing listens.
+fn connect_in_vain(namespace: &Namespace) -> Result<()> {
+    for _ in 0..SEVERAL {
+        let connected = namespace.inside(|| Ok(TcpStream::connect(("127.0.0.1", 1)).is_ok()))?;
+        ensure!(!connected, "something listens at port 1");
+    }
     Ok(())
 }
 

@@ -22,11 +22,15 @@ impl Diagnosis {
             ("waiting_connections", waiting.count.into()),
         ]);
         let server = self.service_name(key, service);
-        draft.summary = format!(
-            "{server} does not accept connections as fast as they arrive: {} stayed in its accept queue \
-             after their clients had closed them, and {} were reset because the queue was full.",
-            waiting.count, dropped.count
-        );
+        let stayed =
+            format!("{} stayed in its accept queue after their clients had closed them", waiting.count);
+        let reset = format!("{} were reset because the queue was full", dropped.count);
+        let what = match (waiting.count, dropped.count) {
+            (_, 0) => stayed,
+            (0, _) => reset,
+            _ => format!("{stayed}, and {reset}"),
+        };
+        draft.summary = format!("{server} does not accept connections as fast as they arrive: {what}.");
         draft.advice = format!(
             "Find out what keeps {server} from calling accept(). If connections arrive in bursts, raise its \
              backlog and net.core.somaxconn."
@@ -87,11 +91,57 @@ mod tests {
         event::FindingKind,
     };
 
+    /// The RST of a listener whose accept queue is full, and the end of its client.
+    fn overflowed(at: f64, port: u16) -> [Value; 2] {
+        let mut reset = server(
+            at,
+            port,
+            &json!({
+                "event": "reset", "direction": "sent", "reason": "INVALID_SYN", "cause": "accept_overflow",
+                "state": "LISTEN", "connection": {"role": null}, "last_data": null, "idle_ms": null,
+            }),
+        );
+        for field in ["closed_by", "ended", "trigger", "states"] {
+            reset[field] = Value::Null;
+        }
+        let end = client(
+            at,
+            port,
+            &json!({
+                "closed_by": "peer", "ended": "reset_received", "cause": "peer_reset", "trigger": null,
+                "last_data": "sent", "since_sent_ms": 0.0, "since_received_ms": null,
+                "connection": {"bytes_received": 0}, "states": steps(&["ESTABLISHED", "CLOSE"]),
+            }),
+        );
+        [reset, end]
+    }
+
     #[test]
-    fn accept_overflow() {
-        let full = json!({"closed_by": "kernel", "ended": "reset_sent", "cause": "accept_overflow"});
-        only(many(5, |at, port| server(at, port, &full)), FindingKind::AcceptOverflow);
-        none(many(4, |at, port| server(at, port, &full)));
+    fn a_full_accept_queue_resets_connections() {
+        let lines = |count| -> Vec<[Value; 2]> {
+            (0..count).map(|number: u16| overflowed(f64::from(number), 40_000 + number)).collect()
+        };
+        let answered = || many(6, |at, port| client(50.0 + at, 10_000 + port % 1_000, &json!({})));
+        // The server's host, its client's, and both, whichever line comes first.
+        let sides = |side: usize| lines(5).into_iter().map(|pair| pair[side].clone()).collect::<Vec<_>>();
+        let both = |order: [usize; 2]| -> Vec<Value> {
+            lines(5).into_iter().flat_map(|pair| order.map(|side| pair[side].clone())).collect()
+        };
+        for mut lines in [sides(0), both([0, 1]), both([1, 0])] {
+            lines.extend(answered());
+            let finding = only(lines, FindingKind::AcceptOverflow);
+            assert_near(number(&finding, "reset_connections"), 5.0);
+            assert_eq!(finding.process.expect("known").comm, "backend");
+        }
+        let mut seen_by_clients = sides(1);
+        seen_by_clients.extend(answered());
+        let finding = only(seen_by_clients, FindingKind::BackendDied);
+        assert!(finding.advice.contains("TcpExtListenOverflows"), "{}", finding.advice);
+        none(lines(4).into_iter().flatten().chain(answered()).collect());
+    }
+
+    #[test]
+    fn connections_wait_to_be_accepted() {
         let waiting = |at: f64, port| {
             let mut line = server(
                 at,

@@ -7,7 +7,7 @@ use crate::{
         end::ServiceKey,
         marks::Series,
         services::{Lived, Service},
-        statistics::{ENOUGH, Spread},
+        statistics::{ENOUGH, Spread, TICKS_MS},
     },
     event::FindingKind,
     sink::human_millis,
@@ -32,9 +32,9 @@ impl Diagnosis {
             human_millis(lived.longest_ms)
         );
         draft.advice = format!(
-            "Have {client} close connections before they have been idle for {}, or turn on TCP keepalives \
+            "Have {client} close connections that have been idle for more than {}, or turn on TCP keepalives \
              with a shorter TCP_KEEPIDLE.",
-            human_millis(died.least)
+            human_millis(lived.longest_ms)
         );
         Some(draft)
     }
@@ -89,9 +89,10 @@ impl Diagnosis {
 fn cut_after(cut: &Series, lived: Lived) -> Option<Spread> {
     let died = cut.sample.spread().filter(|died| died.count >= ENOUGH && lived.count >= ENOUGH)?;
     // The shortest silence after which a connection failed must be longer than the longest one after which a
-    // connection worked, apart from clock ticks. Nor may all have failed at the same time, as when the host
-    // of the peer restarts.
-    (lived.longest_ms <= died.least * 1.05 && cut.marks.are_spread()).then_some(died)
+    // connection worked. If they are alike, the silence is not the cause: a client that closes connections
+    // after a fixed time also closes those to a host that has failed. Nor may all have failed at the same
+    // time, as when the host of the peer restarts.
+    (lived.longest_ms + TICKS_MS < died.least && cut.marks.are_spread()).then_some(died)
 }
 
 #[cfg(test)]
@@ -113,7 +114,7 @@ mod tests {
                     "closed_by": "peer", "ended": "reset_received", "cause": "peer_reset",
                     "last_data": "sent", "idle_ms": 1.0,
                     "since_sent_ms": 1.0, "since_received_ms": 350_001.0 + at * 1000.0,
-                    "states": steps(&["ESTABLISHED", "CLOSE"]),
+                    "states": steps(&["ESTABLISHED", "CLOSE"]), "connection": {"retransmits": 0},
                 }),
             )
         };
@@ -124,9 +125,58 @@ mod tests {
         let finding = only(lines.clone(), FindingKind::IdleCut);
         assert_near(number(&finding, "shortest_idle_that_died_ms"), 350_000.0);
         assert_near(number(&finding, "longest_idle_that_lived_ms"), 300_015.0);
-        // One connection worked after a longer silence, so the silence is not the cause.
-        lines.push(client(30.0, 60_000, &json!({"idle_ms": 400_000.0})));
+        // The peer has acknowledged the data before the RST, or the RST came after it had been sent again.
+        for other in [json!({"unacked_bytes": 0}), json!({"connection": {"retransmits": 1}})] {
+            let mut others = lines.clone();
+            others
+                .iter_mut()
+                .filter(|line| line["cause"] == "peer_reset")
+                .for_each(|line| merge(line, &other));
+            none(others);
+        }
+        // One connection worked after a silence of the same length, so the silence is not the cause.
+        lines.push(client(30.0, 60_000, &json!({"idle_ms": 350_000.0})));
         none(lines);
+    }
+
+    #[test]
+    fn idle_cut_by_a_device_that_drops_packets() {
+        // A silence, and then the time for which the kernel sent the data again; `last` is how long it waited
+        // after it had done so for the last time.
+        let timeout = |cause: &str, silence: f64, resent: f64, last: f64| {
+            let fields = json!({
+                "closed_by": "kernel", "ended": "timeout", "cause": cause, "trigger": null,
+                "last_data": "sent", "idle_ms": last,
+                "since_sent_ms": last, "since_received_ms": silence + resent + last,
+                "states": steps(&["ESTABLISHED", "CLOSE"]), "connection": {"retransmits": 9},
+            });
+            many(6, |at, port| client(at, port, &fields))
+        };
+        let with_others = |mut lines: Vec<Value>, idle: f64| {
+            lines.extend(many(6, |at, port| {
+                client(10.0 + at, 10_000 + port % 1_000, &json!({"idle_ms": idle + at}))
+            }));
+            lines
+        };
+        // 0.2, 0.4, … 25.6, 51.2 s.
+        let lines = with_others(timeout("retransmit_timeout", 350_000.0, 51_000.0, 51_200.0), 300_000.0);
+        let finding = only(lines, FindingKind::IdleCut);
+        let died = number(&finding, "shortest_idle_that_died_ms");
+        assert!((349_000.0..=350_000.0).contains(&died), "{died}");
+        assert!(finding.advice.contains("5m"), "{}", finding.advice);
+        // By default, the kernel goes on for 15 minutes, and at last every two minutes.
+        let lines = with_others(timeout("retransmit_timeout", 3_600_000.0, 804_600.0, 120_000.0), 300_000.0);
+        only(lines, FindingKind::IdleCut);
+        // The host of the server fails while its clients wait for answers. The longest time without an answer
+        // that does no harm is shorter than the time for which the kernel has sent the requests again.
+        for (cause, resent, last) in [
+            ("retransmit_timeout", 51_000.0, 51_200.0),
+            ("retransmit_timeout", 804_600.0, 120_000.0),
+            ("user_timeout", 25_400.0, 4_600.0),
+            ("keepalive_timeout", 0.0, 75_000.0),
+        ] {
+            none(with_others(timeout(cause, 200.0, resent, last), 2_000.0));
+        }
     }
 
     #[test]

@@ -163,6 +163,12 @@ impl Diagnosis {
             service.ends
         );
         draft.advice = format!("Look at the log of {server} for these times, and trace its host as well.");
+        if service.unanswered.were_turned_away() && closed_by_code == 0 {
+            draft.advice.push_str(
+                " They were reset after their first request: its kernel also does that if the accept queue is \
+                 full (`nstat -az TcpExtListenOverflows` there) and net.ipv4.tcp_abort_on_overflow is set.",
+            );
+        }
         Some(draft)
     }
 
