@@ -23,7 +23,7 @@ const DEBIAN_COMPILER: [Package; 2] = [
 ];
 
 /// Commands or files that tests use, and the packages that contain them.
-const FOR_TESTS: [(&str, Package); 22] = [
+const FOR_TESTS: [(&str, Package); 24] = [
     (
         "ip",
         Package { name: "iproute2", purpose: "`ip`, which makes the network namespaces that tests run in" },
@@ -77,6 +77,14 @@ const FOR_TESTS: [(&str, Package); 22] = [
             purpose: "RabbitMQ, in tests (`systemctl disable --now rabbitmq-server` ends its service)",
         },
     ),
+    (
+        "/usr/bin/pg_ctlcluster",
+        Package {
+            name: "postgresql",
+            purpose: "PostgreSQL and pgbench, in tests (`systemctl disable --now postgresql` ends its service)",
+        },
+    ),
+    ("/usr/bin/chromium", Package { name: "chromium", purpose: "Chromium, which shows a page in a test" }),
     ("/usr/bin/wrk", Package { name: "wrk", purpose: "wrk, which keeps servers in tests busy" }),
     ("/usr/bin/ab", Package { name: "apache2-utils", purpose: "`ab`, which does so with short connections" }),
     ("/usr/bin/gdb", Package { name: "gdb", purpose: "gdb, which the tests compare stacks with" }),

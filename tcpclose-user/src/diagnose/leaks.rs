@@ -55,6 +55,7 @@ pub(crate) struct Leaks {
 struct Holdings {
     /// The number of its sockets that have been closed later.
     closed: u64,
+    has_ended: bool,
     highest_fd: Option<u32>,
     openers: HashMap<String, u64>,
 }
@@ -68,6 +69,8 @@ pub(crate) struct Leak {
     /// `CLOSE_WAIT`, and still is.
     pub(crate) opened_later: u64,
     pub(crate) closed: u64,
+    /// Whether the process ended, and left it to the kernel to close the sockets.
+    pub(crate) has_ended: bool,
     /// The time from the first leaked socket to the last.
     pub(crate) first_since: i64,
     pub(crate) last_since: i64,
@@ -121,12 +124,16 @@ impl Leaks {
         self.open.is_empty()
     }
 
-    /// Records that a socket was closed.
-    pub(crate) fn closed(&mut self, pair: PairKey) {
-        if let Some(socket) = self.open.remove(&pair)
-            && let Some(process) = self.processes.get_mut(&socket.process)
-        {
-            process.closed += 1;
+    /// Records that a socket was closed: by its program, or by the kernel because the process ended. Then the
+    /// program never closed it.
+    pub(crate) fn closed(&mut self, pair: PairKey, by_death: bool) {
+        let Some(socket) = self.open.get(&pair) else { return };
+        if let Some(process) = self.processes.get_mut(&socket.process) {
+            process.closed += u64::from(!by_death);
+            process.has_ended |= by_death;
+        }
+        if !by_death {
+            self.open.remove(&pair);
         }
     }
 
@@ -150,6 +157,7 @@ impl Leaks {
                     told_of_end: 0,
                     opened_later: 0,
                     closed: process.map_or(0, |process| process.closed),
+                    has_ended: process.is_some_and(|process| process.has_ended),
                     first_since: socket.since,
                     last_since: socket.since,
                     longest_ms: 0.0,

@@ -139,7 +139,7 @@ impl Diagnosis {
     fn end(&mut self, end: End) {
         self.latest = self.latest.max(end.time);
         if end.close_wait_ms.is_some() && !self.leaks.is_empty() {
-            self.leaks.closed(PairKey::of(&end));
+            self.leaks.closed(PairKey::of(&end), end.death.is_some());
         }
         self.time_wait.settle(&end);
         if end.is_ordinary() {

@@ -17,6 +17,7 @@ use crate::{
         pictures::{Pictures, Timeline},
     },
     event::{Evidence, Finding},
+    sink::human_millis,
 };
 
 /// Text for HTML and SVG, between tags and in attributes.
@@ -111,7 +112,7 @@ pub fn write(
     writeln!(
         out,
         "<h2>Where programs closed</h2>\n<p class=\"note\">Flame graph of the stacks that ended connections: \
-         the program below, what it called above, as wide as it is frequent. Point at a frame for its \
+         the program above, what it called below, as wide as it is frequent. Point at a frame for its \
          name.</p>"
     )?;
     flames(out, pictures)?;
@@ -153,6 +154,10 @@ const LEFT: f64 = 50.0;
 
 #[expect(clippy::cast_precision_loss, reason = "coordinates")]
 fn bars(out: &mut impl Write, timeline: &Timeline) -> io::Result<()> {
+    if timeline.series.is_empty() {
+        return writeln!(out, "<p>None.</p>");
+    }
+    writeln!(out, "<p class=\"note\">Each bar is {}.</p>", human_millis(timeline.step as f64 / 1e6))?;
     let length = timeline.length();
     let total = |index: usize| timeline.series.values().map(|points| points[index]).sum::<i64>();
     let most = (0..length).map(total).max().unwrap_or_default().max(1);
@@ -257,17 +262,32 @@ struct Node {
     calls: BTreeMap<String, Node>,
 }
 
-impl Node {
-    fn depth(&self) -> usize {
-        1 + self.calls.values().map(Self::depth).max().unwrap_or_default()
+/// A frame's height, and the width below which it is left out.
+const ROW: f64 = 17.0;
+const THIN: f64 = 2.0;
+
+/// A frame that is drawn: its name, the number of its stacks, and its place.
+struct Flame<'a> {
+    name: &'a str,
+    count: u64,
+    left: f64,
+    top: f64,
+    width: f64,
+}
+
+/// Lays out the callees of a frame below it, side by side.
+#[expect(clippy::cast_precision_loss, reason = "coordinates")]
+fn lay_out<'a>(node: &'a Node, mut left: f64, top: f64, width: f64, frames: &mut Vec<Flame<'a>>) {
+    for (name, callee) in &node.calls {
+        let share = width * callee.count as f64 / node.count as f64;
+        if share >= THIN {
+            frames.push(Flame { name, count: callee.count, left, top, width: share });
+            lay_out(callee, left, top + ROW, share, frames);
+        }
+        left += share;
     }
 }
 
-/// A frame's height, and the width below which it is left out.
-const ROW: f64 = 17.0;
-const THIN: f64 = 0.4;
-
-#[expect(clippy::cast_precision_loss, reason = "coordinates")]
 fn flames(out: &mut impl Write, pictures: &Pictures) -> io::Result<()> {
     let mut root = Node::default();
     for (names, count) in &pictures.stacks {
@@ -281,78 +301,80 @@ fn flames(out: &mut impl Write, pictures: &Pictures) -> io::Result<()> {
     if root.count == 0 {
         return writeln!(out, "<p>No stacks in these lines.</p>");
     }
-    let height = (root.depth() - 1) as f64 * ROW;
+    let mut frames = Vec::new();
+    lay_out(&root, 0.0, 0.0, WIDTH, &mut frames);
+    let height = frames.iter().map(|frame| frame.top).fold(0.0, f64::max) + ROW;
     writeln!(
         out,
         "<div class=\"wide\"><svg class=\"flames\" viewBox=\"0 0 {WIDTH} {height}\" role=\"img\"><g \
          class=\"flame\">"
     )?;
-    let mut left = 0.0;
-    for (name, node) in &root.calls {
-        let width = node.count as f64 * WIDTH / root.count as f64;
-        flame(out, name, node, &Rectangle { left, bottom: height, width, total: root.count })?;
-        left += width;
-    }
+    frames.iter().try_for_each(|frame| flame(out, frame, root.count))?;
     writeln!(out, "</g></svg></div>")
 }
 
-struct Rectangle {
-    left: f64,
-    bottom: f64,
-    width: f64,
-    total: u64,
-}
-
-#[expect(clippy::cast_precision_loss, reason = "coordinates")]
-fn flame(out: &mut impl Write, name: &str, node: &Node, place: &Rectangle) -> io::Result<()> {
-    if place.width < THIN {
-        return Ok(());
-    }
+fn flame(out: &mut impl Write, frame: &Flame<'_>, total: u64) -> io::Result<()> {
+    let Flame { name, count, left, top, width } = frame;
     let hue =
         name.bytes().fold(7_u32, |hash, byte| hash.wrapping_mul(31).wrapping_add(u32::from(byte))) % 40 + 15;
-    let top = place.bottom - ROW;
     write!(
         out,
-        "<g><title>{0} ({1} of {2})</title><rect x=\"{3:.2}\" y=\"{top:.1}\" width=\"{4:.2}\" height=\"{5}\" \
-         fill=\"hsl({hue},85%,68%)\" stroke=\"#fff\" stroke-width=\".5\"/>",
+        "<g><title>{0} ({count} of {total})</title><rect x=\"{left:.2}\" y=\"{top:.1}\" \
+         width=\"{width:.2}\" height=\"{1}\" fill=\"hsl({hue},85%,68%)\" stroke=\"#fff\" \
+         stroke-width=\".5\"/>",
         Escaped(name),
-        node.count,
-        place.total,
-        place.left,
-        place.width,
         ROW - 1.0
     )?;
     // The approximate number of letters that fit.
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a few letters")]
-    let room = (place.width / 6.6) as usize;
+    let room = (width / 6.6) as usize;
     if room >= 3 {
         let mut short: String = name.chars().take(room).collect();
         if short.len() < name.len() {
             short.pop();
             short.push('…');
         }
-        write!(
-            out,
-            "<text x=\"{:.2}\" y=\"{:.1}\">{}</text>",
-            place.left + 2.0,
-            top + 12.0,
-            Escaped(&short)
-        )?;
+        write!(out, "<text x=\"{:.2}\" y=\"{:.1}\">{}</text>", left + 2.0, top + 12.0, Escaped(&short))?;
     }
-    writeln!(out, "</g>")?;
-    let mut left = place.left;
-    for (name, called) in &node.calls {
-        let width = place.width * called.count as f64 / node.count as f64;
-        flame(out, name, called, &Rectangle { left, bottom: top, width, total: place.total })?;
-        left += width;
-    }
-    Ok(())
+    writeln!(out, "</g>")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::diagnose::{Diagnosis, input::Input};
+
+    #[test]
+    fn a_page_of_nothing_has_no_diagrams() {
+        let mut page = Vec::new();
+        write(&mut page, &[], Totals::default(), &Pictures::default()).expect("memory");
+        let page = String::from_utf8(page).expect("UTF-8");
+        assert!(page.matches("<p>None.</p>").count() == 4 && !page.contains("<svg"), "{page}");
+    }
+
+    #[test]
+    fn frames_are_as_wide_as_they_are_frequent() {
+        let mut pictures = Pictures::default();
+        let stack = |names: &[&str]| names.iter().copied().map(str::to_owned).collect::<Vec<_>>();
+        pictures.stacks.insert(stack(&["nginx", "a", "b"]), 300);
+        pictures.stacks.insert(stack(&["nginx", "c"]), 100);
+        // It is too thin to be seen, and would make the page long.
+        let deep: Vec<&str> = ["d"].into_iter().cycle().take(60).collect();
+        pictures.stacks.insert(stack(&deep), 0);
+        let mut svg = Vec::new();
+        flames(&mut svg, &pictures).expect("memory");
+        let svg = String::from_utf8(svg).expect("UTF-8");
+        assert!(svg.contains("viewBox=\"0 0 960 51\""), "{svg}");
+        for frame in [
+            "<title>nginx (400 of 400)</title><rect x=\"0.00\" y=\"0.0\" width=\"960.00\"",
+            "<title>a (300 of 400)</title><rect x=\"0.00\" y=\"17.0\" width=\"720.00\"",
+            "<title>b (300 of 400)</title><rect x=\"0.00\" y=\"34.0\" width=\"720.00\"",
+            "<title>c (100 of 400)</title><rect x=\"720.00\" y=\"17.0\" width=\"240.00\"",
+        ] {
+            assert!(svg.contains(frame), "{frame} is not in {svg}");
+        }
+        assert!(!svg.contains("<title>d"), "{svg}");
+    }
 
     #[test]
     fn text_from_outside_stays_text() {

@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use tcpclose_tests::{
     fewer,
@@ -84,7 +85,18 @@ fn a_java_pool_that_leaks_after_errors() -> Result<()> {
     Ok(())
 }
 
-/// A crawler that forgets the response when its status is 404.
+/// A crawler that has forgotten several responses, whose status was 404.
+fn crawler(site: &Site) -> Result<Program> {
+    let mut crawler = start_script(&site.namespace, "crawler.py", &[])?;
+    for page in 1..=SEVERAL {
+        let status = crawler.ask(&format!("http://127.0.0.1:{BACKEND_PORT}/missing"))?;
+        ensure!(status == "404", "{status}");
+        wait_for_close_wait(site, page)?;
+        ensure!(crawler.ask(&format!("http://127.0.0.1:{BACKEND_PORT}/"))? == "200");
+    }
+    Ok(crawler)
+}
+
 #[test]
 fn a_crawler_that_leaks_after_404() -> Result<()> {
     if is_missing(&[PYTHON]) {
@@ -92,15 +104,29 @@ fn a_crawler_that_leaks_after_404() -> Result<()> {
     }
     let site = Site::open()?;
     let _app = site.app("60")?;
-    let mut crawler = start_script(&site.namespace, "crawler.py", &[])?;
-    for page in 1..=SEVERAL {
-        let status = crawler.ask(&format!("http://127.0.0.1:{BACKEND_PORT}/missing"))?;
-        ensure!(status == "404", "{status}");
-        wait_for_close_wait(&site, page)?;
-        ensure!(crawler.ask(&format!("http://127.0.0.1:{BACKEND_PORT}/"))? == "200");
-    }
+    let crawler = crawler(&site)?;
     let finding = leak(site)?;
     ensure!(finding["process"]["pid"] == crawler.pid(), "{finding:#}");
+    Ok(())
+}
+
+/// It is stopped before its descriptors run out. The kernel closes the sockets, which the program never did.
+#[test]
+fn a_crawler_that_leaks_until_it_is_restarted() -> Result<()> {
+    if is_missing(&[PYTHON]) {
+        return Ok(());
+    }
+    let site = Site::open()?;
+    let _app = site.app("60")?;
+    let mut crawler = crawler(&site)?;
+    wait_until_they_linger(&site)?;
+    crawler.signal(Signal::SIGTERM)?;
+    crawler.ended()?;
+    // Both ends of each connection, of those that it closed and of those that it did not.
+    let finding = only(&site.diagnose(BACKEND_PORT, 4 * SEVERAL)?, "leak")?;
+    ensure!(finding["process"]["pid"] == crawler.pid() && finding["count"] == SEVERAL, "{finding:#}");
+    let summary = finding["summary"].as_str().unwrap_or_default();
+    ensure!(summary.contains("until it ended"), "{summary}");
     Ok(())
 }
 
@@ -111,11 +137,16 @@ fn wait_for_close_wait(site: &Site, count: usize) -> Result<()> {
     })
 }
 
-/// The only finding, once all sockets linger.
-fn leak(site: Site) -> Result<Value> {
+fn wait_until_they_linger(site: &Site) -> Result<()> {
     let lingers = |line: &&Value| line["event"] == "lingering" && line["state"] == "CLOSE_WAIT";
     let came = site.tool.wait_until(|lines| lines.iter().filter(lingers).count() >= SEVERAL);
     ensure!(came, "they do not linger\n{}", site.tool.said_so_far());
+    Ok(())
+}
+
+/// The only finding, once all sockets linger.
+fn leak(site: Site) -> Result<Value> {
+    wait_until_they_linger(&site)?;
     let finding = only(&site.findings()?, "leak")?;
     ensure!(finding["count"] == SEVERAL, "{finding:#}");
     Ok(finding)

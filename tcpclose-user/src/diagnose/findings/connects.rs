@@ -1,10 +1,9 @@
 //! Connection attempts that failed: they were refused or not answered, or the accept queue was full.
 
-use super::{Draft, times};
+use super::{Draft, rounded, times};
 use crate::{
     diagnose::{Diagnosis, end::ServiceKey, services::Service, statistics::ENOUGH},
     event::{Confidence, FindingKind},
-    sink::human_millis,
 };
 
 impl Diagnosis {
@@ -71,7 +70,7 @@ impl Diagnosis {
             "{} connection attempts of {client} to {server} were not answered within {}. {} others \
              succeeded.",
             spread.count,
-            human_millis(spread.median),
+            rounded(spread.median),
             service.ends
         );
         draft.advice = format!(

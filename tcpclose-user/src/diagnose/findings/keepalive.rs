@@ -1,10 +1,9 @@
 //! Idle connections that one end closes while the other end still uses them.
 
-use super::{Draft, confidence, counted, times};
+use super::{Draft, confidence, counted, rounded, times};
 use crate::{
     diagnose::{Diagnosis, end::ServiceKey, services::Service},
     event::FindingKind,
-    sink::human_millis,
 };
 
 impl Diagnosis {
@@ -32,9 +31,11 @@ impl Diagnosis {
             ),
         ]);
         let (client, server) = (self.name(key.who), self.service_name(key, service));
-        let after = human_millis(spread.median);
+        let after = rounded(spread.median);
+        let kept = own.filter(|own| *own > spread.median);
+        let kept = kept.map_or_else(|| "longer".to_owned(), |own| format!("for {}", rounded(own)));
         draft.summary = format!(
-            "{server} closes connections that have been idle for {after}, but {client} keeps them longer: {} \
+            "{server} closes connections that have been idle for {after}, but {client} keeps them {kept}: {} \
              were closed, and {}.",
             spread.count,
             counted(raced, "request was lost", "requests were lost")
@@ -59,7 +60,7 @@ impl Diagnosis {
         draft.confidence = confidence(spread.count, Some(&spread));
         draft.evidence.extend(times("own_timeout", &spread));
         draft.evidence.push(("raced_requests", raced.into()));
-        let (server, after) = (self.service_name(key, service), human_millis(spread.median));
+        let (server, after) = (self.service_name(key, service), rounded(spread.median));
         draft.summary = format!(
             "{server} closes connections that have been idle for {after}, while its clients still use them: \
              {} were closed, and {}.",
@@ -104,7 +105,8 @@ mod tests {
         assert_near(number(&finding, "raced_requests"), 3.0);
         assert_eq!(finding.confidence, Confidence::Strong);
         assert_eq!(&finding.lines[..3], [1, 2, 3], "the lost requests first");
-        assert!(finding.summary.contains("37 were closed, and 3 requests were lost"), "{}", finding.summary);
+        let sentence = "idle for 5s, but app keeps them for 1m0s: 37 were closed, and 3 requests were lost";
+        assert!(finding.summary.contains(sentence), "{}", finding.summary);
         assert_eq!(finding.process.expect("known").comm, "app");
     }
 

@@ -16,6 +16,7 @@ use std::{cmp::Reverse, net::SocketAddr};
 use crate::{
     diagnose::{Diagnosis, end::ServiceKey, marks::Marks, names::Who, services::Service, statistics::Spread},
     event::{Confidence, Evidence, Finding, FindingKind, Program, Remote, Time},
+    sink::human_millis,
 };
 
 /// A finding whose program is not named yet.
@@ -165,6 +166,18 @@ fn times(of: &str, spread: &Spread) -> Vec<(&'static str, Evidence)> {
     ]
 }
 
+/// A time that was measured, rounded to as many digits as are shown.
+fn rounded(milliseconds: f64) -> String {
+    let digit = match milliseconds {
+        ..10.0 => 0.1,
+        ..1_000.0 => 1.0,
+        ..60_000.0 => 100.0,
+        ..3_600_000.0 => 1_000.0,
+        _ => 60_000.0,
+    };
+    human_millis((milliseconds / digit).round() * digit)
+}
+
 /// `no request`, `1 request`, `2 requests`.
 fn counted(count: u64, one: &str, many: &str) -> String {
     match count {
@@ -186,4 +199,15 @@ fn millis(nanoseconds: i64) -> f64 {
 
 fn time(nanoseconds: i64) -> Time {
     Time(jiff::Timestamp::from_nanosecond(i128::from(nanoseconds)).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::rounded;
+
+    #[test]
+    fn times_are_rounded_to_what_is_shown() {
+        let shown = [1.26, 999.6, 1494.0, 3004.0, 59_960.0, 90_400.0, 899_700.0, 7_199_000.0].map(rounded);
+        assert_eq!(shown, ["1.3ms", "1s", "1.5s", "3s", "1m0s", "1m30s", "15m0s", "2h0m"]);
+    }
 }

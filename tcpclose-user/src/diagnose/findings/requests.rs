@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt::Write as _};
 
-use super::{Draft, confidence, counted, times};
+use super::{Draft, confidence, counted, rounded, times};
 use crate::{
     diagnose::{
         Diagnosis,
@@ -13,7 +13,6 @@ use crate::{
         statistics::{ENOUGH, Spread},
     },
     event::{Confidence, FindingKind},
-    sink::human_millis,
 };
 
 /// The shortest wait, among irregular ones, that counts as a user who gave up. Shorter ones are races.
@@ -41,7 +40,7 @@ impl Diagnosis {
         draft.evidence.push(("connections", service.ends.into()));
         let server = self.service_name(key, service);
         let clients = self.client_name(key, service);
-        let median = human_millis(spread.median);
+        let median = rounded(spread.median);
         let count = spread.count;
         if regular.is_some() {
             draft.summary = format!(
@@ -56,8 +55,8 @@ impl Diagnosis {
             draft.summary = format!(
                 "{clients} gave up on {server} {count} times before it had answered, after {} to {} (half of \
                  them within {median}). The waits differ: this is no timeout, but people who left.",
-                human_millis(spread.least),
-                human_millis(spread.most)
+                rounded(spread.least),
+                rounded(spread.most)
             );
             draft.advice = format!("Find out why {server} takes so long.");
         }

@@ -24,11 +24,12 @@ impl Diagnosis {
         #[expect(clippy::cast_precision_loss, reason = "at most 65,536")]
         let per_minute = (spread_ms >= 1_000.0).then(|| (count - 1) as f64 * 60_000.0 / spread_ms);
         let used = leak.highest_fd.map(u64::from);
-        let left = used.and_then(|used| DESCRIPTORS.checked_sub(used));
+        let left = used.and_then(|used| DESCRIPTORS.checked_sub(used)).filter(|_| !leak.has_ended);
         #[expect(clippy::cast_precision_loss, reason = "at most 1,024")]
         let minutes_left = per_minute.zip(left).map(|(rate, left)| left as f64 / rate);
+        let held = if leak.has_ended { "held until it ended" } else { "holds" };
         let mut summary =
-            format!("{name} (pid {}) holds {count} connections that its peers have closed", leak.key.pid);
+            format!("{name} (pid {}) {held} {count} connections that its peers have closed", leak.key.pid);
         if let Some(rate) = per_minute {
             let _ = write!(summary, ", and {rate:.1} more every minute");
         }
@@ -164,6 +165,20 @@ mod tests {
         assert_near(number(&finding, "highest_descriptor"), 22.0);
         assert_near(number(&finding, "minutes_to_1024_descriptors"), 100.2);
         assert_eq!(finding.evidence["opened_in"], Evidence::Text("app::fetch (fetch.rs:12)".to_owned()));
+    }
+
+    /// A leak is one also if somebody restarts the process before its descriptors run out.
+    #[test]
+    fn leak_of_a_process_that_ended() {
+        let mut lines = many(13, |at, port| lingering(at * 6.0, port, "leaked"));
+        let mut killed = closed_by_peer(1.0);
+        let death = json!({"close_wait_ms": 15_000.0, "trigger": "signal", "signal": "SIGTERM"});
+        merge(&mut killed, &death);
+        lines.extend((0..13).map(|number: u16| client(80.0, 40_000 + number, &killed)));
+        let finding = only(lines, FindingKind::Leak);
+        assert_eq!((finding.count, &finding.evidence["closed_after_all"]), (13, &Evidence::Count(0)));
+        assert_eq!(finding.evidence["minutes_to_1024_descriptors"], Evidence::Unknown);
+        assert!(finding.summary.contains("held until it ended 13 connections"), "{}", finding.summary);
     }
 
     #[test]
