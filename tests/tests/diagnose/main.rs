@@ -14,10 +14,15 @@ use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},
     net::TcpStream,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::sys::{
     signal::Signal,
     socket::{setsockopt, sockopt},
@@ -339,6 +344,57 @@ fn a_deploy() -> Result<()> {
     let finding = only(&findings, "deploy")?;
     ensure!(finding["process"]["pid"] == pid && finding["count"] == SEVERAL + 1, "{finding:#}");
     ensure!(finding["evidence"]["requests_lost"] == 1, "{finding:#}");
+    Ok(())
+}
+
+/// An application is replaced while nginx passes requests on to it. The requests that failed are those that
+/// the clients saw fail.
+#[test]
+fn a_deploy_during_traffic() -> Result<()> {
+    if is_missing(&[PYTHON, NGINX]) {
+        return Ok(());
+    }
+    let site = Site::open()?;
+    let mut app = site.app("60")?;
+    let nginx = site.nginx()?;
+    let is_over = Arc::new(AtomicBool::new(false));
+    let busy = |mut client: TcpStream| {
+        let is_over = Arc::clone(&is_over);
+        thread::spawn(move || -> Result<usize> {
+            let mut failed = 0;
+            while !is_over.load(Ordering::Relaxed) {
+                ask(&mut client, "GET /busy")?;
+                failed += usize::from(status(&mut client)? == 502);
+                thread::sleep(Duration::from_millis(20));
+            }
+            Ok(failed)
+        })
+    };
+    let clients: Vec<_> = site.connect_several(NGINX_PORT)?.into_iter().map(busy).collect();
+    for _ in 0..SEVERAL {
+        ensure!(nginx.line()?.starts_with("200 "));
+    }
+    app.signal(Signal::SIGTERM)?;
+    let pid = app.pid();
+    app.ended()?;
+    let _next = site.app("60")?;
+    while !nginx.line()?.starts_with("502 ") {}
+    while !nginx.line()?.starts_with("200 ") {}
+    is_over.store(true, Ordering::Relaxed);
+    let failed = clients.into_iter().map(|client| client.join().map_err(|_| anyhow!("a client panicked"))?);
+    let failed = failed.sum::<Result<usize>>()?;
+
+    let findings = site.diagnose(BACKEND_PORT, failed)?;
+    let [refused, deploy] = &findings[..] else { bail!("{} findings: {findings:#?}", findings.len()) };
+    ensure!(refused["kind"] == "refused" && refused["process"]["pid"] == nginx.pid(), "{refused:#}");
+    ensure!(deploy["kind"] == "deploy" && deploy["process"]["pid"] == pid, "{deploy:#}");
+    ensure!(deploy["count"] == SEVERAL, "{deploy:#}");
+    // The others were under way when the application ended, which lines show in part.
+    let refused = refused["count"].as_u64().map(usize::try_from).context("no number")??;
+    let under_way = failed.checked_sub(refused).context("more were refused than failed")?;
+    let number = |name: &str| deploy["evidence"][name].as_u64().unwrap_or_default();
+    let most = usize::try_from(number("requests_lost") + number("undecided_connections"))?;
+    ensure!(under_way <= most && most <= SEVERAL, "{failed} failed, {refused} were refused: {deploy:#}");
     Ok(())
 }
 
