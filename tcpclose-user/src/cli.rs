@@ -197,7 +197,8 @@ pub struct TraceArgs {
     pub flamegraph: Option<PathBuf>,
     /// Which stacks to take
     ///
-    /// A user stack is cheap. A kernel stack costs about 5 µs.
+    /// A user stack is cheap. A kernel stack costs about 5 µs. With `none`, the text has one line for each
+    /// event, without the details; JSON has them all.
     #[arg(long, value_name = "WHICH", default_value = "user")]
     pub stack: WhichStacks,
     /// How to unwind user stacks
