@@ -61,7 +61,7 @@ fn doing(current: impl Current, task: &mut RawTask) {
 /// processor, which shows in the registers that were saved on entry to the kernel.
 #[inline(always)]
 fn syscall<O: Object>(registers: O) -> i32 {
-    let number = member::<i64>(registers, global!(STRUCTS.pt_regs_syscall)).unwrap_or(-1) as i32;
+    let number = syscall_number(registers);
     let mode = member::<u16>(registers, global!(PARAMS.registers.mode)).unwrap_or(0);
     if number == -1 || mode & global!(PARAMS.registers.mode_mask) != global!(PARAMS.registers.mode_compat) {
         return number;
@@ -72,6 +72,13 @@ fn syscall<O: Object>(registers: O) -> i32 {
         0
     };
     number | syscall::COMPAT | (call << syscall::SOCKETCALL_SHIFT).cast_signed()
+}
+
+/// The number in the registers; -1 if it cannot be read. arm64 has 32 bits for it, of which the verifier does
+/// not permit to read more. x86-64 has 64, and the low half is first.
+#[inline(always)]
+fn syscall_number<O: Object>(registers: O) -> i32 {
+    member(registers, global!(STRUCTS.pt_regs_syscall)).unwrap_or(-1)
 }
 
 /// The number of `socketcall` in i386's table.
@@ -87,7 +94,7 @@ pub fn is_nobody() -> bool {
 #[inline(always)]
 fn is_none(current: impl Current) -> bool {
     let flags: u32 = member(current, global!(STRUCTS.task_flags)).unwrap_or(0);
-    let call = member::<i64>(current.registers(), global!(STRUCTS.pt_regs_syscall)).unwrap_or(-1) as i32;
+    let call = syscall_number(current.registers());
     flags & (task_flag::KTHREAD | task_flag::WQ_WORKER) != 0
         || call == i32::from(global!(ITERATORS.read)) && iterator::is_read()
 }
