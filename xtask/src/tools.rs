@@ -23,7 +23,7 @@ const DEBIAN_COMPILER: [Package; 2] = [
 ];
 
 /// Commands or files that tests use, and the packages that contain them.
-const FOR_TESTS: [(&str, Package); 24] = [
+const FOR_TESTS: [(&str, Package); 25] = [
     (
         "ip",
         Package { name: "iproute2", purpose: "`ip`, which makes the network namespaces that tests run in" },
@@ -110,6 +110,14 @@ const FOR_TESTS: [(&str, Package); 24] = [
             name: "prometheus",
             purpose: "Prometheus, which collects metrics in a test (`systemctl disable --now prometheus` \
                       ends its service)",
+        },
+    ),
+    (
+        "/usr/sbin/rsyslogd",
+        Package {
+            name: "rsyslog",
+            purpose: "rsyslog, which collects lines in a test; its package makes it the host's system log \
+                      (`systemctl disable --now rsyslog` ends that)",
         },
     ),
 ];

@@ -161,9 +161,9 @@ impl Launch {
         self
     }
 
-    /// Makes the tool write its lines to a new file, which nobody else reads.
+    /// Makes the tool append its lines to a file, which the tests do not read.
     pub fn into_file(mut self, path: &Path) -> Result<Self> {
-        self.stdout = Some(File::create(path)?);
+        self.stdout = Some(File::options().append(true).create(true).open(path)?);
         Ok(self)
     }
 
