@@ -153,7 +153,7 @@ impl Attributor {
 
 /// The process of a task. `thread` is reported only for one that acted.
 fn describe(task: &Task, did: Did, attribution: Attribution, program: ProgramInfo) -> Process {
-    let ProgramInfo { comm, exe, container, pid } = program;
+    let ProgramInfo { comm, exe, container, container_name, pod, pid } = program;
     let tid = match pid {
         LocalPid::Same => task.tid,
         // Only the id of the main thread is known here, because it equals that of the process.
@@ -170,13 +170,15 @@ fn describe(task: &Task, did: Did, attribution: Attribution, program: ProgramInf
         exe,
         uid: Some(task.uid),
         container,
+        container_name,
+        pod,
         attribution,
     }
 }
 
 /// A process that was found through `/proc`.
 pub fn listed(holder: &ProcfsHolder, attribution: Attribution, program: ProgramInfo) -> Process {
-    let ProgramInfo { comm, exe, container, pid: _ } = program;
+    let ProgramInfo { comm, exe, container, container_name, pod, pid: _ } = program;
     Process {
         pid: Some(holder.pid),
         host_pid: holder.host_pid(),
@@ -186,6 +188,8 @@ pub fn listed(holder: &ProcfsHolder, attribution: Attribution, program: ProgramI
         exe,
         uid: holder.uid,
         container,
+        container_name,
+        pod,
         attribution,
     }
 }

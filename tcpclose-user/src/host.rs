@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use tcpclose_common::record::{Interpreted, StackCopy};
 
 use crate::{
-    event::{SignalFrom, Stack},
+    event::{Pod, SignalFrom, Stack},
     kernel::{followed::Followed, privilege},
     processes::{
         LocalPid, Processes,
@@ -41,6 +41,12 @@ pub struct ProgramInfo {
     pub exe: Option<String>,
     /// The id of the container that the process is in.
     pub container: Option<String>,
+    /// That container's name.
+    #[serde(default)]
+    pub container_name: Option<String>,
+    /// The pod of that container.
+    #[serde(default)]
+    pub pod: Option<Pod>,
     /// Its process id in the pid namespace of tcpclose.
     #[serde(default)]
     pub pid: LocalPid,
@@ -50,10 +56,10 @@ impl ProgramInfo {
     /// Looks up the program of a process in `processes`, or on the host.
     pub fn of(processes: &mut Processes, pid: u32, mm: u64) -> Self {
         let comm = processes.comm(pid, mm, Instant::now());
-        let (exe, container) = processes
-            .image(pid, mm)
-            .map_or_else(Default::default, |image| (image.exe.clone(), image.container.clone()));
-        Self { comm, exe, container, pid: processes.local_pid(pid) }
+        let image = processes.image(pid, mm).unwrap_or_default();
+        let (exe, container) = (image.exe.clone(), image.container.clone());
+        let (container_name, pod) = (image.names.container.clone(), image.names.pod.clone());
+        Self { comm, exe, container, container_name, pod, pid: processes.local_pid(pid) }
     }
 }
 

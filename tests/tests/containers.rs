@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tcpclose_tests::{
-    expect::differences,
+    expect::{but, differences, known},
     netns::Namespace,
     program::Program,
     scratch::Scratch,
@@ -24,6 +24,12 @@ const RUNC: &str = "/usr/sbin/runc";
 
 /// The capabilities of the tool, as the guide states them.
 const CAPABILITIES: [&str; 3] = ["BPF", "PERFMON", "SYS_PTRACE"];
+
+/// The Kubernetes namespace of the tenants' pods.
+const POD_NAMESPACE: &str = "tests";
+
+/// Where podman keeps what it knows of its containers.
+const CONTAINERS: &str = "/var/lib/containers/storage/overlay-containers";
 
 /// Where programs and libraries are on the host.
 const PROGRAMS: [&str; 3] = ["/usr", "/lib", "/lib64"];
@@ -108,6 +114,10 @@ impl Container {
         let programs = PROGRAMS.map(|folder| format!("{folder}:{folder}:ro"));
         let mut options = vec!["--network", "none", "--memory", "96m", "--memory-swap", "96m"];
         options.extend(["--volume", &servers]);
+        // As Kubernetes has them with CRI-O.
+        let pod = format!("io.kubernetes.pod.name=pod-of-{name}");
+        let namespace = format!("io.kubernetes.pod.namespace={POD_NAMESPACE}");
+        options.extend(["--annotation", &pod, "--annotation", &namespace]);
         options.extend(programs.iter().flat_map(|folder| ["--volume", folder]));
         let container = Self::start(name, image, &options, &[PYTHON, "/servers/tenant.py"])?;
         let line = container.program.line()?;
@@ -156,12 +166,12 @@ struct Deeds {
 
 impl Deeds {
     /// The lines that must be written about it, where `pid` returns the tenant's and the victim's process ids
-    /// as seen by the tool.
-    fn lines(&self, pid: u64, victim: Value) -> Vec<Value> {
+    /// as seen by the tool, and `names` are those that it is to find.
+    fn lines(&self, pid: u64, victim: Value, names: &Value) -> Vec<Value> {
         let at = |port: u64| json!({"local": {"port": port}});
-        let process = json!({"pid": pid, "comm": "python3", "container": self.id});
-        let mut dead = json!({"comm": "python3", "container": self.id});
-        dead["pid"] = victim;
+        let of =
+            |pid: Value| but(json!({"pid": pid, "comm": "python3", "container": self.id}), names.clone());
+        let (process, dead) = (of(json!(pid)), of(victim));
         vec![
             json!({
                 "event": "close",
@@ -255,7 +265,9 @@ fn a_sidecar_reports_its_neighbour_by_the_ids_inside() -> Result<()> {
     let strange = stranger.act()?;
     let deeds = tenant.act()?;
     let mut netns = None;
-    for expected in deeds.lines(1, json!(deeds.victim)) {
+    // The runtime's files are not those of a container.
+    let names = json!({"container_name": null, "pod": null});
+    for expected in deeds.lines(1, json!(deeds.victim), &names) {
         let line = tool.wait_for(&expected)?;
         if line["cause"] == "linger_zero" {
             has_whole_stack(&line)?;
@@ -279,13 +291,18 @@ fn with_the_pids_of_the_host_all_containers_are_reported() -> Result<()> {
     let (empty, image) = (ContainerImage::of("tenant", &[])?, ContainerImage::of_tool()?);
     let mut tenants = [Container::tenant("one", &empty)?, Container::tenant("other", &empty)?];
     let ids = tenants.iter().map(|tenant| tenant.inspect("{{.Id}}")).collect::<Result<Vec<_>>>()?.join(",");
-    let mut tool =
-        ContainedTool::start(&image, &["--pid", "host", "--network", "none"], &["--container", &ids])?;
-    for tenant in &mut tenants {
+    let mut options = vec!["--pid", "host", "--network", "none"];
+    // As the DaemonSet has the folder of its runtime.
+    let files = format!("{CONTAINERS}:{CONTAINERS}:ro");
+    options.extend(["--volume", &files]);
+    let mut tool = ContainedTool::start(&image, &options, &["--container", &ids])?;
+    for (tenant, name) in tenants.iter_mut().zip(["one", "other"]) {
+        let pod = json!({"name": format!("pod-of-{name}"), "namespace": POD_NAMESPACE});
+        let names = json!({"container_name": tenant.name, "pod": pod});
         let pid: u64 = tenant.inspect("{{.State.Pid}}")?.parse()?;
         let deeds = tenant.act()?;
         // The id of the victim on the host is not known to the tenant.
-        for expected in deeds.lines(pid, tcpclose_tests::expect::known()) {
+        for expected in deeds.lines(pid, known(), &names) {
             let line = tool.wait_for(&expected)?;
             ensure!(line["process"]["pid"] == line["process"]["host_pid"], "{line:#}");
             if line["cause"] == "linger_zero" {

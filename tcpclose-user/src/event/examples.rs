@@ -245,6 +245,8 @@ pub(crate) fn process(pid: u32, comm: &str, attribution: Attribution) -> Shared<
         exe: Some(format!("/usr/sbin/{comm}")),
         uid: Some(33),
         container: None,
+        container_name: None,
+        pod: None,
         attribution,
     })
 }

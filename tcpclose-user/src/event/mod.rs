@@ -274,8 +274,21 @@ pub struct Process {
     pub uid: Option<u32>,
     /// Container id.
     pub container: Option<String>,
+    /// The container's name; null where the files of its runtime do not have it, or cannot be seen.
+    pub container_name: Option<String>,
+    /// Its Kubernetes pod; null where the files of its runtime name none, or cannot be seen.
+    pub pod: Option<Pod>,
     /// How it is known.
     pub attribution: Attribution,
+}
+
+/// A pod of Kubernetes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Pod {
+    /// Its name.
+    pub name: String,
+    /// Its Kubernetes namespace.
+    pub namespace: String,
 }
 
 impl Process {

@@ -21,11 +21,17 @@ use nix::{
 /// # Errors
 /// A part of the path is a symbolic link (`ELOOP`, `ENOTDIR`), or does not exist.
 pub fn open(pid: u32, path: &Path) -> io::Result<OwnedFd> {
+    open_in(Path::new(&format!("/proc/{pid}/root")), path)
+}
+
+/// Same as [`open`], for the file that `path` leads to below the directory `root`.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_in(root: &Path, path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let root = format!("/proc/{pid}/root");
-    // The first one is a link of the kernel, which has to be followed.
-    let root =
-        open_path(root.as_str(), OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+    // The root of a process is a link of the kernel, which has to be followed.
+    let root = open_path(root, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
     let names = path.components().filter(|part| !matches!(part, Component::RootDir | Component::CurDir));
     let mut names = names.peekable();
     let mut at = root;

@@ -82,7 +82,8 @@ fn is_named(runtime: &str, id: &str) -> bool {
     RUNTIMES.contains(&runtime) && (is_id(id) || is_build)
 }
 
-fn is_id(text: &str) -> bool {
+/// Whether this is an id as engines for containers choose them at random.
+pub(super) fn is_id(text: &str) -> bool {
     (32..=64).contains(&text.len()) && text.bytes().all(is_hex_digit)
 }
 

@@ -6,6 +6,7 @@
 
 pub mod beneath;
 pub mod container;
+pub mod container_names;
 pub mod holder;
 pub mod mappings;
 pub mod perf_map;
@@ -22,6 +23,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use self::{
+    container_names::{ContainerNames, RuntimeNames},
     mappings::{Backing, Mapping, Modules, undeleted},
     perf_map::LeftBehind,
 };
@@ -84,6 +86,8 @@ pub struct Image {
     pub exe: Option<String>,
     /// Id of its container.
     pub container: Option<String>,
+    /// The names of the container and of its pod.
+    pub names: Arc<RuntimeNames>,
     /// Process id in its own pid namespace.
     pub inner_pid: Option<u32>,
     /// Effective user id, in the initial user namespace.
@@ -186,6 +190,7 @@ pub struct Processes {
     /// The latest image of each process, by its `mm`.
     latest: HashMap<u32, u64>,
     modules: Modules,
+    container_names: ContainerNames,
     mappings: usize,
     clock: u64,
     /// Counts the changes of `images`.
@@ -198,14 +203,14 @@ pub struct Processes {
 impl Processes {
     /// Makes an empty collection.
     pub fn new() -> Self {
-        Self::default()
+        Self { container_names: ContainerNames::new(), ..Self::default() }
     }
 
     /// Makes an empty collection for the ids that the kernel half reports, which are those of the initial pid
     /// namespace. In any other namespace, `/proc` has other ids, which [`notice_as`](Self::notice_as) adds.
     pub fn of_kernel_half() -> Self {
         let local_pids = (!privilege::in_initial_pid_namespace()).then(HashMap::new);
-        Self { local_pids, ..Self::default() }
+        Self { local_pids, ..Self::new() }
     }
 
     /// Like [`notice`](Self::notice), for a process with the id `local` in this pid namespace, or with none.
@@ -356,10 +361,12 @@ impl Processes {
     }
 
     fn take(&mut self, pid: u32, mm: u64) -> Image {
-        match self.local_pid(pid).of(pid) {
-            Some(local) => take(&mut self.modules, local, mm),
-            None => Image { mm, ..Image::default() },
+        let Some(local) = self.local_pid(pid).of(pid) else { return Image { mm, ..Image::default() } };
+        let mut image = take(&mut self.modules, local, mm);
+        if let Some(container) = &image.container {
+            image.names = self.container_names.of(container);
         }
+        image
     }
 
     /// A number that changes whenever the results of [`image`](Self::image) have changed.
@@ -454,6 +461,7 @@ fn read(modules: &mut Modules, pid: u32, mm: u64, exe: &[u8]) -> Image {
         comm: comm_in(&comm),
         exe: Some(display(exe)),
         container: container::id(&String::from_utf8_lossy(&cgroup)),
+        names: Arc::default(),
         inner_pid,
         uid,
         mappings,

@@ -396,6 +396,8 @@ impl Facts {
         // The length that `docker ps` shows.
         let short = |id: &str| escape(id).chars().take(12).collect::<String>();
         self.add_some("container", process.container.as_deref().map(short));
+        let pod = process.pod.as_ref();
+        self.add_some("pod", pod.map(|pod| format!("{}/{}", escape(&pod.namespace), escape(&pod.name))));
     }
 }
 
@@ -556,7 +558,7 @@ mod tests {
     use clap::ValueEnum as _;
     use jiff::tz::TimeZone;
 
-    use crate::event::{Attribution, Cause, ClosedBy, Ended, Event, Frame, Trigger, Truncated};
+    use crate::event::{Attribution, Cause, ClosedBy, Ended, Event, Frame, Pod, Trigger, Truncated};
     use crate::sink::text::{COLUMNS, TextSink, cut, escape, frame_text, human_millis, width};
     use crate::{
         event::examples,
@@ -668,7 +670,9 @@ mod tests {
         let evil = "\x1b[2J\nfake\u{202e}\u{9b}\r";
         let Event::Close(mut close) = examples::orderly() else { unreachable!() };
         close.process.as_mut().expect("known").comm = evil.into();
-        close.process.as_mut().expect("known").container = Some(evil.into());
+        let process = close.process.as_mut().expect("known");
+        process.container = Some(evil.into());
+        process.pod = Some(Pod { name: evil.into(), namespace: evil.into() });
         close.trigger = Some(Trigger::Signal);
         close.signal = Some(evil.into());
         let stack = close.stack.as_mut().expect("taken");
