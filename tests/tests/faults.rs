@@ -8,7 +8,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use nix::{
     errno::Errno,
     libc,
@@ -23,7 +23,7 @@ use tcpclose_tests::{
     features::Feature,
     scenario::routes,
     scratch::Scratch,
-    tool::Launch,
+    tool::{Capability, Launch},
     until,
 };
 
@@ -147,6 +147,38 @@ fn lines_that_nobody_reads_are_counted_as_lost_output() -> Result<()> {
     let count: u64 = lost.filter_map(|line| line["count"].as_u64()).sum();
     ensure!(is_right(count), "the recording does not count two lines as lost\n{replayed}");
     Ok(())
+}
+
+/// The tool starts a few threads, and then the command.
+#[test]
+fn without_room_for_threads_a_trace_says_so_or_goes_on() -> Result<()> {
+    const ENOUGH: u64 = 40;
+    // Elsewhere this user may not load programs at all.
+    if Feature::UnlockedMaps.is_missed() {
+        return Ok(());
+    }
+    let mut bed = Bed::new(routes::loopback_ipv4())?;
+    let mut refused = Vec::new();
+    for tasks in 1..=ENOUGH {
+        let server = bed.listen()?;
+        let capabilities = [Capability::Bpf, Capability::Perfmon, Capability::SysPtrace];
+        let launch =
+            Launch::new()?.inside(bed.namespace(Side::Client))?.with_most_tasks(tasks, &capabilities)?;
+        let launch = launch.args(["-o", "json", "--"]).args([tcpclose_tests::peer::program()?]);
+        let ended = launch.args(["once", &server.ip().to_string(), &server.port().to_string(), "0"]).run()?;
+        ensure!(!ended.stderr.contains("panicked"), "with {tasks}: {ended}");
+        if ended.code() == Some(0) {
+            let port = server.port();
+            let is_told = ended.lines.iter().any(|line| line["connection"]["remote"]["port"] == port);
+            ensure!(is_told, "with {tasks}, the command's connection is not reported: {ended}");
+            ensure!(!refused.is_empty(), "one task is enough for all");
+            return Ok(());
+        }
+        let ended = ended.with_code(125)?;
+        let failed = ["cannot start a thread", "cannot run"].into_iter().find(|it| ended.stderr.contains(it));
+        refused.push(failed.with_context(|| format!("with {tasks}, it does not say why: {ended}"))?);
+    }
+    bail!("{ENOUGH} tasks are not enough: {refused:?}")
 }
 
 #[test]

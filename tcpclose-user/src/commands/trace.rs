@@ -44,7 +44,7 @@ pub async fn trace(args: &TraceArgs) -> Result<ExitCode> {
         Some(address) => Some(metrics::Server::bind(address, live.serve_metrics()).await?),
         None => None,
     };
-    live.find_older_stuck()?;
+    live.find_older_stuck();
     if let Some(path) = &args.ready_file {
         ready::write(path)?;
     }

@@ -256,8 +256,10 @@ pub fn load(request: &Request) -> Result<KernelHalf> {
     may_read_kernel_memory()?;
     raise_memlock_limit();
     let (kernel, object_loader) = thread::scope(|scope| {
-        let object_loader = scope.spawn(without_btf);
-        (RunningKernel::read(&request.btf), object_loader.join().unwrap_or_else(|_| without_btf()))
+        let thread = thread::Builder::new().spawn_scoped(scope, without_btf);
+        let kernel = RunningKernel::read(&request.btf);
+        // Without room for a thread, one after the other.
+        (kernel, thread.ok().and_then(|thread| thread.join().ok()).unwrap_or_else(without_btf))
     });
     let (kernel, mut object_loader) = (kernel?, Some(object_loader));
     let mut params = request.params;
@@ -551,7 +553,9 @@ fn load_ahead(
     };
     thread::scope(|scope| {
         let others = thread::available_parallelism().map_or(0, |count| count.get().min(MAX_LOADERS) - 1);
-        let others: Vec<_> = (0..others).map(|_| scope.spawn(load)).collect();
+        // If there is no room for more threads, fewer do all the work.
+        let start = |_| thread::Builder::new().spawn_scoped(scope, load).ok();
+        let others: Vec<_> = (0..others).map_while(start).collect();
         let mut refused = load();
         refused.extend(others.into_iter().flat_map(|thread| thread.join().unwrap_or_default()));
         refused.into_iter().collect()

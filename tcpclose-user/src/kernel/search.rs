@@ -5,7 +5,7 @@
 use std::{
     fs::File,
     io::{self, ErrorKind, Read as _},
-    sync::mpsc::{self, Receiver, RecvTimeoutError},
+    sync::mpsc::{self, Receiver, RecvTimeoutError, Sender},
     thread,
     time::Duration,
 };
@@ -18,18 +18,23 @@ pub struct Search {
 }
 
 impl Search {
-    /// Starts to read the file of an iterator.
+    /// Starts to read the file of an iterator, in a thread or, if none can be started, at once.
     ///
     /// # Errors
-    /// The thread cannot be started.
+    /// There is no room for another descriptor.
     pub(super) fn start(iterator: File) -> io::Result<Self> {
         let (done, result) = mpsc::channel();
-        let thread = thread::Builder::new().name("descriptors".to_owned());
-        thread.spawn(move || {
-            let result = run(iterator).map(|()| pace::cpu_time());
+        let search = |iterator: File, done: Sender<_>| {
+            let before = pace::cpu_time();
+            let result = run(iterator).map(|()| pace::cpu_time().saturating_sub(before));
             // There is no receiver any more if the trace has ended.
             let _ = done.send(result);
-        })?;
+        };
+        let (same, also_done) = (iterator.try_clone()?, done.clone());
+        let thread = thread::Builder::new().name("descriptors".to_owned());
+        if thread.spawn(move || search(iterator, done)).is_err() {
+            search(same, also_done);
+        }
         Ok(Self { result })
     }
 

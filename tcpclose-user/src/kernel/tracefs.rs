@@ -98,7 +98,7 @@ pub fn ensure() -> Result<Tracefs, Failure> {
 /// that is started later, sees the mount.
 ///
 /// # Errors
-/// Those of [`ensure`], in which case `work` was not called.
+/// Those of [`ensure`], or no thread can be started. `work` was not called then.
 ///
 /// # Panics
 /// If `work` panics.
@@ -107,7 +107,8 @@ pub fn with<T: Send>(work: impl FnOnce(&Tracefs) -> T + Send) -> Result<T, Failu
         return Ok(work(&tracefs));
     }
     thread::scope(|scope| {
-        let thread = scope.spawn(|| ensure().map(|tracefs| work(&tracefs)));
+        let thread = thread::Builder::new().spawn_scoped(scope, || ensure().map(|tracefs| work(&tracefs)));
+        let thread = thread.map_err(|error| Failure::no_thread(&error))?;
         thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
 }

@@ -139,11 +139,8 @@ impl Live {
     }
 
     /// Starts to look for sockets that were stuck before the trace. Call it once the trace is ready.
-    ///
-    /// # Errors
-    /// A thread cannot be started.
-    pub fn find_older_stuck(&mut self) -> Result<()> {
-        self.stuck.find_older()
+    pub fn find_older_stuck(&mut self) {
+        self.stuck.find_older();
     }
 
     /// How often to call [`Self::report_stuck`]; `None` for never.

@@ -13,7 +13,7 @@ use std::{
     thread,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use aya::maps::{MapData, RingBuf};
 use nix::{
     errno::Errno,
@@ -21,6 +21,7 @@ use nix::{
 };
 
 use crate::{
+    failure::Failure,
     ingest::{
         decode::{NewProcess, Record, decode},
         life::name,
@@ -69,7 +70,8 @@ pub fn start(
             }
         }
     };
-    thread::Builder::new().name("watch".to_owned()).spawn(watch).context("cannot start a thread")?;
+    let thread = thread::Builder::new().name("watch".to_owned()).spawn(watch);
+    thread.map_err(|error| Failure::no_thread(&error))?;
     Ok(())
 }
 

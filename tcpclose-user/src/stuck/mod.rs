@@ -163,17 +163,16 @@ impl StuckSockets {
 
     /// Asks the kernel which sockets are stuck when the trace begins, because it has bounds for their age.
     /// This runs in a thread: for each network namespace, the kernel walks the sockets of the whole host,
-    /// which takes seconds on a host with many of both. Until the kernel has answered, no socket is due.
-    ///
-    /// # Errors
-    /// The thread cannot be started.
-    pub fn find_older(&mut self) -> Result<()> {
-        if let Some(limit) = self.limit {
-            let ask = move || older::find(limit);
-            let thread = thread::Builder::new().name("older".to_owned()).spawn(ask);
-            self.asking = Some(thread.context("cannot start a thread")?);
+    /// which takes seconds on a host with many of both. Until the kernel has answered, no socket is due. If no
+    /// thread can be started, this waits for the answer.
+    pub fn find_older(&mut self) {
+        let Some(limit) = self.limit else { return };
+        let ask = move || older::find(limit);
+        if let Ok(thread) = thread::Builder::new().name("older".to_owned()).spawn(ask) {
+            self.asking = Some(thread);
+        } else {
+            (self.older, self.orphans) = ask();
         }
-        Ok(())
     }
 
     /// Handles the answer.

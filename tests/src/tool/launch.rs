@@ -57,7 +57,10 @@ enum Step {
     /// Unshares the mount namespace and mounts something at these places.
     Mount(Vec<(&'static CStr, CString)>),
     NewUserNamespace,
-    BecomeUnprivileged,
+    /// Becomes this user, without privileges.
+    Become(u32),
+    /// Limits the number of processes and threads of the user.
+    LimitTasks(u64),
 }
 
 impl Step {
@@ -75,13 +78,14 @@ impl Step {
                 }
             }
             Self::NewUserNamespace => unshare(CloneFlags::CLONE_NEWUSER)?,
-            Self::BecomeUnprivileged => {
+            Self::Become(user) => {
                 // The usual limit: the tests may have raised their own.
                 setrlimit(Resource::RLIMIT_MEMLOCK, LOCKED, LOCKED)?;
                 setgroups(&[])?;
-                setgid(Gid::from_raw(NOBODY))?;
-                setuid(Uid::from_raw(NOBODY))?;
+                setgid(Gid::from_raw(*user))?;
+                setuid(Uid::from_raw(*user))?;
             }
+            Self::LimitTasks(most) => setrlimit(Resource::RLIMIT_NPROC, *most, *most)?,
         }
         Ok(())
     }
@@ -176,18 +180,30 @@ impl Launch {
     }
 
     /// Runs the tool as `nobody` with only these capabilities.
-    pub fn as_nobody(mut self, capabilities: &[Capability]) -> Result<Self> {
-        // The build directory may not be accessible to `nobody`.
+    pub fn as_nobody(self, capabilities: &[Capability]) -> Result<Self> {
+        self.by_user(NOBODY, capabilities)
+    }
+
+    /// Runs the tool, with only these capabilities, as a user who has no other processes, and who may have at
+    /// most so many processes and threads.
+    pub fn with_most_tasks(self, most: u64, capabilities: &[Capability]) -> Result<Self> {
+        let mut launch = self.by_user(1_000_000 + std::process::id(), capabilities)?;
+        launch.steps.push(Step::LimitTasks(most));
+        Ok(launch)
+    }
+
+    fn by_user(mut self, user: u32, capabilities: &[Capability]) -> Result<Self> {
+        // The build directory may not be accessible to the user.
         let copy = self.scratch.path().join("tcpclose");
         fs::copy(&self.program, &copy).context("copying the tool")?;
         fs::set_permissions(&copy, fs::Permissions::from_mode(0o755))?;
         // The tool creates the ready file in this directory.
-        chown(self.scratch.path(), Some(Uid::from_raw(NOBODY)), None)?;
+        chown(self.scratch.path(), Some(Uid::from_raw(user)), None)?;
         if !capabilities.is_empty() {
             grant(&copy, capabilities)?;
         }
         self.program = copy.into();
-        self.steps.push(Step::BecomeUnprivileged);
+        self.steps.push(Step::Become(user));
         Ok(self)
     }
 
