@@ -110,9 +110,15 @@ impl Container {
 
     /// A container in which the tenant runs and has reported that it is ready.
     fn tenant(name: &str, image: &ContainerImage) -> Result<Self> {
+        Self::tenant_in(name, image, &["--network", "none"])
+    }
+
+    /// Same as [`Container::tenant`], in these namespaces.
+    fn tenant_in(name: &str, image: &ContainerImage, namespaces: &[&str]) -> Result<Self> {
         let servers = format!("{}/servers:/servers:ro", env!("CARGO_MANIFEST_DIR"));
         let programs = PROGRAMS.map(|folder| format!("{folder}:{folder}:ro"));
-        let mut options = vec!["--network", "none", "--memory", "96m", "--memory-swap", "96m"];
+        let mut options = vec!["--memory", "96m", "--memory-swap", "96m"];
+        options.extend(namespaces);
         options.extend(["--volume", &servers]);
         // As Kubernetes has them with CRI-O.
         let pod = format!("io.kubernetes.pod.name=pod-of-{name}");
@@ -127,6 +133,13 @@ impl Container {
 
     fn inspect(&self, what: &str) -> Result<String> {
         podman(&["inspect", "--format", what, &self.name])
+    }
+
+    /// The id that its first process has in its own pid namespace.
+    fn inner_pid(&self) -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.inspect("{{.State.Pid}}")?))?;
+        let ids = status.lines().find_map(|line| line.strip_prefix("NSpid:")).context("no NSpid")?;
+        Ok(ids.split_whitespace().last().context("no id")?.parse()?)
     }
 
     /// Makes the tenant act, and returns what it has done.
@@ -310,5 +323,35 @@ fn with_the_pids_of_the_host_all_containers_are_reported() -> Result<()> {
             }
         }
     }
+    Ok(())
+}
+
+/// As in Kubernetes, the first process of the pod belongs to neither container.
+#[test]
+fn a_sidecar_outlives_its_neighbour_and_not_its_pod() -> Result<()> {
+    if is_impossible() {
+        return Ok(());
+    }
+    let (empty, image) = (ContainerImage::of("tenant", &[])?, ContainerImage::of_tool()?);
+    let pod = Container::tenant("pod", &empty)?;
+    let shared = format!("container:{}", pod.name);
+    let namespaces = ["--pid", &shared, "--network", &shared];
+    let mut tool = ContainedTool::start(&image, &namespaces, &[])?;
+    let names = json!({"container_name": null, "pod": null});
+    let mut seen = Vec::new();
+    for name in ["first", "second"] {
+        let mut tenant = Container::tenant_in(name, &empty, &namespaces)?;
+        let pid = tenant.inner_pid()?;
+        let deeds = tenant.act()?;
+        for expected in deeds.lines(pid, json!(deeds.victim), &names) {
+            tool.wait_for(&expected)?;
+        }
+        seen.push((deeds.id, pid));
+        podman(&["rm", "--force", "--time", "0", &tenant.name])?;
+    }
+    ensure!(seen[0].0 != seen[1].0 && seen[0].1 != seen[1].1, "it is the same container: {seen:?}");
+    podman(&["kill", "--signal", "KILL", &pod.name])?;
+    let ended = tool.container.program.ended()?;
+    ensure!(ended.code() == Some(128 + 9), "the kernel ends the processes of a pid namespace: {ended}");
     Ok(())
 }
