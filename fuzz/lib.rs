@@ -3,6 +3,7 @@
 use std::{
     fs,
     io::Write as _,
+    ops::Range,
     os::unix::fs::{MetadataExt as _, fchown},
     panic,
     path::{Path, PathBuf},
@@ -12,7 +13,10 @@ use std::{
     },
 };
 
-use tcpclose_user::processes::{Image, mappings::Modules};
+use tcpclose_user::{
+    processes::{Image, mappings::Modules},
+    stacks::runtimes::BinarySymbols,
+};
 
 /// Where [`mapped`] maps the file.
 pub const BASE: u64 = 0x10_0000;
@@ -54,6 +58,23 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// The symbols of a file, with their addresses.
+pub struct Symbols(pub Vec<(String, Range<u64>)>);
+
+impl BinarySymbols for Symbols {
+    fn dynamic(&self, name: &str) -> Option<Range<u64>> {
+        self.0.iter().find(|(it, _)| it == name).map(|(_, range)| range.clone())
+    }
+
+    fn dynamic_with(&self, prefix: &str) -> Vec<(String, Range<u64>)> {
+        self.0.iter().filter(|(name, _)| name.starts_with(prefix)).cloned().collect()
+    }
+
+    fn local(&self, name: &str) -> Option<Range<u64>> {
+        self.dynamic(name)
     }
 }
 

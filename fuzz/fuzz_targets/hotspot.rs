@@ -6,7 +6,7 @@
 use std::{fs::File, os::unix::fs::FileExt as _, sync::LazyLock};
 
 use libfuzzer_sys::fuzz_target;
-use tcpclose_fuzz::word;
+use tcpclose_fuzz::{Symbols, word};
 use tcpclose_user::stacks::{
     memory::{ProcessMemory, StackMemory},
     runtimes::{Caller, Registers, hotspot},
@@ -154,12 +154,9 @@ fuzz_target!(|data: &[u8]| {
     memory[..length].copy_from_slice(&data[..length]);
     file.write_all_at(&memory, DATA).expect("/dev/shm has room");
 
-    let symbol = |name: &str| {
-        let index = SYMBOLS.iter().position(|(symbol, _)| *symbol == name)?;
-        let address = index as u64 * 8;
-        Some(address..address + 8)
-    };
-    let program = hotspot::recognize(&symbol).expect("the symbols are those of HotSpot");
+    let symbols = SYMBOLS.iter().zip((0..).step_by(8));
+    let symbols = symbols.map(|((name, _), address)| ((*name).to_owned(), address..address + 8)).collect();
+    let program = hotspot::recognize(&Symbols(symbols)).expect("the symbols are those of HotSpot");
     let process = ProcessMemory::from(file.try_clone().expect("a descriptor"));
     let Some(mut runtime) = program.attach(0, process, 0) else { return };
     runtime.begin_stack();

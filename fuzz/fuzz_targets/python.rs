@@ -10,7 +10,7 @@ use tcpclose_common::{
     interpreter::{IDENTITY_WORDS, Interpreter, MAX_INTERPRETED, SEED, mix},
     record::{Interpreted, InterpretedFrame},
 };
-use tcpclose_fuzz::word;
+use tcpclose_fuzz::{Symbols, word};
 use tcpclose_user::stacks::{
     memory::{ProcessMemory, StackMemory},
     runtimes::python,
@@ -73,11 +73,10 @@ fuzz_target!(|data: &[u8]| {
     MEMORY.write_all_at(&(version << 16).to_ne_bytes(), VERSION).expect("/dev/shm has room");
     MEMORY.write_all_at(&memory, DATA).expect("/dev/shm has room");
 
-    let symbol = |name: &str| {
-        let (_, address, _) = SYMBOLS.iter().find(|(it, _, since)| *it == name && version >= *since)?;
-        Some(*address..*address + 0x100)
-    };
-    let program = python::recognize(&symbol).expect("the symbols are those of CPython");
+    let symbols = SYMBOLS.iter().filter(|(_, _, since)| version >= *since);
+    let symbols =
+        symbols.map(|(name, address, _)| ((*name).to_owned(), *address..*address + 0x100)).collect();
+    let program = python::recognize(&Symbols(symbols)).expect("the symbols are those of CPython");
     let process = || ProcessMemory::from(MEMORY.try_clone().expect("a descriptor"));
     let Some(mut runtime) = program.attach(1, process(), 0) else { return };
     let interpreter = runtime.interpreter().expect("it is one");

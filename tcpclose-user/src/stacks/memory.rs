@@ -25,6 +25,12 @@ impl<'a> StackMemory<'a> {
         word
     }
 
+    /// The word at an address; `None` if it was not copied. It is not recorded: use it only to find what other
+    /// words identify.
+    pub fn peek(&self, address: u64) -> Option<u64> {
+        self.copied(address).map(u64::from_ne_bytes)
+    }
+
     /// The word at an address, for a 32-bit program; `None` if it was not copied. It is not recorded.
     pub fn word_32(&self, address: u64) -> Option<u32> {
         self.copied(address).map(u32::from_ne_bytes)

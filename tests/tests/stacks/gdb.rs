@@ -132,6 +132,21 @@ impl Backtrace {
         self
     }
 
+    /// Leaves out the name of a function, in the frames of which others may be reported.
+    pub(crate) fn without_name(mut self, function: &str) -> Self {
+        for frame in &mut self.0 {
+            frame.function.take_if(|name| name == function);
+        }
+        self
+    }
+
+    /// Whether there are so many frames of a function.
+    pub(crate) fn ensure_calls(&self, function: &str, count: usize) -> Result<()> {
+        let calls = self.0.iter().filter(|frame| frame.function.as_deref() == Some(function)).count();
+        ensure!(calls == count, "{calls} calls of {function}, not {count}\n{self:#?}");
+        Ok(())
+    }
+
     /// Whether these reported frames are the same: all return addresses, the functions wherever both know
     /// them, and the functions that are inlined.
     pub(crate) fn ensure_equals(&self, frames: &Value) -> Result<()> {

@@ -5,13 +5,14 @@
 //! to [`RUNTIMES`]. The unwinder asks each runtime of a process about each frame:
 //!
 //! - A runtime whose code has no unwind tables, such as HotSpot or V8, owns the frames in its code, names
-//!   them and finds their callers.
+//!   them and, unless the code keeps frame pointers, as V8's does, finds their callers.
 //! - An interpreter in C, such as CPython, owns no frames: its loop has unwind tables. The kernel half lists
 //!   the frames of the program that the loop runs, and the runtime decides which of the loop's frames they
 //!   replace.
 
 pub mod hotspot;
 pub mod python;
+pub mod v8;
 
 use std::{ops::Range, sync::Arc, time::Duration};
 
@@ -22,11 +23,45 @@ use super::memory::{ProcessMemory, StackMemory};
 use crate::event::Frame;
 
 /// All supported runtimes.
-const RUNTIMES: &[Recognize] = &[hotspot::recognize, python::recognize];
+const RUNTIMES: &[Recognize] = &[hotspot::recognize, python::recognize, v8::recognize];
 
-/// Recognizes a runtime by the symbols of an executable or library. `symbol` looks up the addresses that a
-/// dynamic symbol has in the file.
-type Recognize = fn(symbol: &dyn Fn(&str) -> Option<Range<u64>>) -> Option<Box<dyn RuntimeBinary>>;
+/// Recognizes a runtime by the symbols of an executable or library.
+type Recognize = fn(&dyn BinarySymbols) -> Option<Box<dyn RuntimeBinary>>;
+
+/// The symbols of an executable or library, with their addresses in the file. Each look-up reads all of them.
+pub trait BinarySymbols {
+    /// A dynamic symbol.
+    fn dynamic(&self, name: &str) -> Option<Range<u64>>;
+
+    /// The dynamic symbols whose names begin so.
+    fn dynamic_with(&self, prefix: &str) -> Vec<(String, Range<u64>)>;
+
+    /// A symbol of the table that stripped files lack.
+    fn local(&self, name: &str) -> Option<Range<u64>>;
+}
+
+/// Code that a process has mapped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CodeMapping {
+    /// Its addresses.
+    pub range: Range<u64>,
+    /// What it belongs to.
+    pub owner: CodeOwner,
+}
+
+/// What mapped code belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CodeOwner {
+    /// The file in which the runtime was recognized, with this load bias.
+    Own {
+        /// The difference between an address in memory and the one in the file.
+        bias: u64,
+    },
+    /// Another file.
+    Other,
+    /// No file: it was generated.
+    Generated,
+}
 
 /// An executable or library that contains a runtime.
 pub trait RuntimeBinary: Send {
@@ -43,6 +78,10 @@ pub trait RuntimeBinary: Send {
 /// Frames must depend on nothing but the registers, the words read through `stack`, and memory of the process
 /// that does not change while they are live, so that a stack that is found again need not be unwound again.
 pub trait Runtime {
+    /// Called at first, and whenever the process has mapped other code, with all of it in the order of
+    /// addresses.
+    fn mapped(&mut self, _code: &[CodeMapping]) {}
+
     /// Called before each stack.
     fn begin_stack(&mut self) {}
 
@@ -53,7 +92,8 @@ pub trait Runtime {
     /// where an interpreter runs several. If it returns none, the symbolizer names the frame.
     ///
     /// Words of the stack are to be read at addresses that follow from the frame pointer, or always at the
-    /// same distance from the stack pointer.
+    /// same distance from the stack pointer. A word from which the name does not follow, because others
+    /// identify the function and it only leads there, may be looked at with [`StackMemory::peek`].
     fn name(&mut self, _frame: &Registers, _stack: &StackMemory<'_>) -> Arc<[Arc<Frame>]> {
         Arc::new([])
     }
@@ -139,11 +179,29 @@ pub enum Caller {
     Unknown,
 }
 
+impl<'data, R: ReadRef<'data>> BinarySymbols for object::File<'data, R> {
+    fn dynamic(&self, name: &str) -> Option<Range<u64>> {
+        range(&self.dynamic_symbols().find(|symbol| symbol.name_bytes() == Ok(name.as_bytes()))?)
+    }
+
+    fn dynamic_with(&self, prefix: &str) -> Vec<(String, Range<u64>)> {
+        let named = self.dynamic_symbols().filter_map(|symbol| {
+            let name = symbol.name_bytes().ok().filter(|name| name.starts_with(prefix.as_bytes()))?;
+            Some((String::from_utf8_lossy(name).into_owned(), range(&symbol)?))
+        });
+        named.collect()
+    }
+
+    fn local(&self, name: &str) -> Option<Range<u64>> {
+        range(&self.symbols().find(|symbol| symbol.name_bytes() == Ok(name.as_bytes()))?)
+    }
+}
+
+fn range<'data>(symbol: &impl object::ObjectSymbol<'data>) -> Option<Range<u64>> {
+    Some(symbol.address()..symbol.address().checked_add(symbol.size())?)
+}
+
 /// The runtimes that a file contains.
 pub fn of<'data>(file: &object::File<'data, impl ReadRef<'data>>) -> Vec<Box<dyn RuntimeBinary>> {
-    let symbol = |name: &str| {
-        let symbol = file.dynamic_symbols().find(|symbol| symbol.name_bytes() == Ok(name.as_bytes()))?;
-        Some(symbol.address()..symbol.address().checked_add(symbol.size())?)
-    };
-    RUNTIMES.iter().filter_map(|recognize| recognize(&symbol)).collect()
+    RUNTIMES.iter().filter_map(|recognize| recognize(file)).collect()
 }

@@ -16,7 +16,7 @@ use tcpclose_common::{
 };
 
 use super::{
-    binary::Binaries,
+    binary::{Binaries, Binary},
     calls::Calls,
     code::ProcessCode,
     inputs::{Inputs, POISON, Read, UnwindStep},
@@ -32,7 +32,7 @@ use crate::{
     stacks::{
         frame::UnwoundFrame,
         memory::{ProcessMemory, StackMemory},
-        runtimes::{Caller, Registers, Runtime},
+        runtimes::{Caller, CodeMapping, CodeOwner, Registers, Runtime},
     },
 };
 
@@ -75,6 +75,7 @@ impl ProcessUnwinder {
         let (mut runtimes, described) =
             older.map_or_else(Default::default, |older| (older.runtimes, older.described));
         let mut with_tables = Vec::new();
+        let mut with_runtimes = Vec::new();
         for mapping in &image.mappings {
             let Backing::File { module: Some(module), .. } = &mapping.backing else { continue };
             let Some(binary) = binaries.get(&image, mapping) else { continue };
@@ -87,11 +88,19 @@ impl ProcessUnwinder {
                     .filter_map(|program| program.attach(image.pid, ProcessMemory::open(image.pid)?, bias));
                 runtimes.extend(attached.map(|runtime| (identity, runtime)));
             }
+            if !binary.runtimes.is_empty() {
+                with_runtimes.push((identity, Arc::clone(&binary)));
+            }
             let range = mapping.start..mapping.end;
             if binary.has_tables() {
                 with_tables.push(range.clone());
             }
             tables.add_module(Module::new(path(mapping), range, bias, binary.sections.clone()));
+        }
+        for (identity, runtime) in &mut runtimes {
+            let binary = with_runtimes.iter().find(|(it, _)| it == identity).map(|(_, binary)| &**binary);
+            let mappings = image.mappings.iter();
+            runtime.mapped(&mappings.map(|it| code_mapping(it, *identity, binary)).collect::<Vec<_>>());
         }
         let calls = Calls::of(ProcessCode::of(image.pid));
         Self { image, tables, with_tables, cache: CacheNative::new(), runtimes, calls, described, used: 0 }
@@ -308,6 +317,19 @@ impl Cursor {
         let (sp, fp) = (self.registers.sp(), frame_pointer(&self.registers));
         Registers { pc: self.at.address(), inside: self.address(), sp, fp }
     }
+}
+
+/// A mapping, as a runtime in the file with this identity sees it.
+fn code_mapping(mapping: &Mapping, identity: FileIdentity, binary: Option<&Binary>) -> CodeMapping {
+    let bias = || binary?.segments.bias(mapping);
+    let owner = match &mapping.backing {
+        Backing::Anonymous => CodeOwner::Generated,
+        Backing::File { module: Some(module), .. } if module.identity() == identity => {
+            bias().map_or(CodeOwner::Other, |bias| CodeOwner::Own { bias })
+        }
+        Backing::File { .. } | Backing::Vdso => CodeOwner::Other,
+    };
+    CodeMapping { range: mapping.start..mapping.end, owner }
 }
 
 fn path(mapping: &Mapping) -> String {

@@ -13,7 +13,6 @@ mod method;
 
 use std::{
     collections::HashMap,
-    ops::Range,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -23,7 +22,7 @@ use self::{
     layout::{HotspotLayout, HotspotSymbols},
     method::Methods,
 };
-use super::{Caller, Registers, Runtime, RuntimeBinary};
+use super::{BinarySymbols, Caller, Registers, Runtime, RuntimeBinary};
 use crate::{
     event::Frame,
     stacks::memory::{ProcessMemory, StackMemory},
@@ -46,8 +45,8 @@ mod interpreted {
 }
 
 /// Recognizes `libjvm.so`.
-pub fn recognize(symbol: &dyn Fn(&str) -> Option<Range<u64>>) -> Option<Box<dyn RuntimeBinary>> {
-    HotspotSymbols::find(&|name| symbol(name).map(|range| range.start))
+pub fn recognize(symbols: &dyn BinarySymbols) -> Option<Box<dyn RuntimeBinary>> {
+    HotspotSymbols::find(&|name| symbols.dynamic(name).map(|range| range.start))
         .map(|symbols| Box::new(HotspotLibrary(symbols)) as _)
 }
 

@@ -27,7 +27,7 @@ use self::{
     code::{CodeKey, Codes, FunctionLocation},
     layout::{FrameStorage, OWNED_BY_C_STACK, PythonLayout, PythonSymbols},
 };
-use super::{At, Run, Runtime, RuntimeBinary};
+use super::{At, BinarySymbols, Run, Runtime, RuntimeBinary};
 use crate::{
     event::Frame,
     stacks::memory::{ProcessMemory, StackMemory},
@@ -41,8 +41,8 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 const LIFETIME: Duration = Duration::from_secs(10);
 
 /// Recognizes an executable or library that contains CPython.
-pub fn recognize(symbol: &dyn Fn(&str) -> Option<Range<u64>>) -> Option<Box<dyn RuntimeBinary>> {
-    PythonSymbols::find(symbol).map(|symbols| Box::new(PythonLibrary(symbols)) as _)
+pub fn recognize(symbols: &dyn BinarySymbols) -> Option<Box<dyn RuntimeBinary>> {
+    PythonSymbols::find(&|name| symbols.dynamic(name)).map(|symbols| Box::new(PythonLibrary(symbols)) as _)
 }
 
 /// `libpython3.so`, or an interpreter that contains it.
