@@ -9,13 +9,16 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use jiff::Timestamp;
 use nix::{
     errno::Errno,
     libc,
     sys::{
         signal::{Signal, kill},
         stat::Mode,
+        time::TimeSpec,
     },
+    time::{ClockId, clock_gettime, clock_settime},
     unistd::{Pid, mkfifo},
 };
 use tcpclose_tests::{
@@ -146,6 +149,39 @@ fn lines_that_nobody_reads_are_counted_as_lost_output() -> Result<()> {
     let lost = replayed.lines.iter().filter(|line| line["event"] == "lost" && line["where"] == "output");
     let count: u64 = lost.filter_map(|line| line["count"].as_u64()).sum();
     ensure!(is_right(count), "the recording does not count two lines as lost\n{replayed}");
+    Ok(())
+}
+
+/// The clock is set forward by an hour while a connection is open, and back.
+#[test]
+fn the_clock_may_be_set() -> Result<()> {
+    const STEP: TimeSpec = TimeSpec::new(3_600, 0);
+    if Feature::OwnMachine.is_missed() {
+        return Ok(());
+    }
+    let clock = ClockId::CLOCK_REALTIME;
+    let mut bed = Bed::new(routes::loopback_ipv4())?;
+    let tool = Launch::new()?.trace(bed.namespaces()).start()?;
+    for is_forward in [true, false] {
+        let connection = bed.established()?;
+        let now = clock_gettime(clock)?;
+        clock_settime(clock, if is_forward { now + STEP } else { now - STEP })?;
+        let before = clock_gettime(clock)?.tv_sec();
+        bed.peer(Side::Client).ask("close")?;
+        bed.peer(Side::Server).ask("receive-end")?;
+        bed.peer(Side::Server).ask("close")?;
+        let port = connection.address(Side::Client).port();
+        let line = tool.wait_for("the client's end", |line| {
+            line["event"] == "close" && line["connection"]["local"]["port"] == port
+        })?;
+        let after = clock_gettime(clock)?.tv_sec();
+        let time: Timestamp = line["time"].as_str().context("no time")?.parse()?;
+        let seconds = time.as_second();
+        ensure!((before - 1..=after + 1).contains(&seconds), "{seconds} not in {before}..={after}: {line}");
+        let age = line["connection"]["age_ms"].as_f64().context("no age")?;
+        ensure!((0.0..1_800_000.0).contains(&age), "the age has jumped: {line}");
+    }
+    tool.stop()?;
     Ok(())
 }
 

@@ -49,6 +49,18 @@ pub enum Record<'a> {
     Interpreted(Box<Interpreted>),
 }
 
+impl Record<'_> {
+    /// When the event occurred that a line reports, nanoseconds of `CLOCK_BOOTTIME`; `None` if the record is
+    /// not about one.
+    pub fn at(&self) -> Option<u64> {
+        match self {
+            Self::Close(life) => Some(life.end.as_ref()?.at),
+            Self::Reset(_, rst) => Some(rst.at),
+            _ => None,
+        }
+    }
+}
+
 /// A process, or a new program image of a known one, that touched a socket for the first time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NewProcess {

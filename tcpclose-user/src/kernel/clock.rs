@@ -14,7 +14,12 @@ pub struct Clock {
     suspended: i128,
     /// Jiffies per second, once the first record has revealed it.
     hz: Option<u32>,
+    /// When the clocks were last read, nanoseconds of `CLOCK_BOOTTIME`.
+    read_at: u64,
 }
+
+/// How long a reading of the clocks is valid, in nanoseconds.
+const VALID_FOR: u64 = 1_000_000;
 
 /// Two readings of the clocks that differ by at most this many nanoseconds count as equal.
 const TOLERANCE: i128 = 1_000_000;
@@ -28,7 +33,7 @@ const RATES: [u32; 5] = [100, 250, 300, 500, 1000];
 impl Clock {
     /// Reads the clocks.
     pub fn new() -> Self {
-        let mut clock = Self { wall_minus_boot: 0, suspended: 0, hz: None };
+        let mut clock = Self { wall_minus_boot: 0, suspended: 0, hz: None, read_at: 0 };
         clock.synchronize();
         clock
     }
@@ -44,6 +49,13 @@ impl Clock {
             self.wall_minus_boot = wall_minus_boot;
         }
         self.suspended = boot - nanoseconds(ClockId::CLOCK_MONOTONIC);
+        self.read_at = u64::try_from(boot).unwrap_or(0);
+    }
+
+    /// Whether the wall clock may have been set between the last reading of the clocks and this moment in
+    /// boot time (nanoseconds).
+    pub fn may_have_been_set(&self, boot: u64) -> bool {
+        boot > self.read_at.saturating_add(VALID_FOR)
     }
 
     /// The last readings of the clocks, for a recording: nanoseconds from `CLOCK_BOOTTIME` to the wall clock,

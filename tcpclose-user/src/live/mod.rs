@@ -158,7 +158,7 @@ impl Live {
     /// # Errors
     /// The output or the recording cannot be written.
     pub fn read(&mut self) -> Result<Going> {
-        self.synchronize()?;
+        synchronize(&mut self.pipeline.composer.clock, self.recorder.as_mut())?;
         let mut now = Clock::boot_now();
         if self.drain()? == Going::Done {
             return Ok(Going::Done);
@@ -239,6 +239,11 @@ impl Live {
                     continue;
                 }
             };
+            // Records also arrive while others are handled, for instance while a program's symbols are read.
+            let clock = &mut self.pipeline.composer.clock;
+            if record.at().is_some_and(|at| clock.may_have_been_set(at)) {
+                synchronize(clock, self.recorder.as_mut())?;
+            }
             let going = match record {
                 Record::Interpreted(list) => {
                     self.pipeline.host.interpreted(*list);
@@ -300,7 +305,7 @@ impl Live {
     }
 
     fn report_due(&mut self) -> Result<Going> {
-        self.synchronize()?;
+        synchronize(&mut self.pipeline.composer.clock, self.recorder.as_mut())?;
         let due = self.stuck.due(self.kernel.table(), Clock::boot_now());
         if self.inspect(&due, StuckPhase::Now)? == Going::Done {
             return Ok(Going::Done);
@@ -442,14 +447,6 @@ impl Live {
         }
     }
 
-    /// Reads the clocks again.
-    fn synchronize(&mut self) -> Result<()> {
-        let clock = &mut self.pipeline.composer.clock;
-        clock.synchronize();
-        let (wall_minus_boot, suspended) = clock.offsets();
-        self.keep(|| RecordedStep::Clock { wall_minus_boot, suspended })
-    }
-
     /// Adds a step to the recording, if there is one, and the answers that the step needed.
     fn keep(&mut self, step: impl FnOnce() -> RecordedStep) -> Result<()> {
         if let Some(recorder) = &mut self.recorder {
@@ -479,6 +476,16 @@ impl Live {
         }
         self.pipeline.report.flush()
     }
+}
+
+/// Reads the clocks again.
+fn synchronize(clock: &mut Clock, recorder: Option<&mut Recorder>) -> Result<()> {
+    clock.synchronize();
+    let (wall_minus_boot, suspended) = clock.offsets();
+    if let Some(recorder) = recorder {
+        recorder.step(&RecordedStep::Clock { wall_minus_boot, suspended }).context(UNWRITTEN)?;
+    }
+    Ok(())
 }
 
 /// What failed when the recording cannot be written.
