@@ -90,13 +90,13 @@ fn tables_with_damage() -> Result<()> {
 /// tables, which do not cover these functions, and in one without any.
 #[test]
 fn frame_pointers_that_form_a_ring() -> Result<()> {
-    const OPTIONS: [&str; 4] =
-        ["-O2", "-fno-omit-frame-pointer", "-fno-asynchronous-unwind-tables", "-fno-unwind-tables"];
+    const OPTIONS: [&str; 5] =
+        ["-DRING", "-O2", "-fno-omit-frame-pointer", "-fno-asynchronous-unwind-tables", "-fno-unwind-tables"];
     if is_missing(&[GCC, OBJCOPY]) {
         return Ok(());
     }
     let folder = Scratch::new()?;
-    let with_tables = compile(GCC, &OPTIONS, "wraps.c", &folder)?;
+    let with_tables = compile(GCC, &OPTIONS, "hang_up.c", &folder)?;
     let without = with_tables.with_extension("without");
     let mut objcopy = Command::new(OBJCOPY);
     objcopy.args(SECTIONS.map(|section| format!("--remove-section={section}")));

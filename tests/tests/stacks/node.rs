@@ -2,6 +2,7 @@
 //! itself shows the program at that moment, while they are interpreted and after they were compiled.
 
 use std::{
+    collections::BTreeSet,
     fs,
     io::{Read as _, Write as _},
     net::TcpStream,
@@ -11,7 +12,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tcpclose_tests::{
-    expect::shortened,
+    expect::{differences, shortened},
     netns::Namespace,
     program::Program,
     scratch::Scratch,
@@ -175,7 +176,7 @@ fn hangs_up_often(options: &[&str]) -> Result<Vec<Pair>> {
     let (namespace, folder) = (Namespace::new()?, Scratch::new()?);
     let tool = Launch::new()?.trace([&namespace]).start()?;
     let node = start(&namespace, &folder, options)?;
-    let mut pairs = Vec::new();
+    let (mut pairs, mut seen) = (Vec::new(), BTreeSet::new());
     for _ in 0..ROUNDS {
         let clients = (0..AT_ONCE).map(|_| connect(&namespace)).collect::<Result<Vec<_>>>()?;
         for mut client in &clients {
@@ -186,16 +187,22 @@ fn hangs_up_often(options: &[&str]) -> Result<Vec<Pair>> {
         }
         for _ in &clients {
             let (port, shown) = shown(&node.line()?)?;
-            pairs.push((closed_by_server(&tool, port)?, shown));
+            pairs.push((closed_by_server(&tool, port, &mut seen)?, shown));
         }
     }
     Ok(pairs)
 }
 
-/// The reported stack of the server, for the connection of a client with this port.
-fn closed_by_server(tool: &Tool, port: u64) -> Result<Value> {
-    let which = json!({"connection": {"role": "server", "remote": {"port": port}}});
-    Ok(told(tool, &which)?["stack"]["user"].clone())
+/// The reported stack of the server, for the connection of a client with this port. Clients may use a port
+/// again, so that lines are remembered by their numbers.
+fn closed_by_server(tool: &Tool, port: u64, seen: &mut BTreeSet<u64>) -> Result<Value> {
+    let which = json!({"event": "close", "connection": {"role": "server", "remote": {"port": port}}});
+    let is_new = |line: &Value| line["seq"].as_u64().is_some_and(|number| !seen.contains(&number));
+    let is_it =
+        |line: &Value| !line["stack"].is_null() && is_new(line) && differences(line, &which).is_empty();
+    let line = tool.wait_for(&which.to_string(), is_it)?;
+    seen.extend(line["seq"].as_u64());
+    Ok(line["stack"]["user"].clone())
 }
 
 /// Each stack is the one that V8 has shown, before the functions were compiled, after that, and in between.

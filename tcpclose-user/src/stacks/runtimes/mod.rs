@@ -99,7 +99,8 @@ pub trait Runtime {
     }
 
     /// How long a stack with frames of this runtime is recognized by the words that were read of it, before
-    /// it is unwound again: the memory of code or of a method that is no longer live may be reused.
+    /// it is unwound again: the memory of code or of a method that is no longer live may be reused. Zero if it
+    /// is to be unwound each time.
     fn lifetime(&self) -> Duration {
         Duration::from_secs(1)
     }

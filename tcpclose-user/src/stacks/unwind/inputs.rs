@@ -107,8 +107,9 @@ impl Inputs {
         self.are_listed = false;
     }
 
-    /// Limits the time for which the frames are certain.
+    /// Limits the time for which the frames are certain; with zero, there is no recipe.
     pub(super) fn expire_after(&mut self, lifetime: Duration) {
+        self.are_listed &= !lifetime.is_zero();
         self.lifetime = Some(self.lifetime.map_or(lifetime, |known| known.min(lifetime)));
     }
 

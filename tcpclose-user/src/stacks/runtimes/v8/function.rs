@@ -42,24 +42,14 @@ const FUNCTION_DATA: u64 = 8;
 pub(super) struct ScriptFunction {
     pub(super) symbol: String,
     pub(super) file: Option<String>,
-    /// What it was read from.
-    origin: FunctionOrigin,
     script: HeapObject,
     /// Its characters in the script.
     range: Option<Range<u32>>,
 }
 
-/// The members of a function that distinguish it from others at the same address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct FunctionOrigin {
-    name: u64,
-    script: u64,
-}
-
 /// The functions of a process.
 #[derive(Default)]
 pub(super) struct Functions {
-    known: HashMap<HeapObject, ScriptFunction>,
     /// The functions of code that is not optimized.
     by_code: HashMap<HeapObject, HeapObject>,
     scripts: Vec<HeapObject>,
@@ -117,27 +107,17 @@ impl Functions {
         }
     }
 
-    /// Names a function.
+    /// Names a function. Nothing is remembered: another one may take its place, with members that have the same
+    /// addresses.
     pub(super) fn describe(&mut self, heap: V8Heap<'_>, function: HeapObject) -> Option<ScriptFunction> {
         if heap.type_of(function) != Some(heap.layout.shared_type) {
             return None;
         }
-        let origin = FunctionOrigin {
-            name: heap.word(function, heap.layout.shared_name)?,
-            script: heap.word(function, heap.layout.shared_script)?,
-        };
-        if let Some(known) = self.known.get(&function).filter(|known| known.origin == origin) {
-            return Some(known.clone());
-        }
-        let described = ScriptFunction::read(heap, origin, &mut self.lines)?;
+        let described = ScriptFunction::read(heap, function, &mut self.lines)?;
         let script = described.script;
         if self.scripts.len() < MAX_SCRIPTS && !self.scripts.contains(&script) {
             self.scripts.push(script);
         }
-        if self.known.len() >= MAX_FUNCTIONS {
-            self.known.clear();
-        }
-        self.known.insert(function, described.clone());
         Some(described)
     }
 
@@ -198,22 +178,22 @@ pub(super) fn positions(heap: V8Heap<'_>, bytecode: HeapObject) -> Vec<u8> {
 }
 
 impl ScriptFunction {
-    fn read(heap: V8Heap<'_>, origin: FunctionOrigin, lines: &mut ScriptLines) -> Option<Self> {
+    fn read(heap: V8Heap<'_>, function: HeapObject, lines: &mut ScriptLines) -> Option<Self> {
         let layout = heap.layout;
-        let name = HeapObject::of(origin.name)?;
+        let name = heap.member(function, layout.shared_name)?;
         let (name, range) = match heap.type_of(name)? {
             kind if kind == layout.scope_type => scope(heap, name)?,
             _ => (Some(heap.string(name)?), None),
         };
         let is_script = |it: &HeapObject| heap.type_of(*it) == Some(layout.script_type);
         // A function of V8 itself has none.
-        let script = HeapObject::of(origin.script).filter(is_script)?;
+        let script = heap.member(function, layout.shared_script).filter(is_script)?;
         let file = heap.member(script, layout.script_name).and_then(|name| heap.string(name));
         let symbol = name.filter(|name| !name.is_empty()).unwrap_or_else(|| {
             let first = range.as_ref().and_then(|range| lines.line(heap, script, range.start));
             first.map_or_else(|| "<anonymous>".to_owned(), |line| format!("<anonymous:{line}>"))
         });
-        Some(Self { symbol, file, origin, script, range })
+        Some(Self { symbol, file, script, range })
     }
 }
 

@@ -42,10 +42,13 @@ use crate::{
 /// its function is in use, and a function that is called often enough to be compiled is seldom dropped.
 const LIFETIME: Duration = Duration::from_secs(10);
 
-/// How long a stack is recognized that has an interpreted function, or a frame without a name. Programs make
-/// and drop functions that they call once. The garbage collector may put another function, and its bytecode,
-/// in the places of one that was dropped. A name may be found the next time.
-const BRIEF_LIFETIME: Duration = Duration::from_secs(1);
+/// A stack with an interpreted function is not recognized. Programs make and drop functions that they call once.
+/// The garbage collector may put another function in the places of one that was dropped, with all the same
+/// words in its frame.
+const NEVER: Duration = Duration::ZERO;
+
+/// How long a stack is recognized in which a compiled function has no name: it may be found the next time.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// How many frames are remembered. When there are more, all are dropped.
 const MAX_NAMED: usize = 8_192;
@@ -79,7 +82,7 @@ impl RuntimeBinary for V8Binary {
             codes: CodeObjects::default(),
             functions: Functions::default(),
             named: HashMap::new(),
-            is_brief: false,
+            lifetime: LIFETIME,
         }))
     }
 }
@@ -97,19 +100,10 @@ struct V8 {
     generated: Vec<Range<u64>>,
     codes: CodeObjects,
     functions: Functions,
-    /// The frames that were named, for when the process has exited.
-    named: HashMap<FramePosition, Arc<[Arc<Frame>]>>,
-    /// Whether a frame of the stack is interpreted or has no name.
-    is_brief: bool,
-}
-
-/// The position of a frame: its address, and the words for the bytecode and the offset in it. In a frame that
-/// is not interpreted, these are any words.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-struct FramePosition {
-    pc: u64,
-    bytecode: Option<u64>,
-    offset: Option<u64>,
+    /// The frames of compiled functions that were named, by their addresses, for when the process has exited.
+    named: HashMap<u64, Arc<[Arc<Frame>]>>,
+    /// How long the stack is recognized.
+    lifetime: Duration,
 }
 
 impl V8 {
@@ -120,16 +114,6 @@ impl V8 {
     fn is_generated(&self, address: u64) -> bool {
         let index = self.generated.partition_point(|range| range.end <= address);
         self.generated.get(index).is_some_and(|range| range.contains(&address))
-    }
-
-    fn position(&self, frame: &Registers, stack: &StackMemory<'_>) -> FramePosition {
-        let slot = |distance| stack.peek(frame.fp.checked_add_signed(distance)?);
-        let Self { layout, .. } = self;
-        FramePosition {
-            pc: frame.pc,
-            bytecode: slot(layout.fp_bytecode),
-            offset: slot(layout.fp_bytecode_offset),
-        }
     }
 
     fn frame(&mut self, frame: &Registers, stack: &StackMemory<'_>) -> Option<Frame> {
@@ -159,14 +143,16 @@ impl V8 {
         stack: &StackMemory<'_>,
         copy: Option<HeapObject>,
     ) -> Option<Frame> {
-        self.is_brief = true;
-        let Self { memory, layout, functions, .. } = self;
+        let Self { memory, layout, functions, lifetime, .. } = self;
         let heap = V8Heap { memory, layout };
         let slot = |distance| stack.word(frame.fp.checked_add_signed(distance)?);
-        let bytecode = HeapObject::of(slot(layout.fp_bytecode)?)?;
-        if heap.type_of(bytecode) != Some(layout.bytecode_type) {
-            return None;
+        let bytecode = slot(layout.fp_bytecode).and_then(HeapObject::of);
+        let bytecode = bytecode.filter(|it| heap.type_of(*it) == Some(layout.bytecode_type));
+        // A copy can also be other code that is not compiled from bytecode.
+        if copy.is_none() || bytecode.is_some() {
+            *lifetime = NEVER;
         }
+        let bytecode = bytecode?;
         let function = function::of_bytecode(heap, bytecode, slot(layout.fp_function)?)?;
         if copy.is_some_and(|copy| !function::is_interpreted_by(heap, function, copy)) {
             return None;
@@ -203,11 +189,11 @@ impl Runtime for V8 {
     }
 
     fn begin_stack(&mut self) {
-        self.is_brief = false;
+        self.lifetime = LIFETIME;
     }
 
     fn lifetime(&self) -> Duration {
-        if self.is_brief { BRIEF_LIFETIME } else { LIFETIME }
+        self.lifetime
     }
 
     fn owns(&self, address: u64) -> bool {
@@ -216,16 +202,18 @@ impl Runtime for V8 {
 
     fn name(&mut self, frame: &Registers, stack: &StackMemory<'_>) -> Arc<[Arc<Frame>]> {
         let named: Arc<[_]> = self.frame(frame, stack).into_iter().map(Arc::new).collect();
-        let position = self.position(frame, stack);
-        self.is_brief |= named.is_empty();
+        if self.is_interpreter(frame.inside) {
+            return named;
+        }
         if named.is_empty() {
+            self.lifetime = self.lifetime.min(RETRY_AFTER);
             let has_exited = self.memory.u8(self.is_there).is_none();
-            return self.named.get(&position).filter(|_| has_exited).cloned().unwrap_or(named);
+            return self.named.get(&frame.pc).filter(|_| has_exited).cloned().unwrap_or(named);
         }
         if self.named.len() >= MAX_NAMED {
             self.named.clear();
         }
-        self.named.insert(position, Arc::clone(&named));
+        self.named.insert(frame.pc, Arc::clone(&named));
         named
     }
 }
@@ -437,18 +425,33 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_has_exited_has_the_names_that_are_known() {
+    fn a_process_that_has_exited_has_the_names_of_compiled_functions() {
+        let (_, memory, variables) = RECORDED[0];
+        let mut recorded = RecordedProcess::new(memory, variables);
+        recorded.frames.drain(..2);
+        recorded.frames.pop();
+        let compiled = &EXPECTED[2..4];
+        let (mut runtime, memory) = recorded.runtime();
+        assert_eq!(places(&recorded.named_by(&mut *runtime)), compiled);
+        assert_eq!(runtime.lifetime(), LIFETIME);
+        // The heap is not readable any more, but the variables are.
+        memory.set_len(HEAP).unwrap();
+        assert_eq!(places(&recorded.named_by(&mut *runtime)), [None; 2]);
+        assert_eq!(runtime.lifetime(), RETRY_AFTER);
+        memory.set_len(0).unwrap();
+        assert_eq!(places(&recorded.named_by(&mut *runtime)), compiled);
+    }
+
+    /// Another function may have the same words in its frame later.
+    #[test]
+    fn interpreted_functions_are_named_each_time() {
         let (_, memory, variables) = RECORDED[0];
         let recorded = RecordedProcess::new(memory, variables);
         let (mut runtime, memory) = recorded.runtime();
         assert_eq!(places(&recorded.named_by(&mut *runtime)), EXPECTED);
-        assert_eq!(runtime.lifetime(), BRIEF_LIFETIME);
-        // The heap is not readable any more, but the variables are.
-        memory.set_len(HEAP).unwrap();
-        assert_eq!(places(&recorded.named_by(&mut *runtime)), [None; 5]);
-        assert_eq!(runtime.lifetime(), BRIEF_LIFETIME);
+        assert!(runtime.lifetime().is_zero());
         memory.set_len(0).unwrap();
-        assert_eq!(places(&recorded.named_by(&mut *runtime)), EXPECTED);
+        assert_eq!(places(&recorded.named_by(&mut *runtime)), [None, None, EXPECTED[2], EXPECTED[3], None]);
     }
 
     /// Whatever a word of the memory is, reading ends.
