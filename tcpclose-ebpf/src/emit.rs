@@ -70,6 +70,9 @@ impl Usage {
     }
 }
 
+/// Bits of a random key, which are all zero in one of 16.
+const ONE_IN_16: u64 = 0xf << 32;
+
 /// Writes `copy`, followed by the current task's memory from `copy.start` on. Returns `false` if the ring has
 /// no room for stacks.
 ///
@@ -82,9 +85,10 @@ pub fn stack(mut copy: StackCopy) -> bool {
         return false;
     }
     // A burst of events whose stacks are not known yet fills the ring with copies of the same stack. Most
-    // stacks need no more than this.
+    // stacks need no more than this. One in 16 of the others is copied whole, so that deep stacks become
+    // known, too, and the burst of copies ends.
     let asked = global!(PARAMS.stack_bytes) as usize;
-    let is_crowded = global!(PARAMS.recipes) != 0 && usage.used > usage.size / 8;
+    let is_crowded = global!(PARAMS.recipes) != 0 && usage.used > usage.size / 8 && copy.key & ONE_IN_16 != 0;
     let most = if is_crowded && asked > CROWDED_STACK_BYTES { CROWDED_STACK_BYTES } else { asked };
     let length = size_of::<StackCopy>() + most;
     let Some(mut entry) = RECORDS.reserve_bytes(length, 0) else { return false };

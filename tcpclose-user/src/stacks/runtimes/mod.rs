@@ -16,7 +16,8 @@ pub mod v8;
 
 use std::{ops::Range, sync::Arc, time::Duration};
 
-use object::{Object as _, ObjectSymbol as _, ReadRef};
+use memchr::memmem;
+use object::{Endianness, Object as _, ObjectSection as _, ReadRef, elf::Sym64, pod};
 use tcpclose_common::{interpreter::Interpreter, record::Interpreted};
 
 use super::memory::{ProcessMemory, StackMemory};
@@ -28,7 +29,8 @@ const RUNTIMES: &[Recognize] = &[hotspot::recognize, python::recognize, v8::reco
 /// Recognizes a runtime by the symbols of an executable or library.
 type Recognize = fn(&dyn BinarySymbols) -> Option<Box<dyn RuntimeBinary>>;
 
-/// The symbols of an executable or library, with their addresses in the file. Each look-up reads all of them.
+/// The symbols of an executable or library, with their addresses in the file. Each look-up goes through all of
+/// them.
 pub trait BinarySymbols {
     /// A dynamic symbol.
     fn dynamic(&self, name: &str) -> Option<Range<u64>>;
@@ -180,26 +182,68 @@ pub enum Caller {
     Unknown,
 }
 
-impl<'data, R: ReadRef<'data>> BinarySymbols for object::File<'data, R> {
-    fn dynamic(&self, name: &str) -> Option<Range<u64>> {
-        range(&self.dynamic_symbols().find(|symbol| symbol.name_bytes() == Ok(name.as_bytes()))?)
+/// The largest size of a table of symbols or of their names, bytes: those of a node with debug information have
+/// 30 MB.
+const MAX_TABLE: u64 = 64 << 20;
+
+/// A table of symbols, and that of their names. Both are read whole: node has 300,000 symbols, and reading their
+/// names one by one takes longer than a burst of connections.
+struct SymbolTable<'data> {
+    symbols: &'data [Sym64<Endianness>],
+    names: &'data [u8],
+    endian: Endianness,
+}
+
+impl<'data> SymbolTable<'data> {
+    fn read(file: &object::File<'data, impl ReadRef<'data>>, symbols: &str, names: &str) -> Option<Self> {
+        let table = |name| {
+            let section = file.section_by_name(name).filter(|section| section.size() <= MAX_TABLE)?;
+            section.data().ok()
+        };
+        let symbols = pod::slice_from_all_bytes(table(symbols)?).ok()?;
+        Some(Self { symbols, names: table(names)?, endian: file.endianness() })
     }
 
-    fn dynamic_with(&self, prefix: &str) -> Vec<(String, Range<u64>)> {
-        let named = self.dynamic_symbols().filter_map(|symbol| {
-            let name = symbol.name_bytes().ok().filter(|name| name.starts_with(prefix.as_bytes()))?;
-            Some((String::from_utf8_lossy(name).into_owned(), range(&symbol)?))
+    fn find(&self, name: &str) -> Option<Range<u64>> {
+        // Names may be the ends of others.
+        let ended = [name.as_bytes(), b"\0"].concat();
+        let offsets: Vec<_> = memmem::find_iter(self.names, &ended).collect();
+        let is_it = |symbol: &&Sym64<Endianness>| offsets.contains(&self.offset(symbol));
+        range(self.symbols.iter().find(is_it)?, self.endian)
+    }
+
+    fn with(&self, prefix: &str) -> Vec<(String, Range<u64>)> {
+        let named = self.symbols.iter().filter_map(|symbol| {
+            let name = self.names.get(self.offset(symbol)..)?;
+            let name =
+                name.starts_with(prefix.as_bytes()).then(|| name.split(|byte| *byte == 0).next())??;
+            Some((String::from_utf8_lossy(name).into_owned(), range(symbol, self.endian)?))
         });
         named.collect()
     }
 
-    fn local(&self, name: &str) -> Option<Range<u64>> {
-        range(&self.symbols().find(|symbol| symbol.name_bytes() == Ok(name.as_bytes()))?)
+    fn offset(&self, symbol: &Sym64<Endianness>) -> usize {
+        usize::try_from(symbol.st_name.get(self.endian)).unwrap_or(usize::MAX)
     }
 }
 
-fn range<'data>(symbol: &impl object::ObjectSymbol<'data>) -> Option<Range<u64>> {
-    Some(symbol.address()..symbol.address().checked_add(symbol.size())?)
+fn range(symbol: &Sym64<Endianness>, endian: Endianness) -> Option<Range<u64>> {
+    let address = symbol.st_value.get(endian);
+    Some(address..address.checked_add(symbol.st_size.get(endian))?)
+}
+
+impl<'data, R: ReadRef<'data>> BinarySymbols for object::File<'data, R> {
+    fn dynamic(&self, name: &str) -> Option<Range<u64>> {
+        SymbolTable::read(self, ".dynsym", ".dynstr")?.find(name)
+    }
+
+    fn dynamic_with(&self, prefix: &str) -> Vec<(String, Range<u64>)> {
+        SymbolTable::read(self, ".dynsym", ".dynstr").map_or_else(Vec::new, |table| table.with(prefix))
+    }
+
+    fn local(&self, name: &str) -> Option<Range<u64>> {
+        SymbolTable::read(self, ".symtab", ".strtab")?.find(name)
+    }
 }
 
 /// The runtimes that a file contains.
