@@ -416,7 +416,7 @@ layout! {
 pub const STACK_STEP: usize = 1024;
 
 /// The largest copy of a stack, in bytes, when stacks are recognized by recipes and an eighth of the ring is
-/// in use.
+/// in use; but for one copy in 16.
 pub const CROWDED_STACK_BYTES: usize = 4 << 10;
 
 /// The largest copy of a stack, bytes.

@@ -147,13 +147,13 @@ impl KernelHalf {
     /// Searches all descriptors, and returns at the end of the search. The results are in the table of
     /// sockets and in the ring then.
     pub fn search_descriptors(&mut self) {
-        self.descriptors(search::run);
+        self.descriptors(|iterator| search::run(&iterator));
     }
 
     /// Starts a search of all descriptors; `None` if the kernel does not allow it. The results arrive in the
     /// ring meanwhile.
     pub fn start_search(&mut self) -> Option<Search> {
-        self.descriptors(Search::start)
+        self.descriptors(|iterator| Ok(Search::start(iterator)))
     }
 
     fn descriptors<T>(&mut self, search: impl FnOnce(File) -> io::Result<T>) -> Option<T> {

@@ -5,7 +5,10 @@
 use std::{
     fs::File,
     io::{self, ErrorKind, Read as _},
-    sync::mpsc::{self, Receiver, RecvTimeoutError, Sender},
+    sync::{
+        Arc,
+        mpsc::{self, Receiver, RecvTimeoutError},
+    },
     thread,
     time::Duration,
 };
@@ -19,23 +22,19 @@ pub struct Search {
 
 impl Search {
     /// Starts to read the file of an iterator, in a thread or, if none can be started, at once.
-    ///
-    /// # Errors
-    /// There is no room for another descriptor.
-    pub(super) fn start(iterator: File) -> io::Result<Self> {
+    pub(super) fn start(iterator: File) -> Self {
         let (done, result) = mpsc::channel();
-        let search = |iterator: File, done: Sender<_>| {
+        let search = Arc::new(move || {
             let before = pace::cpu_time();
-            let result = run(iterator).map(|()| pace::cpu_time().saturating_sub(before));
+            let result = run(&iterator).map(|()| pace::cpu_time().saturating_sub(before));
             // There is no receiver any more if the trace has ended.
             let _ = done.send(result);
-        };
-        let (same, also_done) = (iterator.try_clone()?, done.clone());
-        let thread = thread::Builder::new().name("descriptors".to_owned());
-        if thread.spawn(move || search(iterator, done)).is_err() {
-            search(same, also_done);
+        });
+        let same = Arc::clone(&search);
+        if thread::Builder::new().name("descriptors".to_owned()).spawn(move || same()).is_err() {
+            search();
         }
-        Ok(Self { result })
+        Self { result }
     }
 
     /// Waits until the search has ended, but no longer than `time`. Returns the CPU time that it has taken;
@@ -53,7 +52,7 @@ impl Search {
 }
 
 /// Runs an iterator, whose file has no content.
-pub(super) fn run(mut iterator: File) -> io::Result<()> {
+pub(super) fn run(mut iterator: &File) -> io::Result<()> {
     let mut nothing = [0; 64];
     loop {
         match iterator.read(&mut nothing) {
@@ -79,7 +78,7 @@ mod tests {
     #[test]
     fn a_read_without_content_is_not_the_end() {
         let (reader, writer) = pipe2(OFlag::O_NONBLOCK).unwrap();
-        let search = Search::start(File::from(reader)).unwrap();
+        let search = Search::start(File::from(reader));
         assert!(search.wait(Duration::from_millis(20)).is_none());
         drop(writer);
         let result = search.wait(Duration::from_mins(1)).expect("the writer is gone");
@@ -89,8 +88,7 @@ mod tests {
     #[test]
     fn a_failure_is_the_result() {
         let directory = File::open("/").unwrap();
-        let result =
-            Search::start(directory).unwrap().wait(Duration::from_mins(1)).expect("it fails at once");
+        let result = Search::start(directory).wait(Duration::from_mins(1)).expect("it fails at once");
         assert_eq!(result.unwrap_err().kind(), ErrorKind::IsADirectory);
     }
 }

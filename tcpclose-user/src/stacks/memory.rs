@@ -26,7 +26,7 @@ impl<'a> StackMemory<'a> {
     }
 
     /// The word at an address; `None` if it was not copied. It is not recorded: use it only to find what other
-    /// words identify.
+    /// words identify, or if the stack is to be unwound each time.
     pub fn peek(&self, address: u64) -> Option<u64> {
         self.copied(address).map(u64::from_ne_bytes)
     }

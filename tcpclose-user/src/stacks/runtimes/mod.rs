@@ -95,7 +95,8 @@ pub trait Runtime {
     ///
     /// Words of the stack are to be read at addresses that follow from the frame pointer, or always at the
     /// same distance from the stack pointer. A word from which the name does not follow, because others
-    /// identify the function and it only leads there, may be looked at with [`StackMemory::peek`].
+    /// identify the function and it only leads there, may be looked at with [`StackMemory::peek`], and so may any
+    /// word of a stack that is to be unwound each time.
     fn name(&mut self, _frame: &Registers, _stack: &StackMemory<'_>) -> Arc<[Arc<Frame>]> {
         Arc::new([])
     }
@@ -214,9 +215,11 @@ impl<'data> SymbolTable<'data> {
 
     fn with(&self, prefix: &str) -> Vec<(String, Range<u64>)> {
         let named = self.symbols.iter().filter_map(|symbol| {
-            let name = self.names.get(self.offset(symbol)..)?;
-            let name =
-                name.starts_with(prefix.as_bytes()).then(|| name.split(|byte| *byte == 0).next())??;
+            let names = self.names.get(self.offset(symbol)..)?;
+            if !names.starts_with(prefix.as_bytes()) {
+                return None;
+            }
+            let name = names.split(|byte| *byte == 0).next()?;
             Some((String::from_utf8_lossy(name).into_owned(), range(symbol, self.endian)?))
         });
         named.collect()

@@ -145,7 +145,7 @@ impl V8 {
     ) -> Option<Frame> {
         let Self { memory, layout, functions, lifetime, .. } = self;
         let heap = V8Heap { memory, layout };
-        let slot = |distance| stack.word(frame.fp.checked_add_signed(distance)?);
+        let slot = |distance| stack.peek(frame.fp.checked_add_signed(distance)?);
         let bytecode = slot(layout.fp_bytecode).and_then(HeapObject::of);
         let bytecode = bytecode.filter(|it| heap.type_of(*it) == Some(layout.bytecode_type));
         // A copy can also be other code that is not compiled from bytecode.
