@@ -38,6 +38,10 @@ const SOFTIRQ_IS_OVER: u64 = 5_000_000;
 /// a moment.
 const PATIENCE: u64 = 100_000_000;
 
+/// How long after an end a search of all descriptors for its owner is worth its cost, nanoseconds: most
+/// programs close a socket that was reset within this time, which shows the owner for nothing.
+const CLOSED_SOON: u64 = 50_000_000;
+
 /// Everything that is known about what happened to one end of a connection.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Ending {
@@ -94,6 +98,12 @@ impl Ending {
     /// it. The task that opened it may have passed it on.
     pub fn lacks_owner(&self) -> bool {
         self.is_end && self.late_owner.is_none() && self.life.actor.is_none() && self.life.inode.is_some()
+    }
+
+    /// Whether its owner is to be searched for at `now`: nobody has closed it soon.
+    fn is_owner_overdue(&self, now: u64) -> bool {
+        let ended = self.life.end.map_or(now, |end| end.at);
+        self.lacks_owner() && now.saturating_sub(ended) >= CLOSED_SOON
     }
 
     fn reset_follows(&self) -> Option<Follows> {
@@ -228,18 +238,19 @@ impl Correlator {
     }
 
     /// The ring was read to its end; `now` (`CLOCK_BOOTTIME`, nanoseconds) was read before that.
-    /// `find_owners` looks up the owners of all endings that lack one, by inode number, and returns for each
-    /// whether it was found. Returns the endings that are complete or have waited long enough.
+    /// `find_owners` looks up the owners of all endings whose owner is overdue, by inode number, and returns for
+    /// each whether it was found. Returns the endings that are complete or have waited long enough.
     pub fn caught_up(&mut self, now: u64, find_owners: impl FnOnce(&[u64]) -> Vec<bool>) -> Vec<Ending> {
-        let lacking = self.waiting.iter().flatten().filter(|waiting| waiting.ending.lacks_owner());
-        let inodes: Vec<u64> = lacking.filter_map(|waiting| waiting.ending.life.inode).collect();
+        let overdue = self.waiting.iter().flatten().filter(|waiting| waiting.ending.is_owner_overdue(now));
+        let inodes: Vec<u64> = overdue.filter_map(|waiting| waiting.ending.life.inode).collect();
         let found = if inodes.is_empty() { Vec::new() } else { find_owners(&inodes) };
         let mut found = found.into_iter();
         let mut ready = Vec::new();
         for (arrival, place) in (self.first..).zip(&mut self.waiting) {
             let Some(waiting) = place else { continue };
             let since = *waiting.since.get_or_insert(now);
-            let owned = !waiting.ending.lacks_owner() || found.next() == Some(true);
+            let is_found = waiting.ending.is_owner_overdue(now) && found.next() == Some(true);
+            let owned = is_found || !waiting.ending.lacks_owner();
             let complete = waiting.ending.is_end
                 && match waiting.ending.reset_follows() {
                     None => owned,
@@ -258,9 +269,9 @@ impl Correlator {
         ready.into_iter().filter_map(|arrival| self.take(arrival)).collect()
     }
 
-    /// Whether an ending is held back because its owner is not known.
-    pub fn lacks_owners(&self) -> bool {
-        self.waiting.iter().flatten().any(|waiting| waiting.ending.lacks_owner())
+    /// Whether the owner of an ending is to be searched for at `now` (`CLOCK_BOOTTIME`, nanoseconds).
+    pub fn is_owner_overdue(&self, now: u64) -> bool {
+        self.waiting.iter().flatten().any(|waiting| waiting.ending.is_owner_overdue(now))
     }
 
     /// Whether an ending is held back.
@@ -372,7 +383,7 @@ mod tests {
     const LATER: u64 = END.at + PATIENCE;
 
     fn nobody(_: &[u64]) -> Vec<bool> {
-        panic!("every ending here has an owner")
+        panic!("no owner is to be searched for here")
     }
 
     #[test]
@@ -556,7 +567,11 @@ mod tests {
     fn the_owner_is_looked_up() {
         let mut correlator = Correlator::default();
         correlator.close(ownerless(ID.address));
-        let reported = correlator.caught_up(0, |inodes| {
+        let overdue = END.at + CLOSED_SOON;
+        assert!(!correlator.is_owner_overdue(overdue - 1));
+        assert_eq!(correlator.caught_up(overdue - 1, nobody), [], "most programs close it soon");
+        assert!(correlator.is_owner_overdue(overdue));
+        let reported = correlator.caught_up(overdue, |inodes| {
             assert_eq!(inodes, [99]);
             vec![true]
         });
@@ -575,7 +590,7 @@ mod tests {
         let arrivals = correlator.arrivals();
         correlator.close(ownerless(ID.address + 1));
         correlator.searched(arrivals);
-        correlator.caught_up(0, |inodes| vec![false; inodes.len()]);
+        correlator.caught_up(0, nobody);
         let reported = correlator.caught_up(LATER, |inodes| vec![false; inodes.len()]);
         let unheld: Vec<_> = reported.iter().map(|ending| ending.unheld).collect();
         assert_eq!(unheld, [true, false], "the second arrived after the search");

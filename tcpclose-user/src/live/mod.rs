@@ -164,7 +164,7 @@ impl Live {
             return Ok(Going::Done);
         }
         let arrivals = self.pipeline.correlator.arrivals();
-        if self.pipeline.correlator.lacks_owners() && self.owners_pace.is_due() {
+        if self.pipeline.correlator.is_owner_overdue(now) && self.owners_pace.is_due() {
             self.search_time = Duration::ZERO;
             if self.search_descriptors()? == Going::Done {
                 return Ok(Going::Done);
