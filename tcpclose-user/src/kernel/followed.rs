@@ -6,7 +6,11 @@ use aya::maps::{HashMap, MapData};
 use super::handle::KernelHalf;
 
 /// The processes whose connections are traced: a handle on the map in which the kernel half keeps them.
-pub struct Followed(HashMap<MapData, u32, u8>);
+pub struct Followed {
+    map: HashMap<MapData, u32, u8>,
+    /// The process that starts the command, whose own connections do not belong to it.
+    parent: Option<u32>,
+}
 
 impl Followed {
     /// Takes the map from the kernel half.
@@ -14,7 +18,7 @@ impl Followed {
     /// # Errors
     /// The object has no such map.
     pub fn new(kernel: &mut KernelHalf) -> Result<Self> {
-        kernel.take_map("FOLLOWED").map(Self)
+        Ok(Self { map: kernel.take_map("FOLLOWED")?, parent: None })
     }
 
     /// Adds a process.
@@ -22,11 +26,20 @@ impl Followed {
     /// # Errors
     /// The map is full.
     pub fn add(&mut self, pid: u32) -> Result<()> {
-        self.0.insert(pid, 1, 0).with_context(|| format!("cannot follow process {pid}: the map is full"))
+        self.map.insert(pid, 1, 0).with_context(|| format!("cannot follow process {pid}: the map is full"))
     }
 
-    /// Whether this process is followed.
+    /// Adds a process for the sake of its children.
+    ///
+    /// # Errors
+    /// The map is full.
+    pub fn add_parent(&mut self, pid: u32) -> Result<()> {
+        self.parent = Some(pid);
+        self.add(pid)
+    }
+
+    /// Whether this process is followed for its own sake.
     pub fn contains(&self, pid: u32) -> bool {
-        self.0.get(&pid, 0).is_ok()
+        self.parent != Some(pid) && self.map.get(&pid, 0).is_ok()
     }
 }

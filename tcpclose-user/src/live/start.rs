@@ -143,6 +143,6 @@ fn follow(kernel: &mut KernelHalf, filter: &Filter, command: &[OsString]) -> Res
         "cannot follow the command in a separate pid namespace: this kernel does not show its process ids in \
          the initial namespace; in a container use --pid host",
     )?;
-    followed.add(own)?;
+    followed.add_parent(own)?;
     Ok(Some(followed))
 }
