@@ -265,6 +265,12 @@ pub struct TraceArgs {
     /// A port alone means this port of 127.0.0.1.
     #[arg(long, value_name = "[ADDRESS:]PORT", value_parser = metrics_address)]
     pub metrics: Option<SocketAddr>,
+    /// Also send each line as a log record to this OpenTelemetry collector, by OTLP over HTTP
+    ///
+    /// Without URL: where `OTEL_EXPORTER_OTLP_LOGS_ENDPOINT` or `OTEL_EXPORTER_OTLP_ENDPOINT` says, or to
+    /// `http://localhost:4318`. It needs a tcpclose that is built with the feature `otlp`.
+    #[arg(long, value_name = "URL", num_args = 0..=1, default_missing_value = "")]
+    pub otlp: Option<String>,
     /// Give up the capabilities and system calls that are needed only at the start
     ///
     /// The traced command is not restricted.

@@ -16,7 +16,8 @@
 //! 7. [`compose`] turns all of this into an [`event`], the model of the output.
 //! 8. [`report`] lets through what the user asked for ([`filter`]; the kernel half has filtered before), and
 //!    passes it on to the output, the summary, the [`metrics`] and the findings ([`diagnose`]).
-//! 9. [`sink`] writes lines as text or JSON, counts for the summary, and reports what was lost.
+//! 9. [`sink`] writes lines as text or JSON, counts for the summary, and reports what was lost. With the
+//!    feature `otlp`, `otlp` is another sink, which sends them to a collector.
 //!
 //! Sockets that stay in a teardown state are found by [`stuck`] and join at step 4.
 //!
@@ -56,6 +57,8 @@ pub mod judge;
 pub mod kernel;
 pub mod live;
 pub mod metrics;
+#[cfg(feature = "otlp")]
+pub mod otlp;
 pub mod pace;
 pub mod pipeline;
 pub mod processes;

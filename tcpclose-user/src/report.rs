@@ -175,7 +175,7 @@ impl Report {
     ///
     /// # Errors
     /// The output cannot be written.
-    fn last_findings(&mut self) -> Result<()> {
+    pub fn last_findings(&mut self) -> Result<()> {
         let Some(findings) = &mut self.findings else { return Ok(()) };
         let all = findings.diagnosis.findings(true);
         if self.output.takes_findings {
@@ -193,6 +193,9 @@ impl Report {
                 diagnose::report::Seqs::Hidden,
             )
             .and_then(|()| io::stderr().write_all(&text));
+            for finding in all {
+                self.output.write_second(Event::Finding(Box::new(finding)))?;
+            }
         }
         Ok(())
     }
@@ -252,12 +255,24 @@ impl Report {
         }
     }
 
-    /// Writes what is complete only at the end. To be called once.
+    /// Waits for a limited time until the collector of `--otlp` has all lines. Later ones are not sent.
+    ///
+    /// # Errors
+    /// The lines cannot be passed on.
+    pub fn finish_export(&mut self) -> Result<()> {
+        self.output.finish_second().context("cannot export lines")
+    }
+
+    /// How many lines are lost to the collector of `--otlp`; `None` if there is none.
+    pub fn unexported(&self) -> Option<u64> {
+        self.output.second_lost()
+    }
+
+    /// Writes what is complete only at the end. To be called once, after the last findings.
     ///
     /// # Errors
     /// The output or the flame graph cannot be written.
     pub fn finish(&mut self) -> Result<()> {
-        self.last_findings()?;
         let _ = self.output.finish().context("cannot write to the standard output")?;
         self.flame_graph.take().map_or(Ok(()), FlameGraph::finish)
     }

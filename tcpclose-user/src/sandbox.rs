@@ -41,15 +41,28 @@ pub const ACTIONS: &str = "/proc/sys/kernel/seccomp/actions_avail";
 /// # Errors
 /// The kernel refuses one of the steps. The earlier ones remain in effect.
 pub fn enter() -> Result<()> {
-    drop_capabilities().context("cannot drop capabilities")?;
+    restrict(&KEPT, &[])
+}
+
+/// Restricts a thread that only talks to another host: it keeps no capability, and may connect.
+///
+/// # Errors
+/// Those of [`enter`].
+pub fn enter_for_network() -> Result<()> {
+    // A resolver binds the sockets of its questions.
+    restrict(&[], &[libc::SYS_socket, libc::SYS_connect, libc::SYS_bind])
+}
+
+fn restrict(kept: &[Capability], allowed: &[libc::c_long]) -> Result<()> {
+    drop_capabilities(kept).context("cannot drop capabilities")?;
     nix::sys::prctl::set_no_new_privs().context("cannot set no_new_privs")?;
-    let filter = filter().context("cannot make a filter of system calls")?;
+    let filter = filter(allowed).context("cannot make a filter of system calls")?;
     apply_filter(&filter).context("cannot install a filter of system calls")
 }
 
-/// Drops all capabilities of the thread except those in [`KEPT`].
-fn drop_capabilities() -> Result<()> {
-    let kept: CapsHashSet = KEPT.into_iter().collect();
+/// Drops all capabilities of the thread except these.
+fn drop_capabilities(kept: &[Capability]) -> Result<()> {
+    let kept: CapsHashSet = kept.iter().copied().collect();
     let had = caps::read(None, CapSet::Permitted)?;
     let left: CapsHashSet = had.intersection(&kept).copied().collect();
     caps::clear(None, CapSet::Ambient)?;
@@ -160,11 +173,11 @@ const REFUSED_BPF: [u64; 6] = [
     18, // BPF_BTF_LOAD
 ];
 
-/// The filter: calls of [`REFUSED`] fail with `EPERM`, all others are allowed. A list of allowed calls would
-/// have to contain every call of every version of libc.
-fn filter() -> Result<BpfProgram> {
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
-        REFUSED.iter().chain(ALSO_REFUSED).map(|call| (*call, Vec::new())).collect();
+/// The filter: calls of [`REFUSED`] fail with `EPERM`, unless they are `allowed`, and all others are allowed.
+/// A list of allowed calls alone would have to contain every call of every version of libc.
+fn filter(allowed: &[libc::c_long]) -> Result<BpfProgram> {
+    let refused = REFUSED.iter().chain(ALSO_REFUSED).filter(|call| !allowed.contains(call));
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = refused.map(|call| (*call, Vec::new())).collect();
     rules.insert(libc::SYS_openat, writing(2)?);
     #[cfg(target_arch = "x86_64")]
     rules.insert(libc::SYS_open, writing(1)?);

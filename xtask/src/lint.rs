@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use crate::{
     apt::{self, Package},
     command::{self, say},
-    ebpf, modules, names,
+    ebpf, modules, names, run,
     tools::Tools,
     workspace::{Workspace, cargo_program},
 };
@@ -64,8 +64,12 @@ fn lint_user_half(workspace: &Workspace) -> Result<()> {
         return missing("the lints are not checked: there is no cargo-clippy", "rustup component add clippy");
     }
     let mut clippy = workspace.cargo("clippy");
-    command::run(clippy.args(["--workspace", "--all-targets", "--", "-D", "warnings"]))
-        .context("clippy has findings, see above")
+    clippy.args(["--workspace", "--all-targets", "--features", run::FEATURES, "--", "-D", "warnings"]);
+    command::run(&mut clippy).context("clippy has findings, see above")?;
+    // What is built by default. The tests do not compile it.
+    let mut clippy = workspace.cargo("clippy");
+    command::run(clippy.args(["--package", "tcpclose-user", "--", "-D", "warnings"]))
+        .context("clippy has findings in what is built by default, see above")
 }
 
 /// Lints the fuzz targets, which no other check compiles, so that renaming a function could break them

@@ -13,6 +13,7 @@ mod modules;
 mod names;
 mod platform;
 mod report;
+mod rotel;
 mod run;
 mod suite;
 mod test;
@@ -54,6 +55,9 @@ enum Task {
         /// The platform to build the user half for, as rustc calls it, if it is not this one
         #[arg(long, value_name = "TRIPLE", value_parser = Platform::parse)]
         target: Option<&'static Platform>,
+        /// Features of the user half that are not built by default, as cargo takes them: otlp
+        #[arg(long)]
+        features: Option<String>,
     },
     /// Check the format, the lints, the order of modules and the names of types
     #[command(alias = "clippy")]
@@ -86,11 +90,11 @@ fn start(task: Task) -> anyhow::Result<()> {
     match task {
         Task::Run { args } => Err(run::run(&workspace, &args)),
         Task::Test(args) => test::test(&workspace, &args),
-        Task::Build { debug, target } => {
+        Task::Build { debug, target, features } => {
             let platform = target.unwrap_or_else(Platform::host);
             ebpf::build(&workspace, &tools::for_building()?)?;
             tools::for_platform(platform)?;
-            run::build_user_half(&workspace, platform, !debug).map(drop)
+            run::build_user_half(&workspace, platform, !debug, features.as_deref()).map(drop)
         }
         Task::Lint => lint::lint(&workspace, &tools::for_building()?),
         Task::Bench(args) => bench::bench(&workspace, &args),
@@ -104,6 +108,7 @@ fn start(task: Task) -> anyhow::Result<()> {
         Task::Setup => {
             let tools = tools::for_building()?;
             tools::for_testing(Platform::host())?;
+            rotel::find_or_install()?;
             tools::for_machines(Platform::host())?;
             println!("{tools}");
             Ok(())

@@ -15,16 +15,25 @@ use crate::{
 /// Variables that affect the output of tcpclose, and that sudo would remove.
 const KEPT: [&str; 6] = ["RUST_LOG", "RUST_BACKTRACE", "NO_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "TZ"];
 
+/// The features of the user half that are not built by default, for tests and lints.
+pub(crate) const FEATURES: &str = "tcpclose-user/otlp";
+
 /// Builds both halves in release mode; returns the path of tcpclose.
 pub(crate) fn build_all(workspace: &Workspace) -> Result<PathBuf> {
     ebpf::build(workspace, &tools::for_building()?)?;
-    build_user_half(workspace, Platform::host(), true)
+    build_user_half(workspace, Platform::host(), true, None)
 }
 
-/// Builds the user half, which embeds the kernel half; returns its path.
-pub(crate) fn build_user_half(workspace: &Workspace, platform: &Platform, release: bool) -> Result<PathBuf> {
+/// Builds the user half, which embeds the kernel half, with these features; returns its path.
+pub(crate) fn build_user_half(
+    workspace: &Workspace,
+    platform: &Platform,
+    release: bool,
+    features: Option<&str>,
+) -> Result<PathBuf> {
     let mut cargo = workspace.cargo("build");
     cargo.args(["--package", "tcpclose-user", "--bin", "tcpclose"]);
+    cargo.args(features.map(|features| ["--features", features]).iter().flatten());
     platform.choose(&mut cargo);
     if release {
         cargo.arg("--release");

@@ -25,6 +25,9 @@ pub(crate) const PACKAGE: &str = "tcpclose-tests";
 /// The variable with the path of the 32-bit program (`tests/src/features.rs`).
 const COMPAT: &str = "TCPCLOSE_TESTS_COMPAT";
 
+/// The variable with the path of Rotel (`tests/tests/collector/rotel.rs`).
+const ROTEL: &str = "TCPCLOSE_TESTS_ROTEL";
+
 /// The built tests.
 pub(crate) struct Suite {
     /// Programs that contain tests, by file name.
@@ -33,11 +36,14 @@ pub(crate) struct Suite {
     helpers: BTreeMap<String, PathBuf>,
     /// A 32-bit program that a test starts.
     pub(crate) compat: PathBuf,
+    /// A collector that a test starts, if it is here.
+    rotel: Option<PathBuf>,
     folder: PathBuf,
 }
 
 impl Suite {
-    pub(crate) fn build(workspace: &Workspace, platform: &Platform) -> Result<Self> {
+    /// Builds the tests.
+    pub(crate) fn build(workspace: &Workspace, platform: &Platform, rotel: Option<PathBuf>) -> Result<Self> {
         let mut cargo = cargo_test(workspace);
         cargo.args(["--package", PACKAGE, "--no-run", "--message-format=json-render-diagnostics"]);
         platform.choose(&mut cargo);
@@ -47,6 +53,7 @@ impl Suite {
             tests: BTreeMap::new(),
             helpers: BTreeMap::new(),
             compat: build_compat(workspace, platform)?,
+            rotel,
             folder: workspace.root.join("tests"),
         };
         for message in String::from_utf8_lossy(&output.stdout).lines() {
@@ -82,6 +89,7 @@ impl Suite {
     pub(crate) fn variables(&self, tcpclose: &Path) -> BTreeMap<String, PathBuf> {
         let helpers = self.helpers.iter().map(|(name, path)| (format!("CARGO_BIN_EXE_{name}"), path.clone()));
         let others = [("TCPCLOSE_BIN", tcpclose), (COMPAT, &self.compat)];
+        let others = others.into_iter().chain(self.rotel.as_deref().map(|path| (ROTEL, path)));
         helpers.chain(others.map(|(name, path)| (name.to_owned(), path.to_owned()))).collect()
     }
 

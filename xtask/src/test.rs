@@ -12,7 +12,7 @@ use crate::{
     lint,
     platform::Platform,
     report::{self, Report},
-    run,
+    rotel, run,
     suite::{self, Suite},
     tools,
     workspace::Workspace,
@@ -70,15 +70,24 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
         note("lints", lint::lint(workspace, &tools), &mut failed);
     }
     ebpf::build(workspace, &tools)?;
-    let tcpclose = run::build_user_half(workspace, platform, true)?;
+    let tcpclose = run::build_user_half(workspace, platform, true, Some(run::FEATURES))?;
 
     if here {
         let mut plain = suite::cargo_test(workspace);
-        plain.args(["--workspace", "--exclude", suite::PACKAGE, "--no-fail-fast", "--"]);
+        plain.args(["--workspace", "--exclude", suite::PACKAGE, "--features", run::FEATURES]);
+        plain.args(["--no-fail-fast", "--"]);
         note("tests without root", command::run(plain.args(&args.filters).args(&args.more)), &mut failed);
     }
 
-    let suite = Suite::build(workspace, platform)?;
+    // In CI, where nobody reads that a test was skipped, it has to be there.
+    let rotel = match here.then(rotel::find_or_install).transpose() {
+        Err(error) if !command::is_ci() => {
+            say(&format!("a test is skipped: {error:#}"));
+            None
+        }
+        rotel => rotel?,
+    };
+    let suite = Suite::build(workspace, platform, rotel)?;
     // A skipped test counts as passed, and prints why it was skipped.
     let more = [&["--show-output".to_owned()], &*args.more].concat();
     let mut reports = Vec::new();

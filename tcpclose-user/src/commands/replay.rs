@@ -86,6 +86,7 @@ pub fn run(
             break;
         }
     }
+    replay.pipeline.report.last_findings()?;
     replay.pipeline.report.finish()
 }
 

@@ -202,4 +202,6 @@ pub enum LostPlace {
     Stacks,
     /// Lines that could not be written.
     Output,
+    /// Lines that the collector of `--otlp` has refused, or did not take in time.
+    Export,
 }

@@ -401,6 +401,9 @@ impl Live {
             self.report_losses()?;
             let _ = self.flush()?;
         }
+        self.pipeline.report.last_findings()?;
+        self.pipeline.report.finish_export()?;
+        self.report_losses()?;
         self.pipeline.report.finish()
     }
 
@@ -444,6 +447,7 @@ impl Live {
             undecodable: self.undecodable + watch::undecodable(),
             stacks: self.pipeline.host.stacks.lost(),
             output: self.pipeline.report.unwritten(),
+            export: self.pipeline.report.unexported(),
         }
     }
 

@@ -7,6 +7,8 @@ use anyhow::{Context as _, Result};
 use tcpclose_common::params::Params;
 
 use super::{Live, Options};
+#[cfg(feature = "otlp")]
+use crate::otlp::OtlpSink;
 use crate::{
     cli::{AUTO_STACK_BYTES, CallGraph, Findings, Linger, Netns, Sandbox, TraceArgs, WhichStacks},
     failure::Failure,
@@ -19,7 +21,7 @@ use crate::{
     },
     recording::{RecordedStep, Recorder},
     report::Report,
-    sink::{Output, flamegraph::FlameGraph},
+    sink::{Output, Sink, flamegraph::FlameGraph},
     stacks::unwind,
 };
 
@@ -38,6 +40,7 @@ impl Live {
             filters.socket.netns.push(Netns::Own);
         }
         let filter = Filter::new(filters);
+        let export = args.otlp.as_deref().map(|url| export(url, args.sandbox)).transpose()?;
         let flame_graph = args.flamegraph.as_deref().map(FlameGraph::create).transpose()?;
         let mut kernel = loader::load(&request(args, &filter))?;
         if filter.is_about_namespaces() && !kernel.has_netns {
@@ -58,6 +61,7 @@ impl Live {
         } else {
             Output::stdout(args.output, args.stack != WhichStacks::None)
         };
+        let output = output.with_second(export);
         let recorder = recorder(&kernel, args)?;
         let mut report = Report::new(vec![filter], output, args.count).with_flame_graph(flame_graph);
         if args.findings != Findings::Off {
@@ -72,6 +76,23 @@ impl Live {
         };
         Self::new(kernel, report, options)
     }
+}
+
+/// The sink of `--otlp`, whose thread is started before this one gives up sockets.
+#[cfg(feature = "otlp")]
+fn export(url: &str, sandbox: Sandbox) -> Result<Box<dyn Sink + Send>> {
+    Ok(Box::new(OtlpSink::start(url, sandbox == Sandbox::Auto)?))
+}
+
+#[cfg(not(feature = "otlp"))]
+fn export(_: &str, _: Sandbox) -> Result<Box<dyn Sink + Send>> {
+    Err(Failure {
+        failed: "cannot export lines (--otlp)".to_owned(),
+        found: "a tcpclose that was built without it".to_owned(),
+        needed: "the feature `otlp`".to_owned(),
+        fix: "cargo xtask build --features otlp, or let a collector read the lines of -o json".to_owned(),
+    }
+    .into())
 }
 
 /// The configuration of the kernel half.

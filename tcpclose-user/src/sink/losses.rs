@@ -32,6 +32,8 @@ pub struct UserLosses {
     pub stacks: u64,
     /// Events that could not be written.
     pub output: u64,
+    /// Lines that no collector has taken; `None` without `--otlp`.
+    pub export: Option<u64>,
 }
 
 impl Losses {
@@ -68,7 +70,7 @@ impl Losses {
     }
 
     /// How much was lost in all, by place.
-    pub fn totals(&mut self, kernel: &KernelHalf, user: UserLosses) -> [(LostPlace, u64); 4] {
+    pub fn totals(&mut self, kernel: &KernelHalf, user: UserLosses) -> Vec<(LostPlace, u64)> {
         let counters = kernel.counters();
         if self.may_have_evicted(&counters) {
             self.count_evictions(kernel, &counters);
@@ -76,9 +78,9 @@ impl Losses {
         self.by_place(kernel, user, &counters)
     }
 
-    fn by_place(&self, kernel: &KernelHalf, user: UserLosses, counters: &Counters) -> [(LostPlace, u64); 4] {
+    fn by_place(&self, kernel: &KernelHalf, user: UserLosses, counters: &Counters) -> Vec<(LostPlace, u64)> {
         let unwritten = counters.records_lost + counters.processes_lost + kernel.skipped_runs();
-        [
+        let places = [
             (LostPlace::RingBuffer, unwritten + user.undecodable),
             (
                 LostPlace::Connections,
@@ -86,7 +88,8 @@ impl Losses {
             ),
             (LostPlace::Stacks, counters.stacks_failed + user.stacks),
             (LostPlace::Output, user.output),
-        ]
+        ];
+        places.into_iter().chain(user.export.map(|lost| (LostPlace::Export, lost))).collect()
     }
 
     /// Whether `OVERFLOW` may have been full since evictions were last counted. An LRU map begins to evict

@@ -18,6 +18,8 @@ mod text;
 
 pub use folded::FoldedSink;
 pub use json::JsonSink;
+#[cfg(feature = "otlp")]
+pub(crate) use serializer::append as append_json;
 pub(crate) use text::{COLUMNS, bounds, cut, endpoint, escape, or_dash, width, wrap};
 pub use text::{Palette, TextSink, human_millis};
 
@@ -55,6 +57,10 @@ pub trait Sink {
     fn finish(&mut self) -> io::Result<()> {
         self.flush()
     }
+    /// How many events were written to it, and are lost.
+    fn lost(&self) -> u64 {
+        0
+    }
 }
 
 /// A sink for traces of which only the summary is wanted.
@@ -83,6 +89,8 @@ pub enum Written {
 /// Numbers the lines and writes them.
 pub struct Output {
     sink: Box<dyn Sink + Send>,
+    /// Gets the same lines.
+    second: Option<Box<dyn Sink + Send>>,
     /// Whether findings are written as lines among the others.
     pub(crate) takes_findings: bool,
     lines: u64,
@@ -98,6 +106,7 @@ impl Output {
     pub fn new(sink: impl Sink + Send + 'static) -> Self {
         Self {
             sink: Box::new(sink),
+            second: None,
             takes_findings: false,
             lines: 0,
             buffered: 0,
@@ -132,6 +141,12 @@ impl Output {
         Self::new(Nowhere)
     }
 
+    /// Also passes the lines on to a second sink, which gets findings too.
+    #[must_use]
+    pub fn with_second(self, second: Option<Box<dyn Sink + Send>>) -> Self {
+        Self { second, ..self }
+    }
+
     /// Gives the event the next number, the first being 1, and writes it.
     ///
     /// A line that could not be written does not use up its number.
@@ -146,8 +161,29 @@ impl Output {
         let written = self.judge(result)?;
         if written == Written::Yes {
             self.lines += 1;
+            if let Some(second) = &mut self.second {
+                second.write(&event)?;
+            }
         }
         Ok(written)
+    }
+
+    /// Gives the event the next number, and writes it to the second sink only.
+    pub fn write_second(&mut self, mut event: Event) -> io::Result<()> {
+        let Some(second) = &mut self.second else { return Ok(()) };
+        event.set_seq(self.lines + 1);
+        self.lines += 1;
+        second.write(&event)
+    }
+
+    /// Finishes the second sink, which may take a while.
+    pub fn finish_second(&mut self) -> io::Result<()> {
+        self.second.as_mut().map_or(Ok(()), |second| second.finish())
+    }
+
+    /// How many lines the second sink has lost; `None` if there is none.
+    pub fn second_lost(&self) -> Option<u64> {
+        self.second.as_ref().map(|second| second.lost())
     }
 
     /// Flushes the sink. To be called whenever there is nothing left to read.

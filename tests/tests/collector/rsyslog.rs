@@ -1,4 +1,4 @@
-//! JSON lines that a collector of logs takes onward, while it is stopped, killed and started again.
+//! JSON lines that rsyslog takes onward, while it is stopped, killed and started again.
 
 use std::{
     collections::HashSet,
@@ -14,15 +14,11 @@ use nix::{
 };
 use serde_json::Value;
 use tcpclose_tests::{
-    bed::{Bed, Side},
-    netns::Namespace,
-    program::Program,
-    scenario::routes,
-    scratch::Scratch,
-    servers::is_missing,
-    tool::Launch,
-    until,
+    bed::Bed, netns::Namespace, program::Program, scenario::routes, scratch::Scratch, servers::is_missing,
+    tool::Launch, until,
 };
+
+use crate::{CONNECTIONS, end_connections};
 
 const RSYSLOGD: &str = "/usr/sbin/rsyslogd";
 
@@ -34,9 +30,6 @@ const COLLECTED: &str = "collected.jsonl";
 
 /// The length at which rsyslog cuts a line, unless it is told otherwise.
 const USUAL_LIMIT: usize = 8 << 10;
-
-/// How many connections end at a time.
-const CONNECTIONS: usize = 20;
 
 /// rsyslog with `deploy/rsyslog/tcpclose.conf`, and the folder that it works in.
 struct Collector {
@@ -122,18 +115,6 @@ impl Collector {
 fn lines(file: &Path) -> Result<Vec<String>> {
     let text = if file.exists() { fs::read_to_string(file)? } else { String::new() };
     Ok(text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')).map(str::to_owned).collect())
-}
-
-/// Ends some connections, each with a line for both of its ends.
-fn end_connections(bed: &mut Bed) -> Result<()> {
-    for _ in 0..CONNECTIONS {
-        bed.established()?;
-        bed.peer(Side::Client).ask("shutdown-write")?;
-        bed.peer(Side::Server).ask("receive-end")?;
-        bed.peer(Side::Server).ask("close")?;
-        bed.peer(Side::Client).ask("close")?;
-    }
-    Ok(())
 }
 
 #[test]
