@@ -109,7 +109,7 @@ fn ends_with_call(code: [u8; LONGEST]) -> bool {
 #[cfg(all(test, target_arch = "x86_64"))]
 mod tests {
     use super::*;
-    use crate::processes::Processes;
+    use crate::{processes::Processes, stacks::memory::ProcessMemory};
 
     fn is_call(bytes: &[u8]) -> bool {
         let mut code = [0x90; LONGEST];
@@ -147,7 +147,7 @@ mod tests {
 
     #[test]
     fn reads_the_code_of_a_process() {
-        let calls = Calls::of(ProcessCode::of(std::process::id()));
+        let calls = Calls::of(ProcessCode::of(ProcessMemory::open(std::process::id())));
         let has = |address| calls.has(&Image::default(), address);
         let here = return_address();
         assert!(has(here));
@@ -159,11 +159,11 @@ mod tests {
     #[test]
     fn reads_the_code_in_files() {
         let image = Processes::new().image(std::process::id(), 1).unwrap();
-        let calls = Calls::of(ProcessCode::of(0));
+        let calls = Calls::of(ProcessCode::of(None));
         let here = return_address();
         assert!(calls.has(&image, here));
         assert!(!calls.has(&image, here + 1) || !calls.has(&image, here + 2));
-        assert!(!Calls::of(ProcessCode::of(0)).has(&Image::default(), here), "without mappings");
+        assert!(!Calls::of(ProcessCode::of(None)).has(&Image::default(), here), "without mappings");
         let end = image.mapping(here).unwrap().end;
         assert!(!calls.has(&image, end + 1), "not all of the bytes are mapped");
     }
@@ -173,7 +173,7 @@ mod tests {
     fn goroutines_return_to_goexit() {
         static FUNCTION: [u8; 16] =
             [0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0x90, 0xe8, 0x9a, 0x25, 0, 0, 0x90, 0xcc];
-        let calls = Calls::of(ProcessCode::of(std::process::id()));
+        let calls = Calls::of(ProcessCode::of(ProcessMemory::open(std::process::id())));
         let address = FUNCTION.as_ptr() as u64;
         let is_there = |offset: &u64| calls.has(&Image::default(), address + offset);
         let found: Vec<u64> = (7..14).filter(is_there).collect();

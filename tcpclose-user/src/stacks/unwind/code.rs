@@ -13,9 +13,9 @@ pub(super) struct ProcessCode {
 }
 
 impl ProcessCode {
-    /// The code of process `pid`.
-    pub(super) fn of(pid: u32) -> Self {
-        Self { memory: ProcessMemory::open(pid) }
+    /// The code of the process with this memory; `None` if it has exited.
+    pub(super) fn of(memory: Option<ProcessMemory>) -> Self {
+        Self { memory }
     }
 
     /// Fills the buffer with the code at an address; `None` if not all of it can be read.

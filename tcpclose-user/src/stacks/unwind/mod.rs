@@ -131,6 +131,7 @@ impl Unwinder {
             let end = self.walk(copy, &stack, image, &mut frames, &mut spots, &mut inputs);
             if let Some(process) = self.processes.get_mut(&(copy.pid, copy.mm)) {
                 unlisted = process.interpreted(list, &stack, &spots, &mut inputs, &mut frames);
+                process.end_stack();
             }
             end
         });

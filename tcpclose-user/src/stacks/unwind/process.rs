@@ -48,6 +48,8 @@ pub(super) struct ProcessUnwinder {
     cache: CacheNative<MayAllocateDuringUnwind>,
     /// The runtimes, each with the file in which it was recognized.
     runtimes: Vec<(FileIdentity, Box<dyn Runtime>)>,
+    /// The memory that the runtimes and `calls` read.
+    memory: Option<ProcessMemory>,
     calls: Calls,
     /// When a stack without a list of the interpreter's frames first showed that the kernel half lacks a
     /// description of the interpreter.
@@ -72,8 +74,9 @@ impl ProcessUnwinder {
     /// A process with these mappings. `older` is the same program image before it mapped more.
     pub(super) fn new(image: Arc<Image>, older: Option<Self>, binaries: &mut Binaries) -> Self {
         let mut tables = UnwinderNative::new();
-        let (mut runtimes, described) =
-            older.map_or_else(Default::default, |older| (older.runtimes, older.described));
+        let (mut runtimes, memory, described) =
+            older.map_or_else(Default::default, |older| (older.runtimes, older.memory, older.described));
+        let memory = memory.or_else(|| ProcessMemory::open(image.pid));
         let mut with_tables = Vec::new();
         let mut with_runtimes = Vec::new();
         for mapping in &image.mappings {
@@ -85,7 +88,7 @@ impl ProcessUnwinder {
                 let attached = binary
                     .runtimes
                     .iter()
-                    .filter_map(|program| program.attach(image.pid, ProcessMemory::open(image.pid)?, bias));
+                    .filter_map(|program| program.attach(image.pid, memory.clone()?, bias));
                 runtimes.extend(attached.map(|runtime| (identity, runtime)));
             }
             if !binary.runtimes.is_empty() {
@@ -102,8 +105,9 @@ impl ProcessUnwinder {
             let mappings = image.mappings.iter();
             runtime.mapped(&mappings.map(|it| code_mapping(it, *identity, binary)).collect::<Vec<_>>());
         }
-        let calls = Calls::of(ProcessCode::of(image.pid));
-        Self { image, tables, with_tables, cache: CacheNative::new(), runtimes, calls, described, used: 0 }
+        let calls = Calls::of(ProcessCode::of(memory.clone()));
+        let cache = CacheNative::new();
+        Self { image, tables, with_tables, cache, runtimes, memory, calls, described, used: 0 }
     }
 
     pub(super) fn image(&self) -> &Arc<Image> {
@@ -114,6 +118,13 @@ impl ProcessUnwinder {
     pub(super) fn begin_stack(&mut self) {
         for (_, runtime) in &mut self.runtimes {
             runtime.begin_stack();
+        }
+    }
+
+    /// Called after each stack: its memory is read anew for the next one.
+    pub(super) fn end_stack(&self) {
+        if let Some(memory) = &self.memory {
+            memory.forget();
         }
     }
 

@@ -148,7 +148,7 @@ impl Runtime for Vm {
     fn begin_stack(&mut self) {
         let is_old = self.since.elapsed() >= CACHE_FOR || self.named.len() >= MAX_NAMES;
         // Once the machine has exited, only cached names are available.
-        if is_old && self.memory.u64(self.layout.heaps).is_some() {
+        if is_old && self.memory.is_there(self.layout.heaps) {
             self.named.clear();
             self.blobs.clear();
             self.since = Instant::now();

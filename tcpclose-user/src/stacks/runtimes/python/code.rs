@@ -102,6 +102,7 @@ impl Code {
             size,
         };
         // It may have been replaced while it was read.
+        memory.forget();
         is_it()?;
         // Programs make and drop code objects of such files one after the other, at the same addresses. If
         // only the content of the file's name distinguishes them, that may have changed.

@@ -207,7 +207,7 @@ impl Runtime for V8 {
         }
         if named.is_empty() {
             self.lifetime = self.lifetime.min(RETRY_AFTER);
-            let has_exited = self.memory.u8(self.is_there).is_none();
+            let has_exited = !self.memory.is_there(self.is_there);
             return self.named.get(&frame.pc).filter(|_| has_exited).cloned().unwrap_or(named);
         }
         if self.named.len() >= MAX_NAMED {
@@ -284,8 +284,8 @@ mod tests {
             Self { heap: heap.to_vec(), frames, variables }
         }
 
-        /// The runtime, and the memory, in which offsets are addresses.
-        fn runtime(&self) -> (Box<dyn Runtime>, File) {
+        /// The runtime, its memory, and the file with that, in which offsets are addresses.
+        fn runtime(&self) -> (Box<dyn Runtime>, ProcessMemory, File) {
             let path = std::env::temp_dir().join(format!(
                 "tcpclose-v8-{}-{:?}",
                 std::process::id(),
@@ -304,13 +304,13 @@ mod tests {
             }
             let binary = recognize(&Symbols(symbols)).unwrap();
             let memory = ProcessMemory::from(file.try_clone().unwrap());
-            let mut runtime = binary.attach(1, memory, 0).unwrap();
+            let mut runtime = binary.attach(1, memory.clone(), 0).unwrap();
             let generated = HEAP..HEAP + self.heap.len() as u64;
             runtime.mapped(&[
                 CodeMapping { range: 0x400..HEAP, owner: CodeOwner::Own { bias: 0 } },
                 CodeMapping { range: generated, owner: CodeOwner::Generated },
             ]);
-            (runtime, file)
+            (runtime, memory, file)
         }
 
         /// The names of all frames.
@@ -431,14 +431,15 @@ mod tests {
         recorded.frames.drain(..2);
         recorded.frames.pop();
         let compiled = &EXPECTED[2..4];
-        let (mut runtime, memory) = recorded.runtime();
+        let (mut runtime, memory, file) = recorded.runtime();
         assert_eq!(places(&recorded.named_by(&mut *runtime)), compiled);
         assert_eq!(runtime.lifetime(), LIFETIME);
         // The heap is not readable any more, but the variables are.
-        memory.set_len(HEAP).unwrap();
+        file.set_len(HEAP).unwrap();
+        memory.forget();
         assert_eq!(places(&recorded.named_by(&mut *runtime)), [None; 2]);
         assert_eq!(runtime.lifetime(), RETRY_AFTER);
-        memory.set_len(0).unwrap();
+        file.set_len(0).unwrap();
         assert_eq!(places(&recorded.named_by(&mut *runtime)), compiled);
     }
 
@@ -447,11 +448,28 @@ mod tests {
     fn interpreted_functions_are_named_each_time() {
         let (_, memory, variables) = RECORDED[0];
         let recorded = RecordedProcess::new(memory, variables);
-        let (mut runtime, memory) = recorded.runtime();
+        let (mut runtime, memory, file) = recorded.runtime();
         assert_eq!(places(&recorded.named_by(&mut *runtime)), EXPECTED);
         assert!(runtime.lifetime().is_zero());
-        memory.set_len(0).unwrap();
+        file.set_len(0).unwrap();
+        memory.forget();
         assert_eq!(places(&recorded.named_by(&mut *runtime)), [None, None, EXPECTED[2], EXPECTED[3], None]);
+    }
+
+    /// The frames of a stack need hundreds of words, and each read is a system call.
+    #[test]
+    fn each_page_is_read_once_for_a_stack() {
+        for (version, memory, variables) in RECORDED {
+            let recorded = RecordedProcess::new(memory, variables);
+            let (mut runtime, memory, _file) = recorded.runtime();
+            for _ in 0..2 {
+                memory.forget();
+                let before = memory.reads();
+                assert_eq!(places(&recorded.named_by(&mut *runtime)), EXPECTED, "{version}");
+                let (reads, pages) = (memory.reads() - before, recorded.heap.len().div_ceil(0x1000));
+                assert!(reads <= pages, "{version}: {reads} reads of {pages} pages");
+            }
+        }
     }
 
     /// Whatever a word of the memory is, reading ends.
