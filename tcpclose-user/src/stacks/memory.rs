@@ -152,8 +152,8 @@ impl ProcessMemory {
 
     /// Copies from the page at an address, to its end. Returns the number of bytes.
     fn copy(&self, address: u64, buffer: &mut [u8]) -> usize {
-        let offset = address as usize % PAGE;
-        let start = address - offset as u64;
+        let start = address - address % PAGE as u64;
+        let Ok(offset) = usize::try_from(address - start) else { return 0 };
         let mut pages = self.0.pages.borrow_mut();
         if !pages.contains_key(&start) {
             let mut page = vec![0; PAGE];
