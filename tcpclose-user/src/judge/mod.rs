@@ -59,6 +59,9 @@ fn ended(life: &Life) -> Option<Ended> {
     match life.error() {
         None | Some(0) => match life.state {
             Some(State::FinWait2 | State::LastAck | State::Closing | State::TimeWait) => Some(Ended::Fin),
+            // The peer has acknowledged the FIN, so it was in FIN_WAIT2, a change that the kernel ran no program
+            // for.
+            Some(State::FinWait1) if life.sample.unacknowledged == Some(0) => Some(Ended::Fin),
             _ => None,
         },
         Some(libc::ETIMEDOUT) => Some(Ended::Timeout),
@@ -217,6 +220,9 @@ mod tests {
         for (life, expected) in [
             (closed(moved(Local, FinWait2, established())), "local fin close - -"),
             (closed(moved(Peer, LastAck, established())), "peer fin close - -"),
+            // The change to FIN_WAIT2 was not seen.
+            (closed(moved(Local, FinWait1, established())), "local fin close - -"),
+            (closed(moved(Local, FinWait1, unacknowledged(established()))), "local - close - unknown"),
             (sent(11, Established, closed(unread(established()))), "local reset_sent close - unread_data"),
             // __tcp_close() looks at unread data before SO_LINGER.
             (
