@@ -192,18 +192,17 @@ impl Unwinder {
             if frames.len() >= MAX_FRAMES {
                 return Err(Truncated::FrameLimit);
             }
-            let caller = match process.caller(&cursor, stack, inputs) {
-                Ok(None) => return Ok(()),
-                Ok(Some(caller)) => caller,
-                Err(why) => {
-                    let (frame, interrupted) = process.interrupted(&cursor, stack).ok_or(why)?;
-                    // By its return address, it would get the name of the function in front of it.
-                    frames.truncate(index);
-                    frames.push(frame);
-                    // Closing in a signal handler is rare, so such stacks are copied each time.
-                    inputs.give_up();
-                    interrupted
-                }
+            let caller = if let Some((frame, interrupted)) = process.interrupted(&cursor, stack) {
+                // By its return address, it would get the name of the function in front of it.
+                frames.truncate(index);
+                frames.push(frame);
+                // Closing in a signal handler is rare, so such stacks are copied each time.
+                inputs.give_up();
+                interrupted
+            } else if let Some(caller) = process.caller(&cursor, stack, inputs)? {
+                caller
+            } else {
+                return Ok(());
             };
             let address = caller.address();
             if process.image().mapping(address).is_none() {

@@ -226,6 +226,11 @@ impl ProcessUnwinder {
         stack: &StackMemory<'_>,
     ) -> Option<(UnwoundFrame, Cursor)> {
         let Registers { pc: trampoline, sp, .. } = cursor.registers();
+        // Every other return address follows a call. This is asked before the tables are: where they do not
+        // cover the trampoline, framehop follows the frame pointer, which may contain anything.
+        if !cursor.at.is_return_address() || self.calls.has(&self.image, trampoline) {
+            return None;
+        }
         if !signal::is_trampoline(self.calls.code(), &self.image, trampoline) {
             return None;
         }
