@@ -103,18 +103,6 @@ pub mod first_move {
     pub const PEER: u8 = 2;
 }
 
-/// Whether this host may send a RST after the state change that ended the connection.
-pub mod reset_after {
-    /// No: FINs went both ways, or the RST came before.
-    pub const NEVER: u16 = 0;
-    /// In the same system call: `__tcp_close()`, `tcp_check_oom()` in it, and `tcp_disconnect()` change the
-    /// state first.
-    pub const SYSCALL: u16 = 1;
-    /// In the same softirq: `tcp_rcv_state_process()` found data for a connection that is closed on this
-    /// side, or that may not wait in FIN_WAIT2. The socket may be destroyed before the RST is sent.
-    pub const SOFTIRQ: u16 = 2;
-}
-
 macro_rules! layout {
     ($(#[$meta:meta])* $name:ident ($size:expr) { $($(#[$doc:meta])* $field:ident: $type:ty),* $(,)? }) => {
         $(#[$meta])*
@@ -320,8 +308,8 @@ layout! {
         sock_flags: u64,
         /// Time of `SO_LINGER` at the end, jiffies, or [`UNKNOWN_U64`].
         linger: u64,
-        /// One of [`reset_after`].
-        reset_after: u16,
+        /// What the last program found the current task to do. It is for the kernel half alone.
+        act: u16,
         /// 1 when `TCP_LINGER2` was negative at the end: the socket must not wait in FIN_WAIT2 after its
         /// `close()`.
         no_fin_wait2: u16,
@@ -575,7 +563,7 @@ impl ConnectionRecord {
         asked: 0,
         sock_flags: UNKNOWN_U64,
         linger: UNKNOWN_U64,
-        reset_after: reset_after::NEVER,
+        act: 0,
         no_fin_wait2: 0,
         holder_kind: holder::NONE,
         unsent: UNKNOWN_U32,

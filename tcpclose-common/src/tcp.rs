@@ -33,10 +33,21 @@ pub mod state {
 /// by itself, and has no full socket.
 #[inline]
 pub const fn is_teardown(state: u8) -> bool {
-    matches!(
-        state,
-        state::FIN_WAIT1 | state::FIN_WAIT2 | state::CLOSE_WAIT | state::LAST_ACK | state::CLOSING
-    )
+    use state::{CLOSE_WAIT, CLOSING, FIN_WAIT1, FIN_WAIT2, LAST_ACK};
+    is_one_of(state, &[FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING])
+}
+
+/// Whether `state` is one of `states`. It is one test of a bit: after a comparison with each of them, the
+/// verifier would examine the rest of a program once for each.
+#[inline]
+pub const fn is_one_of(state: u8, states: &[u8]) -> bool {
+    let mut bits = 0_u32;
+    let mut index = 0;
+    while index < states.len() {
+        bits |= 1 << states[index];
+        index += 1;
+    }
+    state < 32 && bits >> (state % 32) & 1 != 0
 }
 
 /// `IPPROTO_TCP`: `inet_sock_set_state` also fires for SCTP, DCCP and MPTCP, whose socks are laid out

@@ -1,16 +1,15 @@
 //! The entry of a socket in the table of sockets (`table.rs`), and how it changes while the socket lives.
 
-use aya_ebpf::{
-    EbpfContext,
-    helpers::generated::{bpf_jiffies64, bpf_ktime_get_boot_ns},
-};
+use core::ptr;
+
+use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_boot_ns};
 use tcpclose_common::record::{ConnectionRecord, MAX_STEPS, first_move, tag};
 
 use crate::{
     emit, filter,
     kernel::Object,
     maps::{count, global},
-    sock, stack, table, task,
+    sock, table,
 };
 
 /// Nanoseconds of `CLOCK_BOOTTIME`.
@@ -149,32 +148,9 @@ pub fn moved(connection: &mut ConnectionRecord, sk: impl Object, by: u8, now: u6
     sock::sample(sk, connection.jiffies, &mut connection.at_move);
 }
 
-/// Whether the stack of a task is taken. Most of the code that the verifier has to examine follows stacks, so
-/// a program for a rare case takes none.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum StackOf {
-    Actor,
-    Nobody,
-}
-
-/// Records the current task as the one that acted on this side, if it is the first one and belongs to a
-/// process.
+/// The value of a member of an entry, as a number of which the verifier knows nothing.
 #[inline(always)]
-pub fn acted(ctx: &impl EbpfContext, connection: &mut ConnectionRecord, stack_of: StackOf) {
-    if connection.actor.pid == 0 && !task::is_nobody() {
-        task::meet(&mut connection.actor);
-        if stack_of == StackOf::Nobody {
-            return;
-        }
-        let is_wanted = filter::wants(connection);
-        stack::take(ctx, &mut connection.actor, is_wanted);
-    }
-}
-
-/// Records the current task as the one that opened the connection.
-#[inline(always)]
-pub fn opened(ctx: &impl EbpfContext, connection: &mut ConnectionRecord) {
-    task::meet(&mut connection.opener);
-    let is_wanted = filter::wants(connection);
-    stack::take(ctx, &mut connection.opener, is_wanted);
+pub fn read_back<T: Copy>(member: &T) -> T {
+    // SAFETY: a reference. Volatile, so that the compiler does not use what it knows was written.
+    unsafe { ptr::read_volatile(member) }
 }

@@ -17,7 +17,7 @@ use crate::{
     current::with_current,
     emit,
     kernel::member,
-    maps::{Slot, global},
+    maps::{SCRATCH, Slot, global},
 };
 
 /// Interpreters by the address of the `mm_struct` of their process.
@@ -97,12 +97,14 @@ fn state(interpreter: &Interpreter) -> Option<u64> {
 #[inline(never)]
 extern "C" fn listed(mm: u64, frame: u64, key: u64) -> u64 {
     let Some(interpreter) = INTERPRETERS.get_ptr(mm) else { return 0 };
-    // SAFETY: as in `innermost()`.
-    let interpreter = unsafe { &*interpreter };
     let Some(slot) = Slot::take() else { return 0 };
-    // SAFETY: the slot is ours, its members are plain integers.
-    let (window, list) = unsafe { (&raw mut (*slot.get()).window, &mut (*slot.get()).interpreted) };
-    let hash = walk(interpreter, frame, window, list);
+    // SAFETY: the first is a map value, as in `innermost()`. The slot is ours, its members are plain
+    // integers.
+    let (interpreter, list) = unsafe {
+        (*slot.get()).interpreter = *interpreter;
+        (&(*slot.get()).interpreter, &mut (*slot.get()).interpreted)
+    };
+    let hash = walk(slot.number(), frame, list);
     if hash == 0 || key == 0 {
         return hash;
     }
@@ -117,38 +119,21 @@ extern "C" fn listed(mm: u64, frame: u64, key: u64) -> u64 {
     if emit::interpreted(list) { hash } else { 0 }
 }
 
-/// Follows the frames and lists them, whether or not the list is wanted, so that there is only one loop for
-/// the verifier. Returns the hash of the list.
+/// Follows the frames and lists them, whether or not the list is wanted, in the slot of `SCRATCH` with this
+/// number. Returns the hash of the list.
 #[inline(always)]
-fn walk(
-    interpreter: &Interpreter,
-    innermost: u64,
-    window: *mut [u64; STACK_STEP / 8],
-    list: &mut Interpreted,
-) -> u64 {
-    // The verifier of older kernels derives bounds from a mask more reliably than from a comparison.
-    let bytes = interpreter.bytes & MAX_BYTES;
-    let mut hash = SEED;
+fn walk(slot: u64, innermost: u64, list: &mut Interpreted) -> u64 {
+    list.hash = SEED;
     let mut frame = innermost;
     let mut index = 0;
     while index < MAX_INTERPRETED {
         if frame == 0 {
             break;
         }
-        // SAFETY: the window has room, and the helper checks the address itself.
-        if unsafe { bpf_probe_read_user(window.cast(), bytes, frame as *const _) } != 0 {
+        frame = appended(slot, frame, index as u64);
+        if frame == UNREADABLE {
             return 0;
         }
-        // SAFETY: the window has more words than that.
-        let at = |place: u32| unsafe { (*window)[place as usize & 15] };
-        let code = at(interpreter.code) & Interpreter::CODE_MASK;
-        let instruction = at(interpreter.instruction);
-        let kind = at(interpreter.kind) & interpreter.kind_mask;
-        let previous = at(interpreter.previous);
-        let identity = identity(interpreter, code, window);
-        hash = mix(mix(mix(mix(hash, code), identity), instruction), kind);
-        list.frames[index] = InterpretedFrame { address: frame, code, instruction, kind, identity };
-        frame = previous;
         index += 1;
     }
     list.count = index as u32;
@@ -156,9 +141,45 @@ fn walk(
     // The number is hidden from the verifier, which would examine the rest once for each value. SAFETY: it
     // was just written.
     let count = unsafe { (&raw const list.count).read_volatile() };
-    let hash = mix(hash, count.into());
+    let hash = mix(list.hash, count.into());
     if count == 0 { 0 } else { hash }
 }
+
+/// The result of [`appended`] for a frame that cannot be read. No frame is at this address.
+const UNREADABLE: u64 = u64::MAX;
+
+/// Appends the frame at `frame` to the list in a slot of `SCRATCH`, where it gets this index, and adds it to
+/// the list's hash. Returns the address of its caller's frame.
+///
+/// It is a global function, so that the verifier examines it once and not for each of [`MAX_INTERPRETED`]
+/// frames.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn appended(slot: u64, frame: u64, index: u64) -> u64 {
+    let Some(scratch) = SCRATCH.get_ptr_mut(slot as u32) else { return UNREADABLE };
+    // SAFETY: the slot belongs to the program that called, its members are plain integers.
+    let (interpreter, list, window) =
+        unsafe { (&(*scratch).interpreter, &mut (*scratch).interpreted, &raw mut (*scratch).window) };
+    // The verifier of older kernels derives bounds from a mask more reliably than from a comparison.
+    let bytes = interpreter.bytes & MAX_BYTES;
+    // SAFETY: the window has room, and the helper checks the address itself.
+    if unsafe { bpf_probe_read_user(window.cast(), bytes, frame as *const _) } != 0 {
+        return UNREADABLE;
+    }
+    // SAFETY: the window has more words than that.
+    let at = |place: u32| unsafe { (*window)[place as usize & 15] };
+    let code = at(interpreter.code) & Interpreter::CODE_MASK;
+    let instruction = at(interpreter.instruction);
+    let kind = at(interpreter.kind) & interpreter.kind_mask;
+    let previous = at(interpreter.previous);
+    let identity = identity(interpreter, code, window);
+    list.hash = mix(mix(mix(mix(list.hash, code), identity), instruction), kind);
+    list.frames[index as usize & (MAX_INTERPRETED - 1)] =
+        InterpretedFrame { address: frame, code, instruction, kind, identity };
+    previous
+}
+
+const _: () = assert!(MAX_INTERPRETED.is_power_of_two());
 
 /// A hash of the words that distinguish a code object from others at the same address, where unused ones are
 /// 0; 0 if they cannot be read. They overwrite the window.

@@ -9,6 +9,7 @@ use aya_ebpf::{
 };
 use tcpclose_common::{
     counters::Counters,
+    interpreter::Interpreter,
     namespace::PidNamespace,
     offsets::{ABSENT, ArgumentOffsets, IteratorOffsets, NamespaceOffsets, RecordOffsets, StructOffsets},
     params::Params,
@@ -16,6 +17,8 @@ use tcpclose_common::{
     stack::StackTrace,
     table::{Bucket, WAYS, buckets, overflow},
 };
+
+use crate::recipe::Comparison;
 
 /// The offsets of struct members in this kernel.
 #[unsafe(no_mangle)]
@@ -163,13 +166,16 @@ pub const SLOTS: u32 = 4;
 /// One slot of `SCRATCH`.
 #[repr(C)]
 pub struct Scratch {
-    /// 1 while a program uses it.
+    /// 0, or its number + 1 while a program uses it.
     pub busy: u64,
     pub stack: StackTrace,
     pub connection: ConnectionRecord,
     /// The part of a user stack that is compared with a recipe.
     pub window: [u64; STACK_STEP / 8],
-    /// The frames of an interpreter.
+    /// What is compared with recipes.
+    pub comparison: Comparison,
+    /// An interpreter, and its frames.
+    pub interpreter: Interpreter,
     pub interpreted: Interpreted,
 }
 
@@ -271,7 +277,7 @@ impl Slot {
             // to its end and gives its slot back before this program goes on.
             unsafe {
                 if (*scratch).busy == 0 {
-                    (*scratch).busy = 1;
+                    (*scratch).busy = u64::from(index) + 1;
                     return Some(Self(scratch));
                 }
             }
@@ -282,6 +288,14 @@ impl Slot {
 
     pub fn get(&self) -> *mut Scratch {
         self.0
+    }
+
+    /// Its number. It is read from the slot, and so hidden from the verifier, which would examine the rest
+    /// once for each number.
+    #[inline(always)]
+    pub fn number(&self) -> u64 {
+        // SAFETY: the pointer came from the map and the slot is ours.
+        unsafe { (&raw const (*self.0).busy).read_volatile() }.wrapping_sub(1)
     }
 }
 

@@ -17,7 +17,7 @@ use crate::{
     current::{Current, with_current},
     interpreter,
     kernel::{Object, member},
-    maps::{Slot, global},
+    maps::{SCRATCH, Slot, global},
 };
 
 /// Recipes, 8.1 MiB. The user half chooses the places.
@@ -76,8 +76,7 @@ impl KernelEntry {
 /// task belongs to process `pid` with the memory `mm`.
 ///
 /// It calls global functions, the largest part of the code that takes stacks, so that the verifier examines
-/// them once instead of once for each caller. Before 5.13 such a function takes numbers only. They do not
-/// call each other, because the stack of a program has no room for the frames of both.
+/// them once instead of once for each caller. Before 5.13 such a function takes numbers only.
 #[inline(always)]
 pub fn recognized(pid: u64, mm: u64) -> u64 {
     let found = matched(pid, mm);
@@ -88,48 +87,95 @@ pub fn recognized(pid: u64, mm: u64) -> u64 {
     }
 }
 
+/// A comparison of the current task's user stack with recipes, in a slot of `SCRATCH`.
+#[repr(C)]
+pub struct Comparison {
+    /// The recipe whose words are compared, and the edge that led to it.
+    target: EdgeTarget,
+    /// The stack pointer.
+    sp: u64,
+    /// Values of registers, by [`source`].
+    registers: [u64; REGISTERS],
+    /// The address of the window into the stack: initially that of no window.
+    start: u64,
+}
+
+/// The number of places for values of registers.
+const REGISTERS: usize = 8;
+
 /// The key of the current task's user stack as far as its words decide it; otherwise 0, or [`undecided`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn matched(pid: u64, mm: u64) -> u64 {
-    match KernelEntry::of_current(pid as u32, mm) {
-        Some(entry) => find(&entry),
-        None => 0,
-    }
-}
-
-/// The same for a task that entered the kernel with `entry`. The loop bounds it: one iteration for each word
-/// of a recipe, so at most 128 comparisons, reads of 1 KiB, and look-ups of edges.
-#[inline(always)]
-fn find(entry: &KernelEntry) -> u64 {
+    let Some(entry) = KernelEntry::of_current(pid as u32, mm) else { return 0 };
     if !entry.sp.is_multiple_of(8) {
         return 0;
     }
     let Some(slot) = Slot::take() else { return 0 };
-    // SAFETY: the slot is ours, its words are plain integers.
-    let window = unsafe { &raw mut (*slot.get()).window };
-    // The beginning of the window: initially a place where no stack is.
-    let mut start = 0;
+    // SAFETY: the slot is ours, its members are plain integers.
+    let comparison = unsafe { &mut (*slot.get()).comparison };
     // All keys use the same memory on the stack.
-    let mut edge = Edge { from: entry.mm, at: entry.ip, word: image(entry.pid, entry.code_pages) };
-    let Some((mut target, mut recipe)) = follow(&edge) else { return 0 };
-    let mut index = 0;
-    while index < MAX_WORDS {
+    let root = Edge { from: entry.mm, at: entry.ip, word: image(entry.pid, entry.code_pages) };
+    let Some(target) = RECIPE_EDGES.get_ptr(root) else { return 0 };
+    // SAFETY: a map value; the user half only adds and removes edges, and never changes one.
+    comparison.target = unsafe { *target };
+    comparison.sp = entry.sp;
+    comparison.registers[source::FRAME_POINTER as usize] = entry.fp.wrapping_sub(entry.sp);
+    comparison.registers[source::FRAME_POINTER_VALUE as usize] = entry.fp;
+    comparison.registers[source::LINK_REGISTER as usize] = entry.lr;
+    comparison.start = NO_WINDOW;
+    let mut part = 0;
+    while part < PARTS {
+        let found = compared(slot.number(), part);
+        if found != UNFINISHED {
+            return found;
+        }
+        part += 1;
+    }
+    0
+}
+
+/// No window begins here.
+const NO_WINDOW: u64 = 1;
+
+/// The number of words that one call of [`compared`] compares, and the number of calls for the longest recipe.
+/// Most recipes need one.
+const PART: usize = 32;
+const PARTS: u64 = (MAX_WORDS / PART) as u64;
+
+/// The result of [`compared`] if all words agree, and the recipe has more.
+const UNFINISHED: u64 = 1;
+
+/// Compares one part of the words, in a slot of `SCRATCH`. Returns the key of the stack if it is decided, 0 if
+/// there is no recipe for the stack, [`undecided`] or [`UNFINISHED`]. It reads 1 KiB of the stack at a time.
+///
+/// It is a global function, so that the verifier examines one part only.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn compared(slot: u64, part: u64) -> u64 {
+    let Some(scratch) = SCRATCH.get_ptr_mut(slot as u32) else { return 0 };
+    // SAFETY: the slot belongs to the program that called, its members are plain integers.
+    let (comparison, window) = unsafe { (&mut (*scratch).comparison, &raw mut (*scratch).window) };
+    let sp = comparison.sp;
+    let mut start = comparison.start;
+    let mut target = comparison.target;
+    let Some(mut recipe) = RECIPES.get_ptr_mut(target.index as u32) else { return 0 };
+    let first = (part % PARTS) as usize * PART;
+    let mut step = 0;
+    while step < PART {
+        let index = first + step;
         // SAFETY: a map value, and the index is below the length of the array.
         let (count, word) = unsafe { ((*recipe).count, (*recipe).words[index]) };
         if index as u64 >= count {
             break;
         }
-        let actual = if word.source == source::FRAME_POINTER {
-            entry.fp.wrapping_sub(entry.sp)
-        } else if word.source == source::FRAME_POINTER_VALUE {
-            entry.fp
-        } else if word.source == source::LINK_REGISTER {
-            entry.lr
-        } else if word.source == source::INTERPRETER {
-            return undecided(&target);
+        let actual = if word.source > source::STACK_ADDRESS {
+            if word.source == source::INTERPRETER {
+                return undecided(&target);
+            }
+            comparison.registers[word.source as usize % REGISTERS]
         } else {
-            let address = entry.sp.wrapping_add(i64::from(word.offset) as u64);
+            let address = sp.wrapping_add(i64::from(word.offset) as u64);
             let begin = address & !(STACK_STEP as u64 - 1);
             if begin != start {
                 // SAFETY: the window has room, and the helper checks the address itself.
@@ -141,7 +187,8 @@ fn find(entry: &KernelEntry) -> u64 {
             let place = (address as usize & (STACK_STEP - 1)) / 8;
             // SAFETY: the place is below the length of the window.
             let found = unsafe { (*window)[place] };
-            if word.source == source::STACK_ADDRESS { found.wrapping_sub(entry.sp) } else { found }
+            // The stack pointer is subtracted from an address in the stack, without a branch.
+            found.wrapping_sub(sp & 0_u64.wrapping_sub(u64::from(word.source & source::STACK_ADDRESS)))
         };
         if actual != word.expected {
             // The words that were compared so far must have belonged to this recipe. SAFETY: a map value.
@@ -149,17 +196,21 @@ fn find(entry: &KernelEntry) -> u64 {
             if unsafe { (&raw const (*recipe).serial).read_volatile() } != target.serial {
                 return 0;
             }
-            edge = Edge { from: target.serial, at: index as u64, word: actual };
+            let edge = Edge { from: target.serial, at: index as u64, word: actual };
             let Some(next) = follow(&edge) else { return 0 };
             (target, recipe) = next;
         }
-        index += 1;
+        step += 1;
     }
+    let index = (first + step) as u64;
     // SAFETY: a map value.
-    if index as u64 != unsafe { (*recipe).count } {
-        return 0;
+    let count = unsafe { (*recipe).count };
+    if index == count {
+        return stack(&target, recipe);
     }
-    stack(&target, recipe)
+    comparison.target = target;
+    comparison.start = start;
+    if index < count { UNFINISHED } else { 0 }
 }
 
 /// The result of [`matched`] for a recipe whose last word is the hash of the interpreter's frames, if the

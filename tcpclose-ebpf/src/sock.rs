@@ -203,7 +203,7 @@ pub fn has_ends(sk: impl Object, ends: &RawEndpoints) -> Option<bool> {
 pub fn sample(sk: impl Object, jiffies: u64, to: &mut RawSample) {
     // SOCK_DONE says that the FIN was received. It takes a sequence number, which bytes_received and rcv_nxt
     // count.
-    let fin = u32::from(flags(sk).is_some_and(|flags| flags & sock_flag::DONE != 0));
+    let fin = (flags(sk).unwrap_or(0) / sock_flag::DONE) as u32 & 1;
     if let Some(sent) = member::<u64>(sk, global!(STRUCTS.tcp_bytes_sent))
         && let Some(again) = member::<u64>(sk, global!(STRUCTS.tcp_bytes_retrans))
     {

@@ -1,15 +1,14 @@
 //! `tcp:tcp_destroy_sock`: the end of a socket's life, once for every TCP socket.
 
 use aya_ebpf::{
-    EbpfContext,
     macros::{btf_tracepoint, tracepoint},
     programs::{BtfTracePointContext, TracePointContext},
 };
 use tcpclose_common::record::{Header, OwnerRecord, RawTask, VERSION, relation, tag};
 
 use crate::{
-    connection::{self, StackOf},
-    emit, end,
+    acts::{self, act},
+    connection, emit, end,
     kernel::{Object, Typed},
     maps::global,
     sock::{Sock, TracepointRecord},
@@ -20,7 +19,7 @@ use crate::{
 #[btf_tracepoint(function = "tcp_destroy_sock")]
 pub fn destroy_sock(ctx: BtfTracePointContext) -> i32 {
     if let Some(tcp) = Typed::tcp_sock(ctx.arg(0)) {
-        destroyed(&ctx, Sock { address: tcp.address(), object: tcp });
+        destroyed(Sock { address: tcp.address(), object: tcp });
     }
     0
 }
@@ -29,22 +28,27 @@ pub fn destroy_sock(ctx: BtfTracePointContext) -> i32 {
 pub fn destroy_sock_classic(ctx: TracePointContext) -> i32 {
     let record = TracepointRecord { ctx: &ctx, layout: global!(DESTROY_SOCK_RECORD) };
     if let Some(sk) = record.get::<u64>(record.layout.skaddr) {
-        destroyed(&ctx, Sock { address: sk, object: sk });
+        destroyed(Sock { address: sk, object: sk });
     }
     0
 }
 
 #[inline(always)]
-fn destroyed(ctx: &impl EbpfContext, sock: Sock<impl Object>) {
+fn destroyed(sock: Sock<impl Object>) {
     let sk = sock.address;
     let Some(connection) = connection::find(sk) else {
         return;
     };
     if connection.reported == 0 && connection.steps != 0 {
         // The kernel skipped both copies of the program on state changes, so the current time is taken for
-        // that of the end.
+        // that of the end. The task is noted without a stack: to take one would make half of this program,
+        // for a rare case.
         let from = connection::last_state(connection);
-        end::report(ctx, sock, from, connection::now(), 0, StackOf::Nobody, None);
+        end::record(connection, sock, from, connection::now(), 0, None);
+        if acts::of_end(connection) == act::FIRST && !task::is_nobody() {
+            task::meet(&mut connection.actor);
+        }
+        end::report(connection);
     }
     // It ended in softirq while a descriptor was open. The task that closes the descriptor now is the owner,
     // which need not be the one that opened the socket: only the last close destroys a socket in CLOSE

@@ -28,14 +28,14 @@ use crate::{
 pub fn send_reset(ctx: BtfTracePointContext) -> i32 {
     let reason = if global!(PARAMS.has_reset_reason) != 0 { ctx.arg::<u32>(2) } else { UNKNOWN_U32 };
     let (pointer, skb) = (ctx.arg::<u64>(0), ctx.arg::<u64>(1));
-    if pointer == 0 {
-        sent(Sock { address: 0, object: 0 }, skb, reason, None);
-        return 0;
-    }
-    let address = Typed::new(pointer as *const c_void).address();
-    match Typed::tcp_sock(pointer) {
+    let (address, tcp) = if pointer == 0 {
+        (0, None)
+    } else {
+        (Typed::new(pointer as *const c_void).address(), Typed::tcp_sock(pointer))
+    };
+    match tcp {
         Some(tcp) => sent(Sock { address, object: tcp }, skb, reason, None),
-        // The socket is a small one, for a request or for TIME_WAIT.
+        // There is no socket, or a small one, for a request or for TIME_WAIT.
         None => sent(Sock { address, object: address }, skb, reason, None),
     }
     0

@@ -4,23 +4,25 @@
 
 use aya_ebpf::{
     EbpfContext,
+    cty::c_void,
     helpers::{bpf_get_current_pid_tgid, generated::bpf_get_socket_cookie},
-    macros::{btf_tracepoint, tracepoint},
+    macros::{btf_tracepoint, map, tracepoint},
+    maps::ProgramArray,
     programs::{BtfTracePointContext, TracePointContext},
 };
 use aya_log_ebpf::debug;
 use tcpclose_common::{
-    record::{RawTask, first_move, role},
-    tcp::{IPPROTO_TCP, state},
+    record::{ConnectionRecord, RawTask, first_move, role},
+    tcp::{IPPROTO_TCP, is_one_of, is_teardown, state},
 };
 
 use crate::{
-    acts,
-    connection::{self, StackOf},
+    acts::{self, act},
+    connection::{self, read_back},
     end,
     kernel::{Object, Typed},
     listener,
-    maps::{LAST_CHANGE, global},
+    maps::{LAST_CHANGE, count, global},
     sock::{self, Sock, TracepointRecord},
     task, ttl,
 };
@@ -28,60 +30,88 @@ use crate::{
 /// `TP_PROTO(const struct sock *sk, const int oldstate, const int newstate)`.
 ///
 /// The kernel does not run a program on a CPU where it is running already (`__bpf_trace_run()`, since 6.1). A
-/// state change in a softirq that interrupts this program would be lost; its second copy,
-/// [`set_state_nested`], handles it.
+/// state change in a softirq that interrupts this program would be lost; [`set_state_nested`] handles it. Both
+/// leave the work to [`change_state`], so that the verifier examines it once.
 #[btf_tracepoint(function = "inet_sock_set_state")]
-#[inline(always)]
 pub fn set_state(ctx: BtfTracePointContext) -> i32 {
-    if let Some((sock, old, new)) = change(&ctx) {
-        if let Some(last) = LAST_CHANGE.get_ptr_mut(0) {
-            // SAFETY: a valid, aligned map value of this CPU. Only `set_state` and its second copy use it.
-            unsafe { *last = number(sock.address, new) };
-        }
-        changed(&ctx, sock, old, new, cookie(&ctx, new), None);
+    if let Some(last) = LAST_CHANGE.get_ptr_mut(0) {
+        // SAFETY: a valid, aligned map value of this CPU. Only this program and `set_state_nested` use it.
+        unsafe { *last = number(address(&ctx), new_state(&ctx)) };
     }
-    0
+    call_change_state(&ctx)
 }
 
-/// The second copy of [`set_state`], attached after it, which handles a state change if the kernel skipped
-/// the first copy. If nothing else happened on this CPU in between, `LAST_CHANGE` shows that it was not
-/// skipped; otherwise the entry shows whether it was. The entry cannot change in between, because the socket
-/// is locked.
-///
-/// It has to be a separate program and must not call [`set_state`] by a tail call. Since 6.13 the kernel
-/// keeps the stack of a tracing program once per CPU, and two runs do not share it only because the kernel
-/// skips a program that is already running. A tail call bypasses that check, and would overwrite the stack of
-/// the run that it interrupts.
+/// Is attached after [`set_state`], and handles a state change if the kernel skipped that program. If nothing
+/// else happened on this CPU in between, `LAST_CHANGE` shows that it was not skipped; otherwise the entry
+/// shows whether it was. The entry cannot change in between, because the socket is locked.
 #[btf_tracepoint(function = "inet_sock_set_state")]
-#[inline(always)]
 pub fn set_state_nested(ctx: BtfTracePointContext) -> i32 {
-    let Some((sock, old, new)) = change(&ctx) else { return 0 };
+    let (address, new) = (address(&ctx), new_state(&ctx));
     if let Some(last) = LAST_CHANGE.get_ptr_mut(0) {
         // SAFETY: as above. The note is cleared, so that it cannot be taken for a later change of a socket at
         // the same address, which the kernel may have skipped.
         unsafe {
-            if *last == number(sock.address, new) {
+            if *last == number(address, new) {
                 *last = 0;
                 return 0;
             }
         }
     }
-    let was_run = match connection::find(sock.address) {
+    let was_run = match connection::find(address) {
         Some(connection) => connection::last_state(connection) == new,
         None => false,
     };
-    if !was_run {
+    if was_run { 0 } else { call_change_state(&ctx) }
+}
+
+/// Handles a state change. It is attached to nothing, and is called by [`set_state`] and [`set_state_nested`],
+/// which the kernel's check for running programs does not see: one run may interrupt another on the same CPU.
+#[btf_tracepoint(function = "inet_sock_set_state")]
+pub fn change_state(ctx: BtfTracePointContext) -> i32 {
+    without_private_stack(&ctx);
+    // `None` if it is not a TCP socket.
+    if let Some(tcp) = Typed::tcp_sock(ctx.arg(0)) {
+        let (old, new) = (ctx.arg::<i32>(1) as u8, new_state(&ctx));
+        let sock = Sock { address: tcp.address(), object: tcp };
         changed(&ctx, sock, old, new, cookie(&ctx, new), None);
     }
     0
 }
 
-/// The socket, its old state and its new state; `None` if it is not a TCP socket.
+/// The programs that others call: [`change_state`]. The loader fills it in before it attaches anything.
+#[map]
+pub static CALLED: ProgramArray = ProgramArray::with_max_entries(1, 0);
+
+/// Continues with [`change_state`], and does not return if that program is there.
 #[inline(always)]
-fn change(ctx: &BtfTracePointContext) -> Option<(Sock<Typed>, u8, u8)> {
-    let tcp = Typed::tcp_sock(ctx.arg(0))?;
-    let sock = Sock { address: tcp.address(), object: tcp };
-    Some((sock, ctx.arg::<i32>(1) as u8, ctx.arg::<i32>(2) as u8))
+fn call_change_state(ctx: &BtfTracePointContext) -> i32 {
+    // SAFETY: a program for the same tracepoint.
+    let _ = unsafe { CALLED.tail_call(ctx, 0) };
+    count!(records_lost);
+    0
+}
+
+/// Keeps the kernel from giving this program a private stack, which is one for each CPU: a run that
+/// interrupts another one would overwrite it. Since 6.13 tracing programs have one unless they contain a tail
+/// call (`check_max_stack_depth()` of `kernel/bpf/verifier.c`). This one is never executed, and the verifier
+/// does not even examine it, because the number of buckets is a constant for it.
+#[inline(always)]
+fn without_private_stack(ctx: &BtfTracePointContext) {
+    if global!(PARAMS.buckets) == 0 {
+        call_change_state(ctx);
+    }
+}
+
+/// The socket's address.
+#[inline(always)]
+fn address(ctx: &BtfTracePointContext) -> u64 {
+    Typed::new(ctx.arg::<*const c_void>(0)).address()
+}
+
+/// The state that it enters.
+#[inline(always)]
+fn new_state(ctx: &BtfTracePointContext) -> u8 {
+    ctx.arg::<i32>(2) as u8
 }
 
 /// A number that identifies a socket's change of state: the lowest bits of kernel addresses leave room for
@@ -99,7 +129,7 @@ fn cookie(ctx: &BtfTracePointContext, new: u8) -> u64 {
     }
     // The helper requires the pointer as it is in the context, without any arithmetic on it. SAFETY: the
     // loader has checked that this kernel has the helper for this kind of program.
-    unsafe { bpf_get_socket_cookie(ctx.arg::<*mut core::ffi::c_void>(0)) }
+    unsafe { bpf_get_socket_cookie(ctx.arg::<*mut c_void>(0)) }
 }
 
 /// Never attached. Whether the kernel accepts this program shows whether [`cookie`] may use the helper.
@@ -108,7 +138,7 @@ fn cookie(ctx: &BtfTracePointContext, new: u8) -> u64 {
 #[btf_tracepoint(function = "inet_sock_set_state")]
 pub fn read_cookie(ctx: BtfTracePointContext) -> i32 {
     // SAFETY: the helper has no precondition; the verifier refuses it where the kernel lacks it.
-    unsafe { bpf_get_socket_cookie(ctx.arg::<*mut core::ffi::c_void>(0)) as i32 }
+    unsafe { bpf_get_socket_cookie(ctx.arg::<*mut c_void>(0)) as i32 }
 }
 
 #[tracepoint]
@@ -139,11 +169,10 @@ fn changed(
     // The socket's address is not printed, because the verifier forbids splitting a pointer into bytes.
     debug!(ctx, "{} -> {} while process {} runs", old, new, bpf_get_current_pid_tgid() >> 32);
     let sk = sock.address;
-    // A listening socket is not a connection.
-    if old == new {
-        acts::repeated(ctx, sock, new);
+    if old == new && !is_teardown(new) {
         return;
     }
+    // A listening socket is not a connection.
     if new == state::LISTEN {
         // This runs in the context of listen(), as SYN_SENT does in that of connect(). No stack is taken,
         // because no connection was opened.
@@ -157,15 +186,39 @@ fn changed(
         return;
     }
     let now = connection::now();
-    if new == state::CLOSE {
-        end::report(ctx, sock, old, now, cookie, StackOf::Actor, record);
-        return;
-    }
-    let born = old == state::CLOSE || old == state::LISTEN;
-    let found = if born { connection::begin(sk, now) } else { connection::find_or_begin(sk, now) };
-    let Some(connection) = found else {
-        return;
+    let found = if is_one_of(old, &[state::CLOSE, state::LISTEN]) {
+        connection::begin(sk, now)
+    } else {
+        connection::find_or_begin(sk, now)
     };
+    let Some(connection) = found else { return };
+    let act = if old == new {
+        acts::of_repetition(connection, sock.object, new)
+    } else if new == state::CLOSE {
+        end::record(connection, sock, old, now, cookie, record);
+        acts::of_end(connection)
+    } else {
+        entered(connection, sock, old, new, now, record)
+    };
+    acts::perform(ctx, connection, act);
+    // The end, and not a later change of a socket whose end was recorded. The verifier does not know these
+    // members.
+    if read_back(&connection.ended) != 0 && read_back(&connection.reported) == 0 {
+        end::report(connection);
+    }
+}
+
+/// Records that a socket went from the state `old` to `new`, which is not CLOSE. Returns the act of the
+/// current task.
+#[inline(always)]
+fn entered(
+    connection: &mut ConnectionRecord,
+    sock: Sock<impl Object>,
+    old: u8,
+    new: u8,
+    now: u64,
+    record: Option<&TracepointRecord<'_>>,
+) -> u16 {
     connection::step(connection, new, now);
     // The endpoints are read at once, also of a socket that is older than the trace: filters and later
     // inspections need them.
@@ -173,16 +226,15 @@ fn changed(
     match new {
         state::SYN_SENT => {
             // This always runs in the context of the task that connects: tcp_v4_connect(), tcp_v6_connect().
-            connection.role = role::CLIENT;
             // Additional MPTCP subflows are connected by a kernel worker, which belongs to no process.
-            if !task::is_nobody() {
-                connection::opened(ctx, connection);
-            }
+            connection.role = role::CLIENT;
+            act::OPEN
         }
         state::SYN_RECV => {
             if old == state::LISTEN {
                 connection.role = role::SERVER;
             }
+            act::NOTHING
         }
         state::ESTABLISHED => {
             connection.established = now;
@@ -190,22 +242,20 @@ fn changed(
             if seen != 0 {
                 connection.reset.handshake_ttl = seen;
             }
+            act::NOTHING
         }
         state::FIN_WAIT1 | state::LAST_ACK => {
             connection::moved(connection, sock.object, first_move::LOCAL, now);
             if new == state::FIN_WAIT1 {
-                connection::teardown_began(connection, sk, now);
+                connection::teardown_began(connection, sock.address, now);
             }
-            // This runs in softirq only if a child was shut down before it was established, in which case no
-            // task acted.
-            if sock::owned(sock.object) != Some(false) {
-                connection::acted(ctx, connection, StackOf::Actor);
-            }
+            acts::of_fin(connection, sock.object)
         }
         state::CLOSE_WAIT => {
             connection::moved(connection, sock.object, first_move::PEER, now);
-            connection::teardown_began(connection, sk, now);
+            connection::teardown_began(connection, sock.address, now);
+            act::NOTHING
         }
-        _ => {}
+        _ => act::NOTHING,
     }
 }

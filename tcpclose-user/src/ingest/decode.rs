@@ -8,10 +8,10 @@ use std::{borrow::Cow, fmt, net::Ipv6Addr};
 use tcpclose_common::{
     record::{
         ActRecord, Address, ConnectionRecord, Header, Interpreted, MAX_STEPS, OwnerRecord, ProcessRecord,
-        StackCopy, UNKNOWN_U32, UNKNOWN_U64, VERSION, act, direction, first_move, holder, relation,
-        reset_after, role, tag,
+        StackCopy, UNKNOWN_U32, UNKNOWN_U64, VERSION, act, direction, first_move, holder, relation, role,
+        tag,
     },
-    tcp::{shutdown, sock_flag, task_flag},
+    tcp::{is_one_of, shutdown, sock_flag, state, task_flag},
 };
 use zerocopy::{FromBytes, Immutable, KnownLayout};
 
@@ -224,13 +224,40 @@ fn end(connection: &ConnectionRecord) -> Result<SocketEnd, DecodeError> {
         orphan: flags.map(|flags| flags & sock_flag::DEAD != 0),
         linger_zero: flags.is_some_and(|flags| flags & sock_flag::LINGER != 0) && connection.linger == 0,
         no_fin_wait2: connection.no_fin_wait2 != 0,
-        reset_follows: match connection.reset_after {
-            reset_after::NEVER => None,
-            reset_after::SYSCALL => Some(Follows::InSyscall),
-            reset_after::SOFTIRQ => Some(Follows::InSoftirq),
-            value => return Err(DecodeError::Value { field: "reset_after", value: u32::from(value) }),
-        },
+        reset_follows: reset_follows(connection),
     })
+}
+
+/// Whether this host may send a RST after the state change that ended the connection, and where.
+fn reset_follows(connection: &ConnectionRecord) -> Option<Follows> {
+    let (from, flags) = (connection.last_state, connection.sock_flags);
+    let (error, owned) = (connection.error, connection.owned != 0);
+    let came_before = connection.reset.at != 0 && connection.reset.at <= connection.ended;
+    if from == 0 {
+        // No program saw the end.
+        return None;
+    }
+    if connection.reset.ambiguous != 0 {
+        return Some(Follows::InSoftirq);
+    }
+    if error != 0 && error != i32::MIN || came_before {
+        return None;
+    }
+    let is_known = flags != UNKNOWN_U64;
+    let alive = is_known && flags & sock_flag::DEAD == 0;
+    let done = is_known && flags & sock_flag::DONE != 0;
+    if from == state::FIN_WAIT2 && !done {
+        // Usually the small TIME_WAIT socket takes over here. But if the segment that acknowledged our FIN
+        // brought data, tcp_rcv_state_process() aborts in the same way, and answers with a RST. So does
+        // __tcp_close(), whose socket is an orphan by then, if the socket may not wait.
+        return Some(if alive { Follows::InSyscall } else { Follows::InSoftirq });
+    }
+    // Our FIN was not acknowledged, so this is not an orderly end, and there was no error.
+    let unanswered = is_one_of(from, &[state::FIN_WAIT1, state::LAST_ACK, state::CLOSING])
+        && !matches!(connection.at_end.unacknowledged, 0 | UNKNOWN_U32);
+    let is_abort =
+        alive && is_one_of(from, &[state::ESTABLISHED, state::CLOSE_WAIT, state::SYN_RECV, state::FIN_WAIT1]);
+    (owned && unanswered || is_abort).then_some(Follows::InSyscall)
 }
 
 /// The RST of a connection; `None` if there was none.
@@ -447,7 +474,7 @@ mod tests {
             sock_flags: sock_flag::LINGER,
             linger: 0,
             shutdown: shutdown::BOTH,
-            reset_after: reset_after::SOFTIRQ,
+            last_state: state::FIN_WAIT2,
             ..ConnectionRecord::NEW
         };
         let end = closed(lingers).end.unwrap();
@@ -455,9 +482,49 @@ mod tests {
             (end.error, end.orphan, end.linger_zero, end.shut_down),
             (Some(0), Some(false), true, true)
         );
-        assert_eq!(end.reset_follows, Some(Follows::InSoftirq));
         let timeout = closed(ConnectionRecord { linger: 500, ..lingers }).end.unwrap();
         assert!(!timeout.linger_zero);
+    }
+
+    #[test]
+    fn a_reset_may_follow_an_end() {
+        use state::{CLOSE_WAIT, CLOSING, ESTABLISHED, FIN_WAIT1, FIN_WAIT2, LAST_ACK, SYN_SENT};
+        const ALIVE: u64 = 0;
+        const ORPHAN: u64 = sock_flag::DEAD;
+        let end = |last_state, sock_flags, unacknowledged| ConnectionRecord {
+            ended: 10,
+            error: 0,
+            owned: 1,
+            last_state,
+            sock_flags,
+            at_end: RawSample { unacknowledged, ..RawSample::UNKNOWN },
+            ..ConnectionRecord::NEW
+        };
+        let follows = |connection| closed(connection).end.unwrap().reset_follows;
+        let in_syscall = Some(Follows::InSyscall);
+        for state in [ESTABLISHED, CLOSE_WAIT, FIN_WAIT1] {
+            assert_eq!(follows(end(state, ALIVE, 0)), in_syscall, "{state}");
+            assert_eq!(follows(end(state, ORPHAN, 0)), None, "{state}");
+            assert_eq!(follows(end(state, UNKNOWN_U64, 0)), None, "{state}");
+        }
+        for state in [FIN_WAIT1, LAST_ACK, CLOSING] {
+            assert_eq!(follows(end(state, ORPHAN, 1)), in_syscall, "{state}");
+            assert_eq!(follows(end(state, ORPHAN, UNKNOWN_U32)), None, "{state}");
+            assert_eq!(follows(ConnectionRecord { owned: 0, ..end(state, ORPHAN, 1) }), None, "{state}");
+        }
+        assert_eq!(follows(end(SYN_SENT, ALIVE, 1)), None);
+        assert_eq!(follows(end(FIN_WAIT2, ALIVE, 0)), in_syscall);
+        assert_eq!(follows(end(FIN_WAIT2, ORPHAN, 0)), Some(Follows::InSoftirq));
+        assert_eq!(follows(end(FIN_WAIT2, ORPHAN | sock_flag::DONE, 0)), None);
+
+        let aborted = end(ESTABLISHED, ALIVE, 0);
+        assert_eq!(follows(ConnectionRecord { error: libc::ECONNRESET, ..aborted }), None);
+        let reset = |at, ambiguous| RawReset { at, ambiguous, ..ConnectionRecord::NEW.reset };
+        assert_eq!(follows(ConnectionRecord { reset: reset(9, 0), ..aborted }), None, "it came before");
+        assert_eq!(follows(ConnectionRecord { reset: reset(11, 0), ..aborted }), in_syscall);
+        let ambiguous = ConnectionRecord { error: libc::ECONNRESET, reset: reset(9, 1), ..aborted };
+        assert_eq!(follows(ambiguous), Some(Follows::InSoftirq));
+        assert_eq!(follows(ConnectionRecord { last_state: 0, ..aborted }), None, "no program saw the end");
     }
 
     #[test]

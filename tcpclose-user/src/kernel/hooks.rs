@@ -27,6 +27,8 @@ pub struct Variant {
     pub kind: Kind,
     /// The programs, each with its attach point. Either all of them are attached or none.
     pub programs: &'static [(&'static str, &'static str)],
+    /// The program that they call, if any: it is loaded as they are, and not attached.
+    pub called: Option<&'static str>,
     /// When it may be used.
     pub when: When,
     /// Its drawback compared with the first variant, as a sentence; empty if it has none.
@@ -139,6 +141,16 @@ impl Kind {
     }
 }
 
+impl Variant {
+    /// All of its programs, each with its kind and attach point: those that are attached, and the one that
+    /// they call.
+    pub fn all_programs(&self) -> impl Iterator<Item = (&'static str, Kind, &'static str)> {
+        let called = self.called.and_then(|name| Some((name, self.programs.first()?.1)));
+        let kind = self.kind;
+        self.programs.iter().copied().chain(called).map(move |(name, at)| (name, kind, at))
+    }
+}
+
 impl When {
     /// The option without which the variant is not used.
     pub fn option(self) -> Option<&'static str> {
@@ -158,7 +170,7 @@ const SHARED_GUARD: &str =
     "events that occur while another classic program runs on the same CPU are skipped and counted";
 
 const fn typed(programs: &'static [(&'static str, &'static str)], when: When) -> Variant {
-    Variant { kind: Kind::TypedTracepoint, programs, when, worse: "" }
+    Variant { kind: Kind::TypedTracepoint, programs, called: None, when, worse: "" }
 }
 
 const fn classic(
@@ -166,7 +178,7 @@ const fn classic(
     layout: &'static str,
     when: When,
 ) -> Variant {
-    Variant { kind: Kind::ClassicTracepoint(layout), programs, when, worse: SHARED_GUARD }
+    Variant { kind: Kind::ClassicTracepoint(layout), programs, called: None, when, worse: SHARED_GUARD }
 }
 
 /// Every hook, in the order in which they are attached. The hook that starts tracking a connection comes
@@ -215,12 +227,14 @@ pub static HOOKS: &[Hook] = &[
             Variant {
                 kind: Kind::Iterator,
                 programs: &[("inventory", "task_file")],
+                called: None,
                 when: When::Always,
                 worse: "",
             },
             Variant {
                 kind: Kind::Procfs,
                 programs: &[],
+                called: None,
                 when: When::Always,
                 worse: "owners of older sockets are looked up in /proc when the sockets end, which may be \
                         too late",
@@ -236,6 +250,7 @@ pub static HOOKS: &[Hook] = &[
         variants: &[Variant {
             kind: Kind::TestRun,
             programs: &[("inspect", "a socket")],
+            called: None,
             when: When::Linger,
             worse: "",
         }],
@@ -250,6 +265,7 @@ pub static HOOKS: &[Hook] = &[
             Variant {
                 kind: Kind::FunctionReturn,
                 programs: &[("accept", "inet_csk_accept"), ("accept_nested", "inet_csk_accept")],
+                called: None,
                 when: When::Accept(&[AcceptHook::Auto, AcceptHook::Fexit]),
                 worse: "",
             },
@@ -259,6 +275,7 @@ pub static HOOKS: &[Hook] = &[
                     ("accept_syscall", "syscalls:sys_exit_accept"),
                     ("accept_syscall", "syscalls:sys_exit_accept4"),
                 ],
+                called: None,
                 when: When::Accept(&[AcceptHook::Syscall]),
                 worse: "every system call of the host takes about 40 ns longer, and accepts by io_uring are \
                         not seen",
@@ -281,6 +298,7 @@ pub static HOOKS: &[Hook] = &[
                     ("connect_ttl", "tcp_finish_connect"),
                     ("child_ttl", "tcp_child_process"),
                 ],
+                called: None,
                 when: When::Always,
                 worse: "",
             },
@@ -297,6 +315,7 @@ pub static HOOKS: &[Hook] = &[
         variants: &[Variant {
             kind: Kind::RawTracepoint,
             programs: &[("signal_generate", "signal:signal_generate"), ("mark_victim", "oom:mark_victim")],
+            called: None,
             when: When::Always,
             worse: "",
         }],
@@ -321,13 +340,16 @@ pub static HOOKS: &[Hook] = &[
         variants: &[
             // The second program is attached after the first one, and handles events that occur while the
             // first one runs on the same CPU.
-            typed(
-                &[
+            Variant {
+                kind: Kind::TypedTracepoint,
+                programs: &[
                     ("set_state", "sock:inet_sock_set_state"),
                     ("set_state_nested", "sock:inet_sock_set_state"),
                 ],
-                When::Always,
-            ),
+                called: Some("change_state"),
+                when: When::Always,
+                worse: "",
+            },
             classic(&[("set_state_classic", "sock:inet_sock_set_state")], "SET_STATE_RECORD", When::Always),
         ],
         need: HookNeed::Essential,

@@ -13,6 +13,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use aya::{
     Btf, Ebpf, EbpfLoader, Endianness, VerifierLogLevel,
+    maps::ProgramArray,
     programs::{
         BtfTracePoint, FEntry, FExit, Iter, Program, ProgramError, ProgramType, RawTracePoint, TracePoint,
     },
@@ -510,8 +511,7 @@ fn attach(
 /// let them attach at all. There is no other way to find out which helpers this kind of program has.
 fn try_cookie_helper(ebpf: &mut Ebpf, kernel: &RunningKernel) -> Result<()> {
     const NAME: &str = "read_cookie";
-    let program = ebpf.program_mut(NAME).with_context(|| format!("the object has no program {NAME}"))?;
-    let program = <&mut BtfTracePoint>::try_from(program)?;
+    let program = <&mut BtfTracePoint>::try_from(program(ebpf, NAME)?)?;
     program.load("inet_sock_set_state", kernel.btf.as_ref().context("no BTF")?)?;
     Ok(program.unload()?)
 }
@@ -537,7 +537,8 @@ fn load_ahead(
     let wanted: HashMap<&str, (&'static str, Kind, &str)> = HOOKS
         .iter()
         .filter_map(first)
-        .flat_map(|variant| variant.programs.iter().map(|&(name, at)| (name, (name, variant.kind, at))))
+        .flat_map(Variant::all_programs)
+        .map(|(name, kind, at)| (name, (name, kind, at)))
         .collect();
     let programs = ebpf.programs_mut().filter_map(|(name, program)| Some((*wanted.get(name)?, program)));
     let queue = Mutex::new(programs.collect::<Vec<_>>());
@@ -605,14 +606,22 @@ fn start(
     variant: &Variant,
     refused: &mut HashMap<&'static str, anyhow::Error>,
 ) -> Result<()> {
-    for &(name, at) in variant.programs {
+    for (name, kind, at) in variant.all_programs() {
         if let Some(error) = refused.remove(name) {
             return Err(error);
         }
-        let program = ebpf.program_mut(name).with_context(|| format!("the object has no program {name}"))?;
+        let program = program(ebpf, name)?;
         if program.fd().is_err() {
-            load_program(program, kernel, variant.kind, at)?;
+            load_program(program, kernel, kind, at)?;
         }
+    }
+    if let Some(called) = variant.called {
+        let descriptor = program(ebpf, called)?.fd()?.try_clone()?;
+        let map = ebpf.map_mut(CALLED).with_context(|| format!("the object has no map {CALLED}"))?;
+        ProgramArray::try_from(map)?.set(0, &descriptor, 0)?;
+    }
+    for &(name, at) in variant.programs {
+        let program = program(ebpf, name)?;
         let group = at.split_once(':').map_or("", |(group, _)| group);
         match variant.kind {
             Kind::TypedTracepoint => {
@@ -638,6 +647,14 @@ fn start(
         }
     }
     Ok(())
+}
+
+/// The map of the kernel half through which programs call another one.
+const CALLED: &str = "CALLED";
+
+/// The program of this name.
+fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Program> {
+    ebpf.program_mut(name).with_context(|| format!("the object has no program {name}"))
 }
 
 /// Fails if a function lacks an argument that its program needs.
