@@ -109,11 +109,15 @@ pub fn perform(ctx: &impl EbpfContext, connection: &mut ConnectionRecord, act: u
         report(ctx, connection, act);
         return;
     }
-    // SAFETY: the opener is followed by the actor.
-    let task = unsafe { &mut *(&raw mut connection.opener).add(is_first(act)) };
-    task::meet(task);
-    let is_wanted = filter::wants(connection);
-    stack::take(ctx, task, is_wanted);
+    let entry = &raw mut *connection;
+    // SAFETY: both members are valid, and the opener is followed by the actor.
+    let task = unsafe { (&raw mut (*entry).opener).add(is_first(act)) };
+    // SAFETY: as above. No two references to the entry exist at a time.
+    unsafe {
+        task::meet(&mut *task);
+        let is_wanted = filter::wants(&*entry);
+        stack::take(ctx, &mut *task, is_wanted);
+    }
 }
 
 const _: () = assert!(

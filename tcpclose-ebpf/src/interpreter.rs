@@ -98,16 +98,18 @@ fn state(interpreter: &Interpreter) -> Option<u64> {
 extern "C" fn listed(mm: u64, frame: u64, key: u64) -> u64 {
     let Some(interpreter) = INTERPRETERS.get_ptr(mm) else { return 0 };
     let Some(slot) = Slot::take() else { return 0 };
-    // SAFETY: the first is a map value, as in `innermost()`. The slot is ours, its members are plain
-    // integers.
-    let (interpreter, list) = unsafe {
+    // There is no reference into the slot, because `appended()` uses it, too. SAFETY: the first is a map value,
+    // as in `innermost()`; the slot is ours, its members are plain integers.
+    let list = unsafe {
         (*slot.get()).interpreter = *interpreter;
-        (&(*slot.get()).interpreter, &mut (*slot.get()).interpreted)
+        &raw mut (*slot.get()).interpreted
     };
     let hash = walk(slot.number(), frame, list);
     if hash == 0 || key == 0 {
         return hash;
     }
+    // SAFETY: as above.
+    let (interpreter, list) = unsafe { (&(*slot.get()).interpreter, &mut *list) };
     list.header = Header { tag: tag::INTERPRETED, version: VERSION, length: size_of::<Interpreted>() as u32 };
     list.key = key;
     list.hash = hash;
@@ -120,10 +122,11 @@ extern "C" fn listed(mm: u64, frame: u64, key: u64) -> u64 {
 }
 
 /// Follows the frames and lists them, whether or not the list is wanted, in the slot of `SCRATCH` with this
-/// number. Returns the hash of the list.
+/// number, where `list` is. Returns the hash of the list.
 #[inline(always)]
-fn walk(slot: u64, innermost: u64, list: &mut Interpreted) -> u64 {
-    list.hash = SEED;
+fn walk(slot: u64, innermost: u64, list: *mut Interpreted) -> u64 {
+    // SAFETY: the slot belongs to the caller, its members are plain integers.
+    unsafe { (*list).hash = SEED };
     let mut frame = innermost;
     let mut index = 0;
     while index < MAX_INTERPRETED {
@@ -136,13 +139,14 @@ fn walk(slot: u64, innermost: u64, list: &mut Interpreted) -> u64 {
         }
         index += 1;
     }
-    list.count = index as u32;
-    list.is_cut = u32::from(frame != 0);
-    // The number is hidden from the verifier, which would examine the rest once for each value. SAFETY: it
-    // was just written.
-    let count = unsafe { (&raw const list.count).read_volatile() };
-    let hash = mix(list.hash, count.into());
-    if count == 0 { 0 } else { hash }
+    // The number is read back, and so hidden from the verifier, which would examine the rest once for each
+    // value. SAFETY: as above.
+    let (hash, count) = unsafe {
+        (*list).count = index as u32;
+        (*list).is_cut = u32::from(frame != 0);
+        ((*list).hash, (&raw const (*list).count).read_volatile())
+    };
+    if count == 0 { 0 } else { mix(hash, count.into()) }
 }
 
 /// The result of [`appended`] for a frame that cannot be read. No frame is at this address.

@@ -13,12 +13,11 @@ use tcpclose_common::{
     namespace::PidNamespace,
     offsets::{ABSENT, ArgumentOffsets, IteratorOffsets, NamespaceOffsets, RecordOffsets, StructOffsets},
     params::Params,
+    recipe::EdgeTarget,
     record::{Address, ConnectionRecord, Interpreted, RawTask, STACK_STEP, Signal},
     stack::StackTrace,
     table::{Bucket, WAYS, buckets, overflow},
 };
-
-use crate::recipe::Comparison;
 
 /// The offsets of struct members in this kernel.
 #[unsafe(no_mangle)]
@@ -178,6 +177,22 @@ pub struct Scratch {
     pub interpreter: Interpreter,
     pub interpreted: Interpreted,
 }
+
+/// A comparison of the current task's user stack with recipes.
+#[repr(C)]
+pub struct Comparison {
+    /// The recipe whose words are compared, and the edge that led to it.
+    pub target: EdgeTarget,
+    /// The stack pointer.
+    pub sp: u64,
+    /// Values of registers, by their [`source`](tcpclose_common::recipe::source).
+    pub registers: [u64; REGISTERS],
+    /// The address of the window into the stack.
+    pub start: u64,
+}
+
+/// The number of places for values of registers.
+pub const REGISTERS: usize = 8;
 
 /// Processes that were noticed, with the address of their memory descriptor at that time. LRU: an evicted
 /// process is noticed again.

@@ -17,7 +17,7 @@ use crate::{
     current::{Current, with_current},
     interpreter,
     kernel::{Object, member},
-    maps::{SCRATCH, Slot, global},
+    maps::{REGISTERS, SCRATCH, Slot, global},
 };
 
 /// Recipes, 8.1 MiB. The user half chooses the places.
@@ -87,22 +87,6 @@ pub fn recognized(pid: u64, mm: u64) -> u64 {
     }
 }
 
-/// A comparison of the current task's user stack with recipes, in a slot of `SCRATCH`.
-#[repr(C)]
-pub struct Comparison {
-    /// The recipe whose words are compared, and the edge that led to it.
-    target: EdgeTarget,
-    /// The stack pointer.
-    sp: u64,
-    /// Values of registers, by [`source`].
-    registers: [u64; REGISTERS],
-    /// The address of the window into the stack: initially that of no window.
-    start: u64,
-}
-
-/// The number of places for values of registers.
-const REGISTERS: usize = 8;
-
 /// The key of the current task's user stack as far as its words decide it; otherwise 0, or [`undecided`].
 #[unsafe(no_mangle)]
 #[inline(never)]
@@ -112,18 +96,20 @@ extern "C" fn matched(pid: u64, mm: u64) -> u64 {
         return 0;
     }
     let Some(slot) = Slot::take() else { return 0 };
-    // SAFETY: the slot is ours, its members are plain integers.
-    let comparison = unsafe { &mut (*slot.get()).comparison };
     // All keys use the same memory on the stack.
     let root = Edge { from: entry.mm, at: entry.ip, word: image(entry.pid, entry.code_pages) };
     let Some(target) = RECIPE_EDGES.get_ptr(root) else { return 0 };
-    // SAFETY: a map value; the user half only adds and removes edges, and never changes one.
-    comparison.target = unsafe { *target };
-    comparison.sp = entry.sp;
-    comparison.registers[source::FRAME_POINTER as usize] = entry.fp.wrapping_sub(entry.sp);
-    comparison.registers[source::FRAME_POINTER_VALUE as usize] = entry.fp;
-    comparison.registers[source::LINK_REGISTER as usize] = entry.lr;
-    comparison.start = NO_WINDOW;
+    // SAFETY: the slot is ours, its members are plain integers. `target` is a map value; the user half only adds
+    // and removes edges, and never changes one. There is no reference, because `compared()` uses the slot, too.
+    unsafe {
+        let comparison = &raw mut (*slot.get()).comparison;
+        (*comparison).target = *target;
+        (*comparison).sp = entry.sp;
+        (*comparison).registers[source::FRAME_POINTER as usize] = entry.fp.wrapping_sub(entry.sp);
+        (*comparison).registers[source::FRAME_POINTER_VALUE as usize] = entry.fp;
+        (*comparison).registers[source::LINK_REGISTER as usize] = entry.lr;
+        (*comparison).start = NO_WINDOW;
+    }
     let mut part = 0;
     while part < PARTS {
         let found = compared(slot.number(), part);

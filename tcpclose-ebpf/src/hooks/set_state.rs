@@ -86,7 +86,7 @@ pub static CALLED: ProgramArray = ProgramArray::with_max_entries(1, 0);
 #[inline(always)]
 fn call_change_state(ctx: &BtfTracePointContext) -> i32 {
     // SAFETY: a program for the same tracepoint.
-    let _ = unsafe { CALLED.tail_call(ctx, 0) };
+    unsafe { CALLED.tail_call(ctx, 0) };
     count!(records_lost);
     0
 }

@@ -129,13 +129,13 @@ pub fn decode(bytes: &[u8]) -> Result<Record<'_>, DecodeError> {
         return Err(DecodeError::Version(header.version));
     }
     Ok(match header.tag {
-        tag::CLOSE => Record::Close(Box::new(life(&*whole(header, bytes)?)?)),
-        tag::STUCK => Record::Stuck(Box::new(life(&*whole(header, bytes)?)?)),
+        tag::CLOSE => Record::Close(Box::new(life(&*whole(header, bytes)?))),
+        tag::STUCK => Record::Stuck(Box::new(life(&*whole(header, bytes)?))),
         tag::RESET => {
             let connection = whole::<ConnectionRecord>(header, bytes)?;
             let unknown =
                 DecodeError::Value { field: "reset.direction", value: u32::from(connection.reset.direction) };
-            Record::Reset(Box::new(life(&connection)?), reset(&connection).ok_or(unknown)?)
+            Record::Reset(Box::new(life(&connection)), reset(&connection).ok_or(unknown)?)
         }
         tag::OWNER => owner(&*whole(header, bytes)?)?,
         tag::ACT => later_act(&*whole(header, bytes)?)?,
@@ -170,7 +170,7 @@ where
     }
 }
 
-fn life(connection: &ConnectionRecord) -> Result<Life, DecodeError> {
+fn life(connection: &ConnectionRecord) -> Life {
     let ended = connection.ended != 0;
     let moved = (connection.moved != 0).then_some(connection.moved);
     let by = match connection.first_move {
@@ -181,7 +181,7 @@ fn life(connection: &ConnectionRecord) -> Result<Life, DecodeError> {
     // The jiffies were read with the sample: at the end or, if it has not ended, when the RST was sent or
     // received.
     let read_at = if ended { connection.ended } else { connection.reset.at };
-    Ok(Life {
+    Life {
         id: SocketId { address: connection.sock, born: connection.born },
         endpoints: endpoints(&connection.endpoints),
         cookie: (connection.cookie != 0).then_some(connection.cookie),
@@ -209,14 +209,14 @@ fn life(connection: &ConnectionRecord) -> Result<Life, DecodeError> {
         sample: sample(&connection.at_end),
         send_queue: send_queue(connection),
         jiffies: (connection.jiffies != 0 && read_at != 0).then_some((connection.jiffies, read_at)),
-        end: if ended { Some(end(connection)?) } else { None },
+        end: ended.then(|| end(connection)),
         reset: reset(connection),
-    })
+    }
 }
 
-fn end(connection: &ConnectionRecord) -> Result<SocketEnd, DecodeError> {
+fn end(connection: &ConnectionRecord) -> SocketEnd {
     let flags = (connection.sock_flags != UNKNOWN_U64).then_some(connection.sock_flags);
-    Ok(SocketEnd {
+    SocketEnd {
         at: connection.ended,
         error: (connection.error != i32::MIN).then_some(connection.error),
         shut_down: connection.shutdown == shutdown::BOTH,
@@ -225,7 +225,7 @@ fn end(connection: &ConnectionRecord) -> Result<SocketEnd, DecodeError> {
         linger_zero: flags.is_some_and(|flags| flags & sock_flag::LINGER != 0) && connection.linger == 0,
         no_fin_wait2: connection.no_fin_wait2 != 0,
         reset_follows: reset_follows(connection),
-    })
+    }
 }
 
 /// Whether this host may send a RST after the state change that ended the connection, and where.
@@ -414,7 +414,7 @@ mod tests {
     use std::net::Ipv4Addr;
 
     use tcpclose_common::{
-        record::{self, RawSample, RawTask},
+        record::{self, RawReset, RawSample, RawTask},
         tcp::state,
     };
     use zerocopy::{FromZeros as _, IntoBytes};
