@@ -11,6 +11,7 @@ use tcpclose_user::{
 };
 
 fn main() -> ExitCode {
+    give_back_large_memory();
     // clap exits with 2 on wrong usage.
     let cli = Cli::parse();
     privilege::raise();
@@ -33,6 +34,17 @@ fn main() -> ExitCode {
         report(&error);
         ExitCode::FAILURE
     })
+}
+
+/// Makes glibc's allocator map large blocks by themselves, and so give them back when they are freed. By
+/// default it stops doing so once one was freed, and the megabytes that parsing the kernel's BTF and the
+/// symbols of programs takes would stay.
+fn give_back_large_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: no other thread has been started.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 256 << 10);
+    }
 }
 
 fn trace(args: &TraceArgs) -> ExitCode {

@@ -181,14 +181,13 @@ struct RunningKernel {
 
 impl RunningKernel {
     fn read(source: &BtfSource) -> Result<Self> {
-        let targets = |btf: &btf::Btf<'_>| {
-            let bytes = btf.named_only(&attach_targets());
-            Btf::parse(&bytes, Endianness::default()).ok().filter(|_| *source == BtfSource::Kernel)
-        };
-        Ok(match source.with(|btf| (TypeFacts::of(btf), targets(btf))) {
+        Ok(match source.with(|btf| (TypeFacts::of(btf), btf.named_only(&attach_targets()))) {
             Ok((facts, targets)) => Self {
                 structs: facts.offsets,
-                btf: targets,
+                // The whole of the kernel's BTF is not in memory any more.
+                btf: Btf::parse(&targets, Endianness::default())
+                    .ok()
+                    .filter(|_| *source == BtfSource::Kernel),
                 reset_reasons: facts.reset_reasons,
                 has_reset_reason: facts.send_reset_has_reason.unwrap_or(false),
                 arguments: facts.arguments,
@@ -256,12 +255,9 @@ pub fn load(request: &Request) -> Result<KernelHalf> {
     privilege::check()?;
     may_read_kernel_memory()?;
     raise_memlock_limit();
-    let (kernel, object_loader) = thread::scope(|scope| {
-        let thread = thread::Builder::new().spawn_scoped(scope, without_btf);
-        let kernel = RunningKernel::read(&request.btf);
-        // Without room for a thread, one after the other.
-        (kernel, thread.ok().and_then(|thread| thread.join().ok()).unwrap_or_else(without_btf))
-    });
+    // One after the other: each needs more than 10 MB while it parses all types of the kernel.
+    let object_loader = without_btf();
+    let kernel = RunningKernel::read(&request.btf);
     let (kernel, mut object_loader) = (kernel?, Some(object_loader));
     let mut params = request.params;
     params.has_reset_reason = u32::from(kernel.has_reset_reason);
