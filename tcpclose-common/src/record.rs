@@ -405,7 +405,7 @@ pub const STACK_STEP: usize = 1024;
 
 /// The largest copy of a stack, in bytes, when stacks are recognized by recipes and an eighth of the ring is
 /// in use; but for one copy in 16.
-pub const CROWDED_STACK_BYTES: usize = 4 << 10;
+pub const CROWDED_STACK_BYTES: usize = 6 << 10;
 
 /// The largest copy of a stack, bytes.
 pub const MAX_STACK_BYTES: u32 = 64 << 10;

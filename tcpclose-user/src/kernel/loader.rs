@@ -369,7 +369,7 @@ impl Layouts {
 /// reads.
 const RING_WITH_STACKS: u32 = 64 << 20;
 
-/// Size of the ring, bytes, if stacks are copied until they are recognized: half of it holds a burst of 3,000
+/// Size of the ring, bytes, if stacks are copied until they are recognized: half of it holds a burst of 2,000
 /// unknown ones.
 const RING_WITH_RECIPES: u32 = 32 << 20;
 
