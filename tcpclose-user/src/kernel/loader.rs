@@ -537,7 +537,9 @@ fn load_ahead(
         .map(|(name, kind, at)| (name, (name, kind, at)))
         .collect();
     let programs = ebpf.programs_mut().filter_map(|(name, program)| Some((*wanted.get(name)?, program)));
-    let queue = Mutex::new(programs.collect::<Vec<_>>());
+    let mut queue: Vec<_> = programs.collect();
+    queue.sort_by_key(|((name, ..), _)| LONGEST.iter().position(|long| long == name));
+    let queue = Mutex::new(queue);
     let take = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop();
     let load = || {
         let mut refused = Vec::new();
@@ -558,6 +560,10 @@ fn load_ahead(
         refused.into_iter().collect()
     })
 }
+
+/// The programs that the verifier examines longest, the longest last. They are loaded first, so that no thread
+/// begins with one when the others have nothing left.
+const LONGEST: [&str; 3] = ["inventory", "send_reset", "change_state"];
 
 /// The largest number of threads that load programs. There are about ten programs, and three of them take
 /// most of the time.

@@ -112,7 +112,7 @@ enum Change {
 struct Recipes {
     trees: HashMap<Start, Tree>,
     /// By their index in the map.
-    places: HashMap<u32, Box<Recipe>>,
+    places: HashMap<u32, Known>,
     edges: HashMap<Edge, EdgeTarget>,
     /// The number of recipes that lead to a stack.
     stacks: HashMap<u64, u32>,
@@ -121,6 +121,31 @@ struct Recipes {
     free: Vec<u32>,
     serial: u64,
     clock: u64,
+}
+
+/// A recipe, without the room for more words that it has in the map.
+#[derive(Debug)]
+struct Known {
+    serial: u64,
+    stack: u64,
+    until: u64,
+    words: Box<[Word]>,
+}
+
+impl Known {
+    /// The value of the map: with its serial number or, if it is being replaced, with 0.
+    fn recipe(&self, serial: u64) -> Box<Recipe> {
+        let Self { stack, until, words, .. } = self;
+        let mut recipe = Box::new(Recipe {
+            serial,
+            stack: *stack,
+            until: *until,
+            count: words.len() as u64,
+            ..Recipe::NONE
+        });
+        recipe.words[..words.len()].copy_from_slice(words);
+        recipe
+    }
 }
 
 /// The recipes of stacks that start at the same instruction.
@@ -179,13 +204,11 @@ impl Recipes {
         }
         let Some(index) = self.free.pop() else { return changes };
         self.serial += 1;
-        let mut recipe =
-            Box::new(Recipe { serial: self.serial, stack, until, count: words.len() as u64, ..Recipe::NONE });
-        recipe.words[..words.len()].copy_from_slice(words);
+        let known = Known { serial: self.serial, stack, until, words: words.into() };
         let target = EdgeTarget { serial: self.serial, index: index.into() };
-        changes.push(Change::Recipe(index, recipe.clone()));
+        changes.push(Change::Recipe(index, known.recipe(known.serial)));
         changes.push(Change::Edge(place, target));
-        self.places.insert(index, recipe);
+        self.places.insert(index, known);
         self.edges.insert(place, target);
         *self.stacks.entry(stack).or_default() += 1;
         self.trees.entry(start).or_default().members.push((place, index));
@@ -201,7 +224,7 @@ impl Recipes {
             let Some(target) = self.edges.get(&edge) else { return Walk::Open(edge) };
             let place = u32::try_from(target.index).unwrap_or(u32::MAX);
             let Some(recipe) = self.places.get(&place) else { return Walk::Contradiction };
-            let known = &recipe.words[..usize::try_from(recipe.count).unwrap_or(0)];
+            let known = &recipe.words;
             loop {
                 let (Some(word), Some(expected)) = (words.get(index), known.get(index)) else {
                     return if words.len() == known.len() { Walk::Found(place) } else { Walk::Contradiction };
@@ -220,14 +243,14 @@ impl Recipes {
 
     /// Sets the stack that a recipe leads to, and until when.
     fn replace(&mut self, start: Start, index: u32, (stack, until): (u64, u64), changes: &mut Vec<Change>) {
-        let Some(recipe) = self.places.get_mut(&index) else { return };
-        if (recipe.stack, recipe.until) == (stack, until) {
+        let Some(known) = self.places.get_mut(&index) else { return };
+        if (known.stack, known.until) == (stack, until) {
             return;
         }
-        let older = recipe.stack;
-        (recipe.stack, recipe.until) = (stack, until);
-        changes.push(Change::Recipe(index, Box::new(Recipe { serial: 0, ..**recipe })));
-        changes.push(Change::Recipe(index, recipe.clone()));
+        let older = known.stack;
+        (known.stack, known.until) = (stack, until);
+        changes.push(Change::Recipe(index, known.recipe(0)));
+        changes.push(Change::Recipe(index, known.recipe(known.serial)));
         *self.stacks.entry(stack).or_default() += 1;
         self.tree_of.remove(&(start.pid, start.mm, older));
         self.forget(older);
@@ -247,11 +270,11 @@ impl Recipes {
         for (edge, index) in tree.members {
             self.edges.remove(&edge);
             changes.push(Change::NoEdge(edge));
-            let Some(recipe) = self.places.remove(&index) else { continue };
+            let Some(known) = self.places.remove(&index) else { continue };
             // The words are kept, so that a program that is comparing them does not read others.
-            changes.push(Change::Recipe(index, Box::new(Recipe { serial: 0, ..*recipe })));
-            self.tree_of.remove(&(start.pid, start.mm, recipe.stack));
-            self.forget(recipe.stack);
+            changes.push(Change::Recipe(index, known.recipe(0)));
+            self.tree_of.remove(&(start.pid, start.mm, known.stack));
+            self.forget(known.stack);
             self.free.push(index);
         }
     }
