@@ -112,7 +112,7 @@ enum Change {
 struct Recipes {
     trees: HashMap<Start, Tree>,
     /// By their index in the map.
-    places: HashMap<u32, Known>,
+    places: HashMap<u32, KnownRecipe>,
     edges: HashMap<Edge, EdgeTarget>,
     /// The number of recipes that lead to a stack.
     stacks: HashMap<u64, u32>,
@@ -125,14 +125,14 @@ struct Recipes {
 
 /// A recipe, without the room for more words that it has in the map.
 #[derive(Debug)]
-struct Known {
+struct KnownRecipe {
     serial: u64,
     stack: u64,
     until: u64,
     words: Box<[Word]>,
 }
 
-impl Known {
+impl KnownRecipe {
     /// The value of the map: with its serial number or, if it is being replaced, with 0.
     fn recipe(&self, serial: u64) -> Box<Recipe> {
         let Self { stack, until, words, .. } = self;
@@ -204,7 +204,7 @@ impl Recipes {
         }
         let Some(index) = self.free.pop() else { return changes };
         self.serial += 1;
-        let known = Known { serial: self.serial, stack, until, words: words.into() };
+        let known = KnownRecipe { serial: self.serial, stack, until, words: words.into() };
         let target = EdgeTarget { serial: self.serial, index: index.into() };
         changes.push(Change::Recipe(index, known.recipe(known.serial)));
         changes.push(Change::Edge(place, target));
