@@ -5,14 +5,14 @@ use core::{arch::asm, mem::offset_of};
 
 use aya_ebpf::EbpfContext;
 use tcpclose_common::{
-    record::{ConnectionRecord, RawTask, UNKNOWN_U64, act as kind},
-    tcp::{is_one_of, is_teardown, sock_flag, state},
+    record::{ConnectionRecord, RawTask, act as kind},
+    tcp::{is_one_of, sock_flag, state},
 };
 
 use crate::{
     connection::{self, read_back},
     emit,
-    end::has_no_socket,
+    end::{has_no_socket, is_alive},
     filter,
     kernel::Object,
     sock, stack, task,
@@ -39,11 +39,11 @@ pub fn of_fin(connection: &ConnectionRecord, sk: impl Object) -> u16 {
     if connection.actor.pid == 0 && sock::owned(sk) != Some(false) { act::FIRST } else { act::NOTHING }
 }
 
-/// The act in a change of a socket to the `state` that it is already in. `__tcp_close()` sets the state of a
-/// socket again that was shut down before (`tcp_close_state()`).
+/// The act in a change of a socket to the teardown state that it is already in. `__tcp_close()` sets the state
+/// of a socket again that was shut down before (`tcp_close_state()`).
 #[inline(always)]
-pub fn of_repetition(connection: &ConnectionRecord, sk: impl Object, state: u8) -> u16 {
-    if !is_teardown(state) || sock::owned(sk) == Some(false) || connection.reported != 0 {
+pub fn of_repetition(connection: &ConnectionRecord, sk: impl Object) -> u16 {
+    if sock::owned(sk) == Some(false) || connection.reported != 0 {
         act::NOTHING
     } else if connection.actor.pid == 0 {
         // Its earlier acts came before the trace.
@@ -58,10 +58,10 @@ pub fn of_repetition(connection: &ConnectionRecord, sk: impl Object, state: u8) 
 pub fn of_end(connection: &ConnectionRecord) -> u16 {
     // What was written is read back, so that the verifier does not know it: it would examine the rest of the
     // program once for each value.
-    let (error, flags) = (read_back(&connection.error), read_back(&connection.sock_flags));
-    let (from, owned) = (read_back(&connection.last_state), read_back(&connection.owned) != 0);
+    let (error, from) = (read_back(&connection.error), read_back(&connection.last_state));
+    let owned = read_back(&connection.owned) != 0;
     let is_first = connection.actor.pid == 0;
-    let alive = flags != UNKNOWN_U64 && flags & sock_flag::DEAD == 0;
+    let alive = is_alive(connection);
     // The application aborted: no error was set, the socket is not an orphan whose teardown has merely come
     // to its end, and either a process holds its lock or it never had a descriptor (a child in the queue of a
     // listener that closes). An orderly end from FIN_WAIT2 or a later state looks the same, but by then the
@@ -84,12 +84,8 @@ pub fn of_end(connection: &ConnectionRecord) -> u16 {
     // our own FIN was acknowledged, or no descriptor is left.
     let unanswered = is_one_of(from, &[state::FIN_WAIT1, state::LAST_ACK, state::CLOSING])
         && read_back(&connection.at_end.unacknowledged) != 0;
-    let waits = from == state::FIN_WAIT2 && flags & sock_flag::DONE == 0;
-    if error == 0 && flags & sock_flag::DEAD == 0 && !is_first && (unanswered || waits) {
-        act::AGAIN
-    } else {
-        act::NOTHING
-    }
+    let waits = from == state::FIN_WAIT2 && read_back(&connection.sock_flags) & sock_flag::DONE == 0;
+    if error == 0 && alive && !is_first && (unanswered || waits) { act::AGAIN } else { act::NOTHING }
 }
 
 /// The value of `sk_err` of a socket that was destroyed from outside (`tcp_abort()`).

@@ -50,15 +50,17 @@ pub fn record(
         connection.moved = now;
         connection.at_move = connection.at_end;
     }
-    let flags = read_back(&connection.sock_flags);
-    if flags != UNKNOWN_U64
-        && flags & sock_flag::DEAD == 0
-        && has_no_socket(connection)
-        && connection.role == role::SERVER
-    {
+    if is_alive(connection) && has_no_socket(connection) && connection.role == role::SERVER {
         // It ended while it waited to be accepted. If a task acts, it may destroy the listener from outside.
         listener::name(connection);
     }
+}
+
+/// Whether a connection that ended was no orphan: a descriptor refers to it, or it was not accepted yet. `false`
+/// if its flags are not known, because all bits are set then.
+#[inline(always)]
+pub fn is_alive(connection: &ConnectionRecord) -> bool {
+    read_back(&connection.sock_flags) & sock_flag::DEAD == 0
 }
 
 /// Whether a connection that ended had no `struct socket`, and so no descriptor: it was not accepted yet, or

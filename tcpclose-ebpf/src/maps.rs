@@ -107,8 +107,8 @@ pub static READER: Array<u32> = Array::with_max_entries(1, 0);
 #[map]
 pub static ANCHOR: Array<u64> = Array::with_max_entries(1, 0);
 
-/// The last state change that `set_state` handled on this CPU, until the second copy of the program has read
-/// it; 0 if there is none.
+/// The last state change that `set_state` handled on this CPU, until `set_state_nested` has read it; 0 if there
+/// is none.
 #[map]
 pub static LAST_CHANGE: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 

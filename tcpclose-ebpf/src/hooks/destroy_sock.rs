@@ -40,7 +40,7 @@ fn destroyed(sock: Sock<impl Object>) {
         return;
     };
     if connection.reported == 0 && connection.steps != 0 {
-        // The kernel skipped both copies of the program on state changes, so the current time is taken for
+        // The kernel skipped both programs on state changes, so the current time is taken for
         // that of the end. The task is noted without a stack: to take one would make half of this program,
         // for a rare case.
         let from = connection::last_state(connection);

@@ -193,7 +193,7 @@ fn changed(
     };
     let Some(connection) = found else { return };
     let act = if old == new {
-        acts::of_repetition(connection, sock.object, new)
+        acts::of_repetition(connection, sock.object)
     } else if new == state::CLOSE {
         end::record(connection, sock, old, now, cookie, record);
         acts::of_end(connection)

@@ -142,12 +142,10 @@ impl Kind {
 }
 
 impl Variant {
-    /// All of its programs, each with its kind and attach point: those that are attached, and the one that
-    /// they call.
-    pub fn all_programs(&self) -> impl Iterator<Item = (&'static str, Kind, &'static str)> {
+    /// All of its programs, each with its attach point: those that are attached, and the one that they call.
+    pub fn all_programs(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
         let called = self.called.and_then(|name| Some((name, self.programs.first()?.1)));
-        let kind = self.kind;
-        self.programs.iter().copied().chain(called).map(move |(name, at)| (name, kind, at))
+        self.programs.iter().copied().chain(called)
     }
 }
 

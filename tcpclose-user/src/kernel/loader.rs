@@ -256,9 +256,8 @@ pub fn load(request: &Request) -> Result<KernelHalf> {
     may_read_kernel_memory()?;
     raise_memlock_limit();
     // One after the other: each needs more than 10 MB while it parses all types of the kernel.
-    let object_loader = without_btf();
-    let kernel = RunningKernel::read(&request.btf);
-    let (kernel, mut object_loader) = (kernel?, Some(object_loader));
+    let mut object_loader = Some(without_btf());
+    let kernel = RunningKernel::read(&request.btf)?;
     let mut params = request.params;
     params.has_reset_reason = u32::from(kernel.has_reset_reason);
     params.has_pt_regs_helper = u32::from(
@@ -533,8 +532,7 @@ fn load_ahead(
     let wanted: HashMap<&str, (&'static str, Kind, &str)> = HOOKS
         .iter()
         .filter_map(first)
-        .flat_map(Variant::all_programs)
-        .map(|(name, kind, at)| (name, (name, kind, at)))
+        .flat_map(|variant| variant.all_programs().map(|(name, at)| (name, (name, variant.kind, at))))
         .collect();
     let programs = ebpf.programs_mut().filter_map(|(name, program)| Some((*wanted.get(name)?, program)));
     let mut queue: Vec<_> = programs.collect();
@@ -608,13 +606,13 @@ fn start(
     variant: &Variant,
     refused: &mut HashMap<&'static str, anyhow::Error>,
 ) -> Result<()> {
-    for (name, kind, at) in variant.all_programs() {
+    for (name, at) in variant.all_programs() {
         if let Some(error) = refused.remove(name) {
             return Err(error);
         }
         let program = program(ebpf, name)?;
         if program.fd().is_err() {
-            load_program(program, kernel, kind, at)?;
+            load_program(program, kernel, variant.kind, at)?;
         }
     }
     if let Some(called) = variant.called {

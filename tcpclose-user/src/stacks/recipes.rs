@@ -216,7 +216,7 @@ impl Recipes {
         changes
     }
 
-    /// Walks as the kernel half does (`recipe::find()`).
+    /// Walks as the kernel half does (`recipe::compared()`).
     fn walk(&self, start: Start, words: &[Word]) -> Walk {
         let mut edge = root(start);
         let mut index = 0;
