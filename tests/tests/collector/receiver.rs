@@ -64,15 +64,22 @@ struct Shared {
     refused: usize,
     /// Heads of requests.
     heads: Vec<String>,
-    connections: Vec<TcpStream>,
     failures: Vec<String>,
+    /// Whether connections are being closed, so that requests end in their middle.
+    is_stopped: bool,
 }
 
 /// The receiver, in a namespace of its own.
 pub struct Receiver {
     namespace: Namespace,
     shared: Arc<Mutex<Shared>>,
-    running: Option<(TcpListener, JoinHandle<()>)>,
+    running: Option<(TcpListener, JoinHandle<Vec<Connection>>)>,
+}
+
+/// A connection and the thread that serves it.
+struct Connection {
+    stream: TcpStream,
+    server: JoinHandle<()>,
 }
 
 impl Receiver {
@@ -97,31 +104,43 @@ impl Receiver {
     pub fn start(&mut self) -> Result<()> {
         let listener = self.namespace.inside(|| Ok(TcpListener::bind(("127.0.0.1", PORT))?))?;
         let (accepting, shared) = (listener.try_clone()?, Arc::clone(&self.shared));
-        let server = thread::spawn(move || {
+        lock(&shared).is_stopped = false;
+        let acceptor = thread::spawn(move || {
+            let mut connections = Vec::new();
             while let Ok((stream, _)) = accepting.accept() {
-                let kept = stream.try_clone();
+                let Ok(served) = stream.try_clone() else { continue };
                 let shared = Arc::clone(&shared);
-                lock(&shared).connections.extend(kept);
-                thread::spawn(move || {
-                    if let Err(error) = serve(&stream, &shared) {
-                        lock(&shared).failures.push(format!("{error:#}"));
+                let server = thread::spawn(move || {
+                    let end = serve(&served, &shared);
+                    let _ = served.shutdown(Shutdown::Both);
+                    let mut state = lock(&shared);
+                    if let Err(error) = end
+                        && !state.is_stopped
+                    {
+                        state.failures.push(format!("{error:#}"));
                     }
-                    let _ = stream.shutdown(Shutdown::Both);
                 });
+                connections.push(Connection { stream, server });
             }
+            connections
         });
-        self.running = Some((listener, server));
+        self.running = Some((listener, acceptor));
         Ok(())
     }
 
-    /// Stops it: connections are closed, and further ones refused.
+    /// Stops it: connections are closed, and further ones refused. What has been taken has been answered.
     pub fn stop(&mut self) -> Result<()> {
-        let (listener, server) = self.running.take().context("the receiver does not run")?;
+        let (listener, acceptor) = self.running.take().context("the receiver does not run")?;
         shutdown(listener.as_raw_fd(), socket::Shutdown::Both)?;
-        let _ = server.join();
-        drop(listener);
-        for connection in lock(&self.shared).connections.drain(..) {
-            let _ = connection.shutdown(Shutdown::Both);
+        let connections = acceptor.join().unwrap_or_default();
+        let mut state = lock(&self.shared);
+        state.is_stopped = true;
+        for Connection { stream, .. } in &connections {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+        drop(state);
+        for Connection { server, .. } in connections {
+            let _ = server.join();
         }
         Ok(())
     }
@@ -164,7 +183,11 @@ fn serve(stream: &TcpStream, shared: &Mutex<Shared>) -> Result<()> {
     while let Some((head, body)) = request(&mut reader)? {
         let request = ExportLogsServiceRequest::decode(&*body).context("a body that cannot be decoded")?;
         let mut taken = records(request)?;
+        // What is taken is answered before the lock is released, so that the receiver stops before or after.
         let mut state = lock(shared);
+        if state.is_stopped {
+            return Ok(());
+        }
         state.heads.push(head);
         let reply = state.replies.pop_front().unwrap_or(Reply::Take);
         let (status, headers, answer) = match reply {
@@ -192,7 +215,6 @@ fn serve(stream: &TcpStream, shared: &Mutex<Shared>) -> Result<()> {
             }
         };
         state.taken.extend(taken);
-        drop(state);
         if matches!(reply, Reply::TakeAndHangUp) {
             return Ok(());
         }

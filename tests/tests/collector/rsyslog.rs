@@ -33,10 +33,11 @@ const USUAL_LIMIT: usize = 8 << 10;
 
 /// rsyslog with `deploy/rsyslog/tcpclose.conf`, and the folder that it works in.
 struct Collector {
+    /// First, so that it has ended before its folder is removed.
+    running: Option<Program>,
     namespace: Namespace,
     folder: Scratch,
     configuration: PathBuf,
-    running: Option<Program>,
 }
 
 impl Collector {
