@@ -87,7 +87,7 @@ fn hurry() {
 }
 
 /// Returns the processes that were noticed and have an `mm_struct`.
-fn drain(ring: &mut RingBuf<MapData>, processes: &Mutex<Processes>) -> Vec<NewProcess> {
+fn drain(ring: &mut RingBuf<MapData>, processes: &Mutex<Processes>) -> Vec<(u32, u64)> {
     let mut noticed = Vec::new();
     while let Some(item) = ring.next() {
         match decode(&item) {
@@ -95,7 +95,7 @@ fn drain(ring: &mut RingBuf<MapData>, processes: &Mutex<Processes>) -> Vec<NewPr
                 let named = Some(name(&comm)).filter(|name| !name.is_empty());
                 processes::lock(processes).notice_as(pid, local, mm, named);
                 if mm != 0 {
-                    noticed.push(NewProcess { pid, local, mm, comm });
+                    noticed.push((pid, mm));
                 }
             }
             Ok(_) | Err(_) => {
@@ -108,10 +108,10 @@ fn drain(ring: &mut RingBuf<MapData>, processes: &Mutex<Processes>) -> Vec<NewPr
 
 /// Describes interpreters of processes that were noticed, before these close a socket. It comes after all
 /// have been noticed, because others may be about to exit.
-fn describe(noticed: &[NewProcess], processes: &Mutex<Processes>, interpreters: &Mutex<Interpreters>) {
-    for NewProcess { pid, mm, comm, .. } in noticed {
-        let Some(image) = processes::lock(processes).image(*pid, *mm) else { continue };
-        if let Err(error) = interpreters::lock(interpreters).noticed((*pid, *mm), *comm, &image) {
+fn describe(noticed: &[(u32, u64)], processes: &Mutex<Processes>, interpreters: &Mutex<Interpreters>) {
+    for &(pid, mm) in noticed {
+        let Some(image) = processes::lock(processes).image(pid, mm) else { continue };
+        if let Err(error) = interpreters::lock(interpreters).noticed((pid, mm), &image) {
             log::debug!("{error:#}; another attempt follows with the first stack of process {pid}");
         }
     }

@@ -2,9 +2,9 @@
 //! [`tcpclose_common::interpreter`].
 //!
 //! A process is described as soon as it is noticed, if a file that it has mapped has the name of an
-//! interpreter. Until then, the kernel half expects it to be that of the last program of the same name, so
-//! that even the first stack of a program that ends at once has its functions. Other processes, such as
-//! servers that embed an interpreter, are described when a stack shows that they have one.
+//! interpreter. Other processes, such as servers that embed an interpreter, are described when a stack shows
+//! that they have one. Until then, the kernel half expects the interpreter of the last program of the same
+//! name, so that even the first stack of a program that ends at once has its functions.
 
 use std::{
     collections::HashMap,
@@ -75,32 +75,33 @@ impl Interpreters {
         })
     }
 
-    /// Makes the kernel half list the frames of the interpreter of process `pid`, with this `mm_struct`. The
-    /// id is that in the initial pid namespace.
+    /// Makes the kernel half list the frames of the interpreter of process `pid`, with this `mm_struct`, and
+    /// expect it of the next program of this name. The id is that in the initial pid namespace.
     ///
     /// # Errors
-    /// The kernel refuses to change the map.
-    pub fn describe(&mut self, (pid, mm): (u32, u64), interpreter: Interpreter) -> Result<()> {
+    /// The kernel refuses to change a map.
+    pub fn describe(
+        &mut self,
+        (pid, mm): (u32, u64),
+        program: Option<&str>,
+        interpreter: Interpreter,
+    ) -> Result<()> {
         self.described
             .insert(mm, Interpreter { pid, ..interpreter }, 0)
-            .context("cannot describe an interpreter to the kernel half")
-    }
-
-    /// Describes the interpreter of a process, if the names of its files show that it has one. `program` is
-    /// the name of its main thread, all zero if that is not known.
-    ///
-    /// # Errors
-    /// Those of [`Self::describe`].
-    pub fn noticed(&mut self, process: (u32, u64), program: [u8; 16], image: &Image) -> Result<()> {
-        let found = image.mappings.iter().find_map(|mapping| self.interpreter(image, mapping));
-        let Some(interpreter) = found else { return Ok(()) };
-        self.describe(process, interpreter)?;
-        if program == [0; 16] {
-            return Ok(());
-        }
+            .context("cannot describe an interpreter to the kernel half")?;
+        let Some(program) = program.and_then(comm) else { return Ok(()) };
         self.programs
             .insert(program, interpreter, 0)
             .context("cannot describe the interpreter of a program to the kernel half")
+    }
+
+    /// Describes the interpreter of a process, if the names of its files show that it has one.
+    ///
+    /// # Errors
+    /// Those of [`Self::describe`].
+    pub fn noticed(&mut self, process: (u32, u64), image: &Image) -> Result<()> {
+        let found = image.mappings.iter().find_map(|mapping| self.interpreter(image, mapping));
+        found.map_or(Ok(()), |interpreter| self.describe(process, image.comm.as_deref(), interpreter))
     }
 
     /// The interpreter in a mapped file.
@@ -122,6 +123,14 @@ impl Interpreters {
     }
 }
 
+/// A name as the kernel keeps it (`TASK_COMM_LEN`); `None` for one that has no room, because it is not the
+/// kernel's own: bytes that are no UTF-8 have been replaced in it.
+fn comm(name: &str) -> Option<[u8; 16]> {
+    let mut comm = [0; 16];
+    comm[..15].get_mut(..name.len())?.copy_from_slice(name.as_bytes());
+    Some(comm)
+}
+
 fn is_named_like_one(path: &Path) -> bool {
     let name = path.file_name().map(|name| name.to_string_lossy());
     name.is_some_and(|name| NAMES.iter().any(|beginning| name.starts_with(beginning)))
@@ -136,6 +145,13 @@ fn read(file: File) -> Option<Contents> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_are_padded_as_the_kernel_pads_them() {
+        assert_eq!(comm("python3"), Some(*b"python3\0\0\0\0\0\0\0\0\0"));
+        assert_eq!(comm("a name of 15 ch"), Some(*b"a name of 15 ch\0"));
+        assert_eq!(comm("a name of 16 cha"), None);
+    }
 
     #[test]
     fn files_of_interpreters_are_known_by_name() {

@@ -135,7 +135,8 @@ impl Stacks {
         let process = (copy.pid, copy.mm);
         let known = image(processes, process, &[]);
         let current = lock(processes).current(copy.pid, copy.mm);
-        if known.zip(current).is_some_and(|(known, current)| !Arc::ptr_eq(&known, &current)) {
+        let is_replaced = |known| current.is_some_and(|current| !Arc::ptr_eq(known, &current));
+        if known.as_ref().is_some_and(is_replaced) {
             named.retain(|(pid, mm, _), _| (*pid, *mm) != process);
             if let Some(Err(error)) = recipes.as_mut().map(|recipes| recipes.forget_process(process)) {
                 log::warn!("{error:#}; every stack will be copied");
@@ -146,7 +147,8 @@ impl Stacks {
         let image = |addresses: &[u64]| image(processes, (copy.pid, copy.mm), addresses);
         let unwound = unwinder.unwind(copy, bytes, list.as_ref(), image);
         if let (Some(interpreters), Some(interpreter)) = (interpreters, unwound.unlisted)
-            && let Err(error) = interpreters::lock(interpreters).describe(process, interpreter)
+            && let program = known.as_ref().and_then(|image| image.comm.as_deref())
+            && let Err(error) = interpreters::lock(interpreters).describe(process, program, interpreter)
         {
             log::warn!("{error:#}; functions of the interpreter in process {} have no names", copy.pid);
         }
