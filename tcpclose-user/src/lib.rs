@@ -32,6 +32,7 @@
 //! - [`sockets`] asks the kernel for its TCP sockets without a program in the kernel, for `tcpclose list` and
 //!   for sockets that are older than the trace.
 //! - [`tcp`] has the terms of TCP that all modules share: states, endpoints, roles, directions.
+//! - [`plain`] marks strings in which JSON has nothing to escape.
 //! - [`sandbox`] is what a running trace forbids itself, and [`pace`] bounds its share of a CPU.
 //! - [`failure`] is the form of an error that ends tcpclose: what failed, what was found, what was needed,
 //!   what to try.
@@ -61,6 +62,7 @@ pub mod metrics;
 pub mod otlp;
 pub mod pace;
 pub mod pipeline;
+mod plain;
 pub mod processes;
 pub mod recording;
 pub mod report;

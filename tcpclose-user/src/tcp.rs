@@ -6,6 +6,8 @@ use std::net::IpAddr;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::plain::plain;
+
 /// Makes `Display` write the name that a value has in JSON, so that there is only one list of names.
 macro_rules! display_as_serialized {
     ($($name:ty),+ $(,)?) => {
@@ -34,6 +36,8 @@ pub enum Family {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 pub struct Endpoint {
     /// IPv4 or IPv6 address.
+    #[serde(serialize_with = "plain")]
+    #[schemars(with = "IpAddr")]
     pub address: IpAddr,
     /// TCP port.
     pub port: u16,

@@ -116,10 +116,16 @@ impl Diagnosis {
                 self.totals.lines += 1;
                 self.totals.ends += 1;
                 if let Some(end) = End::of_event(close, seq, &mut self.names) {
-                    self.end(end);
+                    self.end(&end);
                 }
             }
-            Event::Reset(reset) => self.add(&Observation { seq, ..Observation::from(&**reset) }, 0),
+            Event::Reset(reset) if is_evidence(Some(reset.direction), reset.cause) => {
+                self.add(&Observation { seq, ..Observation::from(&**reset) }, 0);
+            }
+            Event::Reset(reset) => {
+                self.totals.lines += 1;
+                self.advance_to(reset.time);
+            }
             Event::Lingering(lingering) => {
                 self.add(&Observation { seq, ..Observation::from(&**lingering) }, 0);
             }
@@ -131,24 +137,23 @@ impl Diagnosis {
     fn close(&mut self, observation: &Observation<'_>, source: u16) {
         self.totals.ends += 1;
         if let Some(end) = End::of_line(observation, source, &mut self.names) {
-            self.end(end);
+            self.end(&end);
         }
     }
 
-    #[expect(clippy::large_types_passed_by_value, reason = "it is kept")]
-    fn end(&mut self, end: End) {
+    fn end(&mut self, end: &End) {
         self.latest = self.latest.max(end.time);
         if end.close_wait_ms.is_some() && !self.leaks.is_empty() {
-            self.leaks.closed(PairKey::of(&end), end.death.is_some());
+            self.leaks.closed(PairKey::of(end), end.death.is_some());
         }
-        self.time_wait.settle(&end);
+        self.time_wait.settle(end);
         if end.is_ordinary() {
-            return self.services.ordinary(&end);
+            return self.services.ordinary(end);
         }
         let Self { pairs, services, deaths, chains, relays, .. } = self;
         if end.role == Some(Role::Client) && !end.path.established {
             // There is no other end to wait for.
-            return services.settle(&end, None);
+            return services.settle(end, None);
         }
         pairs.add(end, |end, peer| {
             services.settle(end, peer);
@@ -159,13 +164,12 @@ impl Diagnosis {
     }
 
     fn reset(&mut self, observation: &Observation<'_>, source: u16) {
-        if observation.direction != Some(Direction::Sent) {
+        if !is_evidence(observation.direction, observation.cause) {
             return;
         }
         match observation.cause {
             Some(Cause::AcceptOverflow) => self.not_accepted(observation, source),
-            Some(Cause::Timewait | Cause::NoListener) => self.too_late(observation, source),
-            _ => {}
+            _ => self.too_late(observation, source),
         }
     }
 
@@ -173,7 +177,7 @@ impl Diagnosis {
     /// has no other line, because the program never had it. Its peer had been connected.
     fn not_accepted(&mut self, observation: &Observation<'_>, source: u16) {
         if let Some(end) = End::of_line(observation, source, &mut self.names) {
-            self.end(End { role: Some(Role::Server), ..end });
+            self.end(&End { role: Some(Role::Server), ..end });
         }
     }
 
@@ -228,4 +232,11 @@ impl Diagnosis {
     pub fn totals(&self) -> Totals {
         Totals { joined: self.pairs.joined, left_out: self.services.left_out, ..self.totals }
     }
+}
+
+/// Whether a RST of this direction and cause shows a fault by itself. Others are judged with the ends that they
+/// belong to.
+fn is_evidence(direction: Option<Direction>, cause: Option<Cause>) -> bool {
+    direction == Some(Direction::Sent)
+        && matches!(cause, Some(Cause::AcceptOverflow | Cause::Timewait | Cause::NoListener))
 }

@@ -7,7 +7,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
 };
 
 use foldhash::fast::RandomState;
@@ -21,10 +21,14 @@ const ROOM: usize = 32_768;
 /// one host, which is then part of the key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct PairKey {
-    local: SocketAddr,
-    remote: SocketAddr,
+    local: Address,
+    remote: Address,
     place: Option<(u16, u32)>,
 }
+
+/// An IPv6 or IPv4-mapped address, as a number, and a port: without the scope and the flow label of a
+/// [`SocketAddr`], which differ between the two ends.
+type Address = (u128, u16);
 
 impl PairKey {
     fn new(local: SocketAddr, remote: SocketAddr, source: u16, netns: u32) -> Self {
@@ -46,9 +50,12 @@ impl PairKey {
     }
 }
 
-/// An address without scope and flow label, which differ between the two ends.
-fn plain(address: SocketAddr) -> SocketAddr {
-    SocketAddr::new(address.ip().to_canonical(), address.port())
+fn plain(address: SocketAddr) -> Address {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+        IpAddr::V6(ip) => ip,
+    };
+    (ip.to_bits(), address.port())
 }
 
 /// Ends that wait for their peers.
@@ -72,18 +79,17 @@ impl Default for Pairs {
 impl Pairs {
     /// Passes to `settle` what can be judged now: this end with its peer, or ends that have waited long
     /// enough.
-    #[expect(clippy::large_types_passed_by_value, reason = "it is kept")]
-    pub(crate) fn add(&mut self, end: End, mut settle: impl FnMut(&End, Option<&End>)) {
-        if let Some(peer) = self.waiting.remove(&PairKey::of_peer(&end)) {
+    pub(crate) fn add(&mut self, end: &End, mut settle: impl FnMut(&End, Option<&End>)) {
+        if let Some(peer) = self.waiting.remove(&PairKey::of_peer(end)) {
             self.joined += 1;
-            settle(&peer, Some(&end));
-            settle(&end, Some(&peer));
+            settle(&peer, Some(end));
+            settle(end, Some(&peer));
             return;
         }
-        let key = PairKey::of(&end);
+        let key = PairKey::of(end);
         // If there is an earlier end with the same addresses, the port has been reused, and the peer of the
         // earlier end will not be read.
-        if let Some(former) = self.waiting.insert(key, end) {
+        if let Some(former) = self.waiting.insert(key, *end) {
             self.alone += 1;
             settle(&former, None);
         }

@@ -6,6 +6,8 @@ use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, Serializer};
 
+use crate::plain::plain;
+
 /// A point in time, written as RFC 3339 in UTC with nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 pub struct Time(pub Timestamp);
@@ -21,14 +23,14 @@ thread_local! {
 }
 
 impl Time {
-    /// Its text; `None` before 1970 and after 9999.
+    /// Its text, in ASCII; `None` before 1970 and after 9999.
     fn text(self) -> Option<[u8; LENGTH]> {
         let second = self.0.as_second();
         let mut nanosecond = u32::try_from(self.0.subsec_nanosecond()).ok()?;
         let (known, mut to_seconds) = LAST.get();
         if known != second {
             let text = format!("{:.0}", Timestamp::from_second(second).ok()?);
-            to_seconds = text.strip_suffix('Z')?.as_bytes().try_into().ok()?;
+            to_seconds = text.strip_suffix('Z').filter(|text| text.is_ascii())?.as_bytes().try_into().ok()?;
             LAST.set((second, to_seconds));
         }
         let mut text = [b'Z'; LENGTH];
@@ -44,10 +46,9 @@ impl Time {
 
 impl Serialize for Time {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self.text().as_ref().map(|text| str::from_utf8(text)) {
-            Some(Ok(text)) => serializer.serialize_str(text),
-            _ => serializer.collect_str(&format_args!("{:.9}", self.0)),
-        }
+        let Some(text) = self.text() else { return serializer.collect_str(&format_args!("{:.9}", self.0)) };
+        // SAFETY: `text()` returns nothing but ASCII. The check would take as long as making the text.
+        plain(unsafe { str::from_utf8_unchecked(&text) }, serializer)
     }
 }
 

@@ -225,8 +225,8 @@ impl Modules {
         // the link to the program. Following the former needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE.
         // Without it the path is used, as the process sees it, if it leads to the inode that is mapped.
         // Device numbers are not compared: those in `maps` are the file system's, which `stat` does not
-        // report on btrfs and overlayfs. If the process has ended meanwhile, the path is looked up in this
-        // process's root directory, and then device numbers are compared.
+        // report on btrfs and overlayfs. If the process has exited meanwhile, of which its parent need not know
+        // yet, the path is looked up in this process's root directory, and then device numbers are compared.
         let exe_link = PathBuf::from(format!("/proc/{pid}/exe"));
         // A path in `maps` has no symbolic links.
         let seen = (!deleted).then(|| beneath::open(pid, path).ok()).flatten();
@@ -240,7 +240,8 @@ impl Modules {
         {
             (seen_path.as_path(), metadata)
         } else if let Some(metadata) = fs::metadata(path).ok().filter(|it| {
-            !deleted && it.ino() == inode && device_text(it.dev()).as_bytes() == device && !is_process(pid)
+            let is_same = it.ino() == inode && device_text(it.dev()).as_bytes() == device;
+            !deleted && is_same && has_exited(&exe_link)
         }) {
             (path, metadata)
         } else {
@@ -342,9 +343,10 @@ fn device_text(device: u64) -> String {
     format!("{:02x}:{:02x}", major(device), minor(device))
 }
 
-/// Whether there is a process with this id.
-fn is_process(pid: u32) -> bool {
-    Path::new(&format!("/proc/{pid}")).exists()
+/// Whether a process, given by the link to its program, has released its memory, as one does that exits. Then
+/// the link leads nowhere. Whoever may not follow it may not read the mappings either.
+fn has_exited(exe_link: &Path) -> bool {
+    fs::read_link(exe_link).is_err()
 }
 
 /// An absolute path as seen from another root directory.
@@ -359,6 +361,7 @@ fn map_file(pid: u32, start: u64, end: u64) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use std::io::Read as _;
+    use std::process::{Command, Stdio};
 
     use super::*;
 
@@ -389,6 +392,36 @@ mod tests {
                      0:0 9 /a\xff";
         let found: Vec<_> = parse(text).map(|it| it.path.to_vec()).collect();
         assert_eq!(found, [b"/a\xff"]);
+    }
+
+    /// Between its exit and the moment when its parent asks for its status, a process has no files, but an id.
+    #[test]
+    fn files_of_a_process_that_exits_meanwhile_are_known() {
+        let mut cat = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let pid = cat.id();
+        let of_program = |maps: &[u8]| parse(maps).any(|region| region.path.ends_with(b"/cat"));
+        let maps = loop {
+            let maps = fs::read(format!("/proc/{pid}/maps")).unwrap();
+            if of_program(&maps) {
+                break maps;
+            }
+        };
+        let exe = fs::read_link(format!("/proc/{pid}/exe")).unwrap();
+        drop(cat.stdin.take());
+        let mut rest = Vec::new();
+        cat.stdout.take().unwrap().read_to_end(&mut rest).unwrap();
+        while fs::read_link(format!("/proc/{pid}/exe")).is_ok() {}
+        let mappings = Modules::default().mappings(pid, &maps, Some(&exe));
+        let (mut files, mut known) = (0, 0);
+        for mapping in &mappings {
+            if let Backing::File { module, .. } = &mapping.backing {
+                files += 1;
+                known += u32::from(module.as_ref().is_some_and(|module| module.open(pid, 0, 0).is_some()));
+            }
+        }
+        assert!(files >= 3 && known == files, "{known} of {files}: {mappings:?}");
+        assert!(Path::new(&format!("/proc/{pid}")).exists());
+        cat.wait().unwrap();
     }
 
     #[test]

@@ -11,21 +11,32 @@ use serde::{
 };
 use serde_json::Error;
 
-use crate::event::FINISHED;
+use crate::{event::FINISHED, plain::PLAIN};
 
 /// Appends `value` to `out`.
 ///
 /// # Errors
 /// Those of `serde_json`: a key of a map is not a string, or the value cannot be serialized.
 pub fn append(out: &mut Vec<u8>, value: &impl Serialize) -> Result<(), Error> {
-    value.serialize(JsonSerializer { out, is_finished: false })
+    value.serialize(JsonSerializer { out, text: Text::Any })
 }
 
 /// Serializes one value.
 struct JsonSerializer<'a> {
     out: &'a mut Vec<u8>,
-    /// The value is JSON already.
-    is_finished: bool,
+    /// What the value contains, if it is a string.
+    text: Text,
+}
+
+/// What a string contains.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Text {
+    /// Anything.
+    Any,
+    /// Nothing that would have to be escaped.
+    Plain,
+    /// JSON.
+    Finished,
 }
 
 /// Serializes a sequence, a map or a struct. A comma follows each value; the last comma is replaced at the
@@ -73,7 +84,7 @@ fn field_name(out: &mut Vec<u8>, name: &str) {
 impl Compound<'_> {
     #[inline]
     fn value(&mut self, value: &(impl Serialize + ?Sized)) -> Result<(), Error> {
-        value.serialize(JsonSerializer { out: self.out, is_finished: false })?;
+        value.serialize(JsonSerializer { out: self.out, text: Text::Any })?;
         self.out.push(b',');
         Ok(())
     }
@@ -82,7 +93,7 @@ impl Compound<'_> {
     #[expect(clippy::inline_always, reason = "see `field_name`")]
     fn field(&mut self, name: &str, value: &(impl Serialize + ?Sized)) -> Result<(), Error> {
         if self.is_finished {
-            return value.serialize(JsonSerializer { out: self.out, is_finished: true });
+            return value.serialize(JsonSerializer { out: self.out, text: Text::Finished });
         }
         field_name(self.out, name);
         self.value(value)
@@ -121,18 +132,41 @@ impl<'a> Serializer for JsonSerializer<'a> {
         serialize_bool: bool, serialize_char: char,
         serialize_i8: i8, serialize_i16: i16, serialize_i32: i32, serialize_i64: i64, serialize_i128: i128,
         serialize_u8: u8, serialize_u16: u16, serialize_u32: u32, serialize_u64: u64, serialize_u128: u128,
-        serialize_f32: f32, serialize_f64: f64,
+        serialize_f32: f32,
+    }
+
+    /// Most are milliseconds with whole microseconds ([`millis`](crate::event::millis)). With up to 15 digits,
+    /// no shorter number is the same `f64`, so these digits are what `serde_json` writes.
+    fn serialize_f64(self, value: f64) -> Result<(), Error> {
+        #[expect(clippy::cast_possible_truncation, reason = "a cast of a float saturates")]
+        let thousandths = (value * 1e3 + 0.5) as i64;
+        #[expect(clippy::cast_precision_loss, reason = "what is lost makes it another number")]
+        let is_same = thousandths as f64 / 1e3 == value;
+        if !is_same || value.is_sign_negative() || thousandths > 999_999_999_999_999 {
+            return self.leaf(&value);
+        }
+        let out = self.out;
+        let (whole, rest) = (thousandths / 1000, u32::try_from(thousandths % 1000).unwrap_or(0));
+        let digit = |number: u32| b'0' + u8::try_from(number % 10).unwrap_or(0);
+        match u32::try_from(whole) {
+            Ok(whole @ 0..10) => out.push(digit(whole)),
+            _ => serde_json::to_writer(&mut *out, &whole)?,
+        }
+        out.extend_from_slice(&[b'.', digit(rest / 100), digit(rest / 10), digit(rest)]);
+        let zeros = if rest % 100 == 0 { 2 } else { usize::from(rest % 10 == 0) };
+        out.truncate(out.len() - zeros);
+        Ok(())
     }
 
     #[inline]
     fn serialize_str(self, text: &str) -> Result<(), Error> {
-        if self.is_finished {
+        if self.text == Text::Finished {
             self.out.extend_from_slice(text.as_bytes());
             return Ok(());
         }
         let escaped = |byte: u8| byte < b' ' || byte == b'"' || byte == b'\\';
         // The loop has no early exit, so that the compiler processes many bytes at a time.
-        if text.bytes().fold(false, |any, byte| any | escaped(byte)) {
+        if self.text == Text::Any && text.bytes().fold(false, |any, byte| any | escaped(byte)) {
             return self.leaf(&text);
         }
         self.out.push(b'"');
@@ -179,8 +213,12 @@ impl<'a> Serializer for JsonSerializer<'a> {
         name: &'static str,
         value: &T,
     ) -> Result<(), Error> {
-        let is_finished = self.is_finished || name == FINISHED;
-        value.serialize(JsonSerializer { is_finished, ..self })
+        let text = match name {
+            FINISHED => Text::Finished,
+            PLAIN => Text::Plain,
+            _ => self.text,
+        };
+        value.serialize(JsonSerializer { text, ..self })
     }
 
     fn serialize_newtype_variant<T: Serialize + ?Sized>(
@@ -225,7 +263,7 @@ impl<'a> Serializer for JsonSerializer<'a> {
 
     #[inline]
     fn serialize_struct(self, _: &'static str, _: usize) -> Result<Compound<'a>, Error> {
-        if self.is_finished {
+        if self.text == Text::Finished {
             return Ok(Compound { out: self.out, end: b"", is_finished: true });
         }
         Ok(self.begin(b"{", b"}"))
@@ -301,7 +339,7 @@ impl ser::SerializeMap for Compound<'_> {
 
     fn serialize_key<T: Serialize + ?Sized>(&mut self, key: &T) -> Result<(), Error> {
         let start = self.out.len();
-        key.serialize(JsonSerializer { out: self.out, is_finished: false })?;
+        key.serialize(JsonSerializer { out: self.out, text: Text::Any })?;
         if self.out.get(start) != Some(&b'"') {
             return Err(Error::custom("a key of a map is not a string"));
         }
@@ -380,10 +418,15 @@ mod tests {
             nested: vec![vec![], vec![Shared::from("a,".to_owned()), Shared::from("\t".to_owned())]],
             shared: Some(Shared::from(vec![Empty {}])),
         });
-        for number in
-            [0.0, -0.0, 1.0, 0.001, 123_456.789, 1e15, 1e16, 1e-7, f64::MAX, f64::NAN, f64::INFINITY]
-        {
+        for number in [0.0, -0.0, -1.5, 1e12, 1e15, 1e16, 1e-7, 0.0005, f64::MAX, f64::NAN, f64::INFINITY] {
             assert_same(&number);
+        }
+        let powers = (0..60).map(|bits| 1_u64 << bits);
+        for thousandths in (0..2_000).chain(powers).chain(999_999_999_999_990..1_000_000_000_000_020) {
+            #[expect(clippy::cast_precision_loss, reason = "any number will do")]
+            let number = thousandths as f64 / 1e3;
+            assert_same(&number);
+            assert_same(&number.next_up());
         }
         for byte in 0..=u8::MAX {
             assert_same(&char::from(byte).to_string());

@@ -108,11 +108,11 @@ impl Receiver {
         let acceptor = thread::spawn(move || {
             let mut connections = Vec::new();
             while let Ok((stream, _)) = accepting.accept() {
-                let Ok(served) = stream.try_clone() else { continue };
+                let Ok(socket) = stream.try_clone() else { continue };
                 let shared = Arc::clone(&shared);
                 let server = thread::spawn(move || {
-                    let end = serve(&served, &shared);
-                    let _ = served.shutdown(Shutdown::Both);
+                    let end = serve(&socket, &shared);
+                    let _ = socket.shutdown(Shutdown::Both);
                     let mut state = lock(&shared);
                     if let Err(error) = end
                         && !state.is_stopped
