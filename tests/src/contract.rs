@@ -103,7 +103,7 @@ impl Checker {
         if line["seq"] != self.lines {
             found.push(format!("seq of line {} is {}", self.lines, line["seq"]));
         }
-        check_text("", line, &mut found);
+        check_text(&mut Vec::new(), line, &mut found);
         check_relations(line, &mut found);
         self.check_end(line, &mut found);
         for complaint in &mut found {
@@ -159,12 +159,17 @@ fn explain(error: &ValidationError, found: &mut Vec<String>) {
     found.push(format!("{}: {error}", error.instance_path().as_str()));
 }
 
-/// An unknown text is null; an empty text is an error.
-fn check_text(place: &str, value: &Value, found: &mut Vec<String>) {
+/// An unknown text is null; an empty text is an error. `place` has the names of the fields that lead to the
+/// value.
+fn check_text<'a>(place: &mut Vec<&'a str>, value: &'a Value, found: &mut Vec<String>) {
     match value {
-        Value::String(text) if text.is_empty() => found.push(format!("{place}: empty text")),
+        Value::String(text) if text.is_empty() => found.push(format!("/{}: empty text", place.join("/"))),
         Value::Object(fields) => {
-            fields.iter().for_each(|(name, value)| check_text(&format!("{place}/{name}"), value, found));
+            for (name, value) in fields {
+                place.push(name);
+                check_text(place, value, found);
+                place.pop();
+            }
         }
         Value::Array(items) => items.iter().for_each(|item| check_text(place, item, found)),
         _ => {}
