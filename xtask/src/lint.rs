@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use crate::{
     apt::{self, Package},
     command::{self, say},
-    ebpf, modules, names, run,
+    ebpf, modules, names, run, suite,
     tools::Tools,
     workspace::{Workspace, cargo_program},
 };
@@ -63,11 +63,11 @@ fn lint_user_half(workspace: &Workspace) -> Result<()> {
     if !is_installed("cargo-clippy") {
         return missing("the lints are not checked: there is no cargo-clippy", "rustup component add clippy");
     }
-    let mut clippy = workspace.cargo("clippy");
+    let mut clippy = suite::cargo(workspace, "clippy");
     clippy.args(["--workspace", "--all-targets", "--features", run::FEATURES, "--", "-D", "warnings"]);
     command::run(&mut clippy).context("clippy has findings, see above")?;
     // What is built by default. The tests do not compile it.
-    let mut clippy = workspace.cargo("clippy");
+    let mut clippy = suite::cargo(workspace, "clippy");
     command::run(clippy.args(["--package", "tcpclose-user", "--", "-D", "warnings"]))
         .context("clippy has findings in what is built by default, see above")
 }
@@ -79,7 +79,7 @@ fn lint_fuzz_targets(workspace: &Workspace) -> Result<()> {
         // `lint_user_half()` has reported it.
         return Ok(());
     }
-    let mut clippy = workspace.cargo("clippy");
+    let mut clippy = suite::cargo(workspace, "clippy");
     // Nothing is linked, so libFuzzer does not have to be compiled, which takes a C++ compiler: the build
     // script of `libfuzzer-sys` does that unless it is given a library. It runs again each time if the file
     // does not exist.

@@ -44,7 +44,7 @@ pub(crate) struct Suite {
 impl Suite {
     /// Builds the tests.
     pub(crate) fn build(workspace: &Workspace, platform: &Platform, rotel: Option<PathBuf>) -> Result<Self> {
-        let mut cargo = cargo_test(workspace);
+        let mut cargo = cargo(workspace, "test");
         cargo.args(["--package", PACKAGE, "--no-run", "--message-format=json-render-diagnostics"]);
         platform.choose(&mut cargo);
         let output = cargo.stderr(Stdio::inherit()).output().context("cannot start cargo")?;
@@ -136,12 +136,12 @@ impl Suite {
     }
 }
 
-/// `cargo test` with the flags that the suite is built with. The tests' own programs are traced, and the
+/// `cargo SUBCOMMAND` with the flags that the suite is built with. The tests' own programs are traced, and the
 /// kernel walks their stacks along the frame pointers. The flag would cause a rebuild of everything, so the
-/// tests have a separate target directory; those without root share it, so that the crates they need are
-/// compiled once.
-pub(crate) fn cargo_test(workspace: &Workspace) -> Command {
-    let mut cargo = workspace.with_cargo(&cargo_program(), "test", &workspace.target.join("tests"));
+/// tests have a separate target directory; those without root and the lints share it, so that the crates and
+/// macros they need are compiled once.
+pub(crate) fn cargo(workspace: &Workspace, subcommand: &str) -> Command {
+    let mut cargo = workspace.with_cargo(&cargo_program(), subcommand, &workspace.target.join("tests"));
     let mut flags = env::var("RUSTFLAGS").unwrap_or_default();
     flags.push_str(" -C force-frame-pointers=yes");
     cargo.env("RUSTFLAGS", flags.trim_start()).env_remove("CARGO_ENCODED_RUSTFLAGS");

@@ -59,12 +59,14 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
     tools::for_testing(platform)?;
     tools::for_platform(platform)?;
     let mut failed = Vec::new();
-    let has_machines = elsewhere && {
-        let found = tools::for_machines(platform);
-        let is_good = found.is_ok();
-        note("kernels", found, &mut failed);
-        is_good
-    };
+    let mut kernels = None;
+    if elsewhere {
+        let found = tools::for_machines(platform).and_then(|()| kernels::fetch(platform, &args.kernel));
+        match found {
+            Ok(fetching) => kernels = Some(fetching),
+            Err(error) => note("kernels", Err(error), &mut failed),
+        }
+    }
     let tools = tools::for_building()?;
     if everything {
         note("lints", lint::lint(workspace, &tools), &mut failed);
@@ -73,7 +75,7 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
     let tcpclose = run::build_user_half(workspace, platform, true, Some(run::FEATURES))?;
 
     if here {
-        let mut plain = suite::cargo_test(workspace);
+        let mut plain = suite::cargo(workspace, "test");
         plain.args(["--workspace", "--exclude", suite::PACKAGE, "--features", run::FEATURES]);
         plain.args(["--no-fail-fast", "--"]);
         note("tests without root", command::run(plain.args(&args.filters).args(&args.more)), &mut failed);
@@ -96,7 +98,7 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
         say(&format!("tests with root: {}", report.summary()));
         reports.push(("this host".to_owned(), report));
     }
-    if has_machines {
+    if let Some(fetching) = kernels {
         let plan = kernels::Plan {
             platform,
             suite: &suite,
@@ -106,7 +108,7 @@ pub(crate) fn test(workspace: &Workspace, args: &Args) -> Result<()> {
             more: &more,
             time: (args.minutes > 0).then(|| Duration::from_secs(60 * args.minutes)),
         };
-        match kernels::run(workspace, &plan, &args.kernel) {
+        match kernels::run(workspace, &plan, fetching) {
             Ok(found) => reports.extend(found),
             Err(error) => note("kernels", Err(error), &mut failed),
         }

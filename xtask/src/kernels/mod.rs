@@ -10,7 +10,7 @@ use std::{
     iter,
     path::Path,
     sync::{Mutex, PoisonError},
-    thread,
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
@@ -22,7 +22,7 @@ pub(crate) use self::plan::{Extent, Plan, is_left_out};
 use crate::{command::say, platform::Platform, report::Report, workspace::Workspace};
 
 /// The kernels on which the tests run.
-const KERNELS: [Entry; 4] = [
+static KERNELS: [Entry; 4] = [
     Entry {
         name: "5.10",
         suite: "bullseye",
@@ -50,7 +50,7 @@ const KERNELS: [Entry; 4] = [
 /// Features that arm64 has since 6.4.
 const PROGRAMS_ON_FUNCTIONS: [&str; 2] = ["FunctionReturns", "PacketOfReset"];
 
-struct Entry {
+pub(crate) struct Entry {
     /// Its name for `--kernel`.
     name: &'static str,
     /// The Debian suite whose newest kernel it is.
@@ -87,21 +87,28 @@ pub(crate) fn names() -> Vec<&'static str> {
     KERNELS.iter().map(|entry| entry.name).collect()
 }
 
-/// Runs the tests on some kernels, or on all if none is named, and reports the results of each.
-pub(crate) fn run(workspace: &Workspace, plan: &Plan, chosen: &[String]) -> Result<Vec<(String, Report)>> {
+/// Kernels that are being fetched, while tests are built or run.
+pub(crate) struct Fetching(JoinHandle<Result<Vec<(&'static Entry, Kernel)>>>);
+
+/// Begins to fetch some kernels, or all if none is named.
+pub(crate) fn fetch(platform: &'static Platform, chosen: &[String]) -> Result<Fetching> {
     if let Some(unknown) = chosen.iter().find(|name| !names().contains(&name.as_str())) {
         bail!("there is no kernel {unknown}; there are {}", names().join(", "));
     }
+    let is_wanted = |entry: &&Entry| chosen.is_empty() || chosen.iter().any(|one| one == entry.name);
+    let wanted: Vec<_> = KERNELS.iter().filter(is_wanted).collect();
+    let fetch = move |entry: &'static Entry| Ok((entry, Kernel::of_suite(platform, entry.suite)?));
+    Ok(Fetching(thread::spawn(move || wanted.into_iter().map(fetch).collect())))
+}
+
+/// Runs the tests on kernels, and reports the results of each.
+pub(crate) fn run(workspace: &Workspace, plan: &Plan, kernels: Fetching) -> Result<Vec<(String, Report)>> {
     let folder = workspace.target.join("kernels");
     let platform = plan.platform;
     let common = image::common(&folder, plan)?;
-    let wanted =
-        KERNELS.iter().filter(|entry| chosen.is_empty() || chosen.iter().any(|one| one == entry.name));
     let machine = Machine { platform, folder: &folder, common: &common };
-    // Everything is fetched before a machine starts, so that no machine waits for the network.
-    let kernels = wanted
-        .map(|entry| Ok((entry, Kernel::of_suite(platform, entry.suite)?)))
-        .collect::<Result<Vec<_>>>()?;
+    // All are fetched before a machine starts, so that no machine waits for the network.
+    let kernels = kernels.0.join().map_err(|_| anyhow!("the thread that fetches kernels panicked"))??;
     let start = Instant::now();
     let queue = Mutex::new(kernels.iter().enumerate());
     let next = || {
