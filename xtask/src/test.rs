@@ -39,7 +39,7 @@ pub(crate) struct Args {
     /// With --kernels or --kernel: for how long test programs are started there, all machines together.
     /// Programs that are left over are reported, and count as failed if no machine ran them. 0 means without
     /// limit
-    #[arg(long, default_value_t = 5, default_value_if("all_routes", ArgPredicate::Equals("true".into()), "0"))]
+    #[arg(long, default_value_t = 4, default_value_if("all_routes", ArgPredicate::Equals("true".into()), "0"))]
     minutes: u64,
     /// More arguments for the test programs, such as --nocapture
     #[arg(last = true)]
@@ -185,7 +185,7 @@ mod tests {
     /// A flag that is not given has a value too, `false`.
     #[test]
     fn only_all_routes_have_no_time_limit() {
-        assert_eq!(minutes(&[]), 5);
+        assert_eq!(minutes(&[]), 4);
         assert_eq!(minutes(&["--all-routes"]), 0);
         assert_eq!(minutes(&["--all-routes", "--minutes", "3"]), 3);
     }
