@@ -6,19 +6,20 @@ use std::{
     os::fd::{AsFd as _, AsRawFd as _, RawFd},
     path::PathBuf,
     str::FromStr,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, LazyLock, Mutex, PoisonError},
     thread,
 };
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use aya::{
-    Btf, Ebpf, EbpfLoader, Endianness, VerifierLogLevel,
+    Btf, BtfError, Ebpf, EbpfLoader, Endianness, VerifierLogLevel,
     maps::ProgramArray,
     programs::{
         BtfTracePoint, FEntry, FExit, Iter, Program, ProgramError, ProgramType, RawTracePoint, TracePoint,
     },
     sys::{BpfHelper, is_helper_supported},
 };
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 use tcpclose_common::{
     offsets::{ABSENT, ArgumentOffsets, IteratorOffsets, NamespaceOffsets, RecordOffsets, StructOffsets},
     params::Params,
@@ -167,7 +168,7 @@ impl Request {
 struct RunningKernel {
     structs: StructOffsets,
     /// For attaching by type; `None` if that is not possible.
-    btf: Option<Btf>,
+    types: Option<Arc<AttachTypes>>,
     reset_reasons: BTreeMap<i64, String>,
     has_reset_reason: bool,
     arguments: ArgumentOffsets,
@@ -179,15 +180,37 @@ struct RunningKernel {
     losses: Vec<String>,
 }
 
+/// The types that programs are attached to, as aya has them.
+type AttachTypes = LazyLock<Result<Btf, BtfError>, Box<dyn FnOnce() -> Result<Btf, BtfError> + Send>>;
+
+/// Parses BTF in a thread of its own, while maps are created. If there is none, that happens when the types are
+/// needed first.
+fn parse_ahead(bytes: Vec<u8>) -> Arc<AttachTypes> {
+    let types: AttachTypes = LazyLock::new(Box::new(move || Btf::parse(&bytes, Endianness::default())));
+    let types = Arc::new(types);
+    let ahead = Arc::clone(&types);
+    let parse = move || {
+        LazyLock::force(&ahead);
+    };
+    let _ = thread::Builder::new().name("types".to_owned()).spawn(parse);
+    types
+}
+
 impl RunningKernel {
+    /// The types that programs are attached to.
+    fn types(&self) -> Result<&Btf> {
+        let types = self.types.as_ref().context("no BTF")?;
+        types.as_ref().as_ref().map_err(|error| anyhow!("aya cannot read its types: {error}"))
+    }
+
     fn read(source: &BtfSource) -> Result<Self> {
-        Ok(match source.with(|btf| (TypeFacts::of(btf), btf.named_only(&attach_targets()))) {
+        let targets = attach_targets();
+        let targets: Vec<_> = targets.iter().map(String::as_str).collect();
+        Ok(match source.with(|btf| (TypeFacts::of(btf), btf.named_only(&targets))) {
             Ok((facts, targets)) => Self {
                 structs: facts.offsets,
                 // The whole of the kernel's BTF is not in memory any more.
-                btf: Btf::parse(&targets, Endianness::default())
-                    .ok()
-                    .filter(|_| *source == BtfSource::Kernel),
+                types: (*source == BtfSource::Kernel).then(|| parse_ahead(targets)),
                 reset_reasons: facts.reset_reasons,
                 has_reset_reason: facts.send_reset_has_reason.unwrap_or(false),
                 arguments: facts.arguments,
@@ -204,7 +227,7 @@ impl RunningKernel {
             Err(error) if matches!(source, BtfSource::File(_)) => return Err(error),
             Err(error) => Self {
                 structs: StructOffsets::ABSENT,
-                btf: None,
+                types: None,
                 reset_reasons: BTreeMap::new(),
                 has_reset_reason: false,
                 arguments: ArgumentOffsets::ABSENT,
@@ -238,7 +261,8 @@ fn attach_targets() -> Vec<String> {
     programs.filter_map(target).collect()
 }
 
-/// Loads and attaches what `request` needs.
+/// Loads and attaches what `request` needs. No other thread of this process may open files meanwhile: for a
+/// moment, no descriptor is left.
 ///
 /// # Errors
 /// A privilege is missing, the kernel lacks something essential, or it refuses a program.
@@ -255,8 +279,6 @@ pub fn load(request: &Request) -> Result<KernelHalf> {
     privilege::check()?;
     may_read_kernel_memory()?;
     raise_memlock_limit();
-    // One after the other: each needs more than 10 MB while it parses all types of the kernel.
-    let mut object_loader = Some(without_btf());
     let kernel = RunningKernel::read(&request.btf)?;
     let mut params = request.params;
     params.has_reset_reason = u32::from(kernel.has_reset_reason);
@@ -274,11 +296,10 @@ pub fn load(request: &Request) -> Result<KernelHalf> {
     params.recipes *= u32::from(params.code_pages != ABSENT);
 
     let mut refusal = anyhow!("no BTF");
-    if kernel.btf.is_some() {
+    if kernel.types.is_some() {
         for has_cookie_helper in [1, 0] {
             params.has_cookie_helper = has_cookie_helper;
-            let object_loader = object_loader.take().unwrap_or_else(without_btf);
-            match attach(object_loader, request, &kernel, &params, Layouts::default(), None) {
+            match attach(request, &kernel, &params, Layouts::default(), None) {
                 Ok(loaded) => return Ok(loaded),
                 // The second refusal is decisive, because the first may concern only the helper.
                 Err(error) => refusal = error,
@@ -290,22 +311,32 @@ pub fn load(request: &Request) -> Result<KernelHalf> {
     let loaded = tracefs::with(|tracefs| {
         let layouts = Layouts::read(request, tracefs);
         params.has_destroy = u32::from(layouts.records.contains_key("DESTROY_SOCK_RECORD"));
-        let object_loader = object_loader.take().unwrap_or_else(without_btf);
-        attach(object_loader, request, &kernel, &params, layouts, Some(&refusal))
+        attach(request, &kernel, &params, layouts, Some(&refusal))
     });
     loaded.map_err(|mut failure| {
         failure.found = format!("{}; typed tracepoints: {refusal}", failure.found);
-        if kernel.btf.is_none() {
+        if kernel.types.is_none() {
             failure.needed.push_str("; with BTF (CONFIG_DEBUG_INFO_BTF) it would not be needed");
         }
         failure
     })?
 }
 
-/// A loader that does not relocate by the kernel's BTF, which the programs do not need. A new loader has
-/// parsed that BTF already, which takes 20 ms and cannot be avoided.
-fn without_btf() -> EbpfLoader<'static> {
+/// A loader that does not relocate by the kernel's BTF, which the programs do not need.
+///
+/// A new loader parses that BTF, which takes 20 ms and 15 MB, and then `btf(None)` drops it. There is no other
+/// constructor; but it does without if it cannot open the file, as when no descriptor is left.
+fn without_btf<'a>() -> EbpfLoader<'a> {
+    let limit = getrlimit(Resource::RLIMIT_NOFILE);
+    if let Ok((_, most)) = limit {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, 0, most);
+    }
     let mut loader = EbpfLoader::new();
+    if let Ok((usual, most)) = limit
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, usual, most)
+    {
+        log::warn!("cannot restore the limit of open files to {usual}: {error}");
+    }
     loader.btf(None);
     loader
 }
@@ -373,19 +404,12 @@ const RING_WITH_STACKS: u32 = 64 << 20;
 const RING_WITH_RECIPES: u32 = 32 << 20;
 
 /// Sets the globals and the sizes of maps, and creates the maps.
-fn prepare(
-    loader: EbpfLoader<'static>,
-    request: &Request,
-    kernel: &RunningKernel,
-    params: &Params,
-    layouts: &Layouts,
-) -> Result<Ebpf> {
+fn prepare(request: &Request, kernel: &RunningKernel, params: &Params, layouts: &Layouts) -> Result<Ebpf> {
     let wants_syscall = request.rehearsal || request.accept_hook == AcceptHook::Syscall;
     // If it is not found, attaching fails with an error that reports this.
     let syscall_result = if wants_syscall { syscall_result().unwrap_or(ABSENT) } else { ABSENT };
     let level = request.log.map_or(0, |level| level as u8);
-    // The lifetime must be that of the values that are passed below.
-    let mut loader: EbpfLoader<'_> = loader;
+    let mut loader = without_btf();
     loader
         .verifier_log_level(VerifierLogLevel::STATS)
         .override_global("STRUCTS", &kernel.structs, true)
@@ -421,14 +445,13 @@ fn prepare(
 /// Attaches every requested hook, each by its first variant that works. Either all tracepoints are typed, or
 /// all are classic; in the second case, `untyped` is the reason why typed ones do not work.
 fn attach(
-    loader: EbpfLoader<'static>,
     request: &Request,
     kernel: &RunningKernel,
     params: &Params,
     layouts: Layouts,
     untyped: Option<&str>,
 ) -> Result<KernelHalf> {
-    let mut ebpf = prepare(loader, request, kernel, params, &layouts)?;
+    let mut ebpf = prepare(request, kernel, params, &layouts)?;
     if params.has_cookie_helper != 0 {
         try_cookie_helper(&mut ebpf, kernel)?;
     }
@@ -507,7 +530,7 @@ fn attach(
 fn try_cookie_helper(ebpf: &mut Ebpf, kernel: &RunningKernel) -> Result<()> {
     const NAME: &str = "read_cookie";
     let program = <&mut BtfTracePoint>::try_from(program(ebpf, NAME)?)?;
-    program.load("inet_sock_set_state", kernel.btf.as_ref().context("no BTF")?)?;
+    program.load("inet_sock_set_state", kernel.types()?)?;
     Ok(program.unload()?)
 }
 
@@ -574,22 +597,21 @@ fn point(at: &str) -> &str {
 
 /// Loads a program that is to be attached to `at`.
 fn load_program(program: &mut Program, kernel: &RunningKernel, kind: Kind, at: &str) -> Result<()> {
-    let btf = || kernel.btf.as_ref().context("no BTF");
     match kind {
-        Kind::TypedTracepoint => <&mut BtfTracePoint>::try_from(program)?.load(point(at), btf()?)?,
+        Kind::TypedTracepoint => <&mut BtfTracePoint>::try_from(program)?.load(point(at), kernel.types()?)?,
         Kind::ClassicTracepoint(_) | Kind::SystemCall => <&mut TracePoint>::try_from(program)?.load()?,
         Kind::FunctionEntry => {
             ensure_arguments(kernel, at)?;
-            <&mut FEntry>::try_from(program)?.load(at, btf()?)?;
+            <&mut FEntry>::try_from(program)?.load(at, kernel.types()?)?;
         }
         Kind::FunctionReturn => {
             ensure_arguments(kernel, at)?;
-            <&mut FExit>::try_from(program)?.load(at, btf()?)?;
+            <&mut FExit>::try_from(program)?.load(at, kernel.types()?)?;
         }
-        Kind::Iterator => <&mut Iter>::try_from(program)?.load(at, btf()?)?,
+        Kind::Iterator => <&mut Iter>::try_from(program)?.load(at, kernel.types()?)?,
         Kind::RawTracepoint => {
             // The kernel does not need it, but without it the program cannot read the structures.
-            btf()?;
+            kernel.types()?;
             <&mut RawTracePoint>::try_from(program)?.load()?;
         }
         Kind::TestRun => <&mut RawTracePoint>::try_from(program)?.load()?,
@@ -659,7 +681,7 @@ fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Program> {
 
 /// Fails if a function lacks an argument that its program needs.
 fn ensure_arguments(kernel: &RunningKernel, function: &str) -> Result<()> {
-    ensure!(kernel.btf.is_some(), "no BTF");
+    ensure!(kernel.types.is_some(), "no BTF");
     match arguments::missing(kernel.arguments, function) {
         Some(missing) => bail!("{missing}"),
         None => Ok(()),
@@ -737,10 +759,7 @@ fn unmet(outcome: &Outcome) -> Failure {
 /// Before 5.11, maps count against `RLIMIT_MEMLOCK`; later kernels charge the cgroup. A refusal is therefore
 /// no error by itself: if it matters, creating the maps fails with an error that reports it.
 fn raise_memlock_limit() {
-    let unlimited = nix::sys::resource::RLIM_INFINITY;
-    if let Err(error) =
-        nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_MEMLOCK, unlimited, unlimited)
-    {
+    if let Err(error) = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY) {
         log::debug!("cannot raise RLIMIT_MEMLOCK ({error}); kernels from 5.11 on do not need it");
     }
 }

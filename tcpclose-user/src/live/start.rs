@@ -40,9 +40,9 @@ impl Live {
             filters.socket.netns.push(Netns::Own);
         }
         let filter = Filter::new(filters);
-        let export = args.otlp.as_deref().map(|url| export(url, args.sandbox)).transpose()?;
         let flame_graph = args.flamegraph.as_deref().map(FlameGraph::create).transpose()?;
         let mut kernel = loader::load(&request(args, &filter))?;
+        let export = args.otlp.as_deref().map(|url| export(url, args.sandbox)).transpose()?;
         if filter.is_about_namespaces() && !kernel.has_netns {
             return Err(no_namespaces().into());
         }
