@@ -141,8 +141,8 @@ impl<'a> Serializer for JsonSerializer<'a> {
         #[expect(clippy::cast_possible_truncation, reason = "a cast of a float saturates")]
         let thousandths = (value * 1e3 + 0.5) as i64;
         #[expect(clippy::cast_precision_loss, reason = "what is lost makes it another number")]
-        let is_same = thousandths as f64 / 1e3 == value;
-        if !is_same || value.is_sign_negative() || thousandths > 999_999_999_999_999 {
+        let is_same = (thousandths as f64 / 1e3).to_bits() == value.to_bits();
+        if !is_same || !(0..=999_999_999_999_999).contains(&thousandths) {
             return self.leaf(&value);
         }
         let out = self.out;
