@@ -183,8 +183,8 @@ struct RunningKernel {
 /// The types that programs are attached to, as aya has them.
 type AttachTypes = LazyLock<Result<Btf, BtfError>, Box<dyn FnOnce() -> Result<Btf, BtfError> + Send>>;
 
-/// Parses BTF in a thread of its own, while maps are created. If there is none, that happens when the types are
-/// needed first.
+/// Parses BTF in a thread of its own, while maps are created; without the thread, when the types are first
+/// needed.
 fn parse_ahead(bytes: Vec<u8>) -> Arc<AttachTypes> {
     let types: AttachTypes = LazyLock::new(Box::new(move || Btf::parse(&bytes, Endianness::default())));
     let types = Arc::new(types);

@@ -86,13 +86,15 @@ impl Interpreters {
         program: Option<&str>,
         interpreter: Interpreter,
     ) -> Result<()> {
+        // First, so that the next program's first stack has functions once a stack of this one has.
+        if let Some(program) = program.and_then(comm) {
+            self.programs
+                .insert(program, interpreter, 0)
+                .context("cannot describe the interpreter of a program to the kernel half")?;
+        }
         self.described
             .insert(mm, Interpreter { pid, ..interpreter }, 0)
-            .context("cannot describe an interpreter to the kernel half")?;
-        let Some(program) = program.and_then(comm) else { return Ok(()) };
-        self.programs
-            .insert(program, interpreter, 0)
-            .context("cannot describe the interpreter of a program to the kernel half")
+            .context("cannot describe an interpreter to the kernel half")
     }
 
     /// Describes the interpreter of a process, if the names of its files show that it has one.
