@@ -71,10 +71,26 @@ scenarios! {
     older_connection_dies_with_a_thread
 }
 
-/// Runs a scenario on a connection that is older than the trace.
-fn run_older(route: Route, scenario: fn(&mut Bed, &Connection) -> Result<Vec<Value>>) -> Result<()> {
+scenarios! {
+    run_half_closed on [loopback_ipv4 veth_ipv6]:
+    older_half_closed_connection_closes
+}
+
+/// A scenario on a connection that is older than the trace.
+type OfOlder = fn(&mut Bed, &Connection) -> Result<Vec<Value>>;
+
+fn run_older(route: Route, scenario: OfOlder) -> Result<()> {
+    run_late(route, Bed::established, scenario)
+}
+
+/// The client has shut down writing before the trace.
+fn run_half_closed(route: Route, scenario: OfOlder) -> Result<()> {
+    run_late(route, half_closed, scenario)
+}
+
+fn run_late(route: Route, begin: fn(&mut Bed) -> Result<Connection>, scenario: OfOlder) -> Result<()> {
     let mut bed = Bed::new(route)?;
-    let connection = bed.established()?;
+    let connection = begin(&mut bed)?;
     let trace = Trace::alone(&bed, &[])?;
     let expected = scenario(&mut bed, &connection)?;
     trace.verify(&bed, expected)
@@ -649,6 +665,16 @@ fn older_connection_closes(bed: &mut Bed, connection: &Connection) -> Result<Vec
     bed.peer(Side::Client).ask("close")?;
     let this = in_function("close", "peer_closes_socket_outer");
     Ok(unseen(orderly_lines(bed, connection, Side::Client, this)?))
+}
+
+/// The close changes no state, but it shows the owner, and where in its code.
+fn older_half_closed_connection_closes(bed: &mut Bed, connection: &Connection) -> Result<Vec<Value>> {
+    bed.peer(Side::Client).ask("close")?;
+    let this = in_function("close", "peer_closes_socket_outer");
+    let mut lines = unseen(orderly_lines(bed, connection, Side::Client, this)?);
+    lines[0]["states"] = path(&["FIN_WAIT2", "CLOSE"]);
+    lines[1]["states"] = path(&["CLOSE_WAIT", "LAST_ACK", "CLOSE"]);
+    Ok(lines)
 }
 
 /// The server is idle; only `/proc` shows that it owns the socket.

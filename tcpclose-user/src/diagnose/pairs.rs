@@ -21,14 +21,14 @@ const ROOM: usize = 32_768;
 /// one host, which is then part of the key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct PairKey {
-    local: Address,
-    remote: Address,
+    local: PairAddress,
+    remote: PairAddress,
     place: Option<(u16, u32)>,
 }
 
 /// An IPv6 or IPv4-mapped address, as a number, and a port: without the scope and the flow label of a
 /// [`SocketAddr`], which differ between the two ends.
-type Address = (u128, u16);
+type PairAddress = (u128, u16);
 
 impl PairKey {
     fn new(local: SocketAddr, remote: SocketAddr, source: u16, netns: u32) -> Self {
@@ -50,7 +50,7 @@ impl PairKey {
     }
 }
 
-fn plain(address: SocketAddr) -> Address {
+fn plain(address: SocketAddr) -> PairAddress {
     let ip = match address.ip() {
         IpAddr::V4(ip) => ip.to_ipv6_mapped(),
         IpAddr::V6(ip) => ip,

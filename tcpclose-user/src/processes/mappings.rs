@@ -419,7 +419,7 @@ mod tests {
                 known += u32::from(module.as_ref().is_some_and(|module| module.open(pid, 0, 0).is_some()));
             }
         }
-        assert!(files >= 3 && known == files, "{known} of {files}: {mappings:?}");
+        assert!(files > 0 && known == files, "{known} of {files}: {mappings:?}");
         assert!(Path::new(&format!("/proc/{pid}")).exists());
         cat.wait().unwrap();
     }

@@ -18,19 +18,19 @@ use crate::{event::FINISHED, plain::PLAIN};
 /// # Errors
 /// Those of `serde_json`: a key of a map is not a string, or the value cannot be serialized.
 pub fn append(out: &mut Vec<u8>, value: &impl Serialize) -> Result<(), Error> {
-    value.serialize(JsonSerializer { out, text: Text::Any })
+    value.serialize(JsonSerializer { out, text: TextKind::Any })
 }
 
 /// Serializes one value.
 struct JsonSerializer<'a> {
     out: &'a mut Vec<u8>,
     /// What the value contains, if it is a string.
-    text: Text,
+    text: TextKind,
 }
 
 /// What a string contains.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Text {
+enum TextKind {
     /// Anything.
     Any,
     /// Nothing that would have to be escaped.
@@ -84,7 +84,7 @@ fn field_name(out: &mut Vec<u8>, name: &str) {
 impl Compound<'_> {
     #[inline]
     fn value(&mut self, value: &(impl Serialize + ?Sized)) -> Result<(), Error> {
-        value.serialize(JsonSerializer { out: self.out, text: Text::Any })?;
+        value.serialize(JsonSerializer { out: self.out, text: TextKind::Any })?;
         self.out.push(b',');
         Ok(())
     }
@@ -93,7 +93,7 @@ impl Compound<'_> {
     #[expect(clippy::inline_always, reason = "see `field_name`")]
     fn field(&mut self, name: &str, value: &(impl Serialize + ?Sized)) -> Result<(), Error> {
         if self.is_finished {
-            return value.serialize(JsonSerializer { out: self.out, text: Text::Finished });
+            return value.serialize(JsonSerializer { out: self.out, text: TextKind::Finished });
         }
         field_name(self.out, name);
         self.value(value)
@@ -160,13 +160,13 @@ impl<'a> Serializer for JsonSerializer<'a> {
 
     #[inline]
     fn serialize_str(self, text: &str) -> Result<(), Error> {
-        if self.text == Text::Finished {
+        if self.text == TextKind::Finished {
             self.out.extend_from_slice(text.as_bytes());
             return Ok(());
         }
         let escaped = |byte: u8| byte < b' ' || byte == b'"' || byte == b'\\';
         // The loop has no early exit, so that the compiler processes many bytes at a time.
-        if self.text == Text::Any && text.bytes().fold(false, |any, byte| any | escaped(byte)) {
+        if self.text == TextKind::Any && text.bytes().fold(false, |any, byte| any | escaped(byte)) {
             return self.leaf(&text);
         }
         self.out.push(b'"');
@@ -214,8 +214,8 @@ impl<'a> Serializer for JsonSerializer<'a> {
         value: &T,
     ) -> Result<(), Error> {
         let text = match name {
-            FINISHED => Text::Finished,
-            PLAIN => Text::Plain,
+            FINISHED => TextKind::Finished,
+            PLAIN => TextKind::Plain,
             _ => self.text,
         };
         value.serialize(JsonSerializer { text, ..self })
@@ -263,7 +263,7 @@ impl<'a> Serializer for JsonSerializer<'a> {
 
     #[inline]
     fn serialize_struct(self, _: &'static str, _: usize) -> Result<Compound<'a>, Error> {
-        if self.text == Text::Finished {
+        if self.text == TextKind::Finished {
             return Ok(Compound { out: self.out, end: b"", is_finished: true });
         }
         Ok(self.begin(b"{", b"}"))
@@ -339,7 +339,7 @@ impl ser::SerializeMap for Compound<'_> {
 
     fn serialize_key<T: Serialize + ?Sized>(&mut self, key: &T) -> Result<(), Error> {
         let start = self.out.len();
-        key.serialize(JsonSerializer { out: self.out, text: Text::Any })?;
+        key.serialize(JsonSerializer { out: self.out, text: TextKind::Any })?;
         if self.out.get(start) != Some(&b'"') {
             return Err(Error::custom("a key of a map is not a string"));
         }
