@@ -45,9 +45,11 @@ impl Program {
         self.child.id()
     }
 
-    /// Writes a line to its standard input.
+    /// Writes a line to its standard input, all at once: a program that does not wait for the end of the line may
+    /// be gone before a second write.
     pub fn tell(&mut self, order: &str) -> Result<()> {
-        writeln!(self.orders, "{order}").with_context(|| format!("telling {} {order}", self.command))
+        let line = format!("{order}\n");
+        self.orders.write_all(line.as_bytes()).with_context(|| format!("telling {} {order}", self.command))
     }
 
     /// Waits for the next line of its standard output.
