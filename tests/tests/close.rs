@@ -266,12 +266,14 @@ fn client_closes_range(bed: &mut Bed) -> Result<Vec<Value>> {
 }
 
 /// When the kernel closes the socket, the process already has the name and the registers of the new program.
-/// Its stack, if there is one, is the entry point of that program.
+/// Its stack, if there is one, is the entry point of that program. The functions in which the old program
+/// connected are known only if the tool has read its mappings before.
 fn client_becomes_another_program(bed: &mut Bed) -> Result<Vec<Value>> {
     let name = bed.peer(Side::Client).name()?;
     let this = json!({
         "trigger": "exec",
         "process": {"comm": one_of(&[json!(name), json!("peer")])},
+        "opener": {"stack": known()},
         "stack": one_of(&[json!(null), json!({"user": [{"inlined": false}], "kernel": null})]),
     });
     in_order(bed, Side::Client, order("exec"), this)
