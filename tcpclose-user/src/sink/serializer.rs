@@ -39,10 +39,11 @@ enum TextKind {
     Finished,
 }
 
-/// Serializes a sequence, a map or a struct. A comma follows each value; the last comma is replaced at the
-/// end.
+/// Serializes a sequence, a map or a struct.
 struct Compound<'a> {
     out: &'a mut Vec<u8>,
+    /// What comes before the next value: the opening bracket, and a comma after the first one.
+    separator: u8,
     /// Its end: one bracket, or two for the variant of an enum.
     end: &'static [u8],
     /// It is the struct with one field in which `serde_json` wraps finished JSON.
@@ -57,36 +58,56 @@ impl<'a> JsonSerializer<'a> {
     }
 
     #[inline]
-    fn begin(self, begin: &[u8], end: &'static [u8]) -> Compound<'a> {
-        self.out.extend_from_slice(begin);
-        Compound { out: self.out, end, is_finished: false }
+    fn begin(self, bracket: u8, end: &'static [u8]) -> Compound<'a> {
+        Compound { out: self.out, separator: bracket, end, is_finished: false }
     }
 
     /// Begins the variant of an enum: an object whose only field has its name.
     #[inline]
-    fn variant(self, name: &str, begin: &[u8], end: &'static [u8]) -> Compound<'a> {
-        self.out.push(b'{');
-        field_name(self.out, name);
-        self.begin(begin, end)
+    fn variant(self, name: &str, bracket: u8, end: &'static [u8]) -> Compound<'a> {
+        field_name(self.out, b'{', name);
+        self.begin(bracket, end)
     }
 }
 
-/// Inlined, as are its callers, so that the length of a name is a constant, and copying it takes a few
-/// instructions.
+/// The longest name that [`field_name`] appends at once.
+const LONG_NAME: usize = 28;
+
+/// Appends the separator, the name and a colon.
+///
+/// It is inlined, as are its callers, so that the length of a name is a constant, and one check for room and a
+/// few stores are enough.
 #[inline(always)]
 #[expect(clippy::inline_always, reason = "the names of 60 fields are copied for each event")]
-fn field_name(out: &mut Vec<u8>, name: &str) {
-    out.push(b'"');
-    out.extend_from_slice(name.as_bytes());
-    out.extend_from_slice(b"\":");
+fn field_name(out: &mut Vec<u8>, separator: u8, name: &str) {
+    let name = name.as_bytes();
+    let length = name.len();
+    if length > LONG_NAME {
+        out.extend_from_slice(&[separator, b'"']);
+        out.extend_from_slice(name);
+        out.extend_from_slice(b"\":");
+        return;
+    }
+    let mut text = [0; LONG_NAME + 4];
+    text[0] = separator;
+    text[1] = b'"';
+    text[2..2 + length].copy_from_slice(name);
+    text[2 + length] = b'"';
+    text[3 + length] = b':';
+    out.extend_from_slice(&text[..4 + length]);
 }
 
 impl Compound<'_> {
     #[inline]
     fn value(&mut self, value: &(impl Serialize + ?Sized)) -> Result<(), Error> {
-        value.serialize(JsonSerializer { out: self.out, text: TextKind::Any })?;
-        self.out.push(b',');
-        Ok(())
+        value.serialize(JsonSerializer { out: self.out, text: TextKind::Any })
+    }
+
+    #[inline]
+    fn element(&mut self, value: &(impl Serialize + ?Sized)) -> Result<(), Error> {
+        self.out.push(self.separator);
+        self.separator = b',';
+        self.value(value)
     }
 
     #[inline(always)]
@@ -95,14 +116,15 @@ impl Compound<'_> {
         if self.is_finished {
             return value.serialize(JsonSerializer { out: self.out, text: TextKind::Finished });
         }
-        field_name(self.out, name);
+        field_name(self.out, self.separator, name);
+        self.separator = b',';
         self.value(value)
     }
 
     #[inline]
     fn finish(self) {
-        if self.out.last() == Some(&b',') {
-            self.out.pop();
+        if self.separator != b',' && !self.is_finished {
+            self.out.push(self.separator);
         }
         self.out.extend_from_slice(self.end);
     }
@@ -228,7 +250,7 @@ impl<'a> Serializer for JsonSerializer<'a> {
         variant: &'static str,
         value: &T,
     ) -> Result<(), Error> {
-        let mut object = self.begin(b"{", b"}");
+        let mut object = self.begin(b'{', b"}");
         object.field(variant, value)?;
         object.finish();
         Ok(())
@@ -236,15 +258,15 @@ impl<'a> Serializer for JsonSerializer<'a> {
 
     #[inline]
     fn serialize_seq(self, _: Option<usize>) -> Result<Compound<'a>, Error> {
-        Ok(self.begin(b"[", b"]"))
+        Ok(self.begin(b'[', b"]"))
     }
 
     fn serialize_tuple(self, _: usize) -> Result<Compound<'a>, Error> {
-        Ok(self.begin(b"[", b"]"))
+        Ok(self.begin(b'[', b"]"))
     }
 
     fn serialize_tuple_struct(self, _: &'static str, _: usize) -> Result<Compound<'a>, Error> {
-        Ok(self.begin(b"[", b"]"))
+        Ok(self.begin(b'[', b"]"))
     }
 
     fn serialize_tuple_variant(
@@ -254,19 +276,19 @@ impl<'a> Serializer for JsonSerializer<'a> {
         variant: &'static str,
         _: usize,
     ) -> Result<Compound<'a>, Error> {
-        Ok(self.variant(variant, b"[", b"]}"))
+        Ok(self.variant(variant, b'[', b"]}"))
     }
 
     fn serialize_map(self, _: Option<usize>) -> Result<Compound<'a>, Error> {
-        Ok(self.begin(b"{", b"}"))
+        Ok(self.begin(b'{', b"}"))
     }
 
     #[inline]
     fn serialize_struct(self, _: &'static str, _: usize) -> Result<Compound<'a>, Error> {
         if self.text == TextKind::Finished {
-            return Ok(Compound { out: self.out, end: b"", is_finished: true });
+            return Ok(Compound { out: self.out, separator: b'{', end: b"", is_finished: true });
         }
-        Ok(self.begin(b"{", b"}"))
+        Ok(self.begin(b'{', b"}"))
     }
 
     fn serialize_struct_variant(
@@ -276,7 +298,7 @@ impl<'a> Serializer for JsonSerializer<'a> {
         variant: &'static str,
         _: usize,
     ) -> Result<Compound<'a>, Error> {
-        Ok(self.variant(variant, b"{", b"}}"))
+        Ok(self.variant(variant, b'{', b"}}"))
     }
 }
 
@@ -288,7 +310,7 @@ macro_rules! sequences {
 
             #[inline]
             fn $method<T: Serialize + ?Sized>(&mut self, value: &T) -> Result<(), Error> {
-                self.value(value)
+                self.element(value)
             }
 
             #[inline]
@@ -338,6 +360,8 @@ impl ser::SerializeMap for Compound<'_> {
     type Error = Error;
 
     fn serialize_key<T: Serialize + ?Sized>(&mut self, key: &T) -> Result<(), Error> {
+        self.out.push(self.separator);
+        self.separator = b',';
         let start = self.out.len();
         key.serialize(JsonSerializer { out: self.out, text: TextKind::Any })?;
         if self.out.get(start) != Some(&b'"') {
