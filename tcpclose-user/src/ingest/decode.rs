@@ -129,13 +129,13 @@ pub fn decode(bytes: &[u8]) -> Result<Record<'_>, DecodeError> {
         return Err(DecodeError::Version(header.version));
     }
     Ok(match header.tag {
-        tag::CLOSE => Record::Close(Box::new(life(&*whole(header, bytes)?))),
-        tag::STUCK => Record::Stuck(Box::new(life(&*whole(header, bytes)?))),
+        tag::CLOSE => Record::Close(boxed_life(&*whole(header, bytes)?)),
+        tag::STUCK => Record::Stuck(boxed_life(&*whole(header, bytes)?)),
         tag::RESET => {
             let connection = whole::<ConnectionRecord>(header, bytes)?;
             let unknown =
                 DecodeError::Value { field: "reset.direction", value: u32::from(connection.reset.direction) };
-            Record::Reset(Box::new(life(&connection)), reset(&connection).ok_or(unknown)?)
+            Record::Reset(boxed_life(&connection), reset(&connection).ok_or(unknown)?)
         }
         tag::OWNER => owner(&*whole(header, bytes)?)?,
         tag::ACT => later_act(&*whole(header, bytes)?)?,
@@ -168,6 +168,11 @@ where
         Ok(record) => Ok(Cow::Borrowed(record)),
         Err(_) => T::read_from_bytes(bytes).map(Cow::Owned).map_err(|_| wrong),
     }
+}
+
+/// The memory is allocated first, so that the compiler can write the life there, instead of copying it.
+fn boxed_life(connection: &ConnectionRecord) -> Box<Life> {
+    Box::write(Box::new_uninit(), life(connection))
 }
 
 fn life(connection: &ConnectionRecord) -> Life {

@@ -15,13 +15,15 @@
 //!
 //! [`Runtime::lifetime`]: super::runtimes::Runtime::lifetime
 
-use std::collections::HashMap;
-
 use anyhow::{Context as _, Result};
 use aya::maps::{Array, HashMap as BpfHashMap, MapData};
+use foldhash::fast::RandomState;
 use tcpclose_common::recipe::{Edge, EdgeTarget, MAX_RECIPES, Recipe, Word, image};
 
 use crate::kernel::handle::KernelHalf;
+
+/// Two of these maps are asked for each stack, so that hashing has to be quick.
+type HashMap<K, V> = std::collections::HashMap<K, V, RandomState>;
 
 /// The maps of the kernel half with the recipes, and the record of their contents.
 pub struct RecipeMaps {
