@@ -1,6 +1,8 @@
 //! All maps and globals, and the reasons for their sizes. They are created when the programs are loaded, and
 //! none grows.
 
+use core::{arch::asm, ptr};
+
 use aya_ebpf::{
     Global,
     bindings::BPF_F_MMAPABLE,
@@ -165,8 +167,10 @@ pub const SLOTS: u32 = 4;
 /// One slot of `SCRATCH`.
 #[repr(C)]
 pub struct Scratch {
-    /// 0, or its number + 1 while a program uses it.
-    pub busy: u64,
+    /// The number of programs that want it. The program that finds 1 uses it.
+    pub claims: u64,
+    /// Its number, while a program uses it.
+    pub number: u64,
     pub stack: StackTrace,
     pub connection: ConnectionRecord,
     /// The part of a user stack that is compared with a recipe.
@@ -278,6 +282,17 @@ macro_rules! count {
 }
 pub(crate) use count;
 
+/// Adds to a number that other programs add to as well. This is the only atomic instruction of kernels before
+/// 5.12, and it has no result.
+///
+/// # Safety
+/// `to` must point to a valid map value.
+#[inline(always)]
+pub unsafe fn add_to(to: *mut u64, value: u64) {
+    // SAFETY: as the caller promises.
+    unsafe { asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) to, in(reg) value, options(nostack)) };
+}
+
 /// A slot of `SCRATCH`, which belongs to this program until it is dropped.
 pub struct Slot(*mut Scratch);
 
@@ -288,13 +303,17 @@ impl Slot {
         let mut index = 0;
         while index < SLOTS {
             let scratch = SCRATCH.get_ptr_mut(index)?;
-            // SAFETY: a valid, aligned map value of this CPU. An interrupt between the test and the set runs
-            // to its end and gives its slot back before this program goes on.
+            // SAFETY: a valid, aligned map value of this CPU. A program that interrupts this one, or, on
+            // kernels with preemptible tracepoints, that of another task, may come in between and may itself
+            // be interrupted: whoever adds a claim later finds more than one.
             unsafe {
-                if (*scratch).busy == 0 {
-                    (*scratch).busy = u64::from(index) + 1;
+                let claims = &raw mut (*scratch).claims;
+                add_to(claims, 1);
+                if ptr::read_volatile(claims) == 1 {
+                    ptr::write_volatile(&raw mut (*scratch).number, u64::from(index));
                     return Some(Self(scratch));
                 }
+                add_to(claims, u64::MAX);
             }
             index += 1;
         }
@@ -310,7 +329,7 @@ impl Slot {
     #[inline(always)]
     pub fn number(&self) -> u64 {
         // SAFETY: the pointer came from the map and the slot is ours.
-        unsafe { (&raw const (*self.0).busy).read_volatile() }.wrapping_sub(1)
+        unsafe { ptr::read_volatile(&raw const (*self.0).number) }
     }
 }
 
@@ -318,6 +337,6 @@ impl Drop for Slot {
     #[inline(always)]
     fn drop(&mut self) {
         // SAFETY: the pointer came from the map and the slot is ours.
-        unsafe { (*self.0).busy = 0 };
+        unsafe { add_to(&raw mut (*self.0).claims, u64::MAX) };
     }
 }

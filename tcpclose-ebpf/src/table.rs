@@ -11,7 +11,9 @@ use tcpclose_common::{
     table::{Bucket, WAYS},
 };
 
-use crate::maps::{BUCKETS, ENTRIES, HAS_OVERFLOW, OVERFLOW, TEARDOWNS, count, global, template};
+use crate::maps::{
+    BUCKETS, ENTRIES, HAS_OVERFLOW, OVERFLOW, TEARDOWNS, add_to, count, global, template,
+};
 
 /// A bucket and its number.
 #[derive(Clone, Copy)]
@@ -236,15 +238,4 @@ fn has_overflow() -> bool {
 fn initialise(entry: *mut ConnectionRecord) {
     // SAFETY: both are valid, and the template is not in the table.
     unsafe { ptr::copy_nonoverlapping(template(), entry, 1) };
-}
-
-/// Adds to a number that other CPUs add to as well. This is the only atomic instruction of kernels before
-/// 5.12, and it has no result.
-///
-/// # Safety
-/// `to` must point to a valid map value.
-#[inline(always)]
-unsafe fn add_to(to: *mut u64, value: u64) {
-    // SAFETY: as the caller promises.
-    unsafe { asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) to, in(reg) value, options(nostack)) };
 }

@@ -113,7 +113,7 @@ impl Ending {
 
 struct WaitingEnding {
     ending: Ending,
-    /// The `now` of the first [`caught_up`](Correlator::caught_up) that found it.
+    /// The `now` of the first [`caught_up`](Correlator::caught_up) that found it, or its end if that came later.
     since: Option<u64>,
 }
 
@@ -248,7 +248,10 @@ impl Correlator {
         let mut ready = Vec::new();
         for (arrival, place) in (self.first..).zip(&mut self.waiting) {
             let Some(waiting) = place else { continue };
-            let since = *waiting.since.get_or_insert(now);
+            // It may have ended after `now`, while the ring was read, which takes long if this process is not
+            // given a CPU.
+            let ended = waiting.ending.life.end.map_or(now, |end| end.at);
+            let since = *waiting.since.get_or_insert(now.max(ended));
             let is_found = waiting.ending.is_owner_overdue(now) && found.next() == Some(true);
             let owned = is_found || !waiting.ending.lacks_owner();
             let complete = waiting.ending.is_end
@@ -581,6 +584,20 @@ mod tests {
         assert_eq!(correlator.caught_up(LATER + PATIENCE - 1, |_| vec![false]), [], "it may still close");
         let reported = correlator.caught_up(LATER + PATIENCE, |_| vec![false]);
         assert_eq!(reported.len(), 1, "reported without an owner");
+    }
+
+    #[test]
+    fn the_owner_of_an_end_during_the_read_is_looked_up() {
+        let mut correlator = Correlator::default();
+        // It ends while the ring is read, long after that read began.
+        let mut life = ownerless(ID.address);
+        life.end = Some(SocketEnd { at: END.at + PATIENCE, ..END });
+        correlator.close(life);
+        assert_eq!(correlator.caught_up(END.at, nobody), []);
+        assert_eq!(correlator.caught_up(LATER, nobody), [], "its owner has not been looked for");
+        let overdue = END.at + PATIENCE + CLOSED_SOON;
+        let reported = correlator.caught_up(overdue, |_| vec![true]);
+        assert_eq!(reported.len(), 1);
     }
 
     #[test]

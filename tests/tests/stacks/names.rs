@@ -15,6 +15,7 @@ use tcpclose_tests::{
     scratch::Scratch,
     servers::is_missing,
     tool::Launch,
+    until,
 };
 
 use super::{GCC, GDB, PORT, compile, gdb, hangs_up_as, told};
@@ -135,17 +136,25 @@ fn perf_map_of_a_process_that_has_ended() -> Result<()> {
         let listener = namespace.inside(|| Ok(TcpListener::bind(("127.0.0.1", PORT))?))?;
         let mut command = Command::new(&program);
         command.args([&PORT.to_string(), when]);
-        let mut program = Program::start(&namespace, command)?;
-        ensure!(program.line()? == "connected");
+        let mut process = Program::start(&namespace, command)?;
+        ensure!(process.line()? == "connected");
         let _accepted = listener.accept()?;
-        program.tell("go")?;
-        program.ended()?;
-        let map = format!("/tmp/perf-{}.map", program.pid());
+        let map = PathBuf::from(format!("/tmp/perf-{}.map", process.pid()));
+        // It keeps these files open: the latter once it has unwound the stack of connect().
+        let kept =
+            if when == "early" { map.clone() } else { format!("/proc/{}/mem", process.pid()).into() };
+        let descriptors = format!("/proc/{}/fd", tool.pid());
+        until("the tool has read what is mapped", || {
+            let mut links = fs::read_dir(&descriptors)?.flatten().map(|link| fs::read_link(link.path()));
+            Ok(links.any(|file| file.is_ok_and(|file| file == kept)).then_some(()))
+        })?;
+        process.tell("go")?;
+        process.ended()?;
         if when == "early" {
             // Names that were read while the process ran are kept.
             fs::remove_file(&map)?;
         }
-        let line = told(&tool, &json!({"connection": {"role": "client"}, "process": {"pid": program.pid()}}));
+        let line = told(&tool, &json!({"connection": {"role": "client"}, "process": {"pid": process.pid()}}));
         if when == "late" {
             fs::remove_file(&map)?;
         }
