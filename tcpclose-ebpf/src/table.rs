@@ -11,9 +11,7 @@ use tcpclose_common::{
     table::{Bucket, WAYS},
 };
 
-use crate::maps::{
-    BUCKETS, ENTRIES, HAS_OVERFLOW, OVERFLOW, TEARDOWNS, add_to, count, global, template,
-};
+use crate::maps::{BUCKETS, ENTRIES, HAS_OVERFLOW, OVERFLOW, TEARDOWNS, add_to, count, global, template};
 
 /// A bucket and its number.
 #[derive(Clone, Copy)]

@@ -15,7 +15,7 @@ use tcpclose_tests::{
     crowd::{Claim, Kind, connections},
     expect::{but, differences, one_of},
     features::Feature,
-    scenario::{Trace, is_answer_without_socket, routes},
+    scenario::{Trace, is_answer_of_listener, is_answer_without_socket, routes},
     snmp::Counters,
     sockets::{self, TIME_WAIT},
 };
@@ -276,7 +276,10 @@ impl<'a> Comparison<'a> {
             let is_loss_of_hidden = line["event"] == "lost"
                 && line["where"] == "connections"
                 && line["count"].as_u64() <= Some(self.hidden.ends.len() as u64);
-            if !is_loss_of_hidden && !is_answer_without_socket(line) && !is_answer_of_listener(line, parent) {
+            if !is_loss_of_hidden
+                && !is_answer_without_socket(line)
+                && !is_answer_of_listener(line, Some(parent))
+            {
                 self.complaints.0.entry("unexpected lines".to_owned()).or_default().push(line.to_string());
             }
         }
@@ -305,18 +308,6 @@ impl fmt::Display for Complaints {
         }
         Ok(())
     }
-}
-
-/// Whether a line reports a RST that the host sent for a listener. All listeners belong to this process.
-fn is_answer_of_listener(line: &Value, pid: u32) -> bool {
-    let listener = json!({
-        "event": "reset",
-        "direction": "sent",
-        "cause": "invalid_segment",
-        "process": {"pid": pid, "attribution": "listener"},
-        "state": "LISTEN",
-    });
-    differences(line, &listener).is_empty()
 }
 
 /// Runs the processes. Returns the pid of their common ancestor and their claims.

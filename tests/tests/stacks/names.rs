@@ -141,8 +141,7 @@ fn perf_map_of_a_process_that_has_ended() -> Result<()> {
         let _accepted = listener.accept()?;
         let map = PathBuf::from(format!("/tmp/perf-{}.map", process.pid()));
         // It keeps these files open: the latter once it has unwound the stack of connect().
-        let kept =
-            if when == "early" { map.clone() } else { format!("/proc/{}/mem", process.pid()).into() };
+        let kept = if when == "early" { map.clone() } else { format!("/proc/{}/mem", process.pid()).into() };
         let descriptors = format!("/proc/{}/fd", tool.pid());
         until("the tool has read what is mapped", || {
             let mut links = fs::read_dir(&descriptors)?.flatten().map(|link| fs::read_link(link.path()));
