@@ -105,10 +105,15 @@ impl Records {
     /// The record may have arrived after the wake-up was requested. Its wake-up then has no effect: when the
     /// ring is polled, there is nothing left to read (`ringbuf_map_poll_kern()` in `kernel/bpf/ringbuf.c`),
     /// and no other record would wake the reader.
-    pub fn next_record(&mut self) -> Option<&[u8]> {
-        let record = self.ring.get_mut().next_record()?;
-        self.due.get_or_insert_with(|| Instant::now() + GATHER);
-        Some(record)
+    ///
+    /// # Errors
+    /// A part of the ring cannot be mapped.
+    pub fn next_record(&mut self) -> Result<Option<&[u8]>> {
+        let record = self.ring.get_mut().next_record().context("cannot map the ring buffer of records")?;
+        if record.is_some() {
+            self.due.get_or_insert_with(|| Instant::now() + GATHER);
+        }
+        Ok(record)
     }
 }
 

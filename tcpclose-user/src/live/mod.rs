@@ -230,7 +230,7 @@ impl Live {
         // The wake-up is requested each time, because records of the inventory and of inspections clear the
         // request, and no later record would wake the reader.
         self.ring.request_wakeup()?;
-        while let Some(bytes) = self.ring.next_record() {
+        while let Some(bytes) = self.ring.next_record()? {
             let record = match decode(bytes) {
                 Ok(record) => record,
                 Err(error) => {
