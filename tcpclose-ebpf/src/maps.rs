@@ -274,9 +274,8 @@ pub static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(1, 0)
 macro_rules! count {
     ($counter:ident) => {
         if let Some(counters) = $crate::maps::COUNTERS.get_ptr_mut(0) {
-            // SAFETY: a valid, aligned map value. A program that interrupts this one between load and store
-            // could make it count one too few; atomics with a result are not in 5.10's BPF.
-            unsafe { (*counters).$counter = (*counters).$counter.wrapping_add(1) };
+            // SAFETY: a valid, aligned map value. Atomic, because another program may interrupt this one.
+            unsafe { $crate::maps::add_to(&raw mut (*counters).$counter, 1) };
         }
     };
 }
