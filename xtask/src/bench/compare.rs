@@ -54,6 +54,7 @@ enum Figure {
     Ratio,
     BpfTime,
     CpuTime,
+    SystemTime,
     Written,
     WriteTime,
     AgainstPeer,
@@ -68,11 +69,12 @@ enum Figure {
 }
 
 impl Figure {
-    const ALL: [Self; 15] = [
+    const ALL: [Self; 16] = [
         Self::Rate,
         Self::Ratio,
         Self::BpfTime,
         Self::CpuTime,
+        Self::SystemTime,
         Self::Written,
         Self::WriteTime,
         Self::AgainstPeer,
@@ -97,6 +99,7 @@ impl Figure {
             Self::CpuTime => {
                 ("cpu_us", "CPU time of the tool, us/connection", "whole process, until idle again", 2)
             }
+            Self::SystemTime => ("system_us", "... in the kernel, us", "mostly for writing the output", 2),
             Self::Written => ("written_bytes", "bytes written/connection", "both ends", 0),
             Self::WriteTime => {
                 ("write_us", "... CPU time to write them, us", "a floor: as many bytes, by a plain write", 2)
@@ -282,6 +285,7 @@ fn traced(
     candidate.note(Figure::Rate, cost.load.rate());
     candidate.note(Figure::Ratio, cost.load.rate() / untraced);
     candidate.note(Figure::CpuTime, cost.cpu);
+    candidate.note(Figure::SystemTime, cost.system);
     candidate.note(Figure::BpfTime, cost.bpf());
     for program in cost.programs {
         candidate.programs.entry(program.name.clone()).or_default().push(program);
@@ -317,7 +321,9 @@ fn traced(
 /// The CPU time of this thread for writing this many bytes to a new file, most of which the kernel takes for
 /// copying them to the page cache.
 fn time_to_write(path: &Path, bytes: u64) -> Result<Duration> {
-    static BLOCK: [u8; 1 << 16] = [b' '; 1 << 16];
+    // Like the blocks of tcpclose, they do not end with a page: the page cache takes larger pieces of memory for
+    // those that do, and a virtual machine's host may have to find all of it.
+    static BLOCK: [u8; (1 << 18) - 1000] = [b' '; (1 << 18) - 1000];
     let now = || Ok::<_, Errno>(Duration::from(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?));
     let mut file = File::create(path).with_context(|| format!("cannot create {}", path.display()))?;
     let start = now()?;

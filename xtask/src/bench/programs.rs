@@ -62,17 +62,20 @@ pub(crate) struct Cost {
     pub(crate) programs: Vec<Program>,
     /// CPU time of its process, in µs per connection.
     pub(crate) cpu: f64,
+    /// The part of it that was spent in the kernel.
+    pub(crate) system: f64,
 }
 
 impl Cost {
     /// Runs the load on a tool, and waits until the tool has processed it.
     pub(crate) fn measure(tracer: &mut Tracer, bed: &Bed, extent: LoadExtent, ends: Ends) -> Result<Self> {
         tracer.settle().context("waiting until it is idle before the load")?;
-        let (cpu, before) = (tracer.cpu()?, of(tracer)?);
+        let (cpu, system, before) = (tracer.cpu()?, tracer.system_time()?, of(tracer)?);
         let load = bed.churn(extent, ends)?;
         tracer.settle().context("waiting until it is idle after the load")?;
         let cpu = tracer.cpu_since(cpu, load.connections.into())?;
-        Ok(Self { programs: spent(&before, &of(tracer)?, load.connections), load, cpu })
+        let system = tracer.system_time_since(system, load.connections.into())?;
+        Ok(Self { programs: spent(&before, &of(tracer)?, load.connections), load, cpu, system })
     }
 
     /// Time in BPF programs, in µs per connection.

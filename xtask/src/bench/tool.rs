@@ -133,9 +133,24 @@ impl Tracer {
 
     /// The CPU time since it was `before`, in µs per connection.
     pub(crate) fn cpu_since(&self, before: Duration, connections: u64) -> Result<f64> {
-        #[expect(clippy::cast_precision_loss, reason = "a count far below 2^52")]
-        let connections = connections as f64;
-        Ok(self.cpu()?.saturating_sub(before).as_secs_f64() * 1e6 / connections)
+        Ok(per_connection(self.cpu()?.saturating_sub(before), connections))
+    }
+
+    /// The same of [`Self::system_time`].
+    pub(crate) fn system_time_since(&self, before: Duration, connections: u64) -> Result<f64> {
+        Ok(per_connection(self.system_time()?.saturating_sub(before), connections))
+    }
+
+    /// The part of its CPU time that was spent in the kernel, in units of a tick. From
+    /// `/proc/PID/stat`, see `proc_pid_stat(5)`.
+    pub(crate) fn system_time(&self) -> Result<Duration> {
+        let file = self.process.join("stat");
+        let text = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+        // The name, which is the second field, may contain spaces and parentheses.
+        let fields = text.rsplit_once(')').map(|(_, rest)| rest.split_whitespace());
+        let ticks = fields.and_then(|mut fields| fields.nth(12)?.parse::<u32>().ok());
+        let ticks = ticks.with_context(|| format!("{} has no time in the kernel: {text}", file.display()))?;
+        Ok(TICK.saturating_mul(ticks))
     }
 
     /// `/proc/PID/fdinfo` of each descriptor of this kind that it holds.
@@ -201,6 +216,16 @@ impl Drop for Tracer {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// The unit of times in `/proc`: `USER_HZ` is 100 on all architectures that tcpclose runs on.
+const TICK: Duration = Duration::from_millis(10);
+
+/// A time in µs, for each of `connections`.
+fn per_connection(time: Duration, connections: u64) -> f64 {
+    #[expect(clippy::cast_precision_loss, reason = "a count far below 2^52")]
+    let connections = connections as f64;
+    time.as_secs_f64() * 1e6 / connections
 }
 
 /// The value in a line `NAME:<tab>VALUE` of a file in `/proc`.
