@@ -1,5 +1,4 @@
-//! The environment of measurements: a network namespace and a directory of their own, with BPF statistics
-//! enabled.
+//! The environment of measurements: a network namespace and a directory of their own.
 
 use std::{
     env,
@@ -43,12 +42,18 @@ impl Bed {
         let mut janitor = Command::new("sh");
         janitor.args(["-c", JANITOR, "sh", &name]).arg(&folder).args([stats.trim(), STATS]);
         let janitor = janitor.stdin(Stdio::piped()).spawn().context("cannot start sh")?;
-        fs::write(STATS, "1").with_context(|| format!("cannot write to {STATS}"))?;
         let mut bed = Self { name, folder, inode: 0, load: load.to_owned(), janitor };
+        bed.set_statistics(false)?;
         bed.renew()?;
         // A warm-up, so that the first round does not include initial delays.
         bed.churn(LoadExtent::Seconds(1), Ends::Rst)?;
         Ok(bed)
+    }
+
+    /// Whether the kernel measures the time of each run of a BPF program, which itself takes some 0.1 µs.
+    pub(crate) fn set_statistics(&self, enabled: bool) -> Result<()> {
+        let value = if enabled { "1" } else { "0" };
+        fs::write(STATS, value).with_context(|| format!("cannot write to {STATS}"))
     }
 
     /// Replaces the network namespace with a new one, which has no `TIME_WAIT` sockets of an earlier phase.
@@ -183,6 +188,16 @@ pub(crate) enum LoadExtent {
     Seconds(u32),
     /// This many connections.
     Connections(u64),
+}
+
+impl LoadExtent {
+    /// About half of it.
+    pub(crate) fn half(self) -> Self {
+        match self {
+            Self::Seconds(seconds) => Self::Seconds(seconds.div_ceil(2)),
+            Self::Connections(connections) => Self::Connections(connections.div_ceil(2)),
+        }
+    }
 }
 
 /// Report of the load generator on connections that it opened and closed.

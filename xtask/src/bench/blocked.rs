@@ -61,7 +61,7 @@ pub(crate) fn measure(bench: &mut Bench, args: &Args) -> Result<Value> {
     let inode = bed.inode;
     let counting = thread::spawn(move || {
         let mut totals = Totals::default();
-        totals.read(Kind::Tcpclose, BufReader::new(reader), inode, port).map(|()| totals)
+        totals.read(Kind::Tcpclose, BufReader::new(reader), inode, &[port]).map(|()| totals)
     });
     tracer.stop().context("while its output was read again")?;
     let totals = counting.join().map_err(|_| anyhow!("the reader of its output panicked"))??;

@@ -93,9 +93,12 @@ impl Figure {
         match self {
             Self::Rate => ("connections_per_second", "connections/s", "64 at a time, on loopback", 0),
             Self::Ratio => ("of_untraced", "... of untraced", "median of the rounds' ratios", 2),
-            Self::BpfTime => {
-                ("bpf_us", "BPF time, us/connection", "both ends; run_time_ns of the tool's programs", 2)
-            }
+            Self::BpfTime => (
+                "bpf_us",
+                "BPF time, us/connection",
+                "both ends; run_time_ns of the tool's programs, in a load of its own",
+                2,
+            ),
             Self::CpuTime => {
                 ("cpu_us", "CPU time of the tool, us/connection", "whole process, until idle again", 2)
             }
@@ -287,6 +290,7 @@ fn traced(
     candidate.note(Figure::CpuTime, cost.cpu);
     candidate.note(Figure::SystemTime, cost.system);
     candidate.note(Figure::BpfTime, cost.bpf());
+    let (connections, ports) = (cost.connections(), cost.ports());
     for program in cost.programs {
         candidate.programs.entry(program.name.clone()).or_default().push(program);
     }
@@ -297,14 +301,14 @@ fn traced(
     }
     tracer.stop()?;
     let written = fs::metadata(bed.path("output"))?.len();
-    let connections = f64::from(cost.load.connections);
+    let connections = f64::from(connections);
     #[expect(clippy::cast_precision_loss, reason = "a size far below 2^52")]
     candidate.note(Figure::Written, written as f64 / connections);
     candidate.note(
         Figure::WriteTime,
         time_to_write(&bed.path("plain"), written)?.as_secs_f64() * 1e6 / connections,
     );
-    let totals = totals(bed, candidate.kind, cost.load.port)?;
+    let totals = totals(bed, candidate.kind, &ports)?;
     candidate.note(Figure::Expected, f64::from(CLOSES) * connections);
     #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
     for (figure, count) in [
@@ -339,11 +343,11 @@ fn time_to_write(path: &Path, bytes: u64) -> Result<Duration> {
 }
 
 /// The output of a tool that has ended.
-pub(crate) fn totals(bed: &Bed, kind: Kind, port: u16) -> Result<Totals> {
+pub(crate) fn totals(bed: &Bed, kind: Kind, ports: &[u16]) -> Result<Totals> {
     let mut totals = Totals::default();
     for name in ["output", "errors"] {
         let file = File::open(bed.path(name)).with_context(|| format!("cannot open its {name}"))?;
-        totals.read(kind, BufReader::with_capacity(1 << 20, file), bed.inode, port)?;
+        totals.read(kind, BufReader::with_capacity(1 << 20, file), bed.inode, ports)?;
     }
     Ok(totals)
 }

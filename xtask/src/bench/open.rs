@@ -64,7 +64,7 @@ fn row(bed: &mut Bed, command: &[String], connections: u64, table: u64, seconds:
     let cost = Cost::measure(&mut tracer, bed, LoadExtent::Seconds(seconds), Ends::Rst)?;
     let (resident, maps) = (tracer.peak_resident()?, programs::maps(&tracer)?);
     tracer.stop()?;
-    let totals = totals(bed, Kind::Tcpclose, cost.load.port)?;
+    let totals = totals(bed, Kind::Tcpclose, &cost.ports())?;
     // The start is measured as well while they are open.
     let mut late = Tracer::start(bed, Kind::Tcpclose, command)?;
     let ready = late.ready.context("tcpclose did not say when it was ready")?;
@@ -75,7 +75,7 @@ fn row(bed: &mut Bed, command: &[String], connections: u64, table: u64, seconds:
         ("connections/s", rounded(cost.load.rate(), 0)),
         ("BPF us/connection", rounded(cost.bpf(), 2)),
         ("CPU us/connection", rounded(cost.cpu, 2)),
-        ("closes expected", json!(cost.load.connections * CLOSES)),
+        ("closes expected", json!(cost.connections() * CLOSES)),
         ("written", json!(totals.closes)),
         ("lost", json!(totals.lost)),
         ("ready ms", rounded(ready.as_secs_f64() * 1e3, 0)),

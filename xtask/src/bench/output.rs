@@ -37,8 +37,8 @@ struct Connection {
 
 impl Totals {
     /// Adds up a tool's output. The load's connections are identified by their network namespace, or, as
-    /// tcplife does not report that, by the port that accepted them.
-    pub(crate) fn read(&mut self, kind: Kind, text: impl BufRead, netns: u64, port: u16) -> Result<()> {
+    /// tcplife does not report that, by the ports that accepted them.
+    pub(crate) fn read(&mut self, kind: Kind, text: impl BufRead, netns: u64, ports: &[u16]) -> Result<()> {
         for line in text.lines() {
             let line = line.context("cannot read its output")?;
             match kind {
@@ -64,7 +64,8 @@ impl Totals {
                 }
                 Kind::Tcplife => {
                     let words: Vec<_> = line.split_whitespace().collect();
-                    self.closes += u64::from(words.contains(&&*port.to_string()));
+                    let is_load = |word: &&str| word.parse().is_ok_and(|port| ports.contains(&port));
+                    self.closes += u64::from(words.iter().any(is_load));
                     // libbpf's tools print `lost 12 events on CPU #0!`.
                     if let ["lost" | "Lost", count, ..] = words[..] {
                         self.lost += count.parse().unwrap_or(0);
@@ -95,9 +96,9 @@ mod tests {
             "\nwarning: no BTF\n",
         );
         let mut totals = Totals::default();
-        totals.read(Kind::Tcpclose, text.as_bytes(), 7, 80).unwrap();
+        totals.read(Kind::Tcpclose, text.as_bytes(), 7, &[80]).unwrap();
         assert_eq!(totals, Totals { closes: 1, resets: 1, lost: 12, lost_stacks: 3 });
-        assert!(totals.read(Kind::Tcpclose, &b"{\"event\":"[..], 7, 80).is_err());
+        assert!(totals.read(Kind::Tcpclose, &b"{\"event\":"[..], 7, &[80]).is_err());
     }
 
     #[test]
@@ -107,7 +108,7 @@ mod tests {
                     12 load 127.0.0.2 80 127.0.0.1 4000 0 0 0.1\n\
                     13 sshd 10.0.0.1 22 10.0.0.2 5000 0 0 1\nlost 12 events on CPU #0!\n";
         let mut totals = Totals::default();
-        totals.read(Kind::Tcplife, text.as_bytes(), 7, 80).unwrap();
+        totals.read(Kind::Tcplife, text.as_bytes(), 7, &[80]).unwrap();
         assert_eq!(totals, Totals { closes: 2, resets: 0, lost: 12, lost_stacks: 0 });
     }
 }

@@ -57,7 +57,10 @@ fn spent(before: &BTreeMap<u32, Program>, after: &BTreeMap<u32, Program>, connec
 
 /// The cost of a tool under load.
 pub(crate) struct Cost {
+    /// The load without statistics of BPF programs, which cost time themselves.
     pub(crate) load: Churn,
+    /// The load with them, which is half as long.
+    counted: Churn,
     /// The cost of each of its programs per connection.
     pub(crate) programs: Vec<Program>,
     /// CPU time of its process, in µs per connection.
@@ -67,15 +70,32 @@ pub(crate) struct Cost {
 }
 
 impl Cost {
-    /// Runs the load on a tool, and waits until the tool has processed it.
+    /// Runs the load on a tool twice, the second time with statistics of its programs, and waits until the tool
+    /// has processed it.
     pub(crate) fn measure(tracer: &mut Tracer, bed: &Bed, extent: LoadExtent, ends: Ends) -> Result<Self> {
         tracer.settle().context("waiting until it is idle before the load")?;
         let (cpu, system, before) = (tracer.cpu()?, tracer.system_time()?, of(tracer)?);
         let load = bed.churn(extent, ends)?;
         tracer.settle().context("waiting until it is idle after the load")?;
-        let cpu = tracer.cpu_since(cpu, load.connections.into())?;
-        let system = tracer.system_time_since(system, load.connections.into())?;
-        Ok(Self { programs: spent(&before, &of(tracer)?, load.connections), load, cpu, system })
+        let (cpu, system) = (
+            tracer.cpu_since(cpu, load.connections.into())?,
+            tracer.system_time_since(system, load.connections.into())?,
+        );
+        bed.set_statistics(true)?;
+        let counted = bed.churn(extent.half(), ends)?;
+        tracer.settle().context("waiting until it is idle after the load with statistics")?;
+        bed.set_statistics(false)?;
+        Ok(Self { programs: spent(&before, &of(tracer)?, counted.connections), load, counted, cpu, system })
+    }
+
+    /// The number of connections of both loads.
+    pub(crate) fn connections(&self) -> u32 {
+        self.load.connections + self.counted.connections
+    }
+
+    /// The ports that accepted them.
+    pub(crate) fn ports(&self) -> [u16; 2] {
+        [self.load.port, self.counted.port]
     }
 
     /// Time in BPF programs, in µs per connection.

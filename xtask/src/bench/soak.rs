@@ -50,7 +50,7 @@ pub(crate) fn measure(bench: &mut Bench, args: &Args) -> Result<Value> {
         made += u64::from(load.connections);
         expected += u64::from(load.connections * CLOSES);
         let output = BufReader::with_capacity(1 << 20, File::open(bed.path("output"))?);
-        totals.read(Kind::Tcpclose, output, bed.inode, load.port)?;
+        totals.read(Kind::Tcpclose, output, bed.inode, &[load.port])?;
         tracer.cut_output()?;
         if slice % slices.div_ceil(args.rows) == 0 || slice + 1 == slices {
             say(&format!("{} of {} ends", made * 2, slices * SLICE * 2));

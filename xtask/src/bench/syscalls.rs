@@ -75,7 +75,7 @@ fn count(bench: &mut Bench, args: &Args, ends: Ends) -> Result<Vec<Row>> {
     kill(Pid::from_raw(i32::try_from(strace.id())?), Signal::SIGINT)?;
     strace.wait()?;
     tracer.stop()?;
-    let totals = totals(bed, Kind::Tcpclose, load.port)?;
+    let totals = totals(bed, Kind::Tcpclose, &[load.port])?;
     let events = totals.closes + totals.resets;
     ensure!(events > 0, "the tool wrote no event");
     let text = fs::read_to_string(&file)?;
