@@ -2,6 +2,7 @@
 
 use std::{
     env,
+    ffi::OsStr,
     fs::{self, File},
     io::{BufRead, BufReader},
     os::unix::fs::MetadataExt,
@@ -70,11 +71,17 @@ impl Bed {
         command::run(&mut sysctl)
     }
 
+    /// A program, to be run in the namespace.
+    pub(crate) fn inside(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.name]).arg(program);
+        command
+    }
+
     /// The load generator, to be run in the namespace.
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut load = Command::new("ip");
-        load.args(["netns", "exec", &self.name]).arg(&self.load).args(arguments);
-        load.stdin(Stdio::null());
+        let mut load = self.inside(&self.load);
+        load.args(arguments).stdin(Stdio::null());
         load
     }
 

@@ -14,6 +14,7 @@ mod output;
 mod profile;
 mod programs;
 mod soak;
+mod stacks;
 mod syscalls;
 mod table;
 mod tool;
@@ -82,6 +83,8 @@ enum Measurement {
     Blocked(blocked::Args),
     /// Latency and throughput of established connections with and without the tool
     Established(established::Args),
+    /// Cost and completeness of stacks of real servers, by frame pointers and whole
+    Stacks(stacks::Args),
     /// System calls of the tool for a thousand events
     Syscalls(syscalls::Args),
     /// Instructions that the tool needs for an event, counted by callgrind on replayed records
@@ -135,6 +138,7 @@ pub(crate) fn bench(workspace: &Workspace, args: &Args) -> Result<()> {
         Some(Measurement::Soak(args)) => soak::measure(&mut bench, args),
         Some(Measurement::Blocked(args)) => blocked::measure(&mut bench, args),
         Some(Measurement::Established(args)) => established::measure(&mut bench, args),
+        Some(Measurement::Stacks(args)) => stacks::measure(&mut bench, args),
         Some(Measurement::Syscalls(args)) => syscalls::measure(&mut bench, args),
         Some(Measurement::Profile(args)) => profile::measure(&mut bench, args),
         Some(Measurement::Diagnose(args)) => diagnose::measure(&mut bench, args),

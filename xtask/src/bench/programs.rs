@@ -34,6 +34,11 @@ fn of(tracer: &Tracer) -> Result<BTreeMap<u32, Program>> {
     Ok(programs)
 }
 
+/// The time that the programs of a tool have run so far.
+pub(crate) fn nanoseconds(tracer: &Tracer) -> Result<f64> {
+    Ok(of(tracer)?.values().map(|program| program.nanoseconds).sum())
+}
+
 /// The name of a program, which fdinfo does not show.
 fn name(id: u32) -> Option<String> {
     let mut bpftool = Command::new(command::find("bpftool")?);
