@@ -44,7 +44,7 @@ impl Bed {
         janitor.args(["-c", JANITOR, "sh", &name]).arg(&folder).args([stats.trim(), STATS]);
         let janitor = janitor.stdin(Stdio::piped()).spawn().context("cannot start sh")?;
         let mut bed = Self { name, folder, inode: 0, load: load.to_owned(), janitor };
-        bed.set_statistics(false)?;
+        Self::set_statistics(false)?;
         bed.renew()?;
         // A warm-up, so that the first round does not include initial delays.
         bed.churn(LoadExtent::Seconds(1), Ends::Rst)?;
@@ -52,7 +52,7 @@ impl Bed {
     }
 
     /// Whether the kernel measures the time of each run of a BPF program, which itself takes some 0.1 µs.
-    pub(crate) fn set_statistics(&self, enabled: bool) -> Result<()> {
+    pub(crate) fn set_statistics(enabled: bool) -> Result<()> {
         let value = if enabled { "1" } else { "0" };
         fs::write(STATS, value).with_context(|| format!("cannot write to {STATS}"))
     }

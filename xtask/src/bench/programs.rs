@@ -86,10 +86,10 @@ impl Cost {
             tracer.cpu_since(cpu, load.connections.into())?,
             tracer.system_time_since(system, load.connections.into())?,
         );
-        bed.set_statistics(true)?;
+        Bed::set_statistics(true)?;
         let counted = bed.churn(extent.half(), ends)?;
         tracer.settle().context("waiting until it is idle after the load with statistics")?;
-        bed.set_statistics(false)?;
+        Bed::set_statistics(false)?;
         Ok(Self { programs: spent(&before, &of(tracer)?, counted.connections), load, counted, cpu, system })
     }
 

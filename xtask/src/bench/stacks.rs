@@ -87,7 +87,7 @@ const STACKS: [(&str, &[&str]); 3] =
     [("none", &["--stack", "none"]), ("auto", &[]), ("fp", &["--call-graph", "fp"])];
 
 /// The time that a server may take to answer.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// What one phase showed.
 #[derive(Clone, Copy, Default)]
@@ -170,12 +170,12 @@ fn row(server: &Closer, stacks: &str, phases: &[Phase]) -> Row {
 fn phase(bed: &Bed, command: &[String], connections: u32) -> Result<Phase> {
     let mut tracer = Tracer::start(bed, Kind::Tcpclose, command)?;
     tracer.settle()?;
-    bed.set_statistics(true)?;
+    Bed::set_statistics(true)?;
     let (cpu, before) = (tracer.cpu()?, programs::nanoseconds(&tracer)?);
     Running::connect(bed, connections)?;
     tracer.settle()?;
     let bpf = programs::nanoseconds(&tracer)? - before;
-    bed.set_statistics(false)?;
+    Bed::set_statistics(false)?;
     let cpu_us = tracer.cpu_since(cpu, connections.into())?;
     tracer.stop()?;
     let mut phase = Phase { bpf_ns: bpf / f64::from(connections), cpu_us, ..Phase::default() };
