@@ -18,7 +18,7 @@ use super::{
     compare::tcpclose,
     programs,
     table::{self, Row, rounded},
-    tool::{Kind, Tracer},
+    tool::{Kind, Tracer, check_runs},
 };
 use crate::command::{self, say};
 
@@ -32,11 +32,13 @@ pub(crate) struct Args {
     connections: u32,
 }
 
-/// A server that closes its connections, as a command of the shell, which `$1` gives its folder.
+/// A server that closes its connections.
 struct Closer {
     /// The name of its program, for `--comm`.
     comm: &'static str,
+    /// The program without which it is left out.
     needs: &'static str,
+    /// What starts it: a script for `sh`, with the directory that it may write to in `$1`.
     command: &'static str,
 }
 
@@ -51,7 +53,7 @@ const SERVERS: [Closer; 4] = [
     },
     Closer {
         comm: "python3",
-        needs: "python3",
+        needs: "/usr/bin/python3",
         command: r#"cd "$1" && exec /usr/bin/python3 -m http.server 8080"#,
     },
     Closer {
@@ -92,10 +94,10 @@ const PATIENCE: Duration = Duration::from_mins(1);
 /// What one phase showed.
 #[derive(Clone, Copy, Default)]
 struct Phase {
-    closes: u64,
-    whole: u64,
-    copied: u64,
-    recognized: u64,
+    closes: f64,
+    whole: f64,
+    copied: f64,
+    recognized: f64,
     bpf_ns: f64,
     cpu_us: f64,
 }
@@ -145,24 +147,19 @@ pub(crate) fn measure(bench: &mut Bench, args: &Args) -> Result<Value> {
 }
 
 fn row(server: &Closer, stacks: &str, phases: &[Phase]) -> Row {
-    #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
-    let median = |of: fn(&Phase) -> u64| {
-        let values: Vec<_> = phases.iter().map(|phase| of(phase) as f64).collect();
-        rounded(table::median(&values).unwrap_or_default(), 0)
-    };
-    let time = |of: fn(&Phase) -> f64, decimals| {
+    let median = |of: fn(&Phase) -> f64, decimals| {
         let values: Vec<_> = phases.iter().map(of).collect();
         rounded(table::median(&values).unwrap_or_default(), decimals)
     };
     vec![
         ("server", json!(server.comm)),
         ("stacks", json!(stacks)),
-        ("closes", median(|phase| phase.closes)),
-        ("whole", median(|phase| phase.whole)),
-        ("copied", median(|phase| phase.copied)),
-        ("recognized", median(|phase| phase.recognized)),
-        ("BPF ns/close", time(|phase| phase.bpf_ns, 0)),
-        ("CPU us/close", time(|phase| phase.cpu_us, 1)),
+        ("closes", median(|phase| phase.closes, 0)),
+        ("whole", median(|phase| phase.whole, 0)),
+        ("copied", median(|phase| phase.copied, 0)),
+        ("recognized", median(|phase| phase.recognized, 0)),
+        ("BPF ns/close", median(|phase| phase.bpf_ns, 0)),
+        ("CPU us/close", median(|phase| phase.cpu_us, 1)),
     ]
 }
 
@@ -184,9 +181,9 @@ fn phase(bed: &Bed, command: &[String], connections: u32) -> Result<Phase> {
         if line.event != "close" || line.trigger.is_none() {
             continue;
         }
-        phase.closes += 1;
+        phase.closes += 1.0;
         let frames = line.stack.and_then(|stack| stack.user).unwrap_or_default();
-        phase.whole += u64::from(frames.last().is_some_and(|last| last.truncated.is_none()));
+        phase.whole += f64::from(frames.last().is_some_and(|last| last.truncated.is_none()));
     }
     let summary = fs::read_to_string(bed.path("errors"))?;
     let words: Vec<_> = summary.split_whitespace().collect();
@@ -196,7 +193,7 @@ fn phase(bed: &Bed, command: &[String], connections: u32) -> Result<Phase> {
     };
     phase.copied = before("copied").unwrap_or_default();
     phase.recognized = before("recognized").unwrap_or_default();
-    ensure!(phase.closes > 0, "the tool wrote no close of the server");
+    ensure!(phase.closes > 0.0, "the tool wrote no close of the server");
     Ok(phase)
 }
 
@@ -216,16 +213,8 @@ impl Running {
         let mut running = Self { child };
         let start = Instant::now();
         while Self::connect(bed, 1).is_err() {
-            let log = || fs::read_to_string(bed.path("server")).unwrap_or_default();
-            if let Some(status) = running.child.try_wait()? {
-                anyhow::bail!("{} ended by itself ({status}) and printed: {}", server.comm, log().trim());
-            }
-            ensure!(
-                start.elapsed() < PATIENCE,
-                "{} has not answered for {PATIENCE:?}: {}",
-                server.comm,
-                log().trim()
-            );
+            check_runs(&mut running.child, &bed.path("server")).context(server.comm)?;
+            ensure!(start.elapsed() < PATIENCE, "{} has not answered for {PATIENCE:?}", server.comm);
             thread::sleep(Duration::from_millis(50));
         }
         Ok(running)

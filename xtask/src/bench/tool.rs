@@ -99,10 +99,7 @@ impl Tracer {
     ) -> Result<()> {
         let start = Instant::now();
         while !is_so(self)? {
-            if let Some(status) = self.child.try_wait()? {
-                let errors = fs::read_to_string(&self.errors).unwrap_or_default();
-                bail!("it ended by itself ({status}) and printed: {}", errors.trim());
-            }
+            check_runs(&mut self.child, &self.errors)?;
             ensure!(start.elapsed() < PATIENCE, "gave up after waiting {PATIENCE:?} until {what}");
             thread::sleep(every);
         }
@@ -141,7 +138,7 @@ impl Tracer {
         Ok(per_connection(self.system_time()?.saturating_sub(before), connections))
     }
 
-    /// The part of its CPU time that was spent in the kernel, in units of a tick. From
+    /// The part of its CPU time that was spent in the kernel, in multiples of [`TICK`]: field 15 of
     /// `/proc/PID/stat`, see `proc_pid_stat(5)`.
     pub(crate) fn system_time(&self) -> Result<Duration> {
         let file = self.process.join("stat");
@@ -216,6 +213,15 @@ impl Drop for Tracer {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Fails if a program has ended, with what it wrote to `output`.
+pub(crate) fn check_runs(child: &mut Child, output: &Path) -> Result<()> {
+    if let Some(status) = child.try_wait()? {
+        let output = fs::read_to_string(output).unwrap_or_default();
+        bail!("it ended by itself ({status}) and printed: {}", output.trim());
+    }
+    Ok(())
 }
 
 /// The unit of times in `/proc`: `USER_HZ` is 100 on all architectures that tcpclose runs on.
